@@ -1,0 +1,672 @@
+"""Reads questions and answers: training sets, and the domains whose change is forecast.
+
+| what     | how its rows are found                                                                        |
+|----------|-----------------------------------------------------------------------------------------------|
+| .jsonl   | one object a line; blank lines are skipped                                                    |
+| .json    | a list of rows, id -> row, rows under `data`, `train`, `rows`, ..., or what .jsonl would hold |
+| .csv     | a header line, then rows; every value is text                                                 |
+| .parquet | its rows                                                                                      |
+| a folder | of `datasets.save_to_disk`, or with the files above in it: split `train`, or the only one     |
+
+The text formats may be gzipped (`.jsonl.gz`). Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import math
+import re
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import ascii_uppercase
+from typing import IO, Any
+
+from sts_fast.errors import InputError
+
+Row = dict[str, Any]
+Turn = tuple[str, str]
+
+# Column names in lower case; the first that a file has is taken.
+TURN_COLUMNS = ("messages", "conversations", "conversation")
+QUESTION_COLUMNS = ("question", "problem", "query", "instruction", "prompt", "input", "inputs")
+# A reply that was written for training comes before a worked solution, and that before a bare result.
+ANSWER_COLUMNS = (
+    *("chosen", "completion", "response", "output"),
+    *("cot_content", "generated_solution", "solution", "rationale", "canonical_solution", "long_answer", "code"),
+    *("answer", "expected_answer", "target", "targets", "answerkey"),
+)
+INPUT_COLUMNS = ("input", "context")  # beside `instruction` only: Alpaca, Dolly
+OPTION_COLUMNS = ("options", "choices")
+SYSTEM_COLUMNS = ("system", "system_prompt")
+ID_COLUMNS = ("id", "question_id", "unique_id", "task_id", "problem_id", "example_id", "prompt_id", "uuid", "idx")
+CATEGORY_COLUMNS = ("category", "subject", "domain", "topic")
+
+ROW_LIST_KEYS = ("train", "data", "rows", "examples", "instances", "items", "questions")
+ROLES = {
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "function_call", "tool_call"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("tool", "observation", "function", "tool_response", "ipython"), "tool"),
+}
+
+TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv")
+SUFFIXES = (*TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in TEXT_SUFFIXES), ".parquet")
+KINDS = "a .jsonl, .json or .csv file (each also .gz), a .parquet file, or a folder written by datasets.save_to_disk"
+
+_ABSENT = object()
+_SHARD = re.compile(r"-\d+-of-\d+$")
+_CHATML_TURN = re.compile(r"<\|im_start\|>(\w+)\r?\n(.*?)(<\|im_end\|>|\Z)", re.DOTALL)
+_EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question, with the answer where the row has one.
+
+    id:       the row's own id, else its key in a JSON object, else its row number, counted from 1
+    question: the last user turn, stripped; never empty
+    answer:   the reply that follows it, indentation kept; None where the row has none
+    context:  earlier turns as (role, text), role one of system, user, assistant, tool; usually empty
+    """
+
+    id: str
+    question: str
+    answer: str | None
+    context: tuple[Turn, ...] = ()
+
+
+def load_examples(
+    path: str | Path, *, question_field: str | None = None, answer_field: str | None = None
+) -> list[Example]:
+    """The examples of one file or folder, in order.
+
+    What holds the question is decided by the column names of the first row, in any case: conversations
+    (`messages`, `conversations`: role/content or from/value), prompt and completion or chosen reply, instruction and
+    input, question, problem and the like. Each row's answer is its first non-empty column of `ANSWER_COLUMNS`;
+    a reply that the row marks as undesirable (KTO's `label: false`) is none. Options of a multiple-choice question
+    are appended to it as lines `A. ...`.
+
+    question_field, answer_field: the columns to take instead; `a.b` is field b of column a.
+
+    Raises InputError, naming the file and the row, for whatever cannot be read as such.
+    """
+    files = _train_files(Path(path))
+    return [example for _, example in _read(files, question_field, answer_field, by_category=False)]
+
+
+def load_domains(
+    sources: Sequence[str],
+    *,
+    question_fields: Mapping[str, str] | None = None,
+    answer_fields: Mapping[str, str] | None = None,
+) -> dict[str, list[Example]]:
+    """Domain name -> its examples, in the order given.
+
+    Each source is one of
+    - `name=path`: all of that file or folder is the domain `name` (a path that exists as it stands comes first);
+    - a folder of files: each is a domain, by name, whatever its columns; hidden and other files are ignored;
+    - one file, or a folder written by `datasets`: a column `category`, `subject`, `domain` or `topic` splits it into
+      domains in order of first appearance; without one it is a single domain named after the file.
+
+    question_fields, answer_fields: file, folder or `name=` name -> column as in `load_examples`; "" stands for all.
+
+    Raises InputError for unreadable sources, a domain named twice, a row without category, a name in the fields
+    that no source has.
+    """
+    question_fields, answer_fields = question_fields or {}, answer_fields or {}
+    domains: dict[str, list[Example]] = {}
+    names = [""]
+    for source in sources:
+        for name, files, by_category in _domain_files(source):
+            names.append(name)
+            question_field = question_fields.get(name, question_fields.get(""))
+            answer_field = answer_fields.get(name, answer_fields.get(""))
+            found: dict[str, list[Example]] = {}
+            for category, example in _read(files, question_field, answer_field, by_category=by_category):
+                found.setdefault(name if category is None else category, []).append(example)
+            for domain, examples in found.items():
+                if domain in domains:
+                    raise InputError(f"domain {domain!r} of {source} exists already; name it with NAME=PATH")
+                domains[domain] = examples
+    for name in (*question_fields, *answer_fields):
+        if name not in names:
+            raise InputError(f"a field is named for {name!r}, but the sources are {_listed(names[1:])}")
+    return domains
+
+
+# Which files ----------------------------------------------------------------------------------------------------------
+
+
+def _train_files(path: Path) -> list[Path]:
+    """The files of a training set: the file itself, or the split `train` (or the only split) of a folder."""
+    if not _exists(path):
+        raise InputError(f"{path} does not exist; give {KINDS}")
+    if not path.is_dir():
+        return [path]
+    if _is_saved_dataset(path):
+        return _saved_files(path)
+    groups = _file_groups(path) or (_file_groups(path / "data") if (path / "data").is_dir() else {})
+    if not groups:
+        raise InputError(f"{path} holds no example files; give {KINDS}")
+    return groups[_split_name(path, groups)]
+
+
+def _domain_files(source: str) -> Iterator[tuple[str, list[Path], bool]]:
+    """(name, files, whether a category column splits it) of each domain that a source stands for."""
+    path = Path(source)
+    if not _exists(path) and "=" in source:
+        name, _, rest = source.partition("=")
+        if not name.strip() or not rest.strip():
+            raise InputError(f"domain {source!r} lacks its name or its path; write NAME=PATH")
+        yield name.strip(), _train_files(Path(rest)), False
+        return
+    groups = _file_groups(path) if path.is_dir() and not _is_saved_dataset(path) else {}
+    if len(groups) == 1 and all(_SHARD.search(_stem(file)) for files in groups.values() for file in files):
+        groups = {}
+    for name, files in groups.items():
+        yield name, files, False
+    if not groups:
+        yield _stem(path.resolve() if path.name in ("", "..") else path), _train_files(path), True
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that is too long, or that holds a NUL
+        return False
+
+
+def _stem(path: Path) -> str:
+    suffix = _suffix(path)
+    return path.name[: -len(suffix)] if suffix and not path.is_dir() else path.name
+
+
+def _suffix(path: Path) -> str | None:
+    """The suffix by which a file is read, `.gz` included; None where it is not an example file."""
+    fitting = [suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)]
+    return max(fitting, key=len, default=None)
+
+
+def _file_groups(folder: Path) -> dict[str, list[Path]]:
+    """Stem -> files of a folder, by name; shards `x-00000-of-00002` are one, and so is a saved dataset."""
+    groups: dict[str, list[Path]] = {}
+    for path in sorted(_listdir(folder)):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            if _is_saved_dataset(path):
+                groups.setdefault(path.name, []).extend(_saved_files(path))
+        elif _suffix(path):
+            groups.setdefault(_SHARD.sub("", _stem(path)), []).append(path)
+    return groups
+
+
+def _listdir(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+
+
+def _is_saved_dataset(folder: Path) -> bool:
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    """The Arrow files that `datasets.save_to_disk` wrote."""
+    if (folder / "dataset_dict.json").is_file():
+        splits = _json_file(folder / "dataset_dict.json")
+        names = splits.get("splits") if isinstance(splits, dict) else None
+        if not isinstance(names, list) or not names:
+            raise InputError(f"{folder / 'dataset_dict.json'} names no splits; write the dataset again")
+        folder = folder / _split_name(folder, names)
+    state = _json_file(folder / "state.json")
+    files = state.get("_data_files") if isinstance(state, dict) else None
+    if not isinstance(files, list) or not files or not all(isinstance(f, dict) and "filename" in f for f in files):
+        raise InputError(f"{folder / 'state.json'} names no data files; write the dataset again")
+    return [folder / str(file["filename"]) for file in files]
+
+
+def _split_name(folder: Path, names: Iterable[str]) -> str:
+    found = list(names)
+    if len(found) == 1:
+        return found[0]
+    if "train" not in found:
+        raise InputError(f"{folder} holds {_listed(found)} and none is called train; give the path of one of them")
+    return "train"
+
+
+# From files to rows ---------------------------------------------------------------------------------------------------
+
+
+def _read(
+    files: Sequence[Path], question_field: str | None, answer_field: str | None, *, by_category: bool
+) -> Iterator[tuple[str | None, Example]]:
+    """(category, example) of every row; its category is None where no column holds one or none is asked for."""
+    n_before = 0
+    for path in files:
+        reader = _RowReader(path, question_field, answer_field, by_category=by_category)
+        number = 0
+        for number, key, row in _rows(path):
+            if not isinstance(row, dict):
+                raise InputError(f"{path}: row {number} is {_kind(row)}; every row must be an object with named fields")
+            yield reader.read(row, f"{path}: row {number}", key or str(n_before + number))
+        reader.check_answer_field()
+        n_before += number
+    if not n_before:
+        raise InputError(f"{_listed(files)} holds no examples; give a file with at least one row")
+
+
+def _rows(path: Path) -> Iterator[tuple[int, str | None, Any]]:
+    """(row number from 1, key where the rows have keys, row) of one file."""
+    suffix = _suffix(path)
+    if path.suffix == ".arrow":
+        read = _arrow_rows
+    elif suffix == ".parquet":
+        read = _parquet_rows
+    elif suffix in (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz"):
+        read = _json_line_rows
+    elif suffix in (".json", ".json.gz"):
+        read = _json_rows
+    elif suffix in (".csv", ".csv.gz"):
+        read = _csv_rows
+    else:
+        raise InputError(f"{path} has a suffix that is not read here; give {KINDS}")
+    try:
+        yield from read(path)
+    except (OSError, EOFError, zlib.error) as error:
+        raise _unreadable(path, error) from error
+
+
+def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
+    return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")
+
+
+def _json_line_rows(path: Path) -> Iterator[tuple[int, str | None, Any]]:
+    with _open(path) as stream:
+        for number, line in enumerate(stream, start=1):
+            text = _decoded(line, path, number)
+            if text.strip():
+                yield number, None, _parsed(text, path, number)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, str | None, Any]]:
+    with _open(path) as stream:
+        text = _decoded(stream.read(), path, None)
+    if not text.strip():
+        return
+    if _is_json_lines(text):
+        yield from _json_line_rows(path)
+        return
+    document = _parsed(text, path, None)
+    if isinstance(document, dict):
+        lists = [key for key in ROW_LIST_KEYS if isinstance(document.get(key), list)]
+        if lists:
+            document = document[_split_name(path, lists)]
+        elif document and all(isinstance(row, dict) for row in document.values()):
+            yield from ((number, key, row) for number, (key, row) in enumerate(document.items(), start=1))
+            return
+    if not isinstance(document, list):
+        raise InputError(
+            f"{path} holds neither a list of rows nor an object of id to row; write a row a line as .jsonl"
+        )
+    yield from ((number, None, row) for number, row in enumerate(document, start=1))
+
+
+def _is_json_lines(text: str) -> bool:
+    """Whether the first line is an object of its own and something follows it."""
+    first, _, rest = text.lstrip().partition("\n")
+    try:
+        return bool(rest.strip()) and isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, str | None, Any]]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # chains of thought overrun the default of 128 KiB
+    with _open(path) as stream:
+        lines = (_decoded(line, path, number) for number, line in enumerate(stream, start=1))
+        reader = csv.reader(lines, strict=True)
+        try:
+            header = next(reader, None)
+            for number, values in enumerate(reader, start=1):
+                if header is None or not values:
+                    continue
+                if len(values) != len(header):
+                    raise InputError(
+                        f"{path}: row {number} has {len(values)} values under {len(header)} columns; quote its commas"
+                    )
+                yield number, None, dict(zip(header, values, strict=True))
+        except csv.Error as error:
+            raise InputError(f"{path}: line {reader.line_num} is no CSV ({error}); quote the values") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, str | None, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            yield from _batch_rows(file.iter_batches(batch_size=1024))
+    except (pa.ArrowException, ValueError, OverflowError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _arrow_rows(path: Path) -> Iterator[tuple[int, str | None, Any]]:
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
+            yield from _batch_rows(stream)
+    except (pa.ArrowException, ValueError, OverflowError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _batch_rows(batches: Iterable[Any]) -> Iterator[tuple[int, str | None, Any]]:
+    number = 0
+    for batch in batches:
+        batch.validate(full=True)  # offsets of a damaged file would be followed anywhere
+        for row in batch.to_pylist():
+            number += 1
+            yield number, None, row
+
+
+def _json_file(path: Path) -> Any:
+    try:
+        return _parsed(_decoded(path.read_bytes(), path, None), path, None)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _decoded(data: bytes, path: Path, number: int | None) -> str:
+    try:
+        return data.decode("utf-8-sig" if number in (None, 1) else "utf-8")
+    except UnicodeDecodeError as error:
+        at = number if number is not None else data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}: line {at} is not UTF-8; convert the file to UTF-8") from error
+
+
+def _parsed(text: str, path: Path, number: int | None) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        at = error.lineno if number is None else number
+        raise InputError(f"{path}: line {at} is no JSON ({error.msg} at column {error.colno}); correct it") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets nested without end
+        at_line = "" if number is None else f" line {number}"
+        raise InputError(f"{path}:{at_line} holds JSON that cannot be read ({error}); correct it") from error
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0] or type(error).__name__
+    return InputError(f"{path} cannot be read ({reason}); is it complete, and of the kind that its name says?")
+
+
+# From rows to examples ------------------------------------------------------------------------------------------------
+
+
+class _RowReader:
+    """Makes examples of the rows of one file; the first row decides where question and category are."""
+
+    def __init__(self, path: Path, question_field: str | None, answer_field: str | None, *, by_category: bool) -> None:
+        self.path = path
+        self.question_field = question_field
+        self.answer_field = answer_field
+        self.by_category = by_category
+        self.question_column = ""
+        self.category_column: str | None = None
+        self.columns: list[str] | None = None
+        self.has_answer_field = False
+
+    def read(self, row: Row, where: str, default_id: str) -> tuple[str | None, Example]:
+        """(category, example) of a row; `where` names it in errors."""
+        fields: Row = {}
+        for name, value in row.items():
+            fields.setdefault(str(name).strip().lower(), value)
+        if self.columns is None:
+            self.columns = [*row]
+            self._choose_columns(row, fields)
+        return self._category(fields, where), self._example(row, fields, where, default_id)
+
+    def check_answer_field(self) -> None:
+        if self.columns is not None and self.answer_field is not None and not self.has_answer_field:
+            raise InputError(f"{self.path} has no field {self.answer_field!r}; its columns are {_listed(self.columns)}")
+
+    def _choose_columns(self, row: Row, fields: Row) -> None:
+        if self.by_category:
+            self.category_column = next((name for name in CATEGORY_COLUMNS if name in fields), None)
+        if self.question_field is None:
+            known = [name for name in TURN_COLUMNS if _is_turns(fields.get(name))]
+            known += [name for name in QUESTION_COLUMNS if name in fields]
+            known += ["chosen"] if _is_turns(fields.get("chosen")) else []
+            if not known:
+                raise InputError(
+                    f"{self.path} has no column known to hold questions among {_listed(row)}; "
+                    "name one with --question-field, and its answers with --answer-field"
+                )
+            self.question_column = known[0]
+
+    def _category(self, fields: Row, where: str) -> str | None:
+        if self.category_column is None:
+            return None
+        value = fields.get(self.category_column)
+        if _is_missing(value) or not isinstance(value, (str, int, float)):
+            raise InputError(f"{where} has no {self.category_column}; fill it in, or give the file as NAME=PATH")
+        return str(value).strip()
+
+    def _example(self, row: Row, fields: Row, where: str, default_id: str) -> Example:
+        turns, begun = self._turns(row, fields, where)
+        reply = self._reply(row, fields, where)
+        if any(role == "user" for role, _ in reply):
+            turns = reply  # preference data whose chosen side is the whole conversation
+        elif turns and turns[-1][0] != "assistant":
+            turns = turns + reply
+        context, question, answer = _split_turns(turns, where)
+        if not question.strip():
+            raise InputError(f"{where} has an empty question; fill it in or remove the row")
+        if fields.get("label") is False or answer is None or not answer.strip():
+            answer = None
+        return Example(
+            id=_own_id(fields) or default_id,
+            question=question.strip(),
+            answer=None if answer is None else _without_margin(begun + answer),
+            context=tuple(_earlier_turns(fields, where, context) + context),
+        )
+
+    def _turns(self, row: Row, fields: Row, where: str) -> tuple[list[Turn], str]:
+        """The conversation that the question column holds, and how it makes the reply begin, which is rare."""
+        name = self.question_field or self.question_column
+        value = fields.get(name) if self.question_field is None else _lookup(row, name)
+        if value is _ABSENT:
+            raise InputError(f"{where} has no field {name!r}; its columns are {_listed(row)}")
+        if _is_missing(value):
+            raise InputError(f"{where} has no question in {name!r}; fill it in or remove the row")
+        if _is_turns(value):
+            return _parsed_turns(value, where), ""
+        if not isinstance(value, str):
+            raise InputError(f"{where} holds {_kind(value)} in {name!r}; name a column of text with --question-field")
+        question = _text(value, where, name).strip()
+        if question.startswith("<|im_start|>"):
+            return _chatml_turns(question, where)
+        if name.lower() == "instruction":
+            added = [fields[column] for column in INPUT_COLUMNS if _is_text(fields.get(column))]
+            question = "\n\n".join([question, *(_text(text, where, "input").strip() for text in added)])
+        lines = _option_lines(fields, where)
+        if not all(line in question for line in lines):
+            question = "\n".join([question, *lines])
+        return [("user", question)], ""
+
+    def _reply(self, row: Row, fields: Row, where: str) -> list[Turn]:
+        """The answer column's turns: usually one of the assistant, none where the row has no answer."""
+        if self.answer_field is not None:
+            name, value = self.answer_field, _lookup(row, self.answer_field)
+            self.has_answer_field |= value is not _ABSENT
+        else:
+            name = next((name for name in ANSWER_COLUMNS if not _is_missing(fields.get(name))), "")
+            value = fields.get(name)
+        turns = [value] if isinstance(value, dict) else value
+        if _is_turns(turns):
+            return _parsed_turns(turns, where)
+        if isinstance(value, list):
+            value = next((item for item in value if not _is_missing(item)), None)  # alternatives: the first
+        if value is _ABSENT or _is_missing(value):
+            return []
+        if type(value) is int:
+            is_index = 0 <= value < len(_option_lines(fields, where))
+            value = ascii_uppercase[value] if is_index else value
+        if not isinstance(value, (str, int, float)):
+            raise InputError(f"{where} holds {_kind(value)} in {name!r}; name a column of text with --answer-field")
+        text = _text(value, where, name)
+        return [("assistant", text.removeprefix("A: ") if name == "cot_content" else text)]
+
+
+def _lookup(row: Row, field: str) -> Any:
+    """A column, or a field inside a struct column by dotted name; `_ABSENT` where there is none."""
+    value: Any = row
+    if field in row:
+        return row[field]
+    for part in field.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return _ABSENT
+        value = value[part]
+    return value
+
+
+def _own_id(fields: Row) -> str | None:
+    for name in ID_COLUMNS:
+        value = fields.get(name)
+        if type(value) in (str, int) and str(value).strip():
+            return str(value).strip()
+    return None
+
+
+def _parsed_turns(value: Any, where: str) -> list[Turn]:
+    turns: list[Turn] = []
+    for item in value:
+        if not _is_turns([item]):
+            raise InputError(f"{where} has a turn that is {_kind(item)}; write turns as role and content")
+        name = item.get("role") if "role" in item else item["from"]
+        role = ROLES.get(str(name).strip().lower())
+        if role is None:
+            raise InputError(f"{where} has a turn of the unknown role {name!r}; use system, user, assistant or tool")
+        content = item["content"] if "content" in item else item.get("value")
+        text = _turn_text(content, where)
+        if not text.strip() and item.get("tool_calls"):
+            text = json.dumps(item["tool_calls"], ensure_ascii=False)
+        if text.strip() or role in ("user", "tool"):
+            turns.append((role, text))
+    return turns
+
+
+def _turn_text(content: Any, where: str) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, list):  # parts, as of a multimodal chat
+        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+            raise InputError(f"{where} has a turn with parts that are not text; keep only text")
+        return "\n".join(_text(part["text"], where, "content") for part in content)
+    if not isinstance(content, str):
+        raise InputError(f"{where} has a turn whose content is {_kind(content)}; write it as text")
+    return _text(content, where, "content")
+
+
+def _chatml_turns(text: str, where: str) -> tuple[list[Turn], str]:
+    """Turns of a prompt that was rendered already: the model's own template will render it again.
+
+    The second value is what the open last turn makes the assistant begin with; a thought left empty does not count.
+    """
+    found = [(match[1], match[2].strip(), bool(match[3])) for match in _CHATML_TURN.finditer(text)]
+    prefill = ""
+    if found and found[-1][0] == "assistant" and not found[-1][2]:
+        prefill = _EMPTY_THOUGHT.sub("", found.pop()[1])
+    return _parsed_turns([{"role": role, "content": content} for role, content, _ in found], where), prefill
+
+
+def _split_turns(turns: list[Turn], where: str) -> tuple[list[Turn], str, str | None]:
+    """(earlier turns, question, answer): the last user turn that has a reply, else the last user turn."""
+    asked = [i for i, (role, _) in enumerate(turns) if role == "user"]
+    if not asked:
+        raise InputError(f"{where} has no turn of the user; every conversation needs one")
+    replied = [i for i in asked if i + 1 < len(turns) and turns[i + 1][0] == "assistant"]
+    at = replied[-1] if replied else asked[-1]
+    return turns[:at], turns[at][1], turns[at + 1][1] if replied else None
+
+
+def _earlier_turns(fields: Row, where: str, context: list[Turn]) -> list[Turn]:
+    """Turns that stand in columns of their own: Alpaca's `system` and `history`."""
+    turns: list[Turn] = []
+    system = next((fields[name] for name in SYSTEM_COLUMNS if _is_text(fields.get(name))), None)
+    if system is not None and not (context and context[0][0] == "system"):
+        turns.append(("system", _text(system, where, "system")))
+    for pair in fields.get("history") or ():
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise InputError(f"{where} has a history that is no list of [question, answer] pairs; correct it")
+        turns += [("user", _text(pair[0], where, "history")), ("assistant", _text(pair[1], where, "history"))]
+    return turns
+
+
+def _option_lines(fields: Row, where: str) -> list[str]:
+    """`A. ...` a line, of a list, of {label: text}, or of {"label": [...], "text": [...]}; empty without options."""
+    options = next((fields[name] for name in OPTION_COLUMNS if not _is_missing(fields.get(name))), None)
+    if options is None:
+        return []
+    if isinstance(options, dict) and isinstance(options.get("text"), list) and isinstance(options.get("label"), list):
+        options = dict(zip(options["label"], options["text"], strict=False))
+    if isinstance(options, dict):
+        return [f"{label}. {_text(text, where, 'options').strip()}" for label, text in options.items()]
+    if isinstance(options, str):
+        return [options.strip()]
+    if not isinstance(options, list) or len(options) > len(ascii_uppercase):
+        raise InputError(f"{where} has options that are not a list of at most 26; correct it")
+    texts = [_text(text, where, "options").strip() for text in options]
+    lettered = [*zip(ascii_uppercase, texts, strict=False)]
+    if all(re.match(rf"\(?{letter}[).:]", text) for letter, text in lettered):
+        return texts
+    return [f"{letter}. {text}" for letter, text in lettered]
+
+
+def _text(value: object, where: str, name: str) -> str:
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where} has half a character (a lone surrogate) in {name!r}; remove it") from error
+    return text
+
+
+def _without_margin(text: str) -> str:
+    """Without blank lines around it; code keeps the indentation of its first line."""
+    text = re.sub(r"\A(?:[^\S\n]*\n)+", "", text).rstrip()
+    return text[1:] if re.match(r" \S", text) else text
+
+
+def _is_missing(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isnan(value)
+    return value is None or value == [] or (isinstance(value, str) and not value.strip())
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_turns(value: Any) -> bool:
+    return (
+        isinstance(value, list) and bool(value) and isinstance(value[0], dict) and bool({"role", "from"} & {*value[0]})
+    )
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "empty"
+    return {dict: "an object", list: "a list", str: "a text", bool: "a truth value"}.get(type(value), "a number")
+
+
+def _listed(names: Iterable[object], limit: int = 20) -> str:
+    found = [str(name) for name in names]
+    return ", ".join(found[:limit]) + (f" and {len(found) - limit} more" if len(found) > limit else "")
