@@ -1,0 +1,51 @@
+# make test: everything a change must pass, in an environment of its own. make help: the other targets.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+CXX_FILES = $(shell find csrc examples benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+SOURCES = CMakeLists.txt $(CXX_FILES) $(shell find python/sts_fast -type f -not -path '*/.*' -not -path '*/__pycache__/*')
+
+.PHONY: help install test lint format demo clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make test     lint, then all tests, against the installed package'
+	@echo 'make lint     ruff, clang-format and mypy, nothing rewritten'
+	@echo 'make format   rewrite all files in the format that lint asks for'
+	@echo 'make demo     a forecast on a small random model, or on MODEL= SAE= TRAIN= DOMAINS="a.jsonl b=c.jsonl"'
+	@echo 'make clean    remove the environment and what was built'
+
+install: $(VENV)/installed
+
+$(VENV)/build_tools: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt scikit-build-core pybind11 cmake ninja
+	@touch $@
+
+# Not editable: the tests see what a user installs. CMake's tree in build/ is kept, so that only changed files compile.
+$(VENV)/installed: $(VENV)/build_tools pyproject.toml $(SOURCES)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install -q -c constraints.txt --no-build-isolation '.[dev]'
+	@touch $@
+
+test: lint
+	HF_HUB_OFFLINE=1 $(BIN)/pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/mypy python/sts_fast
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+demo: $(VENV)/installed
+	$(BIN)/python examples/random_demo.py $(if $(MODEL),--model '$(MODEL)') $(if $(SAE),--sae '$(SAE)') \
+	  $(if $(TRAIN),--train '$(TRAIN)') $(if $(DOMAINS),--domains $(DOMAINS))
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
