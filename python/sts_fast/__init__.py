@@ -1,0 +1,33 @@
+"""Forecasts which abilities fine-tuning will move, before any training.
+
+Importing this loads neither torch nor transformers: they are imported where they are used.
+"""
+
+from sts_fast._cpu import get_num_threads, set_num_threads
+from sts_fast._version import __version__
+from sts_fast.correlate import CorrelationStats
+from sts_fast.encode import SparseFeatures, encode
+from sts_fast.errors import InputError
+from sts_fast.examples import Example, load_domains, load_examples
+from sts_fast.results import Forecast
+from sts_fast.sae import SAE, load_sae
+from sts_fast.score import score
+from sts_fast.shift import ShiftStats
+
+__all__ = [
+    "SAE",
+    "CorrelationStats",
+    "Example",
+    "Forecast",
+    "InputError",
+    "ShiftStats",
+    "SparseFeatures",
+    "__version__",
+    "encode",
+    "get_num_threads",
+    "load_domains",
+    "load_examples",
+    "load_sae",
+    "score",
+    "set_num_threads",
+]

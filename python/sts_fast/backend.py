@@ -1,0 +1,70 @@
+"""Hands an SAE to the native core: folds its biases and picks the backend."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from sts_fast import _cpu
+from sts_fast.sae import SAE
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_encoders: WeakKeyDictionary[SAE, _cpu.Encoder] = WeakKeyDictionary()
+
+
+def encoder(sae: SAE) -> _cpu.Encoder:
+    """The SAE as the core takes it, made once per SAE; W_enc is borrowed, b_dec is folded into the biases."""
+    if sae not in _encoders:
+        _encoders[sae] = _fold(sae)
+    return _encoders[sae]
+
+
+def cuda_missing_reason() -> str | None:
+    """Why the CUDA ops cannot serve here, in words; None where they can."""
+    try:
+        from sts_fast import _cuda
+    except ImportError as error:
+        return f"this build has no CUDA module ({error})"
+    return _cuda.missing_reason()
+
+
+def _fold(sae: SAE) -> _cpu.Encoder:
+    # x is never changed: (x - b_dec) W + b = x W + (b - b_dec W), the bracket computed in float64.
+    shift = _b_dec_through_W_enc(sae) if sae.apply_b_dec_to_input else np.zeros(sae.d_sae)
+    if sae.architecture == "gated":
+        assert sae.r_mag is not None and sae.b_mag is not None and sae.b_gate is not None
+        scale = np.exp(sae.r_mag.astype(np.float64))
+        return _cpu.Encoder(
+            sae.W_enc,
+            (sae.b_mag - scale * shift).astype(np.float32),
+            activation="gated",
+            scale=scale.astype(np.float32),
+            gate_bias=(sae.b_gate - shift).astype(np.float32),
+        )
+    scale = None if sae.W_dec_norm is None else sae.W_dec_norm.astype(np.float64)
+    bias = (sae.b_enc - shift) * (1.0 if scale is None else scale)
+    return _cpu.Encoder(
+        sae.W_enc,
+        bias.astype(np.float32),
+        activation={"standard": "relu"}.get(sae.architecture, sae.architecture),
+        scale=None if scale is None else scale.astype(np.float32),
+        threshold=sae.threshold,
+        k=sae.k,
+    )
+
+
+def _b_dec_through_W_enc(sae: SAE, rows: int = 128) -> NDArray[np.float64]:
+    """[d_sae] float64 b_dec W_enc, a few rows of W_enc at a time; einsum, because BLAS may sum in another order."""
+    total = np.zeros(sae.d_sae)
+    for start in range(0, sae.d_in if sae.b_dec.any() else 0, rows):
+        part = slice(start, start + rows)
+        total += np.einsum("i,ij->j", sae.b_dec[part].astype(np.float64), _as_float64(sae.W_enc[part]))
+    return total
+
+
+def _as_float64(values: Any) -> NDArray[np.float64]:
+    return values.astype(np.float64) if isinstance(values, np.ndarray) else values.double().numpy()

@@ -1,0 +1,395 @@
+"""The command line `sts-fast`."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from sts_fast import __version__, _cpu, backend, results
+from sts_fast.encode import encode
+from sts_fast.errors import InputError
+from sts_fast.results import ESTIMATORS, Forecast
+from sts_fast.sae import SAE, load_sae
+from sts_fast.score import score as run_score
+
+if TYPE_CHECKING:
+    from sts_fast.score import Progress as Tell
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Forecast which abilities fine-tuning will move, before any training.",
+)
+out = Console()
+err = Console(stderr=True)
+
+BAR_WIDTH = 12
+
+
+class DimsChoice(StrEnum):
+    icl = "icl"
+    tuned = "tuned"
+    active = "active"
+
+
+class TokensChoice(StrEnum):
+    query = "query"
+    last = "last"
+    answer = "answer"
+    all = "all"
+
+
+class DtypeChoice(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class SaeDtypeChoice(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+ModelOption = Annotated[str, typer.Option("--model", help="Model: folder or hub id.")]
+SaeOption = Annotated[str, typer.Option("--sae", help="SAE: SAELens folder, or release/id as sae-lens names it.")]
+TrainOption = Annotated[Path, typer.Option("--train", help="Training set: file or folder of questions and answers.")]
+DomainsOption = Annotated[
+    list[str],
+    typer.Option("--domains", help="name=path, a folder of files, or a file with a category column; repeatable."),
+]
+DemosOption = Annotated[
+    list[str] | None,
+    typer.Option("--demos", help="Demonstrations: name=path (train=path for the training set); repeatable."),
+]
+TunedOption = Annotated[str | None, typer.Option("--tuned", help="The model after training, for --dims tuned.")]
+DimsOption = Annotated[DimsChoice, typer.Option("--dims", help="What the shifted features are taken from.")]
+EstimatorsOption = Annotated[str, typer.Option("--estimators", help="Comma-separated, of: act, icl, act_sq.")]
+ShotsOption = Annotated[int, typer.Option("--shots", help="Demonstrations of the training set.")]
+DomainShotsOption = Annotated[int, typer.Option("--domain-shots", help="Demonstrations of each domain, for icl.")]
+TopNOption = Annotated[int, typer.Option("--top-n", help="How many of the most shifted features are followed.")]
+TokensOption = Annotated[TokensChoice, typer.Option("--tokens", help="Which tokens are read.")]
+LimitOption = Annotated[int, typer.Option("--limit", help="Most prompts of a set, drawn at random; 0 for all.")]
+QuestionFieldOption = Annotated[
+    list[str] | None,
+    typer.Option("--question-field", help="Column of the questions: FIELD, or SET=FIELD for one set; repeatable."),
+]
+AnswerFieldOption = Annotated[
+    list[str] | None,
+    typer.Option("--answer-field", help="Column of the answers: FIELD, or SET=FIELD for one set; repeatable."),
+]
+HookOption = Annotated[str | None, typer.Option("--hook", help="Where the SAE reads, if its files do not say.")]
+LayerOption = Annotated[int | None, typer.Option("--layer", help="Read after this layer, whatever the SAE says.")]
+DtypeOption = Annotated[DtypeChoice, typer.Option("--dtype", help="Of the model; auto is float32 on the CPU.")]
+SaeDtypeOption = Annotated[SaeDtypeChoice | None, typer.Option("--sae-dtype", help="Of the SAE; default: as stored.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto takes CUDA if present.")]
+BatchTokensOption = Annotated[int, typer.Option("--batch-tokens", help="Most tokens of one forward pass.")]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", help="Threads of the core; default: all cores.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Of the sample of prompts and the intervals.")]
+OutputOption = Annotated[Path, typer.Option("--output", help="Folder for the results.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the results as JSON instead of tables.")]
+
+
+@app.command()
+def score(
+    model: ModelOption,
+    sae: SaeOption,
+    train: TrainOption,
+    domains: DomainsOption,
+    demos: DemosOption = None,
+    tuned: TunedOption = None,
+    dims: DimsOption = DimsChoice.icl,
+    estimators: EstimatorsOption = "act,icl",
+    shots: ShotsOption = 2,
+    domain_shots: DomainShotsOption = 5,
+    top_n: TopNOption = 100,
+    tokens: TokensOption = TokensChoice.query,
+    limit: LimitOption = 256,
+    question_field: QuestionFieldOption = None,
+    answer_field: AnswerFieldOption = None,
+    hook: HookOption = None,
+    layer: LayerOption = None,
+    dtype: DtypeOption = DtypeChoice.auto,
+    sae_dtype: SaeDtypeOption = None,
+    device: DeviceOption = "auto",
+    batch_tokens: BatchTokensOption = 8192,
+    threads: ThreadsOption = None,
+    seed: SeedOption = 0,
+    output: OutputOption = Path("sts-fast-run"),
+    as_json: JsonOption = False,
+) -> None:
+    """Forecast how strongly training on a set will move each domain."""
+    forecast = _forecast(
+        model, sae, train, output,
+        domains=domains, demos=demos, tuned=tuned, dims=dims, estimators=estimators, shots=shots,
+        domain_shots=domain_shots, top_n=top_n, tokens=tokens, limit=limit, question_field=question_field,
+        answer_field=answer_field, hook=hook, layer=layer, dtype=dtype, sae_dtype=sae_dtype, device=device,
+        batch_tokens=batch_tokens, threads=threads, seed=seed,
+    )  # fmt: skip
+    if as_json:
+        sys.stdout.write(results.to_json(forecast.to_dict()))
+    else:
+        _print_shift(forecast, n_features=5)
+        _print_scores(forecast)
+        _print_end(forecast, output)
+
+
+@app.command()
+def shift(
+    model: ModelOption,
+    sae: SaeOption,
+    train: TrainOption,
+    demos: DemosOption = None,
+    tuned: TunedOption = None,
+    dims: DimsOption = DimsChoice.icl,
+    shots: ShotsOption = 2,
+    top_n: TopNOption = 100,
+    tokens: TokensOption = TokensChoice.query,
+    limit: LimitOption = 256,
+    question_field: QuestionFieldOption = None,
+    answer_field: AnswerFieldOption = None,
+    hook: HookOption = None,
+    layer: LayerOption = None,
+    dtype: DtypeOption = DtypeChoice.auto,
+    sae_dtype: SaeDtypeOption = None,
+    device: DeviceOption = "auto",
+    batch_tokens: BatchTokensOption = 8192,
+    threads: ThreadsOption = None,
+    seed: SeedOption = 0,
+    output: OutputOption = Path("sts-fast-run"),
+    as_json: JsonOption = False,
+) -> None:
+    """Measure which features a training set shifts, without scoring any domain."""
+    forecast = _forecast(
+        model, sae, train, output,
+        domains=[], demos=demos, tuned=tuned, dims=dims, estimators="act", shots=shots, domain_shots=1, top_n=top_n,
+        tokens=tokens, limit=limit, question_field=question_field, answer_field=answer_field, hook=hook, layer=layer,
+        dtype=dtype, sae_dtype=sae_dtype, device=device, batch_tokens=batch_tokens, threads=threads, seed=seed,
+    )  # fmt: skip
+    if as_json:
+        sys.stdout.write(results.to_json(forecast.to_dict()))
+    else:
+        _print_shift(forecast, n_features=20)
+        _print_end(forecast, output)
+
+
+@app.command()
+def doctor(
+    sae: Annotated[str | None, typer.Option("--sae", help="Also read this SAE and say what was understood.")] = None,
+    layer: LayerOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what is installed, which backend computes, what was understood of an SAE, and check the core."""
+    facts: dict[str, Any] = {
+        "sts-fast": __version__,
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("numpy", "torch", "transformers", "safetensors", "pyarrow", "sae-lens")},
+        "CPU core": f"{_cpu.instruction_set()}, {_cpu.get_num_threads()} threads",
+        "CUDA core": backend.cuda_missing_reason() or "ready",
+        "self-check": _self_check(),
+    }
+    if sae is not None:
+        loaded = load_sae(sae, layer=layer)
+        facts |= {
+            "SAE": loaded.source,
+            "architecture": loaded.architecture + (f", k = {loaded.k}" if loaded.k else ""),
+            "widths": f"d_in {loaded.d_in}, d_sae {loaded.d_sae}, {str(loaded.W_enc.dtype).removeprefix('torch.')}",
+            "trained on": loaded.model_name or "not said",
+            "hook": f"{loaded.hook_name or 'not said'} (read after layer {loaded.hook_layer})",
+            "b_dec": "subtracted from the input" if loaded.apply_b_dec_to_input else "not subtracted from the input",
+            "notes": "; ".join(loaded.notes) or "none",
+        }
+    if as_json:
+        import json
+
+        sys.stdout.write(json.dumps(facts, indent=2) + "\n")
+        return
+    table = Table(show_header=False, box=None)
+    for name, value in facts.items():
+        table.add_row(f"[bold]{name}[/bold]", str(value))
+    out.print(table)
+
+
+def main() -> None:
+    """Entry point: exit code 0, or 2 with one line `error: ...` on standard error."""
+    import click
+
+    try:
+        app(standalone_mode=False)
+    except InputError as error:
+        _fail(str(error))
+    except click.exceptions.NoArgsIsHelpError as error:
+        sys.stderr.write(f"{error.format_message()}\n")
+        sys.exit(2)
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted: no result was written")
+    except MemoryError:
+        _fail("out of memory: lower --batch-tokens, or take --dtype bfloat16")
+
+
+def _fail(message: str) -> None:
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    sys.exit(2)
+
+
+def _forecast(model: str, sae: str, train: Path, output: Path, **options: Any) -> Forecast:
+    hook, threads = options.pop("hook"), options.pop("threads")
+    sae_dtype, limit = options.pop("sae_dtype"), options.pop("limit")
+    estimators = [name.strip() for name in options.pop("estimators").split(",")]
+    results.prepare_folder(output)
+    if threads is not None:
+        if threads < 1:
+            raise InputError(f"--threads must be at least 1, not {threads}")
+        _cpu.set_num_threads(threads)
+    if not train.exists():
+        raise InputError(f"there is no training set {train}: give a file or folder with --train")
+    loaded: SAE = load_sae(sae, layer=options["layer"], hook=hook)
+    with _progress() as tell:
+        forecast = run_score(
+            model=model,
+            sae=loaded,
+            train=train,
+            estimators=estimators,
+            limit=limit or None,
+            question_fields=_fields("--question-field", options.pop("question_field")),
+            answer_fields=_fields("--answer-field", options.pop("answer_field")),
+            sae_dtype=sae_dtype and str(sae_dtype),
+            command=_command(),
+            progress=tell,
+            **{name: str(value) if isinstance(value, StrEnum) else value for name, value in options.items()},
+        )
+    forecast.save(output)
+    return forecast
+
+
+def _command() -> str:
+    """The command as typed, less the options that change where results go and how fast, but not what they are."""
+    kept: list[str] = []
+    words = iter(sys.argv[1:])
+    for word in words:
+        if word in ("--output", "--threads"):
+            next(words, None)
+        elif not word.startswith(("--output=", "--threads=")) and word != "--json":
+            kept.append(word)
+    return shlex.join(["sts-fast", *kept])
+
+
+def _fields(option: str, values: list[str] | None) -> dict[str, str]:
+    fields = {}
+    for value in values or []:
+        name, equals, field = value.rpartition("=")
+        if not field or (equals and not name):
+            raise InputError(f"{option} takes FIELD or SET=FIELD, not '{value}'")
+        fields[name] = field
+    return fields
+
+
+@contextmanager
+def _progress() -> Iterator[Tell]:
+    columns = (
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("prompts"),
+        TimeElapsedColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=err, transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done)
+
+        yield tell
+
+
+def _print_shift(forecast: Forecast, n_features: int) -> None:
+    top_n, shift = forecast.settings["top_n"], forecast.shift
+    table = Table(title=f"Most shifted of {forecast.sae['d_sae']:,} features", title_justify="left")
+    table.add_column("feature", justify="right")
+    table.add_column("share of shift", justify="right")
+    table.add_column("mean activation", justify="right")
+    for feature in forecast.shifted_features[:n_features]:
+        table.add_row(str(feature.index), f"{feature.share:.1%}", f"{feature.mean_activation:.4g}")
+    out.print(table)
+    low, high = shift["stability"]["overlap_ci"]
+    out.print(
+        f"The top {top_n} hold {shift['share_of_top_n']:.0%} of the shift; resampling the "
+        f"{forecast.train['n_prompts']} training prompts keeps {shift['stability']['mean_overlap']:.0%} of them "
+        f"({low:.0%} to {high:.0%}).\n"
+    )
+
+
+def _print_scores(forecast: Forecast) -> None:
+    for estimator in (name for name in ESTIMATORS if name in forecast.settings["estimators"]):
+        rows = sorted(
+            (
+                (getattr(domain, f"sts_{estimator}"), getattr(domain, f"sts_{estimator}_ci"), domain)
+                for domain in forecast.domains
+            ),
+            key=lambda row: -row[0],
+        )
+        longest = max(value for value, _, _ in rows) or 1.0
+        table = Table(title=f"Forecast size of change, by STS_{estimator}", title_justify="left", width=79)
+        table.add_column("domain", ratio=1)
+        table.add_column("", width=BAR_WIDTH)
+        table.add_column("score [95%]", justify="right", no_wrap=True)
+        table.add_column("random", justify="right", no_wrap=True)
+        table.add_column("prompts", justify="right", no_wrap=True)
+        for value, (low, high), domain in rows:
+            table.add_row(
+                domain.name,
+                "█" * round(BAR_WIDTH * value / longest),
+                f"{value:.3g} [{low:.3g}, {high:.3g}]",
+                f"{domain.controls['random'][f'sts_{estimator}']:.3g}",
+                str(domain.n_prompts),
+            )
+        out.print(table)
+    if skipped := [f"{domain.n_skipped} of {domain.name}" for domain in forecast.domains if domain.n_skipped]:
+        out.print(f"Left out, too long for the context or without an answer: {', '.join(skipped)}.", highlight=False)
+    out.print(
+        "A score says how much a domain is expected to move, not whether for better or worse.\n"
+        "Compare domains with each other, and each score with that of random features beside it."
+    )
+
+
+def _print_end(forecast: Forecast, output: Path) -> None:
+    for warning in forecast.warnings:
+        err.print(f"warning: {warning}", style="yellow", highlight=False)
+    err.print(f"Results are in {output}", highlight=False)
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _self_check() -> str:
+    """Encodes random activations and compares with the equation in float64."""
+    rng = np.random.default_rng(0)
+    W_enc, b_enc = rng.normal(size=(48, 200)).astype(np.float32), rng.normal(size=200).astype(np.float32)
+    acts = rng.normal(size=(33, 48)).astype(np.float32)
+    sae = SAE(architecture="standard", W_enc=W_enc, b_enc=b_enc, b_dec=np.zeros(48, np.float32))
+    features = encode(sae, acts)
+    dense = np.zeros((33, 200))
+    dense[np.repeat(np.arange(33), np.diff(features.indptr)), features.indices] = features.values
+    expected = np.maximum(acts.astype(np.float64) @ W_enc.astype(np.float64) + b_enc, 0)
+    difference = float(np.abs(dense - expected).max() / expected.max())
+    return f"{'ok' if difference < 1e-5 else 'FAILED'} (largest relative difference from float64 {difference:.1e})"

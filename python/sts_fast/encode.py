@@ -1,0 +1,36 @@
+"""Sparse features of a batch of activations."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sts_fast import _cpu, backend
+from sts_fast.sae import SAE
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class SparseFeatures(NamedTuple):
+    """The active features of n rows in compressed sparse row form.
+
+    indptr:  [n + 1] int64, row t holds entries indptr[t] to indptr[t + 1]
+    indices: [n_active] int32, feature of the SAE, ascending within a row
+    values:  [n_active] float32, its activation, > 0
+    """
+
+    indptr: NDArray[np.int64]
+    indices: NDArray[np.int32]
+    values: NDArray[np.float32]
+
+
+def encode(sae: SAE, acts: Any, columns: NDArray[np.int64] | None = None) -> SparseFeatures:
+    """The active features of each row.
+
+    acts:    [n_tokens, d_in] float32 or bfloat16: numpy, torch or DLPack, on the CPU, borrowed
+    columns: [n_columns] int64, strictly increasing: only these features
+
+    Raises ValueError, naming the argument, for a wrong shape or dtype, or NaN or infinity.
+    """
+    return SparseFeatures(*_cpu.encode_sparse(backend.encoder(sae), acts, columns))

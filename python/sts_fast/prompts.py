@@ -1,0 +1,221 @@
+"""From examples to token ids: each query without and with demonstrations, and which of its tokens pair up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+
+from sts_fast.errors import InputError
+from sts_fast.examples import Example
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+
+    IntArray = NDArray[np.int32]
+
+TokenClass = Literal["query", "last", "answer", "all"]
+Turn = tuple[str, str]
+
+# Some chat templates print today's date; with a fixed one a forecast is the same tomorrow.
+TEMPLATE_DATE = "26 Jul 2024"
+
+# A demonstration that stands in where a set has none: only the query's own turn is common to both prompts.
+STAND_IN_DEMO: list[Turn] = [("user", "?"), ("assistant", "!")]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One query as it is sent to the model, and the tokens of it that are read.
+
+    base_ids:     [n_base] int32, token ids without demonstrations
+    demos_ids:    [n_demos] int32, token ids with demonstrations; empty where none were asked for
+    positions:    [n_read] int32, positions in base_ids that are read
+    paired:       [n_pairs] int32, those of `positions` whose token stands in demos_ids too
+    paired_demos: [n_pairs] int32, positions in demos_ids; entry i is the same token as paired[i]
+    n_special:    tokens of the query that are not read because they are special
+    """
+
+    id: str
+    base_ids: IntArray
+    demos_ids: IntArray
+    positions: IntArray
+    paired: IntArray
+    paired_demos: IntArray
+    n_special: int
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """The prompts of one training set or domain.
+
+    n_too_long:   queries left out because they overrun the model's context
+    n_unanswered: queries left out because answers are read and they have none
+    """
+
+    name: str
+    prompts: list[Prompt]
+    n_too_long: int
+    n_unanswered: int
+
+
+class PromptTemplate:
+    """Renders turns as token ids: with the tokenizer's own chat template, else as plain question and answer text.
+
+    prepend_bos: put the tokenizer's BOS before plain text even where the tokenizer itself does not (SAEs record how
+        they were trained); a chat template always decides for itself, so that no prompt gets two.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, prepend_bos: bool = False) -> None:
+        self.tokenizer = tokenizer
+        self.is_chat = bool(getattr(tokenizer, "chat_template", None))
+        self.prepend_bos = prepend_bos and tokenizer.bos_token_id is not None
+        self.special_ids = np.asarray(sorted(set(tokenizer.all_special_ids)), dtype=np.int32)
+
+    def token_ids(self, turns: Sequence[Turn]) -> IntArray:
+        """[n] int32 token ids of (role, text) turns; a conversation that ends with the user is left open to answer.
+
+        Raises InputError where the model's chat template refuses the turns.
+        """
+        if self.is_chat:
+            try:
+                ids = self.tokenizer.apply_chat_template(
+                    [{"role": role, "content": text} for role, text in turns],
+                    add_generation_prompt=turns[-1][0] != "assistant",
+                    return_dict=False,
+                    date_string=TEMPLATE_DATE,
+                )
+            except Exception as error:  # a template is a program: jinja2's errors, but also TypeError and the like
+                roles = ", ".join(role for role, _ in turns)
+                raise InputError(f"the model's chat template cannot render turns of {roles}: {error}") from error
+        else:
+            ids = self.tokenizer(plain_text(turns), verbose=False).input_ids
+            if self.prepend_bos and ids[:1] != [self.tokenizer.bos_token_id]:
+                ids = [self.tokenizer.bos_token_id, *ids]
+            if ids[-1:] == [self.tokenizer.eos_token_id] and len(ids) > 1:
+                ids = ids[:-1]  # some tokenizers close every text, but the model is to go on from here
+        return np.asarray(ids, dtype=np.int32)
+
+
+def plain_text(turns: Sequence[Turn]) -> str:
+    """Question and answer text for models without a chat template; it ends with "Answer:" where the answer is due."""
+    forms = {"user": "Question: {}\nAnswer:", "assistant": " {}\n\n"}
+    return "".join(forms.get(role, "{}\n\n").format(text) for role, text in turns).rstrip("\n")
+
+
+def choose_demos(
+    name: str, examples: Sequence[Example], shots: int, demos: Sequence[Example] | None = None
+) -> tuple[list[Example], list[Example]]:
+    """The demonstrations of a set and its remaining queries, none of which is a demonstration.
+
+    demos: examples to demonstrate with; by default the first `shots` answered ones of the set itself.
+    Raises InputError where there are fewer than `shots` answered examples, or no query is left.
+    """
+    answered = [example for example in (examples if demos is None else demos) if example.answer is not None]
+    source = f"'{name}'" if demos is None else f"the demonstrations given for '{name}'"
+    if len(answered) < shots:
+        raise InputError(
+            f"{source} has {len(answered)} answered examples, but {shots} are to be shown as demonstrations: "
+            "lower --shots (training set) or --domain-shots (domains), or give answered examples with --demos"
+        )
+    chosen = answered[:shots]
+    shown = {(example.context, example.question) for example in chosen}
+    queries = [example for example in examples if (example.context, example.question) not in shown]
+    if not queries:
+        raise InputError(f"'{name}' has no example left to ask once its demonstrations are set aside: add examples")
+    return chosen, queries
+
+
+def build_prompts(
+    name: str,
+    queries: Sequence[Example],
+    template: PromptTemplate,
+    *,
+    demos: Sequence[Example] = (),
+    tokens: TokenClass = "query",
+    context_length: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> PromptSet:
+    """Prompts of a random sample of `limit` queries that fit into the model's context, in the order of the set.
+
+    The tokens read are, for `tokens`:
+      query   those of the query's own turn: what its prompt has in common, at the end, with one that carries
+              demonstrations (longest common token suffix)
+      last    the last of these
+      answer  those of the answer, which is put after the query
+      all     query and answer, where there is one
+    never special tokens. Which examples are drawn depends on `seed`, the examples and the context length alone.
+
+    Raises ValueError for an unknown token class.
+    """
+    if tokens not in get_args(TokenClass):
+        raise ValueError(f"tokens must be one of {', '.join(get_args(TokenClass))}, not '{tokens}'")
+    demo_turns = [turn for demo in demos for turn in (*_query_turns(demo), ("assistant", demo.answer or ""))]
+    chosen: list[tuple[int, Prompt]] = []
+    n_too_long = n_unanswered = 0
+    for row in np.random.default_rng(seed).permutation(len(queries)):
+        if len(chosen) == limit:
+            break
+        query = queries[row]
+        if tokens == "answer" and query.answer is None:
+            n_unanswered += 1
+            continue
+        prompt = _pair(query, demo_turns, template, tokens)
+        if context_length is not None and max(len(prompt.base_ids), len(prompt.demos_ids)) > context_length:
+            n_too_long += 1
+            continue
+        chosen.append((int(row), prompt))
+    chosen.sort(key=lambda item: item[0])
+    return PromptSet(name, [prompt for _, prompt in chosen], n_too_long, n_unanswered)
+
+
+def _query_turns(example: Example) -> list[Turn]:
+    return [*example.context, ("user", example.question)]
+
+
+def _pair(query: Example, demo_turns: list[Turn], template: PromptTemplate, tokens: TokenClass) -> Prompt:
+    turns = _query_turns(query)
+    # A system turn opens the conversation, so it goes before the demonstrations.
+    n_system = next((i for i, (role, _) in enumerate(turns) if role != "system"), len(turns))
+    answer: list[Turn] = [("assistant", query.answer)] if tokens in ("answer", "all") and query.answer else []
+
+    def with_demos(demos: list[Turn], end: list[Turn]) -> IntArray:
+        return template.token_ids([*turns[:n_system], *demos, *turns[n_system:], *end])
+
+    base_ids = with_demos([], answer)
+    demos_ids = with_demos(demo_turns, answer) if demo_turns else np.empty(0, np.int32)
+    if tokens == "answer":
+        start = common_prefix_length(base_ids, with_demos([], []))
+    else:
+        start = len(base_ids) - common_suffix_length(base_ids, with_demos(STAND_IN_DEMO, answer))
+    span = np.arange(start, len(base_ids), dtype=np.int32)
+    positions = span[~np.isin(base_ids[start:], template.special_ids)]
+    n_special = len(span) - len(positions)
+    if tokens == "last":
+        positions = positions[-1:]
+    paired = positions[positions >= len(base_ids) - common_suffix_length(base_ids, demos_ids)]
+    return Prompt(
+        id=query.id,
+        base_ids=base_ids,
+        demos_ids=demos_ids,
+        positions=positions,
+        paired=paired,
+        paired_demos=paired + np.int32(len(demos_ids) - len(base_ids)),
+        n_special=n_special,
+    )
+
+
+def common_prefix_length(a: IntArray, b: IntArray) -> int:
+    """Number of equal tokens at the start of two sequences."""
+    n = min(len(a), len(b))
+    differs = np.flatnonzero(a[:n] != b[:n])
+    return int(differs[0]) if len(differs) else n
+
+
+def common_suffix_length(a: IntArray, b: IntArray) -> int:
+    """Number of equal tokens at the end of two sequences."""
+    return common_prefix_length(a[::-1], b[::-1])

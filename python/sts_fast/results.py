@@ -1,0 +1,248 @@
+"""What a forecast holds, and the files it is written to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+
+from sts_fast import files
+from sts_fast.capture import PairedRows
+from sts_fast.correlate import CorrelationStats
+from sts_fast.errors import InputError
+from sts_fast.prompts import Prompt, PromptSet
+from sts_fast.shift import ShiftStats
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
+    Doubles = NDArray[np.float64]
+
+SCHEMA_VERSION = "1.0"
+SCORES_FILE = "scores.json"
+SHIFT_FILE = "shift.safetensors"
+PROMPTS_FILE = "prompts.parquet"
+
+Interval = tuple[float, float]
+Estimator = Literal["act", "icl", "act_sq"]
+ESTIMATORS = get_args(Estimator)
+VALUE_COLUMNS = [f"{control}{estimator}_sum" for control in ("", "random_") for estimator in ESTIMATORS]
+
+
+@dataclass(frozen=True)
+class DomainScore:
+    """The forecast for one domain; an estimator that was not asked for is None.
+
+    sts_act:    E_x sum_{j in D_N} h_j(x)                          (STS paper, STS_act)
+    sts_icl:    E_x sum_{j in D_N} ||h_j(demos, x) - h_j(x)||^2     (STS paper, STS_ICL)
+    sts_act_sq: E_x mean_{j in D_N} h_j(x)^2                       (the variant in the authors' notebook)
+    *_ci:       95% percentile interval of a bootstrap over prompts, D_N held fixed
+    n_tokens:   tokens behind sts_act; n_pairs: token pairs behind sts_icl
+    n_skipped:  examples looked at and left out: n_too_long for the model's context, n_unanswered where answers are read
+    n_special, n_sinks: tokens left out because they are special, because they are attention sinks
+    controls:   the same estimators with other features in the place of D_N, by control and estimator
+    """
+
+    name: str
+    sts_act: float | None
+    sts_act_ci: Interval | None
+    sts_icl: float | None
+    sts_icl_ci: Interval | None
+    sts_act_sq: float | None
+    sts_act_sq_ci: Interval | None
+    n_prompts: int
+    n_tokens: int
+    n_pairs: int
+    n_skipped: int
+    n_too_long: int
+    n_unanswered: int
+    n_special: int
+    n_sinks: int
+    controls: dict[str, dict[str, float | None]]
+
+
+@dataclass(frozen=True)
+class ShiftedFeature:
+    """One feature of D_N.
+
+    mean_squared_shift: E_x ||h_j(x) - h_j(demos, x)||^2; None where D_N holds the most active features
+    mean_activation:    E_x h_j(x)
+    share:              its part of the total, over all features, of what D_N is ranked by
+    """
+
+    index: int
+    mean_squared_shift: float | None
+    mean_activation: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A whole forecast: numbers, the statistics they come from, and every prompt that was sent.
+
+    model, sae, train, settings, shift, provenance: plain values, as in scores.json
+    stats:   per-feature sums over the training set: ShiftStats, or CorrelationStats where D_N holds active features
+    random_features: [n_sets, top_n] int64, the sets of features that the random control averages over
+    prompts: one row per prompt and stage, as in prompts.parquet
+    """
+
+    model: dict[str, Any]
+    sae: dict[str, Any]
+    train: dict[str, Any]
+    settings: dict[str, Any]
+    shift: dict[str, Any]
+    domains: list[DomainScore]
+    shifted_features: list[ShiftedFeature]
+    warnings: list[str]
+    provenance: dict[str, Any]
+    stats: ShiftStats | CorrelationStats
+    random_features: NDArray[np.int64]
+    prompts: pa.Table
+
+    def to_dict(self) -> dict[str, Any]:
+        """What scores.json holds."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "model": self.model,
+            "sae": self.sae,
+            "train": self.train,
+            "settings": self.settings,
+            "shift": self.shift,
+            "domains": [_plain(domain) for domain in self.domains],
+            "shifted_features": [_plain(feature) for feature in self.shifted_features],
+            "warnings": self.warnings,
+            "provenance": self.provenance,
+        }
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per domain, controls as columns `random_sts_act` and so on."""
+        import pandas as pd
+
+        return pd.json_normalize([_plain(domain) for domain in self.domains], sep="_").rename(
+            columns=lambda name: name.removeprefix("controls_")
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Writes scores.json, shift.safetensors and prompts.parquet, each whole or not at all; scores.json comes last.
+
+        Raises InputError where the folder cannot be written to.
+        """
+        import pyarrow.parquet as pq
+
+        folder = Path(folder)
+        prepare_folder(folder)
+        scores = self.to_dict()
+        validate_scores(scores)
+        with files.atomic_path(folder / PROMPTS_FILE) as path:
+            pq.write_table(self.prompts, path, compression="zstd")
+        shifted = np.asarray([feature.index for feature in self.shifted_features])
+        self.stats.save(folder / SHIFT_FILE, shifted_features=shifted, random_features=self.random_features)
+        with files.atomic_path(folder / SCORES_FILE) as path:
+            path.write_text(to_json(scores), encoding="utf-8")
+
+
+def to_json(scores: dict[str, Any]) -> str:
+    """scores.json as text: indented, and without NaN, which JSON does not have."""
+    return json.dumps(scores, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def scores_schema() -> dict[str, Any]:
+    """The JSON schema of scores.json."""
+    text = resources.files("sts_fast").joinpath("scores.schema.json").read_text(encoding="utf-8")
+    schema: dict[str, Any] = json.loads(text)
+    return schema
+
+
+def validate_scores(scores: dict[str, Any]) -> None:
+    """Raises jsonschema.ValidationError where a document is not a valid scores.json."""
+    import jsonschema
+
+    jsonschema.validate(json.loads(to_json(scores)), scores_schema())
+
+
+def prepare_folder(folder: Path) -> None:
+    """Makes sure that results can be written to `folder`, before any work is done. Raises InputError where not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the output folder {folder}: {error.strerror or error}") from error
+    with files.atomic_path(folder / ".writable") as path:
+        path.touch()
+    (folder / ".writable").unlink()
+
+
+def _plain(record: DomainScore | ShiftedFeature) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(record).items()}
+
+
+def hashed_inputs(role: str, paths: Iterable[str | Path]) -> list[dict[str, str]]:
+    """Role, path and SHA-256 of input files; a folder stands for the files directly in it."""
+    entries = []
+    for path in map(Path, paths):
+        for file in sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path]:
+            entries.append({"role": role, "path": str(file), "sha256": files.sha256(file)})
+    return entries
+
+
+class PromptLog:
+    """Which tokens of each prompt were read in the end, for prompts.parquet."""
+
+    def __init__(self, stage: str, prompt_set: PromptSet) -> None:
+        self.stage, self.name, self.prompts = stage, prompt_set.name, prompt_set.prompts
+        n = len(self.prompts)
+        self.kept: list[NDArray[np.bool_]] = [np.zeros(0, bool)] * n
+        self.kept_paired: list[NDArray[np.bool_]] = [np.zeros(0, bool)] * n
+        self.n_read = np.zeros(n, np.int64)
+        self.n_pairs = np.zeros(n, np.int64)
+
+    def record(self, rows: PairedRows) -> None:
+        for index, kept, kept_paired in zip(rows.prompts, rows.kept, rows.kept_paired, strict=True):
+            self.kept[index], self.kept_paired[index] = kept, kept_paired
+            self.n_read[index], self.n_pairs[index] = kept.sum(), kept_paired.sum()
+
+    def counts(self) -> dict[str, int]:
+        return {
+            "n_tokens": int(self.n_read.sum()),
+            "n_pairs": int(self.n_pairs.sum()),
+            "n_special": sum(prompt.n_special for prompt in self.prompts),
+            "n_sinks": sum(int((~kept).sum()) for kept in self.kept),
+        }
+
+    def table(self, values: dict[str, Doubles]) -> pa.Table:
+        import pyarrow as pa
+
+        def tokens(read: Callable[[int, Prompt], NDArray[np.int32]]) -> pa.Array:
+            return pa.array([read(i, prompt) for i, prompt in enumerate(self.prompts)], pa.list_(pa.int32()))
+
+        paired = [
+            _pair_positions(prompt, len(kept)) for prompt, kept in zip(self.prompts, self.kept_paired, strict=True)
+        ]
+        columns = {
+            "stage": pa.array([self.stage] * len(self.prompts)),
+            "domain": pa.array([self.name] * len(self.prompts)),
+            "id": pa.array([prompt.id for prompt in self.prompts]),
+            "base_ids": tokens(lambda i, prompt: prompt.base_ids),
+            "demos_ids": tokens(lambda i, prompt: prompt.demos_ids),
+            "positions": tokens(lambda i, prompt: prompt.positions[self.kept[i]]),
+            "paired": tokens(lambda i, prompt: paired[i][0][self.kept_paired[i]]),
+            "paired_demos": tokens(lambda i, prompt: paired[i][1][self.kept_paired[i]]),
+            "n_special": pa.array([prompt.n_special for prompt in self.prompts], pa.int64()),
+            "n_sinks": pa.array([int((~kept).sum()) for kept in self.kept], pa.int64()),
+        }
+        for name in VALUE_COLUMNS:
+            columns[name] = pa.array(values[name]) if name in values else pa.nulls(len(self.prompts), pa.float64())
+        return pa.table(columns)
+
+
+def _pair_positions(prompt: Prompt, n_pairs: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    # With a tuned model every position is paired with itself, and there are no demonstrations.
+    if len(prompt.demos_ids):
+        return prompt.paired, prompt.paired_demos
+    return prompt.positions[:n_pairs], prompt.positions[:n_pairs]

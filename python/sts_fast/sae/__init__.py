@@ -1,0 +1,156 @@
+"""Sparse autoencoders, as read from the files people share."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sts_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class SAE:
+    """The encoder of a sparse autoencoder: everything that turns a residual stream into features.
+
+    With p = (x - b_dec if apply_b_dec_to_input else x) W_enc, a feature is
+      standard  relu(p + b_enc)
+      jumprelu  relu(p + b_enc) where p + b_enc > threshold, else 0
+      gated     relu(exp(r_mag) p + b_mag) where p + b_gate > 0, else 0
+      topk      relu of the k largest (p + b_enc) of the row (times W_dec_norm, if given), else 0
+
+    W_enc:       [d_in, d_sae] float32 or bfloat16, numpy or torch, in either memory order; never copied
+    b_enc:       [d_sae] float32 (zeros for gated)
+    b_dec:       [d_in] float32
+    threshold:   [d_sae] float32, jumprelu only
+    r_mag, b_mag, b_gate: [d_sae] float32, gated only
+    W_dec_norm:  [d_sae] float32, Euclidean norms of W_dec's rows, for topk trained with rescaled activations
+    hook_name:   where in the model the SAE reads, as its file says ('blocks.25.hook_resid_post', 'model.layers.25')
+    source:      path or id that it was loaded from
+
+    Raises ValueError, naming the field, where shapes do not fit together, and InputError for an unknown architecture.
+    """
+
+    architecture: str
+    W_enc: Any
+    b_enc: Floats
+    b_dec: Floats
+    threshold: Floats | None = None
+    r_mag: Floats | None = None
+    b_mag: Floats | None = None
+    b_gate: Floats | None = None
+    W_dec_norm: Floats | None = None
+    k: int = 0
+    apply_b_dec_to_input: bool = True
+    hook_name: str = ""
+    model_name: str = ""
+    prepend_bos: bool = False
+    source: str = ""
+    notes: tuple[str, ...] = ()
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        needed = {
+            "standard": (),
+            "jumprelu": ("threshold",),
+            "gated": ("r_mag", "b_mag", "b_gate"),
+            "topk": (),
+        }
+        if self.architecture not in needed:
+            raise InputError(
+                f"{self.source or 'the SAE'} has the architecture '{self.architecture}', which is not supported: "
+                f"use one of {', '.join(needed)}"
+            )
+        if len(self.W_enc.shape) != 2:
+            raise ValueError(f"W_enc must have two dimensions, [d_in, d_sae], but has shape {tuple(self.W_enc.shape)}")
+        widths = {"b_enc": self.d_sae, "b_dec": self.d_in, "W_dec_norm": self.d_sae}
+        widths |= dict.fromkeys(("threshold", "r_mag", "b_mag", "b_gate"), self.d_sae)
+        for name, width in widths.items():
+            value = getattr(self, name)
+            if value is None and name in needed[self.architecture]:
+                raise ValueError(f"a {self.architecture} SAE needs {name}")
+            if value is not None and tuple(value.shape) != (width,):
+                raise ValueError(f"{name} must have shape ({width},), but has {tuple(value.shape)}")
+        if self.architecture == "topk" and not 1 <= self.k <= self.d_sae:
+            raise ValueError(f"k must lie between 1 and d_sae = {self.d_sae}, but is {self.k}")
+
+    @property
+    def d_in(self) -> int:
+        return int(self.W_enc.shape[0])
+
+    @property
+    def d_sae(self) -> int:
+        return int(self.W_enc.shape[1])
+
+    @cached_property
+    def hook_layer(self) -> int | None:
+        """Index of the decoder layer whose output the SAE reads; None where its hook name does not tell.
+
+        Raises InputError for hooks other than the residual stream at a layer's output.
+        """
+        return hook_layer(self.hook_name)
+
+    def with_dtype(self, dtype: str) -> SAE:
+        """The same SAE with W_enc as 'float32' or 'bfloat16' (rounded to nearest even)."""
+        import torch
+
+        if dtype not in ("float32", "bfloat16"):
+            raise InputError(f"an SAE can be held as float32 or bfloat16, not {dtype}")
+        return replace(self, W_enc=torch.as_tensor(self.W_enc).to(getattr(torch, dtype)))
+
+
+def hook_layer(hook_name: str) -> int | None:
+    """Layer index of a residual-stream hook: 'blocks.L.hook_resid_post', a resid_pre (L - 1) or a layer's module path.
+
+    Raises InputError for any other place in the model.
+    """
+    if not hook_name:
+        return None
+    if match := re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", hook_name):
+        return int(match[1])
+    if (match := re.fullmatch(r"blocks\.(\d+)\.hook_resid_pre", hook_name)) and int(match[1]) > 0:
+        return int(match[1]) - 1
+    if match := re.fullmatch(r"(?:[a-z_]+\.)*(?:layers|h|blocks)\.(\d+)", hook_name):
+        return int(match[1])
+    raise InputError(
+        f"the hook '{hook_name}' is not the residual stream after a decoder layer, the only place read so far: "
+        "use an SAE of a resid_post hook, or say where it reads with --layer"
+    )
+
+
+def load_sae(source: str | Path, *, layer: int | None = None, hook: str | None = None) -> SAE:
+    """Reads an SAE from a SAELens folder, or by its 'release/id' through sae-lens.
+
+    layer: reads the residual stream after this layer, whatever the SAE's own files say
+    hook:  the same by name, such as 'blocks.25.hook_resid_post' or 'model.layers.25'
+    Raises InputError, naming file and key, for whatever cannot be read or is not supported.
+    """
+    from sts_fast.sae import saelens
+
+    path = Path(source)
+    if path.is_dir():
+        sae = saelens.read_folder(path)
+    elif path.exists():
+        raise InputError(
+            f"{path} is a file, but an SAE is a folder with {saelens.CONFIG_FILE} and {saelens.WEIGHTS_FILE}: give that"
+        )
+    elif "/" in str(source) and not path.is_absolute() and not str(source).startswith("."):
+        sae = saelens.read_release(str(source))
+    else:
+        raise InputError(f"there is no SAE at {source}: give a SAELens folder, or 'release/id' as sae-lens names it")
+    if layer is not None and hook is not None:
+        raise InputError("--layer and --hook say the same thing: give one of them")
+    if layer is not None:
+        hook = f"blocks.{layer}.hook_resid_post"
+    if hook is not None:
+        sae = replace(sae, hook_name=hook)
+    return sae
