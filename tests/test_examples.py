@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sts_fast.errors import InputError
 from sts_fast.examples import Example, load_domains, load_examples
@@ -329,6 +332,49 @@ def test_unusable_file(tmp_path: Path, name: str, data: bytes, message: str) -> 
         load_examples(tmp_path / name)
     assert str(tmp_path / name) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=5)
+COLUMNS = ("question", "prompt", "messages", "conversations", "instruction", "input", "chosen", "answer", "completion")
+NAMES = st.sampled_from(
+    (*COLUMNS, "options", "history", "system", "label", "category", "id", "role", "content", "from")
+)
+VALUES = st.recursive(
+    SCALARS | st.sampled_from(["user", "assistant"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.dictionaries(NAMES, VALUES, max_size=6) | VALUES, max_size=3), st.booleans())
+def test_rows_of_any_shape_give_examples_or_one_sentence(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[Any], as_lines: bool
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    path = folder / ("any.jsonl" if as_lines else "any.json")
+    path.write_text("\n".join(map(json.dumps, rows)) if as_lines else json.dumps(rows))
+    sentence, domains = "", {}
+    try:
+        domains = load_domains([str(path)])
+    except InputError as error:
+        sentence = str(error)
+    assert domains or str(path) in sentence
+    "".join(domains).encode()
+    for example in (example for examples in domains.values() for example in examples):
+        assert example.question.strip()
+        assert example.answer is None or example.answer.strip()
+        assert all(role in ("system", "user", "assistant", "tool") for role, _ in example.context)
+        f"{example.id}{example.question}{example.answer}{example.context}".encode()
+
+
+def test_damaged_parquet_never_crashes(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", [ROW | {"options": ["x", "y"], "n": i} for i in range(50)])
+    data = path.read_bytes()
+    for at in range(0, len(data), 7):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1 :])
+        with contextlib.suppress(InputError):
+            load_examples(path)
 
 
 def test_truncated_parquet(tmp_path: Path) -> None:

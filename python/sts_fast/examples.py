@@ -457,7 +457,7 @@ class _RowReader:
         value = fields.get(self.category_column)
         if _is_missing(value) or not isinstance(value, (str, int, float)):
             raise InputError(f"{where} has no {self.category_column}; fill it in, or give the file as NAME=PATH")
-        return str(value).strip()
+        return _text(value, where, self.category_column).strip()
 
     def _example(self, row: Row, fields: Row, where: str, default_id: str) -> Example:
         turns, begun = self._turns(row, fields, where)
@@ -472,7 +472,7 @@ class _RowReader:
         if fields.get("label") is False or answer is None or not answer.strip():
             answer = None
         return Example(
-            id=_own_id(fields) or default_id,
+            id=_own_id(fields, where) or _text(default_id, where, "id"),
             question=question.strip(),
             answer=None if answer is None else _without_margin(begun + answer),
             context=tuple(_earlier_turns(fields, where, context) + context),
@@ -537,11 +537,11 @@ def _lookup(row: Row, field: str) -> Any:
     return value
 
 
-def _own_id(fields: Row) -> str | None:
+def _own_id(fields: Row, where: str) -> str | None:
     for name in ID_COLUMNS:
         value = fields.get(name)
         if type(value) in (str, int) and str(value).strip():
-            return str(value).strip()
+            return _text(value, where, name).strip()
     return None
 
 
@@ -557,7 +557,7 @@ def _parsed_turns(value: Any, where: str) -> list[Turn]:
         content = item["content"] if "content" in item else item.get("value")
         text = _turn_text(content, where)
         if not text.strip() and item.get("tool_calls"):
-            text = json.dumps(item["tool_calls"], ensure_ascii=False)
+            text = _text(json.dumps(item["tool_calls"], ensure_ascii=False, default=str), where, "tool_calls")
         if text.strip() or role in ("user", "tool"):
             turns.append((role, text))
     return turns
