@@ -53,8 +53,8 @@ def main() -> int:
 def write_questions(folder: Path, n: int = 60) -> None:
     """Small sets of questions and answers, one JSONL file a domain."""
     rng = random.Random(0)
-    words = "apple river stone cloud table green window garden silver mountain".split()
-    days = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+    words = ["apple", "river", "stone", "cloud", "table", "green", "window", "garden", "silver", "mountain"]
+    days = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 
     def addition() -> tuple[str, str]:
         a, b = rng.randrange(100), rng.randrange(100)

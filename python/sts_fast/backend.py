@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -25,10 +26,12 @@ def encoder(sae: SAE) -> _cpu.Encoder:
 
 def cuda_missing_reason() -> str | None:
     """Why the CUDA ops cannot serve here, in words; None where they can."""
+    if find_spec("sts_fast._cuda") is None:
+        return "this build has no CUDA module: build it where nvcc is, with STS_CUDA=ON"
     try:
         from sts_fast import _cuda
     except ImportError as error:
-        return f"this build has no CUDA module ({error})"
+        return f"the CUDA module does not load: {error}"
     return _cuda.missing_reason()
 
 
@@ -36,7 +39,9 @@ def _fold(sae: SAE) -> _cpu.Encoder:
     # x is never changed: (x - b_dec) W + b = x W + (b - b_dec W), the bracket computed in float64.
     shift = _b_dec_through_W_enc(sae) if sae.apply_b_dec_to_input else np.zeros(sae.d_sae)
     if sae.architecture == "gated":
-        assert sae.r_mag is not None and sae.b_mag is not None and sae.b_gate is not None
+        assert sae.r_mag is not None
+        assert sae.b_mag is not None
+        assert sae.b_gate is not None
         scale = np.exp(sae.r_mag.astype(np.float64))
         return _cpu.Encoder(
             sae.W_enc,

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from sts_fast.score import Progress as Tell
 
 app = typer.Typer(
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -39,6 +38,9 @@ out = Console()
 err = Console(stderr=True)
 
 BAR_WIDTH = 12
+
+# What typer raises for a wrong command line: its ClickException, which it does not export under a name of its own.
+CommandLineError = typer.BadParameter.__mro__[2]
 
 
 class DimsChoice(StrEnum):
@@ -103,6 +105,17 @@ ThreadsOption = Annotated[int | None, typer.Option("--threads", help="Threads of
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Of the sample of prompts and the intervals.")]
 OutputOption = Annotated[Path, typer.Option("--output", help="Folder for the results.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the results as JSON instead of tables.")]
+
+
+@app.callback(invoke_without_command=True)
+def start(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if version:
+        out.print(__version__, highlight=False)
+    elif context.invoked_subcommand is None:
+        sys.stdout.write(context.get_help() + "\n")
 
 
 @app.command()
@@ -227,18 +240,13 @@ def doctor(
 
 def main() -> None:
     """Entry point: exit code 0, or 2 with one line `error: ...` on standard error."""
-    import click
-
     try:
         app(standalone_mode=False)
     except InputError as error:
         _fail(str(error))
-    except click.exceptions.NoArgsIsHelpError as error:
-        sys.stderr.write(f"{error.format_message()}\n")
-        sys.exit(2)
-    except click.ClickException as error:
-        _fail(error.format_message())
-    except (click.Abort, KeyboardInterrupt):
+    except CommandLineError as error:
+        _fail(f"{error.format_message()} See sts-fast --help")  # type: ignore[attr-defined]
+    except (typer.Abort, KeyboardInterrupt):
         _fail("interrupted: no result was written")
     except MemoryError:
         _fail("out of memory: lower --batch-tokens, or take --dtype bfloat16")

@@ -164,8 +164,8 @@ def build_prompts(
         if tokens == "answer" and query.answer is None:
             n_unanswered += 1
             continue
-        prompt = _pair(query, demo_turns, template, tokens)
-        if context_length is not None and max(len(prompt.base_ids), len(prompt.demos_ids)) > context_length:
+        prompt = _pair(query, demo_turns, template, tokens, context_length)
+        if prompt is None:
             n_too_long += 1
             continue
         chosen.append((int(row), prompt))
@@ -177,7 +177,10 @@ def _query_turns(example: Example) -> list[Turn]:
     return [*example.context, ("user", example.question)]
 
 
-def _pair(query: Example, demo_turns: list[Turn], template: PromptTemplate, tokens: TokenClass) -> Prompt:
+def _pair(
+    query: Example, demo_turns: list[Turn], template: PromptTemplate, tokens: TokenClass, context_length: int | None
+) -> Prompt | None:
+    """The prompt of one query, or None where it overruns the context."""
     turns = _query_turns(query)
     # A system turn opens the conversation, so it goes before the demonstrations.
     n_system = next((i for i, (role, _) in enumerate(turns) if role != "system"), len(turns))
@@ -187,7 +190,11 @@ def _pair(query: Example, demo_turns: list[Turn], template: PromptTemplate, toke
         return template.token_ids([*turns[:n_system], *demos, *turns[n_system:], *end])
 
     base_ids = with_demos([], answer)
+    if context_length is not None and len(base_ids) > context_length:
+        return None
     demos_ids = with_demos(demo_turns, answer) if demo_turns else np.empty(0, np.int32)
+    if context_length is not None and len(demos_ids) > context_length:
+        return None
     if tokens == "answer":
         start = common_prefix_length(base_ids, with_demos([], []))
     else:
