@@ -84,9 +84,7 @@ def words(ids: Sequence[int] | np.ndarray) -> str:
     return " ".join(WORDS[i] for i in ids)
 
 
-def build_one(
-    template: PromptTemplate, query: Example, demos: Sequence[Example] = (), tokens: str = "query"
-) -> Prompt:
+def build_one(template: PromptTemplate, query: Example, demos: Sequence[Example] = (), tokens: str = "query") -> Prompt:
     built = build_prompts("set", [query], template, demos=demos, tokens=tokens)
     assert (built.name, built.n_too_long, built.n_unanswered) == ("set", 0, 0)
     (prompt,) = built.prompts
@@ -148,9 +146,7 @@ def test_plain_query_pairs_with_itself_behind_the_demonstration() -> None:
         ("all", "Question: a b Answer: x y", [0, 1, 2, 3, 4, 5], [4, 5, 6, 7, 8, 9]),
     ],
 )
-def test_token_classes_in_plain_text(
-    tokens: str, base: str, positions: list[int], paired_demos: list[int]
-) -> None:
+def test_token_classes_in_plain_text(tokens: str, base: str, positions: list[int], paired_demos: list[int]) -> None:
     prompt = build_one(PLAIN, AB, [DEMO], tokens)
     assert words(prompt.base_ids) == base
     assert words(prompt.demos_ids) == f"Question: c Answer: z {base}"
@@ -191,9 +187,7 @@ def test_one_bos_at_most_and_no_eos(around: str, prepend_bos: bool, expected: st
 def test_prepend_bos_is_void_without_a_bos_token() -> None:
     tokenizer = make_tokenizer()
     tokenizer.bos_token = None
-    assert (
-        words(PromptTemplate(tokenizer, prepend_bos=True).token_ids([("user", "a")])) == "Question: a Answer:"
-    )
+    assert words(PromptTemplate(tokenizer, prepend_bos=True).token_ids([("user", "a")])) == "Question: a Answer:"
 
 
 def test_chat_template_decides_about_bos_alone() -> None:
@@ -406,9 +400,7 @@ def test_too_few_answered_rows() -> None:
         InputError, match=r"'law' has 4 answered examples, but 5 are to be shown .*--domain-shots.*--demos"
     ):
         choose_demos("law", ROWS, 5)
-    with pytest.raises(
-        InputError, match=r"the demonstrations given for 'law' has 0 answered examples, but 1"
-    ):
+    with pytest.raises(InputError, match=r"the demonstrations given for 'law' has 0 answered examples, but 1"):
         choose_demos("law", ROWS, 1, ROWS[:1])
 
 
