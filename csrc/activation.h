@@ -1,0 +1,44 @@
+#pragma once
+/// The activation functions, written once for both backends: V is float in CUDA and a SIMD vector on the CPU.
+/// See Encoder in sts/sae_ops.h for the formulas.
+
+#if defined(__CUDACC__)
+#define STS_INLINE __host__ __device__ __forceinline__
+#else
+#define STS_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace sts {
+
+/// relu too: its threshold is 0. The threshold given here is already max(threshold, 0).
+template <class V>
+struct JumpRelu {
+    V scale, bias, threshold;
+    STS_INLINE V operator()(V p) const {
+        const V pre = scale * p + bias;
+        return pre > threshold ? pre : V{};
+    }
+};
+
+template <class V>
+struct Gated {
+    V scale, bias, gate_bias;
+    STS_INLINE V operator()(V p) const {
+        const V pre = scale * p + bias;
+        const V h = pre > V{} ? pre : V{};
+        return p + gate_bias > V{} ? h : V{};
+    }
+};
+
+/// A candidate for the row's k largest: `row_threshold` >= 0 bounds the k-th largest positive value from
+/// below.
+template <class V>
+struct TopKCandidate {
+    V scale, bias, row_threshold;
+    STS_INLINE V operator()(V p) const {
+        const V pre = scale * p + bias;
+        return pre > row_threshold ? pre : V{};
+    }
+};
+
+}  // namespace sts

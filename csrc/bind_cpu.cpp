@@ -1,0 +1,347 @@
+// The only file of the CPU core that knows Python.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <sts/check.h>
+#include <sts/sae_ops.h>
+
+#include <utility>
+
+namespace py = pybind11;
+using sts::check;
+using sts::DType;
+using sts::MatrixView;
+using sts::Span;
+using sts::Table;
+
+namespace {
+
+// The structs of the DLPack C ABI, version 0.x (its specification, "C API").
+struct DLDevice {
+    int32_t device_type, device_id;
+};
+struct DLDataType {
+    uint8_t code, bits;
+    uint16_t lanes;
+};
+struct DLTensor {
+    void* data;
+    DLDevice device;
+    int32_t ndim;
+    DLDataType dtype;
+    int64_t *shape, *strides;
+    uint64_t byte_offset;
+};
+struct DLManagedTensor {
+    DLTensor dl_tensor;
+    void* manager_ctx;
+    void (*deleter)(DLManagedTensor*);
+};
+constexpr int32_t kDLCPU = 1, kDLCUDAHost = 3;
+constexpr uint8_t kDLFloat = 2, kDLBfloat = 4;
+
+std::string text(const py::handle& object) {
+    return py::str(object).cast<std::string>();
+}
+
+/// A Python array of float32 or bfloat16 and what keeps its memory alive.
+class Borrowed {
+  public:
+    Borrowed(const py::object& object, std::string name) : name_(std::move(name)) {
+        if (py::isinstance<py::array>(object))
+            take_numpy(py::reinterpret_borrow<py::array>(object));
+        else if (py::hasattr(object, "__dlpack__") && py::hasattr(object, "__dlpack_device__"))
+            take_dlpack(object);
+        else
+            fail("must be a numpy array or a tensor that speaks DLPack, got " +
+                 text(py::type::of(object).attr("__name__")));
+    }
+    ~Borrowed() {
+        if (managed_ && managed_->deleter) managed_->deleter(managed_);
+    }
+    Borrowed(const Borrowed&) = delete;
+    Borrowed& operator=(const Borrowed&) = delete;
+
+    MatrixView matrix(const char* shape) const {
+        check_ndim(2, shape);
+        return {data_, dtype_, shape_[0], shape_[1],
+                // A dimension of one element may carry any stride.
+                shape_[0] > 1 ? strides_[0] : shape_[1], shape_[1] > 1 ? strides_[1] : 1};
+    }
+
+    std::vector<float> vector(const char* shape) const {
+        check_ndim(1, shape);
+        if (dtype_ != DType::float32) fail("must be float32, got bfloat16");
+        std::vector<float> values(static_cast<size_t>(shape_[0]));
+        for (int64_t i = 0; i < shape_[0]; ++i)
+            values[static_cast<size_t>(i)] = static_cast<const float*>(data_)[i * strides_[0]];
+        return values;
+    }
+
+  private:
+    [[noreturn]] void fail(const std::string& what) const { throw std::invalid_argument(name_ + " " + what); }
+
+    void check_ndim(size_t n, const char* shape) const {
+        if (shape_.size() != n)
+            fail("must be " + std::string(shape) + ", got " + std::to_string(shape_.size()) + " dimension" +
+                 (shape_.size() == 1 ? "" : "s"));
+    }
+
+    void take_numpy(const py::array& array) {
+        if (!py::isinstance<py::array_t<float>>(array))
+            fail("must be float32 or bfloat16, got " + text(array.dtype()));
+        owner_ = array;
+        data_ = array.data();
+        constexpr py::ssize_t kSize = sizeof(float);
+        if (reinterpret_cast<uintptr_t>(data_) % alignof(float)) fail("must be aligned to its elements");
+        for (py::ssize_t i = 0; i < array.ndim(); ++i) {
+            if (array.strides(i) % kSize) fail("must have strides of whole elements");
+            shape_.push_back(array.shape(i));
+            strides_.push_back(array.strides(i) / kSize);
+        }
+    }
+
+    void take_dlpack(const py::object& object) {
+        const int device = object.attr("__dlpack_device__")().cast<py::tuple>()[0].cast<int>();
+        if (device != kDLCPU && device != kDLCUDAHost)
+            fail("must be on the CPU: these are the CPU ops, move it there first");
+        py::capsule capsule;
+        try {
+            capsule = object.attr("__dlpack__")();
+        } catch (const py::error_already_set& error) {
+            const bool needs_grad =
+                py::hasattr(object, "requires_grad") && py::bool_(object.attr("requires_grad"));
+            fail(needs_grad ? "requires grad: pass its detach()"
+                            : "cannot be read through DLPack: " + text(error.value()));
+        }
+        auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
+        if (!managed) throw py::error_already_set();
+        // From here on this object, and not the capsule, calls the deleter.
+        PyCapsule_SetName(capsule.ptr(), "used_dltensor");
+        managed_ = managed;
+        owner_ = object;
+        try {
+            read(managed->dl_tensor);
+        } catch (...) {
+            if (managed->deleter) managed->deleter(managed);
+            throw;
+        }
+    }
+
+    void read(const DLTensor& tensor) {
+        const DLDataType dtype = tensor.dtype;
+        if (dtype.lanes == 1 && dtype.code == kDLFloat && dtype.bits == 32)
+            dtype_ = DType::float32;
+        else if (dtype.lanes == 1 && dtype.code == kDLBfloat && dtype.bits == 16)
+            dtype_ = DType::bfloat16;
+        else
+            fail("must be float32 or bfloat16, got " +
+                 (py::hasattr(owner_, "dtype") ? text(owner_.attr("dtype")) : "another dtype"));
+        data_ = static_cast<const char*>(tensor.data) + tensor.byte_offset;
+        int64_t contiguous = 1;
+        shape_.assign(tensor.shape, tensor.shape + tensor.ndim);
+        strides_.resize(shape_.size());
+        for (size_t i = shape_.size(); i-- > 0; contiguous *= shape_[i])
+            strides_[i] = tensor.strides ? tensor.strides[i] : contiguous;
+    }
+
+    const std::string name_;
+    py::object owner_;
+    DLManagedTensor* managed_ = nullptr;
+    const void* data_ = nullptr;
+    DType dtype_ = DType::float32;
+    std::vector<int64_t> shape_, strides_;
+};
+
+class Encoder {
+  public:
+    Encoder(const py::object& W_enc, const py::object& bias, const std::string& activation,
+            const py::object& scale, const py::object& threshold, const py::object& gate_bias, int64_t k)
+        : activation_name(activation),
+          W_enc_(W_enc, "W_enc"),
+          core(W_enc_.matrix("[d_in, d_sae]"), activation_named(activation), values(bias, "bias", true),
+               values(scale, "scale", false),
+               values(threshold, "threshold", activation == "jumprelu", activation),
+               values(gate_bias, "gate_bias", activation == "gated", activation), k) {
+        check(activation == "topk" || k == 0, "k must be 0 for " + activation + ", got " + std::to_string(k));
+    }
+
+    const std::string activation_name;
+
+  private:
+    static sts::Activation activation_named(const std::string& name) {
+        if (name == "relu") return sts::Activation::relu;
+        if (name == "jumprelu") return sts::Activation::jumprelu;
+        if (name == "gated") return sts::Activation::gated;
+        if (name == "topk") return sts::Activation::topk;
+        throw std::invalid_argument("activation must be 'relu', 'jumprelu', 'gated' or 'topk', got '" + name +
+                                    "'");
+    }
+
+    /// Empty where it was not given; `activation` is named where the parameter belongs to one activation
+    /// only.
+    static std::vector<float> values(const py::object& given, const char* name, bool required,
+                                     const std::string& activation = "") {
+        if (given.is_none()) {
+            check(!required,
+                  std::string(name) + " must be given" + (activation.empty() ? "" : " for " + activation));
+            return {};
+        }
+        check(required || activation.empty(), std::string(name) + " does not belong to " + activation);
+        std::vector<float> result = Borrowed(given, name).vector("[d_sae]");
+        check(!result.empty(), std::string(name) + " must have d_sae entries, got 0");
+        return result;
+    }
+
+    const Borrowed W_enc_;
+
+  public:
+    const sts::Encoder core;
+};
+
+template <class T>
+py::array_t<T> accumulator(const py::object& object, const char* name, int ndim) {
+    check(py::isinstance<py::array_t<T>>(object),
+          std::string(name) + " must be a numpy array of " + text(py::dtype::of<T>()) + ", got " +
+              (py::isinstance<py::array>(object) ? text(object.attr("dtype"))
+                                                 : text(py::type::of(object).attr("__name__"))));
+    auto array = py::reinterpret_borrow<py::array_t<T>>(object);
+    check(array.ndim() == ndim, std::string(name) + " must have " + std::to_string(ndim) +
+                                    (ndim == 1 ? " dimension" : " dimensions") + ", got " +
+                                    std::to_string(array.ndim()));
+    check(array.flags() & py::array::c_style, std::string(name) + " must be C-contiguous");
+    check(array.writeable(), std::string(name) + " must be writeable");
+    return array;
+}
+
+template <class T>
+Span<T> sums(const py::object& object, const char* name) {
+    if (object.is_none()) return {};
+    auto array = accumulator<T>(object, name, 1);
+    return {array.mutable_data(), array.size()};
+}
+
+Table<double> sum_table(const py::object& object, const char* name) {
+    if (object.is_none()) return {};
+    auto array = accumulator<double>(object, name, 2);
+    return {array.mutable_data(), array.shape(0), array.shape(1)};
+}
+
+/// [n_tokens, K] float64, copied only where it is not contiguous; `owner` keeps a copy alive.
+Table<const double> row_table(const py::object& object, const char* name, py::object& owner) {
+    if (object.is_none()) return {};
+    check(py::isinstance<py::array_t<double>>(object),
+          std::string(name) + " must be a numpy array of float64, got " +
+              (py::isinstance<py::array>(object) ? text(object.attr("dtype"))
+                                                 : text(py::type::of(object).attr("__name__"))));
+    auto array = py::array_t<double, py::array::c_style>::ensure(object);
+    check(array.ndim() == 2, std::string(name) + " must be [n_tokens, K], got " +
+                                 std::to_string(array.ndim()) +
+                                 (array.ndim() == 1 ? " dimension" : " dimensions"));
+    owner = array;
+    return {array.data(), array.shape(0), array.shape(1)};
+}
+
+Span<const int64_t> column_numbers(const py::object& object, py::object& owner) {
+    if (object.is_none()) return {};
+    auto array = py::array::ensure(object);
+    if (!array) {
+        PyErr_Clear();
+        throw std::invalid_argument("columns must be a 1-dimensional array of integers");
+    }
+    const char kind = array.dtype().kind();
+    check(array.ndim() == 1 && (kind == 'i' || kind == 'u' || array.size() == 0),
+          "columns must be a 1-dimensional array of integers, got " + std::to_string(array.ndim()) +
+              (array.ndim() == 1 ? " dimension of " : " dimensions of ") + text(array.dtype()));
+    auto numbers = py::array_t<int64_t, py::array::c_style | py::array::forcecast>::ensure(array);
+    owner = numbers;
+    // Even without columns the pointer is not null, which would mean all of them.
+    static const int64_t none = 0;
+    return {numbers.size() ? numbers.data() : &none, numbers.size()};
+}
+
+void accumulate_shift(const Encoder& encoder, const py::object& base, const py::object& other,
+                      const py::object& sum_sq_shift, const py::object& sum_base, const py::object& sum_other,
+                      const py::object& sum_sq_base, const py::object& sum_sq_other,
+                      const py::object& n_fired_base, const py::object& n_fired_other,
+                      const py::object& columns, const py::object& row_weights,
+                      const py::object& weighted_sq_shift) {
+    const Borrowed base_acts(base, "base"), other_acts(other, "other");
+    const MatrixView base_view = base_acts.matrix("[n_tokens, d_in]"),
+                     other_view = other_acts.matrix("[n_tokens, d_in]");
+    py::object columns_owner, weights_owner;
+    const Span<const int64_t> numbers = column_numbers(columns, columns_owner);
+    const Table<const double> weights = row_table(row_weights, "row_weights", weights_owner);
+    const sts::ShiftSums accumulators{
+        sums<double>(sum_sq_shift, "sum_sq_shift"),    sums<double>(sum_base, "sum_base"),
+        sums<double>(sum_other, "sum_other"),          sums<double>(sum_sq_base, "sum_sq_base"),
+        sums<double>(sum_sq_other, "sum_sq_other"),    sums<int64_t>(n_fired_base, "n_fired_base"),
+        sums<int64_t>(n_fired_other, "n_fired_other"), sum_table(weighted_sq_shift, "weighted_sq_shift")};
+    const py::gil_scoped_release release;
+    sts::accumulate_shift(encoder.core, base_view, other_view, numbers, weights, accumulators);
+}
+
+void accumulate_moments(const Encoder& encoder, const py::object& acts, const py::object& targets,
+                        const py::object& sum_h, const py::object& sum_sq_h, const py::object& n_fired,
+                        const py::object& sum_hy, const py::object& columns) {
+    const Borrowed borrowed(acts, "acts");
+    const MatrixView view = borrowed.matrix("[n_tokens, d_in]");
+    py::object columns_owner, targets_owner;
+    const Span<const int64_t> numbers = column_numbers(columns, columns_owner);
+    const Table<const double> target_rows = row_table(targets, "targets", targets_owner);
+    const sts::MomentSums accumulators{sums<double>(sum_h, "sum_h"), sums<double>(sum_sq_h, "sum_sq_h"),
+                                       sums<int64_t>(n_fired, "n_fired"), sum_table(sum_hy, "sum_hy")};
+    const py::gil_scoped_release release;
+    sts::accumulate_moments(encoder.core, view, numbers, target_rows, accumulators);
+}
+
+/// Hands a vector's memory to numpy without copying it.
+template <class T>
+py::array_t<T> to_numpy(std::vector<T>&& values) {
+    auto* owned = new std::vector<T>(std::move(values));
+    const py::capsule owner(owned, [](void* data) { delete static_cast<std::vector<T>*>(data); });
+    return py::array_t<T>(static_cast<py::ssize_t>(owned->size()), owned->data(), owner);
+}
+
+py::tuple encode_sparse(const Encoder& encoder, const py::object& acts, const py::object& columns) {
+    const Borrowed borrowed(acts, "acts");
+    const MatrixView view = borrowed.matrix("[n_tokens, d_in]");
+    py::object columns_owner;
+    const Span<const int64_t> numbers = column_numbers(columns, columns_owner);
+    sts::SparseRows rows;
+    {
+        const py::gil_scoped_release release;
+        rows = sts::encode_sparse(encoder.core, view, numbers);
+    }
+    return py::make_tuple(to_numpy(std::move(rows.indptr)), to_numpy(std::move(rows.indices)),
+                          to_numpy(std::move(rows.values)));
+}
+
+}  // namespace
+
+// The docstrings are in _cpu.pyi.
+PYBIND11_MODULE(_cpu, m) {
+    const py::none none;
+    py::class_<Encoder>(m, "Encoder")
+        .def(py::init<const py::object&, const py::object&, const std::string&, const py::object&,
+                      const py::object&, const py::object&, int64_t>(),
+             py::arg("W_enc"), py::arg("bias"), py::kw_only(), py::arg("activation"), py::arg("scale") = none,
+             py::arg("threshold") = none, py::arg("gate_bias") = none, py::arg("k") = 0)
+        .def_property_readonly("d_in", [](const Encoder& self) { return self.core.d_in(); })
+        .def_property_readonly("d_sae", [](const Encoder& self) { return self.core.d_sae(); })
+        .def_readonly("activation", &Encoder::activation_name)
+        .def_property_readonly("k", [](const Encoder& self) { return self.core.k; });
+    m.def("accumulate_shift", &accumulate_shift, py::arg("encoder"), py::arg("base"), py::arg("other"),
+          py::kw_only(), py::arg("sum_sq_shift").none(false), py::arg("sum_base") = none,
+          py::arg("sum_other") = none, py::arg("sum_sq_base") = none, py::arg("sum_sq_other") = none,
+          py::arg("n_fired_base") = none, py::arg("n_fired_other") = none, py::arg("columns") = none,
+          py::arg("row_weights") = none, py::arg("weighted_sq_shift") = none);
+    m.def("accumulate_moments", &accumulate_moments, py::arg("encoder"), py::arg("acts"),
+          py::arg("targets") = none, py::kw_only(), py::arg("sum_h").none(false),
+          py::arg("sum_sq_h").none(false), py::arg("n_fired").none(false), py::arg("sum_hy") = none,
+          py::arg("columns") = none);
+    m.def("encode_sparse", &encode_sparse, py::arg("encoder"), py::arg("acts"), py::arg("columns") = none);
+    m.def("set_num_threads", &sts::set_num_threads, py::arg("n"));
+    m.def("get_num_threads", &sts::get_num_threads);
+    m.def("instruction_set", &sts::instruction_set);
+    m.def("set_instruction_set", &sts::set_instruction_set, py::arg("name"));
+}

@@ -1,0 +1,162 @@
+#include "cpu/pack.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <new>
+
+#include "cpu/parallel.h"
+#include "scan.h"
+
+namespace sts::cpu {
+namespace {
+
+int64_t blocks_of(int64_t d_in) {
+    return (d_in + kBlockK - 1) / kBlockK;
+}
+
+float to_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+float to_float(uint16_t bits) {
+    return to_float(static_cast<uint32_t>(bits) << 16);
+}
+
+template <class Bits>
+void copy_floats(const Bits* from, int64_t n, float* to) {
+    for (int64_t i = 0; i < n; ++i) to[i] = to_float(from[i]);
+}
+
+/// to[k * to_stride + j] = from[j][k] for four columns j and n rows k.
+template <class Bits>
+void copy_four_columns(const Bits* const from[4], int64_t n, float* to, int64_t to_stride) {
+    typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+    int64_t k = 0;
+    for (; k + 4 <= n; k += 4) {
+        Four v[4];
+        for (int j = 0; j < 4; ++j) copy_floats(from[j] + k, 4, reinterpret_cast<float*>(&v[j]));
+        const Four a = __builtin_shufflevector(v[0], v[1], 0, 4, 1, 5),
+                   b = __builtin_shufflevector(v[2], v[3], 0, 4, 1, 5);
+        const Four c = __builtin_shufflevector(v[0], v[1], 2, 6, 3, 7),
+                   d = __builtin_shufflevector(v[2], v[3], 2, 6, 3, 7);
+        Four* out = nullptr;
+        const auto row = [&](int64_t r) { return out = reinterpret_cast<Four*>(to + r * to_stride); };
+        *row(k) = __builtin_shufflevector(a, b, 0, 1, 4, 5);
+        *row(k + 1) = __builtin_shufflevector(a, b, 2, 3, 6, 7);
+        *row(k + 2) = __builtin_shufflevector(c, d, 0, 1, 4, 5);
+        *row(k + 3) = __builtin_shufflevector(c, d, 2, 3, 6, 7);
+    }
+    for (; k < n; ++k)
+        for (int j = 0; j < 4; ++j) to[k * to_stride + j] = to_float(from[j][k]);
+}
+
+template <class Bits>
+void pack_panel(const MatrixView& W, const int64_t* columns, int n, int width, int64_t start, int64_t depth,
+                float* to) {
+    if (n < width) std::memset(to, 0, static_cast<size_t>(depth * width) * sizeof(float));
+    if (W.col_stride == 1 && columns[n - 1] - columns[0] == n - 1) {
+        for (int64_t k = 0; k < depth; ++k)
+            copy_floats(bits_at<Bits>(W, start + k, columns[0]), n, to + k * width);
+    } else if (W.col_stride == 1) {
+        for (int64_t k = 0; k < depth; ++k) {
+            const Bits* row = bits_at<Bits>(W, start + k, 0);
+            for (int j = 0; j < n; ++j) to[k * width + j] = to_float(row[columns[j]]);
+        }
+    } else {
+        for (int j = 0; j < n; j += 4) {
+            // The last four may repeat a column into the padding, which never fires whatever it holds.
+            const Bits* four[4];
+            for (int i = 0; i < 4; ++i) four[i] = bits_at<Bits>(W, start, columns[std::min(j + i, n - 1)]);
+            copy_four_columns(four, depth, to + j, width);
+        }
+    }
+}
+
+}  // namespace
+
+FloatBuffer::FloatBuffer(int64_t size) {
+    constexpr size_t kAlign = 64;
+    const size_t bytes = (static_cast<size_t>(size) * sizeof(float) + kAlign - 1) / kAlign * kAlign;
+    data_.reset(static_cast<float*>(std::aligned_alloc(kAlign, std::max(bytes, kAlign))));
+    if (!data_) throw std::bad_alloc();
+}
+
+void FloatBuffer::Free::operator()(float* data) const {
+    std::free(data);
+}
+
+PackedRows::PackedRows(const TileKernels& kernels, int n_members, int64_t d_in, int64_t max_tokens)
+    : panel_rows_(kernels.panel_rows),
+      n_members_(n_members),
+      group_(kernels.panel_rows / n_members),
+      d_in_(d_in),
+      tile_floats_(blocks_of(d_in) * kTileRows * kRowStride),
+      buffer_((max_tokens + tile_tokens() - 1) / tile_tokens() * tile_floats_) {}
+
+int64_t PackedRows::token_bytes(int n_members, int64_t d_in) {
+    return n_members * blocks_of(d_in) * kRowStride * static_cast<int64_t>(sizeof(float));
+}
+
+int PackedRows::tokens_in_tile(int64_t tile) const {
+    return static_cast<int>(std::min<int64_t>(tile_tokens(), n_tokens_ - tile * tile_tokens()));
+}
+
+int PackedRows::panels_in_tile(int64_t tile) const {
+    return (tokens_in_tile(tile) + group_ - 1) / group_;
+}
+
+void PackedRows::pack(const MatrixView* members, int64_t first, int64_t n, int n_workers) {
+    n_tokens_ = n;
+    parallel_for(n_workers, n_tiles(), [&](int, int64_t tile) { pack_tile(members, first, tile); });
+}
+
+void PackedRows::pack_tile(const MatrixView* members, int64_t first, int64_t tile) const {
+    const int n_tokens = tokens_in_tile(tile);
+    const int n_rows = panels_in_tile(tile) * panel_rows_;
+    for (int r = 0; r < n_rows; ++r) {
+        const MatrixView& member = members[r % panel_rows_ / group_];
+        const int token = r / panel_rows_ * group_ + r % group_;
+        const int64_t source = first + tile * tile_tokens() + token;
+        float* to = buffer_.data() + tile * tile_floats_ + r * kRowStride;
+        for (int64_t start = 0; start < d_in_; start += kBlockK, to += n_rows * kRowStride) {
+            const int64_t depth = std::min<int64_t>(kBlockK, d_in_ - start);
+            if (token >= n_tokens)
+                std::memset(to, 0, static_cast<size_t>(depth) * sizeof(float));
+            else if (member.dtype == DType::float32)
+                copy_floats(bits_at<uint32_t>(member, source, start), depth, to);
+            else
+                copy_floats(bits_at<uint16_t>(member, source, start), depth, to);
+        }
+    }
+}
+
+void pack_strip(const Encoder& encoder, Span<const int64_t> columns, int64_t first, int n, int n_padded,
+                int panel_columns, float* strip, StripParams& params) {
+    int64_t sources[kStripColumns];
+    for (int j = 0; j < n; ++j) {
+        sources[j] = columns ? columns.data[first + j] : first + j;
+        const size_t source = static_cast<size_t>(sources[j]);
+        params.scale[j] = encoder.scale[source];
+        params.bias[j] = encoder.bias[source];
+        params.gate[j] = encoder.gate[source];
+    }
+    for (int j = n; j < n_padded; ++j) {
+        params.scale[j] = params.bias[j] = 0;
+        params.gate[j] = std::numeric_limits<float>::infinity();
+    }
+    for (int64_t start = 0; start < encoder.d_in(); start += kBlockK) {
+        const int64_t depth = std::min<int64_t>(kBlockK, encoder.d_in() - start);
+        for (int j = 0; j < n_padded; j += panel_columns, strip += depth * panel_columns) {
+            const int width = std::min(panel_columns, n - j);
+            if (encoder.W_enc.dtype == DType::float32)
+                pack_panel<uint32_t>(encoder.W_enc, sources + j, width, panel_columns, start, depth, strip);
+            else
+                pack_panel<uint16_t>(encoder.W_enc, sources + j, width, panel_columns, start, depth, strip);
+        }
+    }
+}
+
+}  // namespace sts::cpu

@@ -1,0 +1,12 @@
+#pragma once
+#include <cstdint>
+#include <functional>
+
+namespace sts::cpu {
+
+/// Calls task(worker, i) for every i in [0, n), each worker taking the next i in ascending order; worker is
+/// in [0, n_workers). Threads live only for the call, so that a forked child can call it too. An exception
+/// thrown by a task ends the others early and is thrown again here.
+void parallel_for(int n_workers, int64_t n, const std::function<void(int worker, int64_t i)>& task);
+
+}  // namespace sts::cpu

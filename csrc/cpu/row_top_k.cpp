@@ -1,0 +1,117 @@
+#include "cpu/row_top_k.h"
+
+#include <algorithm>
+
+#include "cpu/parallel.h"
+
+namespace sts::cpu {
+
+bool RowTopK::precedes(const Candidate& a, const Candidate& b) {
+    return a.value > b.value || (a.value == b.value && a.column < b.column);
+}
+
+int64_t RowTopK::capacity(int64_t k, int64_t d_sae) {
+    return std::min(2 * k, d_sae) + kStripColumns;
+}
+
+int64_t RowTopK::max_block_tokens(const Encoder& encoder, int n_members) {
+    constexpr int64_t kWorkerBytes = int64_t{6} << 20;
+    const int64_t row_bytes = capacity(encoder.k, encoder.d_sae()) * static_cast<int64_t>(sizeof(Candidate));
+    return std::max<int64_t>(kWorkerBytes / (row_bytes * n_members), 1);
+}
+
+RowTopK::RowTopK(const TileStream& stream, const Encoder& encoder, Span<const int64_t> columns)
+    : stream_(stream),
+      k_(encoder.k),
+      capacity_(capacity(encoder.k, encoder.d_sae())),
+      max_rows_(stream.max_block_rows()),
+      output_columns_(columns ? static_cast<size_t>(encoder.d_sae()) : 0, -1) {
+    for (int64_t i = 0; i < columns.size; ++i)
+        output_columns_[static_cast<size_t>(columns.data[i])] = static_cast<int32_t>(i);
+    const size_t n = static_cast<size_t>(max_rows_);
+    for (int i = 0; i < stream.n_workers(); ++i) {
+        workers_.push_back(std::make_unique<Worker>());
+        workers_.back()->candidates.resize(n * static_cast<size_t>(capacity_));
+        workers_.back()->counts.resize(n);
+        workers_.back()->thresholds.resize(n);
+    }
+    columns_.resize(n * static_cast<size_t>(k_));
+    values_.resize(n * static_cast<size_t>(k_));
+    sizes_.resize(n);
+}
+
+void RowTopK::clear() {
+    for (auto& worker : workers_) {
+        std::fill(worker->counts.begin(), worker->counts.end(), 0);
+        // Only positive values count, so a row's threshold starts at 0.
+        std::fill(worker->thresholds.begin(), worker->thresholds.end(), 0.0f);
+    }
+}
+
+void RowTopK::add(const TileStream::Strip& strip) {
+    Worker& worker = *workers_[static_cast<size_t>(strip.worker)];
+    for (int64_t i = 0; i < strip.n_tiles(); ++i) {
+        const int64_t first_row = strip.first_row(i);
+        const Tile tile = strip.tile(i);
+        stream_.kernels().select(tile, worker.thresholds.data() + first_row, worker.selected);
+        const int32_t* column = worker.selected.columns;
+        const float* value = worker.selected.values;
+        const int64_t end_row = first_row + tile.n_rows;
+        for (int64_t r = first_row; r < end_row; ++r) {
+            const int n = worker.selected.row_counts[r - first_row];
+            if (n == 0) continue;
+            Candidate* candidates = worker.candidates.data() + r * capacity_;
+            int32_t& count = worker.counts[static_cast<size_t>(r)];
+            for (int j = 0; j < n; ++j)
+                candidates[count++] = {*value++, static_cast<int32_t>(strip.first_column) + *column++};
+            if (count > capacity_ - kStripColumns) {
+                // A worker's strips come in ascending order, so a later value equal to the k-th cannot
+                // replace it.
+                std::nth_element(candidates, candidates + k_ - 1, candidates + count, precedes);
+                count = static_cast<int32_t>(k_);
+                worker.thresholds[static_cast<size_t>(r)] = candidates[k_ - 1].value;
+            }
+        }
+    }
+}
+
+void RowTopK::finish(int64_t n_tokens) {
+    const int64_t n_rows = stream_.packed_row(n_tokens - 1, stream_.n_members() - 1) + 1;
+    std::vector<std::vector<Candidate>> all(workers_.size());
+    constexpr int64_t kRows = 16;
+    parallel_for(
+        static_cast<int>(workers_.size()), (n_rows + kRows - 1) / kRows, [&](int worker, int64_t part) {
+            std::vector<Candidate>& row = all[static_cast<size_t>(worker)];
+            for (int64_t r = part * kRows; r < std::min(n_rows, (part + 1) * kRows); ++r) {
+                row.clear();
+                for (const auto& from : workers_) {
+                    const auto begin = from->candidates.begin() + r * capacity_;
+                    row.insert(row.end(), begin, begin + from->counts[static_cast<size_t>(r)]);
+                }
+                if (static_cast<int64_t>(row.size()) > k_) {
+                    std::nth_element(row.begin(), row.begin() + k_ - 1, row.end(), precedes);
+                    row.resize(static_cast<size_t>(k_));
+                }
+                std::sort(row.begin(), row.end(),
+                          [](const Candidate& a, const Candidate& b) { return a.column < b.column; });
+                int32_t n = 0;
+                for (const Candidate& candidate : row) {
+                    const int32_t column = output_columns_.empty()
+                                               ? candidate.column
+                                               : output_columns_[static_cast<size_t>(candidate.column)];
+                    if (column < 0) continue;
+                    columns_[static_cast<size_t>(r * k_ + n)] = column;
+                    values_[static_cast<size_t>(r * k_ + n)] = candidate.value;
+                    ++n;
+                }
+                sizes_[static_cast<size_t>(r)] = n;
+            }
+        });
+}
+
+RowTopK::Row RowTopK::row(int64_t token, int member) const {
+    const int64_t r = stream_.packed_row(token, member);
+    return {columns_.data() + r * k_, values_.data() + r * k_, sizes_[static_cast<size_t>(r)]};
+}
+
+}  // namespace sts::cpu

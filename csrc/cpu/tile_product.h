@@ -1,0 +1,56 @@
+/// The product of one tile, compiled once per instruction set; nothing else knows how it is computed.
+#pragma once
+#include "cpu/simd.h"
+#include "cpu/tile.h"
+
+namespace sts::cpu::STS_ISA {
+namespace {
+
+/// One panel of rows times one panel of columns over one block of d_in, held in registers. Rows are read one
+/// element at a time, so they need no transposing: a panel is kPanelRows rows, kRowStride apart.
+template <bool kAdd>
+STS_INLINE void product_panel(int depth, const float* rows, const float* columns, float* values) {
+    Floats sums[kPanelRows][kPanelVectors];
+#pragma GCC unroll 16
+    for (int i = 0; i < kPanelRows; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < kPanelVectors; ++j) sums[i][j] = Floats{};
+    for (int k = 0; k < depth; ++k, columns += kPanelColumns) {
+        Floats w[kPanelVectors];
+#pragma GCC unroll 4
+        for (int j = 0; j < kPanelVectors; ++j) w[j] = load(columns + j * kLanes);
+#pragma GCC unroll 16
+        for (int i = 0; i < kPanelRows; ++i) {
+            const float x = rows[i * kRowStride + k];
+#pragma GCC unroll 4
+            for (int j = 0; j < kPanelVectors; ++j) sums[i][j] = multiply_add(x, w[j], sums[i][j]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kPanelRows; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < kPanelVectors; ++j) {
+            float* to = values + i * kStripColumns + j * kLanes;
+            store(to, kAdd ? load(to) + sums[i][j] : sums[i][j]);
+        }
+}
+
+void product(const float* rows, int64_t n_panels, const float* strip, int64_t d_in, int n_columns,
+             float* values) {
+    for (int64_t start = 0; start < d_in; start += kBlockK) {
+        const int depth = static_cast<int>(d_in - start < kBlockK ? d_in - start : kBlockK);
+        for (int n = 0; n < n_columns; n += kPanelColumns, strip += depth * kPanelColumns)
+            for (int64_t m = 0; m < n_panels; ++m) {
+                const float* panel = rows + m * kPanelRows * kRowStride;
+                float* to = values + m * kPanelRows * kStripColumns + n;
+                if (start == 0)
+                    product_panel<false>(depth, panel, strip, to);
+                else
+                    product_panel<true>(depth, panel, strip, to);
+            }
+        rows += n_panels * kPanelRows * kRowStride;
+    }
+}
+
+}  // namespace
+}  // namespace sts::cpu::STS_ISA

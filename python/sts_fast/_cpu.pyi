@@ -1,0 +1,133 @@
+"""The CPU ops: streaming statistics of SAE features, without ever storing [n_tokens, d_sae] features.
+
+Every op checks all of its arguments before it changes an accumulator and raises ValueError with one sentence naming
+the argument at fault. For given arguments and instruction set the results are bit-identical whatever the number of
+threads, and whether the rows come in one call or in several. The global interpreter lock is free meanwhile.
+
+Activations are [n_tokens, d_in] float32 or bfloat16: a numpy array, or any tensor on the CPU that speaks DLPack
+(bfloat16 must, since numpy has no such dtype). Any stride between rows, contiguous elements in a row; n_tokens may
+be 0. NaN and infinity are refused.
+
+Accumulators are C-contiguous numpy arrays, added to in place; the caller zeroes them once. Features are computed in
+float32; every sum is taken in float64, in token order.
+
+`columns`: strictly increasing column numbers of the SAE; only these features are computed then, and n_columns is
+their number instead of d_sae.
+"""
+
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+class DLPackTensor(Protocol):
+    """A tensor on the CPU, such as torch.Tensor."""
+
+    def __dlpack__(self) -> Any: ...
+    def __dlpack_device__(self) -> tuple[Any, int]: ...
+
+FloatTensor: TypeAlias = NDArray[np.float32] | DLPackTensor
+Columns: TypeAlias = NDArray[np.integer[Any]]
+
+class Encoder:
+    """The encoder half of an SAE, b_dec and every normalisation already folded in. With p = x @ W_enc[:, j]:
+
+    pre_j = scale[j] * p + bias[j], and then
+      relu      h_j = max(pre_j, 0)
+      jumprelu  h_j = pre_j where pre_j > max(threshold[j], 0), else 0
+      gated     h_j = max(pre_j, 0) where p + gate_bias[j] > 0, else 0
+      topk      h_j = max(pre_j, 0) where pre_j is among the k largest of its row, else 0; of equal values the lower
+                column wins
+
+    W_enc: [d_in, d_sae] float32 or bfloat16, contiguous along its rows or its columns (so the transpose of a
+        [d_sae, d_in] array will do); borrowed, never copied: it may be memory-mapped. A column is checked for NaN
+        and infinity when an op first uses it.
+    bias, scale, threshold, gate_bias: [d_sae] float32, copied. scale None is 1; threshold belongs to jumprelu,
+        gate_bias to gated, k (1 to d_sae) to topk.
+    """
+
+    def __init__(
+        self,
+        W_enc: FloatTensor,
+        bias: FloatTensor,
+        *,
+        activation: str,
+        scale: FloatTensor | None = None,
+        threshold: FloatTensor | None = None,
+        gate_bias: FloatTensor | None = None,
+        k: int = 0,
+    ) -> None: ...
+    @property
+    def d_in(self) -> int: ...
+    @property
+    def d_sae(self) -> int: ...
+    @property
+    def activation(self) -> str: ...
+    @property
+    def k(self) -> int: ...
+
+def accumulate_shift(
+    encoder: Encoder,
+    base: FloatTensor,
+    other: FloatTensor,
+    *,
+    sum_sq_shift: NDArray[np.float64],
+    sum_base: NDArray[np.float64] | None = None,
+    sum_other: NDArray[np.float64] | None = None,
+    sum_sq_base: NDArray[np.float64] | None = None,
+    sum_sq_other: NDArray[np.float64] | None = None,
+    n_fired_base: NDArray[np.int64] | None = None,
+    n_fired_other: NDArray[np.int64] | None = None,
+    columns: Columns | None = None,
+    row_weights: NDArray[np.float64] | None = None,
+    weighted_sq_shift: NDArray[np.float64] | None = None,
+) -> None:
+    """Adds paired rows to per-feature sums, with h_a = h(base[t]) and h_b = h(other[t]).
+
+    base, other:  [n_tokens, d_in]; row t is the same token, without and with the demonstrations.
+    sum_sq_shift: [n_columns] float64 += (h_b - h_a)^2, the features widened to float64 first.
+    sum_base, sum_other, sum_sq_base, sum_sq_other: [n_columns] float64 += h_a, h_b, h_a^2, h_b^2; and
+    n_fired_base, n_fired_other: [n_columns] int64 += (h > 0). These six are given all or none.
+    row_weights, weighted_sq_shift: [n_tokens, K] float64, finite, and [n_columns, K] float64, given together:
+        weighted_sq_shift[j, k] += row_weights[t, k] * (h_b - h_a)^2.
+    """
+
+def accumulate_moments(
+    encoder: Encoder,
+    acts: FloatTensor,
+    targets: NDArray[np.float64] | None = None,
+    *,
+    sum_h: NDArray[np.float64],
+    sum_sq_h: NDArray[np.float64],
+    n_fired: NDArray[np.int64],
+    sum_hy: NDArray[np.float64] | None = None,
+    columns: Columns | None = None,
+) -> None:
+    """Adds rows to the moments of every feature h and to its cross-moments with K targets y.
+
+    acts:     [n_tokens, d_in].
+    sum_h, sum_sq_h: [n_columns] float64 += h, h^2.
+    n_fired:  [n_columns] int64 += (h > 0).
+    targets, sum_hy: [n_tokens, K] float64, finite, and [n_columns, K] float64, given together:
+        sum_hy[j, k] += h_j * targets[t, k].
+    """
+
+def encode_sparse(
+    encoder: Encoder, acts: FloatTensor, columns: Columns | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]:
+    """The features h > 0 of each row as compressed sparse rows (indptr, indices, values).
+
+    indptr:  [n_tokens + 1] int64; row t is indices[indptr[t] : indptr[t + 1]], and likewise values.
+    indices: int32 column numbers of the SAE (also where `columns` is given), ascending within a row.
+    values:  float32.
+    """
+
+def set_num_threads(n: int) -> None:
+    """How many threads an op may use, at least 1; by default all cores available to the process."""
+
+def get_num_threads() -> int: ...
+def instruction_set() -> str:
+    """ "avx512", "avx2" or "portable": what the products run on, by default the best of this machine."""
+
+def set_instruction_set(name: str) -> None:
+    """Chooses another instruction set; ValueError where this machine lacks it."""
