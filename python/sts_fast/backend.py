@@ -50,13 +50,13 @@ def _fold(sae: SAE) -> _cpu.Encoder:
             scale=scale.astype(np.float32),
             gate_bias=(sae.b_gate - shift).astype(np.float32),
         )
-    scale = None if sae.W_dec_norm is None else sae.W_dec_norm.astype(np.float64)
-    bias = (sae.b_enc - shift) * (1.0 if scale is None else scale)
+    norm = None if sae.W_dec_norm is None else sae.W_dec_norm.astype(np.float64)
+    bias = (sae.b_enc - shift) * (1.0 if norm is None else norm)
     return _cpu.Encoder(
         sae.W_enc,
         bias.astype(np.float32),
         activation={"standard": "relu"}.get(sae.architecture, sae.architecture),
-        scale=None if scale is None else scale.astype(np.float32),
+        scale=None if norm is None else norm.astype(np.float32),
         threshold=sae.threshold,
         k=sae.k,
     )
@@ -72,4 +72,7 @@ def _b_dec_through_W_enc(sae: SAE, rows: int = 128) -> NDArray[np.float64]:
 
 
 def _as_float64(values: Any) -> NDArray[np.float64]:
-    return values.astype(np.float64) if isinstance(values, np.ndarray) else values.double().numpy()
+    doubles: NDArray[np.float64] = (
+        values.astype(np.float64) if isinstance(values, np.ndarray) else values.double().numpy()
+    )
+    return doubles

@@ -230,7 +230,8 @@ def load_config(source: str | Path) -> PretrainedConfig:
     from transformers import AutoConfig
 
     with _loading(source):
-        return AutoConfig.from_pretrained(source)
+        config: PretrainedConfig = AutoConfig.from_pretrained(source)
+    return config
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
@@ -251,7 +252,7 @@ def _loading(source: str | Path) -> Iterator[None]:
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     except Exception as error:  # OSError, ValueError, SafetensorError, RuntimeError, pickle errors, ...
@@ -259,7 +260,7 @@ def _loading(source: str | Path) -> Iterator[None]:
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _first_line(error: Exception) -> str:

@@ -40,7 +40,7 @@ err = Console(stderr=True)
 BAR_WIDTH = 12
 
 # What typer raises for a wrong command line: its ClickException, which it does not export under a name of its own.
-CommandLineError = typer.BadParameter.__mro__[2]
+CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]
 
 
 class DimsChoice(StrEnum):
@@ -281,10 +281,14 @@ def _forecast(model: str, sae: str, train: Path, output: Path, **options: Any) -
             sae_dtype=sae_dtype and str(sae_dtype),
             command=_command(),
             progress=tell,
-            **{name: str(value) if isinstance(value, StrEnum) else value for name, value in options.items()},
+            **{name: _plain_value(value) for name, value in options.items()},
         )
     forecast.save(output)
     return forecast
+
+
+def _plain_value(value: Any) -> Any:
+    return str(value) if isinstance(value, StrEnum) else value
 
 
 def _command() -> str:

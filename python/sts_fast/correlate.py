@@ -136,4 +136,5 @@ class CorrelationStats:
 
 def _add_in_order(total: Doubles, rows: Doubles) -> Doubles:
     # accumulate adds one row after the other; sum() would pair them up, in an order that depends on their number.
-    return np.add.accumulate(np.vstack([total, rows]), axis=0)[-1].copy()
+    last: Doubles = np.add.accumulate(np.vstack([total, rows]), axis=0)[-1]
+    return last

@@ -38,7 +38,7 @@ def save_arrays(path: str | Path, arrays: dict[str, NDArray[np.generic]], metada
     from safetensors.numpy import save
 
     with atomic_path(path) as temporary:
-        temporary.write_bytes(save(arrays, metadata=metadata))  # type: ignore[arg-type]
+        temporary.write_bytes(save(arrays, metadata=metadata))
 
 
 def load_arrays(path: str | Path, kind: str) -> tuple[dict[str, NDArray[np.generic]], dict[str, str]]:
