@@ -87,8 +87,7 @@ class Borrowed {
     }
 
     void take_numpy(const py::array& array) {
-        if (!py::isinstance<py::array_t<float>>(array))
-            fail("must be float32 or bfloat16, got " + text(array.dtype()));
+        if (!py::isinstance<py::array_t<float>>(array)) fail("must be float32 or bfloat16, got " + text(array.dtype()));
         owner_ = array;
         data_ = array.data();
         constexpr py::ssize_t kSize = sizeof(float);
@@ -108,8 +107,7 @@ class Borrowed {
         try {
             capsule = object.attr("__dlpack__")();
         } catch (const py::error_already_set& error) {
-            const bool needs_grad =
-                py::hasattr(object, "requires_grad") && py::bool_(object.attr("requires_grad"));
+            const bool needs_grad = py::hasattr(object, "requires_grad") && py::bool_(object.attr("requires_grad"));
             fail(needs_grad ? "requires grad: pass its detach()"
                             : "cannot be read through DLPack: " + text(error.value()));
         }
@@ -154,13 +152,12 @@ class Borrowed {
 
 class Encoder {
   public:
-    Encoder(const py::object& W_enc, const py::object& bias, const std::string& activation,
-            const py::object& scale, const py::object& threshold, const py::object& gate_bias, int64_t k)
+    Encoder(const py::object& W_enc, const py::object& bias, const std::string& activation, const py::object& scale,
+            const py::object& threshold, const py::object& gate_bias, int64_t k)
         : activation_name(activation),
           W_enc_(W_enc, "W_enc"),
           core(W_enc_.matrix("[d_in, d_sae]"), activation_named(activation), values(bias, "bias", true),
-               values(scale, "scale", false),
-               values(threshold, "threshold", activation == "jumprelu", activation),
+               values(scale, "scale", false), values(threshold, "threshold", activation == "jumprelu", activation),
                values(gate_bias, "gate_bias", activation == "gated", activation), k) {
         check(activation == "topk" || k == 0, "k must be 0 for " + activation + ", got " + std::to_string(k));
     }
@@ -173,8 +170,7 @@ class Encoder {
         if (name == "jumprelu") return sts::Activation::jumprelu;
         if (name == "gated") return sts::Activation::gated;
         if (name == "topk") return sts::Activation::topk;
-        throw std::invalid_argument("activation must be 'relu', 'jumprelu', 'gated' or 'topk', got '" + name +
-                                    "'");
+        throw std::invalid_argument("activation must be 'relu', 'jumprelu', 'gated' or 'topk', got '" + name + "'");
     }
 
     /// Empty where it was not given; `activation` is named where the parameter belongs to one activation
@@ -182,8 +178,7 @@ class Encoder {
     static std::vector<float> values(const py::object& given, const char* name, bool required,
                                      const std::string& activation = "") {
         if (given.is_none()) {
-            check(!required,
-                  std::string(name) + " must be given" + (activation.empty() ? "" : " for " + activation));
+            check(!required, std::string(name) + " must be given" + (activation.empty() ? "" : " for " + activation));
             return {};
         }
         check(required || activation.empty(), std::string(name) + " does not belong to " + activation);
@@ -234,8 +229,7 @@ Table<const double> row_table(const py::object& object, const char* name, py::ob
               (py::isinstance<py::array>(object) ? text(object.attr("dtype"))
                                                  : text(py::type::of(object).attr("__name__"))));
     auto array = py::array_t<double, py::array::c_style>::ensure(object);
-    check(array.ndim() == 2, std::string(name) + " must be [n_tokens, K], got " +
-                                 std::to_string(array.ndim()) +
+    check(array.ndim() == 2, std::string(name) + " must be [n_tokens, K], got " + std::to_string(array.ndim()) +
                                  (array.ndim() == 1 ? " dimension" : " dimensions"));
     owner = array;
     return {array.data(), array.shape(0), array.shape(1)};
@@ -261,9 +255,8 @@ Span<const int64_t> column_numbers(const py::object& object, py::object& owner) 
 
 void accumulate_shift(const Encoder& encoder, const py::object& base, const py::object& other,
                       const py::object& sum_sq_shift, const py::object& sum_base, const py::object& sum_other,
-                      const py::object& sum_sq_base, const py::object& sum_sq_other,
-                      const py::object& n_fired_base, const py::object& n_fired_other,
-                      const py::object& columns, const py::object& row_weights,
+                      const py::object& sum_sq_base, const py::object& sum_sq_other, const py::object& n_fired_base,
+                      const py::object& n_fired_other, const py::object& columns, const py::object& row_weights,
                       const py::object& weighted_sq_shift) {
     const Borrowed base_acts(base, "base"), other_acts(other, "other");
     const MatrixView base_view = base_acts.matrix("[n_tokens, d_in]"),
@@ -322,23 +315,22 @@ py::tuple encode_sparse(const Encoder& encoder, const py::object& acts, const py
 PYBIND11_MODULE(_cpu, m) {
     const py::none none;
     py::class_<Encoder>(m, "Encoder")
-        .def(py::init<const py::object&, const py::object&, const std::string&, const py::object&,
-                      const py::object&, const py::object&, int64_t>(),
+        .def(py::init<const py::object&, const py::object&, const std::string&, const py::object&, const py::object&,
+                      const py::object&, int64_t>(),
              py::arg("W_enc"), py::arg("bias"), py::kw_only(), py::arg("activation"), py::arg("scale") = none,
              py::arg("threshold") = none, py::arg("gate_bias") = none, py::arg("k") = 0)
         .def_property_readonly("d_in", [](const Encoder& self) { return self.core.d_in(); })
         .def_property_readonly("d_sae", [](const Encoder& self) { return self.core.d_sae(); })
         .def_readonly("activation", &Encoder::activation_name)
         .def_property_readonly("k", [](const Encoder& self) { return self.core.k; });
-    m.def("accumulate_shift", &accumulate_shift, py::arg("encoder"), py::arg("base"), py::arg("other"),
-          py::kw_only(), py::arg("sum_sq_shift").none(false), py::arg("sum_base") = none,
-          py::arg("sum_other") = none, py::arg("sum_sq_base") = none, py::arg("sum_sq_other") = none,
-          py::arg("n_fired_base") = none, py::arg("n_fired_other") = none, py::arg("columns") = none,
-          py::arg("row_weights") = none, py::arg("weighted_sq_shift") = none);
-    m.def("accumulate_moments", &accumulate_moments, py::arg("encoder"), py::arg("acts"),
-          py::arg("targets") = none, py::kw_only(), py::arg("sum_h").none(false),
-          py::arg("sum_sq_h").none(false), py::arg("n_fired").none(false), py::arg("sum_hy") = none,
-          py::arg("columns") = none);
+    m.def("accumulate_shift", &accumulate_shift, py::arg("encoder"), py::arg("base"), py::arg("other"), py::kw_only(),
+          py::arg("sum_sq_shift").none(false), py::arg("sum_base") = none, py::arg("sum_other") = none,
+          py::arg("sum_sq_base") = none, py::arg("sum_sq_other") = none, py::arg("n_fired_base") = none,
+          py::arg("n_fired_other") = none, py::arg("columns") = none, py::arg("row_weights") = none,
+          py::arg("weighted_sq_shift") = none);
+    m.def("accumulate_moments", &accumulate_moments, py::arg("encoder"), py::arg("acts"), py::arg("targets") = none,
+          py::kw_only(), py::arg("sum_h").none(false), py::arg("sum_sq_h").none(false), py::arg("n_fired").none(false),
+          py::arg("sum_hy") = none, py::arg("columns") = none);
     m.def("encode_sparse", &encode_sparse, py::arg("encoder"), py::arg("acts"), py::arg("columns") = none);
     m.def("set_num_threads", &sts::set_num_threads, py::arg("n"));
     m.def("get_num_threads", &sts::get_num_threads);

@@ -37,9 +37,8 @@ void check_finite(const MatrixView& acts, const char* name) {
     const bool large = acts.n_rows * acts.n_cols > (1 << 21);
     cpu::parallel_for(large ? get_num_threads() : 1, n_parts, scan);
     if (bad_row < acts.n_rows)
-        check(false, std::string(name) + " contains a NaN or infinity at row " + std::to_string(bad_row) +
-                         ", column " + std::to_string(first_not_finite(acts, bad_row, 0)) +
-                         "; drop such rows or repair them first");
+        check(false, std::string(name) + " contains a NaN or infinity at row " + std::to_string(bad_row) + ", column " +
+                         std::to_string(first_not_finite(acts, bad_row, 0)) + "; drop such rows or repair them first");
 }
 
 void check_finite(Table<const double> values, const char* name) {
@@ -47,17 +46,16 @@ void check_finite(Table<const double> values, const char* name) {
         uint64_t bits;
         std::memcpy(&bits, values.data + i, sizeof bits);
         if ((bits & 0x7ff0000000000000u) == 0x7ff0000000000000u)
-            check(false, std::string(name) + " contains a NaN or infinity at row " +
-                             std::to_string(i / values.n_cols) + ", column " +
-                             std::to_string(i % values.n_cols));
+            check(false, std::string(name) + " contains a NaN or infinity at row " + std::to_string(i / values.n_cols) +
+                             ", column " + std::to_string(i % values.n_cols));
     }
 }
 
 void check_columns(Span<const int64_t> columns, int64_t d_sae) {
     for (int64_t i = 0; i < columns.size; ++i) {
         check(columns.data[i] >= 0 && columns.data[i] < d_sae,
-              "columns must lie in [0, d_sae = " + std::to_string(d_sae) + "), got " +
-                  std::to_string(columns.data[i]) + " at position " + std::to_string(i));
+              "columns must lie in [0, d_sae = " + std::to_string(d_sae) + "), got " + std::to_string(columns.data[i]) +
+                  " at position " + std::to_string(i));
         check(i == 0 || columns.data[i - 1] < columns.data[i],
               "columns must be strictly increasing, but position " + std::to_string(i) + " holds " +
                   std::to_string(columns.data[i]) + " after " + std::to_string(i ? columns.data[i - 1] : 0));
@@ -65,21 +63,19 @@ void check_columns(Span<const int64_t> columns, int64_t d_sae) {
 }
 
 void check_size(int64_t size, int64_t expected, const char* name) {
-    check(size == expected, std::string(name) + " must have " + std::to_string(expected) + " entries, got " +
-                                std::to_string(size));
+    check(size == expected,
+          std::string(name) + " must have " + std::to_string(expected) + " entries, got " + std::to_string(size));
 }
 
 void check_paired_tables(Table<const double> rows, const char* rows_name, int64_t n_rows, Table<double> sums,
                          const char* sums_name, int64_t n_columns) {
-    check(!rows == !sums,
-          std::string(rows_name) + " and " + sums_name + " must be given together or not at all");
+    check(!rows == !sums, std::string(rows_name) + " and " + sums_name + " must be given together or not at all");
     if (!rows) return;
-    check(rows.n_rows == n_rows, std::string(rows_name) + " must have one row per token (" +
-                                     std::to_string(n_rows) + "), got " + std::to_string(rows.n_rows));
+    check(rows.n_rows == n_rows, std::string(rows_name) + " must have one row per token (" + std::to_string(n_rows) +
+                                     "), got " + std::to_string(rows.n_rows));
     check(sums.n_rows == n_columns && sums.n_cols == rows.n_cols,
-          std::string(sums_name) + " must be [" + std::to_string(n_columns) + ", " +
-              std::to_string(rows.n_cols) + "], got [" + std::to_string(sums.n_rows) + ", " +
-              std::to_string(sums.n_cols) + "]");
+          std::string(sums_name) + " must be [" + std::to_string(n_columns) + ", " + std::to_string(rows.n_cols) +
+              "], got [" + std::to_string(sums.n_rows) + ", " + std::to_string(sums.n_cols) + "]");
 }
 
 }  // namespace sts

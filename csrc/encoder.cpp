@@ -20,8 +20,8 @@ std::vector<float> column_values(std::vector<float> given, int64_t d_sae, float 
     return given;
 }
 
-std::vector<float> gate_values(Activation activation, std::vector<float> threshold,
-                               std::vector<float> gate_bias, int64_t d_sae) {
+std::vector<float> gate_values(Activation activation, std::vector<float> threshold, std::vector<float> gate_bias,
+                               int64_t d_sae) {
     if (activation == Activation::gated) return column_values(std::move(gate_bias), d_sae, 0, "gate_bias");
     std::vector<float> gate = column_values(std::move(threshold), d_sae, 0, "threshold");
     for (float& value : gate) value = std::max(value, 0.0f);
@@ -45,16 +45,15 @@ Encoder::Encoder(MatrixView W, Activation act, std::vector<float> bias_, std::ve
       scale(column_values(std::move(scale_), W.n_cols, 1, "scale")),
       gate(gate_values(act, std::move(threshold), std::move(gate_bias), W.n_cols)),
       checked_(new CheckedColumns{{}, std::vector<bool>(static_cast<size_t>(W.n_cols)), W.n_cols}) {
-    check(W.n_rows >= 1 && W.n_cols >= 1,
-          "W_enc must be [d_in, d_sae] with at least one row and one column, got [" +
-              std::to_string(W.n_rows) + ", " + std::to_string(W.n_cols) + "]");
+    check(W.n_rows >= 1 && W.n_cols >= 1, "W_enc must be [d_in, d_sae] with at least one row and one column, got [" +
+                                              std::to_string(W.n_rows) + ", " + std::to_string(W.n_cols) + "]");
     check(W.n_cols <= INT32_MAX, "W_enc must have fewer than 2^31 columns, got " + std::to_string(W.n_cols));
     check(W.row_stride == 1 || W.col_stride == 1,
           "W_enc must be contiguous along its rows or its columns, got element strides of " +
               std::to_string(W.row_stride) + " and " + std::to_string(W.col_stride));
     if (act == Activation::topk)
-        check(k >= 1 && k <= W.n_cols, "k must lie in [1, d_sae = " + std::to_string(W.n_cols) +
-                                           "] for topk, got " + std::to_string(k));
+        check(k >= 1 && k <= W.n_cols,
+              "k must lie in [1, d_sae = " + std::to_string(W.n_cols) + "] for topk, got " + std::to_string(k));
 }
 
 Encoder::~Encoder() = default;
@@ -82,8 +81,7 @@ void Encoder::check_weights(Span<const int64_t> columns) const {
         const int64_t first = part * kPart, end = std::min(n_todo, first + kPart);
         if (W_enc.col_stride != 1) {
             for (int64_t i = first; i < end; ++i)
-                if (!row_is_finite(transposed, todo[static_cast<size_t>(i)]))
-                    found(todo[static_cast<size_t>(i)]);
+                if (!row_is_finite(transposed, todo[static_cast<size_t>(i)])) found(todo[static_cast<size_t>(i)]);
             return;
         }
         for (int64_t i = first; i < end;) {
@@ -95,8 +93,7 @@ void Encoder::check_weights(Span<const int64_t> columns) const {
             i += run;
         }
     };
-    cpu::parallel_for(n_todo * d_in() > (1 << 21) ? get_num_threads() : 1, (n_todo + kPart - 1) / kPart,
-                      scan);
+    cpu::parallel_for(n_todo * d_in() > (1 << 21) ? get_num_threads() : 1, (n_todo + kPart - 1) / kPart, scan);
     check(bad == d_sae(), "W_enc contains a NaN or infinity in column " + std::to_string(bad));
     for (const int64_t j : todo) checked_->is_checked[static_cast<size_t>(j)] = true;
     checked_->n_left -= n_todo;

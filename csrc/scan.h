@@ -12,14 +12,12 @@ inline constexpr uint16_t kBfloat16Exponent = 0x7f80;
 /// NaN and infinity have all exponent bits set. No early exit, so that the compiler can vectorise the loop.
 inline bool all_finite(const uint32_t* values, int64_t n) {
     uint32_t bad = 0;
-    for (int64_t i = 0; i < n; ++i)
-        bad |= static_cast<uint32_t>((values[i] & kFloatExponent) == kFloatExponent);
+    for (int64_t i = 0; i < n; ++i) bad |= static_cast<uint32_t>((values[i] & kFloatExponent) == kFloatExponent);
     return !bad;
 }
 inline bool all_finite(const uint16_t* values, int64_t n) {
     uint16_t bad = 0;
-    for (int64_t i = 0; i < n; ++i)
-        bad |= static_cast<uint16_t>((values[i] & kBfloat16Exponent) == kBfloat16Exponent);
+    for (int64_t i = 0; i < n; ++i) bad |= static_cast<uint16_t>((values[i] & kBfloat16Exponent) == kBfloat16Exponent);
     return !bad;
 }
 

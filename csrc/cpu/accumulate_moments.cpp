@@ -33,14 +33,12 @@ void moments_by_tiles(const Encoder& encoder, const MatrixView& acts, Span<const
         MomentStrip fold{local.sum_h, local.sum_sq_h, local.n_fired, nullptr, nullptr, targets.n_cols};
         if (targets) fold.sum_hy = sums.sum_hy.data + strip.first_column * targets.n_cols;
         for (int64_t i = 0; i < strip.n_tiles(); ++i) {
-            if (targets)
-                fold.targets = targets.data + (block.first_token + strip.first_token(i)) * targets.n_cols;
+            if (targets) fold.targets = targets.data + (block.first_token + strip.first_token(i)) * targets.n_cols;
             stream.kernels().fold_moments(strip.tile(i), fold);
         }
         std::copy_n(local.sum_h, strip.n_columns, sum_h);
         std::copy_n(local.sum_sq_h, strip.n_columns, sum_sq_h);
-        for (int j = 0; j < strip.n_columns; ++j)
-            sums.n_fired.data[strip.first_column + j] += local.n_fired[j];
+        for (int j = 0; j < strip.n_columns; ++j) sums.n_fired.data[strip.first_column + j] += local.n_fired[j];
     });
 }
 
@@ -55,8 +53,7 @@ void fold_row(RowTopK::Row row, int64_t begin, int64_t end, const double* target
         sums.sum_sq_h.data[column] += h * h;
         sums.n_fired.data[column] += 1;
         if (targets)
-            for (int64_t k = 0; k < n_targets; ++k)
-                sums.sum_hy.data[column * n_targets + k] += targets[k] * h;
+            for (int64_t k = 0; k < n_targets; ++k) sums.sum_hy.data[column * n_targets + k] += targets[k] * h;
     }
 }
 
@@ -66,18 +63,17 @@ void moments_by_rows(const Encoder& encoder, const MatrixView& acts, Span<const 
     RowTopK top_k(stream, encoder, columns);
     const int64_t n_columns = sums.sum_h.size;
     const int64_t per_worker = (n_columns + stream.n_workers() - 1) / stream.n_workers();
-    stream.run(
-        [&](const TileStream::Strip& strip, const TileStream::Block&) { top_k.add(strip); },
-        [&](const TileStream::Block& block) {
-            top_k.finish(block.n_tokens);
-            parallel_for(stream.n_workers(), stream.n_workers(), [&](int, int64_t part) {
-                for (int64_t t = 0; t < block.n_tokens; ++t)
-                    fold_row(top_k.row(t, 0), part * per_worker, std::min((part + 1) * per_worker, n_columns),
-                             targets ? targets.data + (block.first_token + t) * targets.n_cols : nullptr,
-                             targets.n_cols, sums);
-            });
-            top_k.clear();
-        });
+    stream.run([&](const TileStream::Strip& strip, const TileStream::Block&) { top_k.add(strip); },
+               [&](const TileStream::Block& block) {
+                   top_k.finish(block.n_tokens);
+                   parallel_for(stream.n_workers(), stream.n_workers(), [&](int, int64_t part) {
+                       for (int64_t t = 0; t < block.n_tokens; ++t)
+                           fold_row(top_k.row(t, 0), part * per_worker, std::min((part + 1) * per_worker, n_columns),
+                                    targets ? targets.data + (block.first_token + t) * targets.n_cols : nullptr,
+                                    targets.n_cols, sums);
+                   });
+                   top_k.clear();
+               });
 }
 
 }  // namespace

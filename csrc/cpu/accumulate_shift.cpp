@@ -23,8 +23,7 @@ struct Targets {
     double* sums[5];
     int64_t* counts[2];
     explicit Targets(const ShiftSums& s)
-        : sums{s.sum_sq_shift.data, s.sum_base.data, s.sum_other.data, s.sum_sq_base.data,
-               s.sum_sq_other.data},
+        : sums{s.sum_sq_shift.data, s.sum_base.data, s.sum_other.data, s.sum_sq_base.data, s.sum_sq_other.data},
           counts{s.n_fired_base.data, s.n_fired_other.data} {}
 };
 
@@ -33,8 +32,8 @@ void copy(const T* from, T* to, int64_t n) {
     std::memcpy(to, from, static_cast<size_t>(n) * sizeof(T));
 }
 
-void shift_by_tiles(const Encoder& encoder, const std::vector<MatrixView>& members,
-                    Span<const int64_t> columns, Table<const double> row_weights, const ShiftSums& sums) {
+void shift_by_tiles(const Encoder& encoder, const std::vector<MatrixView>& members, Span<const int64_t> columns,
+                    Table<const double> row_weights, const ShiftSums& sums) {
     TileStream stream(encoder, columns, members, members[0].n_rows);
     std::vector<StripSums> workers(static_cast<size_t>(stream.n_workers()));
     const Targets targets(sums);
@@ -60,29 +59,26 @@ void shift_by_tiles(const Encoder& encoder, const std::vector<MatrixView>& membe
         }
         for (int64_t i = 0; i < strip.n_tiles(); ++i) {
             if (row_weights)
-                fold.row_weights =
-                    row_weights.data + (block.first_token + strip.first_token(i)) * row_weights.n_cols;
+                fold.row_weights = row_weights.data + (block.first_token + strip.first_token(i)) * row_weights.n_cols;
             stream.kernels().fold_shift(strip.tile(i), fold);
         }
         for (int i = 0; i < (full ? 5 : 1); ++i)
             copy(local.sums[i], targets.sums[i] + strip.first_column, strip.n_columns);
         for (int i = 0; i < (full ? 2 : 0); ++i)
-            for (int j = 0; j < strip.n_columns; ++j)
-                targets.counts[i][strip.first_column + j] += local.counts[i][j];
+            for (int j = 0; j < strip.n_columns; ++j) targets.counts[i][strip.first_column + j] += local.counts[i][j];
     });
 }
 
 /// The columns [begin, end) of one pair of sparse rows, in the formulas of fold_shift.
-void fold_pair(RowTopK::Row a, RowTopK::Row b, int64_t begin, int64_t end, const double* weights,
-               int64_t n_weights, const ShiftSums& sums) {
+void fold_pair(RowTopK::Row a, RowTopK::Row b, int64_t begin, int64_t end, const double* weights, int64_t n_weights,
+               const ShiftSums& sums) {
     int64_t i = std::lower_bound(a.columns, a.columns + a.size, begin) - a.columns;
     int64_t j = std::lower_bound(b.columns, b.columns + b.size, begin) - b.columns;
     while (true) {
         const int64_t column_a = i < a.size ? a.columns[i] : end, column_b = j < b.size ? b.columns[j] : end;
         const int64_t column = std::min(column_a, column_b);
         if (column >= end) return;
-        const double h_a = column_a == column ? a.values[i++] : 0,
-                     h_b = column_b == column ? b.values[j++] : 0;
+        const double h_a = column_a == column ? a.values[i++] : 0, h_b = column_b == column ? b.values[j++] : 0;
         const double square = (h_b - h_a) * (h_b - h_a);
         sums.sum_sq_shift.data[column] += square;
         if (sums.sum_base) {
@@ -99,8 +95,8 @@ void fold_pair(RowTopK::Row a, RowTopK::Row b, int64_t begin, int64_t end, const
     }
 }
 
-void shift_by_rows(const Encoder& encoder, const std::vector<MatrixView>& members,
-                   Span<const int64_t> columns, Table<const double> row_weights, const ShiftSums& sums) {
+void shift_by_rows(const Encoder& encoder, const std::vector<MatrixView>& members, Span<const int64_t> columns,
+                   Table<const double> row_weights, const ShiftSums& sums) {
     TileStream stream(encoder, {}, members, RowTopK::max_block_tokens(encoder, 2));
     RowTopK top_k(stream, encoder, columns);
     const int64_t n_columns = sums.sum_sq_shift.size;
@@ -110,12 +106,11 @@ void shift_by_rows(const Encoder& encoder, const std::vector<MatrixView>& member
                    top_k.finish(block.n_tokens);
                    parallel_for(stream.n_workers(), stream.n_workers(), [&](int, int64_t part) {
                        for (int64_t t = 0; t < block.n_tokens; ++t)
-                           fold_pair(top_k.row(t, 0), top_k.row(t, 1), part * per_worker,
-                                     std::min((part + 1) * per_worker, n_columns),
-                                     row_weights
-                                         ? row_weights.data + (block.first_token + t) * row_weights.n_cols
-                                         : nullptr,
-                                     row_weights.n_cols, sums);
+                           fold_pair(
+                               top_k.row(t, 0), top_k.row(t, 1), part * per_worker,
+                               std::min((part + 1) * per_worker, n_columns),
+                               row_weights ? row_weights.data + (block.first_token + t) * row_weights.n_cols : nullptr,
+                               row_weights.n_cols, sums);
                    });
                    top_k.clear();
                });
@@ -128,9 +123,9 @@ void accumulate_shift(const Encoder& encoder, const MatrixView& base, const Matr
                       Span<const int64_t> columns, Table<const double> row_weights, const ShiftSums& sums) {
     check_activations(base, encoder.d_in(), "base");
     check_activations(other, encoder.d_in(), "other");
-    check(base.n_rows == other.n_rows,
-          "other must have as many rows as base (" + std::to_string(base.n_rows) +
-              "), since row t of both is the same token, got " + std::to_string(other.n_rows));
+    check(base.n_rows == other.n_rows, "other must have as many rows as base (" + std::to_string(base.n_rows) +
+                                           "), since row t of both is the same token, got " +
+                                           std::to_string(other.n_rows));
     check_columns(columns, encoder.d_sae());
     const int64_t n_columns = columns ? columns.size : encoder.d_sae();
     check_size(sums.sum_sq_shift.size, n_columns, "sum_sq_shift");

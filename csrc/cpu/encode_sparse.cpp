@@ -33,8 +33,7 @@ void append_strip(const TileStream& stream, const TileStream::Strip& strip, Work
             const int64_t row = strip.first_token(i) + r;
             for (int64_t end = n + worker.selected.row_counts[r]; n < end; ++n) {
                 worker.features.push_back(
-                    {static_cast<int32_t>(strip.first_column) + worker.selected.columns[n],
-                     worker.selected.values[n]});
+                    {static_cast<int32_t>(strip.first_column) + worker.selected.columns[n], worker.selected.values[n]});
                 worker.rows.push_back(static_cast<int32_t>(row));
             }
             worker.row_counts[static_cast<size_t>(row)] += worker.selected.row_counts[r];
@@ -77,13 +76,11 @@ SparseRows encode_by_tiles(const Encoder& encoder, const MatrixView& acts, Span<
             if (stream.n_workers() > 1)
                 parallel_for(stream.n_workers(), block.n_tokens, [&](int, int64_t t) {
                     const int64_t* row = sparse.indptr.data() + block.first_token + t;
-                    std::sort(block_features.begin() + (row[0] - offset),
-                              block_features.begin() + (row[1] - offset),
+                    std::sort(block_features.begin() + (row[0] - offset), block_features.begin() + (row[1] - offset),
                               [](const Feature& a, const Feature& b) { return a.column < b.column; });
                 });
             for (const Feature& feature : block_features) {
-                sparse.indices.push_back(columns ? static_cast<int32_t>(columns.data[feature.column])
-                                                 : feature.column);
+                sparse.indices.push_back(columns ? static_cast<int32_t>(columns.data[feature.column]) : feature.column);
                 sparse.values.push_back(feature.value);
             }
         });
@@ -101,8 +98,8 @@ SparseRows encode_by_rows(const Encoder& encoder, const MatrixView& acts, Span<c
                    for (int64_t t = 0; t < block.n_tokens; ++t) {
                        const RowTopK::Row row = top_k.row(t, 0);
                        for (int64_t i = 0; i < row.size; ++i)
-                           sparse.indices.push_back(
-                               columns ? static_cast<int32_t>(columns.data[row.columns[i]]) : row.columns[i]);
+                           sparse.indices.push_back(columns ? static_cast<int32_t>(columns.data[row.columns[i]])
+                                                            : row.columns[i]);
                        sparse.values.insert(sparse.values.end(), row.values, row.values + row.size);
                        sparse.indptr.push_back(static_cast<int64_t>(sparse.values.size()));
                    }

@@ -58,8 +58,7 @@ void pack_panel(const MatrixView& W, const int64_t* columns, int n, int width, i
                 float* to) {
     if (n < width) std::memset(to, 0, static_cast<size_t>(depth * width) * sizeof(float));
     if (W.col_stride == 1 && columns[n - 1] - columns[0] == n - 1) {
-        for (int64_t k = 0; k < depth; ++k)
-            copy_floats(bits_at<Bits>(W, start + k, columns[0]), n, to + k * width);
+        for (int64_t k = 0; k < depth; ++k) copy_floats(bits_at<Bits>(W, start + k, columns[0]), n, to + k * width);
     } else if (W.col_stride == 1) {
         for (int64_t k = 0; k < depth; ++k) {
             const Bits* row = bits_at<Bits>(W, start + k, 0);

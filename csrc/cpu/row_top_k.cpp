@@ -79,34 +79,32 @@ void RowTopK::finish(int64_t n_tokens) {
     const int64_t n_rows = stream_.packed_row(n_tokens - 1, stream_.n_members() - 1) + 1;
     std::vector<std::vector<Candidate>> all(workers_.size());
     constexpr int64_t kRows = 16;
-    parallel_for(
-        static_cast<int>(workers_.size()), (n_rows + kRows - 1) / kRows, [&](int worker, int64_t part) {
-            std::vector<Candidate>& row = all[static_cast<size_t>(worker)];
-            for (int64_t r = part * kRows; r < std::min(n_rows, (part + 1) * kRows); ++r) {
-                row.clear();
-                for (const auto& from : workers_) {
-                    const auto begin = from->candidates.begin() + r * capacity_;
-                    row.insert(row.end(), begin, begin + from->counts[static_cast<size_t>(r)]);
-                }
-                if (static_cast<int64_t>(row.size()) > k_) {
-                    std::nth_element(row.begin(), row.begin() + k_ - 1, row.end(), precedes);
-                    row.resize(static_cast<size_t>(k_));
-                }
-                std::sort(row.begin(), row.end(),
-                          [](const Candidate& a, const Candidate& b) { return a.column < b.column; });
-                int32_t n = 0;
-                for (const Candidate& candidate : row) {
-                    const int32_t column = output_columns_.empty()
-                                               ? candidate.column
-                                               : output_columns_[static_cast<size_t>(candidate.column)];
-                    if (column < 0) continue;
-                    columns_[static_cast<size_t>(r * k_ + n)] = column;
-                    values_[static_cast<size_t>(r * k_ + n)] = candidate.value;
-                    ++n;
-                }
-                sizes_[static_cast<size_t>(r)] = n;
+    parallel_for(static_cast<int>(workers_.size()), (n_rows + kRows - 1) / kRows, [&](int worker, int64_t part) {
+        std::vector<Candidate>& row = all[static_cast<size_t>(worker)];
+        for (int64_t r = part * kRows; r < std::min(n_rows, (part + 1) * kRows); ++r) {
+            row.clear();
+            for (const auto& from : workers_) {
+                const auto begin = from->candidates.begin() + r * capacity_;
+                row.insert(row.end(), begin, begin + from->counts[static_cast<size_t>(r)]);
             }
-        });
+            if (static_cast<int64_t>(row.size()) > k_) {
+                std::nth_element(row.begin(), row.begin() + k_ - 1, row.end(), precedes);
+                row.resize(static_cast<size_t>(k_));
+            }
+            std::sort(row.begin(), row.end(),
+                      [](const Candidate& a, const Candidate& b) { return a.column < b.column; });
+            int32_t n = 0;
+            for (const Candidate& candidate : row) {
+                const int32_t column =
+                    output_columns_.empty() ? candidate.column : output_columns_[static_cast<size_t>(candidate.column)];
+                if (column < 0) continue;
+                columns_[static_cast<size_t>(r * k_ + n)] = column;
+                values_[static_cast<size_t>(r * k_ + n)] = candidate.value;
+                ++n;
+            }
+            sizes_[static_cast<size_t>(r)] = n;
+        }
+    });
 }
 
 RowTopK::Row RowTopK::row(int64_t token, int member) const {

@@ -47,8 +47,7 @@ class RowTopK {
 
     const TileStream& stream_;
     const int64_t k_, capacity_, max_rows_;
-    std::vector<int32_t>
-        output_columns_;  ///< [d_sae] place in `columns`, -1 where unwanted; empty: all wanted
+    std::vector<int32_t> output_columns_;  ///< [d_sae] place in `columns`, -1 where unwanted; empty: all wanted
     std::vector<std::unique_ptr<Worker>> workers_;
     std::vector<int32_t> columns_;  ///< [max_rows, k]
     std::vector<float> values_;

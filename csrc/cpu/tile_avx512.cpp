@@ -4,8 +4,7 @@
 
 namespace sts::cpu {
 
-const TileKernels kTileAvx512{"avx512",        avx512::kPanelRows, avx512::kPanelColumns,
-                              avx512::product, avx512::fold_shift, avx512::fold_moments,
-                              avx512::select};
+const TileKernels kTileAvx512{"avx512",           avx512::kPanelRows,   avx512::kPanelColumns, avx512::product,
+                              avx512::fold_shift, avx512::fold_moments, avx512::select};
 
 }  // namespace sts::cpu

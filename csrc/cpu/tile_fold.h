@@ -83,8 +83,7 @@ void fold_shift_as(const Tile& tile, const ShiftStrip& strip) {
                         const int l = __builtin_ctz(mask);
                         if (sq[l] != 0)
                             add_scaled(strip.weighted_sq_shift + (c + l) * strip.n_weights,
-                                       strip.row_weights + (first + i) * strip.n_weights, strip.n_weights,
-                                       sq[l]);
+                                       strip.row_weights + (first + i) * strip.n_weights, strip.n_weights, sq[l]);
                     }
                 }
             }
@@ -158,8 +157,7 @@ void fold_moments_act(const Tile& tile, const MomentStrip& strip) {
 }
 
 void fold_moments(const Tile& tile, const MomentStrip& strip) {
-    tile.gated ? fold_moments_act<Gated<Floats>>(tile, strip)
-               : fold_moments_act<JumpRelu<Floats>>(tile, strip);
+    tile.gated ? fold_moments_act<Gated<Floats>>(tile, strip) : fold_moments_act<JumpRelu<Floats>>(tile, strip);
 }
 
 STS_INLINE int append_active(Floats h, int column, int32_t* columns, float* values, int n) {
@@ -181,8 +179,8 @@ void select_as(const Tile& tile, SelectedTile& selected) {
     for (int r = 0; r < tile.n_tokens; ++r) {
         const int before = n;
         for (int c = 0; c < tile.n_columns; c += kLanes)
-            n = append_active(activation_at<Act>(*tile.params, c)(load(tile.values + r * kStripColumns + c)),
-                              c, selected.columns, selected.values, n);
+            n = append_active(activation_at<Act>(*tile.params, c)(load(tile.values + r * kStripColumns + c)), c,
+                              selected.columns, selected.values, n);
         selected.row_counts[r] = n - before;
     }
 }
@@ -200,10 +198,9 @@ void select(const Tile& tile, const float* row_thresholds, SelectedTile& selecte
         if (r / kPanelRows * group + r % group < tile.n_tokens) {
             const Floats threshold = Floats{} + row_thresholds[r];
             for (int c = 0; c < tile.n_columns; c += kLanes) {
-                const TopKCandidate<Floats> act{load(tile.params->scale + c), load(tile.params->bias + c),
-                                                threshold};
-                n = append_active(act(load(tile.values + r * kStripColumns + c)), c, selected.columns,
-                                  selected.values, n);
+                const TopKCandidate<Floats> act{load(tile.params->scale + c), load(tile.params->bias + c), threshold};
+                n = append_active(act(load(tile.values + r * kStripColumns + c)), c, selected.columns, selected.values,
+                                  n);
             }
         }
         selected.row_counts[r] = n - before;

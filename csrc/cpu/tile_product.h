@@ -35,8 +35,7 @@ STS_INLINE void product_panel(int depth, const float* rows, const float* columns
         }
 }
 
-void product(const float* rows, int64_t n_panels, const float* strip, int64_t d_in, int n_columns,
-             float* values) {
+void product(const float* rows, int64_t n_panels, const float* strip, int64_t d_in, int n_columns, float* values) {
     for (int64_t start = 0; start < d_in; start += kBlockK) {
         const int depth = static_cast<int>(d_in - start < kBlockK ? d_in - start : kBlockK);
         for (int n = 0; n < n_columns; n += kPanelColumns, strip += depth * kPanelColumns)

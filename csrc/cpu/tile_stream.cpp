@@ -22,19 +22,17 @@ int64_t tokens_per_block(int64_t n_tokens, int n_members, int64_t d_in, int64_t 
     constexpr int64_t kMostRows = 2304;
     const int64_t tile_tokens = kTileRows / n_members;
     most = std::min({most, kMostRows / n_members, kBlockBytes / PackedRows::token_bytes(n_members, d_in)});
-    most =
-        most >= tile_tokens ? most / tile_tokens * tile_tokens : std::max<int64_t>(most / group, 1) * group;
+    most = most >= tile_tokens ? most / tile_tokens * tile_tokens : std::max<int64_t>(most / group, 1) * group;
     const int64_t n_blocks = std::max<int64_t>(divide_up(n_tokens, most), 1);
     return std::max<int64_t>(divide_up(divide_up(n_tokens, n_blocks), group), 1) * group;
 }
 
 }  // namespace
 
-TileStream::Workspace::Workspace(int64_t d_in)
-    : strip(d_in * kStripColumns), values(kTileRows * kStripColumns) {}
+TileStream::Workspace::Workspace(int64_t d_in) : strip(d_in * kStripColumns), values(kTileRows * kStripColumns) {}
 
-TileStream::TileStream(const Encoder& encoder, Span<const int64_t> columns,
-                       const std::vector<MatrixView>& members, int64_t max_block_tokens)
+TileStream::TileStream(const Encoder& encoder, Span<const int64_t> columns, const std::vector<MatrixView>& members,
+                       int64_t max_block_tokens)
     : kernels_(tile_kernels()),
       encoder_(encoder),
       columns_(columns),
@@ -42,8 +40,7 @@ TileStream::TileStream(const Encoder& encoder, Span<const int64_t> columns,
       n_tokens_(members[0].n_rows),
       n_columns_(columns ? columns.size : encoder.d_sae()),
       n_workers_(workers_for(n_tokens_ * static_cast<int64_t>(members.size()), encoder.d_in(), n_columns_)),
-      block_tokens_(tokens_per_block(n_tokens_, static_cast<int>(members.size()), encoder.d_in(),
-                                     max_block_tokens,
+      block_tokens_(tokens_per_block(n_tokens_, static_cast<int>(members.size()), encoder.d_in(), max_block_tokens,
                                      kernels_.panel_rows / static_cast<int>(members.size()))),
       rows_(kernels_, static_cast<int>(members.size()), encoder.d_in(), block_tokens_) {
     const int64_t panels = divide_up(n_columns_, kernels_.panel_columns);
@@ -68,11 +65,10 @@ TileStream::Strip::Strip(const TileStream& stream, int worker_, int64_t strip)
       first_column(strip * stream.strip_columns_),
       n_columns(static_cast<int>(std::min<int64_t>(stream.strip_columns_, stream.n_columns_ - first_column))),
       stream_(stream),
-      n_padded_(static_cast<int>(divide_up(n_columns, stream.kernels_.panel_columns)) *
-                stream.kernels_.panel_columns) {
+      n_padded_(static_cast<int>(divide_up(n_columns, stream.kernels_.panel_columns)) * stream.kernels_.panel_columns) {
     Workspace& workspace = *stream.workspaces_[static_cast<size_t>(worker)];
-    pack_strip(stream.encoder_, stream.columns_, first_column, n_columns, n_padded_,
-               stream.kernels_.panel_columns, workspace.strip.data(), workspace.params);
+    pack_strip(stream.encoder_, stream.columns_, first_column, n_columns, n_padded_, stream.kernels_.panel_columns,
+               workspace.strip.data(), workspace.params);
 }
 
 Tile TileStream::Strip::tile(int64_t i) const {

@@ -67,11 +67,11 @@ class Encoder {
 
 /// Sums over paired rows, with h_a = h(base[t]), h_b = h(other[t]).
 struct ShiftSums {
-    Span<double> sum_sq_shift;               ///< [n_columns] += (h_b - h_a)^2
-    Span<double> sum_base, sum_other;        ///< [n_columns] += h_a, h_b; these six are all given or all null
-    Span<double> sum_sq_base, sum_sq_other;  ///< [n_columns] += h_a^2, h_b^2
+    Span<double> sum_sq_shift;                  ///< [n_columns] += (h_b - h_a)^2
+    Span<double> sum_base, sum_other;           ///< [n_columns] += h_a, h_b; these six are all given or all null
+    Span<double> sum_sq_base, sum_sq_other;     ///< [n_columns] += h_a^2, h_b^2
     Span<int64_t> n_fired_base, n_fired_other;  ///< [n_columns] += (h > 0)
-    Table<double> weighted_sq_shift;  ///< [n_columns, K] += row_weights[t, k] * (h_b - h_a)^2, or null
+    Table<double> weighted_sq_shift;            ///< [n_columns, K] += row_weights[t, k] * (h_b - h_a)^2, or null
 };
 
 /// base, other  [n_tokens, d_in]   row t is the same token, without and with the demonstrations
