@@ -90,7 +90,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise InputError(f"{path.parent} has no {CONFIG_FILE}: give a folder saved by SAELens")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not readable JSON ({error}): copy or download it again") from error
     if not isinstance(config, dict):
         raise InputError(f"{path} does not hold a JSON object: copy or download it again")
@@ -99,6 +99,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _understood(config: dict[str, Any], *, where: str) -> dict[str, Any]:
     """The config in one form for all versions: before 6 it was flat, TopK was an activation, names differed."""
+    for key in ("metadata", "activation_fn_kwargs"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise InputError(f"{where}: {key} must be a JSON object, but is {config[key]!r}")
     metadata = config.get("metadata") or {}
     architecture = str(config.get("architecture", "standard"))
     activation = str(config.get("activation_fn_str", config.get("activation_fn", "relu")))
@@ -113,7 +116,8 @@ def _understood(config: dict[str, Any], *, where: str) -> dict[str, Any]:
             f"{where}: architecture '{architecture}' is not supported: use one of {', '.join(ENCODER_TENSORS)}"
         )
     normalize = config.get("normalize_activations")
-    normalize = {True: "expected_average_only_in", False: "none", None: "none"}.get(normalize, normalize)
+    if normalize is None or isinstance(normalize, bool):
+        normalize = "expected_average_only_in" if normalize else "none"
     if normalize not in ("none", "expected_average_only_in"):
         raise InputError(f"{where}: normalize_activations '{normalize}' is not supported: use an SAE without it")
     hook_name = str(metadata.get("hook_name") or config.get("hook_name") or config.get("hook_point") or "")
