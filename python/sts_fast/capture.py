@@ -78,17 +78,15 @@ class Decoder:
     def residuals(self, sequences: Sequence[IntArray]) -> list[torch.Tensor]:
         """The residual stream after the layer for each sequence, from one forward pass with padding on the right.
 
-        Each is [n_tokens, d_in] in the model's dtype and on its device. Causal attention never looks to the right, so
-        padding there changes no token before it.
+        Each is [n_tokens, d_in] in the model's dtype and on its device. A causal model never looks to the right, so
+        padding there changes no token before it, and needs no mask (which would slow attention down).
         """
         import torch
 
         longest = max(map(len, sequences))
         ids = torch.zeros((len(sequences), longest), dtype=torch.long)
-        mask = torch.zeros((len(sequences), longest), dtype=torch.long)
         for row, sequence in enumerate(sequences):
             ids[row, : len(sequence)] = torch.from_numpy(sequence.astype(np.int64))
-            mask[row, : len(sequence)] = 1
         captured: list[torch.Tensor] = []
 
         def hook(module: Any, args: Any, output: Any) -> None:
@@ -98,7 +96,7 @@ class Decoder:
         handle = self._block.register_forward_hook(hook)
         try:
             with torch.inference_mode():
-                self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False)
+                self.model(input_ids=ids.to(self.device), use_cache=False)
         except _Reached:
             pass
         finally:
