@@ -1,0 +1,77 @@
+"""SAEs of every architecture whose features are exact in float32, and the same features in float64 by the equations.
+
+Activations and weights are small whole numbers, biases whole numbers and binary fractions, scales powers of two: every
+product and sum is then exact whatever its order, so that tests may ask for equality. Nothing of sts_fast's computing
+code is used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sts_fast.sae import SAE
+
+Doubles = NDArray[np.float64]
+
+ARCHITECTURES = ("standard", "jumprelu", "gated", "topk")
+KINDS = (*ARCHITECTURES, "topk, rescaled")
+
+
+def make_sae(kind: str = "standard", *, d_in: int = 24, d_sae: int = 70, k: int = 9, seed: int = 0) -> SAE:
+    rng = np.random.default_rng(seed)
+
+    def whole(low: int, high: int, *shape: int) -> NDArray[np.float32]:
+        return rng.integers(low, high + 1, shape).astype(np.float32)
+
+    # Fractions of 2048 that all differ, so that a row never has two equal pre-activations; odd ones, so that features
+    # that are scaled by two differ from the others too.
+    fractions = ((2 * rng.permutation(d_sae) + 1) / 2048).astype(np.float32)
+    own: dict[str, Any] = {"b_enc": whole(-20, 4, d_sae) + fractions}
+    if kind == "jumprelu":
+        own["threshold"] = whole(0, 9, d_sae) + np.float32(0.25)
+    elif kind == "gated":
+        # exp of r_mag, rounded to float32, is 1/2, 1 or 2.
+        own = {"b_enc": np.zeros(d_sae, np.float32), "r_mag": (np.log(2.0) * whole(-1, 1, d_sae)).astype(np.float32)}
+        own |= {"b_mag": whole(-20, 4, d_sae) + fractions, "b_gate": whole(-20, 4, d_sae) + fractions}
+    elif kind.startswith("topk"):
+        own["k"] = k
+    if kind == "topk, rescaled":
+        own["W_dec_norm"] = whole(0, 1, d_sae) + 1
+    return SAE(
+        architecture=kind.partition(",")[0],
+        W_enc=whole(-3, 3, d_in, d_sae),
+        b_dec=whole(-2, 2, d_in),
+        source=f"exact {kind}",
+        **own,
+    )
+
+
+def make_acts(n_tokens: int, d_in: int = 24, *, seed: int = 0) -> NDArray[np.float32]:
+    """[n_tokens, d_in] whole numbers, which are exact in bfloat16 too."""
+    return np.random.default_rng([seed, 1]).integers(-4, 5, (n_tokens, d_in)).astype(np.float32)
+
+
+def features(sae: SAE, acts: Any) -> Doubles:
+    """[n_tokens, d_sae] float64 features, by the equations in the docstring of SAE."""
+    x = np.asarray(acts, np.float64)
+    if sae.apply_b_dec_to_input:
+        x = x - sae.b_dec
+    p = x @ np.asarray(sae.W_enc, np.float64)
+    pre = p + sae.b_enc
+    if sae.architecture == "standard":
+        return np.maximum(pre, 0)
+    if sae.architecture == "jumprelu":
+        return np.where(pre > sae.threshold, np.maximum(pre, 0), 0)
+    if sae.architecture == "gated":
+        scale = np.exp(sae.r_mag, dtype=np.float64).astype(np.float32)
+        return np.where(p + sae.b_gate > 0, np.maximum(scale * p + sae.b_mag, 0), 0)
+    if sae.W_dec_norm is not None:
+        pre = pre * sae.W_dec_norm
+    h = np.zeros_like(pre)
+    for row, values in enumerate(pre):
+        for j in sorted(range(sae.d_sae), key=lambda j: -values[j])[: sae.k]:
+            h[row, j] = max(values[j], 0)
+    return h

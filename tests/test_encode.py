@@ -1,0 +1,149 @@
+"""Sparse features against float64, with numbers that are exact in float32, so that nothing may differ at all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from exact_sae import KINDS, features, make_acts, make_sae
+
+from sts_fast import SparseFeatures, encode
+from sts_fast.sae import SAE
+
+
+def dense(sparse: SparseFeatures, d_sae: int) -> np.ndarray:
+    n = len(sparse.indptr) - 1
+    values = np.zeros((n, d_sae))
+    values[np.repeat(np.arange(n), np.diff(sparse.indptr)), sparse.indices] = sparse.values
+    return values
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
+def test_features_are_those_of_the_equations(kind: str, apply_b_dec_to_input: bool) -> None:
+    sae = replace(make_sae(kind), apply_b_dec_to_input=apply_b_dec_to_input)
+    acts = make_acts(100)
+    expected = features(sae, acts)
+    assert 0.02 < (expected > 0).mean() < 0.5
+    assert np.array_equal(dense(encode(sae, acts), sae.d_sae), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_compressed(kind: str) -> None:
+    sae, acts = make_sae(kind), make_acts(50)
+    found = encode(sae, acts)
+    assert isinstance(found, SparseFeatures)
+    assert (found.indptr.dtype, found.indices.dtype, found.values.dtype) == (np.int64, np.int32, np.float32)
+    assert found.indptr[0] == 0
+    assert np.array_equal(np.diff(found.indptr), (features(sae, acts) > 0).sum(axis=1))
+    assert found.indptr[-1] == len(found.indices) == len(found.values)
+    assert (found.values > 0).all()
+    for start, stop in zip(found.indptr[:-1], found.indptr[1:], strict=True):
+        assert (np.diff(found.indices[start:stop]) > 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_subset_of_columns_is_the_same_columns_of_all(kind: str) -> None:
+    # Of topk too: what the k-th largest value of a row is depends on all columns.
+    sae, acts = make_sae(kind), make_acts(100)
+    columns = np.array([0, 3, 4, 17, 40, 69])
+    expected = np.zeros((100, sae.d_sae))
+    expected[:, columns] = features(sae, acts)[:, columns]
+    assert np.array_equal(dense(encode(sae, acts, columns), sae.d_sae), expected)
+    assert encode(sae, acts, np.array([], np.int64)).indptr.tolist() == [0] * 101
+
+
+FORMS: dict[str, Any] = {
+    "numpy": lambda x: x,
+    "numpy, every other row": lambda x: np.repeat(x, 2, axis=0)[::2],
+    "numpy, part of wider rows": lambda x: np.hstack([x, x])[:, : x.shape[1]],
+    "torch": torch.from_numpy,
+    "torch bfloat16": lambda x: torch.from_numpy(x).bfloat16(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_activations(form: str) -> None:
+    sae, acts = make_sae("jumprelu"), make_acts(64)
+    assert np.array_equal(dense(encode(sae, FORMS[form](acts)), sae.d_sae), features(sae, acts))
+
+
+WEIGHT_FORMS: dict[str, Any] = {
+    "numpy": lambda w: w,
+    "numpy, column by column": np.asfortranarray,
+    "torch": torch.from_numpy,
+    "torch, column by column": lambda w: torch.from_numpy(w.T.copy()).T,
+    "bfloat16": lambda w: torch.from_numpy(w).bfloat16(),
+    "bfloat16, column by column": lambda w: torch.from_numpy(w.T.copy()).bfloat16().T,
+}
+
+
+@pytest.mark.parametrize("form", WEIGHT_FORMS)
+def test_forms_of_weights(form: str) -> None:
+    sae, acts = make_sae("gated"), make_acts(64)
+    assert np.array_equal(
+        dense(encode(replace(sae, W_enc=WEIGHT_FORMS[form](sae.W_enc)), acts), sae.d_sae), features(sae, acts)
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_rows(kind: str) -> None:
+    found = encode(make_sae(kind), torch.zeros(0, 24))
+    assert found.indptr.tolist() == [0]
+    assert len(found.indices) == len(found.values) == 0
+
+
+@pytest.mark.xfail(raises=ValueError, reason="numpy gives arrays without rows strides of 0, which the core refuses")
+def test_no_rows_of_numpy() -> None:
+    assert encode(make_sae(), np.zeros((0, 24), np.float32)).indptr.tolist() == [0]
+
+
+def test_of_equal_values_topk_takes_the_lower_column() -> None:
+    sae = SAE(
+        architecture="topk",
+        W_enc=np.ones((2, 6), np.float32),
+        b_enc=np.array([0, 1, 0, 1, 0, 1], np.float32),
+        b_dec=np.zeros(2, np.float32),
+        k=4,
+    )
+    found = encode(sae, np.ones((1, 2), np.float32))
+    assert found.indices.tolist() == [0, 1, 3, 5]
+    assert found.values.tolist() == [2, 3, 3, 3]
+
+
+def test_topk_keeps_only_what_is_positive() -> None:
+    sae = replace(make_sae("topk"), b_enc=np.full(70, -1000, np.float32))
+    assert encode(sae, make_acts(10)).indptr.tolist() == [0] * 11
+
+
+def test_jumprelu_fires_strictly_above_its_threshold_and_above_zero() -> None:
+    sae = SAE(
+        architecture="jumprelu",
+        W_enc=np.zeros((1, 5), np.float32),
+        b_enc=np.array([2, 2, 2, -1, 0], np.float32),
+        b_dec=np.zeros(1, np.float32),
+        threshold=np.array([1.9999999, 2, 3, -2, -1], np.float32),
+    )
+    found = encode(sae, np.zeros((1, 1), np.float32))
+    assert (found.indices.tolist(), found.values.tolist()) == ([0], [2])
+
+
+def test_bad_activations_are_named() -> None:
+    sae, acts = make_sae(), make_acts(4)
+    for bad in (np.nan, np.inf, -np.inf):
+        spoilt = acts.copy()
+        spoilt[2, 5] = bad
+        with pytest.raises(ValueError, match="acts"):
+            encode(sae, spoilt)
+    for wrong in (acts[:, :-1], acts[0], acts[None], acts.astype(np.float64), acts.astype(np.int32), acts.tolist()):
+        with pytest.raises(ValueError, match="acts"):
+            encode(sae, wrong)
+
+
+@pytest.mark.parametrize("columns", [[3, 3], [4, 2], [-1, 2], [0, 70], [[1, 2]], [0.5, 1.5]])
+def test_bad_columns_are_named(columns: Any) -> None:
+    with pytest.raises(ValueError, match="columns"):
+        encode(make_sae(), make_acts(4), np.array(columns))
