@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,13 +30,17 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # not there, or its folder is not one
+            temporary.unlink()
 
 
 def save_arrays(path: str | Path, arrays: dict[str, NDArray[np.generic]], metadata: dict[str, str]) -> None:
     """Writes numpy arrays and string metadata as one safetensors file. Raises InputError as `atomic_path`."""
+    import numpy as np
     from safetensors.numpy import save
 
+    # safetensors writes the memory as it lies, whatever the strides.
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     with atomic_path(path) as temporary:
         temporary.write_bytes(save(arrays, metadata=metadata))
 
