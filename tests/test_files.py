@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -19,7 +20,8 @@ ARRAYS = {
     "doubles": np.linspace(0, 1, 7),
     "counts": np.array([1, 2**40], np.int64),
     "table": np.arange(6.0).reshape(2, 3),
-    "columns": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+    "column by column": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+    "every other": np.arange(10)[::2],
     "empty": np.zeros((3, 0)),
 }
 
@@ -43,18 +45,26 @@ def test_written_whole_under_its_name(tmp_path: Path) -> None:
 def test_a_fault_half_way_leaves_what_was_there(error: type[BaseException], tmp_path: Path) -> None:
     path = tmp_path / "result.txt"
     path.write_text("old")
-    with pytest.raises(error), files.atomic_path(path) as temporary:
-        temporary.write_text("half of the n")
-        raise error
+
+    def write_half() -> None:
+        with files.atomic_path(path) as temporary:
+            temporary.write_text("half of the n")
+            raise error
+
+    with pytest.raises(error):
+        write_half()
     assert path.read_text() == "old"
     assert names(tmp_path) == ["result.txt"]
 
 
 def test_a_full_disk_is_told_in_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"cannot write .*result\.txt: No space left on device$"):  # noqa: SIM117
+    def write_half() -> None:
         with files.atomic_path(tmp_path / "result.txt") as temporary:
             temporary.write_text("half")
-            raise OSError(28, os.strerror(28))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(InputError, match=r"cannot write .*result\.txt: No space left on device$"):
+        write_half()
     assert names(tmp_path) == []
 
 
@@ -71,7 +81,7 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to the superuser")
 def test_a_folder_without_permission(tmp_path: Path) -> None:
     tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
-    with pytest.raises(InputError, match="cannot write .*: Permission denied"):
+    with pytest.raises(InputError, match=r"cannot write .*: Permission denied"):
         files.save_arrays(tmp_path / "a.safetensors", ARRAYS, KIND)
     tmp_path.chmod(stat.S_IRWXU)
 
@@ -90,17 +100,11 @@ def test_arrays_come_back_as_they_were(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a.safetensors"]
 
 
-def test_the_same_arrays_give_the_same_bytes(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        files.save_arrays(tmp_path / name, ARRAYS, KIND)
-    assert files.sha256(tmp_path / "a") == files.sha256(tmp_path / "b")
-
-
 def test_files_that_are_not_what_is_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     with pytest.raises(InputError, match=r"there is no file .*a\.safetensors"):
         files.load_arrays(path, "Test")
-    save_file(ARRAYS | {"columns": np.zeros(1)}, path)
+    save_file({"doubles": np.zeros(1)}, path)
     with pytest.raises(InputError, match=r"a\.safetensors does not hold Test"):
         files.load_arrays(path, "Test")
     files.save_arrays(path, ARRAYS, {"kind": "Other"})

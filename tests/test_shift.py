@@ -246,6 +246,13 @@ def test_save_and_load(kind: str, columns: list[int] | None, tmp_path: Path) -> 
     assert_equal(loaded + resumed, {name: state(loaded)[name] + state(resumed)[name] for name in state(loaded)})
 
 
+def test_columns_that_were_cut_out_of_others_are_saved_as_they_are(tmp_path: Path) -> None:
+    stats = ShiftStats(make_sae(), columns=np.arange(70)[10::20])
+    stats.save(tmp_path / "s.safetensors", shifted_features=np.arange(10)[::-3])
+    assert ShiftStats.load(tmp_path / "s.safetensors").columns.tolist() == [10, 30, 50]
+    assert load_file(tmp_path / "s.safetensors")["shifted_features"].tolist() == [9, 6, 3, 0]
+
+
 def test_statistics_without_replicates_or_rows_are_saved_too(tmp_path: Path) -> None:
     stats = ShiftStats(make_sae())
     stats.save(tmp_path / "s.safetensors")
