@@ -64,8 +64,8 @@ class Borrowed {
     MatrixView matrix(const char* shape) const {
         check_ndim(2, shape);
         return {data_, dtype_, shape_[0], shape_[1],
-                // A dimension of one element may carry any stride.
-                shape_[0] > 1 ? strides_[0] : shape_[1], shape_[1] > 1 ? strides_[1] : 1};
+                // A dimension of one element, and any of an empty array, may carry any stride.
+                several(0) ? strides_[0] : shape_[1], several(1) ? strides_[1] : 1};
     }
 
     std::vector<float> vector(const char* shape) const {
@@ -79,6 +79,8 @@ class Borrowed {
 
   private:
     [[noreturn]] void fail(const std::string& what) const { throw std::invalid_argument(name_ + " " + what); }
+
+    bool several(size_t i) const { return shape_[i] > 1 && shape_[1 - i] > 0; }
 
     void check_ndim(size_t n, const char* shape) const {
         if (shape_.size() != n)
@@ -100,11 +102,11 @@ class Borrowed {
     }
 
     void take_dlpack(const py::object& object) {
-        const int device = object.attr("__dlpack_device__")().cast<py::tuple>()[0].cast<int>();
-        if (device != kDLCPU && device != kDLCUDAHost)
-            fail("must be on the CPU: these are the CPU ops, move it there first");
         py::capsule capsule;
         try {
+            const int device = object.attr("__dlpack_device__")().cast<py::tuple>()[0].cast<int>();
+            if (device != kDLCPU && device != kDLCUDAHost)
+                fail("must be on the CPU: these are the CPU ops, move it there first");
             capsule = object.attr("__dlpack__")();
         } catch (const py::error_already_set& error) {
             const bool needs_grad = py::hasattr(object, "requires_grad") && py::bool_(object.attr("requires_grad"));
@@ -155,9 +157,10 @@ class Encoder {
     Encoder(const py::object& W_enc, const py::object& bias, const std::string& activation, const py::object& scale,
             const py::object& threshold, const py::object& gate_bias, int64_t k)
         : activation_name(activation),
+          activation_(activation_named(activation)),
           W_enc_(W_enc, "W_enc"),
-          core(W_enc_.matrix("[d_in, d_sae]"), activation_named(activation), values(bias, "bias", true),
-               values(scale, "scale", false), values(threshold, "threshold", activation == "jumprelu", activation),
+          core(W_enc_.matrix("[d_in, d_sae]"), activation_, values(bias, "bias", true), values(scale, "scale", false),
+               values(threshold, "threshold", activation == "jumprelu", activation),
                values(gate_bias, "gate_bias", activation == "gated", activation), k) {
         check(activation == "topk" || k == 0, "k must be 0 for " + activation + ", got " + std::to_string(k));
     }
@@ -187,6 +190,7 @@ class Encoder {
         return result;
     }
 
+    const sts::Activation activation_;
     const Borrowed W_enc_;
 
   public:
