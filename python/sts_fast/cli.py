@@ -39,6 +39,10 @@ err = Console(stderr=True)
 
 BAR_WIDTH = 12
 
+MOST_THREADS = 1024
+
+# What typer returns after Ctrl-C: it catches KeyboardInterrupt.
+INTERRUPTED = 130
 # What typer raises for a wrong command line: its ClickException, which it does not export under a name of its own.
 CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]
 
@@ -241,7 +245,8 @@ def doctor(
 def main() -> None:
     """Entry point: exit code 0, or 2 with one line `error: ...` on standard error."""
     try:
-        app(standalone_mode=False)
+        if app(prog_name="sts-fast", standalone_mode=False) == INTERRUPTED:
+            raise KeyboardInterrupt
     except InputError as error:
         _fail(str(error))
     except CommandLineError as error:
@@ -263,8 +268,8 @@ def _forecast(model: str, sae: str, train: Path, output: Path, **options: Any) -
     estimators = [name.strip() for name in options.pop("estimators").split(",")]
     results.prepare_folder(output)
     if threads is not None:
-        if threads < 1:
-            raise InputError(f"--threads must be at least 1, not {threads}")
+        if not 1 <= threads <= MOST_THREADS:
+            raise InputError(f"--threads must lie between 1 and {MOST_THREADS}, not {threads}")
         _cpu.set_num_threads(threads)
     if not train.exists():
         raise InputError(f"there is no training set {train}: give a file or folder with --train")
@@ -315,6 +320,9 @@ def _fields(option: str, values: list[str] | None) -> dict[str, str]:
 
 @contextmanager
 def _progress() -> Iterator[Tell]:
+    if not err.is_terminal:
+        yield lambda stage, done, total: None
+        return
     columns = (
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("prompts"),
         TimeElapsedColumn(),
