@@ -104,6 +104,7 @@ def load_domains(
     *,
     question_fields: Mapping[str, str] | None = None,
     answer_fields: Mapping[str, str] | None = None,
+    other_names: Iterable[str] = (),
 ) -> dict[str, list[Example]]:
     """Domain name -> its examples, in the order given.
 
@@ -114,6 +115,7 @@ def load_domains(
       domains in order of first appearance; without one it is a single domain named after the file.
 
     question_fields, answer_fields: file, folder or `name=` name -> column as in `load_examples`; "" stands for all.
+    other_names: names that the fields may hold besides those of the sources: of sets that are read elsewhere
 
     Raises InputError for unreadable sources, a domain named twice, a row without category, a name in the fields
     that no source has.
@@ -133,8 +135,9 @@ def load_domains(
                 if domain in domains:
                     raise InputError(f"domain {domain!r} of {source} exists already; name it with NAME=PATH")
                 domains[domain] = examples
+    allowed = {*names, *other_names}
     for name in (*question_fields, *answer_fields):
-        if name not in names:
+        if name not in allowed:
             raise InputError(f"a field is named for {name!r}, but the sources are {_listed(names[1:])}")
     return domains
 

@@ -123,7 +123,7 @@ def score(
 
     fields = _Fields(question_fields or {}, answer_fields or {})
     train_examples = fields.read("train", train)
-    domain_examples = _read_sets(domains, fields)
+    domain_examples = _read_sets(domains, fields, ["train"])
     if "train" in domain_examples:
         raise InputError("a domain cannot be called 'train', the name of the training set: rename it, as in new=path")
     demo_examples = _read_demos(demos or {}, fields, ["train", *domain_examples])
@@ -326,10 +326,14 @@ class _Fields:
         )
 
 
-def _read_sets(sets: Mapping[str, Source] | Sequence[str], fields: _Fields) -> dict[str, list[Example]]:
+def _read_sets(
+    sets: Mapping[str, Source] | Sequence[str], fields: _Fields, other_names: Sequence[str]
+) -> dict[str, list[Example]]:
     if isinstance(sets, Mapping):
         return {name: fields.read(name, source) for name, source in sets.items()}
-    return load_domains(sets, question_fields=fields.question, answer_fields=fields.answer) if sets else {}
+    if not sets:
+        return {}
+    return load_domains(sets, question_fields=fields.question, answer_fields=fields.answer, other_names=other_names)
 
 
 def _read_demos(
@@ -339,7 +343,7 @@ def _read_demos(
     groups = [demos] if isinstance(demos, Mapping) else [[source] for source in demos]
     found: dict[str, list[Example]] = {}
     for group in groups:
-        examples = _read_sets(group, fields)
+        examples = _read_sets(group, fields, [*fields.question, *fields.answer])
         unknown = [name for name in examples if name not in names]
         if unknown and (isinstance(group, Mapping) or len(unknown) == len(examples)):
             raise InputError(f"demonstrations are given for '{unknown[0]}', but the sets are {', '.join(names)}")
