@@ -74,6 +74,8 @@ class Decoder:
         if not 0 <= layer < len(layers):
             raise InputError(f"{name} has layers 0 to {len(layers) - 1}, but layer {layer} is to be read")
         self._block = layers[layer]
+        embedding = getattr(model, "get_input_embeddings", lambda: None)()
+        self._n_embeddings: int | None = None if embedding is None else embedding.weight.shape[0]
 
     def residuals(self, sequences: Sequence[IntArray]) -> list[torch.Tensor]:
         """The residual stream after the layer for each sequence, from one forward pass with padding on the right.
@@ -83,6 +85,12 @@ class Decoder:
         """
         import torch
 
+        largest = max((int(sequence.max(initial=0)) for sequence in sequences), default=0)
+        if self._n_embeddings is not None and largest >= self._n_embeddings:
+            raise InputError(
+                f"{self.name} knows {self._n_embeddings} tokens, but its tokenizer gives token id {largest}: "
+                "the tokenizer belongs to another model"
+            )
         longest = max(map(len, sequences))
         ids = torch.zeros((len(sequences), longest), dtype=torch.long)
         for row, sequence in enumerate(sequences):

@@ -247,7 +247,7 @@ def main() -> None:
     try:
         if app(prog_name="sts-fast", standalone_mode=False) == INTERRUPTED:
             raise KeyboardInterrupt
-    except InputError as error:
+    except (InputError, OSError) as error:  # OSError: names that are too long, folders that may not be listed
         _fail(str(error))
     except CommandLineError as error:
         _fail(f"{error.format_message()} See sts-fast --help")  # type: ignore[attr-defined]
