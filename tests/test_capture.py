@@ -469,6 +469,14 @@ def test_broken_model_is_told_in_one_line(
     assert capfd.readouterr() == ("", "")
 
 
+def test_tokenizer_of_another_model(model_of: Callable[[str], Any]) -> None:
+    decoder = Decoder(model_of("llama"), 0)
+    assert decoder.residuals([np.array([VOCABULARY - 1], np.int32)])[0].shape == (1, D_MODEL)
+    with pytest.raises(InputError, match="the model knows 60 tokens, but its tokenizer gives token id 60: ") as e:
+        decoder.residuals([np.array([3, VOCABULARY], np.int32)])
+    one_sentence(e)
+
+
 @pytest.mark.parametrize("layer", [-1, N_LAYERS, 1000])
 def test_layer_out_of_range(layer: int, model_of: Callable[[str], Any], saved: Callable[[str], Path]) -> None:
     with pytest.raises(InputError, match=f"the model has layers 0 to 3, but layer {layer} is to be read"):

@@ -529,6 +529,8 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "layer and hook": (with_(layer=1, hook="blocks.1.hook_resid_post"), "--layer and --hook say the same thing"),
     "more features than there are": (with_(top_n=D_SAE + 1), "--top-n is 49, but the SAE"),
     # the model
+    "training file with a name too long": (with_(train="x" * 5000), "File name too long"),
+    "SAE with a name too long": (with_(sae="x" * 5000), "File name too long"),
     "no model": (with_(model="./nowhere"), "there is no model folder ./nowhere"),
     "model weights cut off": (with_broken_model(cut_off("model.safetensors")), "cannot load the model"),
     "model of unknown type": (
