@@ -11,9 +11,9 @@ import torch
 from exact_sae import KINDS, features, make_acts, make_sae
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
-from sts_fast import CorrelationStats, InputError
+from sts_fast import CorrelationStats, InputError, files
 from sts_fast.sae import SAE
 
 N = 400
@@ -230,7 +230,7 @@ def test_a_file_that_lacks_a_sum_is_damaged(name: str, tmp_path: Path) -> None:
     CorrelationStats(make_sae(), 2).save(path)
     arrays = load_file(path)
     del arrays[name]
-    save_file(arrays, path, metadata={"kind": "CorrelationStats", "n_tokens": "0", "sae_source": "x"})
+    files.save_arrays(path, arrays, {"kind": "CorrelationStats", "n_tokens": "0", "sae_source": "x"})
     with pytest.raises(InputError, match=f"has no '{name}': it is damaged"):
         CorrelationStats.load(path)
 

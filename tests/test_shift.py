@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import sts_fast
-from sts_fast import InputError, ShiftStats
+from sts_fast import InputError, ShiftStats, files
 from sts_fast.sae import SAE
 from sts_fast.shift import top_indices
 
@@ -293,7 +293,7 @@ def test_a_file_that_lacks_a_sum_is_damaged(name: str, tmp_path: Path) -> None:
     arrays = load_file(path)
     del arrays[name]
     metadata = {"kind": "ShiftStats", "n_tokens": "0", "d_sae": "70", "sae_source": "x"}
-    save_file(arrays, path, metadata=metadata)
+    files.save_arrays(path, arrays, metadata)
     with pytest.raises(InputError, match=f"has no '{name}': it is damaged"):
         ShiftStats.load(path)
 

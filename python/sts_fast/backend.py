@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from sts_fast import _cpu
+from sts_fast.errors import InputError
 from sts_fast.sae import SAE
 
 if TYPE_CHECKING:
@@ -36,6 +37,14 @@ def cuda_missing_reason() -> str | None:
 
 
 def _fold(sae: SAE) -> _cpu.Encoder:
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):  # the core refuses what is not finite, by name
+            return _folded(sae)
+    except ValueError as error:
+        raise InputError(f"the SAE {sae.source} cannot be used: {error}") from error
+
+
+def _folded(sae: SAE) -> _cpu.Encoder:
     # x is never changed: (x - b_dec) W + b = x W + (b - b_dec W), the bracket computed in float64.
     shift = _b_dec_through_W_enc(sae) if sae.apply_b_dec_to_input else np.zeros(sae.d_sae)
     if sae.architecture == "gated":

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     Doubles = NDArray[np.float64]
 
+# Float64 sums of many equal squares are off by about this, relative.
+ROUNDING = 1e-13
+
 _SUMS = ("sum_h", "sum_sq_h", "sum_hy", "sum_y", "sum_sq_y")
 
 
@@ -88,9 +91,10 @@ class CorrelationStats:
         covariance = n * self.sum_hy - np.outer(self.sum_h, self.sum_y)
         spread_h = n * self.sum_sq_h - self.sum_h**2
         spread_y = n * self.sum_sq_y - self.sum_y**2
-        with np.errstate(divide="ignore", invalid="ignore"):
-            r = covariance / np.sqrt(np.outer(spread_h, spread_y))
-        return np.where(np.outer(spread_h, spread_y) > 0, r, np.nan).T
+        # What rounding leaves of the spread of something constant is not spread.
+        spread_h[spread_h <= ROUNDING * n * self.sum_sq_h] = np.nan
+        spread_y[spread_y <= ROUNDING * n * self.sum_sq_y] = np.nan
+        return (covariance / np.sqrt(np.outer(spread_h, spread_y))).T
 
     def __add__(self, other: CorrelationStats) -> CorrelationStats:
         if self.sae_source != other.sae_source or self.sum_hy.shape != other.sum_hy.shape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +15,8 @@ from sts_fast.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+METADATA_KEY = "sts_fast"
 
 
 @contextmanager
@@ -42,7 +45,8 @@ def save_arrays(path: str | Path, arrays: dict[str, NDArray[np.generic]], metada
     # safetensors writes the memory as it lies, whatever the strides.
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     with atomic_path(path) as temporary:
-        temporary.write_bytes(save(arrays, metadata=metadata))
+        # One entry, because safetensors writes several in an order that changes from run to run.
+        temporary.write_bytes(save(arrays, metadata={METADATA_KEY: json.dumps(metadata, sort_keys=True)}))
 
 
 def load_arrays(path: str | Path, kind: str) -> tuple[dict[str, NDArray[np.generic]], dict[str, str]]:
@@ -54,7 +58,7 @@ def load_arrays(path: str | Path, kind: str) -> tuple[dict[str, NDArray[np.gener
 
     try:
         with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
+            metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
             if metadata.get("kind") != kind:
                 raise InputError(f"{path} does not hold {kind}: give a file that was saved by it")
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118

@@ -154,7 +154,13 @@ def build_prompts(
     """
     if tokens not in get_args(TokenClass):
         raise ValueError(f"tokens must be one of {', '.join(get_args(TokenClass))}, not '{tokens}'")
-    demo_turns = [turn for demo in demos for turn in (*_query_turns(demo), ("assistant", demo.answer or ""))]
+    # Only the query's own system turn is shown: templates allow one, at the start.
+    demo_turns = [
+        turn
+        for demo in demos
+        for turn in (*_query_turns(demo), ("assistant", demo.answer or ""))
+        if turn[0] != "system"
+    ]
     chosen: list[tuple[int, Prompt]] = []
     n_too_long = n_unanswered = 0
     for row in np.random.default_rng(seed).permutation(len(queries)):

@@ -169,6 +169,8 @@ def validate_scores(scores: dict[str, Any]) -> None:
 
 def prepare_folder(folder: Path) -> None:
     """Makes sure that results can be written to `folder`, before any work is done. Raises InputError where not."""
+    if folder == Path():
+        raise InputError("the output folder has no name: give one with --output")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -133,7 +133,7 @@ def _understood(config: dict[str, Any], *, where: str) -> dict[str, Any]:
         "rescale_acts_by_decoder_norm": architecture == "topk" and bool(config.get("rescale_acts_by_decoder_norm")),
         "hook_name": hook_name,
         "model_name": str(metadata.get("model_name") or config.get("model_name") or ""),
-        "prepend_bos": bool(metadata.get("prepend_bos", config.get("prepend_bos", False))),
+        "prepend_bos": bool(metadata.get("prepend_bos", config.get("prepend_bos", "metadata" not in config))),
         "metadata": metadata,
     }
 
