@@ -1,0 +1,267 @@
+"""What a forecast writes: a document that its schema accepts, files that are whole or not there, a table."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import hashlib
+import json
+import math
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import load_file
+from tiny import Tiny
+
+import sts_fast
+from sts_fast import results
+from sts_fast.results import PROMPTS_FILE, SCORES_FILE, SHIFT_FILE
+
+FILES = {SCORES_FILE, SHIFT_FILE, PROMPTS_FILE}
+
+
+@pytest.fixture(scope="module")
+def forecast(tiny: Tiny) -> sts_fast.Forecast:
+    return sts_fast.score(
+        model=tiny.model,
+        sae=tiny.saes["jumprelu"],
+        train=tiny.train,
+        domains=tiny.domains,
+        estimators=("act", "icl"),
+        shots=1,
+        domain_shots=1,
+        top_n=20,
+        limit=12,
+    )
+
+
+@pytest.fixture(scope="module")
+def scores(forecast: sts_fast.Forecast) -> dict[str, Any]:
+    return forecast.to_dict()
+
+
+# --- the schema ---
+
+
+def test_schema_is_one_and_accepts_a_forecast(scores: dict[str, Any]) -> None:
+    schema = results.scores_schema()
+    jsonschema.validators.validator_for(schema).check_schema(schema)
+    results.validate_scores(scores)
+    assert scores["schema_version"] == schema["properties"]["schema_version"]["const"]
+
+
+def objects(schema: Any, path: str = "") -> list[tuple[str, dict[str, Any]]]:
+    """(path, object schema) of every object described by name."""
+    if not isinstance(schema, dict):
+        return []
+    found = [(path, schema)] if "properties" in schema else []
+    for key, value in schema.items():
+        found += objects(value, f"{path}/{key}")
+    return found
+
+
+def test_schema_names_every_key_and_wants_each() -> None:
+    described = objects(results.scores_schema())
+    assert len(described) >= 10
+    for path, schema in described:
+        assert schema["additionalProperties"] is False, path
+        assert set(schema["required"]) == set(schema["properties"]), path
+
+
+def drop(*path: Any) -> Callable[[Any], None]:
+    def change(document: Any) -> None:
+        del step_into(document, path[:-1])[path[-1]]
+
+    return change
+
+
+def put(value: Any, *path: Any) -> Callable[[Any], None]:
+    def change(document: Any) -> None:
+        step_into(document, path[:-1])[path[-1]] = value
+
+    return change
+
+
+def step_into(document: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        document = document[key]
+    return document
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        drop("domains"),
+        drop("domains", 0, "sts_act_ci"),
+        drop("shift", "stability", "mean_overlap"),
+        drop("provenance", "seed"),
+        put("2.0", "schema_version"),
+        put("high", "domains", 0, "sts_act"),
+        put(-1.0, "domains", 0, "sts_icl"),
+        put([0.1], "domains", 0, "sts_act_ci"),
+        put([0.1, 0.2, 0.3], "domains", 0, "sts_act_ci"),
+        put(1.5, "domains", 0, "n_prompts"),
+        put(-1, "train", "n_tokens"),
+        put(1.0, "domains", 0, "accuracy"),
+        put({"sts_new": 1.0}, "domains", 0, "controls", "random"),
+        put(None, "domains", 0, "controls", "random", "sts_act"),
+        put(1.5, "shift", "stability", "mean_overlap"),
+        put("relu", "sae", "architecture"),
+        put(["act", "act"], "settings", "estimators"),
+        put([], "settings", "estimators"),
+        put(["ntk"], "settings", "estimators"),
+        put("first", "settings", "tokens"),
+        put(-1, "shifted_features", 0, "index"),
+        put("0" * 63, "provenance", "inputs", 0, "sha256"),
+        put({}, "domains"),
+    ],
+)
+def test_schema_rejects_a_broken_document(scores: dict[str, Any], change: Callable[[Any], None]) -> None:
+    broken = copy.deepcopy(scores)
+    change(broken)
+    with pytest.raises(jsonschema.ValidationError):
+        results.validate_scores(broken)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_no_number_in_json_is_infinite(scores: dict[str, Any], value: float) -> None:
+    broken = copy.deepcopy(scores)
+    broken["domains"][0]["sts_act"] = value
+    with pytest.raises(ValueError, match="JSON"):
+        results.to_json(broken)
+    with pytest.raises(ValueError, match="JSON"):
+        results.validate_scores(broken)
+
+
+# --- the files ---
+
+
+def test_saved_files_hold_the_forecast(forecast: sts_fast.Forecast, tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "new folder"
+    forecast.save(folder)
+    assert {path.name for path in folder.iterdir()} == FILES
+    saved = json.loads((folder / SCORES_FILE).read_text(encoding="utf-8"))
+    assert saved == json.loads(results.to_json(forecast.to_dict()))
+    assert pq.read_table(folder / PROMPTS_FILE).equals(forecast.prompts)
+    arrays = load_file(folder / SHIFT_FILE)
+    assert arrays["shifted_features"].tolist() == [feature.index for feature in forecast.shifted_features]
+    assert arrays["random_features"].tolist() == forecast.random_features.tolist()
+    stats = sts_fast.ShiftStats.load(folder / SHIFT_FILE)
+    assert stats.mean_squared_shift.tolist() == forecast.stats.mean_squared_shift.tolist()
+    assert stats.top(20).tolist() == arrays["shifted_features"].tolist()
+
+
+def test_saving_again_replaces_the_files(forecast: sts_fast.Forecast, tmp_path: Path) -> None:
+    for name in FILES:
+        (tmp_path / name).write_text("an older run")
+    forecast.save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+    assert json.loads((tmp_path / SCORES_FILE).read_text(encoding="utf-8"))["schema_version"] == "1.0"
+    assert pq.read_table(tmp_path / PROMPTS_FILE).num_rows == forecast.prompts.num_rows
+
+
+@pytest.mark.parametrize("below", [(), ("run",), ("deep", "run")], ids=str)
+def test_a_file_in_the_place_of_the_folder(forecast: sts_fast.Forecast, tmp_path: Path, below: tuple[str, ...]) -> None:
+    occupied = tmp_path / "occupied"
+    occupied.write_text("mine")
+    with pytest.raises(sts_fast.InputError, match="output folder"):
+        forecast.save(occupied.joinpath(*below))
+    assert occupied.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [occupied]
+
+
+def test_an_invalid_forecast_is_not_saved(forecast: sts_fast.Forecast, tmp_path: Path) -> None:
+    broken = replace(forecast, domains=[replace(forecast.domains[0], sts_act=math.nan)])
+    with pytest.raises(ValueError, match="JSON"):
+        broken.save(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@contextmanager
+def no_file_over(n_bytes: int) -> Iterator[None]:
+    """Writing fails half-way through any larger file, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("older", [{}, dict.fromkeys(FILES, "an older run")], ids=["new", "over an older run"])
+@pytest.mark.parametrize("failing", [PROMPTS_FILE, SHIFT_FILE, SCORES_FILE])
+def test_nothing_half_written_where_writing_fails(
+    forecast: sts_fast.Forecast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failing: str,
+    older: dict[str, str],
+) -> None:
+    whole, folder = tmp_path / "whole", tmp_path / "folder"
+    forecast.save(whole)
+    folder.mkdir()
+    for name, text in older.items():
+        (folder / name).write_text(text)
+
+    def write_half(path: Path, text: str, **options: Any) -> int:
+        with open(path, "w", **options) as file:
+            file.write(text[: len(text) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    limit = {PROMPTS_FILE: 1000, SHIFT_FILE: (whole / PROMPTS_FILE).stat().st_size, SCORES_FILE: 10**9}[failing]
+    if failing == SCORES_FILE:  # the smallest file: a limit would stop the others first
+        monkeypatch.setattr(Path, "write_text", write_half)
+    with no_file_over(limit), pytest.raises(sts_fast.InputError, match=f"cannot write .*{failing}"):
+        forecast.save(folder)
+    monkeypatch.undo()
+
+    # scores.json comes last, so none is there of a run that could not be saved; what is there is whole.
+    readers: dict[str, Callable[[Path], object]] = {PROMPTS_FILE: pq.read_table, SHIFT_FILE: load_file}
+    for path in folder.iterdir():
+        assert path.name in FILES
+        if path.read_bytes() != b"an older run":
+            readers[path.name](path)
+    assert {path.name for path in folder.iterdir()} >= set(older)
+
+
+# --- the table ---
+
+
+def test_to_pandas_has_a_row_per_domain(forecast: sts_fast.Forecast) -> None:
+    pytest.importorskip("pandas")
+    table = forecast.to_pandas()
+    assert table["name"].tolist() == [domain.name for domain in forecast.domains]
+    assert table["sts_act"].tolist() == [domain.sts_act for domain in forecast.domains]
+    assert table["sts_icl_ci"].tolist() == [list(domain.sts_icl_ci or ()) for domain in forecast.domains]
+    assert table["sts_act_sq"].isna().all()
+    assert table["n_tokens"].tolist() == [domain.n_tokens for domain in forecast.domains]
+    for name in ("sts_act", "sts_icl"):
+        assert table[f"random_{name}"].tolist() == [domain.controls["random"][name] for domain in forecast.domains]
+
+
+def test_to_pandas_without_domains(forecast: sts_fast.Forecast) -> None:
+    pytest.importorskip("pandas")
+    assert len(replace(forecast, domains=[]).to_pandas()) == 0
+
+
+# --- where inputs came from ---
+
+
+def test_inputs_are_recorded_by_their_hash(forecast: sts_fast.Forecast, tiny: Tiny) -> None:
+    inputs = forecast.provenance["inputs"]
+    expected = [
+        *(("model", path) for path in sorted(tiny.model.iterdir())),
+        *(("sae", path) for path in sorted(tiny.saes["jumprelu"].iterdir())),
+        ("train", tiny.train),
+        *(("domains", path) for path in tiny.domains.values()),
+    ]
+    assert [(entry["role"], entry["path"]) for entry in inputs] == [(role, str(path)) for role, path in expected]
+    for entry in inputs:
+        assert entry["sha256"] == hashlib.sha256(Path(entry["path"]).read_bytes()).hexdigest()

@@ -1,0 +1,519 @@
+"""A forecast from end to end: against the oracle, on random and on real material, in any batching, from files alone."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import oracle
+import pyarrow.parquet as pq
+import pytest
+import tiny as tiny_material
+import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file
+from tiny import ARCHITECTURES, Tiny
+from transformers import AutoTokenizer
+
+import sts_fast
+from sts_fast.capture import Decoder
+
+TOLERANCE = 1e-4  # of a number, relative to the oracle
+BATCHING_TOLERANCE = 1e-5  # of a number, between two batch budgets
+REPEATED_TOLERANCE = 1e-12  # of a number, computed again from the float64 sums in the files
+MOST_FLIPS = 3e-4  # of all features of all rows
+
+TOP_N, SHOTS, DOMAIN_SHOTS = 24, 1, 2
+# Each way of choosing D_N, each estimator and each token class, though not all of their combinations.
+READINGS = [
+    ("icl", ("act", "icl", "act_sq"), "query"),
+    ("icl", ("icl",), "last"),
+    ("icl", ("act", "icl"), "all"),
+    ("active", ("icl",), "query"),
+    ("active", ("act", "act_sq"), "last"),
+    ("tuned", ("icl", "act"), "answer"),
+    ("tuned", ("act_sq",), "all"),
+]
+
+# Prompts of a set of the real material; the oracle takes them one by one.
+REAL_LIMIT = 24
+
+ASSETS = Path(__file__).parents[2] / "shared" / "assets"
+CATEGORIES = ("math", "other", "physics", "chemistry", "philosophy", "engineering")
+needs_assets = pytest.mark.skipif(not ASSETS.is_dir(), reason="the real material is not beside this checkout")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_torch_thread() -> Iterator[None]:
+    """Sequences are short, and the command line must compute as this process does to give the same bytes."""
+    n_before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_before)
+
+
+def forecast_tiny(tiny: Tiny, architecture: str, **options: Any) -> sts_fast.Forecast:
+    defaults = {"shots": SHOTS, "domain_shots": DOMAIN_SHOTS, "top_n": TOP_N}
+    return sts_fast.score(
+        model=tiny.model, sae=tiny.saes[architecture], train=tiny.train, domains=tiny.domains, **{**defaults, **options}
+    )
+
+
+def written(run: Path) -> dict[str, Any]:
+    scores: dict[str, Any] = json.loads((run / "scores.json").read_text(encoding="utf-8"))
+    return scores
+
+
+def values_by_domain(run: Path) -> dict[str, dict[str, list[float]]]:
+    """Domain -> column -> value of each prompt."""
+    table = pq.read_table(run / "prompts.parquet").to_pylist()
+    values: dict[str, dict[str, list[float]]] = {}
+    for row in (row for row in table if row["stage"] == "score"):
+        of_domain = values.setdefault(row["domain"], {})
+        for column in (name for name in row if name.endswith("_sum")):
+            of_domain.setdefault(column, []).append(row[column])
+    return values
+
+
+def assert_as_expected(run: Path, expected: oracle.Expected, request: pytest.FixtureRequest) -> None:
+    values = values_by_domain(run)
+    found = [
+        *oracle.deviations(expected.scores, written(run)),
+        *(
+            (f"{domain}.{column}[{i}]", deviation)
+            for domain, columns in expected.prompts.items()
+            for column, of_prompts in columns.items()
+            for i, actual in enumerate(values[domain][column])
+            for _, deviation in oracle.deviations(of_prompts[:, i], actual)
+        ),
+    ]
+    request.node.user_properties += [
+        ("n_numbers", len(found)),
+        ("largest_deviation", max(deviation for _, deviation in found)),
+        ("n_flips", expected.n_flips),
+        ("n_ties", expected.n_ties),
+    ]
+    assert not [(path, deviation) for path, deviation in found if deviation > TOLERANCE]
+    assert expected.n_flips <= MOST_FLIPS * expected.n_features_read
+
+
+def without_time(scores: str) -> str:
+    return "\n".join(line for line in scores.splitlines() if '"created_at"' not in line)
+
+
+# --- random material: always runs ---
+
+
+@pytest.mark.parametrize(("dims", "estimators", "tokens"), READINGS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_number_equals_the_oracle(
+    tiny: Tiny,
+    architecture: str,
+    dims: Any,
+    estimators: Any,
+    tokens: Any,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    tuned = tiny.tuned if dims == "tuned" else None
+    forecast = forecast_tiny(tiny, architecture, dims=dims, estimators=estimators, tokens=tokens, tuned=tuned)
+    forecast.save(tmp_path)
+    assert [domain.name for domain in forecast.domains] == list(tiny.domains)
+    expected = oracle.expect(tmp_path, tiny.model, tiny.saes[architecture], tuned)
+    assert_as_expected(tmp_path, expected, request)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_in_float32_the_oracle_says_the_same(
+    tiny: Tiny, architecture: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    forecast_tiny(tiny, architecture).save(tmp_path)
+    expected = oracle.expect(tmp_path, tiny.model, tiny.saes[architecture], dtype=torch.float32)
+    assert_as_expected(tmp_path, expected, request)
+
+
+def test_random_material_holds_what_is_hard(tiny: Tiny) -> None:
+    forecast = forecast_tiny(tiny, "standard")
+    train = forecast.train
+    n_left = tiny_material.N_QUESTIONS + tiny_material.N_UNANSWERED - SHOTS
+    assert (train["n_prompts"], train["n_too_long"]) == (n_left, tiny_material.N_TOO_LONG)
+    assert train["n_unanswered"] == 0
+    assert train["n_special"] > 0
+    assert train["n_sinks"] > 0
+    # A token may be a sink in one prompt alone, which leaves it to be read but not paired.
+    assert 0 < sum(domain.n_pairs for domain in forecast.domains) < sum(domain.n_tokens for domain in forecast.domains)
+
+    train = forecast_tiny(tiny, "standard", tokens="answer").train
+    assert train["n_prompts"] == tiny_material.N_QUESTIONS - SHOTS
+    assert train["n_unanswered"] == tiny_material.N_UNANSWERED
+    assert train["n_skipped"] == tiny_material.N_UNANSWERED + tiny_material.N_TOO_LONG
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_batch_budgets_agree(tiny: Tiny, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[tuple[int, int]] = []
+    residuals = Decoder.residuals
+
+    def watched(decoder: Decoder, sequences: Sequence[Any]) -> Any:
+        passes.append((len(sequences), max(map(len, sequences))))
+        return residuals(decoder, sequences)
+
+    monkeypatch.setattr(Decoder, "residuals", watched)
+    estimators = ("act", "icl", "act_sq")
+    small = forecast_tiny(tiny, architecture, estimators=estimators, batch_tokens=64)
+    assert all(n_sequences == 1 or n_sequences * longest <= 64 for n_sequences, longest in passes)
+    assert any(n_sequences == 1 and longest > 64 for n_sequences, longest in passes)
+    passes.clear()
+    large = forecast_tiny(tiny, architecture, estimators=estimators, batch_tokens=4096)
+    assert all(n_sequences * longest <= 4096 for n_sequences, longest in passes)
+    assert any(n_sequences > 8 for n_sequences, _ in passes)
+
+    # Where a firing is open, two batchings may decide it differently: those numbers may differ by that much.
+    large.save(tmp_path)
+    expected = oracle.expect(tmp_path, tiny.model, tiny.saes[architecture])
+    assert [feature.index for feature in small.shifted_features] == [f.index for f in large.shifted_features]
+    compared = list(oracle.pairs(expected.scores, small.to_dict(), large.to_dict()))
+    differing = [
+        path
+        for path, bounds, one, other in compared
+        if abs(one - other) > BATCHING_TOLERANCE * abs(other) + (bounds[oracle.HIGH] - bounds[oracle.LOW])
+    ]
+    assert len(compared) > TOP_N
+    assert not differing
+
+
+@pytest.mark.parametrize("dims", ["icl", "active", "tuned"])
+def test_threads_change_no_byte(tiny: Tiny, dims: Any, tmp_path: Path) -> None:
+    n_before = sts_fast.get_num_threads()
+    tuned = tiny.tuned if dims == "tuned" else None
+    try:
+        for n in (1, 2, 3):
+            sts_fast.set_num_threads(n)
+            forecast_tiny(tiny, "topk", dims=dims, tuned=tuned).save(tmp_path / str(n))
+    finally:
+        sts_fast.set_num_threads(n_before)
+    assert len({without_time((tmp_path / str(n) / "scores.json").read_text()) for n in (1, 2, 3)}) == 1
+    assert len({(tmp_path / str(n) / "prompts.parquet").read_bytes() for n in (1, 2, 3)}) == 1
+    first, *others = (load_file(tmp_path / str(n) / "shift.safetensors") for n in (1, 2, 3))
+    for other in others:
+        assert first.keys() == other.keys()
+        assert all(first[name].tobytes() == other[name].tobytes() for name in first)
+
+
+@pytest.mark.parametrize("options", [{"seed": 1}, {"limit": 12}, {"limit": 12, "seed": 1}], ids=str)
+def test_seed_and_limit_choose_the_prompts(
+    tiny: Tiny, options: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    forecast = forecast_tiny(tiny, "jumprelu", **options)
+    forecast.save(tmp_path)
+    assert forecast.train["n_prompts"] == options.get("limit", forecast.train["n_prompts"])
+    assert_as_expected(tmp_path, oracle.expect(tmp_path, tiny.model, tiny.saes["jumprelu"]), request)
+
+
+def test_a_model_in_memory_forecasts_like_its_folder(tiny: Tiny) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny.model)
+    in_memory = sts_fast.score(
+        model=model,
+        tokenizer=AutoTokenizer.from_pretrained(tiny.model),
+        sae=sts_fast.load_sae(tiny.saes["gated"]),
+        train=sts_fast.load_examples(tiny.train),
+        domains={name: sts_fast.load_examples(path) for name, path in tiny.domains.items()},
+        shots=SHOTS,
+        domain_shots=DOMAIN_SHOTS,
+        top_n=TOP_N,
+    )
+    from_folder = forecast_tiny(tiny, "gated")
+    assert in_memory.domains == from_folder.domains
+    assert in_memory.shifted_features == from_folder.shifted_features
+
+
+def test_the_last_layer_is_read_before_the_final_norm(tiny: Tiny, tmp_path: Path) -> None:
+    """A model cut off after the layer must give what the whole model gives there, be it the last one or not."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny.model)
+    model.model.layers = model.model.layers[: tiny_material.LAYER + 1]
+    model.config.num_hidden_layers = tiny_material.LAYER + 1
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny.model).save_pretrained(tmp_path)
+    cut = forecast_tiny(replace(tiny, model=tmp_path), "standard")
+    whole = forecast_tiny(tiny, "standard")
+    assert cut.domains == whole.domains
+
+
+# --- from the files alone ---
+
+
+@pytest.mark.parametrize(("dims", "estimators", "tokens"), READINGS)
+def test_every_number_follows_from_the_files(
+    tiny: Tiny, dims: Any, estimators: Any, tokens: Any, tmp_path: Path
+) -> None:
+    tuned = tiny.tuned if dims == "tuned" else None
+    forecast_tiny(tiny, "topk", dims=dims, estimators=estimators, tokens=tokens, tuned=tuned, seed=3).save(tmp_path)
+    scores = written(tmp_path)
+    again = recomputed(tmp_path)
+    assert set(again["domains"][0]) | {"n_skipped", "n_too_long", "n_unanswered"} == set(scores["domains"][0])
+    assert set(again["shift"]) == set(scores["shift"])
+    assert set(again["shifted_features"][0]) == set(scores["shifted_features"][0])
+    for counts in (scores["train"], *scores["domains"]):
+        assert counts["n_skipped"] == counts["n_too_long"] + counts["n_unanswered"]
+    assert max(deviation for _, deviation in oracle.deviations(again, scores)) <= REPEATED_TOLERANCE
+
+
+def recomputed(run: Path) -> dict[str, Any]:
+    """What scores.json says, less settings and provenance, from its two companions, its settings and its seed."""
+    settings, seed = written(run)["settings"], written(run)["provenance"]["seed"]
+    table = pq.read_table(run / "prompts.parquet").to_pylist()
+    with safe_open(run / "shift.safetensors", framework="np") as file:
+        sums, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    n_tokens, top_n = int(metadata["n_tokens"]), settings["top_n"]
+
+    if settings["dims"] == "active":
+        base, fired, squared_shift = sums["sum_h"], sums["n_fired"], None
+        importance = base
+        replicates = sums["sum_hy"] + base[:, None] * sums["origin"]
+    else:
+        base, fired, squared_shift = sums["sum_base"], sums["n_fired_base"], sums["sum_sq_shift"]
+        importance, replicates = squared_shift, sums["weighted_sq_shift"]
+
+    def top(ranked_by: Any) -> list[int]:
+        return sorted(range(len(ranked_by)), key=lambda j: (-ranked_by[j], j))[:top_n]
+
+    members = top(importance)
+    assert members == sums["shifted_features"].tolist()
+    kept = [len(set(top(one)) & set(members)) / top_n for one in replicates.T]
+    rows = [row for row in table if row["stage"] == "shift"]
+    assert n_tokens == sum(len(row["positions" if settings["dims"] == "active" else "paired"]) for row in rows)
+    domains = []
+    for name in dict.fromkeys(row["domain"] for row in table if row["stage"] == "score"):
+        of_domain = [row for row in table if row["stage"] == "score" and row["domain"] == name]
+        domains.append(recomputed_domain(name, of_domain, settings, seed))
+    return {
+        "sae": {"mean_l0": number(fired.sum() / n_tokens)},
+        "train": {"name": "train", **oracle.counts_of(rows)},
+        "shift": {
+            "share_of_top_n": number(importance[members].sum() / importance.sum()),
+            "n_features_shifted": int((importance > 0).sum()),
+            "stability": {
+                "n_replicates": replicates.shape[1],
+                "mean_overlap": number(np.mean(kept)),
+                "overlap_ci": [number(oracle.percentile(kept, q)) for q in oracle.percentages(settings)],
+            },
+        },
+        "shifted_features": [
+            {
+                "index": j,
+                "mean_squared_shift": None if squared_shift is None else number(squared_shift[j] / n_tokens),
+                "mean_activation": number(base[j] / n_tokens),
+                "share": number(importance[j] / importance.sum()),
+            }
+            for j in members
+        ],
+        "domains": domains,
+    }
+
+
+def recomputed_domain(name: str, rows: list[dict[str, Any]], settings: dict[str, Any], seed: int) -> dict[str, Any]:
+    n = len(rows)
+    draws = np.random.default_rng([seed, zlib.crc32(name.encode())]).multinomial(
+        n, [1 / n] * n, settings["n_bootstrap"]
+    )
+    entry: dict[str, Any] = {"name": name, **oracle.counts_of(rows), "controls": {"random": {}}}
+    n_read = np.asarray([float(len(row["positions"])) for row in rows])
+    n_pairs = np.asarray([float(len(row["paired"])) for row in rows])
+    per_token = {"act": n_read, "icl": n_pairs, "act_sq": n_read * settings["top_n"]}
+    for estimator, denominator in per_token.items():
+        if estimator not in settings["estimators"]:
+            assert all(row[f"{estimator}_sum"] is None for row in rows)
+            entry |= {f"sts_{estimator}": None, f"sts_{estimator}_ci": None}
+            continue
+        numerator = np.asarray([row[f"{estimator}_sum"] for row in rows])
+        random = np.asarray([row[f"random_{estimator}_sum"] for row in rows])
+        entry[f"sts_{estimator}"] = number(numerator.sum() / denominator.sum())
+        entry["controls"]["random"][f"sts_{estimator}"] = number(random.sum() / denominator.sum())
+        entry[f"sts_{estimator}_ci"] = oracle.interval(
+            np.stack([numerator] * 3), denominator, draws, oracle.percentages(settings)
+        )
+    return entry
+
+
+def number(value: float) -> Any:
+    return np.full(3, value)
+
+
+# --- the command line ---
+
+
+def run_cli(*arguments: str | Path) -> str:
+    """Standard output of `sts-fast score`."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "sts_fast", "score", *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+def test_command_line_writes_what_python_does(tiny: Tiny, tmp_path: Path) -> None:
+    domains = itertools.chain(*(("--domains", f"{name}={path}") for name, path in tiny.domains.items()))
+    sizes = ("--shots", str(SHOTS), "--domain-shots", str(DOMAIN_SHOTS), "--top-n", str(TOP_N))
+    sources = ("--model", tiny.model, "--sae", tiny.saes["jumprelu"], "--train", tiny.train, *domains)
+    printed = run_cli(*sources, *sizes, "--output", tmp_path / "cli", "--threads", "1", "--json")
+    text = (tmp_path / "cli" / "scores.json").read_text(encoding="utf-8")
+    assert printed == text
+    command = json.loads(text)["provenance"]["command"]
+    assert command.startswith("sts-fast score --model ")
+    assert "--output" not in command
+    assert "--threads" not in command
+    forecast_tiny(tiny, "jumprelu", command=command).save(tmp_path / "api")
+    assert without_time((tmp_path / "api" / "scores.json").read_text(encoding="utf-8")) == without_time(text)
+
+
+# --- real material ---
+
+
+@dataclass(frozen=True)
+class Real:
+    """stories260K, mathematics to train on, and seven domains with one short demonstration each."""
+
+    model: Path
+    train: Path
+    domains: dict[str, Path]
+    demos: dict[str, Path]
+
+    def sae(self, architecture: str) -> Path:
+        return ASSETS / "saes" / f"saelens_v6_stories260K_L2_{architecture}"
+
+    def arguments(self, architecture: str) -> Iterator[str | Path]:
+        yield from ("--model", self.model, "--sae", self.sae(architecture), "--train", self.train)
+        for option, sources in (("--domains", self.domains), ("--demos", self.demos)):
+            for name, path in sources.items():
+                yield from (option, f"{name}={path}")
+        yield from ("--estimators", "act,icl,act_sq", "--shots", "1", "--domain-shots", "1", "--limit", str(REAL_LIMIT))
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
+    folder = tmp_path_factory.mktemp("real")
+    rows = pq.read_table(ASSETS / "data" / "mmlu_pro" / "test-00000-of-00001.parquet").to_pylist()
+    worked = [
+        json.loads(line)
+        for line in (ASSETS / "data" / "mmlu_pro" / "validation_cot70.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    domains, demos = {}, {}
+    for category in CATEGORIES:
+        domains[category], demos[category] = folder / f"{category}.jsonl", folder / f"{category}-demos.jsonl"
+        write_rows(domains[category], [row for row in rows if row["category"] == category])
+        # The context is 512 tokens: the shortest chain of thought, its question and options included.
+        shortest = min(
+            (row for row in worked if row["category"] == category),
+            key=lambda row: len(" ".join([row["question"], *row["options"], row["cot_content"]])),
+        )
+        write_rows(demos[category], [shortest])
+    # A question and its long answer; the abstract is left out.
+    domains["pubmedqa"] = ASSETS / "data" / "pubmedqa" / "ori_pqal.json"
+    return Real(ASSETS / "models" / "stories260K", ASSETS / "data" / "gsm8k" / "train.jsonl", domains, demos)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def real_run(real: Real, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Architecture -> folder of a run through Python, made when it is first asked for."""
+
+    @cache
+    def run(architecture: str) -> Path:
+        folder = tmp_path_factory.mktemp("real-run")
+        sts_fast.score(
+            model=real.model,
+            sae=real.sae(architecture),
+            train=real.train,
+            domains=real.domains,
+            demos=real.demos,
+            estimators=("act", "icl", "act_sq"),
+            shots=1,
+            domain_shots=1,
+            limit=REAL_LIMIT,
+        ).save(folder)
+        return folder
+
+    return run
+
+
+@needs_assets
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_real_forecast_equals_the_oracle(
+    real: Real, real_run: Callable[[str], Path], architecture: str, request: pytest.FixtureRequest
+) -> None:
+    run = real_run(architecture)
+    assert [domain["name"] for domain in written(run)["domains"]] == [*CATEGORIES, "pubmedqa"]
+    assert all(domain["n_prompts"] == REAL_LIMIT for domain in written(run)["domains"])
+    assert_as_expected(run, oracle.expect(run, real.model, real.sae(architecture)), request)
+
+
+@needs_assets
+@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
+def test_real_forecast_from_the_command_line_is_the_same(
+    real: Real, real_run: Callable[[str], Path], architecture: str, tmp_path: Path
+) -> None:
+    """A second run, in a process of its own and with another number of threads, gives the same bytes."""
+    run_cli(*real.arguments(architecture), "--threads", "1", "--output", tmp_path)
+    text, command = without_command((tmp_path / "scores.json").read_text(encoding="utf-8"))
+    assert command.startswith("sts-fast score --model ")
+    assert (text, None) == without_command((real_run(architecture) / "scores.json").read_text(encoding="utf-8"))
+    assert (tmp_path / "prompts.parquet").read_bytes() == (real_run(architecture) / "prompts.parquet").read_bytes()
+
+
+def without_command(scores: str) -> tuple[str, Any]:
+    """The text of scores.json without time and command, and the command."""
+    lines = without_time(scores).splitlines()
+    return "\n".join(line for line in lines if '"command":' not in line), json.loads(scores)["provenance"]["command"]
+
+
+@needs_assets
+def test_real_prompts_are_sent_word_for_word(real: Real, real_run: Callable[[str], Path]) -> None:
+    table = pq.read_table(real_run("topk") / "prompts.parquet").to_pylist()
+    tokenizer = AutoTokenizer.from_pretrained(real.model)
+    first, *others = (json.loads(line) for line in real.train.read_text(encoding="utf-8").splitlines())
+    demo = f"Question: {first['question']}\nAnswer: {first['answer']}\n\n"
+    rows = [row for row in table if row["stage"] == "shift"]
+    assert len(rows) == REAL_LIMIT
+    for row in rows:
+        question = others[int(row["id"]) - 2]["question"]  # rows count from 1, and the first is the demonstration
+        prompt = f"Question: {question}\nAnswer:"
+        assert row["base_ids"] == tokenizer(prompt).input_ids
+        assert row["demos_ids"] == tokenizer(demo + prompt).input_ids
+        assert row["base_ids"].count(tokenizer.bos_token_id) == row["demos_ids"].count(tokenizer.bos_token_id) == 1
+
+    def with_options(row: dict[str, Any]) -> str:
+        options = (f"{letter}. {option}" for letter, option in zip("ABCDEFGHIJ", row["options"], strict=False))
+        return "\n".join([row["question"], *options])
+
+    worked = json.loads(real.demos["physics"].read_text(encoding="utf-8"))
+    chain_of_thought = worked["cot_content"].removeprefix("A: ")
+    demo = f"Question: {with_options(worked)}\nAnswer: {chain_of_thought}\n\n"
+    asked = [json.loads(line) for line in real.domains["physics"].read_text(encoding="utf-8").splitlines()]
+    by_id = {str(row["question_id"]): row for row in asked}
+    rows = [row for row in table if row["domain"] == "physics"]
+    assert len(rows) == REAL_LIMIT
+    for row in rows:
+        prompt = f"Question: {with_options(by_id[row['id']])}\nAnswer:"
+        assert row["base_ids"] == tokenizer(prompt).input_ids
+        assert row["demos_ids"] == tokenizer(demo + prompt).input_ids
