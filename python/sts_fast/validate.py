@@ -38,6 +38,8 @@ GOOD = 0.7
 ENOUGH_POWER = 0.8
 # Pairwise comparisons at a time when ranking; bounds the memory.
 RANK_BLOCK = 4_000_000
+# Characters of a line of text.
+LINE = 79
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ class Validation:
 
     def to_text(self) -> str:
         """The whole comparison as lines of text."""
-        verdict = textwrap.wrap(self.verdict, 79)
+        verdict = textwrap.wrap(self.verdict, LINE)
         return "\n".join([*_domain_lines(self), "", *_association_lines(self), "", *_limit_lines(self), "", *verdict])
 
 
@@ -188,18 +190,16 @@ def validate(
     change, stderr = _outcome_arrays(matched)
     noise_known = bool(np.isfinite(stderr).any()), bool(score_sd.any())
     draws = _Draws.make(len(matched), seed)
+    limits = outcome_limits(matched, seed=seed)
     size = _associate(score, score_sd, change, stderr, np.abs, draws)
-    if size is None:
-        raise InputError(f"all {len(matched)} domains in both have the same score: nothing can be compared")
     signed = _associate(score, score_sd, change, stderr, np.positive, draws)
-    if signed is None:
-        raise InputError(f"all {len(matched)} domains in both changed by the same amount: nothing can be compared")
+    if size is None or signed is None:
+        raise InputError(f"all {len(matched)} domains in both have the same score: nothing can be compared")
     control_results = {
         name: association
         for name, values in controls.items()
         if (association := _associate_control(values, list(matched), change, stderr, draws)) is not None
     }
-    limits = outcome_limits(matched, seed=seed)
     rows = [
         DomainResult(
             name,
@@ -593,13 +593,12 @@ def _association_lines(validation: Validation) -> list[str]:
         )
     orders = "all" if validation.exact_permutation else f"{N_DRAWS:,} random"
     low, high = size.pearson.leave_one_out
-    return [
-        *lines,
-        f"95% intervals: if measured again (noise of {validation.ci_carries}), and over",
-        f"other domains (resampled). p: share of {orders} orders of the scores as good.",
-        "The score forecasts size, not direction: see r of the signed change.",
-        f"Without one of the domains, Pearson r is between {low:.2f} and {high:.2f}.",
-    ]
+    note = (
+        f"95% intervals: if measured again (noise of {validation.ci_carries}), and over other domains (resampled). "
+        f"p: share of {orders} orders of the scores that do as well. Without one of the domains, Pearson r is between "
+        f"{low:.2f} and {high:.2f}. The score forecasts size, not direction: see r of the signed change."
+    )
+    return [*lines, *textwrap.wrap(note, LINE)]
 
 
 def _shown(interval: Interval | None) -> str:
@@ -608,20 +607,23 @@ def _shown(interval: Interval | None) -> str:
 
 def _limit_lines(validation: Validation) -> list[str]:
     limits, n = validation.limits, len(validation.domains)
-    lines = ["What these outcomes could show of any forecast, at best:"]
+    said = []
     if limits.n_distinguishable is not None:
-        lines.append(f"  {limits.n_distinguishable} of {n} changes differ from zero at 5%")
+        said.append(f"{limits.n_distinguishable} of {n} changes differ from zero at 5%")
     if limits.reliability is not None:
-        lines.append(
-            f"  reliability of |change| {limits.reliability:.2f}; its root, {math.sqrt(limits.reliability):.2f},"
+        said.append(
+            f"reliability of |change|: {limits.reliability:.2f}; a forecast that knows every true |change| reaches its "
+            f"root, r = {math.sqrt(limits.reliability):.2f}"
         )
-        lines.append("  is the r of a forecast that knows every true |change|")
     if limits.ceiling is not None:
-        lines.append("  a forecast equal to the observed |change| would reach, were they measured again,")
-        lines.append(f"  r = {limits.ceiling:.2f} {_shown(limits.ceiling_ci)}")
-    return [
-        *lines,
-        f"  a random forecast exceeds r = {GOOD:g} in {limits.chance_above_good:.1%} of cases, a random ranking",
-        f"  in {limits.chance_ranking_above_good:.1%}; "
-        f"one with a true r of {GOOD:g} stands out from random ones in {limits.power:.0%} of cases",
-    ]
+        said.append(
+            "a forecast equal to the observed |change| reaches, when all is measured again, "
+            f"r = {limits.ceiling:.2f} {_shown(limits.ceiling_ci)}"
+        )
+    said.append(
+        f"a random forecast exceeds r = {GOOD:g} in {limits.chance_above_good:.1%} of cases, a random ranking in "
+        f"{limits.chance_ranking_above_good:.1%}"
+    )
+    said.append(f"a forecast with a true r of {GOOD:g} stands out from random ones in {limits.power:.0%} of cases")
+    lines = [textwrap.wrap(sentence, LINE, initial_indent="- ", subsequent_indent="  ") for sentence in said]
+    return ["What these outcomes could show of any forecast, at best:", *itertools.chain(*lines)]
