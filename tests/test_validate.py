@@ -14,6 +14,7 @@ from scipy import special, stats
 from sts_fast import validate as module
 from sts_fast.errors import InputError
 from sts_fast.outcomes import Outcome, Outcomes
+from sts_fast.results import DomainScore, Forecast
 from sts_fast.validate import Association, Limits, Validation, outcome_limits, validate
 
 ASSETS = Path(__file__).parents[2] / "shared" / "assets"
@@ -290,6 +291,19 @@ def test_a_run_is_read_with_its_controls(tmp_path: Path) -> None:
     # For icl the random control is the same everywhere, and 'best' is missing.
     assert list(validate(run / "scores.json", outcomes, estimator="icl").controls) == ["base loss"]
     assert validate(json.loads((run / "scores.json").read_text()), outcomes) == result
+
+
+def test_a_forecast_is_read_like_its_run() -> None:
+    counts = dict.fromkeys(
+        ("n_tokens", "n_pairs", "n_skipped", "n_too_long", "n_unanswered", "n_special", "n_sinks"), 0
+    )
+    domains = [
+        DomainScore(**{**domain, "sts_act_ci": tuple(domain["sts_act_ci"])}, sts_act_sq_ci=None, n_prompts=9, **counts)
+        for domain in run_domains()
+    ]
+    nothing: Any = None
+    forecast = Forecast({}, {}, {}, {}, {}, domains, [], [], {}, nothing, nothing, nothing)
+    assert validate(forecast, published()) == validate({"domains": run_domains()}, published())
 
 
 def test_before_and_after_are_read_and_what_is_left_out_is_named(tmp_path: Path) -> None:

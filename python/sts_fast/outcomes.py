@@ -228,7 +228,7 @@ def _change_of(name: str, before: _Task, after: _Task, warnings: list[str]) -> O
         if len(common) < max(2, MIN_COMMON * most):
             raise InputError(
                 f"the questions of '{name}' do not pair: only {len(common)} of {most} are the same before and after; "
-                "evaluate both models on the same questions"
+                "evaluate both models on the same questions, or give results without samples"
             )
         if len(common) < most:
             warnings.append(
