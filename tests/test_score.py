@@ -278,7 +278,7 @@ def recomputed(run: Path) -> dict[str, Any]:
     table = pq.read_table(run / "prompts.parquet").to_pylist()
     with safe_open(run / "shift.safetensors", framework="np") as file:
         sums, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-    n_tokens, top_n = int(metadata["n_tokens"]), settings["top_n"]
+    n_tokens, top_n = int(json.loads(metadata["sts_fast"])["n_tokens"]), settings["top_n"]
 
     if settings["dims"] == "active":
         base, fired, squared_shift = sums["sum_h"], sums["n_fired"], None
