@@ -128,7 +128,7 @@ def capture(
     import torch
 
     lengths = [len(p.base_ids) if other else max(len(p.base_ids), len(p.demos_ids)) for p in prompts]
-    for batch in _batches(lengths, batch_tokens):
+    for batch in batches(lengths, batch_tokens):
         chosen = [prompts[i] for i in batch]
         base_residuals = decoder.residuals([p.base_ids for p in chosen])
         if other is not None:
@@ -184,7 +184,7 @@ def _for_core(rows: list[torch.Tensor]) -> torch.Tensor:
     return joined if joined.dtype in (torch.float32, torch.bfloat16) else joined.float()
 
 
-def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
     """Indices in batches whose padded size stays within batch_tokens, shortest first, equal lengths in order."""
     batch: list[int] = []
     for index in np.argsort(lengths, kind="stable").tolist():
@@ -205,8 +205,26 @@ def load_decoder(source: str | Path, layer: int, *, dtype: str = "auto", device:
 
     Raises InputError where the model cannot be loaded, lacks weights, or has no such layer.
     """
-    import torch
     from transformers import AutoModel
+
+    config = load_config(source)
+    n_layers = config.get_text_config().num_hidden_layers
+    if not 0 <= layer < n_layers:
+        raise InputError(f"{source} has layers 0 to {n_layers - 1}, but layer {layer} is to be read")
+    _truncate(config.get_text_config(), layer + 1)
+    model = _load(AutoModel, source, config, dtype, device)
+    return Decoder(model, layer, name=str(source))
+
+
+def load_language_model(source: str | Path, *, dtype: str = "auto", device: str = "auto") -> torch.nn.Module:
+    """Loads a whole causal language model, with its head; options and errors as for `load_decoder`."""
+    from transformers import AutoModelForCausalLM
+
+    return _load(AutoModelForCausalLM, source, load_config(source), dtype, device)
+
+
+def _load(auto_class: Any, source: str | Path, config: PretrainedConfig, dtype: str, device: str) -> torch.nn.Module:
+    import torch
 
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise InputError(f"--device is auto, cpu, cuda or cuda:N, not '{device}'")
@@ -214,13 +232,8 @@ def load_decoder(source: str | Path, layer: int, *, dtype: str = "auto", device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto" and device == "cpu":
         dtype = "float32"
-    config = load_config(source)
-    n_layers = config.get_text_config().num_hidden_layers
-    if not 0 <= layer < n_layers:
-        raise InputError(f"{source} has layers 0 to {n_layers - 1}, but layer {layer} is to be read")
-    _truncate(config.get_text_config(), layer + 1)
     with _loading(source):
-        model, info = AutoModel.from_pretrained(
+        model, info = auto_class.from_pretrained(
             source, config=config, dtype=dtype if dtype == "auto" else getattr(torch, dtype), output_loading_info=True
         )
     if info["missing_keys"]:
@@ -231,7 +244,8 @@ def load_decoder(source: str | Path, layer: int, *, dtype: str = "auto", device:
         model = model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"{source} cannot be moved to the device '{device}': {_first_line(error)}") from error
-    return Decoder(model, layer, name=str(source))
+    loaded: torch.nn.Module = model.eval()
+    return loaded
 
 
 def load_config(source: str | Path) -> PretrainedConfig:

@@ -13,6 +13,7 @@ import numpy as np
 
 from sts_fast import files
 from sts_fast.capture import PairedRows
+from sts_fast.controls import FEATURE_CONTROLS, RAW_CONTROL
 from sts_fast.correlate import CorrelationStats
 from sts_fast.errors import InputError
 from sts_fast.prompts import Prompt, PromptSet
@@ -33,7 +34,11 @@ PROMPTS_FILE = "prompts.parquet"
 Interval = tuple[float, float]
 Estimator = Literal["act", "icl", "act_sq"]
 ESTIMATORS = get_args(Estimator)
-VALUE_COLUMNS = [f"{control}{estimator}_sum" for control in ("", "random_") for estimator in ESTIMATORS]
+VALUE_COLUMNS = [
+    f"{control}_{estimator}_sum".removeprefix("_")
+    for control in ("", *FEATURE_CONTROLS, RAW_CONTROL)
+    for estimator in ESTIMATORS
+] + ["answer_nll_sum", "answer_exact"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class DomainScore:
     n_unanswered: int
     n_special: int
     n_sinks: int
-    controls: dict[str, dict[str, float | None]]
+    controls: dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ class Forecast:
 
     model, sae, train, settings, shift, provenance: plain values, as in scores.json
     stats:   per-feature sums over the training set: ShiftStats, or CorrelationStats where D_N holds active features
-    random_features: [n_sets, top_n] int64, the sets of features that the random control averages over
+    controls: what the controls were computed from: feature sets, raw dimensions and mean residuals, by name
     prompts: one row per prompt and stage, as in prompts.parquet
     """
 
@@ -103,7 +108,7 @@ class Forecast:
     warnings: list[str]
     provenance: dict[str, Any]
     stats: ShiftStats | CorrelationStats
-    random_features: NDArray[np.int64]
+    controls: dict[str, NDArray[Any]]
     prompts: pa.Table
 
     def to_dict(self) -> dict[str, Any]:
@@ -143,7 +148,7 @@ class Forecast:
         with files.atomic_path(folder / PROMPTS_FILE) as path:
             pq.write_table(self.prompts, path, compression="zstd")
         shifted = np.asarray([feature.index for feature in self.shifted_features])
-        self.stats.save(folder / SHIFT_FILE, shifted_features=shifted, random_features=self.random_features)
+        self.stats.save(folder / SHIFT_FILE, shifted_features=shifted, **self.controls)
         with files.atomic_path(folder / SCORES_FILE) as path:
             path.write_text(to_json(scores), encoding="utf-8")
 
@@ -241,6 +246,24 @@ class PromptLog:
         for name in VALUE_COLUMNS:
             columns[name] = pa.array(values[name]) if name in values else pa.nulls(len(self.prompts), pa.float64())
         return pa.table(columns)
+
+
+@dataclass(frozen=True)
+class AnswerLog:
+    """How well the base model predicted each answer; see controls.answer_outcomes.
+
+    nll: [n_prompts] nats; n_tokens: [n_prompts] answer tokens; exact: [n_prompts]
+    """
+
+    prompt_set: PromptSet
+    nll: Doubles
+    n_tokens: NDArray[np.int64]
+    exact: NDArray[np.bool_]
+
+    def table(self) -> pa.Table:
+        log = PromptLog("answer", self.prompt_set)
+        log.kept = [np.ones(len(prompt.positions), bool) for prompt in self.prompt_set.prompts]
+        return log.table({"answer_nll_sum": self.nll, "answer_exact": self.exact.astype(np.float64)})
 
 
 def _pair_positions(prompt: Prompt, n_pairs: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

@@ -8,13 +8,13 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, get_args
 
 import numpy as np
 
-from sts_fast import _cpu, results
+from sts_fast import _cpu, controls, results
 from sts_fast._version import __version__
-from sts_fast.capture import Decoder, capture, load_decoder, load_tokenizer
+from sts_fast.capture import Decoder, capture, load_decoder, load_language_model, load_tokenizer
 from sts_fast.correlate import CorrelationStats
 from sts_fast.encode import encode
 from sts_fast.errors import InputError
@@ -25,13 +25,14 @@ from sts_fast.sae import SAE, load_sae
 from sts_fast.shift import ShiftStats, top_indices
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     Doubles = NDArray[np.float64]
+    Indices = NDArray[np.int64]
 
 Dims = Literal["icl", "tuned", "active"]
+Controls = Literal["features", "all"]
 Source = str | Path | Sequence[Example]
 Progress = Callable[[str, int, int], None]
 
@@ -40,22 +41,94 @@ N_BOOTSTRAP = 1000
 CONFIDENCE = 0.95
 # Resamplings of the training prompts that tell how settled D_N is; each costs one float64 per feature.
 N_REPLICATES = 32
-# Sets of random features that the control averages over: one set alone would be as noisy as what it is to judge.
-N_RANDOM_SETS = 10
+
+
+class Options(TypedDict, total=False):
+    """What can be chosen; `Settings` has the defaults and the meaning of each."""
+
+    dims: Dims
+    estimators: Sequence[Estimator]
+    controls: Controls
+    shots: int
+    domain_shots: int
+    top_n: int
+    tokens: TokenClass
+    limit: int | None
+    layer: int | None
+    dtype: str
+    sae_dtype: str | None
+    device: str
+    batch_tokens: int
+    seed: int
+    question_fields: Mapping[str, str]
+    answer_fields: Mapping[str, str]
+    command: str | None
+    progress: Progress | None
 
 
 @dataclass(frozen=True)
-class _Features:
-    """The features that the score stage reads.
+class Settings:
+    """The options of a forecast.
 
-    columns:  [n_columns] int64, ascending: D_N and the random control's
-    in_top:   [n_columns] 1.0 where in D_N, else 0.0
-    in_random: [n_columns] share of the random sets that hold the feature
+    dims:      what the shifted features D_N are taken from: 'icl' (demonstrations of the training set in context),
+               'tuned' (the model after training, given as `tuned`), 'active' (most active, no demonstrations)
+    estimators: any of 'act', 'icl', 'act_sq'; see DomainScore for the equations
+    controls:  'features' (other features, raw activations, cosine of means) or 'all' (also the base model's loss and
+               accuracy, which need the whole model and answers)
+    shots, domain_shots: demonstrations of the training set (for D_N), of each domain (for 'icl')
+    top_n:     size of D_N
+    tokens:    which tokens are read; see build_prompts
+    limit:     most prompts of a set, drawn at random; None for all
+    layer:     reads the residual stream after this layer, whatever the SAE's files say
+    dtype, device: of the model, see load_decoder; sae_dtype: 'float32' or 'bfloat16', by default as stored
+    batch_tokens: most tokens of one padded forward pass
+    question_fields, answer_fields: columns to read, by set name ('train', a domain's), '' for all others
+    command:   recorded in the provenance
+    progress:  called with (stage, prompts done, prompts in all)
+
+    Raises InputError for a value outside its choices.
     """
 
-    columns: NDArray[np.int64]
-    in_top: Doubles
-    in_random: Doubles
+    dims: Dims = "icl"
+    estimators: Sequence[Estimator] = ("act", "icl")
+    controls: Controls = "features"
+    shots: int = 2
+    domain_shots: int = 5
+    top_n: int = 100
+    tokens: TokenClass = "query"
+    limit: int | None = 256
+    layer: int | None = None
+    dtype: str = "auto"
+    sae_dtype: str | None = None
+    device: str = "auto"
+    batch_tokens: int = 8192
+    seed: int = 0
+    question_fields: Mapping[str, str] | None = None
+    answer_fields: Mapping[str, str] | None = None
+    command: str | None = None
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (
+            ("dims", self.dims, get_args(Dims)),
+            ("controls", self.controls, get_args(Controls)),
+            ("tokens", self.tokens, get_args(TokenClass)),
+        ):
+            if value not in choices:
+                raise InputError(f"{name} must be one of {', '.join(choices)}, not '{value}'")
+        for estimator in self.estimators:
+            if estimator not in ESTIMATORS:
+                raise InputError(f"estimators must be among {', '.join(ESTIMATORS)}, not '{estimator}'")
+        if not self.estimators or len(set(self.estimators)) < len(self.estimators):
+            raise InputError("estimators must name one or more, each once")
+        for name in ("shots", "domain_shots", "top_n", "limit", "batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+
+    def tell(self, stage: str, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(stage, done, total)
 
 
 def score(
@@ -67,23 +140,7 @@ def score(
     demos: Mapping[str, Source] | Sequence[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     tuned: str | Path | PreTrainedModel | None = None,
-    dims: Dims = "icl",
-    estimators: Sequence[Estimator] = ("act", "icl"),
-    shots: int = 2,
-    domain_shots: int = 5,
-    top_n: int = 100,
-    tokens: TokenClass = "query",
-    limit: int | None = 256,
-    question_fields: Mapping[str, str] | None = None,
-    answer_fields: Mapping[str, str] | None = None,
-    layer: int | None = None,
-    dtype: str = "auto",
-    sae_dtype: str | None = None,
-    device: str = "auto",
-    batch_tokens: int = 8192,
-    seed: int = 0,
-    command: str | None = None,
-    progress: Progress | None = None,
+    **options: Unpack[Options],
 ) -> Forecast:
     """Forecasts how strongly training on `train` will move each domain, before any training.
 
@@ -94,61 +151,68 @@ def score(
                the shift of the training set alone
     demos:     examples to demonstrate with, in the same forms, by domain name, and under 'train' for the training set;
                by default the first answered examples of each set
-    dims:      what the shifted features D_N are taken from: 'icl' (demonstrations of the training set in context),
-               'tuned' (the model after training, given as `tuned`), 'active' (most active, no demonstrations)
-    estimators: any of 'act', 'icl', 'act_sq'; see DomainScore for the equations
-    shots, domain_shots: demonstrations of the training set (for D_N), of each domain (for 'icl')
-    top_n:     size of D_N
-    tokens:    which tokens are read; see build_prompts
-    limit:     most prompts of a set, drawn at random; None for all
-    question_fields, answer_fields: columns to read, by set name ('train', a domain's), '' for all others
-    layer:     reads the residual stream after this layer, whatever the SAE's files say
-    dtype, device: of the model, see load_decoder; sae_dtype: 'float32' or 'bfloat16', by default as stored
-    batch_tokens: most tokens of one padded forward pass
-    command:   recorded in the provenance
-    progress:  called with (stage, prompts done, prompts in all)
+    tuned:     the model after training, for dims='tuned'
+    options:   see Settings
 
-    Raises InputError, in one sentence with the remedy, for whatever in the input cannot be used, and ValueError for
-    an option outside its choices.
+    Raises InputError, in one sentence with the remedy, for whatever in the input cannot be used.
     """
-    _check_options(dims, estimators, tuned, shots, domain_shots, top_n, limit, batch_tokens)
-    sae = sae if isinstance(sae, SAE) else load_sae(sae, layer=layer)
-    if sae_dtype is not None:
-        sae = sae.with_dtype(sae_dtype)
-    read_layer = sae.hook_layer if layer is None else layer
-    if read_layer is None:
-        raise InputError(f"the SAE {sae.source} does not say which layer it reads: give --layer")
-    if top_n > sae.d_sae:
-        raise InputError(f"--top-n is {top_n}, but the SAE {sae.source} has {sae.d_sae} features")
+    forecasts = compare(
+        model=model,
+        sae=sae,
+        trains={"train": train},
+        domains=domains,
+        demos=demos,
+        tokenizer=tokenizer,
+        tuned=tuned,
+        **options,
+    )
+    return forecasts["train"]
 
-    fields = _Fields(question_fields or {}, answer_fields or {})
-    train_examples = fields.read("train", train)
-    domain_examples = _read_sets(domains, fields, ["train"])
-    if "train" in domain_examples:
+
+def compare(
+    *,
+    model: str | Path | PreTrainedModel,
+    sae: str | Path | SAE,
+    trains: Mapping[str, Source],
+    domains: Mapping[str, Source] | Sequence[str],
+    demos: Mapping[str, Source] | Sequence[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    tuned: str | Path | PreTrainedModel | None = None,
+    **options: Unpack[Options],
+) -> dict[str, Forecast]:
+    """Forecasts for several candidate training sets over the same domains, each domain passed through the model once.
+
+    trains: the training sets by name; everything else as for `score`. A domain may be one of the training sets.
+
+    Returns a forecast by training set, each the same as `score` gives for it alone (up to the rounding of a sum).
+    """
+    settings = Settings(**options)
+    if (settings.dims == "tuned") != (tuned is not None):
+        raise InputError("--dims tuned and --tuned MODEL go together: the true shift needs the model after training")
+    sae = sae if isinstance(sae, SAE) else load_sae(sae, layer=settings.layer)
+    if settings.sae_dtype is not None:
+        sae = sae.with_dtype(settings.sae_dtype)
+    if settings.top_n > sae.d_sae:
+        raise InputError(f"--top-n is {settings.top_n}, but the SAE {sae.source} has {sae.d_sae} features")
+
+    fields = _Fields(settings.question_fields or {}, settings.answer_fields or {})
+    train_examples = {name: fields.read(name, source) for name, source in trains.items()}
+    domain_examples = _read_sets(domains, fields, list(trains))
+    if "train" in domain_examples and "train" in trains:
         raise InputError("a domain cannot be called 'train', the name of the training set: rename it, as in new=path")
-    demo_examples = _read_demos(demos or {}, fields, ["train", *domain_examples])
+    demo_examples = _read_demos(demos or {}, fields, [*trains, *domain_examples])
 
-    if isinstance(model, (str, Path)):
-        tokenizer = tokenizer or load_tokenizer(model)
-        decoder = load_decoder(model, read_layer, dtype=dtype, device=device)
-    else:
-        decoder = Decoder(model, read_layer)
+    tokenizer = tokenizer or (load_tokenizer(model) if isinstance(model, (str, Path)) else None)
     if tokenizer is None:
         raise ValueError("a model in memory needs its tokenizer: score(..., tokenizer=...)")
-    _check_fit(sae, decoder)
-    tuned_decoder = None
-    if tuned is not None:
-        tuned_decoder = (
-            load_decoder(tuned, read_layer, dtype=dtype, device=device)
-            if isinstance(tuned, (str, Path))
-            else Decoder(tuned, read_layer, name="the tuned model")
-        )
-        _check_fit(sae, tuned_decoder)
-
+    decoder = _decoder(model, sae, settings, name="the model")
+    tuned_decoder = None if tuned is None else _decoder(tuned, sae, settings, name="the tuned model")
     template = PromptTemplate(tokenizer, prepend_bos=sae.prepend_bos)
 
-    def prompts_of(name: str, examples: list[Example], n_shots: int, demos_key: str) -> PromptSet:
-        shown, queries = choose_demos(name, examples, n_shots, demo_examples.get(demos_key) if n_shots else None)
+    def prompts_of(
+        name: str, examples: list[Example], shots: int, tokens: TokenClass = settings.tokens, kind: str = "domain"
+    ) -> PromptSet:
+        shown, queries = choose_demos(name, examples, shots, demo_examples.get(name) if shots else None)
         prompt_set = build_prompts(
             name,
             queries,
@@ -156,132 +220,57 @@ def score(
             demos=shown,
             tokens=tokens,
             context_length=decoder.context_length,
-            limit=limit,
-            seed=seed,
+            limit=settings.limit,
+            seed=settings.seed,
         )
-        _check_enough(prompt_set, decoder.context_length)
+        _check_enough(prompt_set, decoder.context_length, kind)
         return prompt_set
 
     # Every set is made ready before the first forward pass, so that bad input is told at once.
-    train_set = prompts_of("train", train_examples, shots if dims == "icl" else 0, "train")
-    domain_sets = [
-        prompts_of(name, examples, domain_shots if "icl" in estimators else 0, name)
+    train_shots = settings.shots if settings.dims == "icl" else 0
+    train_sets = [
+        prompts_of(name, examples, train_shots, kind="training set") for name, examples in train_examples.items()
+    ]
+    domain_shots = settings.domain_shots if "icl" in settings.estimators else 0
+    domain_sets = [prompts_of(name, examples, domain_shots) for name, examples in domain_examples.items()]
+    # The base model's own answers, without demonstrations, where a domain has any.
+    answer_sets = [
+        prompts_of(name, examples, 0, "answer")
         for name, examples in domain_examples.items()
+        if settings.controls == "all" and any(example.answer for example in examples)
     ]
 
-    tell = progress or (lambda stage, done, total: None)
-    rng = np.random.default_rng([seed, zlib.crc32(b"shift")])
-    stats, importance, replicates, train_rows, counts = _measure_shift(
-        decoder, sae, train_set, dims, tuned_decoder, rng, batch_tokens, tell
-    )
-    top = top_indices(importance, top_n)
-    random_sets = _random_sets(sae.d_sae, top, np.random.default_rng([seed, zlib.crc32(b"random features")]))
-    features = _features(top, random_sets)
-    tables, domain_scores = [train_rows], []
-    for domain_set in domain_sets:
-        rng = np.random.default_rng([seed, zlib.crc32(domain_set.name.encode())])
-        domain_score, table = _score_domain(decoder, sae, domain_set, features, estimators, rng, batch_tokens, tell)
-        domain_scores.append(domain_score)
-        tables.append(table)
+    shifts = [_measure_shift(decoder, sae, train_set, settings, tuned_decoder) for train_set in train_sets]
+    columns = np.unique(np.concatenate([features for shift in shifts for features in shift.feature_sets()]))
+    domain_reads = [_read_domain(decoder, sae, domain_set, shifts, columns, settings) for domain_set in domain_sets]
+    answer_reads = _read_answers(model, answer_sets, settings)
 
-    import pyarrow as pa
-
-    n_moved = int((importance > 0).sum())
-    warnings = [f"SAE: {note}" for note in sae.notes]
-    if n_moved < top_n:
-        warnings.append(
-            f"only {n_moved} features shift at all, so {top_n - n_moved} of the {top_n} in D_N stand there by their "
-            "index alone: lower --top-n"
+    provenance = {"model": model, "tuned": tuned, "sae": sae.source, "domains": domains, "demos": demos or {}}
+    return {
+        shift.name: _forecast(
+            decoder,
+            sae,
+            shift,
+            domain_reads,
+            answer_reads,
+            settings,
+            None if tuned_decoder is None else tuned_decoder.name,
+            _provenance({**provenance, "train": trains[shift.name]}, settings),
         )
-    stability = [len(np.intersect1d(top, top_indices(replicate, top_n))) / top_n for replicate in replicates.T]
-    total = float(importance.sum())
-    mean_base = (stats.sum_base if isinstance(stats, ShiftStats) else stats.sum_h) / stats.n_tokens
-    n_fired = stats.n_fired_base if isinstance(stats, ShiftStats) else stats.n_fired
-    return Forecast(
-        model={
-            "name": decoder.name,
-            "layer": decoder.layer,
-            "d_in": decoder.d_in,
-            "dtype": str(next(decoder.model.parameters()).dtype).removeprefix("torch."),
-            "context_length": decoder.context_length,
-        },
-        sae={
-            "source": sae.source,
-            "architecture": sae.architecture,
-            "d_in": sae.d_in,
-            "d_sae": sae.d_sae,
-            "k": sae.k or None,
-            "hook_name": sae.hook_name,
-            "mean_l0": float(n_fired.sum()) / stats.n_tokens,
-        },
-        train={"name": "train", "n_prompts": len(train_set.prompts), **_skipped(train_set), **counts},
-        settings={
-            "dims": dims,
-            "estimators": list(estimators),
-            "top_n": top_n,
-            "tokens": tokens,
-            "shots": shots,
-            "domain_shots": domain_shots,
-            "limit": limit,
-            "n_bootstrap": N_BOOTSTRAP,
-            "confidence": CONFIDENCE,
-            "tuned": None if tuned_decoder is None else tuned_decoder.name,
-        },
-        shift={
-            "share_of_top_n": float(importance[top].sum() / total) if total else 0.0,
-            "n_features_shifted": n_moved,
-            "stability": {
-                "n_replicates": N_REPLICATES,
-                "mean_overlap": float(np.mean(stability)),
-                "overlap_ci": list(_interval(np.asarray(stability))),
-            },
-        },
-        domains=domain_scores,
-        shifted_features=[
-            ShiftedFeature(
-                index=int(j),
-                mean_squared_shift=float(stats.mean_squared_shift[j]) if isinstance(stats, ShiftStats) else None,
-                mean_activation=float(mean_base[j]),
-                share=float(importance[j] / total) if total else 0.0,
-            )
-            for j in top
-        ],
-        warnings=warnings,
-        provenance=_provenance(model, sae, train, domains, demos, tuned, seed, command),
-        stats=stats,
-        random_features=random_sets,
-        prompts=pa.concat_tables(tables),
-    )
+        for shift in shifts
+    }
 
 
-def _check_options(
-    dims: str,
-    estimators: Sequence[str],
-    tuned: object,
-    shots: int,
-    domain_shots: int,
-    top_n: int,
-    limit: int | None,
-    batch_tokens: int,
-) -> None:
-    if dims not in get_args(Dims):
-        raise InputError(f"dims must be one of {', '.join(get_args(Dims))}, not '{dims}'")
-    for estimator in estimators:
-        if estimator not in ESTIMATORS:
-            raise InputError(f"estimators must be among {', '.join(ESTIMATORS)}, not '{estimator}'")
-    if not estimators or len(set(estimators)) < len(estimators):
-        raise InputError("estimators must name one or more, each once")
-    if (dims == "tuned") != (tuned is not None):
-        raise InputError("--dims tuned and --tuned MODEL go together: the true shift needs the model after training")
-    for name, value in (
-        ("shots", shots),
-        ("domain-shots", domain_shots),
-        ("top-n", top_n),
-        ("limit", limit),
-        ("batch-tokens", batch_tokens),
-    ):
-        if value is not None and value < 1:
-            raise InputError(f"--{name} must be at least 1, not {value}")
+def _decoder(model: str | Path | PreTrainedModel, sae: SAE, settings: Settings, *, name: str) -> Decoder:
+    layer = sae.hook_layer if settings.layer is None else settings.layer
+    if layer is None:
+        raise InputError(f"the SAE {sae.source} does not say which layer it reads: give --layer")
+    if isinstance(model, (str, Path)):
+        decoder = load_decoder(model, layer, dtype=settings.dtype, device=settings.device)
+    else:
+        decoder = Decoder(model, layer, name=name)
+    _check_fit(sae, decoder)
+    return decoder
 
 
 def _check_fit(sae: SAE, decoder: Decoder) -> None:
@@ -292,7 +281,7 @@ def _check_fit(sae: SAE, decoder: Decoder) -> None:
         )
 
 
-def _check_enough(prompt_set: PromptSet, context_length: int | None) -> None:
+def _check_enough(prompt_set: PromptSet, context_length: int | None, kind: str) -> None:
     n = len(prompt_set.prompts)
     if n >= MIN_PROMPTS:
         return
@@ -305,8 +294,8 @@ def _check_enough(prompt_set: PromptSet, context_length: int | None) -> None:
     if prompt_set.n_unanswered:
         reasons.append(f"{prompt_set.n_unanswered} have no answer to read: add answers, or use --tokens query")
     reason = "; ".join(reasons) or "add examples, or raise --limit"
-    kind = "the training set" if prompt_set.name == "train" else f"domain '{prompt_set.name}'"
-    raise InputError(f"{kind} keeps {n} prompts, but at least {MIN_PROMPTS} are needed ({reason})")
+    name = "the training set" if prompt_set.name == "train" else f"{kind} '{prompt_set.name}'"
+    raise InputError(f"{name} keeps {n} prompts, but at least {MIN_PROMPTS} are needed ({reason})")
 
 
 @dataclass(frozen=True)
@@ -351,137 +340,331 @@ def _read_demos(
     return found
 
 
+@dataclass(frozen=True)
+class _Shift:
+    """What the training set moves.
+
+    stats:       sums per feature; importance: [d_sae] what D_N is ranked by
+    replicates:  [d_sae, N_REPLICATES] the same for resamplings of the prompts, up to a factor
+    top:         [top_n] D_N, most shifted first
+    random, low_shift, most_active: [n_sets, top_n], [<= top_n], [top_n] features of the controls, ascending
+    raw:         sums over the residual stream itself; raw_top: its dimensions that shift most
+    """
+
+    prompt_set: PromptSet
+    stats: ShiftStats | CorrelationStats
+    importance: Doubles
+    replicates: Doubles
+    mean_activation: Doubles
+    mean_l0: float
+    top: Indices
+    random: Indices
+    low_shift: Indices
+    most_active: Indices
+    raw: controls.RawShift
+    raw_top: Indices
+    log: PromptLog
+
+    @property
+    def name(self) -> str:
+        return self.prompt_set.name
+
+    def feature_sets(self) -> list[Indices]:
+        return [self.top, *self.random, self.low_shift, self.most_active]
+
+    def weights(self, columns: Indices) -> dict[str, Doubles]:
+        """[n_columns] by control ('' is D_N itself): how much each feature counts towards its score."""
+        random = np.mean([np.isin(columns, features) for features in self.random], axis=0)
+        return {
+            "": np.isin(columns, self.top).astype(np.float64),
+            "random": random,
+            "low_shift": np.isin(columns, self.low_shift).astype(np.float64),
+            "most_active": np.isin(columns, self.most_active).astype(np.float64),
+        }
+
+
 def _measure_shift(
-    decoder: Decoder,
-    sae: SAE,
-    prompt_set: PromptSet,
-    dims: Dims,
-    tuned: Decoder | None,
-    rng: np.random.Generator,
-    batch_tokens: int,
-    tell: Progress,
-) -> tuple[ShiftStats | CorrelationStats, Doubles, Doubles, pa.Table, dict[str, int]]:
-    """Sums over the training set, [d_sae] what D_N is ranked by, the same for each resampling, prompts, counts."""
+    decoder: Decoder, sae: SAE, prompt_set: PromptSet, settings: Settings, tuned: Decoder | None
+) -> _Shift:
     prompts = prompt_set.prompts
     n_prompts = len(prompts)
+    rng = np.random.default_rng([settings.seed, zlib.crc32(b"shift")])
     # [n_prompts, N_REPLICATES] how often each resampling of the prompts drew each of them.
     draws = rng.multinomial(n_prompts, [1 / n_prompts] * n_prompts, size=N_REPLICATES).T.astype(np.float64)
     log = PromptLog("shift", prompt_set)
+    raw = controls.RawShift(sae.d_in)
     shift_stats = ShiftStats(sae, n_replicates=N_REPLICATES)
     active_stats = CorrelationStats(sae, N_REPLICATES)
     done = 0
-    for rows in capture(decoder, prompts, batch_tokens=batch_tokens, other=tuned):
-        if dims == "active":
+    for rows in capture(decoder, prompts, batch_tokens=settings.batch_tokens, other=tuned):
+        if settings.dims == "active":
             active_stats.update(rows.base, draws[rows.base_of])
         else:
             shift_stats.update(rows.paired, rows.demos, draws[rows.paired_of])
+        raw.update(rows.base, rows.paired, rows.demos)
         log.record(rows)
         done += len(rows.prompts)
-        tell("shift", done, n_prompts)
-    stats = active_stats if dims == "active" else shift_stats
-    if stats.n_tokens == 0:
-        raise InputError("the training set has no token in common between its prompts without and with demonstrations")
-    if dims == "active":
-        importance = active_stats.sum_h
+        settings.tell(f"shift of {prompt_set.name}", done, n_prompts)
+    stats: ShiftStats | CorrelationStats
+    if settings.dims == "active":
+        stats, importance, sum_base = active_stats, active_stats.sum_h, active_stats.sum_h
+        n_fired = active_stats.n_fired
         replicates = active_stats.sum_hy + np.outer(active_stats.sum_h, active_stats.origin)
     else:
-        importance, replicates = shift_stats.sum_sq_shift, shift_stats.weighted_sq_shift
-    return stats, importance / stats.n_tokens, replicates, log.table({}), log.counts()
-
-
-def _random_sets(d_sae: int, top: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
-    """[N_RANDOM_SETS, top_n] features drawn outside D_N (or from all of them where too few lie outside)."""
-    outside = np.setdiff1d(np.arange(d_sae), top)
-    pool = outside if len(outside) >= len(top) else np.arange(d_sae)
-    return np.stack([np.sort(rng.choice(pool, len(top), replace=False)) for _ in range(N_RANDOM_SETS)])
-
-
-def _features(top: NDArray[np.int64], random_sets: NDArray[np.int64]) -> _Features:
-    columns = np.unique(np.concatenate([top, *random_sets]))
-    return _Features(
-        columns=columns,
-        in_top=np.isin(columns, top).astype(np.float64),
-        in_random=np.sum([np.isin(columns, features) for features in random_sets], axis=0) / len(random_sets),
+        stats, importance, sum_base = shift_stats, shift_stats.sum_sq_shift, shift_stats.sum_base
+        n_fired = shift_stats.n_fired_base
+        replicates = shift_stats.weighted_sq_shift
+    if stats.n_tokens == 0:
+        raise InputError(
+            f"'{prompt_set.name}' has no token in common between its prompts without and with demonstrations: "
+            "use --tokens all or --dims active"
+        )
+    if not np.isfinite(importance).all():
+        raise InputError(f"the SAE {sae.source} gives features too large to add up: is it the SAE of this model?")
+    importance, mean_activation = importance / stats.n_tokens, sum_base / stats.n_tokens
+    top = top_indices(importance, settings.top_n)
+    random_rng = np.random.default_rng([settings.seed, zlib.crc32(b"random features")])
+    return _Shift(
+        prompt_set=prompt_set,
+        stats=stats,
+        importance=importance,
+        replicates=replicates,
+        mean_activation=mean_activation,
+        mean_l0=float(n_fired.sum()) / stats.n_tokens,
+        top=top,
+        random=controls.random_sets(sae.d_sae, top, random_rng),
+        low_shift=controls.low_shift(importance, n_fired, top),
+        most_active=controls.most_active(mean_activation, settings.top_n),
+        raw=raw,
+        raw_top=raw.top(settings.top_n),
+        log=log,
     )
 
 
-def _score_domain(
-    decoder: Decoder,
-    sae: SAE,
-    prompt_set: PromptSet,
-    features: _Features,
-    estimators: Sequence[Estimator],
-    rng: np.random.Generator,
-    batch_tokens: int,
-    tell: Progress,
-) -> tuple[DomainScore, pa.Table]:
+@dataclass(frozen=True)
+class _DomainRead:
+    """Sums over a domain's tokens: sums[training set, control, estimator] is [n_prompts]; mean: [d_in] residual."""
+
+    prompt_set: PromptSet
+    log: PromptLog
+    sums: dict[tuple[str, str, str], Doubles]
+    mean: Doubles
+
+
+def _read_domain(
+    decoder: Decoder, sae: SAE, prompt_set: PromptSet, shifts: Sequence[_Shift], columns: Indices, settings: Settings
+) -> _DomainRead:
+    """One pass over a domain, for all training sets, controls and estimators."""
     n_prompts = len(prompt_set.prompts)
     log = PromptLog("score", prompt_set)
-    sums = {f"{control}{estimator}_sum": np.zeros(n_prompts) for control in ("", "random_") for estimator in estimators}
-    weights = {"": features.in_top, "random_": features.in_random}
+    raw = controls.RawShift(sae.d_in)
+    weights = {(shift.name, control): weight for shift in shifts for control, weight in shift.weights(columns).items()}
+    raw_tops = {(shift.name, controls.RAW_CONTROL): shift.raw_top for shift in shifts}
+    sums: dict[tuple[str, str, str], Doubles] = {
+        (*key, name): np.zeros(n_prompts) for key in (*weights, *raw_tops) for name in settings.estimators
+    }
     done = 0
-    for rows in capture(decoder, prompt_set.prompts, batch_tokens=batch_tokens):
-        if "act" in estimators or "act_sq" in estimators:
-            active = encode(sae, rows.base, features.columns)
+    for rows in capture(decoder, prompt_set.prompts, batch_tokens=settings.batch_tokens):
+        raw.update(rows.base, rows.paired[:0], rows.demos[:0])
+        if "act" in settings.estimators or "act_sq" in settings.estimators:
+            active = encode(sae, rows.base, columns)
             prompt_of = np.repeat(rows.base_of, np.diff(active.indptr))
-            column_of = np.searchsorted(features.columns, active.indices)
+            column_of = np.searchsorted(columns, active.indices)
             values = active.values.astype(np.float64)
-            for control, weight in weights.items():
-                for estimator, term in (("act", values), ("act_sq", values**2)):
-                    if estimator in estimators:
-                        sums[f"{control}{estimator}_sum"] += np.bincount(
-                            prompt_of, weight[column_of] * term, minlength=n_prompts
-                        )
-        if "icl" in estimators:
+            residual = rows.base.double().numpy()
+            for name, term, raw_term in (("act", values, np.abs(residual)), ("act_sq", values**2, residual**2)):
+                if name in settings.estimators:
+                    for key, weight in weights.items():
+                        sums[(*key, name)] += np.bincount(prompt_of, weight[column_of] * term, minlength=n_prompts)
+                    for key, dims in raw_tops.items():
+                        per_token = raw_term[:, dims].sum(axis=1)
+                        sums[(*key, name)] += np.bincount(rows.base_of, per_token, minlength=n_prompts)
+        if "icl" in settings.estimators:
             # One "replicate" per prompt, so that a single pass over the rows gives each prompt its own sums.
             of_prompt = (rows.paired_of[:, None] == np.asarray(rows.prompts)).astype(np.float64)
-            stats = ShiftStats(sae, columns=features.columns, n_replicates=len(rows.prompts))
+            stats = ShiftStats(sae, columns=columns, n_replicates=len(rows.prompts))
             stats.update(rows.paired, rows.demos, of_prompt)
-            for control, weight in weights.items():
-                sums[f"{control}icl_sum"][rows.prompts] = np.einsum("j,jp->p", weight, stats.weighted_sq_shift)
+            squares = (rows.demos.double() - rows.paired.double()).numpy() ** 2
+            for key, weight in weights.items():
+                sums[(*key, "icl")][rows.prompts] = np.einsum("j,jp->p", weight, stats.weighted_sq_shift)
+            for key, dims in raw_tops.items():
+                per_token = squares[:, dims].sum(axis=1)
+                sums[(*key, "icl")] += np.bincount(rows.paired_of, per_token, minlength=n_prompts)
         log.record(rows)
         done += len(rows.prompts)
-        tell(prompt_set.name, done, n_prompts)
+        settings.tell(prompt_set.name, done, n_prompts)
+    return _DomainRead(prompt_set, log, sums, raw.mean)
 
-    top_n = int(features.in_top.sum())
+
+def _read_answers(
+    model: str | Path | PreTrainedModel, answer_sets: Sequence[PromptSet], settings: Settings
+) -> dict[str, results.AnswerLog]:
+    """How well the base model answers each domain, by domain name; loads the whole model."""
+    if not answer_sets:
+        return {}
+    whole = (
+        load_language_model(model, dtype=settings.dtype, device=settings.device)
+        if isinstance(model, (str, Path))
+        else model
+    )
+    reads = {}
+    for done, answer_set in enumerate(answer_sets):
+        outcomes = controls.answer_outcomes(whole, answer_set.prompts, batch_tokens=settings.batch_tokens)
+        reads[answer_set.name] = results.AnswerLog(answer_set, *outcomes)
+        settings.tell("base loss and accuracy", done + 1, len(answer_sets))
+    return reads
+
+
+def _domain_score(
+    read: _DomainRead, shift: _Shift, answers: results.AnswerLog | None, settings: Settings
+) -> DomainScore:
+    name, log, n_prompts = read.prompt_set.name, read.log, len(read.prompt_set.prompts)
+    rng = np.random.default_rng([settings.seed, zlib.crc32(name.encode())])
+    resamples = rng.multinomial(n_prompts, [1 / n_prompts] * n_prompts, size=N_BOOTSTRAP).astype(np.float64)
     n_read, n_pairs = log.n_read.astype(np.float64), log.n_pairs.astype(np.float64)
-    denominators = {"act": n_read, "icl": n_pairs, "act_sq": n_read * top_n}
+    sizes = {
+        "": len(shift.top),
+        "random": len(shift.top),
+        "low_shift": len(shift.low_shift),
+        "most_active": len(shift.most_active),
+        controls.RAW_CONTROL: len(shift.raw_top),
+    }
     value: dict[str, float | None] = dict.fromkeys(ESTIMATORS)
     interval: dict[str, Interval | None] = dict.fromkeys(ESTIMATORS)
-    random: dict[str, float | None] = {}
-    resamples = _resamples(n_prompts, rng)
-    for estimator in estimators:
-        numerator, denominator = sums[f"{estimator}_sum"], denominators[estimator]
-        if denominator.sum() == 0:
-            raise InputError(
-                f"domain '{prompt_set.name}' has no token to read for the estimator '{estimator}': its prompts without "
-                "and with demonstrations end differently, or all their tokens are special"
-            )
-        value[estimator] = float(numerator.sum() / denominator.sum())
-        interval[estimator] = bootstrap_interval(numerator, denominator, resamples)
-        random[f"sts_{estimator}"] = float(sums[f"random_{estimator}_sum"].sum() / denominator.sum())
-    counts = log.counts()
-    return (
-        DomainScore(
-            name=prompt_set.name,
-            sts_act=value["act"],
-            sts_act_ci=interval["act"],
-            sts_icl=value["icl"],
-            sts_icl_ci=interval["icl"],
-            sts_act_sq=value["act_sq"],
-            sts_act_sq_ci=interval["act_sq"],
-            n_prompts=n_prompts,
-            **_skipped(prompt_set),
-            **counts,
-            controls={"random": random},
-        ),
-        log.table(sums),
+    found: dict[str, dict[str, float]] = {control: {} for control in sizes if control}
+    for estimator in settings.estimators:
+        for control, size in sizes.items():
+            numerator = read.sums[shift.name, control, estimator]
+            denominator = {"act": n_read, "icl": n_pairs, "act_sq": n_read * max(size, 1)}[estimator]
+            if denominator.sum() == 0:
+                raise InputError(
+                    f"domain '{name}' has no token to read for the estimator '{estimator}': its prompts without and "
+                    "with demonstrations end differently, or all their tokens are special"
+                )
+            ratio = float(numerator.sum() / denominator.sum())
+            if control:
+                found[control][f"sts_{estimator}"] = ratio
+            else:
+                value[estimator] = ratio
+                interval[estimator] = bootstrap_interval(numerator, denominator, resamples)
+    found["cosine_of_means"] = {"cosine": controls.cosine(shift.raw.mean, read.mean)}
+    if answers is not None:
+        found["base_loss"] = {"nll": float(answers.nll.sum() / answers.n_tokens.sum())}
+        found["base_accuracy"] = {"accuracy": float(answers.exact.mean())}
+    return DomainScore(
+        name=name,
+        sts_act=value["act"],
+        sts_act_ci=interval["act"],
+        sts_icl=value["icl"],
+        sts_icl_ci=interval["icl"],
+        sts_act_sq=value["act_sq"],
+        sts_act_sq_ci=interval["act_sq"],
+        n_prompts=n_prompts,
+        **_skipped(read.prompt_set),
+        **log.counts(),
+        controls=found,
     )
 
 
-def _resamples(n_prompts: int, rng: np.random.Generator) -> Doubles:
-    """[N_BOOTSTRAP, n_prompts] how often each resampling of the prompts drew each of them."""
-    return rng.multinomial(n_prompts, [1 / n_prompts] * n_prompts, size=N_BOOTSTRAP).astype(np.float64)
+def _forecast(
+    decoder: Decoder,
+    sae: SAE,
+    shift: _Shift,
+    domain_reads: Sequence[_DomainRead],
+    answer_reads: Mapping[str, results.AnswerLog],
+    settings: Settings,
+    tuned: str | None,
+    provenance: dict[str, Any],
+) -> Forecast:
+    import pyarrow as pa
+
+    top_n, stats = settings.top_n, shift.stats
+    n_moved = int((shift.importance > 0).sum())
+    warnings = [f"SAE: {note}" for note in sae.notes]
+    if n_moved < top_n:
+        warnings.append(
+            f"only {n_moved} features shift at all, so {top_n - n_moved} of the {top_n} in D_N stand there by their "
+            "index alone: lower --top-n"
+        )
+    stability = [len(np.intersect1d(shift.top, top_indices(one, top_n))) / top_n for one in shift.replicates.T]
+    total = float(shift.importance.sum())
+    tables = [shift.log.table({})]
+    for read in domain_reads:
+        values = {
+            f"{control}_{estimator}_sum".removeprefix("_"): sums
+            for (train, control, estimator), sums in read.sums.items()
+            if train == shift.name
+        }
+        tables.append(read.log.table(values))
+    tables += [answers.table() for answers in answer_reads.values()]
+    return Forecast(
+        model={
+            "name": decoder.name,
+            "layer": decoder.layer,
+            "d_in": decoder.d_in,
+            "dtype": str(next(decoder.model.parameters()).dtype).removeprefix("torch."),
+            "context_length": decoder.context_length,
+        },
+        sae={
+            "source": sae.source,
+            "architecture": sae.architecture,
+            "d_in": sae.d_in,
+            "d_sae": sae.d_sae,
+            "k": sae.k or None,
+            "hook_name": sae.hook_name,
+            "mean_l0": shift.mean_l0,
+        },
+        train={
+            "name": shift.name,
+            "n_prompts": len(shift.prompt_set.prompts),
+            **_skipped(shift.prompt_set),
+            **shift.log.counts(),
+        },
+        settings={
+            "dims": settings.dims,
+            "estimators": list(settings.estimators),
+            "controls": settings.controls,
+            "top_n": top_n,
+            "tokens": settings.tokens,
+            "shots": settings.shots,
+            "domain_shots": settings.domain_shots,
+            "limit": settings.limit,
+            "n_bootstrap": N_BOOTSTRAP,
+            "confidence": CONFIDENCE,
+            "tuned": tuned,
+        },
+        shift={
+            "share_of_top_n": float(shift.importance[shift.top].sum() / total) if total else 0.0,
+            "n_features_shifted": n_moved,
+            "stability": {
+                "n_replicates": N_REPLICATES,
+                "mean_overlap": float(np.mean(stability)),
+                "overlap_ci": list(_interval(np.asarray(stability))),
+            },
+        },
+        domains=[_domain_score(read, shift, answer_reads.get(read.prompt_set.name), settings) for read in domain_reads],
+        shifted_features=[
+            ShiftedFeature(
+                index=int(j),
+                mean_squared_shift=float(shift.importance[j]) if isinstance(stats, ShiftStats) else None,
+                mean_activation=float(shift.mean_activation[j]),
+                share=float(shift.importance[j] / total) if total else 0.0,
+            )
+            for j in shift.top
+        ],
+        warnings=warnings,
+        provenance=provenance,
+        stats=stats,
+        controls={
+            "random_features": shift.random,
+            "low_shift_features": shift.low_shift,
+            "most_active_features": shift.most_active,
+            "raw_dimensions": shift.raw_top,
+            "mean_residual": shift.raw.mean,
+            "domain_mean_residuals": np.stack([read.mean for read in domain_reads] or [np.zeros(sae.d_in)]),
+        },
+        prompts=pa.concat_tables(tables),
+    )
 
 
 def bootstrap_interval(numerator: Doubles, denominator: Doubles, resamples: Doubles) -> Interval:
@@ -512,30 +695,20 @@ def _skipped(prompt_set: PromptSet) -> dict[str, int]:
     }
 
 
-def _provenance(
-    model: object,
-    sae: SAE,
-    train: Source,
-    domains: Mapping[str, Source] | Sequence[str],
-    demos: Mapping[str, Source] | Sequence[str] | None,
-    tuned: object,
-    seed: int,
-    command: str | None,
-) -> dict[str, Any]:
+def _provenance(sources: Mapping[str, object], settings: Settings) -> dict[str, Any]:
     import torch
     import transformers
 
-    named: list[tuple[str, object]] = [("model", model), ("tuned", tuned), ("sae", sae.source), ("train", train)]
-    for role, sets in (("domains", domains), ("demos", demos or {})):
-        named += [(role, source) for source in (sets.values() if isinstance(sets, Mapping) else sets)]
     inputs = []
-    for role, source in named:
-        path = _existing_path(source)
-        inputs += results.hashed_inputs(role, [path]) if path else []
+    for role, source in sources.items():
+        several = role in ("domains", "demos") and not isinstance(source, (str, Path))
+        for one in (list(source.values()) if isinstance(source, Mapping) else source) if several else [source]:  # type: ignore[attr-defined]
+            path = _existing_path(one)
+            inputs += results.hashed_inputs(role, [path]) if path else []
     return {
         "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": command,
-        "seed": seed,
+        "command": settings.command,
+        "seed": settings.seed,
         "versions": {
             "sts_fast": __version__,
             "python": platform.python_version(),

@@ -1,0 +1,115 @@
+"""What a forecast has to beat: the same scores from other features, and numbers that need no SAE at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sts_fast.capture import batches
+from sts_fast.errors import InputError
+from sts_fast.prompts import Prompt
+from sts_fast.shift import top_indices
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    Doubles = NDArray[np.float64]
+    Indices = NDArray[np.int64]
+
+# Controls that read other features in the place of D_N, and the residual stream's own dimensions.
+FEATURE_CONTROLS = ("random", "low_shift", "most_active")
+RAW_CONTROL = "raw"
+
+# Sets of random features that the control averages over: one set alone would be as noisy as what it is to judge.
+N_RANDOM_SETS = 10
+
+
+def random_sets(d_sae: int, top: Indices, rng: np.random.Generator) -> Indices:
+    """[N_RANDOM_SETS, top_n] features drawn outside D_N (or from all of them where too few lie outside)."""
+    outside = np.setdiff1d(np.arange(d_sae), top)
+    pool = outside if len(outside) >= len(top) else np.arange(d_sae)
+    return np.stack([np.sort(rng.choice(pool, len(top), replace=False)) for _ in range(N_RANDOM_SETS)])
+
+
+def low_shift(importance: Doubles, n_fired: NDArray[np.int64], top: Indices) -> Indices:
+    """At most top_n features outside D_N that fire on the training set's queries and shift least; may be empty.
+
+    importance: [d_sae] what D_N is ranked by; n_fired: [d_sae] on how many tokens each feature fires
+    """
+    candidates = np.setdiff1d(np.flatnonzero(n_fired > 0), top)
+    return np.sort(candidates[np.argsort(importance[candidates], kind="stable")[: len(top)]])
+
+
+def most_active(mean_activation: Doubles, top_n: int) -> Indices:
+    """The top_n features with the largest mean activation on the training set's queries."""
+    return np.sort(top_indices(mean_activation, top_n))
+
+
+class RawShift:
+    """Sums over the residual stream itself: the same pipeline without the SAE, and means for their cosine.
+
+    sum_sq_shift: [d_in] squared differences over pairs; sum_base: [d_in] over the tokens read without demonstrations
+    """
+
+    def __init__(self, d_in: int) -> None:
+        self.sum_sq_shift: Doubles = np.zeros(d_in)
+        self.sum_base: Doubles = np.zeros(d_in)
+        self.n_tokens = 0
+
+    def update(self, base: torch.Tensor, paired: torch.Tensor, demos: torch.Tensor) -> None:
+        difference = demos.double() - paired.double()
+        self.sum_sq_shift += (difference * difference).sum(dim=0).numpy()
+        self.sum_base += base.double().sum(dim=0).numpy()
+        self.n_tokens += len(base)
+
+    @property
+    def mean(self) -> Doubles:
+        """[d_in] mean residual of the tokens read; zeros where there were none."""
+        return self.sum_base / max(self.n_tokens, 1)
+
+    def top(self, top_n: int) -> Indices:
+        """The dimensions that shift most: top_n of them, but at most a quarter of all."""
+        return np.sort(top_indices(self.sum_sq_shift, min(top_n, max(1, len(self.sum_sq_shift) // 4))))
+
+
+def cosine(a: Doubles, b: Doubles) -> float:
+    """Cosine of the angle between two vectors; 0 where one of them is zero."""
+    norms = float(np.sqrt(np.sum(a * a) * np.sum(b * b)))
+    return float(np.sum(a * b)) / norms if norms else 0.0
+
+
+def answer_outcomes(
+    model: torch.nn.Module, prompts: Sequence[Prompt], *, batch_tokens: int
+) -> tuple[Doubles, NDArray[np.int64], NDArray[np.bool_]]:
+    """How well a language model predicts the answers, at the positions that `prompts` read (tokens='answer').
+
+    model: with its head: what it returns has `logits` [batch, n_tokens, vocabulary]
+
+    Returns, per prompt: [n_prompts] summed negative log-likelihood of the answer's tokens (nats), [n_prompts] their
+    number, [n_prompts] whether each of them is the model's first choice (then greedy decoding gives this answer).
+    Raises InputError where the model returns NaN.
+    """
+    import torch
+
+    nll = np.zeros(len(prompts))
+    exact = np.zeros(len(prompts), bool)
+    device = next(model.parameters()).device
+    for batch in batches([len(prompt.base_ids) for prompt in prompts], batch_tokens):
+        longest = max(len(prompts[i].base_ids) for i in batch)
+        ids = torch.zeros((len(batch), longest), dtype=torch.long)
+        for row, i in enumerate(batch):
+            ids[row, : len(prompts[i].base_ids)] = torch.from_numpy(prompts[i].base_ids.astype(np.int64))
+        with torch.inference_mode():
+            logits = model(input_ids=ids.to(device), use_cache=False).logits
+        for row, i in enumerate(batch):
+            at = torch.from_numpy(prompts[i].positions.astype(np.int64))
+            log_p = torch.log_softmax(logits[row, at.to(device) - 1].float(), dim=-1).cpu()
+            tokens = ids[row, at]
+            nll[i] = -float(log_p[torch.arange(len(at)), tokens].double().sum())
+            exact[i] = bool((log_p.argmax(dim=-1) == tokens).all())
+        if np.isnan(nll[batch]).any():
+            raise InputError("the model gives NaN for the answers' likelihood: try --dtype float32")
+    return nll, np.asarray([len(prompt.positions) for prompt in prompts]), exact
