@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -246,6 +247,37 @@ def _load(auto_class: Any, source: str | Path, config: PretrainedConfig, dtype: 
         raise InputError(f"{source} cannot be moved to the device '{device}': {_first_line(error)}") from error
     loaded: torch.nn.Module = model.eval()
     return loaded
+
+
+def unembedding(model: torch.nn.Module, source: str | Path | None) -> torch.Tensor | None:
+    """[vocabulary, d_in] the matrix that turns residuals into logits; None where it cannot be found.
+
+    model: a model in memory, whole or truncated; source: the folder or hub id that a truncated one was loaded from
+    """
+    from safetensors import safe_open
+    from transformers.utils.hub import cached_file
+
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if head is None and model.config.get_text_config().tie_word_embeddings:  # type: ignore[union-attr, operator]
+        head = model.get_input_embeddings()  # type: ignore[operator]
+    if head is not None:
+        return head.weight.detach().cpu()  # type: ignore[no-any-return]
+    if source is None:
+        return None
+
+    def find(name: str) -> str | None:
+        found: str | None = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        return found
+
+    index = find("model.safetensors.index.json")
+    shards = json.loads(Path(index).read_text())["weight_map"] if index else {}
+    for name in ("lm_head.weight", "embed_out.weight"):
+        file = find(shards.get(name, "model.safetensors")) if not shards or name in shards else None
+        if file is not None:
+            with safe_open(file, framework="pt") as weights:
+                if name in weights.keys():  # noqa: SIM118
+                    return weights.get_tensor(name)  # type: ignore[no-any-return]
+    return None
 
 
 def load_config(source: str | Path) -> PretrainedConfig:

@@ -30,6 +30,7 @@ SCHEMA_VERSION = "1.0"
 SCORES_FILE = "scores.json"
 SHIFT_FILE = "shift.safetensors"
 PROMPTS_FILE = "prompts.parquet"
+FEATURES_FILE = "features.parquet"
 
 Interval = tuple[float, float]
 Estimator = Literal["act", "icl", "act_sq"]
@@ -80,12 +81,17 @@ class ShiftedFeature:
     mean_squared_shift: E_x ||h_j(x) - h_j(demos, x)||^2; None where D_N holds the most active features
     mean_activation:    E_x h_j(x)
     share:              its part of the total, over all features, of what D_N is ranked by
+    promoted_tokens:    the output tokens that its decoder direction raises most; None where not looked up
+    neuronpedia:        address of its page; label: its explanation; None where there is none
     """
 
     index: int
     mean_squared_shift: float | None
     mean_activation: float
     share: float
+    promoted_tokens: list[str] | None = None
+    neuronpedia: str | None = None
+    label: str | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,7 @@ class Forecast:
     stats:   per-feature sums over the training set: ShiftStats, or CorrelationStats where D_N holds active features
     controls: what the controls were computed from: feature sets, raw dimensions and mean residuals, by name
     prompts: one row per prompt and stage, as in prompts.parquet
+    firings: where the most shifted features fire in the domains, as in features.parquet
     """
 
     model: dict[str, Any]
@@ -110,6 +117,7 @@ class Forecast:
     stats: ShiftStats | CorrelationStats
     controls: dict[str, NDArray[Any]]
     prompts: pa.Table
+    firings: pa.Table
 
     def to_dict(self) -> dict[str, Any]:
         """What scores.json holds."""
@@ -135,7 +143,7 @@ class Forecast:
         )
 
     def save(self, folder: str | Path) -> None:
-        """Writes scores.json, shift.safetensors and prompts.parquet, each whole or not at all; scores.json comes last.
+        """Writes prompts.parquet, features.parquet, shift.safetensors and, last, scores.json, each whole or not at all.
 
         Raises InputError where the folder cannot be written to.
         """
@@ -147,6 +155,8 @@ class Forecast:
         validate_scores(scores)
         with files.atomic_path(folder / PROMPTS_FILE) as path:
             pq.write_table(self.prompts, path, compression="zstd")
+        with files.atomic_path(folder / FEATURES_FILE) as path:
+            pq.write_table(self.firings, path, compression="zstd")
         shifted = np.asarray([feature.index for feature in self.shifted_features])
         self.stats.save(folder / SHIFT_FILE, shifted_features=shifted, **self.controls)
         with files.atomic_path(folder / SCORES_FILE) as path:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, get_args
 
 import numpy as np
 
-from sts_fast import _cpu, controls, results
+from sts_fast import _cpu, controls, explain, results
 from sts_fast._version import __version__
-from sts_fast.capture import Decoder, capture, load_decoder, load_language_model, load_tokenizer
+from sts_fast.capture import Decoder, capture, load_decoder, load_language_model, load_tokenizer, unembedding
 from sts_fast.correlate import CorrelationStats
 from sts_fast.encode import encode
 from sts_fast.errors import InputError
@@ -25,6 +25,7 @@ from sts_fast.sae import SAE, load_sae
 from sts_fast.shift import ShiftStats, top_indices
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -62,6 +63,7 @@ class Options(TypedDict, total=False):
     seed: int
     question_fields: Mapping[str, str]
     answer_fields: Mapping[str, str]
+    labels: str | Path | None
     command: str | None
     progress: Progress | None
 
@@ -83,6 +85,7 @@ class Settings:
     dtype, device: of the model, see load_decoder; sae_dtype: 'float32' or 'bfloat16', by default as stored
     batch_tokens: most tokens of one padded forward pass
     question_fields, answer_fields: columns to read, by set name ('train', a domain's), '' for all others
+    labels:    file of feature labels, as Neuronpedia exports them
     command:   recorded in the provenance
     progress:  called with (stage, prompts done, prompts in all)
 
@@ -105,6 +108,7 @@ class Settings:
     seed: int = 0
     question_fields: Mapping[str, str] | None = None
     answer_fields: Mapping[str, str] | None = None
+    labels: str | Path | None = None
     command: str | None = None
     progress: Progress | None = None
 
@@ -240,11 +244,15 @@ def compare(
         if settings.controls == "all" and any(example.answer for example in examples)
     ]
 
+    labels = {} if settings.labels is None else explain.read_labels(settings.labels)
+
     shifts = [_measure_shift(decoder, sae, train_set, settings, tuned_decoder) for train_set in train_sets]
     columns = np.unique(np.concatenate([features for shift in shifts for features in shift.feature_sets()]))
     domain_reads = [_read_domain(decoder, sae, domain_set, shifts, columns, settings) for domain_set in domain_sets]
     answer_reads = _read_answers(model, answer_sets, settings)
 
+    shown = sorted({int(j) for shift in shifts for j in shift.top[: explain.N_FEATURES]})
+    promoted = _promoted_tokens(decoder, sae, shown, tokenizer, model if isinstance(model, (str, Path)) else None)
     provenance = {"model": model, "tuned": tuned, "sae": sae.source, "domains": domains, "demos": demos or {}}
     return {
         shift.name: _forecast(
@@ -255,6 +263,9 @@ def compare(
             answer_reads,
             settings,
             None if tuned_decoder is None else tuned_decoder.name,
+            shift.firings.table(tokenizer),
+            promoted,
+            labels,
             _provenance({**provenance, "train": trains[shift.name]}, settings),
         )
         for shift in shifts
@@ -349,6 +360,7 @@ class _Shift:
     top:         [top_n] D_N, most shifted first
     random, low_shift, most_active: [n_sets, top_n], [<= top_n], [top_n] features of the controls, ascending
     raw:         sums over the residual stream itself; raw_top: its dimensions that shift most
+    firings:     where the first of D_N fire, filled while the domains are read
     """
 
     prompt_set: PromptSet
@@ -364,6 +376,7 @@ class _Shift:
     raw: controls.RawShift
     raw_top: Indices
     log: PromptLog
+    firings: explain.Firings
 
     @property
     def name(self) -> str:
@@ -438,6 +451,7 @@ def _measure_shift(
         raw=raw,
         raw_top=raw.top(settings.top_n),
         log=log,
+        firings=explain.Firings(top[: explain.N_FEATURES]),
     )
 
 
@@ -466,8 +480,10 @@ def _read_domain(
     done = 0
     for rows in capture(decoder, prompt_set.prompts, batch_tokens=settings.batch_tokens):
         raw.update(rows.base, rows.paired[:0], rows.demos[:0])
+        active = encode(sae, rows.base, columns)
+        for shift in shifts:
+            shift.firings.add(prompt_set, rows, active)
         if "act" in settings.estimators or "act_sq" in settings.estimators:
-            active = encode(sae, rows.base, columns)
             prompt_of = np.repeat(rows.base_of, np.diff(active.indptr))
             column_of = np.searchsorted(columns, active.indices)
             values = active.values.astype(np.float64)
@@ -574,6 +590,9 @@ def _forecast(
     answer_reads: Mapping[str, results.AnswerLog],
     settings: Settings,
     tuned: str | None,
+    firings: pa.Table,
+    promoted: Mapping[int, list[str]],
+    labels: Mapping[int, str],
     provenance: dict[str, Any],
 ) -> Forecast:
     import pyarrow as pa
@@ -649,8 +668,15 @@ def _forecast(
                 mean_squared_shift=float(shift.importance[j]) if isinstance(stats, ShiftStats) else None,
                 mean_activation=float(shift.mean_activation[j]),
                 share=float(shift.importance[j] / total) if total else 0.0,
+                promoted_tokens=promoted.get(int(j)),
+                neuronpedia=link,
+                label=labels.get(int(j)),
             )
-            for j in shift.top
+            for j, link in zip(
+                shift.top,
+                explain.neuronpedia_links(sae.metadata.get("neuronpedia_id"), shift.top.tolist()),
+                strict=True,
+            )
         ],
         warnings=warnings,
         provenance=provenance,
@@ -664,7 +690,18 @@ def _forecast(
             "domain_mean_residuals": np.stack([read.mean for read in domain_reads] or [np.zeros(sae.d_in)]),
         },
         prompts=pa.concat_tables(tables),
+        firings=firings,
     )
+
+
+def _promoted_tokens(
+    decoder: Decoder, sae: SAE, features: list[int], tokenizer: PreTrainedTokenizerBase, source: str | Path | None
+) -> dict[int, list[str]]:
+    """The output tokens that each feature promotes; none where W_dec or the unembedding is not at hand."""
+    directions, matrix = sae.decoder_rows(features), unembedding(decoder.model, source)
+    if directions is None or matrix is None or matrix.shape[1] != directions.shape[1]:
+        return {}
+    return dict(zip(features, explain.promoted_tokens(directions, matrix, tokenizer), strict=True))
 
 
 def bootstrap_interval(numerator: Doubles, denominator: Doubles, resamples: Doubles) -> Interval:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from sts_fast.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float32]
@@ -98,6 +100,14 @@ class SAE:
         Raises InputError for hooks other than the residual stream at a layer's output.
         """
         return hook_layer(self.hook_name)
+
+    def decoder_rows(self, features: Sequence[int]) -> torch.Tensor | None:
+        """[n_features, d_in] rows of W_dec, read from the SAE's folder; None where it has none."""
+        from sts_fast.sae import saelens
+
+        folder = Path(self.source)
+        is_folder = bool(self.source) and (folder / saelens.WEIGHTS_FILE).is_file()
+        return saelens.read_decoder_rows(folder, features) if is_folder else None
 
     def with_dtype(self, dtype: str) -> SAE:
         """The same SAE with W_enc as 'float32' or 'bfloat16' (rounded to nearest even)."""

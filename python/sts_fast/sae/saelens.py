@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,18 @@ def read_folder(folder: Path) -> SAE:
             f"{weights} is not a readable safetensors file ({error}): copy or download it again"
         ) from error
     return _assemble(config, tensors, source=str(folder), where=str(weights))
+
+
+def read_decoder_rows(folder: Path, features: Sequence[int]) -> torch.Tensor | None:
+    """[n_features, d_in] rows of W_dec, gathered from the memory map; None where the folder does not hold W_dec."""
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+        if "W_dec" not in file.keys():  # noqa: SIM118
+            return None
+        W_dec = file.get_slice("W_dec")
+        return torch.cat([W_dec[j : j + 1] for j in features])
 
 
 def read_release(name: str) -> SAE:
