@@ -1,0 +1,22 @@
+"""The embedded world: a small language model with in-context learning, its SAE, its abilities, and real fine-tuning.
+
+Everything goes the way of a user's model: a Hugging Face folder, a SAELens folder, examples as text.
+"""
+
+from sts_fast.organism.model import load_model, model_folder, sae_folder
+from sts_fast.organism.training import train
+from sts_fast.organism.tuning import Abilities, fine_tune, measure
+from sts_fast.organism.world import DOMAINS, Domain, examples
+
+__all__ = [
+    "DOMAINS",
+    "Abilities",
+    "Domain",
+    "examples",
+    "fine_tune",
+    "load_model",
+    "measure",
+    "model_folder",
+    "sae_folder",
+    "train",
+]

@@ -1,0 +1,124 @@
+"""Training of the organism's TopK SAE, and the folder that it is saved in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    Progress = Callable[[str, int, int], None]
+
+D_SAE = 1024
+K = 16
+N_STEPS = 1000
+BATCH = 1024
+LEARNING_RATE = 2e-3
+REVIVE_EVERY = 150
+
+
+@dataclass(frozen=True)
+class TopK:
+    """x ~ b_dec + W_dec^T h, where h keeps the K largest of (x - b_dec) W_enc + b_enc that are positive.
+
+    W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_in] with rows of norm 1, b_dec [d_in]
+    """
+
+    W_enc: torch.Tensor
+    b_enc: torch.Tensor
+    W_dec: torch.Tensor
+    b_dec: torch.Tensor
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """[n, d_sae] feature activations of rows [n, d_in]."""
+        import torch
+
+        hidden_pre = (x - self.b_dec) @ self.W_enc + self.b_enc
+        values, indices = hidden_pre.topk(K, dim=-1)
+        return torch.zeros_like(hidden_pre).scatter(-1, indices, values.relu())
+
+    def decode(self, h: torch.Tensor) -> torch.Tensor:
+        """[n, d_in] reconstruction from feature activations [n, d_sae]."""
+        return h @ self.W_dec + self.b_dec
+
+
+def train_sae(x: torch.Tensor, seed: int, progress: Progress, n_steps: int = N_STEPS) -> TopK:
+    """Trains on rows [n, d_in] of the residual stream; features that never fire restart where errors are largest."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    # Trained on rows of norm sqrt(d_in) about, so that the step size suits any model; undone at the end.
+    scale = x.shape[1] ** 0.5 / float(x.norm(dim=1).mean())
+    x = x * scale
+    variance = (x - x.mean(dim=0)).square().sum(dim=1).mean()
+    directions = torch.nn.functional.normalize(torch.randn(D_SAE, x.shape[1], generator=generator), dim=1)
+    sae = TopK(directions.T.clone(), torch.zeros(D_SAE), directions.clone(), x.mean(dim=0))
+    parameters = [tensor.requires_grad_() for tensor in vars(sae).values()]
+    optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, betas=(0.9, 0.99), fused=True)
+    silent_for = torch.zeros(D_SAE)
+    for step in range(n_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 50) * (1 - 0.95 * step / n_steps)
+        rows = x[torch.randint(len(x), (BATCH,), generator=generator)]
+        h = sae.encode(rows)
+        error = rows - sae.decode(h)
+        loss = error.square().sum(dim=1).mean() / variance
+        torch.autograd.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            sae.W_dec.copy_(torch.nn.functional.normalize(sae.W_dec, dim=1))
+            silent_for = torch.where((h > 0).any(dim=0), 0, silent_for + 1)
+            dead = (silent_for > 100).nonzero()[:, 0]
+            if len(dead) and step % REVIVE_EVERY == REVIVE_EVERY - 1 and step < 0.8 * n_steps:
+                worst = torch.multinomial(error.square().sum(dim=1), len(dead), True, generator=generator)
+                sae.W_dec[dead] = torch.nn.functional.normalize(error[worst], dim=1)
+                sae.W_enc[:, dead] = 0.8 * sae.W_dec[dead].T
+                sae.b_enc[dead] = 0
+                silent_for[dead] = 0
+        progress("SAE", step + 1, n_steps)
+    W_enc, b_enc, W_dec, b_dec = (tensor.detach() for tensor in parameters)
+    return TopK(W_enc.contiguous(), b_enc / scale, W_dec.contiguous(), b_dec / scale)
+
+
+def quality(sae: TopK, x: torch.Tensor) -> dict[str, float]:
+    """Share of variance that is not explained (fvu), features that fire on a row (l0), features that fire on none."""
+    h = sae.encode(x)
+    unexplained = (x - sae.decode(h)).square().sum() / (x - x.mean(dim=0)).square().sum()
+    fires = h > 0
+    return {
+        "fvu": float(unexplained),
+        "l0": float(fires.sum()) / len(x),
+        "n_dead": int((~fires.any(dim=0)).sum()),
+    }
+
+
+def save_sae(sae: TopK, folder: Path, *, layer: int, model_name: str) -> None:
+    """Writes the folder as SAELens 6 does: cfg.json and sae_weights.safetensors."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "architecture": "topk",
+        "d_in": sae.W_enc.shape[0],
+        "d_sae": sae.W_enc.shape[1],
+        "k": K,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "rescale_acts_by_decoder_norm": False,
+        "metadata": {
+            "sae_lens_version": "6.0.0",  # whose layout this is
+            "model_name": model_name,
+            "hook_name": f"model.layers.{layer}",
+            "prepend_bos": True,
+        },
+    }
+    (folder / "cfg.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_file(vars(sae), folder / "sae_weights.safetensors")
