@@ -9,10 +9,12 @@ from sts_fast.correlate import CorrelationStats
 from sts_fast.encode import SparseFeatures, encode
 from sts_fast.errors import InputError
 from sts_fast.examples import Example, load_domains, load_examples
+from sts_fast.outcomes import read_outcomes
 from sts_fast.results import Forecast
 from sts_fast.sae import SAE, load_sae
-from sts_fast.score import score
+from sts_fast.score import compare, score
 from sts_fast.shift import ShiftStats
+from sts_fast.validate import validate
 
 __all__ = [
     "SAE",
@@ -23,11 +25,14 @@ __all__ = [
     "ShiftStats",
     "SparseFeatures",
     "__version__",
+    "compare",
     "encode",
     "get_num_threads",
     "load_domains",
     "load_examples",
     "load_sae",
+    "read_outcomes",
     "score",
     "set_num_threads",
+    "validate",
 ]

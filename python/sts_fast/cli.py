@@ -18,12 +18,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from sts_fast import __version__, _cpu, backend, results
+from sts_fast import __version__, _cpu, backend, files, results
 from sts_fast.encode import encode
 from sts_fast.errors import InputError
 from sts_fast.results import ESTIMATORS, Forecast
 from sts_fast.sae import SAE, load_sae
-from sts_fast.score import score as run_score
+from sts_fast.score import compare as run_compare
+from sts_fast.validate import validate as run_validate
 
 if TYPE_CHECKING:
     from sts_fast.score import Progress as Tell
@@ -60,6 +61,11 @@ class TokensChoice(StrEnum):
     all = "all"
 
 
+class ControlsChoice(StrEnum):
+    features = "features"
+    all = "all"
+
+
 class DtypeChoice(StrEnum):
     auto = "auto"
     float32 = "float32"
@@ -86,6 +92,11 @@ DemosOption = Annotated[
 TunedOption = Annotated[str | None, typer.Option("--tuned", help="The model after training, for --dims tuned.")]
 DimsOption = Annotated[DimsChoice, typer.Option("--dims", help="What the shifted features are taken from.")]
 EstimatorsOption = Annotated[str, typer.Option("--estimators", help="Comma-separated, of: act, icl, act_sq.")]
+ControlsOption = Annotated[
+    ControlsChoice,
+    typer.Option("--controls", help="features, or all: also the base model's loss and accuracy (needs answers)."),
+]
+LabelsOption = Annotated[Path | None, typer.Option("--labels", help="Feature labels, a Neuronpedia export.")]
 ShotsOption = Annotated[int, typer.Option("--shots", help="Demonstrations of the training set.")]
 DomainShotsOption = Annotated[int, typer.Option("--domain-shots", help="Demonstrations of each domain, for icl.")]
 TopNOption = Annotated[int, typer.Option("--top-n", help="How many of the most shifted features are followed.")]
@@ -132,6 +143,7 @@ def score(
     tuned: TunedOption = None,
     dims: DimsOption = DimsChoice.icl,
     estimators: EstimatorsOption = "act,icl",
+    controls: ControlsOption = ControlsChoice.features,
     shots: ShotsOption = 2,
     domain_shots: DomainShotsOption = 5,
     top_n: TopNOption = 100,
@@ -145,25 +157,76 @@ def score(
     sae_dtype: SaeDtypeOption = None,
     device: DeviceOption = "auto",
     batch_tokens: BatchTokensOption = 8192,
+    labels: LabelsOption = None,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
     output: OutputOption = Path("sts-fast-run"),
     as_json: JsonOption = False,
 ) -> None:
     """Forecast how strongly training on a set will move each domain."""
-    forecast = _forecast(
-        model, sae, train, output,
-        domains=domains, demos=demos, tuned=tuned, dims=dims, estimators=estimators, shots=shots,
+    [forecast] = _forecasts(
+        model, sae, {"train": train}, {"train": output},
+        domains=domains, demos=demos, tuned=tuned, dims=dims, estimators=estimators, controls=controls, shots=shots,
         domain_shots=domain_shots, top_n=top_n, tokens=tokens, limit=limit, question_field=question_field,
         answer_field=answer_field, hook=hook, layer=layer, dtype=dtype, sae_dtype=sae_dtype, device=device,
-        batch_tokens=batch_tokens, threads=threads, seed=seed,
+        batch_tokens=batch_tokens, labels=labels, threads=threads, seed=seed,
     )  # fmt: skip
     if as_json:
         sys.stdout.write(results.to_json(forecast.to_dict()))
     else:
         _print_shift(forecast, n_features=5)
         _print_scores(forecast)
-        _print_end(forecast, output)
+        _print_end([forecast], output)
+
+
+@app.command()
+def compare(
+    model: ModelOption,
+    sae: SaeOption,
+    train: Annotated[
+        list[str], typer.Option("--train", help="A candidate training set: path, or name=path; repeatable.")
+    ],
+    domains: DomainsOption,
+    demos: DemosOption = None,
+    dims: Annotated[DimsChoice, typer.Option("--dims", help="icl or active.")] = DimsChoice.icl,
+    estimators: EstimatorsOption = "act,icl",
+    controls: ControlsOption = ControlsChoice.features,
+    shots: ShotsOption = 2,
+    domain_shots: DomainShotsOption = 5,
+    top_n: TopNOption = 100,
+    tokens: TokensOption = TokensChoice.query,
+    limit: LimitOption = 256,
+    question_field: QuestionFieldOption = None,
+    answer_field: AnswerFieldOption = None,
+    hook: HookOption = None,
+    layer: LayerOption = None,
+    dtype: DtypeOption = DtypeChoice.auto,
+    sae_dtype: SaeDtypeOption = None,
+    device: DeviceOption = "auto",
+    batch_tokens: BatchTokensOption = 8192,
+    labels: LabelsOption = None,
+    threads: ThreadsOption = None,
+    seed: SeedOption = 0,
+    output: OutputOption = Path("sts-fast-compare"),
+    as_json: JsonOption = False,
+) -> None:
+    """Forecast several candidate training sets side by side, each domain passed through the model once."""
+    trains = _named_trains(train)
+    forecasts = _forecasts(
+        model, sae, trains, {name: output / name for name in trains},
+        domains=domains, demos=demos, dims=dims, estimators=estimators, controls=controls, shots=shots,
+        domain_shots=domain_shots, top_n=top_n, tokens=tokens, limit=limit, question_field=question_field,
+        answer_field=answer_field, hook=hook, layer=layer, dtype=dtype, sae_dtype=sae_dtype, device=device,
+        batch_tokens=batch_tokens, labels=labels, threads=threads, seed=seed,
+    )  # fmt: skip
+    comparison = results.comparison(forecasts)
+    with files.atomic_path(output / results.COMPARISON_FILE) as path:
+        path.write_text(results.to_json(comparison), encoding="utf-8")
+    if as_json:
+        sys.stdout.write(results.to_json(comparison))
+    else:
+        _print_comparison(comparison)
+        _print_end(forecasts, output)
 
 
 @app.command()
@@ -192,8 +255,8 @@ def shift(
     as_json: JsonOption = False,
 ) -> None:
     """Measure which features a training set shifts, without scoring any domain."""
-    forecast = _forecast(
-        model, sae, train, output,
+    [forecast] = _forecasts(
+        model, sae, {"train": train}, {"train": output},
         domains=[], demos=demos, tuned=tuned, dims=dims, estimators="act", shots=shots, domain_shots=1, top_n=top_n,
         tokens=tokens, limit=limit, question_field=question_field, answer_field=answer_field, hook=hook, layer=layer,
         dtype=dtype, sae_dtype=sae_dtype, device=device, batch_tokens=batch_tokens, threads=threads, seed=seed,
@@ -202,7 +265,28 @@ def shift(
         sys.stdout.write(results.to_json(forecast.to_dict()))
     else:
         _print_shift(forecast, n_features=20)
-        _print_end(forecast, output)
+        _print_end([forecast], output)
+
+
+@app.command()
+def validate(
+    run: Annotated[Path, typer.Argument(help="Folder that sts-fast score wrote, or its scores.json.")],
+    before: Annotated[Path, typer.Option("--before", help="Evaluation before training; or a CSV with the changes.")],
+    after: Annotated[Path | None, typer.Option("--after", help="Evaluation after training.")] = None,
+    metric: Annotated[str | None, typer.Option("--metric", help="Such as acc, or exact_match,strict-match.")] = None,
+    estimator: Annotated[str, typer.Option("--estimator", help="act, icl or act_sq.")] = "act",
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Hold a forecast against what really changed, and say how much that can tell."""
+    result = run_validate(run, before=before, after=after, metric=metric, estimator=estimator, seed=seed)
+    text = results.to_json(result.to_dict())
+    if run.is_dir():
+        with files.atomic_path(run / results.VALIDATION_FILE) as path:
+            path.write_text(text, encoding="utf-8")
+    sys.stdout.write(text if as_json else result.to_text() + "\n")
+    for warning in result.warnings:
+        err.print(f"warning: {warning}", style="yellow", highlight=False)
 
 
 @app.command()
@@ -262,23 +346,28 @@ def _fail(message: str) -> None:
     sys.exit(2)
 
 
-def _forecast(model: str, sae: str, train: Path, output: Path, **options: Any) -> Forecast:
+def _forecasts(
+    model: str, sae: str, trains: dict[str, Path], folders: dict[str, Path], **options: Any
+) -> list[Forecast]:
+    """Runs the forecasts of one or more training sets, and saves each in its folder."""
     hook, threads = options.pop("hook"), options.pop("threads")
     sae_dtype, limit = options.pop("sae_dtype"), options.pop("limit")
     estimators = [name.strip() for name in options.pop("estimators").split(",")]
-    results.prepare_folder(output)
+    for folder in folders.values():
+        results.prepare_folder(folder)
     if threads is not None:
         if not 1 <= threads <= MOST_THREADS:
             raise InputError(f"--threads must lie between 1 and {MOST_THREADS}, not {threads}")
         _cpu.set_num_threads(threads)
-    if not train.exists():
-        raise InputError(f"there is no training set {train}: give a file or folder with --train")
+    for train in trains.values():
+        if not train.exists():
+            raise InputError(f"there is no training set {train}: give a file or folder with --train")
     loaded: SAE = load_sae(sae, layer=options["layer"], hook=hook)
     with _progress() as tell:
-        forecast = run_score(
+        forecasts = run_compare(
             model=model,
             sae=loaded,
-            train=train,
+            trains=trains,
             estimators=estimators,
             limit=limit or None,
             question_fields=_fields("--question-field", options.pop("question_field")),
@@ -288,8 +377,21 @@ def _forecast(model: str, sae: str, train: Path, output: Path, **options: Any) -
             progress=tell,
             **{name: _plain_value(value) for name, value in options.items()},
         )
-    forecast.save(output)
-    return forecast
+    for name, forecast in forecasts.items():
+        forecast.save(folders[name])
+    return list(forecasts.values())
+
+
+def _named_trains(values: list[str]) -> dict[str, Path]:
+    trains: dict[str, Path] = {}
+    for value in values:
+        name, equals, rest = value.partition("=")
+        path = Path(rest if equals and not Path(value).exists() else value)
+        name = name if str(path) == rest and equals else path.name.partition(".")[0]
+        if not name or name in trains or "/" in name:
+            raise InputError(f"--train {value} needs a name of its own: write it as name=path")
+        trains[name] = path
+    return trains
 
 
 def _plain_value(value: Any) -> Any:
@@ -388,8 +490,26 @@ def _print_scores(forecast: Forecast) -> None:
     )
 
 
-def _print_end(forecast: Forecast, output: Path) -> None:
-    for warning in forecast.warnings:
+def _print_comparison(comparison: dict[str, Any]) -> None:
+    names = [train["name"] for train in comparison["trains"]]
+    for estimator, scores in comparison["scores"].items():
+        table = Table(title=f"Forecast size of change, by {estimator.replace('sts', 'STS')}", title_justify="left")
+        table.add_column("domain")
+        for name in names:
+            table.add_column(name, justify="right")
+        for i, domain in enumerate(comparison["domains"]):
+            cells = [(scores[name]["value"][i], *scores[name]["ci"][i]) for name in names]
+            table.add_row(domain, *(f"{value:.3g} [{low:.3g}, {high:.3g}]" for value, low, high in cells))
+        out.print(table)
+    out.print(
+        "Read down a column to see what a training set moves most; scores of one domain may be compared along its row "
+        "where the training sets shift the same kind of features. Scores say how much, not for better or worse.",
+        highlight=False,
+    )
+
+
+def _print_end(forecasts: list[Forecast], output: Path) -> None:
+    for warning in dict.fromkeys(warning for forecast in forecasts for warning in forecast.warnings):
         err.print(f"warning: {warning}", style="yellow", highlight=False)
     err.print(f"Results are in {output}", highlight=False)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -31,6 +31,8 @@ SCORES_FILE = "scores.json"
 SHIFT_FILE = "shift.safetensors"
 PROMPTS_FILE = "prompts.parquet"
 FEATURES_FILE = "features.parquet"
+VALIDATION_FILE = "validation.json"
+COMPARISON_FILE = "compare.json"
 
 Interval = tuple[float, float]
 Estimator = Literal["act", "icl", "act_sq"]
@@ -161,6 +163,31 @@ class Forecast:
         self.stats.save(folder / SHIFT_FILE, shifted_features=shifted, **self.controls)
         with files.atomic_path(folder / SCORES_FILE) as path:
             path.write_text(to_json(scores), encoding="utf-8")
+
+
+def comparison(forecasts: Sequence[Forecast]) -> dict[str, Any]:
+    """What compare.json holds: the scores of several training sets over the same domains, and how alike they are.
+
+    scores: by estimator and training set, `value` and `ci` in the order of `domains`
+    shared_features: [n_trains][n_trains] part of D_N that two training sets have in common
+    """
+    tops = [{feature.index for feature in forecast.shifted_features} for forecast in forecasts]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "trains": [{"name": forecast.train["name"], **forecast.shift} for forecast in forecasts],
+        "domains": [domain.name for domain in forecasts[0].domains],
+        "scores": {
+            f"sts_{estimator}": {
+                forecast.train["name"]: {
+                    "value": [getattr(domain, f"sts_{estimator}") for domain in forecast.domains],
+                    "ci": [list(getattr(domain, f"sts_{estimator}_ci")) for domain in forecast.domains],
+                }
+                for forecast in forecasts
+            }
+            for estimator in forecasts[0].settings["estimators"]
+        },
+        "shared_features": [[len(one & other) / len(one) for other in tops] for one in tops],
+    }
 
 
 def to_json(scores: dict[str, Any]) -> str:
