@@ -18,7 +18,8 @@ PACKAGE = ROOT / "python" / "sts_fast"
 ORDER = [
     *("_version", "_cpu", "_cuda"),
     *("errors", "files", "examples", "prompts", "capture", "sae", "backend", "encode", "shift", "correlate"),
-    *("controls", "explain", "results", "score", "outcomes", "validate", "report", "organism", "demo", "cli", "__main__"),
+    *("controls", "explain", "results", "score", "outcomes", "validate", "report", "organism", "demo"),
+    *("cli", "__main__"),
 ]
 HEAVY = {"torch", "transformers", "sae_lens", "pandas", "pyarrow", "matplotlib", "datasets"}
 UNPICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
