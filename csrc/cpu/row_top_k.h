@@ -37,12 +37,16 @@ class RowTopK {
         int32_t column;
     };
     struct Worker {
-        std::vector<Candidate> candidates;  ///< [max_rows, capacity]
+        std::vector<Candidate> candidates;  ///< [max_rows, capacity], a row's in ascending order of columns
         std::vector<int32_t> counts;
         std::vector<float> thresholds;
+        std::vector<float> scratch;
         SelectedTile selected;
     };
-    static bool precedes(const Candidate& a, const Candidate& b);
+    /// Keeps the k largest of n > k candidates in ascending order of columns, of equal values the first ones. Returns
+    /// the k-th largest value.
+    float keep_largest(Candidate* candidates, int64_t n, std::vector<float>& scratch) const;
+    void store_row(int64_t packed_row, const Candidate* candidates, int64_t n);
     static int64_t capacity(int64_t k, int64_t d_sae);
 
     const TileStream& stream_;

@@ -18,10 +18,12 @@ int workers_for(int64_t n_rows, int64_t d_in, int64_t n_columns) {
 }
 
 /// Tokens per block: few enough for kBlockBytes, and all blocks about equally long.
-int64_t tokens_per_block(int64_t n_tokens, int n_members, int64_t d_in, int64_t most, int group) {
-    constexpr int64_t kMostRows = 2304;
+int64_t tokens_per_block(int64_t n_tokens, int64_t n_columns, int n_members, int64_t d_in, int64_t most, int group) {
+    // Packing W_enc again for every block must cost little beside the block's product. Where W_enc stays packed,
+    // because there is but one strip, blocks that fit the cache cost less.
+    const int64_t most_rows = n_columns > kStripColumns ? 2304 : 768;
     const int64_t tile_tokens = kTileRows / n_members;
-    most = std::min({most, kMostRows / n_members, kBlockBytes / PackedRows::token_bytes(n_members, d_in)});
+    most = std::min({most, most_rows / n_members, kBlockBytes / PackedRows::token_bytes(n_members, d_in)});
     most = most >= tile_tokens ? most / tile_tokens * tile_tokens : std::max<int64_t>(most / group, 1) * group;
     const int64_t n_blocks = std::max<int64_t>(divide_up(n_tokens, most), 1);
     return std::max<int64_t>(divide_up(divide_up(n_tokens, n_blocks), group), 1) * group;
@@ -40,8 +42,8 @@ TileStream::TileStream(const Encoder& encoder, Span<const int64_t> columns, cons
       n_tokens_(members[0].n_rows),
       n_columns_(columns ? columns.size : encoder.d_sae()),
       n_workers_(workers_for(n_tokens_ * static_cast<int64_t>(members.size()), encoder.d_in(), n_columns_)),
-      block_tokens_(tokens_per_block(n_tokens_, static_cast<int>(members.size()), encoder.d_in(), max_block_tokens,
-                                     kernels_.panel_rows / static_cast<int>(members.size()))),
+      block_tokens_(tokens_per_block(n_tokens_, n_columns_, static_cast<int>(members.size()), encoder.d_in(),
+                                     max_block_tokens, kernels_.panel_rows / static_cast<int>(members.size()))),
       rows_(kernels_, static_cast<int>(members.size()), encoder.d_in(), block_tokens_) {
     const int64_t panels = divide_up(n_columns_, kernels_.panel_columns);
     strip_columns_ = static_cast<int>(std::clamp<int64_t>(divide_up(panels, n_workers_), 1,
@@ -67,6 +69,8 @@ TileStream::Strip::Strip(const TileStream& stream, int worker_, int64_t strip)
       stream_(stream),
       n_padded_(static_cast<int>(divide_up(n_columns, stream.kernels_.panel_columns)) * stream.kernels_.panel_columns) {
     Workspace& workspace = *stream.workspaces_[static_cast<size_t>(worker)];
+    if (workspace.packed_strip == strip) return;
+    workspace.packed_strip = strip;
     pack_strip(stream.encoder_, stream.columns_, first_column, n_columns, n_padded_, stream.kernels_.panel_columns,
                workspace.strip.data(), workspace.params);
 }

@@ -59,6 +59,7 @@ class TileStream {
         explicit Workspace(int64_t d_in);
         FloatBuffer strip, values;
         StripParams params;
+        int64_t packed_strip = -1;  ///< what `strip` and `params` hold
     };
 
     const TileKernels& kernels_;
