@@ -668,14 +668,16 @@ def _forecast(
                 mean_squared_shift=float(shift.importance[j]) if isinstance(stats, ShiftStats) else None,
                 mean_activation=float(shift.mean_activation[j]),
                 share=float(shift.importance[j] / total) if total else 0.0,
-                promoted_tokens=promoted.get(int(j)),
+                promoted_tokens=promoted.get(int(j)) if rank < explain.N_FEATURES else None,
                 neuronpedia=link,
                 label=labels.get(int(j)),
             )
-            for j, link in zip(
-                shift.top,
-                explain.neuronpedia_links(sae.metadata.get("neuronpedia_id"), shift.top.tolist()),
-                strict=True,
+            for rank, (j, link) in enumerate(
+                zip(
+                    shift.top,
+                    explain.neuronpedia_links(sae.metadata.get("neuronpedia_id"), shift.top.tolist()),
+                    strict=True,
+                )
             )
         ],
         warnings=warnings,
