@@ -8,6 +8,8 @@ computed anew, by the paper's equations over dense features:
     STS_ICL = E_x sum_{j in D_N} ||h_j(domain demos, x) - h_j(x)||^2
     act_sq  = E_x mean_{j in D_N} h_j(x)^2
 
+and the same with a control's features in the place of D_N, or with |x_i| and x_i of the residual stream in that of h_j.
+
 h comes from one unbatched forward pass of the whole Hugging Face model per sequence and sae-lens' own `encode`;
 `literal_encode` writes each architecture's equation a second time, from the raw tensors.
 
@@ -61,6 +63,18 @@ def residual(folder: Path, layer: int, ids: tuple[int, ...], dtype: torch.dtype)
     with torch.no_grad():
         states = model(torch.tensor([ids]), output_hidden_states=True, use_cache=False).hidden_states
     return states[layer + 1][0].double().numpy()
+
+
+def answer_outcome(folder: Path, row: dict[str, Any], dtype: torch.dtype) -> tuple[float, bool]:
+    """Negative log-likelihood of the answer's tokens, and whether each is the likeliest."""
+    with torch.no_grad():
+        logits = load_model(folder, dtype)(torch.tensor([row["base_ids"]]), use_cache=False).logits[0].double().numpy()
+    nll, exact = 0.0, True
+    for position in row["positions"]:
+        before, token = logits[position - 1], row["base_ids"][position]
+        nll += float(np.log(np.exp(before - before.max()).sum()) + before.max() - before[token])
+        exact &= bool(before.argmax() == token)
+    return nll, exact
 
 
 def attention_sinks(rows: Doubles) -> NDArray[np.bool_]:
@@ -162,9 +176,11 @@ class Sums:
     """Of one training set or domain; arrays are [3, n_prompts, d_sae] unless said otherwise.
 
     h, sq_h:      over the tokens read, without demonstrations
-    base, fired:  features, and how many fire [3, n_prompts], over the paired tokens, without demonstrations
-    fired_read:   [3, n_prompts] how many fire over the tokens read
+    base, fired:  features, and on how many tokens each fires, over the paired tokens, without demonstrations
+    fired_read:   on how many of the tokens read each fires
     sq_shift:     squared difference with and without demonstrations, over the paired tokens
+    raw, sq_raw, raw_sq_shift: [n_prompts, d_in] sums of |x|, of x^2 and of squared differences of the residual stream
+    residual:     [n_prompts, d_in] sum of x over the tokens read
     n_read, n_pairs: [n_prompts]
     n_flips:      features, over all rows, that lie so near their threshold that either is right
     n_features_read: all features of all rows
@@ -176,6 +192,10 @@ class Sums:
     sq_shift: Doubles
     fired: Doubles
     fired_read: Doubles
+    raw: Doubles
+    sq_raw: Doubles
+    raw_sq_shift: Doubles
+    residual: Doubles
     n_read: Doubles
     n_pairs: Doubles
     n_flips: int
@@ -192,7 +212,9 @@ def sums_of(
     tokens: str,
     dtype: torch.dtype,
 ) -> Sums:
-    parts: dict[str, list[Any]] = {name: [] for name in ("h", "sq_h", "base", "sq_shift", "fired", "fired_read")}
+    of_features = ("h", "sq_h", "base", "sq_shift", "fired", "fired_read")
+    of_residuals = ("raw", "sq_raw", "raw_sq_shift", "residual")
+    parts: dict[str, list[Any]] = {name: [] for name in (*of_features, *of_residuals)}
     n_flips = n_features_read = 0
     for row in rows:
         here = residual(model, layer, tuple(row["base_ids"]), dtype)
@@ -212,10 +234,16 @@ def sums_of(
         parts["sq_h"].append((read**2).sum(axis=1))
         parts["base"].append(paired.sum(axis=1))
         parts["sq_shift"].append(squared_difference(paired, demos).sum(axis=1))
-        parts["fired"].append((paired > 0).sum(axis=(1, 2)))
-        parts["fired_read"].append((read > 0).sum(axis=(1, 2)))
+        parts["fired"].append((paired > 0).sum(axis=1))
+        parts["fired_read"].append((read > 0).sum(axis=1))
+        x = here[row["positions"]]
+        parts["raw"].append(np.abs(x).sum(axis=0))
+        parts["sq_raw"].append((x**2).sum(axis=0))
+        parts["residual"].append(x.sum(axis=0))
+        parts["raw_sq_shift"].append(((there[row["paired_demos"]] - here[row["paired"]]) ** 2).sum(axis=0))
     return Sums(
-        **{name: np.stack(part, axis=1) for name, part in parts.items()},
+        **{name: np.stack(parts[name], axis=1) for name in of_features},
+        **{name: np.stack(parts[name]) for name in of_residuals},
         n_read=np.asarray([float(len(row["positions"])) for row in rows]),
         n_pairs=np.asarray([float(len(row["paired"])) for row in rows]),
         n_flips=n_flips,
@@ -297,14 +325,27 @@ def expect(
 
     draws = np.random.default_rng([seed, zlib.crc32(b"shift")]).multinomial(len(rows), [1 / len(rows)] * len(rows), 32)
     overlaps = np.asarray([overlap(np.tensordot(per_prompt, draw, ([1], [0])), claimed) for draw in draws]).T
-    random_sets = load_file(run / "shift.safetensors")["random_features"]
-    check_random_sets(random_sets, claimed, importance.shape[1], seed)
-
     mean_base = (train.h if dims == "active" else train.base).sum(axis=1) / n_tokens
     fired = (train.fired_read if dims == "active" else train.fired).sum(axis=1)
+
+    saved = load_file(run / "shift.safetensors")
+    check_random_sets(saved["random_features"], claimed, importance.shape[1], seed)
+    check_low_shift(saved["low_shift_features"].tolist(), importance, fired, claimed)
+    n_ties += check_members(mean_base, saved["most_active_features"].tolist(), top_n)
+    raw_dimensions = saved["raw_dimensions"].tolist()
+    assert len(raw_dimensions) == min(top_n, train.raw.shape[1] // 4)
+    if dims != "active":  # nothing is paired there, and the raw dimensions have no shift to be ranked by
+        n_ties += check_members(np.stack([train.raw_sq_shift.sum(axis=0)] * 3), raw_dimensions, len(raw_dimensions))
+    of_control = {
+        "": [claimed],
+        "random": saved["random_features"].tolist(),
+        "low_shift": [saved["low_shift_features"].tolist()],
+        "most_active": [saved["most_active_features"].tolist()],
+        "raw": [raw_dimensions],
+    }
     expected = Expected(
         scores={
-            "sae": {"mean_l0": fired / n_tokens},
+            "sae": {"mean_l0": fired.sum(axis=1) / n_tokens},
             "train": counts_of(rows),
             "shift": {
                 "share_of_top_n": share(importance, claimed),
@@ -336,8 +377,9 @@ def expect(
         sums = sums_of(rows, layer, model, sae, None, special_ids, settings["tokens"], dtype)
         expected.n_flips += sums.n_flips
         expected.n_features_read += sums.n_features_read
-        entry: dict[str, Any] = {"name": name, **counts_of(rows), "controls": {"random": {}}}
-        expected.prompts[name] = {}
+        entry: dict[str, Any] = {"name": name, **counts_of(rows)}
+        controls: dict[str, dict[str, Any]] = {control: {} for control in of_control if control}
+        values: dict[str, Doubles] = {}
         resamples = np.random.default_rng([seed, zlib.crc32(name.encode())]).multinomial(
             len(rows), [1 / len(rows)] * len(rows), settings["n_bootstrap"]
         )
@@ -346,13 +388,32 @@ def expect(
                 entry |= {f"sts_{estimator}": None, f"sts_{estimator}_ci": None}
                 continue
             per_feature = {"act": sums.h, "icl": sums.sq_shift, "act_sq": sums.sq_h}[estimator]
-            per_token = {"act": sums.n_read, "icl": sums.n_pairs, "act_sq": sums.n_read * top_n}[estimator]
-            of_top = per_feature[:, :, claimed].sum(axis=2)
-            of_random = np.mean([per_feature[:, :, members].sum(axis=2) for members in random_sets], axis=0)
-            entry[f"sts_{estimator}"] = of_top.sum(axis=1) / per_token.sum()
-            entry[f"sts_{estimator}_ci"] = interval(of_top, per_token, resamples, percentages(settings))
-            entry["controls"]["random"][f"sts_{estimator}"] = of_random.sum(axis=1) / per_token.sum()
-            expected.prompts[name] |= {f"{estimator}_sum": of_top, f"random_{estimator}_sum": of_random}
+            per_dimension = {"act": sums.raw, "icl": sums.raw_sq_shift, "act_sq": sums.sq_raw}[estimator]
+            for control, sets in of_control.items():
+                terms = np.stack([per_dimension] * 3) if control == "raw" else per_feature
+                of_prompts = np.mean([terms[:, :, members].sum(axis=2) for members in sets], axis=0)
+                per_token = sums.n_pairs if estimator == "icl" else sums.n_read
+                if estimator == "act_sq":
+                    per_token = per_token * max(len(sets[0]), 1)
+                values[f"{control}_{estimator}_sum".removeprefix("_")] = of_prompts
+                ratio = of_prompts.sum(axis=1) / per_token.sum()
+                if control:
+                    controls[control][f"sts_{estimator}"] = ratio
+                else:
+                    entry[f"sts_{estimator}"] = ratio
+                    entry[f"sts_{estimator}_ci"] = interval(of_prompts, per_token, resamples, percentages(settings))
+        means = [part.residual.sum(axis=0) / part.n_read.sum() for part in (train, sums)]
+        cosine = np.sum(means[0] * means[1]) / np.sqrt(np.sum(means[0] ** 2) * np.sum(means[1] ** 2))
+        controls["cosine_of_means"] = {"cosine": np.full(3, cosine)}
+        answers = [row for row in table if row["stage"] == "answer" and row["domain"] == name]
+        if settings["controls"] == "all" and answers:
+            outcomes = [answer_outcome(model, row, dtype) for row in answers]
+            nll, exact = np.asarray(outcomes, float).T
+            controls["base_loss"] = {"nll": np.full(3, nll.sum() / sum(len(row["positions"]) for row in answers))}
+            controls["base_accuracy"] = {"accuracy": np.full(3, exact.mean())}
+            values |= {"answer_nll_sum": np.stack([nll] * 3), "answer_exact": np.stack([exact] * 3)}
+        expected.prompts[name] = values
+        entry["controls"] = controls
         expected.scores["domains"].append(entry)
     return expected
 
@@ -369,14 +430,33 @@ def counts_of(rows: list[dict[str, Any]]) -> dict[str, int]:
 
 def check_top(importance: Doubles, claimed: list[int], top_n: int) -> int:
     """Asserts that these are the top features, largest first; returns how many stand there by a tie."""
-    low, value, high = importance
+    low, _, high = importance
+    for one, following in itertools.pairwise(claimed):
+        assert high[one] * (1 + TIE) >= low[following], f"feature {one} stands before {following}"
+    return check_members(importance, claimed, top_n)
+
+
+def check_members(ranked_by: Doubles, claimed: list[int], top_n: int) -> int:
+    """Asserts that these are the top features, in any order; returns how many stand there by a tie."""
+    low, value, high = ranked_by
     top = np.argsort(-value, kind="stable")[:top_n].tolist()
     assert len(set(claimed)) == len(claimed) == top_n
     for put_in, left_out in ((j, i) for j in set(claimed) - set(top) for i in set(top) - set(claimed)):
-        assert high[put_in] * (1 + TIE) >= low[left_out], f"feature {put_in} stands in the place of {left_out}"
-    for one, following in itertools.pairwise(claimed):
-        assert high[one] * (1 + TIE) >= low[following], f"feature {one} stands before {following}"
+        assert high[put_in] * (1 + TIE) >= low[left_out], f"{put_in} stands in the place of {left_out}"
     return len(set(claimed) - set(top))
+
+
+def check_low_shift(claimed: list[int], importance: Doubles, fired: Doubles, top: list[int]) -> None:
+    """Asserts that these fire on the training set's queries, lie outside D_N and shift least of all that do."""
+    low, _, high = importance
+    others = set(range(importance.shape[1])) - set(top) - set(claimed)
+    assert claimed == sorted(set(claimed) - set(top))
+    assert len(claimed) <= len(top)
+    assert all(fired[HIGH, j] > 0 for j in claimed)
+    must_fire = [j for j in others if fired[LOW, j] > 0]
+    assert len(claimed) == len(top) or not must_fire
+    if claimed and must_fire:
+        assert max(low[j] for j in claimed) <= min(high[j] for j in must_fire) * (1 + TIE)
 
 
 def overlap(importance: Doubles, members: list[int]) -> tuple[float, float, float]:

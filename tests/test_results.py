@@ -22,9 +22,9 @@ from tiny import Tiny
 
 import sts_fast
 from sts_fast import results
-from sts_fast.results import PROMPTS_FILE, SCORES_FILE, SHIFT_FILE
+from sts_fast.results import FEATURES_FILE, PROMPTS_FILE, SCORES_FILE, SHIFT_FILE
 
-FILES = {SCORES_FILE, SHIFT_FILE, PROMPTS_FILE}
+FILES = {SCORES_FILE, SHIFT_FILE, PROMPTS_FILE, FEATURES_FILE}
 
 
 @pytest.fixture(scope="module")
@@ -150,9 +150,11 @@ def test_saved_files_hold_the_forecast(forecast: sts_fast.Forecast, tmp_path: Pa
     saved = json.loads((folder / SCORES_FILE).read_text(encoding="utf-8"))
     assert saved == json.loads(results.to_json(forecast.to_dict()))
     assert pq.read_table(folder / PROMPTS_FILE).equals(forecast.prompts)
+    assert pq.read_table(folder / FEATURES_FILE).equals(forecast.firings)
     arrays = load_file(folder / SHIFT_FILE)
     assert arrays["shifted_features"].tolist() == [feature.index for feature in forecast.shifted_features]
-    assert arrays["random_features"].tolist() == forecast.random_features.tolist()
+    for name, values in forecast.controls.items():
+        assert arrays[name].tolist() == values.tolist()
     stats = sts_fast.ShiftStats.load(folder / SHIFT_FILE)
     assert stats.mean_squared_shift.tolist() == forecast.stats.mean_squared_shift.tolist()
     assert stats.top(20).tolist() == arrays["shifted_features"].tolist()
@@ -196,7 +198,7 @@ def no_file_over(n_bytes: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("older", [{}, dict.fromkeys(FILES, "an older run")], ids=["new", "over an older run"])
-@pytest.mark.parametrize("failing", [PROMPTS_FILE, SHIFT_FILE, SCORES_FILE])
+@pytest.mark.parametrize("failing", [PROMPTS_FILE, FEATURES_FILE, SHIFT_FILE, SCORES_FILE])
 def test_nothing_half_written_where_writing_fails(
     forecast: sts_fast.Forecast,
     tmp_path: Path,
@@ -210,20 +212,36 @@ def test_nothing_half_written_where_writing_fails(
     for name, text in older.items():
         (folder / name).write_text(text)
 
-    def write_half(path: Path, text: str, **options: Any) -> int:
-        with open(path, "w", **options) as file:
-            file.write(text[: len(text) // 2])
+    def write_half(path: Path, data: bytes) -> None:
+        path.write_bytes(data[: len(data) // 2])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    limit = {PROMPTS_FILE: 1000, SHIFT_FILE: (whole / PROMPTS_FILE).stat().st_size, SCORES_FILE: 10**9}[failing]
-    if failing == SCORES_FILE:  # the smallest file: a limit would stop the others first
-        monkeypatch.setattr(Path, "write_text", write_half)
+    def write_text(path: Path, text: str, encoding: str) -> None:
+        write_half(path, text.encode(encoding))
+
+    def write_table(table: Any, path: Path, **options: Any) -> None:
+        whole_write_table(table, path, **options)
+        if FEATURES_FILE in path.name:
+            write_half(path, path.read_bytes())
+
+    # The larger files fail for want of room; a limit for the others would stop those first.
+    whole_write_table, limit = pq.write_table, 10**9
+    if failing == SCORES_FILE:
+        monkeypatch.setattr(Path, "write_text", write_text)
+    elif failing == FEATURES_FILE:
+        monkeypatch.setattr(pq, "write_table", write_table)
+    else:
+        limit = {PROMPTS_FILE: 1000, SHIFT_FILE: (whole / SHIFT_FILE).stat().st_size - 1}[failing]
     with no_file_over(limit), pytest.raises(sts_fast.InputError, match=f"cannot write .*{failing}"):
         forecast.save(folder)
     monkeypatch.undo()
 
     # scores.json comes last, so none is there of a run that could not be saved; what is there is whole.
-    readers: dict[str, Callable[[Path], object]] = {PROMPTS_FILE: pq.read_table, SHIFT_FILE: load_file}
+    readers: dict[str, Callable[[Path], object]] = {
+        PROMPTS_FILE: pq.read_table,
+        FEATURES_FILE: pq.read_table,
+        SHIFT_FILE: load_file,
+    }
     for path in folder.iterdir():
         assert path.name in FILES
         if path.read_bytes() != b"an older run":
@@ -262,6 +280,8 @@ def test_inputs_are_recorded_by_their_hash(forecast: sts_fast.Forecast, tiny: Ti
         ("train", tiny.train),
         *(("domains", path) for path in tiny.domains.values()),
     ]
-    assert [(entry["role"], entry["path"]) for entry in inputs] == [(role, str(path)) for role, path in expected]
+    assert sorted((entry["role"], entry["path"]) for entry in inputs) == sorted(
+        (role, str(path)) for role, path in expected
+    )
     for entry in inputs:
         assert entry["sha256"] == hashlib.sha256(Path(entry["path"]).read_bytes()).hexdigest()

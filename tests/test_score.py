@@ -21,12 +21,12 @@ import pytest
 import tiny as tiny_material
 import torch
 from safetensors import safe_open
-from safetensors.numpy import load_file
 from tiny import ARCHITECTURES, Tiny
 from transformers import AutoTokenizer
 
 import sts_fast
 from sts_fast.capture import Decoder
+from sts_fast.score import compare
 
 TOLERANCE = 1e-4  # of a number, relative to the oracle
 BATCHING_TOLERANCE = 1e-5  # of a number, between two batch budgets
@@ -47,6 +47,9 @@ READINGS = [
 
 # Prompts of a set of the real material; the oracle takes them one by one.
 REAL_LIMIT = 24
+
+# What says what a feature is about, and follows from the model and from labels.
+EXPLANATIONS = {"promoted_tokens", "neuronpedia", "label"}
 
 ASSETS = Path(__file__).parents[2] / "shared" / "assets"
 CATEGORIES = ("math", "other", "physics", "chemistry", "philosophy", "engineering")
@@ -78,15 +81,18 @@ def values_by_domain(run: Path) -> dict[str, dict[str, list[float]]]:
     """Domain -> column -> value of each prompt."""
     table = pq.read_table(run / "prompts.parquet").to_pylist()
     values: dict[str, dict[str, list[float]]] = {}
-    for row in (row for row in table if row["stage"] == "score"):
+    for row in (row for row in table if row["stage"] in ("score", "answer")):
         of_domain = values.setdefault(row["domain"], {})
-        for column in (name for name in row if name.endswith("_sum")):
+        for column in (name for name in row if name.endswith(("_sum", "_exact")) and row[name] is not None):
             of_domain.setdefault(column, []).append(row[column])
     return values
 
 
 def assert_as_expected(run: Path, expected: oracle.Expected, request: pytest.FixtureRequest) -> None:
     values = values_by_domain(run)
+    assert {domain: set(columns) for domain, columns in values.items()} == {
+        domain: set(columns) for domain, columns in expected.prompts.items()
+    }
     found = [
         *oracle.deviations(expected.scores, written(run)),
         *(
@@ -203,11 +209,50 @@ def test_threads_change_no_byte(tiny: Tiny, dims: Any, tmp_path: Path) -> None:
     finally:
         sts_fast.set_num_threads(n_before)
     assert len({without_time((tmp_path / str(n) / "scores.json").read_text()) for n in (1, 2, 3)}) == 1
-    assert len({(tmp_path / str(n) / "prompts.parquet").read_bytes() for n in (1, 2, 3)}) == 1
-    first, *others = (load_file(tmp_path / str(n) / "shift.safetensors") for n in (1, 2, 3))
-    for other in others:
-        assert first.keys() == other.keys()
-        assert all(first[name].tobytes() == other[name].tobytes() for name in first)
+    for name in ("shift.safetensors", "prompts.parquet", "features.parquet"):
+        assert len({(tmp_path / str(n) / name).read_bytes() for n in (1, 2, 3)}) == 1
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_all_controls_equal_the_oracle(
+    tiny: Tiny, architecture: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    forecast = forecast_tiny(tiny, architecture, controls="all", estimators=("act", "icl", "act_sq"))
+    forecast.save(tmp_path)
+    assert {"base_loss", "base_accuracy"} < set(forecast.domains[0].controls)
+    expected = oracle.expect(tmp_path, tiny.model, tiny.saes[architecture])
+    assert_as_expected(tmp_path, expected, request)
+
+
+def test_several_training_sets_forecast_like_each_alone(tiny: Tiny) -> None:
+    trains = {"sums": tiny.train, "days": tiny.domains["days"]}
+    together = compare(
+        model=tiny.model,
+        sae=tiny.saes["topk"],
+        trains=trains,
+        domains=tiny.domains,
+        shots=SHOTS,
+        domain_shots=DOMAIN_SHOTS,
+        top_n=TOP_N,
+    )
+    assert list(together) == list(trains)
+    for name, train in trains.items():
+        alone = forecast_tiny(replace(tiny, train=train), "topk").to_dict()
+        scores = together[name].to_dict()
+        assert scores["train"] == {**alone["train"], "name": name}
+        assert scores["shift"] == alone["shift"]
+        assert scores["shifted_features"] == alone["shifted_features"]
+        compared = list(oracle.deviations(as_numbers(alone["domains"]), scores["domains"]))
+        assert max(deviation for _, deviation in compared) <= REPEATED_TOLERANCE
+
+
+def as_numbers(document: Any) -> Any:
+    """A document in the oracle's form: each number as [low, value, high]."""
+    if isinstance(document, dict):
+        return {key: as_numbers(value) for key, value in document.items()}
+    if isinstance(document, (list, tuple)):
+        return [as_numbers(value) for value in document]
+    return number(document) if isinstance(document, float) else document
 
 
 @pytest.mark.parametrize("options", [{"seed": 1}, {"limit": 12}, {"limit": 12, "seed": 1}], ids=str)
@@ -261,12 +306,15 @@ def test_every_number_follows_from_the_files(
     tiny: Tiny, dims: Any, estimators: Any, tokens: Any, tmp_path: Path
 ) -> None:
     tuned = tiny.tuned if dims == "tuned" else None
-    forecast_tiny(tiny, "topk", dims=dims, estimators=estimators, tokens=tokens, tuned=tuned, seed=3).save(tmp_path)
+    forecast_tiny(
+        tiny, "topk", dims=dims, estimators=estimators, tokens=tokens, tuned=tuned, seed=3, controls="all"
+    ).save(tmp_path)
     scores = written(tmp_path)
     again = recomputed(tmp_path)
     assert set(again["domains"][0]) | {"n_skipped", "n_too_long", "n_unanswered"} == set(scores["domains"][0])
+    assert again["domains"][0]["controls"].keys() == scores["domains"][0]["controls"].keys()
     assert set(again["shift"]) == set(scores["shift"])
-    assert set(again["shifted_features"][0]) == set(scores["shifted_features"][0])
+    assert set(again["shifted_features"][0]) | EXPLANATIONS == set(scores["shifted_features"][0])
     for counts in (scores["train"], *scores["domains"]):
         assert counts["n_skipped"] == counts["n_too_long"] + counts["n_unanswered"]
     assert max(deviation for _, deviation in oracle.deviations(again, scores)) <= REPEATED_TOLERANCE
@@ -297,9 +345,13 @@ def recomputed(run: Path) -> dict[str, Any]:
     rows = [row for row in table if row["stage"] == "shift"]
     assert n_tokens == sum(len(row["positions" if settings["dims"] == "active" else "paired"]) for row in rows)
     domains = []
-    for name in dict.fromkeys(row["domain"] for row in table if row["stage"] == "score"):
-        of_domain = [row for row in table if row["stage"] == "score" and row["domain"] == name]
-        domains.append(recomputed_domain(name, of_domain, settings, seed))
+    names = dict.fromkeys(row["domain"] for row in table if row["stage"] == "score")
+    for name, mean_residual in zip(names, sums["domain_mean_residuals"], strict=True):
+        of_domain = [row for row in table if row["stage"] != "shift" and row["domain"] == name]
+        domains.append(recomputed_domain(name, of_domain, settings, seed, sums))
+        a, b = sums["mean_residual"], mean_residual
+        cosine = np.sum(a * b) / np.sqrt(np.sum(a * a) * np.sum(b * b))
+        domains[-1]["controls"]["cosine_of_means"] = {"cosine": number(cosine)}
     return {
         "sae": {"mean_l0": number(fired.sum() / n_tokens)},
         "train": {"name": "train", **oracle.counts_of(rows)},
@@ -325,27 +377,44 @@ def recomputed(run: Path) -> dict[str, Any]:
     }
 
 
-def recomputed_domain(name: str, rows: list[dict[str, Any]], settings: dict[str, Any], seed: int) -> dict[str, Any]:
+def recomputed_domain(
+    name: str, all_rows: list[dict[str, Any]], settings: dict[str, Any], seed: int, saved: dict[str, Any]
+) -> dict[str, Any]:
+    rows = [row for row in all_rows if row["stage"] == "score"]
+    answers = [row for row in all_rows if row["stage"] == "answer"]
     n = len(rows)
     draws = np.random.default_rng([seed, zlib.crc32(name.encode())]).multinomial(
         n, [1 / n] * n, settings["n_bootstrap"]
     )
-    entry: dict[str, Any] = {"name": name, **oracle.counts_of(rows), "controls": {"random": {}}}
+    sizes = {
+        "": settings["top_n"],
+        "random": saved["random_features"].shape[1],
+        "low_shift": len(saved["low_shift_features"]),
+        "most_active": len(saved["most_active_features"]),
+        "raw": len(saved["raw_dimensions"]),
+    }
+    controls: dict[str, dict[str, Any]] = {control: {} for control in sizes if control}
+    entry: dict[str, Any] = {"name": name, **oracle.counts_of(rows), "controls": controls}
     n_read = np.asarray([float(len(row["positions"])) for row in rows])
     n_pairs = np.asarray([float(len(row["paired"])) for row in rows])
-    per_token = {"act": n_read, "icl": n_pairs, "act_sq": n_read * settings["top_n"]}
-    for estimator, denominator in per_token.items():
+    for estimator, (control, size) in itertools.product(("act", "icl", "act_sq"), sizes.items()):
+        column = f"{control}_{estimator}_sum".removeprefix("_")
         if estimator not in settings["estimators"]:
-            assert all(row[f"{estimator}_sum"] is None for row in rows)
+            assert all(row[column] is None for row in rows)
             entry |= {f"sts_{estimator}": None, f"sts_{estimator}_ci": None}
             continue
-        numerator = np.asarray([row[f"{estimator}_sum"] for row in rows])
-        random = np.asarray([row[f"random_{estimator}_sum"] for row in rows])
-        entry[f"sts_{estimator}"] = number(numerator.sum() / denominator.sum())
-        entry["controls"]["random"][f"sts_{estimator}"] = number(random.sum() / denominator.sum())
-        entry[f"sts_{estimator}_ci"] = oracle.interval(
-            np.stack([numerator] * 3), denominator, draws, oracle.percentages(settings)
-        )
+        numerator = np.asarray([row[column] for row in rows])
+        denominator = {"act": n_read, "icl": n_pairs, "act_sq": n_read * max(size, 1)}[estimator]
+        ratio = number(numerator.sum() / denominator.sum())
+        if control:
+            controls[control][f"sts_{estimator}"] = ratio
+        else:
+            bounds = oracle.interval(np.stack([numerator] * 3), denominator, draws, oracle.percentages(settings))
+            entry |= {f"sts_{estimator}": ratio, f"sts_{estimator}_ci": bounds}
+    if answers:
+        n_tokens = sum(len(row["positions"]) for row in answers)
+        controls["base_loss"] = {"nll": number(sum(row["answer_nll_sum"] for row in answers) / n_tokens)}
+        controls["base_accuracy"] = {"accuracy": number(np.mean([row["answer_exact"] for row in answers]))}
     return entry
 
 
@@ -478,7 +547,8 @@ def test_real_forecast_from_the_command_line_is_the_same(
     text, command = without_command((tmp_path / "scores.json").read_text(encoding="utf-8"))
     assert command.startswith("sts-fast score --model ")
     assert (text, None) == without_command((real_run(architecture) / "scores.json").read_text(encoding="utf-8"))
-    assert (tmp_path / "prompts.parquet").read_bytes() == (real_run(architecture) / "prompts.parquet").read_bytes()
+    for name in ("shift.safetensors", "prompts.parquet", "features.parquet"):
+        assert (tmp_path / name).read_bytes() == (real_run(architecture) / name).read_bytes()
 
 
 def without_command(scores: str) -> tuple[str, Any]:
