@@ -1,0 +1,124 @@
+"""What the report says about the controls: which of them put the domains in the order of the scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sts_fast.report.numbers import MIN_DOMAINS, SAME, SIMILAR, listed, spearman
+from sts_fast.report.ranking import estimators_of, label_of
+
+CONTROLS = {
+    "random": "random features",
+    "low_shift": "least shifted features",
+    "most_active": "most active features",
+    "raw": "raw activations (no SAE)",
+    "cosine_of_means": "cosine of the mean activations",
+    "base_loss": "loss of the model before training",
+    "base_accuracy": "accuracy of the model before training",
+}
+QUANTITIES = {"cosine": "cosine", "nll": "nats per answer token", "accuracy": "share of exact answers"}
+
+
+@dataclass(frozen=True)
+class Compared:
+    """How a control ranks the domains beside a score; rho is None where that cannot be judged."""
+
+    rho: float | None
+    word: str
+
+
+@dataclass(frozen=True)
+class Control:
+    """compared: one for each estimator; None where the control has no number for it."""
+
+    label: str
+    compared: list[Compared | None]
+
+
+@dataclass(frozen=True)
+class ControlSection:
+    """labels: of the estimators; sentences: one for each, on which controls rank as it does.
+
+    quantities: (control, quantity, value by domain), all numbers there are
+    """
+
+    labels: list[str]
+    controls: list[Control]
+    sentences: list[str]
+    quantities: list[tuple[str, str, dict[str, float]]]
+
+
+def control_label(control: str) -> str:
+    """A control's name in words; also of 'name quantity', as validation.json joins them."""
+    name, _, quantity = control.partition(" ")
+    if name not in CONTROLS:
+        return control.replace("_", " ")
+    return CONTROLS[name] if quantity in ("", *QUANTITIES) else f"{CONTROLS[name]}, {quantity}"
+
+
+def control_section(scores: dict[str, Any]) -> ControlSection:
+    """Every control beside every estimator: by its own number for that estimator, or else by the only one it has."""
+    domains, known = scores["domains"], estimators_of(scores)
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for domain in domains:
+        for control, entry in domain["controls"].items():
+            for quantity, value in entry.items() if isinstance(entry, dict) else [("", entry)]:
+                if isinstance(value, (int, float)) and not isinstance(value, bool):
+                    found.setdefault(control, {}).setdefault(quantity, {})[domain["name"]] = float(value)
+    controls = []
+    for control, numbers in found.items():
+        alone = next(iter(numbers.values())) if not any(key.startswith("sts_") for key in numbers) else {}
+        compared = []
+        for estimator in known:
+            values = numbers.get(f"sts_{estimator}", alone)
+            scored = {d["name"]: d[f"sts_{estimator}"] for d in domains if d.get(f"sts_{estimator}") is not None}
+            compared.append(_compare(values, scored) if values else None)
+        controls.append(Control(control_label(control), compared))
+    labels = [label_of(estimator) for estimator in known]
+    return ControlSection(
+        labels=labels,
+        controls=controls,
+        sentences=_control_sentences(labels, controls),
+        quantities=[
+            (control_label(control), _quantity_label(quantity), values)
+            for control, numbers in found.items()
+            for quantity, values in numbers.items()
+        ],
+    )
+
+
+def _compare(values: dict[str, float], scored: dict[str, float]) -> Compared:
+    names = [name for name in scored if name in values]
+    if len(names) < MIN_DOMAINS:
+        return Compared(None, "too few domains")
+    rho = spearman([values[name] for name in names], [scored[name] for name in names])
+    if rho is None:
+        return Compared(None, "ranks nothing")
+    if rho >= SAME:
+        return Compared(rho, "nearly the same")
+    if rho >= SIMILAR:
+        return Compared(rho, "similar")
+    return Compared(rho, "different" if rho > -SIMILAR else "reverse")
+
+
+def _control_sentences(labels: Sequence[str], controls: Sequence[Control]) -> list[str]:
+    said = []
+    for i, label in enumerate(labels):
+        rhos = {c.label: compared.rho for c in controls if (compared := c.compared[i]) and compared.rho is not None}
+        same = [name for name, rho in rhos.items() if rho >= SAME]
+        if same:
+            said.append(
+                f"{label}: {listed(same)} {'puts' if len(same) == 1 else 'put'} the domains in nearly the same order, "
+                f"so over these domains it says little that {'this does' if len(same) == 1 else 'these do'} not."
+            )
+        elif rhos:
+            said.append(f"{label}: no control puts the domains in nearly the same order.")
+    return said
+
+
+def _quantity_label(quantity: str) -> str:
+    if quantity.startswith("sts_"):
+        return label_of(quantity.removeprefix("sts_"))
+    return QUANTITIES.get(quantity, quantity.replace("_", " "))

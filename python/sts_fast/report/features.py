@@ -1,0 +1,136 @@
+"""What the report says about the shifted features: how concentrated the shift is, what each feature stands for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from markupsafe import Markup
+
+from sts_fast.report import figures
+from sts_fast.report.numbers import count, counted, percent
+from sts_fast.report.run import Firing, Run
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Doubles = NDArray[np.float64]
+
+FIRST_FEATURES = 20
+# Examples shown at once, and behind a click; features.parquet holds them all.
+FIRST_FIRINGS = 3
+MOST_FIRINGS = 10
+# Characters of context on either side.
+MOST_BEFORE = 70
+MOST_AFTER = 40
+
+SHIFT_WORDS = {
+    "icl": "the shift that demonstrations of the training set cause",
+    "tuned": "the shift that training has caused",
+    "active": "the activity on the training set (no shift was measured)",
+}
+
+
+@dataclass(frozen=True)
+class Feature:
+    rank: int
+    index: int
+    share: float
+    mean_activation: float
+    label: str | None
+    url: str | None
+    promoted: list[str]
+    firings: list[Firing]
+    more_firings: list[Firing]
+
+
+@dataclass(frozen=True)
+class FeatureSection:
+    """The features of D_N; a has_ is False where no feature has anything to show in that column."""
+
+    first: list[Feature]
+    rest: list[Feature]
+    has_label: bool
+    has_promoted: bool
+    has_firings: bool
+
+
+@dataclass(frozen=True)
+class Concentration:
+    figure: Markup | None
+    sentences: list[str]
+
+
+def feature_section(run: Run) -> FeatureSection:
+    features = [_feature(rank, entry, run) for rank, entry in enumerate(run.scores["shifted_features"], 1)]
+    return FeatureSection(
+        first=features[:FIRST_FEATURES],
+        rest=features[FIRST_FEATURES:],
+        has_label=any(feature.label or feature.url for feature in features),
+        has_promoted=any(feature.promoted for feature in features),
+        has_firings=any(feature.firings for feature in features),
+    )
+
+
+def concentration(run: Run) -> Concentration:
+    """How much of what D_N is ranked by lies in how few features."""
+    scores = run.scores
+    what = SHIFT_WORDS[scores["settings"]["dims"]]
+    top_n, shift = scores["settings"]["top_n"], scores["shift"]
+    said = [
+        f"The {count(top_n)} features of D_N hold {percent(shift['share_of_top_n'])} of {what}; "
+        f"{count(shift['n_features_shifted'])} of the SAE's {count(scores['sae']['d_sae'])} features have a part in it."
+    ]
+    figure = None
+    if run.importance is not None and run.importance.min() >= 0 and run.importance.sum() > 0:
+        shares = np.cumsum(np.sort(run.importance)[::-1])
+        shares = np.minimum(shares / shares[-1], 1.0)
+        needed = [int(np.searchsorted(shares, part - 1e-12)) + 1 for part in (0.5, 0.9)]
+        said.append(f"Half of it lies in the top {count(needed[0])}, 90% in the top {count(needed[1])}.")
+        figure = figures.curve(
+            "concentration",
+            shares,
+            min(top_n, len(shares)),
+            x_label="features, ranked (log) →",
+            y_label="↑ cumulative share",
+            title="Cumulative share over ranked features",
+            description=f"The top {count(top_n)} of {count(len(shares))} features hold "
+            f"{percent(float(shares[min(top_n, len(shares)) - 1]))}; half of the total lies in the top "
+            f"{count(needed[0])}, 90% in the top {count(needed[1])}.",
+        )
+    stability = shift["stability"]
+    low, high = stability["overlap_ci"]
+    kept = stability["mean_overlap"]
+    words = "is settled" if kept >= 0.8 else "is settled for the most part" if kept >= 0.5 else "is not settled"
+    said.append(
+        f"D_N {words}: resampling the {counted(scores['train']['n_prompts'], 'training prompt')} keeps "
+        f"{percent(kept)} of it ({percent(low)} to {percent(high)} in {count(stability['n_replicates'])} resamplings)."
+    )
+    return Concentration(figure, said)
+
+
+def _feature(rank: int, entry: dict[str, Any], run: Run) -> Feature:
+    url, promoted, label = entry.get("neuronpedia"), entry.get("promoted_tokens"), entry.get("label")
+    firings = [_trimmed(firing) for firing in run.firings.get(entry["index"], [])[:MOST_FIRINGS]]
+    return Feature(
+        rank=rank,
+        index=entry["index"],
+        share=entry["share"],
+        mean_activation=entry["mean_activation"],
+        label=label if isinstance(label, str) and label.strip() else None,
+        # Nothing but a web address becomes a link.
+        url=url if isinstance(url, str) and url.startswith(("https://", "http://")) else None,
+        promoted=[token for token in promoted if isinstance(token, str)] if isinstance(promoted, list) else [],
+        firings=firings[:FIRST_FIRINGS],
+        more_firings=firings[FIRST_FIRINGS:],
+    )
+
+
+def _trimmed(firing: Firing) -> Firing:
+    before, after = firing.before, firing.after
+    if len(before) > MOST_BEFORE:
+        before = "…" + before[-MOST_BEFORE:]
+    if len(after) > MOST_AFTER:
+        after = after[:MOST_AFTER] + "…"
+    return Firing(firing.value, before, firing.token, after, firing.stage, firing.domain, firing.id)

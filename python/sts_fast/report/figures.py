@@ -1,0 +1,307 @@
+"""Plots as inline SVG that keeps its type size at any width: positions across are percentages, heights are pixels.
+
+Every function returns one <svg> with a title and a description; colours come from the page's style sheet. What is
+drawn in a fixed width (labels that must not collide, names that must be cut) is drawn twice, for a wide and for a
+narrow page, and the style sheet shows one of them.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from markupsafe import Markup
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Interval = tuple[float, float]
+
+# Widths, in pixels, of the drawing area on a wide page and on a phone, at which labels are placed.
+WIDTHS = {"wide": 600, "narrow": 290}
+CHARACTER = 6.7
+BOLD = 1.25
+LINE = 15
+ROW = 42
+HEIGHT = 300
+MOST_POINTS_ON_LINE = 240
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One row: a value and its interval; `control` is marked on the same axis; `text` stands at the right."""
+
+    name: str
+    value: float
+    interval: Interval | None
+    control: float | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of a scatter with its intervals; a falling one is drawn hollow."""
+
+    name: str
+    x: float
+    y: float
+    x_interval: Interval | None = None
+    y_interval: Interval | None = None
+    falling: bool = False
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A linear axis that ends on round numbers."""
+
+    low: float
+    high: float
+    ticks: tuple[float, ...]
+
+    @classmethod
+    def over(cls, values: Iterable[float], *, most_ticks: int = 6) -> Scale:
+        known = list(values) or [0.0]
+        low, high = min(known), max(known)
+        if high - low <= 1e-9 * max(abs(low), abs(high)):
+            room = abs(high) / 2 or 1.0
+            low, high = low - room, high + room
+        step = 10.0 ** math.floor(math.log10((high - low) / most_ticks))
+        step = next(step * factor for factor in (1, 2, 5, 10, 20) if (high - low) / (step * factor) <= most_ticks - 1)
+        first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+        ticks = tuple(float(f"{i * step:.12g}") for i in range(first, last + 1))
+        return cls(ticks[0], ticks[-1], ticks)
+
+    def at(self, value: float) -> float:
+        """Percent of the axis, from its low end."""
+        return min(max(100 * (value - self.low) / (self.high - self.low), 0.0), 100.0)
+
+
+def bars(name: str, rows: Sequence[Bar], scale: Scale, *, title: str, description: str) -> Markup:
+    """One bar per row from zero to its value, with a whisker for its interval and a mark for its control."""
+    height = ROW * len(rows)
+    parts = [_grid(scale, height)]
+    for i, row in enumerate(rows):
+        middle = i * ROW + 28
+        zero, end = sorted((scale.at(0.0), scale.at(row.value)))
+        parts.append(_row_text(row.name, row.text, i * ROW + 15))
+        parts.append(_tag("rect", x=_pc(zero), y=middle - 7, width=_pc(end - zero), height=14, rx=2, class_="bar"))
+        parts.append(_whisker(scale, row.interval, middle))
+        if row.control is not None:
+            x = _pc(scale.at(row.control))
+            for kind in ("halo", "control"):
+                parts.append(_tag("line", x1=x, x2=x, y1=middle - 10, y2=middle + 10, class_=kind))
+    return _svg(name, height, title, description, parts, class_="rows")
+
+
+def dots(
+    name: str, rows: Sequence[Bar], scale: Scale, marks: Sequence[tuple[str, float]], *, title: str, description: str
+) -> Markup:
+    """One dot per row with a whisker for its interval; `marks` are lines over all rows, as (class, value)."""
+    height = ROW * len(rows)
+    parts = [_grid(scale, height)]
+    for kind, value in marks:
+        x = _pc(scale.at(value))
+        parts.append(_tag("line", x1=x, x2=x, y1=0, y2=height, class_=f"mark {kind}"))
+    for i, row in enumerate(rows):
+        middle = i * ROW + 28
+        parts.append(_row_text(row.name, row.text, i * ROW + 15))
+        parts.append(_whisker(scale, row.interval, middle))
+        parts.append(
+            _tag("circle", cx=_pc(scale.at(row.value)), cy=middle, r=5, class_="dot" if i == 0 else "dot other")
+        )
+    return _svg(name, height, title, description, parts, class_="rows")
+
+
+def scatter(name: str, points: Sequence[Point], *, x_label: str, y_label: str, title: str, description: str) -> Markup:
+    """Points with whiskers both ways, named where a name fits."""
+    x_scale = Scale.over([value for point in points for value in (point.x, *(point.x_interval or ()))])
+    y_scale = Scale.over([value for point in points for value in (point.y, *(point.y_interval or ()))])
+    placed = [(x_scale.at(point.x), HEIGHT * (1 - y_scale.at(point.y) / 100)) for point in points]
+    parts = [_grid(x_scale, HEIGHT), _rules(y_scale), _axis_names(x_label, y_label)]
+    for point, (x, y) in zip(points, placed, strict=True):
+        if point.x_interval is not None:
+            low, high = (_pc(x_scale.at(bound)) for bound in point.x_interval)
+            parts.append(_tag("line", x1=low, x2=high, y1=_px(y), y2=_px(y), class_="spread"))
+        if point.y_interval is not None:
+            low, high = (_px(HEIGHT * (1 - y_scale.at(bound) / 100)) for bound in point.y_interval)
+            parts.append(_tag("line", x1=_pc(x), x2=_pc(x), y1=low, y2=high, class_="spread"))
+    for point, (x, y) in zip(points, placed, strict=True):
+        kind = "dot falling" if point.falling else "dot"
+        parts.append(_tag("circle", _tag("title", point.name), cx=_pc(x), cy=_px(y), r=4.5, class_=kind))
+    for page, width in WIDTHS.items():
+        labels = _place_labels([point.name for point in points], placed, width - 60)
+        parts.append(_tag("g", *labels, class_=page))
+    return _svg(name, HEIGHT, title, description, parts, class_="plot")
+
+
+def curve(
+    name: str,
+    shares: NDArray[np.float64],
+    marked: int,
+    *,
+    x_label: str,
+    y_label: str,
+    title: str,
+    description: str,
+) -> Markup:
+    """Cumulative `shares` (0 to 1) over rank 1, 2, ... on a logarithmic axis; rank `marked` has a cross of lines."""
+    last = len(shares)
+    decades = math.log10(last) if last > 1 else 1.0
+
+    def at(rank: float) -> float:
+        return 100 * math.log10(rank) / decades
+
+    ranks = sorted({round(last ** (i / MOST_POINTS_ON_LINE)) for i in range(MOST_POINTS_ON_LINE + 1)} | {marked})
+    line = " ".join(f"{10 * at(rank):.1f},{1000 * (1 - float(shares[rank - 1])):.1f}" for rank in ranks)
+    parts = []
+    for power in range(int(decades + 1e-9) + 1):
+        x = _pc(at(10**power))
+        parts.append(_tag("line", x1=x, x2=x, y1=0, y2=HEIGHT, class_="grid"))
+        parts.append(_tag("text", f"{10**power:,}", x=x, y=HEIGHT + 18, class_="tick middle"))
+    if at(last) - at(10**power) > 12:
+        parts.append(_tag("text", f"{last:,}", x="100%", y=HEIGHT + 18, class_="tick middle"))
+    share = float(shares[marked - 1])
+    x, y = _pc(at(marked)), _px(HEIGHT * (1 - share))
+    # The curve rises, so there is room above at the left of the mark, and below at its right.
+    right = at(marked) < 30 or (share > 0.93 and at(marked) < 70)
+    note = _tag(
+        "text", f"top {marked:,}: {share:.0%}", x=x, y=y, dx=10 if right else -10, dy=20 if right else -10,
+        class_="note" if right else "note end",
+    )  # fmt: skip
+    parts += [
+        _rules(Scale(0, 100, (0, 20, 40, 60, 80, 100)), "%"),
+        _axis_names(x_label, y_label),
+        _tag("line", x1=x, x2=x, y1=y, y2=HEIGHT, class_="mark here"),
+        _tag("line", x1="0%", x2=x, y1=y, y2=y, class_="mark here"),
+        _tag(
+            "svg", _tag("polyline", points=line, class_="line"),
+            viewBox="0 0 1000 1000", preserveAspectRatio="none", width="100%", height=HEIGHT,
+        ),
+        _tag("circle", cx=x, cy=y, r=4.5, class_="dot"),
+        note,
+    ]  # fmt: skip
+    return _svg(name, HEIGHT, title, description, parts, class_="plot")
+
+
+def shortened(text: str, width: float) -> str:
+    """`text` cut to about `width` pixels, with an ellipsis where it was cut."""
+    if _width(text) <= width:
+        return text
+    kept = ""
+    for character in text:
+        if _width(kept + character) > width - 2 * CHARACTER:
+            break
+        kept += character
+    return kept.rstrip() + "…"
+
+
+def tick_label(value: float) -> str:
+    return f"{value:.6g}".replace("-", "−")
+
+
+def _svg(
+    name: str, height: float, title: str, description: str, parts: Sequence[Markup], *, class_: str
+) -> Markup:  # fmt: skip
+    heading = [_tag("title", title, id=f"{name}-title"), _tag("desc", description, id=f"{name}-desc")]
+    return _tag(
+        "svg", *heading, *parts,
+        class_=class_, role="img", height=height, aria_labelledby=f"{name}-title {name}-desc",
+    )  # fmt: skip
+
+
+def _tag(tag: str, *content: str | Markup, **attributes: str | float) -> Markup:
+    """One element; text and attributes are escaped. class_ is class, aria_x is aria-x."""
+    written = Markup("").join(
+        Markup(' {}="{}"').format(key.rstrip("_").replace("aria_", "aria-"), value) for key, value in attributes.items()
+    )
+    return Markup("<{0}{1}>{2}</{0}>").format(Markup(tag), written, Markup("").join(content))
+
+
+def _pc(percent: float) -> str:
+    return f"{percent:.2f}%"
+
+
+def _px(pixels: float) -> str:
+    return f"{pixels:.1f}"
+
+
+def _grid(scale: Scale, height: float) -> Markup:
+    """Vertical lines at the ticks, their numbers under them, and a stronger line at zero."""
+    parts = []
+    for tick in scale.ticks:
+        x = _pc(scale.at(tick))
+        parts.append(_tag("line", x1=x, x2=x, y1=0, y2=height, class_="grid zero" if tick == 0 else "grid"))
+        parts.append(_tag("text", tick_label(tick), x=x, y=height + 18, class_="tick middle"))
+    return Markup("").join(parts)
+
+
+def _rules(scale: Scale, unit: str = "") -> Markup:
+    """Horizontal lines at the ticks of a plot, their numbers at the left."""
+    parts = []
+    for tick in scale.ticks:
+        y = HEIGHT * (1 - scale.at(tick) / 100)
+        parts.append(_tag("line", x1="0%", x2="100%", y1=_px(y), y2=_px(y), class_="grid"))
+        parts.append(_tag("text", tick_label(tick) + unit, x=-8, y=_px(y + 4), class_="tick end"))
+    return Markup("").join(parts)
+
+
+def _axis_names(x_label: str, y_label: str) -> Markup:
+    return _tag("text", x_label, x="100%", y=HEIGHT + 38, class_="axis end") + _tag(
+        "text", y_label, x=-44, y=-14, class_="axis"
+    )
+
+
+def _row_text(name: str, text: str, y: float) -> Markup:
+    """The name at the left, as much of it as fits beside the text at the right."""
+    parts = []
+    for page, width in WIDTHS.items():
+        room = (width + 60 - _width(text) - 2 * CHARACTER) / BOLD
+        parts.append(_tag("text", shortened(name, room), x=0, y=y, class_=f"name {page}"))
+    return Markup("").join([*parts, _tag("text", text, x="100%", y=y, class_="value end")])
+
+
+def _whisker(scale: Scale, interval: Interval | None, middle: float) -> Markup:
+    if interval is None:
+        return Markup("")
+    low, high = (_pc(scale.at(bound)) for bound in interval)
+    ends = [_tag("line", x1=x, x2=x, y1=middle - 4, y2=middle + 4, class_="whisker") for x in (low, high)]
+    return Markup("").join([_tag("line", x1=low, x2=high, y1=middle, y2=middle, class_="whisker"), *ends])
+
+
+def _place_labels(names: Sequence[str], points: Sequence[tuple[float, float]], width: float) -> list[Markup]:
+    """Names beside their points, leaving out those that would cover another name or point.
+
+    points: (percent across, pixels down)
+    """
+    centres = [(width * x / 100, y) for x, y in points]
+    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in centres]
+    labels = []
+    for name, (percent, _), (x, y) in zip(names, points, centres, strict=True):
+        text = shortened(name, 130)
+        long = _width(text)
+        for dx, dy, anchor, left in (
+            (7, -7, "", x + 7), (-7, -7, " end", x - 7 - long), (7, 16, "", x + 7), (-7, 16, " end", x - 7 - long),
+            (10, 4, "", x + 10), (-10, 4, " end", x - 10 - long),
+            (0, -10, " middle", x - long / 2), (0, 20, " middle", x - long / 2),
+        ):  # fmt: skip
+            box = (left, y + dy - LINE + 4, left + long, y + dy + 3)
+            inside = box[0] >= 0 and box[2] <= width and box[1] >= -8 and box[3] <= HEIGHT
+            if inside and not any(_overlap(box, other) for other in taken):
+                taken.append(box)
+                labels.append(_tag("text", text, x=_pc(percent), y=_px(y), dx=dx, dy=dy, class_=f"label{anchor}"))
+                break
+    return labels
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _width(text: str) -> float:
+    """About how many pixels a text takes."""
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    return CHARACTER * (len(text) + wide)

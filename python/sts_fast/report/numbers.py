@@ -1,0 +1,139 @@
+"""How numbers and tokens are written, and how rankings are compared."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Doubles = NDArray[np.float64]
+
+NOT_THERE = "–"
+# Up to 8! = 40,320 orders are gone through one by one.
+MAX_EXACT = 8
+MIN_DOMAINS = 4
+# Spearman correlations from which on two orders are called nearly the same, and similar.
+SAME = 0.8
+SIMILAR = 0.5
+MOST_NAMED = 5
+PICTURES = {" ": "␣", "\n": "↵", "\r": "␍", "\t": "⇥", "\u00a0": "⍽", "\u3000": "␣"}
+
+
+def significant(value: float | None) -> str:
+    """Three significant digits, whole numbers from 1,000 on."""
+    if value is None:
+        return NOT_THERE
+    if value == 0:
+        return "0"
+    if 1000 <= abs(value) < 1e7:
+        text = f"{value:,.0f}"
+    elif 1e-3 <= abs(value) < 1000:
+        text = f"{value:#.3g}".rstrip(".")
+    else:
+        text = f"{value:.2e}"
+    return text.replace("-", "−")
+
+
+def interval(bounds: Sequence[float] | None) -> str:
+    return NOT_THERE if bounds is None else f"{significant(bounds[0])} to {significant(bounds[1])}"
+
+
+def correlation(value: float | None) -> str:
+    return NOT_THERE if value is None else f"{value:.2f}".replace("-", "−")
+
+
+def correlations(bounds: Sequence[float] | None) -> str:
+    return NOT_THERE if bounds is None else f"{correlation(bounds[0])} to {correlation(bounds[1])}"
+
+
+def bracketed(bounds: Sequence[float] | None) -> str:
+    """' [low, high]' of a correlation, or nothing."""
+    return "" if bounds is None else f" [{correlation(bounds[0])}, {correlation(bounds[1])}]"
+
+
+def chance(value: float | None) -> str:
+    if value is None:
+        return NOT_THERE
+    return f"{value:.2g}" if value >= 0.001 else "below 0.001"
+
+
+def share(value: float) -> str:
+    """A chance in percent."""
+    return f"{value:.1%}" if value >= 0.001 else "fewer than 0.1%"
+
+
+def percent(value: float | None) -> str:
+    return NOT_THERE if value is None else f"{value:.1%}"
+
+
+def count(value: int) -> str:
+    return f"{value:,}"
+
+
+def counted(n: int, noun: str) -> str:
+    """'1 domain', '7 domains'."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
+def isolated(name: str) -> str:
+    """A name that keeps its own writing direction inside a sentence."""
+    return f"\u2068{name}\u2069"
+
+
+def listed(names: Sequence[str], most: int = MOST_NAMED) -> str:
+    """'a, b and c', or 'a, b and 5 others'."""
+    names = [isolated(name) for name in names]
+    if len(names) > most:
+        return f"{', '.join(names[: most - 1])} and {len(names) - most + 1} others"
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def visible_token(token: str) -> str:
+    """A token with its white space shown; one of invisible characters alone as their code points."""
+    if not token:
+        return "(empty)"
+    shown = "".join(PICTURES.get(character, character) for character in token)
+    if all(unicodedata.category(character)[0] in "CZ" for character in shown):
+        return " ".join(f"U+{ord(character):04X}" for character in shown)
+    return shown
+
+
+def visible_context(text: str) -> str:
+    """Running text on one line: line breaks and tabs as signs."""
+    return re.sub("\r\n|[\n\r]", " ↵ ", text).replace("\t", " ⇥ ")
+
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Pearson correlation of the ranks, ties ranked by their mean; None where either does not vary."""
+    a, b = _ranks(x), _ranks(y)
+    a, b = a - a.mean(), b - b.mean()
+    spread = math.sqrt(float((a * a).sum() * (b * b).sum()))
+    return None if spread == 0 else min(max(float((a * b).sum()) / spread, -1.0), 1.0)
+
+
+def chance_of_agreement(rho: float, x: Sequence[float], y: Sequence[float]) -> float:
+    """Share of all orders whose |Spearman| is at least |rho|: exact up to eight domains, else normal."""
+    n = len(x)
+    if n > MAX_EXACT:
+        return math.erfc(abs(rho) * math.sqrt((n - 1) / 2))
+    a, b = _ranks(x), _ranks(y)
+    a, b = a - a.mean(), b - b.mean()
+    orders = np.asarray(list(itertools.permutations(range(n))))
+    reached = np.abs(a[orders] @ b) / math.sqrt(float((a * a).sum() * (b * b).sum()))
+    return float(np.mean(reached >= abs(rho) - 1e-9))
+
+
+def _ranks(values: Sequence[float]) -> Doubles:
+    """rank_i = 1/2 + #[v_j < v_i] + #[v_j = v_i] / 2"""
+    known = np.sort(np.asarray(values, np.float64))
+    below, up_to = np.searchsorted(known, values, "left"), np.searchsorted(known, values, "right")
+    ranks: Doubles = 0.5 + below + 0.5 * (up_to - below)
+    return ranks

@@ -1,0 +1,293 @@
+"""What the report says about the scores: the ranking, how the estimators agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from sts_fast.report import figures
+from sts_fast.report.numbers import (
+    MAX_EXACT,
+    MIN_DOMAINS,
+    SAME,
+    SIMILAR,
+    chance_of_agreement,
+    correlation,
+    counted,
+    isolated,
+    listed,
+    percent,
+    share,
+    significant,
+    spearman,
+)
+
+Interval = tuple[float, float]
+
+# Of a long ranking, this many bars are drawn at once; the others stand behind a click.
+MOST_BARS = 30
+FIRST_BARS = 24
+MUCH_SKIPPED = 0.5
+SHAKY_OVERLAP = 0.5
+
+MEANINGS = {
+    "act": "how active the shifted features are on the domain's own questions: their activations summed, per token",
+    "icl": "how far the shifted features move on the domain's questions when demonstrations of the domain are shown: "
+    "their squared changes summed, per token",
+    "act_sq": "the mean square of the shifted features' activations on the domain's questions, the variant of the "
+    "authors' notebook",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One domain in the ranking. clear: its interval lies above that of the next; None for the last or without one."""
+
+    name: str
+    value: float
+    interval: Interval | None
+    random: float | None
+    n_prompts: int
+    clear: bool | None
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """All domains by one estimator, the highest score first, with its figure in one part or two."""
+
+    estimator: str
+    label: str
+    meaning: str
+    rows: list[Row]
+    figure: Markup
+    more: Markup | None
+    n_first: int
+    has_random: bool
+    sentences: list[str]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Two estimators over the same domains. rho is None where it cannot be judged."""
+
+    labels: tuple[str, str]
+    rho: float | None
+    sentence: str
+
+
+def label_of(estimator: str) -> str:
+    return f"STS_{estimator}"
+
+
+def estimators_of(scores: dict[str, Any]) -> list[str]:
+    """Those with a score for some domain, the first of which is the main one."""
+    order = {"act": 0, "icl": 1, "act_sq": 2}
+    names = sorted(scores["settings"]["estimators"], key=lambda name: (order.get(name, len(order)), name))
+    return [name for name in names if any(domain.get(f"sts_{name}") is not None for domain in scores["domains"])]
+
+
+def rankings(scores: dict[str, Any]) -> list[Ranking]:
+    return [_ranking(scores["domains"], estimator) for estimator in estimators_of(scores) if scores["domains"]]
+
+
+def summary(scores: dict[str, Any], ranked: Sequence[Ranking], train: str, model: str) -> Markup:
+    """The whole report in one sentence, and how firm it is in another."""
+    if not ranked:
+        return Markup(
+            "This run measured which features of the SAE <strong>{}</strong> shifts in <strong>{}</strong>; "
+            "no domain was scored."
+        ).format(train, model)
+    rows, label = ranked[0].rows, ranked[0].label
+    if len(rows) == 1:
+        return Markup(
+            "Fine-tuning <strong>{}</strong> on <strong>{}</strong>: the only domain scored, "
+            "<strong><bdi>{}</bdi></strong>, has {} = {}. One score alone ranks nothing."
+        ).format(model, train, rows[0].name, label, significant(rows[0].value))
+    return Markup(
+        "Fine-tuning <strong>{}</strong> on <strong>{}</strong> is forecast to move "
+        "<strong><bdi>{}</bdi></strong> most and <strong><bdi>{}</bdi></strong> least of {} domains, "
+        "for better or worse, by {}. {}"
+    ).format(model, train, rows[0].name, rows[-1].name, len(rows), label, _how_clear(rows))
+
+
+def cautions(scores: dict[str, Any], ranked: Sequence[Ranking]) -> list[str]:
+    """What the numbers themselves warn of."""
+    said = []
+    n = len(scores["domains"])
+    if 0 < n < MIN_DOMAINS:
+        said.append(
+            f"Only {counted(n, 'domain')}: too few to judge a ranking, its controls or the estimators' agreement."
+        )
+    overlap = scores["shift"]["stability"]["mean_overlap"]
+    if overlap < SHAKY_OVERLAP:
+        said.append(
+            f"The shifted features are not settled: resampling the training prompts keeps only {percent(overlap)} of "
+            "them. More training prompts (--limit) would help."
+        )
+    for ranking in ranked:
+        low = [row.name for row in ranking.rows if row.interval and row.random and row.interval[0] <= row.random]
+        if low:
+            said.append(
+                f"By {ranking.label}, {listed(low)} {'does' if len(low) == 1 else 'do'} not stand out from random "
+                "features: such a score says nothing."
+            )
+    mostly = [
+        domain["name"]
+        for domain in [scores["train"] | {"name": "the training set"}, *scores["domains"]]
+        if domain["n_skipped"] > MUCH_SKIPPED * (domain["n_skipped"] + domain["n_prompts"])
+    ]
+    if mostly:
+        said.append(
+            f"More than half of the examples looked at could not be used in {listed(mostly)}: what is left may not be "
+            "like the whole."
+        )
+    return said
+
+
+def agreements(scores: dict[str, Any]) -> list[Agreement]:
+    names = estimators_of(scores)
+    found = []
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            _, x, y = _both(scores["domains"], first, second)
+            labels = (label_of(first), label_of(second))
+            rho = spearman(x, y) if len(x) >= MIN_DOMAINS else None
+            found.append(Agreement(labels, rho, _agreement_sentence(labels, rho, x, y)))
+    return found
+
+
+def agreement_figure(scores: dict[str, Any]) -> Markup | None:
+    """The first two estimators against each other."""
+    names = estimators_of(scores)[:2]
+    if len(names) < 2:
+        return None
+    domains, x, y = _both(scores["domains"], *names)
+    if len(x) < MIN_DOMAINS:
+        return None
+    points = [
+        figures.Point(d["name"], a, b, _interval(d, names[0]), _interval(d, names[1]))
+        for d, a, b in zip(domains, x, y, strict=True)
+    ]
+    first, second = map(label_of, names)
+    return figures.scatter(
+        "agreement",
+        points,
+        x_label=f"{first} →",
+        y_label=f"↑ {second}",
+        title=f"{second} against {first}, one point per domain",
+        description=f"Whiskers are 95% intervals. Spearman correlation {correlation(spearman(x, y))}. "
+        "The numbers stand in the tables of the ranking.",
+    )
+
+
+def _interval(domain: dict[str, Any], estimator: str) -> Interval | None:
+    bounds = domain.get(f"sts_{estimator}_ci")
+    return None if bounds is None else (float(bounds[0]), float(bounds[1]))
+
+
+def _both(domains: Sequence[dict[str, Any]], first: str, second: str) -> tuple[list[Any], list[float], list[float]]:
+    having = [d for d in domains if d.get(f"sts_{first}") is not None and d.get(f"sts_{second}") is not None]
+    return having, [float(d[f"sts_{first}"]) for d in having], [float(d[f"sts_{second}"]) for d in having]
+
+
+def _ranking(domains: Sequence[dict[str, Any]], estimator: str) -> Ranking:
+    having = [domain for domain in domains if domain.get(f"sts_{estimator}") is not None]
+    having.sort(key=lambda domain: (-domain[f"sts_{estimator}"], domain["name"]))
+    rows = []
+    for domain, after in zip(having, [*having[1:], None], strict=True):
+        bounds, below = _interval(domain, estimator), after and _interval(after, estimator)
+        entry = domain["controls"].get("random")
+        random = entry.get(f"sts_{estimator}") if isinstance(entry, dict) else None
+        clear = bounds[0] > below[1] if bounds and below else None
+        value = float(domain[f"sts_{estimator}"])
+        rows.append(Row(domain["name"], value, bounds, random, domain["n_prompts"], clear))
+    first = rows if len(rows) <= MOST_BARS else rows[:FIRST_BARS]
+    more = rows[len(first) :]
+    return Ranking(
+        estimator=estimator,
+        label=label_of(estimator),
+        meaning=MEANINGS.get(estimator, "see the documentation"),
+        rows=rows,
+        figure=_bars(estimator, first, rows),
+        more=_bars(estimator, more, rows, start=len(first)) if more else None,
+        n_first=len(first),
+        has_random=any(row.random is not None for row in rows),
+        sentences=_ranking_sentences(rows),
+    )
+
+
+def _bars(estimator: str, shown: Sequence[Row], rows: Sequence[Row], *, start: int = 0) -> Markup:
+    scale = figures.Scale.over(
+        [0.0, *(v for row in rows for v in (row.value, *(row.interval or ()), row.random or 0.0))]
+    )
+    bars = [
+        figures.Bar(f"{i}. {row.name}", row.value, row.interval, row.random, _score_text(row))
+        for i, row in enumerate(shown, start + 1)
+    ]
+    return figures.bars(
+        f"ranking-{estimator}-{start}",
+        bars,
+        scale,
+        title=f"Domains {start + 1} to {start + len(shown)} by {label_of(estimator)}, highest first",
+        description=f"Highest: {shown[0].name} with {_score_text(shown[0])}; lowest: {shown[-1].name} with "
+        f"{_score_text(shown[-1])}. In brackets 95% intervals. The table below the figure has all numbers.",
+    )
+
+
+def _score_text(row: Row) -> str:
+    if row.interval is None:
+        return significant(row.value)
+    return f"{significant(row.value)} [{significant(row.interval[0])}, {significant(row.interval[1])}]"
+
+
+def _ranking_sentences(rows: Sequence[Row]) -> list[str]:
+    said = []
+    judged = [row for row in rows if row.clear is not None]
+    if judged:
+        clear = sum(bool(row.clear) for row in judged)
+        said.append(
+            f"Of the {counted(len(judged), 'pair')} of neighbours in this ranking, {clear} "
+            f"{'is' if clear == 1 else 'are'} clearly apart: their 95% intervals do not overlap."
+        )
+    compared = [row for row in rows if row.interval and row.random is not None]
+    if compared:
+        above = sum(row.interval[0] > row.random for row in compared if row.interval and row.random is not None)
+        said.append(
+            f"In {above} of {counted(len(compared), 'domain')} the whole interval lies above the same score of random "
+            "features."
+        )
+    return said
+
+
+def _how_clear(rows: Sequence[Row]) -> str:
+    first, second = rows[0], rows[1]
+    if first.interval is None or second.interval is None:
+        return "There are no intervals to say how firm the order is."
+    if first.clear:
+        return f"The first place is clear: its 95% interval lies above that of the next, {isolated(second.name)}."
+    rivals = [row.name for row in rows[1:] if row.interval and row.interval[1] >= first.interval[0]]
+    return f"The first place is not settled: its 95% interval overlaps {listed(rivals, 3)}."
+
+
+def _agreement_sentence(labels: tuple[str, str], rho: float | None, x: Sequence[float], y: Sequence[float]) -> str:
+    pair = f"{labels[0]} and {labels[1]}"
+    if len(x) < MIN_DOMAINS:
+        return f"Whether {pair} agree cannot be judged: {counted(len(x), 'domain')}, and {MIN_DOMAINS} are needed."
+    if rho is None:
+        return f"Whether {pair} agree cannot be judged: one of them is the same for all domains."
+    if rho >= SAME:
+        words = "rank the domains much alike"
+    elif rho >= SIMILAR:
+        words = "rank the domains broadly alike, with differences"
+    elif rho > -SIMILAR:
+        words = "do not rank the domains alike: neither ranking should be taken for granted"
+    else:
+        words = "rank the domains in nearly opposite orders: neither ranking should be taken for granted"
+    by_chance = share(chance_of_agreement(rho, x, y))
+    return (
+        f"{pair} {words} (Spearman {correlation(rho)} over {len(x)} domains; two unrelated rankings come this far from "
+        f"zero in {'about ' if len(x) > MAX_EXACT else ''}{by_chance} of cases)."
+    )
