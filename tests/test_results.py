@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import hashlib
+import itertools
 import json
 import math
 import resource
@@ -17,6 +18,7 @@ from typing import Any
 import jsonschema
 import pyarrow.parquet as pq
 import pytest
+import tiny as tiny_material
 from safetensors.numpy import load_file
 from tiny import Tiny
 
@@ -35,6 +37,7 @@ def forecast(tiny: Tiny) -> sts_fast.Forecast:
         train=tiny.train,
         domains=tiny.domains,
         estimators=("act", "icl"),
+        controls="all",
         shots=1,
         domain_shots=1,
         top_n=20,
@@ -112,6 +115,13 @@ def step_into(document: Any, path: tuple[Any, ...]) -> Any:
         put(1.0, "domains", 0, "accuracy"),
         put({"sts_new": 1.0}, "domains", 0, "controls", "random"),
         put(None, "domains", 0, "controls", "random", "sts_act"),
+        put(1.0, "domains", 0, "controls", "random"),
+        put("high", "domains", 0, "controls", "cosine_of_means", "cosine"),
+        put({"perplexity": 1.0}, "domains", 0, "controls", "base_loss"),
+        put([], "domains", 0, "controls"),
+        drop("domains", 0, "controls"),
+        put("none", "settings", "controls"),
+        drop("settings", "controls"),
         put(1.5, "shift", "stability", "mean_overlap"),
         put("relu", "sae", "architecture"),
         put(["act", "act"], "settings", "estimators"),
@@ -128,6 +138,23 @@ def test_schema_rejects_a_broken_document(scores: dict[str, Any], change: Callab
     change(broken)
     with pytest.raises(jsonschema.ValidationError):
         results.validate_scores(broken)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        drop("domains", 0, "controls", "base_loss"),  # a domain without answers
+        put({}, "domains", 0, "controls"),
+        put(-1.0, "domains", 0, "controls", "cosine_of_means", "cosine"),
+        put({"sts_act_sq": 1.0}, "domains", 0, "controls", "a control of one's own"),
+        put("features", "settings", "controls"),
+        put([], "domains"),
+    ],
+)
+def test_schema_accepts_other_controls(scores: dict[str, Any], change: Callable[[Any], None]) -> None:
+    changed = copy.deepcopy(scores)
+    change(changed)
+    results.validate_scores(changed)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -155,6 +182,13 @@ def test_saved_files_hold_the_forecast(forecast: sts_fast.Forecast, tmp_path: Pa
     assert arrays["shifted_features"].tolist() == [feature.index for feature in forecast.shifted_features]
     for name, values in forecast.controls.items():
         assert arrays[name].tolist() == values.tolist()
+        assert arrays[name].dtype == values.dtype
+    assert arrays["random_features"].shape == (10, 20)
+    assert arrays["low_shift_features"].ndim == 1
+    assert arrays["most_active_features"].shape == (20,)
+    assert arrays["raw_dimensions"].shape == (tiny_material.D_IN // 4,)
+    assert arrays["mean_residual"].shape == (tiny_material.D_IN,)
+    assert arrays["domain_mean_residuals"].shape == (len(forecast.domains), tiny_material.D_IN)
     stats = sts_fast.ShiftStats.load(folder / SHIFT_FILE)
     assert stats.mean_squared_shift.tolist() == forecast.stats.mean_squared_shift.tolist()
     assert stats.top(20).tolist() == arrays["shifted_features"].tolist()
@@ -260,8 +294,23 @@ def test_to_pandas_has_a_row_per_domain(forecast: sts_fast.Forecast) -> None:
     assert table["sts_icl_ci"].tolist() == [list(domain.sts_icl_ci or ()) for domain in forecast.domains]
     assert table["sts_act_sq"].isna().all()
     assert table["n_tokens"].tolist() == [domain.n_tokens for domain in forecast.domains]
-    for name in ("sts_act", "sts_icl"):
-        assert table[f"random_{name}"].tolist() == [domain.controls["random"][name] for domain in forecast.domains]
+    columns = [
+        *itertools.product(("random", "low_shift", "most_active", "raw"), ("sts_act", "sts_icl")),
+        *(("cosine_of_means", "cosine"), ("base_loss", "nll"), ("base_accuracy", "accuracy")),
+    ]
+    for control, name in columns:
+        assert table[f"{control}_{name}"].tolist() == [domain.controls[control][name] for domain in forecast.domains]
+    plain = set(forecast.to_dict()["domains"][0]) - {"controls"}
+    assert set(table.columns) == plain | {f"{control}_{name}" for control, name in columns}
+
+
+def test_to_pandas_where_a_domain_has_no_answers(forecast: sts_fast.Forecast) -> None:
+    pytest.importorskip("pandas")
+    first, *others = forecast.domains
+    silent = {name: values for name, values in first.controls.items() if not name.startswith("base_")}
+    table = replace(forecast, domains=[replace(first, controls=silent), *others]).to_pandas()
+    assert table["base_loss_nll"].isna().tolist() == [True, *(False for _ in others)]
+    assert table["raw_sts_act"].notna().all()
 
 
 def test_to_pandas_without_domains(forecast: sts_fast.Forecast) -> None:
