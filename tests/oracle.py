@@ -66,13 +66,15 @@ def residual(folder: Path, layer: int, ids: tuple[int, ...], dtype: torch.dtype)
 
 
 def answer_outcome(folder: Path, row: dict[str, Any], dtype: torch.dtype) -> tuple[float, bool]:
-    """Negative log-likelihood of the answer's tokens, and whether each is the likeliest."""
+    """Negative log-likelihood of the answer's tokens, in nats, and whether each is the likeliest."""
     with torch.no_grad():
         logits = load_model(folder, dtype)(torch.tensor([row["base_ids"]]), use_cache=False).logits[0].double().numpy()
     nll, exact = 0.0, True
     for position in row["positions"]:
         before, token = logits[position - 1], row["base_ids"][position]
         nll += float(np.log(np.exp(before - before.max()).sum()) + before.max() - before[token])
+        second, first = np.sort(before)[-2:]
+        assert first - second > MARGIN * np.abs(before).max(), "two tokens are equally likely"
         exact &= bool(before.argmax() == token)
     return nll, exact
 
@@ -284,6 +286,21 @@ def check_positions(
         assert row["paired"] == row["paired_demos"] == []
 
 
+def check_answer(row: dict[str, Any], special_ids: set[int]) -> None:
+    """Asserts that the tokens read are all those at the end, less special ones, and that none is demonstrated."""
+    base, positions = row["base_ids"], row["positions"]
+    start = len(base) - len(positions) - row["n_special"]
+    assert 0 < start < len(base)
+    assert positions == [p for p in range(start, len(base)) if base[p] not in special_ids]
+    assert row["n_sinks"] == 0
+    assert row["demos_ids"] == row["paired"] == row["paired_demos"] == []
+
+
+def check_means(saved: Doubles, expected: Doubles) -> None:
+    """Asserts that mean residuals are these."""
+    np.testing.assert_allclose(saved, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
 # --- the numbers ---
 
 
@@ -292,7 +309,7 @@ class Expected:
     """What the oracle says.
 
     scores: like scores.json, less what no equation determines; each number as [low, value, high], counts as they are
-    prompts: per stage and domain, column -> [3, n_prompts], like the values in prompts.parquet
+    prompts: per domain, column -> [3, n_prompts], like the values in prompts.parquet
     n_flips: features whose firing is open, over all rows
     n_features_read: all features of all rows
     n_ties: features of D_N in the place of another with the same shift
@@ -333,7 +350,8 @@ def expect(
     check_low_shift(saved["low_shift_features"].tolist(), importance, fired, claimed)
     n_ties += check_members(mean_base, saved["most_active_features"].tolist(), top_n)
     raw_dimensions = saved["raw_dimensions"].tolist()
-    assert len(raw_dimensions) == min(top_n, train.raw.shape[1] // 4)
+    assert raw_dimensions == sorted(raw_dimensions)
+    assert len(raw_dimensions) == min(top_n, max(1, train.raw.shape[1] // 4))
     if dims != "active":  # nothing is paired there, and the raw dimensions have no shift to be ranked by
         n_ties += check_members(np.stack([train.raw_sq_shift.sum(axis=0)] * 3), raw_dimensions, len(raw_dimensions))
     of_control = {
@@ -371,7 +389,7 @@ def expect(
         n_features_read=train.n_features_read,
         n_ties=n_ties,
     )
-    for domain in actual["domains"]:
+    for domain, mean_residual in zip(actual["domains"], saved["domain_mean_residuals"], strict=True):
         name = domain["name"]
         rows = [row for row in table if row["stage"] == "score" and row["domain"] == name]
         sums = sums_of(rows, layer, model, sae, None, special_ids, settings["tokens"], dtype)
@@ -403,10 +421,13 @@ def expect(
                     entry[f"sts_{estimator}"] = ratio
                     entry[f"sts_{estimator}_ci"] = interval(of_prompts, per_token, resamples, percentages(settings))
         means = [part.residual.sum(axis=0) / part.n_read.sum() for part in (train, sums)]
+        check_means(np.stack([saved["mean_residual"], mean_residual]), np.stack(means))
         cosine = np.sum(means[0] * means[1]) / np.sqrt(np.sum(means[0] ** 2) * np.sum(means[1] ** 2))
         controls["cosine_of_means"] = {"cosine": np.full(3, cosine)}
         answers = [row for row in table if row["stage"] == "answer" and row["domain"] == name]
         if settings["controls"] == "all" and answers:
+            for row in answers:
+                check_answer(row, special_ids)
             outcomes = [answer_outcome(model, row, dtype) for row in answers]
             nll, exact = np.asarray(outcomes, float).T
             controls["base_loss"] = {"nll": np.full(3, nll.sum() / sum(len(row["positions"]) for row in answers))}

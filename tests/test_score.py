@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -34,6 +36,8 @@ REPEATED_TOLERANCE = 1e-12  # of a number, computed again from the float64 sums 
 MOST_FLIPS = 3e-4  # of all features of all rows
 
 TOP_N, SHOTS, DOMAIN_SHOTS = 24, 1, 2
+CONTROLS = {"random", "low_shift", "most_active", "raw", "cosine_of_means"}
+ANSWER_CONTROLS = {"base_loss", "base_accuracy"}
 # Each way of choosing D_N, each estimator and each token class, though not all of their combinations.
 READINGS = [
     ("icl", ("act", "icl", "act_sq"), "query"),
@@ -103,7 +107,12 @@ def assert_as_expected(run: Path, expected: oracle.Expected, request: pytest.Fix
             for _, deviation in oracle.deviations(of_prompts[:, i], actual)
         ),
     ]
+    by_control = {
+        control: [deviation for path, deviation in found if re.search(rf"\.{control}[._]", path)]
+        for control in sorted({*CONTROLS, *ANSWER_CONTROLS, "answer"})
+    }
     request.node.user_properties += [
+        *((f"largest_deviation_{control}", max(some)) for control, some in by_control.items() if some),
         ("n_numbers", len(found)),
         ("largest_deviation", max(deviation for _, deviation in found)),
         ("n_flips", expected.n_flips),
@@ -132,9 +141,11 @@ def test_every_number_equals_the_oracle(
     request: pytest.FixtureRequest,
 ) -> None:
     tuned = tiny.tuned if dims == "tuned" else None
-    forecast = forecast_tiny(tiny, architecture, dims=dims, estimators=estimators, tokens=tokens, tuned=tuned)
+    options = {"dims": dims, "estimators": estimators, "tokens": tokens, "tuned": tuned, "controls": "all"}
+    forecast = forecast_tiny(tiny, architecture, **options)
     forecast.save(tmp_path)
     assert [domain.name for domain in forecast.domains] == list(tiny.domains)
+    assert all(set(domain.controls) == CONTROLS | ANSWER_CONTROLS for domain in forecast.domains)
     expected = oracle.expect(tmp_path, tiny.model, tiny.saes[architecture], tuned)
     assert_as_expected(tmp_path, expected, request)
 
@@ -213,37 +224,90 @@ def test_threads_change_no_byte(tiny: Tiny, dims: Any, tmp_path: Path) -> None:
         assert len({(tmp_path / str(n) / name).read_bytes() for n in (1, 2, 3)}) == 1
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_all_controls_equal_the_oracle(
-    tiny: Tiny, architecture: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    forecast = forecast_tiny(tiny, architecture, controls="all", estimators=("act", "icl", "act_sq"))
-    forecast.save(tmp_path)
-    assert {"base_loss", "base_accuracy"} < set(forecast.domains[0].controls)
-    expected = oracle.expect(tmp_path, tiny.model, tiny.saes[architecture])
-    assert_as_expected(tmp_path, expected, request)
-
-
-def test_several_training_sets_forecast_like_each_alone(tiny: Tiny) -> None:
-    trains = {"sums": tiny.train, "days": tiny.domains["days"]}
-    together = compare(
+def test_answers_are_read_whole_and_without_demonstrations(tiny: Tiny) -> None:
+    """Those of every answered example that fits, whether it is a demonstration or not, for each domain that has any."""
+    spelling = sts_fast.load_examples(tiny.domains["spelling"])
+    domains = {"spelling": spelling, "silent": [replace(example, answer=None) for example in spelling]}
+    forecast = sts_fast.score(
         model=tiny.model,
         sae=tiny.saes["topk"],
-        trains=trains,
-        domains=tiny.domains,
+        train=tiny.train,
+        domains=domains,
+        estimators=("act",),
+        controls="all",
         shots=SHOTS,
-        domain_shots=DOMAIN_SHOTS,
         top_n=TOP_N,
     )
+    assert [set(domain.controls) - CONTROLS for domain in forecast.domains] == [ANSWER_CONTROLS, set()]
+    rows = [row for row in forecast.prompts.to_pylist() if row["stage"] == "answer"]
+    assert {row["domain"] for row in rows} == {"spelling"}
+    tokenizer = AutoTokenizer.from_pretrained(tiny.model)
+    answered = [example for example in spelling[: tiny_material.N_QUESTIONS] if example.answer]
+    assert [row["id"] for row in rows] == [example.id for example in answered]
+    for row, example in zip(rows, answered, strict=True):
+        assert tokenizer.decode([row["base_ids"][p] for p in row["positions"]]) == f" {example.answer}"
+        question = tokenizer(f"Question: {example.question}\nAnswer:").input_ids
+        assert row["base_ids"][: row["positions"][0]] == question
+
+
+@pytest.mark.parametrize(
+    ("dims", "estimators"), [("icl", ("act", "icl", "act_sq")), ("active", ("icl",)), ("tuned", ("act_sq", "act"))]
+)
+def test_several_training_sets_forecast_like_each_alone(
+    tiny: Tiny, dims: Any, estimators: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same features, counts and intervals, and scores up to rounding; each domain goes through the model once."""
+    trains = {"sums": tiny.train, "days": tiny.domains["days"], "spelling again": tiny.domains["spelling"]}
+    demos = {"sums": tiny.domains["spelling"], "days": tiny.train}  # 'days' is both a training set and a domain
+    options: dict[str, Any] = {
+        "model": tiny.model,
+        "sae": tiny.saes["topk"],
+        "domains": tiny.domains,
+        "tuned": tiny.tuned if dims == "tuned" else None,
+        "dims": dims,
+        "estimators": estimators,
+        "controls": "all",
+        "shots": SHOTS,
+        "domain_shots": DOMAIN_SHOTS,
+        "top_n": TOP_N,
+    }
+    sent: Counter[bytes] = Counter()
+    residuals = Decoder.residuals
+
+    def watched(decoder: Decoder, sequences: Sequence[Any]) -> Any:
+        sent.update(sequence.tobytes() for sequence in sequences)
+        return residuals(decoder, sequences)
+
+    monkeypatch.setattr(Decoder, "residuals", watched)
+    together = compare(trains=trains, demos=demos, **options)
     assert list(together) == list(trains)
+    expected: Counter[bytes] = Counter()
+    for name, forecast in together.items():
+        for row in forecast.prompts.to_pylist():
+            if row["stage"] == "shift" or (row["stage"] == "score" and name == "sums"):
+                other = row["base_ids"] if row["stage"] == "shift" and dims == "tuned" else row["demos_ids"]
+                expected.update(np.asarray(ids, np.int32).tobytes() for ids in (row["base_ids"], other) if ids)
+    assert sent == expected
+
     for name, train in trains.items():
-        alone = forecast_tiny(replace(tiny, train=train), "topk").to_dict()
-        scores = together[name].to_dict()
-        assert scores["train"] == {**alone["train"], "name": name}
-        assert scores["shift"] == alone["shift"]
-        assert scores["shifted_features"] == alone["shifted_features"]
-        compared = list(oracle.deviations(as_numbers(alone["domains"]), scores["domains"]))
+        shown = {"days": demos["days"]} | ({"train": demos[name]} if name in demos else {})
+        alone = sts_fast.score(train=train, demos=shown, **options)
+        one, other = together[name].to_dict(), alone.to_dict()
+        assert one["train"] == {**other["train"], "name": name}
+        for key in ("model", "sae", "settings", "shift", "shifted_features", "warnings"):
+            assert one[key] == other[key], key
+        for key, values in together[name].controls.items():
+            np.testing.assert_array_equal(values, alone.controls[key])
+        compared = list(oracle.deviations(as_numbers(other["domains"]), one["domains"]))
         assert max(deviation for _, deviation in compared) <= REPEATED_TOLERANCE
+        read = ["stage", "id", "base_ids", "demos_ids", "positions", "paired", "paired_demos"]
+        assert together[name].prompts.select(read).equals(alone.prompts.select(read))
+        assert together[name].firings.equals(alone.firings)
+    if dims == "icl":
+        days = [row for row in together["days"].prompts.to_pylist() if row["domain"] == "days"]
+        stages = {stage: [row for row in days if row["stage"] == stage] for stage in ("shift", "score")}
+        assert all(len(row["demos_ids"]) > len(row["base_ids"]) for rows in stages.values() for row in rows)
+        assert [row["base_ids"] for row in stages["shift"]] == [row["base_ids"] for row in stages["score"]]
 
 
 def as_numbers(document: Any) -> Any:
@@ -473,7 +537,8 @@ class Real:
         for option, sources in (("--domains", self.domains), ("--demos", self.demos)):
             for name, path in sources.items():
                 yield from (option, f"{name}={path}")
-        yield from ("--estimators", "act,icl,act_sq", "--shots", "1", "--domain-shots", "1", "--limit", str(REAL_LIMIT))
+        yield from ("--estimators", "act,icl,act_sq", "--controls", "all")
+        yield from ("--shots", "1", "--domain-shots", "1", "--limit", str(REAL_LIMIT))
 
 
 @pytest.fixture(scope="module")
@@ -520,6 +585,7 @@ def real_run(real: Real, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
             shots=1,
             domain_shots=1,
             limit=REAL_LIMIT,
+            controls="all",
         ).save(folder)
         return folder
 
