@@ -310,6 +310,25 @@ def test_several_training_sets_forecast_like_each_alone(
         assert [row["base_ids"] for row in stages["shift"]] == [row["base_ids"] for row in stages["score"]]
 
 
+def test_controls_that_cannot_be_had_are_refused_before_any_pass(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModel
+
+    monkeypatch.setattr(Decoder, "residuals", None)
+    spelling = sts_fast.load_examples(tiny.domains["spelling"])
+    few = [replace(example, answer=example.answer if i < 7 else None) for i, example in enumerate(spelling)]
+    unheaded = {"model": AutoModel.from_pretrained(tiny.model), "tokenizer": AutoTokenizer.from_pretrained(tiny.model)}
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"domains": {"spelling": few}}, r"'spelling' keeps 7 prompts.*\bno answer to read.*use --controls features"),
+        ({"domains": {"spelling": few}, "tokens": "answer"}, r"'spelling' keeps 7 prompts.*use --tokens query"),
+        (unheaded, "need its head.*--controls features"),
+        ({"trains": {}}, "no training set"),
+    ]
+    for change, message in refused:
+        options = {"model": tiny.model, "trains": {"sums": tiny.train}, "domains": tiny.domains, **change}
+        with pytest.raises(sts_fast.InputError, match=message):
+            compare(sae=tiny.saes["topk"], estimators=("act",), controls="all", top_n=TOP_N, **options)
+
+
 def as_numbers(document: Any) -> Any:
     """A document in the oracle's form: each number as [low, value, high]."""
     if isinstance(document, dict):

@@ -191,6 +191,8 @@ def compare(
     Returns a forecast by training set, each the same as `score` gives for it alone (up to the rounding of a sum).
     """
     settings = Settings(**options)
+    if not trains:
+        raise InputError("there is no training set to forecast: give one or more, by name")
     if (settings.dims == "tuned") != (tuned is not None):
         raise InputError("--dims tuned and --tuned MODEL go together: the true shift needs the model after training")
     sae = sae if isinstance(sae, SAE) else load_sae(sae, layer=settings.layer)
@@ -211,6 +213,11 @@ def compare(
         raise ValueError("a model in memory needs its tokenizer: score(..., tokenizer=...)")
     decoder = _decoder(model, sae, settings, name="the model")
     tuned_decoder = None if tuned is None else _decoder(tuned, sae, settings, name="the tuned model")
+    head = model if isinstance(model, (str, Path)) else model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if settings.controls == "all" and head is None:
+        raise InputError(
+            "the base model's loss and accuracy need its head: give a model with one, or --controls features"
+        )
     template = PromptTemplate(tokenizer, prepend_bos=sae.prepend_bos)
 
     def prompts_of(
@@ -227,7 +234,9 @@ def compare(
             limit=settings.limit,
             seed=settings.seed,
         )
-        _check_enough(prompt_set, decoder.context_length, kind)
+        # Answers that are read for the controls alone can be done without.
+        unread = "--tokens query" if tokens == settings.tokens else "--controls features"
+        _check_enough(prompt_set, decoder.context_length, kind, unread)
         return prompt_set
 
     # Every set is made ready before the first forward pass, so that bad input is told at once.
@@ -292,7 +301,8 @@ def _check_fit(sae: SAE, decoder: Decoder) -> None:
         )
 
 
-def _check_enough(prompt_set: PromptSet, context_length: int | None, kind: str) -> None:
+def _check_enough(prompt_set: PromptSet, context_length: int | None, kind: str, unread: str) -> None:
+    """unread: the options with which no answer is read"""
     n = len(prompt_set.prompts)
     if n >= MIN_PROMPTS:
         return
@@ -303,7 +313,7 @@ def _check_enough(prompt_set: PromptSet, context_length: int | None, kind: str) 
             "demonstrations, or add shorter questions"
         )
     if prompt_set.n_unanswered:
-        reasons.append(f"{prompt_set.n_unanswered} have no answer to read: add answers, or use --tokens query")
+        reasons.append(f"{prompt_set.n_unanswered} have no answer to read: add answers, or use {unread}")
     reason = "; ".join(reasons) or "add examples, or raise --limit"
     name = "the training set" if prompt_set.name == "train" else f"{kind} '{prompt_set.name}'"
     raise InputError(f"{name} keeps {n} prompts, but at least {MIN_PROMPTS} are needed ({reason})")
