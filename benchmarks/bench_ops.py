@@ -173,7 +173,10 @@ def time_case(case: Case, threads: int, repeats: int) -> list[Timing]:
     return timings
 
 
-HEADER = f"{'op':26} {'d_in x d_sae':>13} {'rows':>6} {'thr':>3} {'ms':>9} {'torch.mm':>9} {'GFLOP/s':>8} {'ratio':>7} {'CPU':>6}"
+HEADER = (
+    f"{'op':26} {'d_in x d_sae':>13} {'rows':>6} {'thr':>3} {'ms':>9} {'torch.mm':>9} {'GFLOP/s':>8} "
+    f"{'ratio':>7} {'CPU':>6}"
+)
 
 
 def row_of(t: Timing) -> str:
