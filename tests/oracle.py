@@ -65,18 +65,20 @@ def residual(folder: Path, layer: int, ids: tuple[int, ...], dtype: torch.dtype)
     return states[layer + 1][0].double().numpy()
 
 
-def answer_outcome(folder: Path, row: dict[str, Any], dtype: torch.dtype) -> tuple[float, bool]:
-    """Negative log-likelihood of the answer's tokens, in nats, and whether each is the likeliest."""
+def answer_outcome(folder: Path, row: dict[str, Any], dtype: torch.dtype) -> tuple[Doubles, Doubles]:
+    """[3] negative log-likelihood of the answer's tokens, in nats; [3] 1 where each is the likeliest, else 0.
+
+    Where two tokens are as likely, either may be the likeliest.
+    """
     with torch.no_grad():
         logits = load_model(folder, dtype)(torch.tensor([row["base_ids"]]), use_cache=False).logits[0].double().numpy()
-    nll, exact = 0.0, True
+    nll, exact = 0.0, np.ones(3)
     for position in row["positions"]:
         before, token = logits[position - 1], row["base_ids"][position]
         nll += float(np.log(np.exp(before - before.max()).sum()) + before.max() - before[token])
-        second, first = np.sort(before)[-2:]
-        assert first - second > MARGIN * np.abs(before).max(), "two tokens are equally likely"
-        exact &= bool(before.argmax() == token)
-    return nll, exact
+        lead, margin = before[token] - np.delete(before, token).max(), MARGIN * np.abs(before).max()
+        exact *= [lead > margin, before.argmax() == token, lead > -margin]
+    return np.full(3, nll), exact
 
 
 def attention_sinks(rows: Doubles) -> NDArray[np.bool_]:
@@ -428,11 +430,13 @@ def expect(
         if settings["controls"] == "all" and answers:
             for row in answers:
                 check_answer(row, special_ids)
-            outcomes = [answer_outcome(model, row, dtype) for row in answers]
-            nll, exact = np.asarray(outcomes, float).T
-            controls["base_loss"] = {"nll": np.full(3, nll.sum() / sum(len(row["positions"]) for row in answers))}
-            controls["base_accuracy"] = {"accuracy": np.full(3, exact.mean())}
-            values |= {"answer_nll_sum": np.stack([nll] * 3), "answer_exact": np.stack([exact] * 3)}
+            nll, exact = (
+                np.stack(part, axis=1)
+                for part in zip(*(answer_outcome(model, row, dtype) for row in answers), strict=True)
+            )
+            controls["base_loss"] = {"nll": nll.sum(axis=1) / sum(len(row["positions"]) for row in answers)}
+            controls["base_accuracy"] = {"accuracy": exact.mean(axis=1)}
+            values |= {"answer_nll_sum": nll, "answer_exact": exact}
         expected.prompts[name] = values
         entry["controls"] = controls
         expected.scores["domains"].append(entry)

@@ -666,9 +666,17 @@ def test_real_prompts_are_sent_word_for_word(real: Real, real_run: Callable[[str
     demo = f"Question: {with_options(worked)}\nAnswer: {chain_of_thought}\n\n"
     asked = [json.loads(line) for line in real.domains["physics"].read_text(encoding="utf-8").splitlines()]
     by_id = {str(row["question_id"]): row for row in asked}
-    rows = [row for row in table if row["domain"] == "physics"]
+    rows = [row for row in table if row["stage"] == "score" and row["domain"] == "physics"]
     assert len(rows) == REAL_LIMIT
     for row in rows:
         prompt = f"Question: {with_options(by_id[row['id']])}\nAnswer:"
         assert row["base_ids"] == tokenizer(prompt).input_ids
         assert row["demos_ids"] == tokenizer(demo + prompt).input_ids
+
+    rows = [row for row in table if row["stage"] == "answer" and row["domain"] == "physics"]
+    assert len(rows) == REAL_LIMIT
+    for row in rows:
+        of_answer = row["base_ids"][row["positions"][0] :]
+        asked_for = f"Question: {with_options(by_id[row['id']])}\nAnswer:"
+        assert row["base_ids"] == [*tokenizer(asked_for).input_ids, *of_answer]
+        assert tokenizer.decode(of_answer) == by_id[row["id"]]["answer"]
