@@ -26,7 +26,8 @@ $(VENV)/build_tools: constraints.txt
 
 # Not editable: the tests see what a user installs. CMake's tree in build/ is kept, so that only changed files compile.
 $(VENV)/installed: $(VENV)/build_tools pyproject.toml $(SOURCES)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install -q -c constraints.txt --no-build-isolation '.[dev]'
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install -q -c constraints.txt --no-build-isolation \
+	  -C cmake.define.STS_WERROR=ON '.[dev]'
 	@touch $@
 
 test: lint

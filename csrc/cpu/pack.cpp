@@ -30,24 +30,33 @@ void copy_floats(const Bits* from, int64_t n, float* to) {
     for (int64_t i = 0; i < n; ++i) to[i] = to_float(from[i]);
 }
 
+typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+
+/// Four of the eight lanes of a and b.
+template <int I, int J, int K, int L>
+inline Four shuffle(Four a, Four b) {
+#if defined(__clang__) || __GNUC__ >= 12
+    return __builtin_shufflevector(a, b, I, J, K, L);
+#else
+    typedef int32_t Lanes __attribute__((vector_size(16)));
+    return __builtin_shuffle(a, b, Lanes{I, J, K, L});
+#endif
+}
+
 /// to[k * to_stride + j] = from[j][k] for four columns j and n rows k.
 template <class Bits>
 void copy_four_columns(const Bits* const from[4], int64_t n, float* to, int64_t to_stride) {
-    typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
     int64_t k = 0;
     for (; k + 4 <= n; k += 4) {
         Four v[4];
         for (int j = 0; j < 4; ++j) copy_floats(from[j] + k, 4, reinterpret_cast<float*>(&v[j]));
-        const Four a = __builtin_shufflevector(v[0], v[1], 0, 4, 1, 5),
-                   b = __builtin_shufflevector(v[2], v[3], 0, 4, 1, 5);
-        const Four c = __builtin_shufflevector(v[0], v[1], 2, 6, 3, 7),
-                   d = __builtin_shufflevector(v[2], v[3], 2, 6, 3, 7);
-        Four* out = nullptr;
-        const auto row = [&](int64_t r) { return out = reinterpret_cast<Four*>(to + r * to_stride); };
-        *row(k) = __builtin_shufflevector(a, b, 0, 1, 4, 5);
-        *row(k + 1) = __builtin_shufflevector(a, b, 2, 3, 6, 7);
-        *row(k + 2) = __builtin_shufflevector(c, d, 0, 1, 4, 5);
-        *row(k + 3) = __builtin_shufflevector(c, d, 2, 3, 6, 7);
+        const Four a = shuffle<0, 4, 1, 5>(v[0], v[1]), b = shuffle<0, 4, 1, 5>(v[2], v[3]);
+        const Four c = shuffle<2, 6, 3, 7>(v[0], v[1]), d = shuffle<2, 6, 3, 7>(v[2], v[3]);
+        const auto row = [&](int64_t r) { return reinterpret_cast<Four*>(to + r * to_stride); };
+        *row(k) = shuffle<0, 1, 4, 5>(a, b);
+        *row(k + 1) = shuffle<2, 3, 6, 7>(a, b);
+        *row(k + 2) = shuffle<0, 1, 4, 5>(c, d);
+        *row(k + 3) = shuffle<2, 3, 6, 7>(c, d);
     }
     for (; k < n; ++k)
         for (int j = 0; j < 4; ++j) to[k * to_stride + j] = to_float(from[j][k]);

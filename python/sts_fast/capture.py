@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # An attention sink's residual norm stands this far over the median of its sequence.
 SINK_NORM_RATIO = 10.0
+# With these in its config, a layer's output depends on how many layers there are: the model is loaded whole.
+DEPTH_OPTIONS = ("scale_depth", "num_kv_shared_layers")
 OTHER_TOWERS = ("vision", "visual", "audio", "expert", "encoder")
 
 
@@ -198,7 +200,8 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
 
 
 def load_decoder(source: str | Path, layer: int, *, dtype: str = "auto", device: str = "auto") -> Decoder:
-    """Loads layers 0 to `layer` of a model; what lies above them, and the head, is never read into memory.
+    """Loads layers 0 to `layer` of a model; what lies above them, and the head, is never read into memory
+    (but for the few architectures whose layers depend on their number).
 
     source: local folder or hub id
     dtype:  'float32', 'bfloat16', 'float16', or 'auto': float32 on the CPU, the checkpoint's own elsewhere
@@ -212,7 +215,9 @@ def load_decoder(source: str | Path, layer: int, *, dtype: str = "auto", device:
     n_layers = config.get_text_config().num_hidden_layers
     if not 0 <= layer < n_layers:
         raise InputError(f"{source} has layers 0 to {n_layers - 1}, but layer {layer} is to be read")
-    _truncate(config.get_text_config(), layer + 1)
+    text_config = config.get_text_config()
+    if not any(getattr(text_config, name, None) for name in DEPTH_OPTIONS):
+        _truncate(text_config, layer + 1)
     model = _load(AutoModel, source, config, dtype, device)
     return Decoder(model, layer, name=str(source))
 

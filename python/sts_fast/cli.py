@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -286,7 +287,7 @@ def validate(
             path.write_text(text, encoding="utf-8")
     sys.stdout.write(text if as_json else result.to_text() + "\n")
     for warning in result.warnings:
-        err.print(f"warning: {warning}", style="yellow", highlight=False)
+        err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
 
 
 @app.command()
@@ -322,7 +323,7 @@ def doctor(
         return
     table = Table(show_header=False, box=None)
     for name, value in facts.items():
-        table.add_row(f"[bold]{name}[/bold]", str(value))
+        table.add_row(f"[bold]{name}[/bold]", escape(str(value)))
     out.print(table)
 
 
@@ -337,7 +338,9 @@ def main() -> None:
         _fail(f"{error.format_message()} See sts-fast --help")  # type: ignore[attr-defined]
     except (typer.Abort, KeyboardInterrupt):
         _fail("interrupted: no result was written")
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:  # torch has no class of its own for memory that ran out on the CPU
+        if not (isinstance(error, MemoryError) or "memory" in str(error)):
+            raise
         _fail("out of memory: lower --batch-tokens, or take --dtype bfloat16")
 
 
@@ -426,8 +429,8 @@ def _progress() -> Iterator[Tell]:
         yield lambda stage, done, total: None
         return
     columns = (
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("prompts"),
-        TimeElapsedColumn(),
+        SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+        TextColumn("prompts"), TimeElapsedColumn(),
     )  # fmt: skip
     with Progress(*columns, console=err, transient=True) as bars:
         tasks: dict[str, Any] = {}
@@ -475,7 +478,7 @@ def _print_scores(forecast: Forecast) -> None:
         table.add_column("prompts", justify="right", no_wrap=True)
         for value, (low, high), domain in rows:
             table.add_row(
-                domain.name,
+                escape(domain.name),
                 "█" * round(BAR_WIDTH * value / longest),
                 f"{value:.3g} [{low:.3g}, {high:.3g}]",
                 f"{domain.controls['random'][f'sts_{estimator}']:.3g}",
@@ -483,7 +486,11 @@ def _print_scores(forecast: Forecast) -> None:
             )
         out.print(table)
     if skipped := [f"{domain.n_skipped} of {domain.name}" for domain in forecast.domains if domain.n_skipped]:
-        out.print(f"Left out, too long for the context or without an answer: {', '.join(skipped)}.", highlight=False)
+        out.print(
+            f"Left out, too long for the context or without an answer: {', '.join(skipped)}.",
+            highlight=False,
+            markup=False,
+        )
     out.print(
         "A score says how much a domain is expected to move, not whether for better or worse.\n"
         "Compare domains with each other, and each score with that of random features beside it."
@@ -496,10 +503,10 @@ def _print_comparison(comparison: dict[str, Any]) -> None:
         table = Table(title=f"Forecast size of change, by {estimator.replace('sts', 'STS')}", title_justify="left")
         table.add_column("domain")
         for name in names:
-            table.add_column(name, justify="right")
+            table.add_column(escape(name), justify="right")
         for i, domain in enumerate(comparison["domains"]):
             cells = [(scores[name]["value"][i], *scores[name]["ci"][i]) for name in names]
-            table.add_row(domain, *(f"{value:.3g} [{low:.3g}, {high:.3g}]" for value, low, high in cells))
+            table.add_row(escape(domain), *(f"{value:.3g} [{low:.3g}, {high:.3g}]" for value, low, high in cells))
         out.print(table)
     out.print(
         "Read down a column to see what a training set moves most; scores of one domain may be compared along its row "
@@ -510,8 +517,8 @@ def _print_comparison(comparison: dict[str, Any]) -> None:
 
 def _print_end(forecasts: list[Forecast], output: Path) -> None:
     for warning in dict.fromkeys(warning for forecast in forecasts for warning in forecast.warnings):
-        err.print(f"warning: {warning}", style="yellow", highlight=False)
-    err.print(f"Results are in {output}", highlight=False)
+        err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
+    err.print(f"Results are in {output}", highlight=False, markup=False)
 
 
 def _version(name: str) -> str:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 FEATURE_CONTROLS = ("random", "low_shift", "most_active")
 RAW_CONTROL = "raw"
 
+# Logits held at a time, in the answers' forward passes: 1 GB in float32.
+MOST_LOGITS = 2**28
+
 # Sets of random features that the control averages over: one set alone would be as noisy as what it is to judge.
 N_RANDOM_SETS = 10
 
@@ -51,19 +54,23 @@ def most_active(mean_activation: Doubles, top_n: int) -> Indices:
 class RawShift:
     """Sums over the residual stream itself: the same pipeline without the SAE, and means for their cosine.
 
-    sum_sq_shift: [d_in] squared differences over pairs; sum_base: [d_in] over the tokens read without demonstrations
+    sum_sq_shift: [d_in] squared differences over pairs
+    sum_base, sum_abs_base: [d_in] residuals and their sizes over the tokens read without demonstrations
     """
 
     def __init__(self, d_in: int) -> None:
         self.sum_sq_shift: Doubles = np.zeros(d_in)
         self.sum_base: Doubles = np.zeros(d_in)
-        self.n_tokens = 0
+        self.sum_abs_base: Doubles = np.zeros(d_in)
+        self.n_tokens = self.n_pairs = 0
 
     def update(self, base: torch.Tensor, paired: torch.Tensor, demos: torch.Tensor) -> None:
         difference = demos.double() - paired.double()
         self.sum_sq_shift += (difference * difference).sum(dim=0).numpy()
         self.sum_base += base.double().sum(dim=0).numpy()
+        self.sum_abs_base += base.double().abs().sum(dim=0).numpy()
         self.n_tokens += len(base)
+        self.n_pairs += len(paired)
 
     @property
     def mean(self) -> Doubles:
@@ -71,8 +78,9 @@ class RawShift:
         return self.sum_base / max(self.n_tokens, 1)
 
     def top(self, top_n: int) -> Indices:
-        """The dimensions that shift most: top_n of them, but at most a quarter of all."""
-        return np.sort(top_indices(self.sum_sq_shift, min(top_n, max(1, len(self.sum_sq_shift) // 4))))
+        """The dimensions that shift most (without pairs: the largest): top_n of them, but at most a quarter of all."""
+        ranked_by = self.sum_sq_shift if self.n_pairs else self.sum_abs_base
+        return np.sort(top_indices(ranked_by, min(top_n, max(1, len(ranked_by) // 4))))
 
 
 def cosine(a: Doubles, b: Doubles) -> float:
@@ -97,6 +105,8 @@ def answer_outcomes(
     nll = np.zeros(len(prompts))
     exact = np.zeros(len(prompts), bool)
     device = next(model.parameters()).device
+    vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+    batch_tokens = min(batch_tokens, max(1, MOST_LOGITS // vocabulary))
     for batch in batches([len(prompt.base_ids) for prompt in prompts], batch_tokens):
         longest = max(len(prompts[i].base_ids) for i in batch)
         ids = torch.zeros((len(batch), longest), dtype=torch.long)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 N_FEATURES = 20  # of D_N, the most shifted ones are explained
 N_EXAMPLES = 5
 N_PROMOTED = 8
+VOCABULARY_BLOCK = 16_384
 CONTEXT_BEFORE, CONTEXT_AFTER = 12, 6  # tokens
 
 
@@ -117,7 +118,11 @@ def promoted_tokens(
 
     directions: [n_features, d_in] rows of W_dec; unembedding: [vocabulary, d_in]; norms and upper layers are left out
     """
-    logits = directions.float() @ unembedding.float().T
+    import torch
+
+    logits = torch.cat(
+        [directions.float() @ rows.float().T for rows in torch.split(unembedding, VOCABULARY_BLOCK)], dim=-1
+    )
     return [[str(tokenizer.decode([int(token)])) for token in one] for one in logits.topk(N_PROMOTED, dim=-1).indices]
 
 

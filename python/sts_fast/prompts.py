@@ -22,9 +22,12 @@ Turn = tuple[str, str]
 
 # Some chat templates print today's date; with a fixed one a forecast is the same tomorrow.
 TEMPLATE_DATE = "26 Jul 2024"
+FIXED_DATE = "{%- macro strftime_now(format) -%}" + TEMPLATE_DATE + "{%- endmacro %}"
 
 # A demonstration that stands in where a set has none: only the query's own turn is common to both prompts.
 STAND_IN_DEMO: list[Turn] = [("user", "?"), ("assistant", "!")]
+# Two answers that end differently: what both have in common with another one's end is the template's.
+STAND_IN_ANSWERS = ("!", "?")
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,14 @@ class PromptSet:
 
     n_too_long:   queries left out because they overrun the model's context
     n_unanswered: queries left out because answers are read and they have none
+    warnings:     what a reader of the results should know
     """
 
     name: str
     prompts: list[Prompt]
     n_too_long: int
     n_unanswered: int
+    warnings: tuple[str, ...] = ()
 
 
 class PromptTemplate:
@@ -73,7 +78,13 @@ class PromptTemplate:
         self.tokenizer = tokenizer
         self.is_chat = bool(getattr(tokenizer, "chat_template", None))
         self.prepend_bos = prepend_bos and tokenizer.bos_token_id is not None
-        self.special_ids = np.asarray(sorted(set(tokenizer.all_special_ids)), dtype=np.int32)
+        # Turn marks such as <|start_header_id|> are special tokens too, but not named ones.
+        marks = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.special_ids = np.asarray(sorted(marks | set(tokenizer.all_special_ids)), dtype=np.int32)
+        try:
+            self._chat_template = FIXED_DATE + str(tokenizer.get_chat_template()) if self.is_chat else None
+        except ValueError as error:  # several templates, none of them the default
+            raise InputError(f"the model's tokenizer does not say which chat template to use: {error}") from error
 
     def token_ids(self, turns: Sequence[Turn]) -> IntArray:
         """[n] int32 token ids of (role, text) turns; a conversation that ends with the user is left open to answer.
@@ -86,6 +97,7 @@ class PromptTemplate:
                     [{"role": role, "content": text} for role, text in turns],
                     add_generation_prompt=turns[-1][0] != "assistant",
                     return_dict=False,
+                    chat_template=self._chat_template,
                     date_string=TEMPLATE_DATE,
                 )
             except Exception as error:  # a template is a program: jinja2's errors, but also TypeError and the like
@@ -99,6 +111,17 @@ class PromptTemplate:
                 ids = ids[:-1]  # some tokenizers close every text, but the model is to go on from here
         return np.asarray(ids, dtype=np.int32)
 
+    def text(self, turns: Sequence[Turn]) -> str:
+        """The conversation as the chat template writes it."""
+        return str(
+            self.tokenizer.apply_chat_template(
+                [{"role": role, "content": text} for role, text in turns],
+                chat_template=self._chat_template,
+                tokenize=False,
+                date_string=TEMPLATE_DATE,
+            )
+        )
+
 
 def plain_text(turns: Sequence[Turn]) -> str:
     """Question and answer text for models without a chat template; it ends with "Answer:" where the answer is due."""
@@ -107,15 +130,24 @@ def plain_text(turns: Sequence[Turn]) -> str:
 
 
 def choose_demos(
-    name: str, examples: Sequence[Example], shots: int, demos: Sequence[Example] | None = None
+    name: str,
+    examples: Sequence[Example],
+    shots: int,
+    demos: Sequence[Example] | None = None,
+    *,
+    required: bool = True,
 ) -> tuple[list[Example], list[Example]]:
     """The demonstrations of a set and its remaining queries, none of which is a demonstration.
 
     demos: examples to demonstrate with; by default the first `shots` answered ones of the set itself.
+    required: False where they are only set aside, so that the same queries are asked whether they are shown or not;
+        where there are too few, none is.
     Raises InputError where there are fewer than `shots` answered examples, or no query is left.
     """
     answered = [example for example in (examples if demos is None else demos) if example.answer is not None]
     source = f"'{name}'" if demos is None else f"the demonstrations given for '{name}'"
+    if len(answered) < shots and not required:
+        return [], list(examples)
     if len(answered) < shots:
         raise InputError(
             f"{source} has {len(answered)} answered examples, but {shots} are to be shown as demonstrations: "
@@ -124,6 +156,8 @@ def choose_demos(
     chosen = answered[:shots]
     shown = {(example.context, example.question) for example in chosen}
     queries = [example for example in examples if (example.context, example.question) not in shown]
+    if not queries and not required:
+        return [], list(examples)
     if not queries:
         raise InputError(f"'{name}' has no example left to ask once its demonstrations are set aside: add examples")
     return chosen, queries
@@ -174,9 +208,34 @@ def build_prompts(
         if prompt is None:
             n_too_long += 1
             continue
+        if tokens == "answer" and not len(prompt.positions):
+            n_unanswered += 1
+            continue
         chosen.append((int(row), prompt))
     chosen.sort(key=lambda item: item[0])
-    return PromptSet(name, [prompt for _, prompt in chosen], n_too_long, n_unanswered)
+    return PromptSet(
+        name,
+        [prompt for _, prompt in chosen],
+        n_too_long,
+        n_unanswered,
+        _lost_answers(name, demos, demo_turns, template),
+    )
+
+
+def _lost_answers(
+    name: str, demos: Sequence[Example], demo_turns: list[Turn], template: PromptTemplate
+) -> tuple[str, ...]:
+    """A warning where the chat template cuts into the demonstrations; some drop the thoughts of earlier turns."""
+    if not demos or not template.is_chat:
+        return ()
+    text = template.text([*demo_turns, STAND_IN_DEMO[0]])
+    n_lost = sum((demo.answer or "").strip() not in text for demo in demos)
+    if not n_lost:
+        return ()
+    return (
+        f"the model's chat template shows {n_lost} of the {len(demos)} demonstrations of '{name}' without a part of "
+        "their answer (it drops the thoughts of earlier turns): what they demonstrate is the rest",
+    )
 
 
 def _query_turns(example: Example) -> list[Turn]:
@@ -201,12 +260,16 @@ def _pair(
     demos_ids = with_demos(demo_turns, answer) if demo_turns else np.empty(0, np.int32)
     if context_length is not None and len(demos_ids) > context_length:
         return None
+    end = len(base_ids)
+    if answer:
+        # What follows any answer, such as the mark that ends the turn, is the template's and not the answer's.
+        end -= min(common_suffix_length(base_ids, with_demos([], [("assistant", other)])) for other in STAND_IN_ANSWERS)
     if tokens == "answer":
         start = common_prefix_length(base_ids, with_demos([], []))
     else:
         start = len(base_ids) - common_suffix_length(base_ids, with_demos(STAND_IN_DEMO, answer))
-    span = np.arange(start, len(base_ids), dtype=np.int32)
-    positions = span[~np.isin(base_ids[start:], template.special_ids)]
+    span = np.arange(start, end, dtype=np.int32)
+    positions = span[~np.isin(base_ids[start:end], template.special_ids)]
     n_special = len(span) - len(positions)
     if tokens == "last":
         positions = positions[-1:]

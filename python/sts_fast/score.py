@@ -220,37 +220,40 @@ def compare(
         )
     template = PromptTemplate(tokenizer, prepend_bos=sae.prepend_bos)
 
-    def prompts_of(
-        name: str, examples: list[Example], shots: int, tokens: TokenClass = settings.tokens, kind: str = "domain"
-    ) -> PromptSet:
-        shown, queries = choose_demos(name, examples, shots, demo_examples.get(name) if shots else None)
-        prompt_set = build_prompts(
+    def prompts_of(name: str, examples: list[Example], shots: int, *, show: bool, tokens: TokenClass) -> PromptSet:
+        # Demonstrations are set aside even where they are not shown, so that the same queries are asked either way.
+        demos, queries = choose_demos(name, examples, shots, demo_examples.get(name), required=show)
+        return build_prompts(
             name,
             queries,
             template,
-            demos=shown,
+            demos=demos if show else (),
             tokens=tokens,
             context_length=decoder.context_length,
             limit=settings.limit,
             seed=settings.seed,
         )
-        # Answers that are read for the controls alone can be done without.
-        unread = "--tokens query" if tokens == settings.tokens else "--controls features"
-        _check_enough(prompt_set, decoder.context_length, kind, unread)
-        return prompt_set
 
     # Every set is made ready before the first forward pass, so that bad input is told at once.
-    train_shots = settings.shots if settings.dims == "icl" else 0
     train_sets = [
-        prompts_of(name, examples, train_shots, kind="training set") for name, examples in train_examples.items()
+        prompts_of(name, examples, settings.shots, show=settings.dims == "icl", tokens=settings.tokens)
+        for name, examples in train_examples.items()
     ]
-    domain_shots = settings.domain_shots if "icl" in settings.estimators else 0
-    domain_sets = [prompts_of(name, examples, domain_shots) for name, examples in domain_examples.items()]
-    # The base model's own answers, without demonstrations, where a domain has any.
-    answer_sets = [
-        prompts_of(name, examples, 0, "answer")
+    domain_sets = [
+        prompts_of(name, examples, settings.domain_shots, show="icl" in settings.estimators, tokens=settings.tokens)
         for name, examples in domain_examples.items()
-        if settings.controls == "all" and any(example.answer for example in examples)
+    ]
+    for prompt_set in train_sets:
+        _check_enough(prompt_set, decoder.context_length, "training set")
+    for prompt_set in domain_sets:
+        _check_enough(prompt_set, decoder.context_length, "domain")
+    # The base model's own answers, without demonstrations, where a domain has enough of them.
+    answer_sets = [
+        answer_set
+        for name, examples in domain_examples.items()
+        if settings.controls == "all"
+        and len((answer_set := prompts_of(name, examples, settings.domain_shots, show=False, tokens="answer")).prompts)
+        >= MIN_PROMPTS
     ]
 
     labels = {} if settings.labels is None else explain.read_labels(settings.labels)
@@ -301,8 +304,7 @@ def _check_fit(sae: SAE, decoder: Decoder) -> None:
         )
 
 
-def _check_enough(prompt_set: PromptSet, context_length: int | None, kind: str, unread: str) -> None:
-    """unread: the options with which no answer is read"""
+def _check_enough(prompt_set: PromptSet, context_length: int | None, kind: str) -> None:
     n = len(prompt_set.prompts)
     if n >= MIN_PROMPTS:
         return
@@ -313,7 +315,7 @@ def _check_enough(prompt_set: PromptSet, context_length: int | None, kind: str, 
             "demonstrations, or add shorter questions"
         )
     if prompt_set.n_unanswered:
-        reasons.append(f"{prompt_set.n_unanswered} have no answer to read: add answers, or use {unread}")
+        reasons.append(f"{prompt_set.n_unanswered} have no answer to read: add answers, or use --tokens query")
     reason = "; ".join(reasons) or "add examples, or raise --limit"
     name = "the training set" if prompt_set.name == "train" else f"{kind} '{prompt_set.name}'"
     raise InputError(f"{name} keeps {n} prompts, but at least {MIN_PROMPTS} are needed ({reason})")
@@ -610,6 +612,12 @@ def _forecast(
     top_n, stats = settings.top_n, shift.stats
     n_moved = int((shift.importance > 0).sum())
     warnings = [f"SAE: {note}" for note in sae.notes]
+    prompt_sets = [shift.prompt_set, *(read.prompt_set for read in domain_reads)]
+    warnings += [warning for prompt_set in prompt_sets for warning in prompt_set.warnings]
+    if settings.controls == "all":
+        unanswered = [read.prompt_set.name for read in domain_reads if read.prompt_set.name not in answer_reads]
+        if unanswered:
+            warnings.append(f"too few answers to measure the base model on {', '.join(unanswered)}")
     if n_moved < top_n:
         warnings.append(
             f"only {n_moved} features shift at all, so {top_n - n_moved} of the {top_n} in D_N stand there by their "
@@ -710,10 +718,13 @@ def _promoted_tokens(
     decoder: Decoder, sae: SAE, features: list[int], tokenizer: PreTrainedTokenizerBase, source: str | Path | None
 ) -> dict[int, list[str]]:
     """The output tokens that each feature promotes; none where W_dec or the unembedding is not at hand."""
-    directions, matrix = sae.decoder_rows(features), unembedding(decoder.model, source)
-    if directions is None or matrix is None or matrix.shape[1] != directions.shape[1]:
+    try:
+        directions, matrix = sae.decoder_rows(features), unembedding(decoder.model, source)
+        if directions is None or matrix is None or matrix.shape[1] != directions.shape[1]:
+            return {}
+        return dict(zip(features, explain.promoted_tokens(directions, matrix, tokenizer), strict=True))
+    except Exception:  # an ornament of the report: a damaged head must not cost the forecast
         return {}
-    return dict(zip(features, explain.promoted_tokens(directions, matrix, tokenizer), strict=True))
 
 
 def bootstrap_interval(numerator: Doubles, denominator: Doubles, resamples: Doubles) -> Interval:

@@ -50,6 +50,8 @@ class ShiftStats:
         self.sae: SAE | None = sae
         self.sae_source = sae.source
         self.d_sae = sae.d_sae
+        if columns is not None and not np.issubdtype(np.asarray(columns).dtype, np.integer):
+            raise ValueError("columns must be whole numbers, the indices of features")
         self._subset = None if columns is None else np.asarray(columns, np.int64)
         n_columns = sae.d_sae if self._subset is None else len(self._subset)
         for name in _SUMS:
@@ -72,6 +74,7 @@ class ShiftStats:
         n_replicates = self.weighted_sq_shift.shape[1]
         if (row_weights is not None) != (n_replicates > 0):
             raise ValueError(f"row_weights must be given exactly where n_replicates > 0, and it is {n_replicates}")
+        n_tokens = len(base)
         _cpu.accumulate_shift(
             backend.encoder(self.sae),
             base,
@@ -81,7 +84,7 @@ class ShiftStats:
             weighted_sq_shift=None if row_weights is None else self.weighted_sq_shift,
             **{name: getattr(self, name) for name in (*_SUMS, *_COUNTS)},
         )
-        self.n_tokens += len(base)
+        self.n_tokens += n_tokens
 
     @property
     def columns(self) -> NDArray[np.int64]:

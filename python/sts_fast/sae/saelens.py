@@ -198,7 +198,7 @@ def _assemble(config: dict[str, Any], tensors: dict[str, torch.Tensor], *, sourc
     W_enc = tensors["W_enc"]
     if W_enc.dtype == torch.float16:
         W_enc = W_enc.float()
-    if not bool(torch.isfinite(W_enc.sum(dtype=torch.float64))):
+    if not all(bool(torch.isfinite(rows.sum(dtype=torch.float64))) for rows in torch.split(W_enc, 64)):
         raise InputError(f"{where}: W_enc contains NaN or infinity: copy or download it again")
     vectors.setdefault("b_enc", np.zeros(W_enc.shape[1], np.float32))
     return SAE(
