@@ -33,6 +33,8 @@ WORDS = ["<unk>", "<bos>", "<eos>", "Question:", "Answer:", *(f"w{i}" for i in r
 D_IN, D_SAE, N_LAYERS, CONTEXT = 16, 48, 3, 48
 N_ROWS = 14
 
+FILES = ["features.parquet", "prompts.parquet", "scores.json", "shift.safetensors"]
+
 
 @dataclass(frozen=True)
 class Options:
@@ -193,7 +195,7 @@ def test_score_prints_tables_and_writes_files(score: Options, run: Callable[...,
     assert "Most shifted of 48 features" in ran.out
     # Only the last word is on standard error here, where there is no terminal to draw progress on.
     assert ran.err.replace("\n", "") == f"Results are in {score.output}"
-    assert sorted(contents(score.output)) == ["prompts.parquet", "scores.json", "shift.safetensors"]
+    assert sorted(contents(score.output)) == FILES
 
     scores = json.loads((score.output / "scores.json").read_text())
     jsonschema.validate(scores, results.scores_schema())
@@ -614,7 +616,7 @@ def test_output_that_cannot_be_written_in_the_end(score: Options, run: Callable[
     (score.output / "shift.safetensors").mkdir(parents=True)
     message = assert_refused(run(score))
     assert f"cannot write {score.output / 'shift.safetensors'}" in message
-    assert set(contents(score.output)) <= {"prompts.parquet"}  # whole, and no scores.json beside it
+    assert set(contents(score.output)) <= {"features.parquet", "prompts.parquet"}  # whole, and no scores.json beside it
 
 
 def test_out_of_memory(score: Options, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -318,7 +318,6 @@ def test_controls_that_cannot_be_had_are_refused_before_any_pass(tiny: Tiny, mon
     few = [replace(example, answer=example.answer if i < 7 else None) for i, example in enumerate(spelling)]
     unheaded = {"model": AutoModel.from_pretrained(tiny.model), "tokenizer": AutoTokenizer.from_pretrained(tiny.model)}
     refused: list[tuple[dict[str, Any], str]] = [
-        ({"domains": {"spelling": few}}, r"'spelling' keeps 7 prompts.*\bno answer to read.*use --controls features"),
         ({"domains": {"spelling": few}, "tokens": "answer"}, r"'spelling' keeps 7 prompts.*use --tokens query"),
         (unheaded, "need its head.*--controls features"),
         ({"trains": {}}, "no training set"),

@@ -105,8 +105,8 @@ def answer_outcomes(
     nll = np.zeros(len(prompts))
     exact = np.zeros(len(prompts), bool)
     device = next(model.parameters()).device
-    vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
-    batch_tokens = min(batch_tokens, max(1, MOST_LOGITS // vocabulary))
+    if config := getattr(model, "config", None):
+        batch_tokens = min(batch_tokens, max(1, MOST_LOGITS // config.get_text_config().vocab_size))
     for batch in batches([len(prompt.base_ids) for prompt in prompts], batch_tokens):
         longest = max(len(prompts[i].base_ids) for i in batch)
         ids = torch.zeros((len(batch), longest), dtype=torch.long)

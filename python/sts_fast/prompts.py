@@ -268,9 +268,10 @@ def _pair(
         start = common_prefix_length(base_ids, with_demos([], []))
     else:
         start = len(base_ids) - common_suffix_length(base_ids, with_demos(STAND_IN_DEMO, answer))
-    span = np.arange(start, end, dtype=np.int32)
-    positions = span[~np.isin(base_ids[start:end], template.special_ids)]
-    n_special = len(span) - len(positions)
+    is_special = np.isin(base_ids[start:], template.special_ids)
+    positions = (start + np.flatnonzero(~is_special)).astype(np.int32)
+    positions = positions[positions < end]
+    n_special = int(is_special.sum())
     if tokens == "last":
         positions = positions[-1:]
     paired = positions[positions >= len(base_ids) - common_suffix_length(base_ids, demos_ids)]
