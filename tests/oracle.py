@@ -354,8 +354,8 @@ def expect(
     raw_dimensions = saved["raw_dimensions"].tolist()
     assert raw_dimensions == sorted(raw_dimensions)
     assert len(raw_dimensions) == min(top_n, max(1, train.raw.shape[1] // 4))
-    if dims != "active":  # nothing is paired there, and the raw dimensions have no shift to be ranked by
-        n_ties += check_members(np.stack([train.raw_sq_shift.sum(axis=0)] * 3), raw_dimensions, len(raw_dimensions))
+    raw_ranked_by = (train.raw if dims == "active" else train.raw_sq_shift).sum(axis=0)
+    n_ties += check_members(np.stack([raw_ranked_by] * 3), raw_dimensions, len(raw_dimensions))
     of_control = {
         "": [claimed],
         "random": saved["random_features"].tolist(),

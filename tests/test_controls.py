@@ -139,6 +139,18 @@ def test_raw_sums_equal_numpy(dtype: torch.dtype) -> None:
         assert raw.top(2).tolist() == sorted(np.argsort(-squared)[:2].tolist())
 
 
+@pytest.mark.parametrize(("top_n", "expected"), [(1, [6]), (2, [1, 6]), (100, [1, 6])])
+def test_raw_dimensions_without_pairs_are_the_largest(top_n: int, expected: list[int]) -> None:
+    """By mean size, whatever the sign; as soon as there are pairs, by their squared differences."""
+    raw = controls.RawShift(8)
+    base, none = torch.tensor([[0.0, 3, 1, 0, 0, 2, -5, 0], [0.0, -3, 1, 0, 0, 2, -5, 0]]), torch.zeros(0, 8)
+    raw.update(base[:1], none, none)
+    raw.update(base[1:], none, none)
+    assert raw.top(top_n).tolist() == expected
+    raw.update(base[:0], torch.zeros(1, 8), torch.tensor([[9.0, 0, 0, 0, 7, 0, 0, 0]]))
+    assert raw.top(2).tolist() == [0, 4]
+
+
 def test_raw_sums_are_float64() -> None:
     """In float32, 1e8 + 8 and 1e8 differ by their last digit, and 64 + 2^-46 does not exist."""
     raw = controls.RawShift(1)
@@ -295,6 +307,24 @@ def test_answers_equal_a_loop_over_tokens(
     assert exact.tolist() == expected_exact
     assert n_tokens.tolist() == [len(one.positions) for one in answer_prompts]
     request.node.user_properties.append(("largest_deviation", float(np.max(np.abs(nll / expected_nll - 1)))))
+
+
+def test_no_batch_gives_more_logits_than_fit(
+    tiny: Tiny, answer_prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float32).eval()
+    expected = controls.answer_outcomes(model, answer_prompts, batch_tokens=10**6)
+    n_logits: list[tuple[int, int]] = []
+    model.register_forward_hook(
+        lambda module, args, output: n_logits.append((len(output.logits), output.logits.numel()))
+    )
+    most = 300 * model.config.vocab_size
+    monkeypatch.setattr(controls, "MOST_LOGITS", most)
+    found = controls.answer_outcomes(model, answer_prompts, batch_tokens=10**6)
+    assert all(n_sequences == 1 or n <= most for n_sequences, n in n_logits)
+    assert any(n_sequences > 1 for n_sequences, _ in n_logits)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
 def test_answers_keep_their_order(tiny: Tiny, answer_prompts: list[Prompt]) -> None:

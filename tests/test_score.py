@@ -225,9 +225,12 @@ def test_threads_change_no_byte(tiny: Tiny, dims: Any, tmp_path: Path) -> None:
 
 
 def test_answers_are_read_whole_and_without_demonstrations(tiny: Tiny) -> None:
-    """Those of every answered example that fits, whether it is a demonstration or not, for each domain that has any."""
+    """Those of the answered queries that fit, of each domain that has enough of them; the others are named."""
     spelling = sts_fast.load_examples(tiny.domains["spelling"])
     domains = {"spelling": spelling, "silent": [replace(example, answer=None) for example in spelling]}
+    for name, n in (("few", 7), ("enough", 8)):
+        answers = [example.answer if i < DOMAIN_SHOTS + n else None for i, example in enumerate(spelling)]
+        domains[name] = [replace(example, answer=answer) for example, answer in zip(spelling, answers, strict=True)]
     forecast = sts_fast.score(
         model=tiny.model,
         sae=tiny.saes["topk"],
@@ -236,13 +239,20 @@ def test_answers_are_read_whole_and_without_demonstrations(tiny: Tiny) -> None:
         estimators=("act",),
         controls="all",
         shots=SHOTS,
+        domain_shots=DOMAIN_SHOTS,
         top_n=TOP_N,
     )
-    assert [set(domain.controls) - CONTROLS for domain in forecast.domains] == [ANSWER_CONTROLS, set()]
-    rows = [row for row in forecast.prompts.to_pylist() if row["stage"] == "answer"]
-    assert {row["domain"] for row in rows} == {"spelling"}
+    found = {domain.name: set(domain.controls) - CONTROLS for domain in forecast.domains}
+    assert found == {"spelling": ANSWER_CONTROLS, "silent": set(), "few": set(), "enough": ANSWER_CONTROLS}
+    assert "too few answers to measure the base model on silent, few" in forecast.warnings
+    of_answers = [row for row in forecast.prompts.to_pylist() if row["stage"] == "answer"]
+    assert Counter(row["domain"] for row in of_answers) == {
+        "spelling": tiny_material.N_QUESTIONS - DOMAIN_SHOTS,
+        "enough": 8,
+    }
+    rows = [row for row in of_answers if row["domain"] == "spelling"]
     tokenizer = AutoTokenizer.from_pretrained(tiny.model)
-    answered = [example for example in spelling[: tiny_material.N_QUESTIONS] if example.answer]
+    answered = spelling[DOMAIN_SHOTS : tiny_material.N_QUESTIONS]
     assert [row["id"] for row in rows] == [example.id for example in answered]
     for row, example in zip(rows, answered, strict=True):
         assert tokenizer.decode([row["base_ids"][p] for p in row["positions"]]) == f" {example.answer}"
@@ -315,7 +325,8 @@ def test_controls_that_cannot_be_had_are_refused_before_any_pass(tiny: Tiny, mon
 
     monkeypatch.setattr(Decoder, "residuals", None)
     spelling = sts_fast.load_examples(tiny.domains["spelling"])
-    few = [replace(example, answer=example.answer if i < 7 else None) for i, example in enumerate(spelling)]
+    answers = [example.answer if i < DOMAIN_SHOTS + 7 else None for i, example in enumerate(spelling)]
+    few = [replace(example, answer=answer) for example, answer in zip(spelling, answers, strict=True)]
     unheaded = {"model": AutoModel.from_pretrained(tiny.model), "tokenizer": AutoTokenizer.from_pretrained(tiny.model)}
     refused: list[tuple[dict[str, Any], str]] = [
         ({"domains": {"spelling": few}, "tokens": "answer"}, r"'spelling' keeps 7 prompts.*use --tokens query"),
@@ -325,7 +336,15 @@ def test_controls_that_cannot_be_had_are_refused_before_any_pass(tiny: Tiny, mon
     for change, message in refused:
         options = {"model": tiny.model, "trains": {"sums": tiny.train}, "domains": tiny.domains, **change}
         with pytest.raises(sts_fast.InputError, match=message):
-            compare(sae=tiny.saes["topk"], estimators=("act",), controls="all", top_n=TOP_N, **options)
+            compare(
+                sae=tiny.saes["topk"],
+                estimators=("act",),
+                controls="all",
+                shots=SHOTS,
+                domain_shots=DOMAIN_SHOTS,
+                top_n=TOP_N,
+                **options,
+            )
 
 
 def as_numbers(document: Any) -> Any:
