@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
@@ -486,3 +486,50 @@ def test_common_ends(a: list[int], b: list[int], prefix: int, suffix: int) -> No
     left, right = np.array(a, np.int32), np.array(b, np.int32)
     assert common_prefix_length(left, right) == common_prefix_length(right, left) == prefix
     assert common_suffix_length(left, right) == common_suffix_length(right, left) == suffix
+
+
+# What chat templates add and take away ------------------------------------------------------------------------------
+
+
+def test_turn_marks_are_special_even_where_the_tokenizer_does_not_name_them() -> None:
+    tokenizer = make_tokenizer(chat=CHAT)
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<bos>", eos_token="<eos>")
+    bare.add_tokens([AddedToken(mark, special=True) for mark in SPECIAL[3:]])
+    bare.chat_template = CHAT
+    assert not {"<user>", "<end>"} & set(bare.all_special_tokens)
+    assert tokens_read(build_one(PromptTemplate(bare), AB, [DEMO])) == "a b"
+
+
+def test_what_follows_every_answer_is_not_part_of_it() -> None:
+    newline_after_turns = CHAT.replace("<end> ", "<end> d ")  # 'd' stands for the line break after <end>
+    assert newline_after_turns != CHAT
+    prompt = build_one(chat(newline_after_turns), AB, [DEMO], "answer")
+    assert words(prompt.base_ids).endswith("x y <end> d")
+    assert tokens_read(prompt) == "x y"
+
+
+def test_answer_that_leaves_nothing_to_read_counts_as_none() -> None:
+    built = build_prompts("set", [AB, Example("q2", "a", "<end>")], chat(), tokens="answer")
+    assert [prompt.id for prompt in built.prompts] == ["q1"]
+    assert built.n_unanswered == 1
+
+
+def test_template_that_asks_for_today_gets_the_fixed_date() -> None:
+    dated = CHAT.replace("{% for", "{{ strftime_now('%d %b %Y') }} {% for", 1)
+    assert dated != CHAT
+    assert "26 Jul 2024" in chat(dated).text([("user", "a")])
+
+
+def test_template_that_drops_part_of_a_demonstration_is_told_on() -> None:
+    thoughtless = "{% for m in messages %}{{ m.content.split('</think>')[-1] }} {% endfor %}"
+    demo = Example("d1", "c", "<think> e </think> z")
+    built = build_prompts("set", [AB], chat(thoughtless), demos=[demo])
+    assert len(built.warnings) == 1
+    assert "1 of the 1 demonstrations of 'set' without a part of their answer" in built.warnings[0]
+    assert build_prompts("set", [AB], chat(), demos=[DEMO]).warnings == ()
+
+
+def test_demonstrations_are_set_aside_whether_they_are_shown_or_not() -> None:
+    rows = [Example(str(i), f"a {i}", "x" if i != 1 else None) for i in range(6)]
+    assert choose_demos("set", rows, 2) == choose_demos("set", rows, 2, required=False)
+    assert choose_demos("set", rows, 6, required=False) == ([], rows)
