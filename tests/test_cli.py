@@ -185,6 +185,15 @@ def assert_refused(ran: Ran) -> str:
 # What works -----------------------------------------------------------------------------------------------------------
 
 
+def test_names_are_text_and_no_markup(score: Options, run: Callable[..., Ran], tmp_path: Path) -> None:
+    [folder] = score.values["domains"]
+    source = Path(folder) / "red.jsonl"
+    ran = run(score.with_(domains=f"[red]x[/y]={source}", output=tmp_path / "o[bold]"))
+    assert (ran.code, ran.err.count("Traceback")) == (0, 0)
+    assert "[red]x[/y]" in ran.out
+    assert str(tmp_path / "o[bold]") in ran.err.replace("\n", "")
+
+
 def test_score_prints_tables_and_writes_files(score: Options, run: Callable[..., Ran]) -> None:
     ran = run(score)
     assert ran.code == 0
