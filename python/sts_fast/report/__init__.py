@@ -7,6 +7,8 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from markupsafe import Markup
+
 from sts_fast import files
 from sts_fast.report import controls, features, numbers, outcome, ranking
 from sts_fast.report.run import Run, read_run
@@ -33,7 +35,6 @@ def build_report(folder: str | Path) -> Path:
 
 def _render(run: Run) -> str:
     import jinja2
-    from markupsafe import Markup
 
     environment = jinja2.Environment(
         autoescape=True,
@@ -89,7 +90,9 @@ def short_name(name: str) -> str:
 
 
 def _train_name(scores: dict[str, Any]) -> str:
-    """The training set's file with its folder, or the folder of its files."""
+    """The training set's file with its folder, or the folder of its files; its name where several were compared."""
+    if scores["train"]["name"] != "train":
+        return str(scores["train"]["name"])
     paths = [PurePosixPath(entry["path"]) for entry in scores["provenance"]["inputs"] if entry["role"] == "train"]
     if not paths:
         return "the training set"

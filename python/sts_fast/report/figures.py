@@ -24,7 +24,7 @@ Interval = tuple[float, float]
 # Widths, in pixels, of the drawing area on a wide page and on a phone, at which labels are placed.
 WIDTHS = {"wide": 600, "narrow": 290}
 CHARACTER = 6.7
-BOLD = 1.25
+BOLD = 1.35
 LINE = 15
 ROW = 42
 HEIGHT = 300

@@ -128,7 +128,11 @@ def cautions(scores: dict[str, Any], ranked: Sequence[Ranking]) -> list[str]:
             "them. More training prompts (--limit) would help."
         )
     for ranking in ranked:
-        low = [row.name for row in ranking.rows if row.interval and row.random and row.interval[0] <= row.random]
+        low = [
+            row.name
+            for row in ranking.rows
+            if row.interval and row.random is not None and row.interval[0] <= row.random
+        ]
         if low:
             said.append(
                 f"By {ranking.label}, {listed(low)} {'does' if len(low) == 1 else 'do'} not stand out from random "

@@ -11,16 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 from sts_fast import files
 from sts_fast.errors import InputError
-from sts_fast.results import SCHEMA_VERSION, SCORES_FILE, SHIFT_FILE, scores_schema
+from sts_fast.results import (
+    FEATURES_FILE,
+    SCHEMA_VERSION,
+    SCORES_FILE,
+    SHIFT_FILE,
+    VALIDATION_FILE,
+    scores_schema,
+)
 
 if TYPE_CHECKING:
     import numpy as np
+    from jsonschema import ValidationError
     from numpy.typing import NDArray
 
     Doubles = NDArray[np.float64]
-
-VALIDATION_FILE = "validation.json"
-FEATURES_FILE = "features.parquet"
 
 # Beyond this no score or count is meant, and plots would overflow.
 LARGEST = 1e100
@@ -125,10 +130,19 @@ def _check_scores(scores: dict[str, Any], path: Path) -> None:
             f"{path} is a file {_one_line(shown)}, and this sts-fast reads {SCHEMA_VERSION}: make the run again"
         )
     for error in jsonschema.Draft202012Validator(scores_schema()).iter_errors(scores):
-        added = error.validator in ("additionalProperties", "propertyNames")
-        if not added and "controls" not in error.absolute_path and list(error.absolute_path) != ["schema_version"]:
+        if not _is_extension(error):
             where = _one_line(error.json_path)
             raise InputError(f"{path} is not a {SCORES_FILE}: {where}: {_one_line(error.message)}")
+
+
+def _is_extension(error: ValidationError) -> bool:
+    """Whether what breaks a rule of the schema is a new key, a control that is one number or none, or a version."""
+    where = list(error.absolute_path)
+    if error.validator == "additionalProperties" or "propertyNames" in error.absolute_schema_path:
+        return True
+    if where == ["schema_version"]:
+        return True
+    return "controls" in where[:-1] and (error.instance is None or isinstance(error.instance, (int, float)))
 
 
 def _read_importance(path: Path, dims: str, top: list[int], warnings: list[str]) -> Doubles | None:
