@@ -1,4 +1,11 @@
-"""The organism's tokenizer and language model: real Hugging Face objects, small enough to train in minutes."""
+"""The organism's tokenizer and language model: real Hugging Face objects, small enough to train in minutes.
+
+Six ways of training on this world were tried, all with seed 0, and judged by few-shot accuracy, time and size alone.
+Discarded: 2,500 steps at 2.5e-3 on documents of five examples with rope_theta 10,000 (.83, but .09 behind more
+demonstrations than in training); batches of nine-example documents only, with rope_theta 10,000 and 200 (learning
+unsteadily, stopped early); the batches below with rope_theta 200 at 2.5e-3 for 2,500 steps (.82: skills that permute
+were not told apart in context) and for 4,000 (slower than at 1.5e-3, stopped half-way). Kept: the one below (.98).
+"""
 
 from __future__ import annotations
 
@@ -24,6 +31,9 @@ SPECIAL = (BOS, UNKNOWN)
 # Turns follow each other with nothing between them, as in the documents that the model was trained on.
 CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %} {{ message.content }}{% endfor %}"
 
+# More demonstrations than in any training document are as good as none.
+MAX_SHOTS = 8
+
 ARCHITECTURE: dict[str, Any] = {
     "vocab_size": len(SPECIAL) + len(WORDS),
     "hidden_size": 96,
@@ -31,7 +41,7 @@ ARCHITECTURE: dict[str, Any] = {
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 1 + (MAX_SHOTS + 1) * EXAMPLE_TOKENS,
     "rope_theta": 200.0,
     "tie_word_embeddings": False,
     "bos_token_id": 0,
@@ -39,11 +49,10 @@ ARCHITECTURE: dict[str, Any] = {
     "pad_token_id": None,
 }
 
-N_STEPS = 2500
-# (documents in a batch, examples in a document); every fourth batch has longer documents, so that the model can read
-# eight demonstrations too.
-BATCHES = ((32, 5), (32, 5), (32, 5), (18, 9))
-LEARNING_RATE = 2.5e-3
+N_STEPS = 4000
+# (documents in a batch, examples in a document); every fourth batch has the longest, at the same number of tokens.
+BATCHES = ((32, 5), (32, 5), (32, 5), (18, MAX_SHOTS + 1))
+LEARNING_RATE = 1.5e-3
 OTHER_TOKENS_WEIGHT = 0.05  # of the loss on what no model can foresee, against 1 on the answers
 
 

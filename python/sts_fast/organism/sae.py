@@ -75,7 +75,7 @@ def train_sae(x: torch.Tensor, seed: int, progress: Progress, n_steps: int = N_S
             silent_for = torch.where((h > 0).any(dim=0), 0, silent_for + 1)
             dead = (silent_for > 100).nonzero()[:, 0]
             if len(dead) and step % REVIVE_EVERY == REVIVE_EVERY - 1 and step < 0.8 * n_steps:
-                worst = torch.multinomial(error.square().sum(dim=1), len(dead), True, generator=generator)
+                worst = torch.multinomial(error.square().sum(dim=1), len(dead), generator=generator)
                 sae.W_dec[dead] = torch.nn.functional.normalize(error[worst], dim=1)
                 sae.W_enc[:, dead] = 0.8 * sae.W_dec[dead].T
                 sae.b_enc[dead] = 0

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sts_fast.examples import Example
+from sts_fast.organism.model import MAX_SHOTS
 from sts_fast.organism.world import EXAMPLE_TOKENS, LENGTH, N_SYMBOLS, examples
 
 if TYPE_CHECKING:
@@ -67,11 +68,11 @@ def measure(
     so that two models can be compared question by question. With the right answer fed in, each of its tokens is the
     likeliest exactly where greedy decoding would give this answer.
 
-    Raises ValueError where a domain has too few questions, which are 216.
+    Raises ValueError for more questions than a domain has, 216, and for more demonstrations than the model can read, 8.
     """
     every = N_SYMBOLS**LENGTH
-    if not 1 <= n <= every or not 0 <= shots <= every - GROUP:
-        raise ValueError(f"a domain has {every} questions: n may be 1 to {every}, shots up to {every - GROUP}")
+    if not 1 <= n <= every or not 0 <= shots <= MAX_SHOTS:
+        raise ValueError(f"n must lie between 1 and {every}, shots between 0 and {MAX_SHOTS}; they are {n} and {shots}")
     import torch
 
     shown: list[list[Example]] = []
