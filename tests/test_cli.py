@@ -33,7 +33,7 @@ WORDS = ["<unk>", "<bos>", "<eos>", "Question:", "Answer:", *(f"w{i}" for i in r
 D_IN, D_SAE, N_LAYERS, CONTEXT = 16, 48, 3, 48
 N_ROWS = 14
 
-FILES = ["features.parquet", "prompts.parquet", "scores.json", "shift.safetensors"]
+FILES = ["features.parquet", "prompts.parquet", "report.html", "scores.json", "shift.safetensors"]
 
 
 @dataclass(frozen=True)

@@ -677,7 +677,7 @@ def test_real_prompts_are_sent_word_for_word(real: Real, real_run: Callable[[str
 
     def with_options(row: dict[str, Any]) -> str:
         options = (f"{letter}. {option.strip()}" for letter, option in zip("ABCDEFGHIJ", row["options"], strict=False))
-        return "\n".join([row["question"].strip(), *options])
+        return ("\n".join([row["question"].strip(), *options])).strip()
 
     worked = json.loads(real.demos["physics"].read_text(encoding="utf-8"))
     chain_of_thought = worked["cot_content"].removeprefix("A: ")

@@ -22,6 +22,7 @@ from rich.table import Table
 from sts_fast import __version__, _cpu, backend, files, results
 from sts_fast.encode import encode
 from sts_fast.errors import InputError
+from sts_fast.report import build_report
 from sts_fast.results import ESTIMATORS, Forecast
 from sts_fast.sae import SAE, load_sae
 from sts_fast.score import compare as run_compare
@@ -285,9 +286,16 @@ def validate(
     if run.is_dir():
         with files.atomic_path(run / results.VALIDATION_FILE) as path:
             path.write_text(text, encoding="utf-8")
+        build_report(run)
     sys.stdout.write(text if as_json else result.to_text() + "\n")
     for warning in result.warnings:
         err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Folder that sts-fast score wrote.")]) -> None:
+    """Write report.html of a run again, with the outcome if it has been validated."""
+    out.print(str(build_report(run)), highlight=False, markup=False)
 
 
 @app.command()
@@ -382,6 +390,7 @@ def _forecasts(
         )
     for name, forecast in forecasts.items():
         forecast.save(folders[name])
+        build_report(folders[name])
     return list(forecasts.values())
 
 

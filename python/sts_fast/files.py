@@ -64,7 +64,7 @@ def load_arrays(path: str | Path, kind: str) -> tuple[dict[str, NDArray[np.gener
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
     except FileNotFoundError as error:
         raise InputError(f"there is no file {path}") from error
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is not a readable safetensors file: {error}") from error
 
 
