@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -226,7 +227,10 @@ def test_threads_change_no_byte(tiny: Tiny, dims: Any, tmp_path: Path) -> None:
 
 def test_answers_are_read_whole_and_without_demonstrations(tiny: Tiny) -> None:
     """Those of the answered queries that fit, of each domain that has enough of them; the others are named."""
-    spelling = sts_fast.load_examples(tiny.domains["spelling"])
+    spelling = [
+        replace(example, answer=example.answer and example.answer + " Or not." * (i % 3))
+        for i, example in enumerate(sts_fast.load_examples(tiny.domains["spelling"]))
+    ]
     domains = {"spelling": spelling, "silent": [replace(example, answer=None) for example in spelling]}
     for name, n in (("few", 7), ("enough", 8)):
         answers = [example.answer if i < DOMAIN_SHOTS + n else None for i, example in enumerate(spelling)]
@@ -258,6 +262,37 @@ def test_answers_are_read_whole_and_without_demonstrations(tiny: Tiny) -> None:
         assert tokenizer.decode([row["base_ids"][p] for p in row["positions"]]) == f" {example.answer}"
         question = tokenizer(f"Question: {example.question}\nAnswer:").input_ids
         assert row["base_ids"][: row["positions"][0]] == question
+    n_tokens = [len(row["positions"]) for row in rows]
+    assert len(set(n_tokens)) == 3
+    loss = sum(row["answer_nll_sum"] for row in rows) / sum(n_tokens)
+    assert forecast.domains[0].controls["base_loss"]["nll"] == pytest.approx(loss, rel=REPEATED_TOLERANCE)
+
+
+def test_accuracy_is_the_share_of_answers_that_the_model_gives(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured with a model that says one thing, whatever it is asked."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny.model)
+
+    class Parrot(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            says = tokenizer("Answer: It is green.").input_ids
+            self.logits = torch.nn.Parameter(torch.zeros(len(tokenizer), len(tokenizer)))
+            self.logits.data[says[:-1], says[1:]] = 1.0
+
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+            return SimpleNamespace(logits=self.logits[input_ids])
+
+    monkeypatch.setattr(sys.modules["sts_fast.score"], "load_language_model", lambda source, **options: Parrot())
+    spelling = sts_fast.load_examples(tiny.domains["spelling"])
+    domains = {
+        str(n): [replace(e, answer="It is green." if i < n else "It is a river.") for i, e in enumerate(spelling)]
+        for n in (0, 9, 100)
+    }
+    sources = {"model": tiny.model, "sae": tiny.saes["topk"], "train": tiny.train, "domains": domains}
+    forecast = sts_fast.score(**sources, estimators=("act",), controls="all", shots=SHOTS, domain_shots=1, top_n=TOP_N)
+    n_asked = tiny_material.N_QUESTIONS + tiny_material.N_UNANSWERED - 1
+    found = [domain.controls["base_accuracy"]["accuracy"] for domain in forecast.domains]
+    assert found == pytest.approx([0, (9 - 1) / n_asked, 1])
 
 
 @pytest.mark.parametrize(
@@ -312,6 +347,9 @@ def test_several_training_sets_forecast_like_each_alone(
         assert max(deviation for _, deviation in compared) <= REPEATED_TOLERANCE
         read = ["stage", "id", "base_ids", "demos_ids", "positions", "paired", "paired_demos"]
         assert together[name].prompts.select(read).equals(alone.prompts.select(read))
+        for column in (column for column in alone.prompts.column_names if column.endswith(("_sum", "_exact"))):
+            sums = (np.asarray(table[column].to_pylist(), float) for table in (together[name].prompts, alone.prompts))
+            np.testing.assert_allclose(*sums, rtol=REPEATED_TOLERANCE, err_msg=column)
         assert together[name].firings.equals(alone.firings)
     if dims == "icl":
         days = [row for row in together["days"].prompts.to_pylist() if row["domain"] == "days"]
