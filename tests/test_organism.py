@@ -33,13 +33,8 @@ ALL = list(organism.DOMAINS)
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Everything here is small: more threads would only wait for each other."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with language_model.one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -391,6 +386,24 @@ def test_one_step_is_adam_on_the_answers(loaded: Loaded) -> None:
     clear = gradient.abs() > 1e-5
     assert bool(clear.any())
     torch.testing.assert_close(moved[clear], -1e-3 * gradient[clear].sign(), rtol=0.02, atol=0)
+
+
+def test_work_is_done_on_one_thread_whatever_is_set(loaded: Loaded) -> None:
+    import torch
+
+    seen = []
+    hook = loaded[0].register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+    torch.set_num_threads(2)
+    try:
+        organism.measure(*loaded, ["T2.next.b"], n=1)
+        assert torch.get_num_threads() == 2
+        with pytest.raises(ValueError, match="shots"):
+            organism.measure(*loaded, ["T2.next.b"], shots=9)
+        assert torch.get_num_threads() == 2
+    finally:
+        hook.remove()
+        torch.set_num_threads(1)
+    assert set(seen) == {1}
 
 
 # Making it again ------------------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ were not told apart in context) and for 4,000 (slower than at 1.5e-3, stopped ha
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,6 +127,22 @@ def new_model(seed: int) -> LlamaForCausalLM:
                 std = 0.02 if at_ends else config.hidden_size**-0.5 * (0.35 if in_residual else 0.7)
                 parameter.normal_(0, std, generator=generator)
     return model
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Runs torch on one thread: matrices as small as these gain little from more, and lose much where a core is busy.
+
+    The numbers do not depend on the machine's number of cores then, either.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def train_language_model(seed: int, progress: Progress, n_steps: int = N_STEPS) -> LlamaForCausalLM:

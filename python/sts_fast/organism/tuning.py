@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sts_fast.examples import Example
-from sts_fast.organism.model import MAX_SHOTS
+from sts_fast.organism.model import MAX_SHOTS, one_thread
 from sts_fast.organism.world import EXAMPLE_TOKENS, LENGTH, N_SYMBOLS, examples
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class Abilities:
         return np.asarray(self.is_exact.mean(axis=1))
 
 
+@one_thread()
 def measure(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
@@ -103,6 +104,7 @@ def measure(
     return Abilities(tuple(domains), log_p.reshape(-1, n), is_exact.reshape(-1, n))
 
 
+@one_thread()
 def fine_tune(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
