@@ -253,6 +253,64 @@ def test_shift_measures_the_training_set_alone(score: Options, run: Callable[...
     assert json.loads(run(shift.with_(json=True)).out)["shifted_features"] == scores["shifted_features"]
 
 
+def test_compare_puts_training_sets_side_by_side(score: Options, run: Callable[..., Ran], tmp_path: Path) -> None:
+    [folder] = score.values["domains"]
+    candidates = [f"first={score.values['train']}", f"{folder}/red.jsonl"]
+    both = replace(score.with_(train=candidates, domains=f"blue={folder}/blue.jsonl"), command="compare")
+    ran = run(both)
+    assert ran.code == 0
+    assert sorted(path.name for path in both.output.iterdir()) == ["compare.json", "first", "red"]
+    comparison = json.loads((both.output / "compare.json").read_text())
+    assert [train["name"] for train in comparison["trains"]] == ["first", "red"]
+    assert comparison["domains"] == ["blue"]
+    for name in ("first", "red"):
+        assert sorted(contents(both.output / name)) == FILES
+        alone = json.loads((both.output / name / "scores.json").read_text())["domains"][0]
+        assert comparison["scores"]["sts_act"][name] == {"value": [alone["sts_act"]], "ci": [alone["sts_act_ci"]]}
+        assert f"{alone['sts_act']:.3g}" in ran.out
+    of_first = json.loads((both.output / "first" / "scores.json").read_text())["domains"][0]
+    single = score.with_(domains=f"blue={folder}/blue.jsonl", output=tmp_path / "single", json=True)
+    assert json.loads(run(single).out)["domains"][0]["sts_act"] == pytest.approx(of_first["sts_act"], rel=1e-12)
+
+
+@pytest.mark.parametrize("train", ["..={}", "a/b={}", ["x={}", "x={}"]])
+def test_candidates_need_names_of_their_own(score: Options, run: Callable[..., Ran], train: str | list[str]) -> None:
+    named = [one.format(score.values["train"]) for one in ([train] if isinstance(train, str) else train)]
+    assert "needs a name of its own" in assert_refused(run(replace(score.with_(train=named), command="compare")))
+
+
+def test_validate_and_report(score: Options, run: Callable[..., Ran], tmp_path: Path) -> None:
+    [folder] = score.values["domains"]
+    domains = [f"{name}={folder}/{color}.jsonl" for name, color in zip("abcd", ["red", "blue"] * 2, strict=True)]
+    score = score.with_(domains=domains)
+    assert run(score).code == 0
+    before_validation = (score.output / "report.html").read_text()
+    table = tmp_path / "changes.csv"
+    table.write_text("domain,change,stderr\na,0.1,0.01\nb,-0.2,0.01\nc,0.05,0.01\nd,0.3,0.01\n")
+
+    ran = run("validate", score.output, "--before", table)
+    assert ran.code == 0
+    assert "Pearson" in ran.out
+    validation = json.loads((score.output / "validation.json").read_text())
+    assert [domain["name"] for domain in validation["domains"]] == ["a", "b", "c", "d"]
+    assert json.loads(run("validate", score.output, "--before", table, "--json").out) == validation
+    after_validation = (score.output / "report.html").read_text()
+    assert validation["verdict"].split()[0] in after_validation
+    assert after_validation != before_validation
+
+    (score.output / "report.html").unlink()
+    ran = run("report", score.output)
+    assert (ran.code, ran.out.replace("\n", "")) == (0, str(score.output / "report.html"))
+    assert (score.output / "report.html").read_text() == after_validation
+    assert "scores.json" in assert_refused(run("report", tmp_path))
+    assert "missing.csv" in assert_refused(run("validate", score.output, "--before", tmp_path / "missing.csv"))
+
+
+def test_a_field_of_no_set_is_refused_without_domains_too(score: Options, run: Callable[..., Ran]) -> None:
+    shift = replace(score.with_(domains=None, domain_shots=None, question_field="nosuch=text"), command="shift")
+    assert "a field is named for 'nosuch'" in assert_refused(run(shift))
+
+
 def test_score_and_shift_agree_about_the_features(score: Options, run: Callable[..., Ran]) -> None:
     shift = replace(score.with_(domains=None, domain_shots=None, json=True), command="shift")
     features = json.loads(run(shift).out)["shifted_features"]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy import special, stats
 from scipy.spatial import distance
 from tiny import SINK, Tiny
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sts_fast import controls
 from sts_fast.errors import InputError
@@ -358,3 +358,11 @@ def test_one_nan_among_the_answers_is_enough() -> None:
     controls.answer_outcomes(Bigrams(table), [fine, prompt([0, 3, 1], [1])], batch_tokens=6)
     with pytest.raises(InputError, match="NaN"):
         controls.answer_outcomes(Bigrams(table), [fine, broken], batch_tokens=6)
+
+
+def test_token_that_the_model_does_not_know() -> None:
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
+    with pytest.raises(InputError, match="knows 8 tokens, but its tokenizer gives token id 8"):
+        controls.answer_outcomes(model, [prompt([0, 8], [1])], batch_tokens=8)

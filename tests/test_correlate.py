@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +199,13 @@ def test_a_constant_target_stays_constant_in_a_merge() -> None:
 
 def test_what_cannot_be_added() -> None:
     stats = CorrelationStats(make_sae(), 2)
-    for other in (CorrelationStats(make_sae(), 3), CorrelationStats(make_sae("gated"), 2)):
+    sae = make_sae()
+    other_weights = replace(sae, W_enc=-sae.W_enc)
+    for other in (
+        CorrelationStats(sae, 3),
+        CorrelationStats(make_sae("gated"), 2),
+        CorrelationStats(other_weights, 2),
+    ):
         with pytest.raises(ValueError, match="different SAEs or numbers of targets"):
             stats + other
 

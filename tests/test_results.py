@@ -334,3 +334,14 @@ def test_inputs_are_recorded_by_their_hash(forecast: sts_fast.Forecast, tiny: Ti
     )
     for entry in inputs:
         assert entry["sha256"] == hashlib.sha256(Path(entry["path"]).read_bytes()).hexdigest()
+
+
+def test_files_below_a_folder_of_examples_are_hashed_too(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "dataset_dict.json").write_text("{}")
+    (tmp_path / "train" / "data.arrow").write_bytes(b"rows")
+    named = {entry["path"] for entry in results.hashed_inputs("train", [tmp_path])}
+    assert named == {str(tmp_path / "dataset_dict.json"), str(tmp_path / "train" / "data.arrow")}
+    assert {entry["path"] for entry in results.hashed_inputs("model", [tmp_path])} == {
+        str(tmp_path / "dataset_dict.json")
+    }

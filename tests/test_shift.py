@@ -201,11 +201,24 @@ def test_parts_add_up_to_the_whole(kind: str) -> None:
     assert_equal(parts[0], before)
 
 
+def test_an_sae_is_known_by_its_weights_not_by_its_path(tmp_path: Path) -> None:
+    sae, (base, other) = make_sae(), pairs()
+    here, there = ShiftStats(sae), ShiftStats(replace(sae, source="/the/same/folder"))
+    here.update(base, other)
+    there.update(base, other)
+    assert (here + there).n_tokens == 2 * len(base)
+    here.save(tmp_path / "s.safetensors")
+    ShiftStats.load(tmp_path / "s.safetensors", replace(sae, source="moved"))
+    with pytest.raises(InputError, match="statistics of another SAE"):
+        ShiftStats.load(tmp_path / "s.safetensors", replace(sae, W_enc=-sae.W_enc))
+
+
 def test_what_cannot_be_added() -> None:
     sae = make_sae()
     stats = ShiftStats(sae)
     for other in (
-        ShiftStats(replace(sae, source="another")),
+        ShiftStats(replace(sae, W_enc=-sae.W_enc)),
+        ShiftStats(replace(sae, b_dec=sae.b_dec + 1)),
         ShiftStats(make_sae(d_sae=71)),
         ShiftStats(sae, columns=np.arange(69)),
         ShiftStats(sae, columns=np.arange(1, 71)[:69]),

@@ -324,6 +324,7 @@ def test_before_and_after_are_read_and_what_is_left_out_is_named(tmp_path: Path)
         (lambda s, o: s.update(d0=(1.0, 2.0, math.inf)), "the interval of 'd0' is inf, not a number"),
         (lambda s, o: s.update(d0=(1.0, 2.0, 0.0)), "the interval of 'd0' ends before it begins"),
         (lambda s, o: o.update(d0=Outcome(math.nan)), "the change of 'd0' is nan, not a number"),
+        (lambda s, o: o.update(d0=Outcome(1e308)), "the change of 'd0' is 1e+308, not a number"),
         (lambda s, o: o.update(d0=Outcome(0.1, stderr=math.nan)), "the standard error of 'd0' is nan"),
         (lambda s, o: o.update(d0=Outcome(0.1, stderr=-1.0)), "the standard error of 'd0' is negative"),
         (lambda s, o: s.update(dict.fromkeys(s, 1.0)), "all 5 domains in both have the same score"),
@@ -343,6 +344,9 @@ def test_faults_of_numbers(change: Any, message: str) -> None:
 def test_faults_of_a_run(tmp_path: Path) -> None:
     _, outcomes = made_up(5)
     run = run_folder(tmp_path / "run", run_domains())
+    flat = [{**domain, "sts_act_ci": 3} for domain in run_domains()]
+    with pytest.raises(InputError, match=r"holds an interval of '.*' that is no pair of numbers"):
+        validate({"domains": flat}, outcomes)
     with pytest.raises(InputError, match=r"holds no scores of the estimator 'act_sq': it has act, icl"):
         validate(run, outcomes, estimator="act_sq")
     with pytest.raises(InputError, match=r"there is no .*scores.json: give the folder"):

@@ -78,8 +78,6 @@ class Decoder:
         if not 0 <= layer < len(layers):
             raise InputError(f"{name} has layers 0 to {len(layers) - 1}, but layer {layer} is to be read")
         self._block = layers[layer]
-        embedding = getattr(model, "get_input_embeddings", lambda: None)()
-        self._n_embeddings: int | None = None if embedding is None else embedding.weight.shape[0]
 
     def residuals(self, sequences: Sequence[IntArray]) -> list[torch.Tensor]:
         """The residual stream after the layer for each sequence, from one forward pass with padding on the right.
@@ -89,16 +87,7 @@ class Decoder:
         """
         import torch
 
-        largest = max((int(sequence.max(initial=0)) for sequence in sequences), default=0)
-        if self._n_embeddings is not None and largest >= self._n_embeddings:
-            raise InputError(
-                f"{self.name} knows {self._n_embeddings} tokens, but its tokenizer gives token id {largest}: "
-                "the tokenizer belongs to another model"
-            )
-        longest = max(map(len, sequences))
-        ids = torch.zeros((len(sequences), longest), dtype=torch.long)
-        for row, sequence in enumerate(sequences):
-            ids[row, : len(sequence)] = torch.from_numpy(sequence.astype(np.int64))
+        ids = padded_ids(self.model, sequences, name=self.name)
         captured: list[torch.Tensor] = []
 
         def hook(module: Any, args: Any, output: Any) -> None:
@@ -114,6 +103,26 @@ class Decoder:
         finally:
             handle.remove()
         return [captured[0][row, : len(sequence)] for row, sequence in enumerate(sequences)]
+
+
+def padded_ids(model: torch.nn.Module, sequences: Sequence[IntArray], *, name: str = "the model") -> torch.Tensor:
+    """[n_sequences, longest] int64 token ids, on the CPU, filled up with zeros on the right.
+
+    name: how errors call the model. Raises InputError for a token that the model's embedding does not have.
+    """
+    import torch
+
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    largest = max((int(sequence.max(initial=0)) for sequence in sequences), default=0)
+    if embedding is not None and largest >= embedding.weight.shape[0]:
+        raise InputError(
+            f"{name} knows {embedding.weight.shape[0]} tokens, but its tokenizer gives token id {largest}: "
+            "the tokenizer belongs to another model"
+        )
+    ids = torch.zeros((len(sequences), max(map(len, sequences))), dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.from_numpy(sequence.astype(np.int64))
+    return ids
 
 
 def capture(
@@ -200,8 +209,9 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
 
 
 def load_decoder(source: str | Path, layer: int, *, dtype: str = "auto", device: str = "auto") -> Decoder:
-    """Loads layers 0 to `layer` of a model; what lies above them, and the head, is never read into memory
-    (but for the few architectures whose layers depend on their number).
+    """Loads layers 0 to `layer` of a model; what lies above them, and the head, is never read into memory.
+
+    The few architectures whose layers depend on how many there are (DEPTH_OPTIONS) are loaded whole.
 
     source: local folder or hub id
     dtype:  'float32', 'bfloat16', 'float16', or 'auto': float32 on the CPU, the checkpoint's own elsewhere

@@ -333,6 +333,8 @@ def doctor(
     for name, value in facts.items():
         table.add_row(f"[bold]{name}[/bold]", escape(str(value)))
     out.print(table)
+    if not facts["self-check"].startswith("ok"):
+        raise InputError("the core fails its self-check on this machine: please report it with what is printed above")
 
 
 def main() -> None:
@@ -400,7 +402,7 @@ def _named_trains(values: list[str]) -> dict[str, Path]:
         name, equals, rest = value.partition("=")
         path = Path(rest if equals and not Path(value).exists() else value)
         name = name if str(path) == rest and equals else path.name.partition(".")[0]
-        if not name or name in trains or "/" in name:
+        if name in ("", ".", "..", *trains) or "/" in name:
             raise InputError(f"--train {value} needs a name of its own: write it as name=path")
         trains[name] = path
     return trains

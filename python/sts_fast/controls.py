@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sts_fast.capture import batches
+from sts_fast.capture import batches, padded_ids
 from sts_fast.errors import InputError
 from sts_fast.prompts import Prompt
 from sts_fast.shift import top_indices
@@ -98,7 +98,7 @@ def answer_outcomes(
 
     Returns, per prompt: [n_prompts] summed negative log-likelihood of the answer's tokens (nats), [n_prompts] their
     number, [n_prompts] whether each of them is the model's first choice (then greedy decoding gives this answer).
-    Raises InputError where the model returns NaN.
+    Raises InputError where the model returns NaN or lacks a token.
     """
     import torch
 
@@ -108,10 +108,7 @@ def answer_outcomes(
     if config := getattr(model, "config", None):
         batch_tokens = min(batch_tokens, max(1, MOST_LOGITS // config.get_text_config().vocab_size))
     for batch in batches([len(prompt.base_ids) for prompt in prompts], batch_tokens):
-        longest = max(len(prompts[i].base_ids) for i in batch)
-        ids = torch.zeros((len(batch), longest), dtype=torch.long)
-        for row, i in enumerate(batch):
-            ids[row, : len(prompts[i].base_ids)] = torch.from_numpy(prompts[i].base_ids.astype(np.int64))
+        ids = padded_ids(model, [prompts[i].base_ids for i in batch])
         with torch.inference_mode():
             logits = model(input_ids=ids.to(device), use_cache=False).logits
         for row, i in enumerate(batch):

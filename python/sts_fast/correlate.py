@@ -37,7 +37,7 @@ class CorrelationStats:
 
     def __init__(self, sae: SAE, n_targets: int) -> None:
         self.sae: SAE | None = sae
-        self.sae_source = sae.source
+        self.sae_source, self.sae_fingerprint = sae.source, sae.fingerprint
         self.sum_h: Doubles = np.zeros(sae.d_sae)
         self.sum_sq_h: Doubles = np.zeros(sae.d_sae)
         self.n_fired: NDArray[np.int64] = np.zeros(sae.d_sae, np.int64)
@@ -97,10 +97,10 @@ class CorrelationStats:
         return (covariance / np.sqrt(np.outer(spread_h, spread_y))).T
 
     def __add__(self, other: CorrelationStats) -> CorrelationStats:
-        if self.sae_source != other.sae_source or self.sum_hy.shape != other.sum_hy.shape:
+        if self.sae_fingerprint != other.sae_fingerprint or self.sum_hy.shape != other.sum_hy.shape:
             raise ValueError("statistics of different SAEs or numbers of targets cannot be added")
         total = object.__new__(CorrelationStats)
-        total.sae, total.sae_source = self.sae, self.sae_source
+        total.sae, total.sae_source, total.sae_fingerprint = self.sae, self.sae_source, self.sae_fingerprint
         mine, theirs = (self, other) if self.n_tokens else (other, self)
         # Sums of y about the other's origin o' are about mine, o, after adding (o' - o) per row.
         move = (theirs.origin - mine.origin) if theirs.n_tokens else np.zeros_like(mine.origin)
@@ -117,17 +117,21 @@ class CorrelationStats:
     def save(self, path: str | Path, **more: NDArray[np.int64]) -> None:
         """Writes the sums as safetensors, with `more` arrays beside them. Raises InputError where that fails."""
         arrays: dict[str, NDArray[Any]] = {name: getattr(self, name) for name in (*_SUMS, "n_fired", "origin")}
-        metadata = {"n_tokens": str(self.n_tokens), "sae_source": self.sae_source}
+        metadata = {
+            **{"n_tokens": str(self.n_tokens)},
+            **{"sae_source": self.sae_source, "sae_fingerprint": self.sae_fingerprint},
+        }
         files.save_arrays(path, {**arrays, **more}, {"kind": "CorrelationStats", "version": "1", **metadata})
 
     @classmethod
     def load(cls, path: str | Path, sae: SAE | None = None) -> CorrelationStats:
         """Statistics saved by `save`; with their SAE they can be updated further.
 
-        Raises InputError where the file is not such a file or belongs to an SAE of another width.
+        Raises InputError where the file is not such a file or belongs to another SAE.
         """
         arrays, metadata = files.load_arrays(path, "CorrelationStats")
         stats = object.__new__(cls)
+        stats.sae_fingerprint = metadata.get("sae_fingerprint", "")
         stats.sae, stats.sae_source, stats.n_tokens = sae, metadata["sae_source"], int(metadata["n_tokens"])
         for name in (*_SUMS, "n_fired", "origin"):
             if name not in arrays:
@@ -135,6 +139,8 @@ class CorrelationStats:
             setattr(stats, name, arrays[name])
         if sae is not None and sae.d_sae != len(stats.sum_h):
             raise InputError(f"{path} has statistics of {len(stats.sum_h)} features, but the SAE has {sae.d_sae}")
+        if sae is not None and sae.fingerprint != stats.sae_fingerprint:
+            raise InputError(f"{path} has statistics of another SAE ({stats.sae_source or 'one in memory'})")
         return stats
 
 

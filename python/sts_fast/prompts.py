@@ -177,12 +177,12 @@ def build_prompts(
     """Prompts of a random sample of `limit` queries that fit into the model's context, in the order of the set.
 
     The tokens read are, for `tokens`:
-      query   those of the query's own turn: what its prompt has in common, at the end, with one that carries
-              demonstrations (longest common token suffix)
+      query   those of the query's own conversation: what its prompt has in common, at the end, with one that carries
+              demonstrations (longest common token suffix); earlier turns of the same conversation belong to it
       last    the last of these
       answer  those of the answer, which is put after the query
       all     query and answer, where there is one
-    never special tokens. Which examples are drawn depends on `seed`, the examples and the context length alone.
+    never special tokens. Which examples are drawn depends on `seed`, the examples, and which of them fit.
 
     Raises ValueError for an unknown token class.
     """

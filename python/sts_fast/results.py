@@ -212,7 +212,7 @@ def validate_scores(scores: dict[str, Any]) -> None:
 def prepare_folder(folder: Path) -> None:
     """Makes sure that results can be written to `folder`, before any work is done. Raises InputError where not."""
     if folder == Path():
-        raise InputError("the output folder has no name: give one with --output")
+        raise InputError("results need a folder of their own: give one with --output")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -227,10 +227,15 @@ def _plain(record: DomainScore | ShiftedFeature) -> dict[str, Any]:
 
 
 def hashed_inputs(role: str, paths: Iterable[str | Path]) -> list[dict[str, str]]:
-    """Role, path and SHA-256 of input files; a folder stands for the files directly in it."""
+    """Role, path and SHA-256 of input files.
+
+    A folder of examples stands for all files in and below it, that of a model or SAE for the files directly in it:
+    below lie copies in other formats.
+    """
     entries = []
     for path in map(Path, paths):
-        for file in sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path]:
+        found = path.glob("*" if role in ("model", "tuned", "sae") else "**/*")
+        for file in sorted(file for file in found if file.is_file()) if path.is_dir() else [path]:
             entries.append({"role": role, "path": str(file), "sha256": files.sha256(file)})
     return entries
 

@@ -213,8 +213,7 @@ def compare(
         raise ValueError("a model in memory needs its tokenizer: score(..., tokenizer=...)")
     decoder = _decoder(model, sae, settings, name="the model")
     tuned_decoder = None if tuned is None else _decoder(tuned, sae, settings, name="the tuned model")
-    head = model if isinstance(model, (str, Path)) else model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if settings.controls == "all" and head is None:
+    if settings.controls == "all" and not isinstance(model, (str, Path)) and model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
         raise InputError(
             "the base model's loss and accuracy need its head: give a model with one, or --controls features"
         )
@@ -265,7 +264,10 @@ def compare(
 
     shown = sorted({int(j) for shift in shifts for j in shift.top[: explain.N_FEATURES]})
     promoted = _promoted_tokens(decoder, sae, shown, tokenizer, model if isinstance(model, (str, Path)) else None)
-    provenance = {"model": model, "tuned": tuned, "sae": sae.source, "domains": domains, "demos": demos or {}}
+    provenance = {
+        **{"model": model, "tuned": tuned, "sae": sae.source, "labels": settings.labels},
+        **{"domains": domains, "demos": demos or {}},
+    }
     return {
         shift.name: _forecast(
             decoder,
@@ -344,6 +346,9 @@ def _read_sets(
     if isinstance(sets, Mapping):
         return {name: fields.read(name, source) for name, source in sets.items()}
     if not sets:
+        for name in (*fields.question, *fields.answer):
+            if name and name not in other_names:
+                raise InputError(f"a field is named for '{name}', but the sets are {', '.join(other_names)}")
         return {}
     return load_domains(sets, question_fields=fields.question, answer_fields=fields.answer, other_names=other_names)
 
@@ -641,6 +646,7 @@ def _forecast(
             "d_in": decoder.d_in,
             "dtype": str(next(decoder.model.parameters()).dtype).removeprefix("torch."),
             "context_length": decoder.context_length,
+            "revision": getattr(decoder.model.config, "_commit_hash", None),
         },
         sae={
             "source": sae.source,

@@ -48,7 +48,7 @@ class ShiftStats:
 
     def __init__(self, sae: SAE, *, columns: NDArray[np.int64] | None = None, n_replicates: int = 0) -> None:
         self.sae: SAE | None = sae
-        self.sae_source = sae.source
+        self.sae_source, self.sae_fingerprint = sae.source, sae.fingerprint
         self.d_sae = sae.d_sae
         if columns is not None and not np.issubdtype(np.asarray(columns).dtype, np.integer):
             raise ValueError("columns must be whole numbers, the indices of features")
@@ -115,14 +115,13 @@ class ShiftStats:
         return self.columns[top_indices(self.sum_sq_shift, n)]
 
     def __add__(self, other: ShiftStats) -> ShiftStats:
-        if (self.sae_source, self.d_sae) != (other.sae_source, other.d_sae) or not np.array_equal(
-            self.columns, other.columns
-        ):
+        if self.sae_fingerprint != other.sae_fingerprint or not np.array_equal(self.columns, other.columns):
             raise ValueError("statistics of different SAEs or features cannot be added")
         if self.weighted_sq_shift.shape != other.weighted_sq_shift.shape:
             raise ValueError("statistics with different numbers of replicates cannot be added")
         total = object.__new__(ShiftStats)
-        total.sae, total.sae_source, total.d_sae, total._subset = self.sae, self.sae_source, self.d_sae, self._subset
+        total.sae, total.sae_source, total.sae_fingerprint = self.sae, self.sae_source, self.sae_fingerprint
+        total.d_sae, total._subset = self.d_sae, self._subset
         for name in (*_ARRAYS, "n_tokens"):
             setattr(total, name, getattr(self, name) + getattr(other, name))
         return total
@@ -132,20 +131,26 @@ class ShiftStats:
         arrays: dict[str, NDArray[Any]] = {name: getattr(self, name) for name in _ARRAYS}
         if self._subset is not None:
             arrays["columns"] = self._subset
-        metadata = {"n_tokens": str(self.n_tokens), "d_sae": str(self.d_sae), "sae_source": self.sae_source}
+        metadata = {
+            **{"n_tokens": str(self.n_tokens), "d_sae": str(self.d_sae)},
+            **{"sae_source": self.sae_source, "sae_fingerprint": self.sae_fingerprint},
+        }
         files.save_arrays(path, {**arrays, **more}, {"kind": "ShiftStats", "version": "1", **metadata})
 
     @classmethod
     def load(cls, path: str | Path, sae: SAE | None = None) -> ShiftStats:
         """Statistics saved by `save`; with their SAE they can be updated further.
 
-        Raises InputError where the file is not such a file or belongs to an SAE of another width.
+        Raises InputError where the file is not such a file or belongs to another SAE.
         """
         arrays, metadata = files.load_arrays(path, "ShiftStats")
         stats = object.__new__(cls)
+        stats.sae_fingerprint = metadata.get("sae_fingerprint", "")
         stats.sae, stats.sae_source, stats.d_sae = sae, metadata["sae_source"], int(metadata["d_sae"])
         if sae is not None and sae.d_sae != stats.d_sae:
             raise InputError(f"{path} has statistics of {stats.d_sae} features, but the SAE has {sae.d_sae}")
+        if sae is not None and sae.fingerprint != stats.sae_fingerprint:
+            raise InputError(f"{path} has statistics of another SAE ({stats.sae_source or 'one in memory'})")
         stats._subset = arrays.pop("columns", None)  # type: ignore[assignment]
         stats.n_tokens = int(metadata["n_tokens"])
         for name in _ARRAYS:

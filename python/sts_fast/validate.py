@@ -38,6 +38,8 @@ GOOD = 0.7
 ENOUGH_POWER = 0.8
 # Pairwise comparisons at a time when ranking; bounds the memory.
 RANK_BLOCK = 4_000_000
+# No score and no change is as large; squares of what is overflow.
+LARGEST = 1e100
 # Characters of a line of text.
 LINE = 79
 
@@ -279,6 +281,8 @@ def _read_scores(source: Scores, estimator: str) -> tuple[dict[str, Number], dic
                 f"{', '.join(key.removeprefix('sts_') for key in held) or 'none'}"
             )
         interval = domain.get(f"sts_{estimator}_ci")
+        if interval is not None and not (isinstance(interval, list) and len(interval) == 2):
+            raise InputError(f"{where} holds an interval of '{domain['name']}' that is no pair of numbers")
         scores[domain["name"]] = (value, *interval) if interval else value
         for control, entry in (domain.get("controls") or {}).items():
             for label, number in _control_values(control, entry, f"sts_{estimator}"):
@@ -356,7 +360,7 @@ def _outcome_arrays(outcomes: Mapping[str, Outcome]) -> tuple[Doubles, Doubles]:
 
 
 def _finite(what: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not math.fabs(value) < LARGEST:
         raise InputError(f"{what} is {value}, not a number")
     return float(value)
 

@@ -21,9 +21,8 @@ enum class Activation { relu, jumprelu, gated, topk };
 ///   relu       h_j = max(pre_j, 0)
 ///   jumprelu   h_j = pre_j where pre_j > max(threshold[j], 0), else 0
 ///   gated      h_j = max(pre_j, 0) where p + gate_bias[j] > 0, else 0
-///   topk       h_j = max(pre_j, 0) where pre_j is among the k largest of its row, else 0; of equal values
-///   the
-///              lower column wins
+///   topk       h_j = max(pre_j, 0) where pre_j is among the k largest of its row, else 0;
+///              of equal values the lower column wins
 ///
 /// W_enc      [d_in, d_sae] f32 or bf16   borrowed: it must outlive the encoder; one of its strides is 1
 /// bias       [d_sae] f32

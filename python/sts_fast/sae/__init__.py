@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -92,6 +93,18 @@ class SAE:
     @property
     def d_sae(self) -> int:
         return int(self.W_enc.shape[1])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256, in hexadecimal, of what the encoder computes with: all vectors and three rows of W_enc."""
+        digest = hashlib.sha256(f"{self.architecture} {self.W_enc.dtype} {self.k} {self.apply_b_dec_to_input}".encode())
+        rows = (self.W_enc[i] for i in sorted({0, self.d_in // 2, self.d_in - 1}))
+        vectors = (self.b_enc, self.b_dec, self.threshold, self.r_mag, self.b_mag, self.b_gate, self.W_dec_norm)
+        for values in (*rows, *vectors):
+            if values is not None:
+                as_float = values.astype(np.float32) if isinstance(values, np.ndarray) else values.float().numpy()
+                digest.update(np.ascontiguousarray(as_float).tobytes())
+        return digest.hexdigest()
 
     @cached_property
     def hook_layer(self) -> int | None:
