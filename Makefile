@@ -19,9 +19,10 @@ help:
 
 install: $(VENV)/installed
 
-$(VENV)/build_tools: constraints.txt
+# setuptools builds what sae-lens brings as source only.
+$(VENV)/build_tools: constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt scikit-build-core pybind11 cmake ninja
+	$(BIN)/pip install -q -c constraints.txt scikit-build-core pybind11 cmake ninja setuptools
 	@touch $@
 
 # Not editable: the tests see what a user installs. CMake's tree in build/ is kept, so that only changed files compile.

@@ -164,7 +164,10 @@ def make_scores(n: int = 6, seed: int = 0) -> dict[str, Any]:
     top = np.argsort(-importance, kind="stable")[:TOP_N]
     return {
         "schema_version": results.SCHEMA_VERSION,
-        "model": {"name": "models/deep/a-model", "layer": 3, "d_in": 64, "dtype": "float32", "context_length": 512},
+        "model": {
+            "name": "models/deep/a-model", "layer": 3, "d_in": 64, "dtype": "float32", "context_length": 512,
+            "revision": None,
+        },
         "sae": {
             "source": "saes/of/the-sae", "architecture": "topk", "d_in": 64, "d_sae": D_SAE, "k": 8,
             "hook_name": "model.layers.3", "mean_l0": 8.0,
