@@ -14,7 +14,8 @@ help:
 	@echo 'make test     lint, then all tests, against the installed package'
 	@echo 'make lint     ruff, clang-format and mypy, nothing rewritten'
 	@echo 'make format   rewrite all files in the format that lint asks for'
-	@echo 'make demo     a forecast on a small random model, or on MODEL= SAE= TRAIN= DOMAINS="a.jsonl b=c.jsonl"'
+	@echo 'make demo     forecasts on a small embedded model, beside real fine-tuning'
+	@echo '              MODEL= SAE= TRAIN= DOMAINS="a.jsonl b=c.jsonl": a forecast on these instead'
 	@echo 'make clean    remove the environment and what was built'
 
 install: $(VENV)/installed
@@ -45,9 +46,17 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
+# The embedded world; or, with MODEL and SAE, a forecast for these, on toy questions where there is no other data.
+QUESTIONS = build/toy_questions
 demo: $(VENV)/installed
-	$(BIN)/python examples/random_demo.py $(if $(MODEL),--model '$(MODEL)') $(if $(SAE),--sae '$(SAE)') \
-	  $(if $(TRAIN),--train '$(TRAIN)') $(if $(DOMAINS),--domains $(DOMAINS))
+ifdef MODEL
+	$(BIN)/python examples/toy_questions.py $(QUESTIONS)
+	$(BIN)/sts-fast score --model '$(MODEL)' --sae '$(SAE)' \
+	  --train '$(or $(TRAIN),$(QUESTIONS)/addition.jsonl)' \
+	  $(foreach domain,$(or $(DOMAINS),$(QUESTIONS)),--domains '$(domain)') --shots 1 --domain-shots 1 --output demo-run
+else
+	$(BIN)/sts-fast demo --output demo-run
+endif
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

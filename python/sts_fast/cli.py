@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -19,13 +20,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from sts_fast import __version__, _cpu, backend, files, results
+from sts_fast import __version__, _cpu, backend, files, organism, results
+from sts_fast.demo import PREDICTORS, PRIMARY, SCORE, Demo, run_demo
 from sts_fast.encode import encode
 from sts_fast.errors import InputError
-from sts_fast.report import build_report
+from sts_fast.report import REPORT_FILE, build_report
 from sts_fast.results import ESTIMATORS, Forecast
 from sts_fast.sae import SAE, load_sae
 from sts_fast.score import compare as run_compare
+from sts_fast.validate import Z_95
 from sts_fast.validate import validate as run_validate
 
 if TYPE_CHECKING:
@@ -299,6 +302,30 @@ def report(run: Annotated[Path, typer.Argument(help="Folder that sts-fast score 
 
 
 @app.command()
+def demo(
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Fine-tunings on each training set.")] = 1,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the first fine-tuning, and of --retrain.")] = 0,
+    heavy: Annotated[bool, typer.Option("--heavy", help="Train five times as long at a higher rate.")] = False,
+    retrain: Annotated[bool, typer.Option("--retrain", help="Make the model and SAE again first: minutes.")] = False,
+    output: OutputOption = Path("sts-fast-demo"),
+    as_json: JsonOption = False,
+) -> None:
+    """Forecast, really fine-tune and compare, on a small model that comes with the package."""
+    results.prepare_folder(output)
+    folder = output / "organism" if retrain else None
+    with _progress("steps") as tell:
+        if folder is not None:
+            organism.train(seed, folder, tell)
+        result = run_demo(n_seeds=seeds, seed=seed, heavy=heavy, folder=folder, progress=tell)
+    result.save(output)
+    if as_json:
+        sys.stdout.write(results.to_json(result.to_dict()))
+    else:
+        _print_demo(result)
+    err.print(f"Open {output / REPORT_FILE}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
 def doctor(
     sae: Annotated[str | None, typer.Option("--sae", help="Also read this SAE and say what was understood.")] = None,
     layer: LayerOption = None,
@@ -435,13 +462,13 @@ def _fields(option: str, values: list[str] | None) -> dict[str, str]:
 
 
 @contextmanager
-def _progress() -> Iterator[Tell]:
+def _progress(unit: str = "prompts") -> Iterator[Tell]:
     if not err.is_terminal:
         yield lambda stage, done, total: None
         return
     columns = (
         SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
-        TextColumn("prompts"), TimeElapsedColumn(),
+        TextColumn(unit), TimeElapsedColumn(),
     )  # fmt: skip
     with Progress(*columns, console=err, transient=True) as bars:
         tasks: dict[str, Any] = {}
@@ -526,10 +553,46 @@ def _print_comparison(comparison: dict[str, Any]) -> None:
     )
 
 
+def _print_demo(demo: Demo) -> None:
+    trial = demo.trials[0]
+    rows = sorted(trial.validation.domains, key=lambda row: -row.score)
+    table = Table(title=f"Trained on {trial.train}: forecast, made before, and outcome", title_justify="left", width=79)
+    for name in ("domain", f"{SCORE} [95%]", "change of P(correct) ± 95%"):
+        table.add_column(name, justify="left" if name == "domain" else "right", no_wrap=True)
+    for row in (*rows[:7], None, *rows[-3:]):
+        if row is None:
+            table.add_row(f"... {len(rows) - 10} more", "...", "...")
+            continue
+        low, high = row.score_ci or (row.score, row.score)
+        noise = "" if row.outcome.stderr is None else f" ± {Z_95 * row.outcome.stderr:.3f}"
+        table.add_row(row.name, f"{row.score:.3g} [{low:.3g}, {high:.3g}]", f"{row.outcome.change:+.3f}{noise}")
+    out.print(table)
+    table = Table(title=f"Correlation with {PRIMARY}, over domains", title_justify="left", width=79)
+    for name in ("number", "mean r", "lowest", "highest", "above zero"):
+        table.add_column(name, justify="left" if name == "number" else "right", no_wrap=True)
+    for predictor in PREDICTORS:
+        spread = demo.spread(PRIMARY, predictor)
+        cells = (f"{value:.2f}" for value in (spread.mean, spread.low, spread.high))
+        table.add_row(predictor, *cells, f"{spread.n_above_zero} of {spread.n}")
+    out.print(table)
+    table = Table(title=f"{SCORE} in each training", title_justify="left", width=79)
+    for name in ("trained on", "own change", "r [95%]", "domains moved"):
+        table.add_column(name, justify="left" if name == "trained on" else "right", no_wrap=True)
+    for trial in demo.trials:
+        pearson, limits = trial.validation.size.pearson, trial.validation.limits
+        name = trial.train if len(demo.trials) == len(demo.forecasts) else f"{trial.train}, seed {trial.seed}"
+        interval = "" if pearson.ci_domains is None else " [{:.2f}, {:.2f}]".format(*pearson.ci_domains)
+        moved = f"{limits.n_distinguishable} of {len(trial.validation.domains)}"
+        table.add_row(name, f"{trial.own_change:+.2f}", f"{pearson.value:.2f}{interval}", moved)
+    out.print(table)
+    for finding in demo.findings():
+        out.print("\n".join(textwrap.wrap(finding, 77, initial_indent="- ", subsequent_indent="  ")), highlight=False)
+
+
 def _print_end(forecasts: list[Forecast], output: Path) -> None:
     for warning in dict.fromkeys(warning for forecast in forecasts for warning in forecast.warnings):
         err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
-    err.print(f"Results are in {output}", highlight=False, markup=False)
+    err.print(f"Results are in {output}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _version(name: str) -> str:

@@ -113,9 +113,10 @@ def answer_outcomes(
             logits = model(input_ids=ids.to(device), use_cache=False).logits
         for row, i in enumerate(batch):
             at = torch.from_numpy(prompts[i].positions.astype(np.int64))
-            log_p = torch.log_softmax(logits[row, at.to(device) - 1].float(), dim=-1).cpu()
+            # In float64, because the loss of an answer that is nearly certain is the difference of near equals.
+            log_p = torch.log_softmax(logits[row, at.to(device) - 1].double(), dim=-1).cpu()
             tokens = ids[row, at]
-            nll[i] = -float(log_p[torch.arange(len(at)), tokens].double().sum())
+            nll[i] = -float(log_p[torch.arange(len(at)), tokens].sum())
             exact[i] = bool((log_p.argmax(dim=-1) == tokens).all())
         if np.isnan(nll[batch]).any():
             raise InputError("the model gives NaN for the answers' likelihood: try --dtype float32")

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sts_fast import files, organism, results
+from sts_fast._version import __version__
 from sts_fast.errors import InputError
-from sts_fast.organism import Abilities
+from sts_fast.organism import Abilities, one_thread
 from sts_fast.outcomes import Outcome
+from sts_fast.report import DEMO_FILE, build_demo_report, build_report
 from sts_fast.results import Forecast
 from sts_fast.score import compare
-from sts_fast.validate import validate
+from sts_fast.validate import Validation, validate
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
     Doubles = NDArray[np.float64]
 
 Progress = Callable[[str, int, int], None]
 
-DEMO_FILE = "demo.json"
 # Chosen before any outcome was looked at: one of each kind of skill, over tags and alphabets.
 TRAINS = (
     "T0.reverse.a",
@@ -45,102 +46,213 @@ N_PROMPTS = 48
 N_TRAIN = 512
 LIGHT, HEAVY = (12, 2e-4), (60, 5e-4)  # steps, learning rate
 
-# What stands beside the forecast: (name shown, how to find it in a domain's scores).
+# What stands beside the outcome: (name shown, how to find it in a domain's scores).
 PREDICTORS: dict[str, tuple[str, ...]] = {
     "STS_act": ("sts_act",),
     "STS_icl": ("sts_icl",),
-    "random features": ("controls", "random", "sts_act"),
-    "low-shift features": ("controls", "low_shift", "sts_act"),
     "most active features": ("controls", "most_active", "sts_act"),
-    "raw activations": ("controls", "raw", "sts_act"),
     "cosine of means": ("controls", "cosine_of_means", "cosine"),
+    "raw activations": ("controls", "raw", "sts_act"),
+    "least shifted features": ("controls", "low_shift", "sts_act"),
+    "random features": ("controls", "random", "sts_act"),
     "base loss": ("controls", "base_loss", "nll"),
     "base accuracy": ("controls", "base_accuracy", "accuracy"),
 }
+SCORE = "STS_act"
+CONTROLS = tuple(name for name in PREDICTORS if not name.startswith("STS_"))
+OUTCOMES = tuple(
+    f"{shots}, {change}"
+    for shots, change in itertools.product(
+        ("zero-shot", "few-shot"),
+        ("|change of P(correct)|", "|change of loss|", "|change of accuracy|", "change of P(correct), signed"),
+    )
+)
+PRIMARY, SIGNED, FEW_SHOT = OUTCOMES[0], OUTCOMES[3], OUTCOMES[4]
+# Correlations as close as this are called equal.
+CLOSE = 0.05
+# A study of one training set over so few domains, drawn from these, is what the last finding is about.
+FEW_DOMAINS, N_STUDIES = 12, 2000
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One training set, really trained on. Arrays are over the other domains, in the order of `domains`.
+    """One training set, really trained on, and every other domain before and after.
 
-    outcomes:   by outcome ('zero-shot |change of P(correct)|', ...), [n_domains] sizes of the change
-    stderr:     [n_domains] paired standard error of the zero-shot change of P(correct)
+    own_change: change of P(correct), zero-shot, in the domain that was trained on
+    validation: STS_act beside the zero-shot change of P(correct) in each other domain
+    changes:    by outcome, [n_domains] in the order of validation.domains
     r:          by outcome and predictor, Pearson correlation over the domains; None where one of them is constant
-    own_change: zero-shot change of P(correct) in the domain that was trained on
     """
 
     train: str
     seed: int
-    domains: list[str]
-    signed_change: Doubles
-    stderr: Doubles
-    outcomes: dict[str, Doubles]
-    r: dict[str, dict[str, float | None]]
     own_change: float
+    validation: Validation
+    changes: dict[str, Doubles]
+    r: dict[str, dict[str, float | None]]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Correlations of one predictor with one outcome over all trials; NaN where there are none."""
+
+    mean: float
+    low: float
+    high: float
+    n_above_zero: int
+    n: int
 
 
 @dataclass(frozen=True)
 class Demo:
-    """All trials, and the forecasts that they judge, by training set."""
+    """Forecasts by training set, and the trials that judge them.
+
+    steps, lr: of each fine-tuning
+    figures:   what the embedded language model and its SAE can do, as written when they were made
+    """
 
     forecasts: dict[str, Forecast]
     trials: list[Trial]
+    steps: int
+    lr: float
+    figures: dict[str, Any]
 
-    def spread(self, outcome: str, predictor: str) -> tuple[float, float, float, int, int]:
-        """Mean, least and largest r over the trials, in how many it is above zero, and how many there are."""
+    def spread(self, outcome: str, predictor: str) -> Spread:
         values = [r for trial in self.trials if (r := trial.r[outcome][predictor]) is not None]
         if not values:
-            return (float("nan"), float("nan"), float("nan"), 0, 0)
-        return (float(np.mean(values)), min(values), max(values), sum(r > 0 for r in values), len(values))
+            return Spread(float("nan"), float("nan"), float("nan"), 0, 0)
+        return Spread(float(np.mean(values)), min(values), max(values), sum(r > 0 for r in values), len(values))
+
+    def n_ahead(self, control: str) -> int:
+        """In how many trials STS_act goes closer with the primary outcome than the control does."""
+        pairs = [(trial.r[PRIMARY][SCORE], trial.r[PRIMARY][control]) for trial in self.trials]
+        return sum(r is not None and (other is None or r > other) for r, other in pairs)
+
+    def findings(self) -> list[str]:
+        """What these trials show, in sentences."""
+        n, score = len(self.trials), self.spread(PRIMARY, SCORE)
+        reliable = score.mean > 0.2 and score.n_above_zero >= 0.75 * n
+        said = [
+            f"{SCORE} {'goes' if reliable else 'does not reliably go'} with how much P(correct) changes: r = "
+            f"{_r(score.mean)} on average over {n} trainings, from {_r(score.low)} to {_r(score.high)}, above zero in "
+            f"{score.n_above_zero} of {score.n}."
+        ]
+        spreads = {control: self.spread(PRIMARY, control) for control in CONTROLS}
+        rivals = [name for name in CONTROLS if spreads[name].mean > score.mean - CLOSE]
+        beaten = [name for name in CONTROLS if name not in rivals and spreads[name].n]
+        if rivals:
+            said.append(
+                f"As good, and cheaper: {self._beside(rivals)}. Where that holds, {SCORE} adds little to what the "
+                "training questions alone tell."
+            )
+        if beaten:
+            said.append(f"Behind it: {self._beside(beaten)}.")
+        low, high = self._few_domains()
+        said.append(
+            f"One training set is no test. A study of one of them and {FEW_DOMAINS} of these domains would have "
+            f"reported anything from r = {_r(low)} to {_r(high)} (95% of such studies)."
+        )
+        signed = self.spread(SIGNED, SCORE)
+        falls = float(np.mean([(trial.changes[SIGNED] < 0).mean() for trial in self.trials]))
+        said.append(
+            f"It forecasts size, not direction: {falls:.0%} of the changes were losses, and r with the signed change "
+            f"is {_r(signed.mean)} on average, {_r(signed.low)} to {_r(signed.high)}."
+        )
+        few = self.spread(FEW_SHOT, SCORE)
+        said.append(
+            f"Where the questions come with demonstrations, r with the change of P(correct) is {_r(few.mean)} on "
+            f"average, {_r(few.low)} to {_r(few.high)}."
+        )
+        said.append(
+            "This is one tiny world and one way of training: it shows how the tool works and how to doubt it, not that "
+            "it holds for your model."
+        )
+        return said
+
+    def _beside(self, controls: Sequence[str]) -> str:
+        listed = (f"{name}, r = {_r(self.spread(PRIMARY, name).mean)} ({self.n_ahead(name)})" for name in controls)
+        return f"{'; '.join(listed)} (in brackets: in how many of {len(self.trials)} trainings {SCORE} is ahead)"
+
+    def _few_domains(self) -> tuple[float, float]:
+        """Middle 95% of r over studies of one training, drawn at random, and 12 domains, drawn without replacement."""
+        rng = np.random.default_rng(0)
+        found = []
+        for drawn in rng.integers(len(self.trials), size=N_STUDIES):
+            rows = self.trials[drawn].validation.domains
+            chosen = [rows[i] for i in rng.choice(len(rows), FEW_DOMAINS, replace=False)]
+            r = _pearson(
+                np.asarray([row.score for row in chosen]), np.asarray([abs(row.outcome.change) for row in chosen])
+            )
+            found += [r] if r is not None else []
+        low, high = np.percentile(found, [2.5, 97.5])
+        return float(low), float(high)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as in demo.json."""
-        outcomes = list(self.trials[0].outcomes)
+        """What demo.json holds."""
         return {
             "schema_version": results.SCHEMA_VERSION,
+            "versions": {"sts_fast": __version__},
+            "organism": self.figures,
+            "training": {"steps": self.steps, "lr": self.lr},
+            "n_questions": N_QUESTIONS,
+            "primary": PRIMARY,
+            "score": SCORE,
+            "findings": self.findings(),
+            "summary": {
+                outcome: {predictor: _summary(self.spread(outcome, predictor)) for predictor in PREDICTORS}
+                for outcome in OUTCOMES
+            },
             "trials": [
                 {
                     "train": trial.train,
                     "seed": trial.seed,
                     "own_change": trial.own_change,
-                    "domains": trial.domains,
-                    "signed_change": trial.signed_change.tolist(),
-                    "stderr": trial.stderr.tolist(),
-                    "outcomes": {name: sizes.tolist() for name, sizes in trial.outcomes.items()},
                     "r": trial.r,
+                    "r_ci_domains": _listed(trial.validation.size.pearson.ci_domains),
+                    "n_distinguishable": trial.validation.limits.n_distinguishable,
+                    "domains": [row.name for row in trial.validation.domains],
+                    "changes": {outcome: values.tolist() for outcome, values in trial.changes.items()},
                 }
                 for trial in self.trials
             ],
-            "summary": {
-                outcome: {
-                    predictor: dict(
-                        zip(
-                            ("mean_r", "min_r", "max_r", "n_above_zero", "n"),
-                            (None if value != value else value for value in self.spread(outcome, predictor)),
-                            strict=True,
-                        )
-                    )
-                    for predictor in PREDICTORS
-                }
-                for outcome in outcomes
-            },
         }
 
+    def save(self, folder: str | Path) -> None:
+        """Writes a run with its validation and report for each training set, and over all demo.json and report.html.
 
+        A training set that was trained on with several seeds is held against the first. Raises InputError where the
+        folder cannot be written to.
+        """
+        folder = Path(folder)
+        results.prepare_folder(folder)
+        for train, forecast in self.forecasts.items():
+            trial = next(trial for trial in self.trials if trial.train == train)
+            forecast.save(folder / train)
+            with files.atomic_path(folder / train / results.VALIDATION_FILE) as path:
+                path.write_text(results.to_json(trial.validation.to_dict()), encoding="utf-8")
+            build_report(folder / train)
+        with files.atomic_path(folder / DEMO_FILE) as path:
+            path.write_text(results.to_json(self.to_dict()), encoding="utf-8")
+        build_demo_report(folder)
+
+
+@one_thread()
 def run_demo(
     *,
     trains: Sequence[str] = TRAINS,
-    seeds: Sequence[int] = (0,),
+    n_seeds: int = 1,
+    seed: int = 0,
     heavy: bool = False,
     folder: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Demo:
     """Forecasts for each training set over all other domains, really fine-tunes on each, and measures every domain.
 
-    trains: domains of the embedded world to train on
-    seeds:  of the fine-tuning; each gives a trial per training set
-    heavy:  60 steps at a rate of 5e-4 instead of 12 at 2e-4
-    folder: model and SAE made again by `organism.train`; by default those in the package
+    trains:  domains of the embedded world to train on
+    n_seeds: fine-tunings on each, which differ in the questions drawn and their order
+    seed:    of the first of them
+    heavy:   60 steps at a rate of 5e-4 instead of 12 at 2e-4
+    folder:  model and SAE made by `organism.train`; by default those in the package
 
     Raises InputError for a domain that the world does not have, or a folder without model and SAE.
     """
@@ -148,14 +260,13 @@ def run_demo(
         if train not in organism.DOMAINS:
             raise InputError(f"the embedded world has no domain '{train}'")
     tell = progress or (lambda stage, done, total: None)
-    model_folder = organism.model_folder() if folder is None else Path(folder) / "model"
-    sae_folder = organism.sae_folder() if folder is None else Path(folder) / "sae"
-    model, tokenizer = organism.load_model(model_folder)
+    folder = organism.weights_folder() if folder is None else Path(folder)
+    model, tokenizer = organism.load_model(folder / "model")
     domains = {name: organism.examples(name, N_PROMPTS + SHOTS, seed=1) for name in organism.DOMAINS}
     forecasts = compare(
-        model=model_folder,
-        sae=sae_folder,
-        trains={f"train {name}": domains[name] for name in trains},
+        model=folder / "model",
+        sae=folder / "sae",
+        trains={f"train on {name}": domains[name] for name in trains},
         domains=domains,
         shots=SHOTS,
         domain_shots=SHOTS,
@@ -164,38 +275,20 @@ def run_demo(
         controls="all",
         progress=progress,
     )
+    steps, lr = HEAVY if heavy else LIGHT
     before = _abilities(model, tokenizer)
     trials = []
-    for number, (train, seed) in enumerate((train, seed) for train in trains for seed in seeds):
-        steps, lr = HEAVY if heavy else LIGHT
-        questions = organism.examples(train, N_TRAIN, seed=1000 + seed)
-        tuned = organism.fine_tune(model, tokenizer, questions, steps=steps, lr=lr, seed=seed)
-        after = _abilities(tuned, tokenizer)
-        trials.append(_trial(train, seed, forecasts[f"train {train}"], before, after))
-        tell("fine-tuning", number + 1, len(trains) * len(seeds))
-    return Demo(forecasts, trials)
+    for number, (train, offset) in enumerate(itertools.product(trains, range(n_seeds))):
+        questions = organism.examples(train, N_TRAIN, seed=1000 + seed + offset)
+        tuned = organism.fine_tune(model, tokenizer, questions, steps=steps, lr=lr, seed=seed + offset)
+        forecast = forecasts[f"train on {train}"]
+        trials.append(_trial(train, seed + offset, forecast, before, _abilities(tuned, tokenizer)))
+        tell("fine-tuning, really", number + 1, len(trains) * n_seeds)
+    figures = json.loads((folder / organism.FIGURES_FILE).read_text(encoding="utf-8"))
+    return Demo({train: forecasts[f"train on {train}"] for train in trains}, trials, steps, lr, figures)
 
 
-def save_demo(demo: Demo, folder: str | Path) -> None:
-    """Writes each forecast with its validation in a folder of its training set, and demo.json beside them."""
-    folder = Path(folder)
-    results.prepare_folder(folder)
-    for name, forecast in demo.forecasts.items():
-        train = name.removeprefix("train ")
-        trial = next(trial for trial in demo.trials if trial.train == train)
-        others = replace(forecast, domains=[domain for domain in forecast.domains if domain.name != train])
-        others.save(folder / train)
-        outcomes = {
-            domain: Outcome(change=float(change), stderr=float(stderr), n=N_QUESTIONS, paired=True, metric="P(correct)")
-            for domain, change, stderr in zip(trial.domains, trial.signed_change, trial.stderr, strict=True)
-        }
-        with files.atomic_path(folder / train / results.VALIDATION_FILE) as path:
-            path.write_text(results.to_json(validate(others, outcomes).to_dict()), encoding="utf-8")
-    with files.atomic_path(folder / DEMO_FILE) as path:
-        path.write_text(json.dumps(demo.to_dict(), indent=1) + "\n", encoding="utf-8")
-
-
-def _abilities(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, Abilities]:
+def _abilities(model: Any, tokenizer: Any) -> dict[str, Abilities]:
     names = list(organism.DOMAINS)
     return {
         "zero-shot": organism.measure(model, tokenizer, names, shots=0, n=N_QUESTIONS, seed=2),
@@ -208,33 +301,48 @@ def _trial(
 ) -> Trial:
     names = before["zero-shot"].domains
     others = np.asarray([name != train for name in names])
-    outcomes: dict[str, Doubles] = {}
+    changes: dict[str, Doubles] = {}
     for shots in ("zero-shot", "few-shot"):
         old, new = before[shots], after[shots]
-        outcomes |= {
-            f"{shots} |change of P(correct)|": np.abs(new.p_correct - old.p_correct)[others],
-            f"{shots} |change of loss|": np.abs(new.answer_nll - old.answer_nll)[others],
-            f"{shots} |change of accuracy|": np.abs(new.accuracy - old.accuracy)[others],
+        p, loss, accuracy = (
+            getattr(new, what) - getattr(old, what) for what in ("p_correct", "answer_nll", "accuracy")
+        )
+        of_shots = [outcome for outcome in OUTCOMES if outcome.startswith(shots)]
+        changes |= {
+            outcome: values[others]
+            for outcome, values in zip(of_shots, (np.abs(p), np.abs(loss), np.abs(accuracy), p), strict=True)
         }
-    difference = np.exp(after["zero-shot"].log_p) - np.exp(before["zero-shot"].log_p)
-    change, stderr = difference.mean(axis=1), difference.std(axis=1, ddof=1) / np.sqrt(difference.shape[1])
-    scores = {domain["name"]: domain for domain in forecast.to_dict()["domains"]}
+    old_p, new_p = np.exp(before["zero-shot"].log_p), np.exp(after["zero-shot"].log_p)
+    stderr = (new_p - old_p).std(axis=1, ddof=1) / np.sqrt(old_p.shape[1])
+    outcomes = {
+        name: Outcome(
+            change=float(new_p[i].mean() - old_p[i].mean()),
+            before=float(old_p[i].mean()),
+            after=float(new_p[i].mean()),
+            stderr=float(stderr[i]),
+            n=old_p.shape[1],
+            paired=True,
+            metric="P(correct)",
+        )
+        for i, name in enumerate(names)
+    }
+    scores = forecast.to_dict()
+    others_scored = [domain for domain in scores["domains"] if domain["name"] != train]
+    own = outcomes.pop(train)
     predictors = {
-        predictor: np.asarray([_value(scores[name], keys) for name in np.asarray(names)[others]])
+        predictor: np.asarray([_value(domain, keys) for domain in others_scored])
         for predictor, keys in PREDICTORS.items()
     }
     return Trial(
         train=train,
         seed=seed,
-        domains=[name for name in names if name != train],
-        signed_change=change[others],
-        stderr=stderr[others],
-        outcomes=outcomes,
+        own_change=own.change,
+        validation=validate({**scores, "domains": others_scored}, outcomes),
+        changes=changes,
         r={
             outcome: {predictor: _pearson(values, sizes) for predictor, values in predictors.items()}
-            for outcome, sizes in outcomes.items()
+            for outcome, sizes in changes.items()
         },
-        own_change=float(change[~others][0]),
     )
 
 
@@ -249,3 +357,17 @@ def _pearson(x: Doubles, y: Doubles) -> float | None:
     x, y = x - x.mean(), y - y.mean()
     norm = np.sqrt(np.sum(x * x) * np.sum(y * y))
     return float(np.sum(x * y) / norm) if norm > 0 else None
+
+
+def _summary(spread: Spread) -> dict[str, float | int | None]:
+    names = {"mean_r": spread.mean, "min_r": spread.low, "max_r": spread.high}
+    numbers: dict[str, float | int | None] = {name: value if spread.n else None for name, value in names.items()}
+    return {**numbers, "n_above_zero": spread.n_above_zero, "n": spread.n}
+
+
+def _listed(interval: tuple[float, float] | None) -> list[float] | None:
+    return None if interval is None else list(interval)
+
+
+def _r(value: float) -> str:
+    return f"{value:.2f}".replace("-", "−")

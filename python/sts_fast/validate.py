@@ -36,8 +36,6 @@ Z_95 = 1.959963984540054
 # What a good forecast is taken to be: the paper reports .60 to .90.
 GOOD = 0.7
 ENOUGH_POWER = 0.8
-# Pairwise comparisons at a time when ranking; bounds the memory.
-RANK_BLOCK = 4_000_000
 # No score and no change is as large; squares of what is overflow.
 LARGEST = 1e100
 # Characters of a line of text.
@@ -459,16 +457,19 @@ def _r_squared(x: Doubles, y: Doubles) -> Doubles:
 
 
 def _ranks(values: Doubles) -> Doubles:
-    """rank_i = 1/2 + sum_j [v_j < v_i] + 1/2 sum_j [v_j = v_i], which gives ties their mean rank."""
-    rows = np.atleast_2d(values)
-    step = max(1, RANK_BLOCK // rows.shape[1] ** 2)
-    ranks = np.empty(rows.shape)
-    for start in range(0, len(rows), step):
-        block = rows[start : start + step]
-        other = block[:, None, :]
-        lower, equal = other < block[:, :, None], other == block[:, :, None]
-        ranks[start : start + step] = 0.5 + lower.sum(-1) + 0.5 * equal.sum(-1)
-    return ranks.reshape(values.shape)
+    """Ranks from 1 along the last axis; ties get their mean rank."""
+    order = np.argsort(values, axis=-1)
+    ordered = np.take_along_axis(values, order, -1)
+    place = np.broadcast_to(np.arange(values.shape[-1]), values.shape)
+    is_next_larger = ordered[..., 1:] != ordered[..., :-1]
+    first, last = place.copy(), place.copy()  # of the equal values around each place
+    first[..., 1:][~is_next_larger] = 0
+    last[..., :-1][~is_next_larger] = values.shape[-1]
+    first = np.maximum.accumulate(first, -1)
+    last = np.minimum.accumulate(last[..., ::-1], -1)[..., ::-1]
+    ranks = np.empty(values.shape)
+    np.put_along_axis(ranks, order, 1 + (first + last) / 2, -1)
+    return ranks
 
 
 def _leave_one_out(statistic: Statistic, x: Doubles, y: Doubles) -> Interval:

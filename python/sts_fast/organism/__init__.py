@@ -3,13 +3,14 @@
 Everything goes the way of a user's model: a Hugging Face folder, a SAELens folder, examples as text.
 """
 
-from sts_fast.organism.model import load_model, model_folder, sae_folder
-from sts_fast.organism.training import train
+from sts_fast.organism.model import load_model, model_folder, one_thread, sae_folder, weights_folder
+from sts_fast.organism.training import FIGURES_FILE, train
 from sts_fast.organism.tuning import Abilities, fine_tune, measure
 from sts_fast.organism.world import DOMAINS, Domain, examples
 
 __all__ = [
     "DOMAINS",
+    "FIGURES_FILE",
     "Abilities",
     "Domain",
     "examples",
@@ -17,6 +18,8 @@ __all__ = [
     "load_model",
     "measure",
     "model_folder",
+    "one_thread",
     "sae_folder",
     "train",
+    "weights_folder",
 ]

@@ -58,14 +58,19 @@ LEARNING_RATE = 1.5e-3
 OTHER_TOKENS_WEIGHT = 0.05  # of the loss on what no model can foresee, against 1 on the answers
 
 
+def weights_folder() -> Path:
+    """What comes with the package: `model/`, `sae/` and figures.json, as `train` writes them."""
+    return Path(str(files("sts_fast.organism"))) / "weights"
+
+
 def model_folder() -> Path:
     """The language model that comes with the package: a Hugging Face folder."""
-    return Path(str(files("sts_fast.organism"))) / "weights" / "model"
+    return weights_folder() / "model"
 
 
 def sae_folder() -> Path:
     """Its SAE: a SAELens folder."""
-    return Path(str(files("sts_fast.organism"))) / "weights" / "sae"
+    return weights_folder() / "sae"
 
 
 def load_model(folder: str | Path | None = None) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sts_fast import files
 from sts_fast.errors import InputError
 from sts_fast.organism import model as language_model
 from sts_fast.organism import sae as autoencoder
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     Progress = Callable[[str, int, int], None]
 
+FIGURES_FILE = "figures.json"
 LAYER = 1  # the SAE reads the residual stream after the second of the model's four layers
 SHOTS = 4
 N_QUESTIONS = 32  # of each domain
@@ -39,14 +41,14 @@ def train(
     n_steps: int = language_model.N_STEPS,
     n_sae_steps: int = autoencoder.N_STEPS,
 ) -> dict[str, Any]:
-    """Writes `model/`, `sae/` and `figures.json` (what is returned) into the folder.
+    """Writes a folder of `model/`, `sae/` and figures.json (what is returned), in the place of one that is there.
 
     The work is counted in steps, and the same seed gives the same organism on the same machine; it takes
     about six minutes of one core.
     progress: called with (stage, steps done, steps in all)
 
-    Raises InputError, and writes nothing, where the model has not learnt to read its demonstrations: its accuracy with
-    four of them, over all domains, must pass 0.8.
+    Raises InputError, and writes nothing, where the model has not learnt to read its demonstrations (its accuracy with
+    four of them, over all domains, must pass 0.8) or the folder cannot be written.
     """
     tell = progress or (lambda stage, done, total: None)
     model = language_model.train_language_model(seed, tell, n_steps)
@@ -70,10 +72,10 @@ def train(
         "shots": SHOTS,
         "sae": autoencoder.quality(sae, _residual_rows(model, 20_000, rng)),
     }
-    folder = Path(folder)
-    language_model.save_model(model, folder / "model")
-    autoencoder.save_sae(sae, folder / "sae", layer=LAYER, model_name="sts-fast-organism")
-    (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    with files.atomic_folder(folder) as temporary:
+        language_model.save_model(model, temporary / "model")
+        autoencoder.save_sae(sae, temporary / "sae", layer=LAYER, model_name="sts-fast-organism")
+        (temporary / FIGURES_FILE).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return figures
 
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import re
-from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from markupsafe import Markup
-
 from sts_fast import files
-from sts_fast.report import controls, features, numbers, outcome, ranking
+from sts_fast.report import controls, features, outcome, ranking
+from sts_fast.report.demo import DEMO_FILE, REPORT_FILE, build_demo_report
+from sts_fast.report.page import render
 from sts_fast.report.run import Run, read_run
 
-REPORT_FILE = "report.html"
+__all__ = ["DEMO_FILE", "REPORT_FILE", "build_demo_report", "build_report", "short_name"]
+
 TEMPLATE = "report.html.j2"
-STYLE = "report.css"
 
 
 def build_report(folder: str | Path) -> Path:
@@ -27,33 +26,10 @@ def build_report(folder: str | Path) -> Path:
     Raises InputError where the folder holds no run, a file is damaged or of another version, or nothing can be written.
     """
     folder = Path(folder)
-    page = _render(read_run(folder))
+    page = render(TEMPLATE, **_content(read_run(folder)))
     with files.atomic_path(folder / REPORT_FILE) as path:
         path.write_text(page, encoding="utf-8", newline="\n")
     return folder / REPORT_FILE
-
-
-def _render(run: Run) -> str:
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {
-        name: getattr(numbers, name)
-        for name in (
-            "significant", "interval", "correlation", "correlations", "chance", "percent", "count", "counted",
-            "visible_token", "visible_context",
-        )
-    }  # fmt: skip
-    source = resources.files("sts_fast.report")
-    style = source.joinpath(STYLE).read_text(encoding="utf-8")
-    template = environment.from_string(source.joinpath(TEMPLATE).read_text(encoding="utf-8"))
-    return template.render(style=Markup(style), **_content(run))
 
 
 def _content(run: Run) -> dict[str, Any]:

@@ -98,9 +98,19 @@ def bars(name: str, rows: Sequence[Bar], scale: Scale, *, title: str, descriptio
 
 
 def dots(
-    name: str, rows: Sequence[Bar], scale: Scale, marks: Sequence[tuple[str, float]], *, title: str, description: str
+    name: str,
+    rows: Sequence[Bar],
+    scale: Scale,
+    marks: Sequence[tuple[str, float]] = (),
+    *,
+    n_filled: int = 1,
+    title: str,
+    description: str,
 ) -> Markup:
-    """One dot per row with a whisker for its interval; `marks` are lines over all rows, as (class, value)."""
+    """One dot per row, the first ones filled, with a whisker for its interval.
+
+    marks: lines over all rows, as (class, value)
+    """
     height = ROW * len(rows)
     parts = [_grid(scale, height)]
     for kind, value in marks:
@@ -111,7 +121,7 @@ def dots(
         parts.append(_row_text(row.name, row.text, i * ROW + 15))
         parts.append(_whisker(scale, row.interval, middle))
         parts.append(
-            _tag("circle", cx=_pc(scale.at(row.value)), cy=middle, r=5, class_="dot" if i == 0 else "dot other")
+            _tag("circle", cx=_pc(scale.at(row.value)), cy=middle, r=5, class_="dot" if i < n_filled else "dot other")
         )
     return _svg(name, height, title, description, parts, class_="rows")
 
