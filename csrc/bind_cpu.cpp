@@ -182,8 +182,8 @@ class Encoder {
         if (name == "none") return sts::InputNorm::none;
         if (name == "layer_norm") return sts::InputNorm::layer_norm;
         if (name == "constant_norm_rescale") return sts::InputNorm::constant_norm_rescale;
-        throw std::invalid_argument(
-            "input_norm must be 'none', 'layer_norm' or 'constant_norm_rescale', got '" + name + "'");
+        throw std::invalid_argument("input_norm must be 'none', 'layer_norm' or 'constant_norm_rescale', got '" + name +
+                                    "'");
     }
 
     /// Empty where it was not given; `activation` is named where the parameter belongs to one activation
@@ -332,8 +332,7 @@ PYBIND11_MODULE(_cpu, m) {
         .def(py::init<const py::object&, const py::object&, const std::string&, const py::object&, const py::object&,
                       const py::object&, int64_t, const std::string&>(),
              py::arg("W_enc"), py::arg("bias"), py::kw_only(), py::arg("activation"), py::arg("scale") = none,
-             py::arg("threshold") = none, py::arg("gate_bias") = none, py::arg("k") = 0,
-             py::arg("input_norm") = "none")
+             py::arg("threshold") = none, py::arg("gate_bias") = none, py::arg("k") = 0, py::arg("input_norm") = "none")
         .def_property_readonly("d_in", [](const Encoder& self) { return self.core.d_in(); })
         .def_property_readonly("d_sae", [](const Encoder& self) { return self.core.d_sae(); })
         .def_readonly("activation", &Encoder::activation_name)

@@ -20,8 +20,8 @@ class FloatBuffer {
     std::unique_ptr<float, Free> data_;
 };
 
-/// A block of tokens, normalised, as float32 tiles: [tile][block of kBlockK][row of the tile][kRowStride], the rows of one
-/// panel and then the next; see Tile for the order of the rows.
+/// A block of tokens, normalised, as float32 tiles: [tile][block of kBlockK][row of the tile][kRowStride], the rows of
+/// one panel and then the next; see Tile for the order of the rows.
 class PackedRows {
   public:
     PackedRows(const TileKernels& kernels, InputNorm norm, int n_members, int64_t d_in, int64_t max_tokens);

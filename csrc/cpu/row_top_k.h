@@ -9,8 +9,8 @@
 namespace sts::cpu {
 
 /// The exact k largest positive values of each row of a block, or the k largest absolute values for abstopk, found
-/// while its products stream by: each worker keeps at most 2k + one strip of candidates per row, and the k-th largest that it has seen filters
-/// what follows.
+/// while its products stream by: each worker keeps at most 2k + one strip of candidates per row, and the k-th largest
+/// that it has seen filters what follows.
 class RowTopK {
   public:
     /// The stream runs over all columns; `columns`, where given, says which of them the rows keep in the end.

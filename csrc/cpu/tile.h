@@ -26,10 +26,10 @@ struct StripParams {
 /// / 2 rows of base, then the same tokens' rows of other.
 struct Tile {
     const float* values;
-    int n_tokens;   ///< tokens in this tile
-    int n_rows;     ///< packed rows, those of padding included
-    int n_members;  ///< 1, or 2 for paired rows
-    int n_columns;  ///< padded to panel_columns
+    int n_tokens;          ///< tokens in this tile
+    int n_rows;            ///< packed rows, those of padding included
+    int n_members;         ///< 1, or 2 for paired rows
+    int n_columns;         ///< padded to panel_columns
     bool gated, absolute;  ///< the activation is gated, abstopk
     const StripParams* params;
 };
