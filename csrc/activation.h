@@ -30,14 +30,24 @@ struct Gated {
     }
 };
 
-/// A candidate for the row's k largest: `row_threshold` >= 0 bounds the k-th largest positive value from
-/// below.
+/// A candidate for the row's k largest: `row_threshold` >= 0 bounds the k-th largest positive value from below.
 template <class V>
 struct TopKCandidate {
     V scale, bias, row_threshold;
     STS_INLINE V operator()(V p) const {
         const V pre = scale * p + bias;
         return pre > row_threshold ? pre : V{};
+    }
+};
+
+/// The same by absolute value.
+template <class V>
+struct AbsTopKCandidate {
+    V scale, bias, row_threshold;
+    STS_INLINE V operator()(V p) const {
+        const V pre = scale * p + bias;
+        const V size = pre < V{} ? -pre : pre;
+        return size > row_threshold ? pre : V{};
     }
 };
 

@@ -155,14 +155,14 @@ class Borrowed {
 class Encoder {
   public:
     Encoder(const py::object& W_enc, const py::object& bias, const std::string& activation, const py::object& scale,
-            const py::object& threshold, const py::object& gate_bias, int64_t k)
+            const py::object& threshold, const py::object& gate_bias, int64_t k, const std::string& input_norm)
         : activation_name(activation),
           activation_(activation_named(activation)),
           W_enc_(W_enc, "W_enc"),
           core(W_enc_.matrix("[d_in, d_sae]"), activation_, values(bias, "bias", true), values(scale, "scale", false),
                values(threshold, "threshold", activation == "jumprelu", activation),
-               values(gate_bias, "gate_bias", activation == "gated", activation), k) {
-        check(activation == "topk" || k == 0, "k must be 0 for " + activation + ", got " + std::to_string(k));
+               values(gate_bias, "gate_bias", activation == "gated", activation), k, input_norm_named(input_norm)) {
+        check(core.selects_top_k() || k == 0, "k must be 0 for " + activation + ", got " + std::to_string(k));
     }
 
     const std::string activation_name;
@@ -173,7 +173,17 @@ class Encoder {
         if (name == "jumprelu") return sts::Activation::jumprelu;
         if (name == "gated") return sts::Activation::gated;
         if (name == "topk") return sts::Activation::topk;
-        throw std::invalid_argument("activation must be 'relu', 'jumprelu', 'gated' or 'topk', got '" + name + "'");
+        if (name == "abstopk") return sts::Activation::abstopk;
+        throw std::invalid_argument("activation must be 'relu', 'jumprelu', 'gated', 'topk' or 'abstopk', got '" +
+                                    name + "'");
+    }
+
+    static sts::InputNorm input_norm_named(const std::string& name) {
+        if (name == "none") return sts::InputNorm::none;
+        if (name == "layer_norm") return sts::InputNorm::layer_norm;
+        if (name == "constant_norm_rescale") return sts::InputNorm::constant_norm_rescale;
+        throw std::invalid_argument("input_norm must be 'none', 'layer_norm' or 'constant_norm_rescale', got '" + name +
+                                    "'");
     }
 
     /// Empty where it was not given; `activation` is named where the parameter belongs to one activation
@@ -320,9 +330,9 @@ PYBIND11_MODULE(_cpu, m) {
     const py::none none;
     py::class_<Encoder>(m, "Encoder")
         .def(py::init<const py::object&, const py::object&, const std::string&, const py::object&, const py::object&,
-                      const py::object&, int64_t>(),
+                      const py::object&, int64_t, const std::string&>(),
              py::arg("W_enc"), py::arg("bias"), py::kw_only(), py::arg("activation"), py::arg("scale") = none,
-             py::arg("threshold") = none, py::arg("gate_bias") = none, py::arg("k") = 0)
+             py::arg("threshold") = none, py::arg("gate_bias") = none, py::arg("k") = 0, py::arg("input_norm") = "none")
         .def_property_readonly("d_in", [](const Encoder& self) { return self.core.d_in(); })
         .def_property_readonly("d_sae", [](const Encoder& self) { return self.core.d_sae(); })
         .def_readonly("activation", &Encoder::activation_name)

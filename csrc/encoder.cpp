@@ -37,10 +37,11 @@ struct Encoder::CheckedColumns {
 };
 
 Encoder::Encoder(MatrixView W, Activation act, std::vector<float> bias_, std::vector<float> scale_,
-                 std::vector<float> threshold, std::vector<float> gate_bias, int64_t k_)
+                 std::vector<float> threshold, std::vector<float> gate_bias, int64_t k_, InputNorm norm)
     : W_enc(W),
       activation(act),
       k(k_),
+      input_norm(norm),
       bias(column_values(std::move(bias_), W.n_cols, 0, "bias")),
       scale(column_values(std::move(scale_), W.n_cols, 1, "scale")),
       gate(gate_values(act, std::move(threshold), std::move(gate_bias), W.n_cols)),
@@ -51,9 +52,12 @@ Encoder::Encoder(MatrixView W, Activation act, std::vector<float> bias_, std::ve
     check(W.row_stride == 1 || W.col_stride == 1,
           "W_enc must be contiguous along its rows or its columns, got element strides of " +
               std::to_string(W.row_stride) + " and " + std::to_string(W.col_stride));
-    if (act == Activation::topk)
-        check(k >= 1 && k <= W.n_cols,
-              "k must lie in [1, d_sae = " + std::to_string(W.n_cols) + "] for topk, got " + std::to_string(k));
+    if (selects_top_k())
+        check(k >= 1 && k <= W.n_cols, "k must lie in [1, d_sae = " + std::to_string(W.n_cols) + "] for " +
+                                           (act == Activation::topk ? "topk" : "abstopk") + ", got " +
+                                           std::to_string(k));
+    check(norm != InputNorm::layer_norm || W.n_rows >= 2,
+          "input_norm cannot be layer_norm where d_in is 1: a single value has no standard deviation");
 }
 
 Encoder::~Encoder() = default;

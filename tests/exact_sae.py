@@ -16,7 +16,7 @@ from sts_fast.sae import SAE
 
 Doubles = NDArray[np.float64]
 
-ARCHITECTURES = ("standard", "jumprelu", "gated", "topk")
+ARCHITECTURES = ("standard", "jumprelu", "gated", "topk", "abstopk")
 KINDS = (*ARCHITECTURES, "topk, rescaled")
 
 
@@ -36,7 +36,7 @@ def make_sae(kind: str = "standard", *, d_in: int = 24, d_sae: int = 70, k: int 
         # exp of r_mag, rounded to float32, is 1/2, 1 or 2.
         own = {"b_enc": np.zeros(d_sae, np.float32), "r_mag": (np.log(2.0) * whole(-1, 1, d_sae)).astype(np.float32)}
         own |= {"b_mag": whole(-20, 4, d_sae) + fractions, "b_gate": whole(-20, 4, d_sae) + fractions}
-    elif kind.startswith("topk"):
+    elif "topk" in kind:
         own["k"] = k
     if kind == "topk, rescaled":
         own["W_dec_norm"] = whole(0, 1, d_sae) + 1
@@ -56,7 +56,11 @@ def make_acts(n_tokens: int, d_in: int = 24, *, seed: int = 0) -> NDArray[np.flo
 
 def features(sae: SAE, acts: Any) -> Doubles:
     """[n_tokens, d_sae] float64 features, by the equations in the docstring of SAE."""
-    x = np.asarray(acts, np.float64)
+    x = np.asarray(acts, np.float64) * sae.input_scale
+    if sae.input_norm == "layer_norm":
+        x = (x - x.mean(axis=1, keepdims=True)) / (x.std(axis=1, ddof=1, keepdims=True) + 1e-5)
+    elif sae.input_norm == "constant_norm_rescale":
+        x = x * np.sqrt(sae.d_in) / np.sqrt((x**2).sum(axis=1, keepdims=True))
     if sae.apply_b_dec_to_input:
         x = x - sae.b_dec
     p = x @ np.asarray(sae.W_enc, np.float64)
@@ -70,8 +74,10 @@ def features(sae: SAE, acts: Any) -> Doubles:
         return np.where(p + sae.b_gate > 0, np.maximum(scale * p + sae.b_mag, 0), 0)
     if sae.W_dec_norm is not None:
         pre = pre * sae.W_dec_norm
+    absolute = sae.architecture == "abstopk"
     h = np.zeros_like(pre)
     for row, values in enumerate(pre):
-        for j in sorted(range(sae.d_sae), key=lambda j: -values[j])[: sae.k]:
-            h[row, j] = max(values[j], 0)
+        rank = abs(values) if absolute else values
+        for j in sorted(range(sae.d_sae), key=lambda j: -rank[j])[: sae.k]:
+            h[row, j] = values[j] if absolute else max(values[j], 0)
     return h

@@ -88,7 +88,7 @@ def test_sums_are_those_of_dense_float64(kind: str) -> None:
         {
             "sum_h": h.sum(axis=0),
             "sum_sq_h": (h**2).sum(axis=0),
-            "n_fired": (h > 0).sum(axis=0),
+            "n_fired": (h != 0).sum(axis=0),
             "sum_hy": h.T @ y,
             "sum_y": y.sum(axis=0),
             "sum_sq_y": (y**2).sum(axis=0),

@@ -19,7 +19,8 @@ import pytest
 
 from sts_fast import _cpu
 
-ACTIVATIONS = ("relu", "jumprelu", "gated", "topk")
+ACTIVATIONS = ("relu", "jumprelu", "gated", "topk", "abstopk")
+NORMS = ("layer_norm", "constant_norm_rescale")
 SUMS = ("sum_sq_shift", "sum_base", "sum_other", "sum_sq_base", "sum_sq_other")
 COUNTS = ("n_fired_base", "n_fired_other")
 # Exact sums of integers cannot overflow float32 products; random values are compared with a margin instead.
@@ -53,7 +54,16 @@ class Problem:
     """A random encoder, paired rows, weights, and the features as float64 says they are."""
 
     def __init__(
-        self, activation: str, n: int, d_in: int, d_sae: int, *, values: str = REAL, columns: Any = None, seed: int = 0
+        self,
+        activation: str,
+        n: int,
+        d_in: int,
+        d_sae: int,
+        *,
+        values: str = REAL,
+        columns: Any = None,
+        seed: int = 0,
+        input_norm: str = "none",
     ) -> None:
         rng = np.random.default_rng([seed, n, d_in, d_sae, ACTIVATIONS.index(activation)])
         if values == INTEGER:
@@ -77,13 +87,13 @@ class Problem:
             threshold, gate_bias = normal(0.5, d_sae), normal(0.5, d_sae)
             self.weights = rng.standard_normal((n, 3))
         self.activation, self.n, self.d_sae = activation, n, d_sae
-        self.parameters: dict[str, Any] = {"scale": self.scale}
+        self.parameters: dict[str, Any] = {"scale": self.scale, "input_norm": input_norm}
         self.k = min(7, d_sae)
         if activation == "jumprelu":
             self.parameters["threshold"] = threshold
         elif activation == "gated":
             self.parameters["gate_bias"] = gate_bias
-        elif activation == "topk":
+        elif activation in ("topk", "abstopk"):
             self.parameters["k"] = self.k
         self.columns = columns
         self.n_columns = d_sae if columns is None else len(columns)
@@ -94,7 +104,7 @@ class Problem:
 
     def features(self, acts: Any) -> tuple[Any, Any]:
         """([n, n_columns] h, how far each is from firing the other way), both float64."""
-        p = acts.astype(np.float64) @ self.W_enc.astype(np.float64)
+        p = self.normalised(acts) @ self.W_enc.astype(np.float64)
         pre = p * self.scale.astype(np.float64) + self.bias
         positive = np.maximum(pre, 0)
         if self.activation == "relu":
@@ -106,16 +116,25 @@ class Problem:
             gate = p + self.parameters["gate_bias"]
             h, margin = np.where(gate > 0, positive, 0), np.abs(gate)
         else:
-            order = np.argsort(-pre, axis=1, kind="stable")
+            size, kept = (np.abs(pre), pre) if self.activation == "abstopk" else (pre, positive)
+            order = np.argsort(-size, axis=1, kind="stable")
             h = np.zeros_like(pre)
-            np.put_along_axis(h, order[:, : self.k], np.take_along_axis(positive, order[:, : self.k], 1), 1)
-            ranked = np.take_along_axis(pre, order, 1)
+            np.put_along_axis(h, order[:, : self.k], np.take_along_axis(kept, order[:, : self.k], 1), 1)
+            ranked = np.take_along_axis(size, order, 1)
             kth = ranked[:, self.k - 1 : self.k]
             following = ranked[:, self.k : self.k + 1] if self.k < self.d_sae else np.full_like(kth, -np.inf)
-            margin = np.where(h > 0, pre - following, np.where(pre >= kth, np.inf, kth - pre))
+            margin = np.where(h != 0, size - following, np.where(size >= kth, np.inf, kth - size))
         if self.columns is not None:
             h, margin = h[:, self.columns], margin[:, self.columns]
         return h, margin
+
+    def normalised(self, acts: Any) -> Any:
+        x = acts.astype(np.float64)
+        if self.parameters["input_norm"] == "layer_norm":
+            return (x - x.mean(1, keepdims=True)) / (x.std(1, ddof=1, keepdims=True) + 1e-5)
+        if self.parameters["input_norm"] == "constant_norm_rescale":
+            return x * np.sqrt(x.shape[1]) / np.linalg.norm(x, axis=1, keepdims=True)
+        return x
 
     def shift(self, encoder: _cpu.Encoder | None = None, parts: Any = (None,), **chosen: Any) -> dict[str, Any]:
         """All outputs of accumulate_shift, over the rows in the given slices."""
@@ -153,8 +172,8 @@ class Problem:
             "sum_other": b.sum(0),
             "sum_sq_base": (a**2).sum(0),
             "sum_sq_other": (b**2).sum(0),
-            "n_fired_base": (a > 0).sum(0),
-            "n_fired_other": (b > 0).sum(0),
+            "n_fired_base": (a != 0).sum(0),
+            "n_fired_other": (b != 0).sum(0),
             "weighted_sq_shift": square.T @ self.weights,
         }
 
@@ -163,7 +182,7 @@ class Problem:
         return {
             "sum_h": h.sum(0),
             "sum_sq_h": (h**2).sum(0),
-            "n_fired": (h > 0).sum(0),
+            "n_fired": (h != 0).sum(0),
             "sum_hy": h.T @ self.weights,
         }
 
@@ -188,8 +207,8 @@ def assert_close(problem: Problem, got: dict[str, Any], wanted: dict[str, Any], 
     for acts in members:
         h, margin = problem.features(acts)
         firm &= (margin > 1e-5).all(0)
-        positive_firm &= (~((h > 0) & (h < 1e-5))).all(0)
-        scale += (h**2).sum(0) + h.sum(0)
+        positive_firm &= (~((h != 0) & (np.abs(h) < 1e-5))).all(0)
+        scale += (h**2).sum(0) + np.abs(h).sum(0)
     assert problem.n == 0 or firm.mean() > 0.5, "the margin left too little to compare"
     for name, value in wanted.items():
         if name.startswith("n_fired"):
@@ -207,7 +226,7 @@ def assert_close(problem: Problem, got: dict[str, Any], wanted: dict[str, Any], 
 def count_is_firm(problem: Problem, members: tuple[Any, ...]) -> Any:
     firm = np.ones(problem.n_columns, bool)
     for acts in members:
-        pre = acts.astype(np.float64) @ problem.W_enc.astype(np.float64) * problem.scale + problem.bias
+        pre = problem.normalised(acts) @ problem.W_enc.astype(np.float64) * problem.scale + problem.bias
         pre = pre if problem.columns is None else pre[:, problem.columns]
         firm &= (np.abs(pre) > 1e-5).all(0)
     return firm
@@ -261,7 +280,7 @@ def assert_sparse_is(problem: Problem, sparse: tuple[Any, Any, Any]) -> None:
     h, _ = problem.features(problem.base)
     rows, columns = np.nonzero(h)
     assert (indptr.dtype, indices.dtype, values.dtype) == (np.int64, np.int32, np.float32)
-    np.testing.assert_array_equal(indptr, np.r_[0, np.cumsum((h > 0).sum(1))])
+    np.testing.assert_array_equal(indptr, np.r_[0, np.cumsum((h != 0).sum(1))])
     np.testing.assert_array_equal(indices, columns if problem.columns is None else problem.columns[columns])
     np.testing.assert_array_equal(values, h[rows, columns])
 
@@ -275,14 +294,16 @@ def test_sparse_rows_of_real_values_are_the_features_that_moments_sum(activation
     total = np.zeros(1000)
     np.add.at(total, indices, values.astype(np.float64))
     np.testing.assert_array_equal(total, sums["sum_h"])
-    assert (values > 0).all()
+    assert (values < 0).any() if activation == "abstopk" else (values > 0).all()
+    assert (values != 0).all()
     for t in range(problem.n):
         assert (np.diff(indices[indptr[t] : indptr[t + 1]]) > 0).all()
 
 
+@pytest.mark.parametrize("activation", ["topk", "abstopk"])
 @pytest.mark.parametrize("k", [1, 3, 64, 300, 399, 400])
-def test_topk_of_any_k_with_ties(k: int) -> None:
-    problem = Problem("topk", 64, 5, 400, values=INTEGER)
+def test_topk_of_any_k_with_ties(activation: str, k: int) -> None:
+    problem = Problem(activation, 64, 5, 400, values=INTEGER)
     problem.k = problem.parameters["k"] = k
     assert_sparse_is(problem, _cpu.encode_sparse(problem.encoder(), problem.base))
     assert_exact(problem.shift(), problem.wanted_shift())
@@ -298,11 +319,65 @@ def test_topk_keeps_the_lower_columns_where_all_values_are_equal() -> None:
         assert (values == 2).all()
 
 
+def test_abstopk_of_opposite_values_keeps_the_lower_column() -> None:
+    bias = np.array([0, -3, 3, 2, -3, 3, 0], np.float32)
+    encoder = _cpu.Encoder(np.zeros((1, 7), np.float32), bias, activation="abstopk", k=3)
+    _, indices, values = _cpu.encode_sparse(encoder, np.ones((1, 1), np.float32))
+    assert (indices.tolist(), values.tolist()) == ([1, 2, 4], [-3, 3, -3])
+    encoder = _cpu.Encoder(np.zeros((1, 7), np.float32), bias, activation="abstopk", k=7)
+    assert _cpu.encode_sparse(encoder, np.ones((1, 1), np.float32))[1].tolist() == [1, 2, 3, 4, 5]  # zeros are dropped
+
+
+@pytest.mark.parametrize("subset", [False, True], ids=["all", "subset"])
+@pytest.mark.parametrize("d_in", [2, 129, 300])
+@pytest.mark.parametrize("input_norm", NORMS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
-def test_bit_identical_over_threads_and_chunks(activation: str, instruction_set: str) -> None:
+def test_rows_are_normalised(instruction_set: str, activation: str, input_norm: str, d_in: int, subset: bool) -> None:
     _cpu.set_instruction_set(instruction_set)
-    problem = Problem(activation, 5003, 300, 400)
+    columns = some_columns(200) if subset else None
+    problem = Problem(activation, 37, d_in, 200, columns=columns, input_norm=input_norm)
+    # Rows of very different size, and one far from 0: they must not lose their digits.
+    problem.base *= np.logspace(-3, 3, 37, dtype=np.float32)[:, None]
+    problem.other += np.float32(100)
+    assert_close(problem, problem.shift(), problem.wanted_shift(), (problem.base, problem.other))
+    assert_close(problem, problem.moments(), problem.wanted_moments(), (problem.base,))
+
+
+@pytest.mark.parametrize("input_norm", NORMS)
+def test_normalised_bfloat16_rows_are_those_of_their_values(input_norm: str) -> None:
+    torch = pytest.importorskip("torch")
+    problem = Problem("relu", 37, 300, 100, input_norm=input_norm)
+    base = torch.from_numpy(problem.base).bfloat16()
+    problem.base = base.float().numpy()
+    assert_same(problem.shift(base=base), problem.shift())
+
+
+def test_a_row_that_cannot_be_scaled_is_named_and_changes_nothing() -> None:
+    problem = Problem("relu", N, D_IN, D_SAE, input_norm="constant_norm_rescale")
+    problem.other[4] = [0.0, -0.0] * (D_IN // 2)
+    sums = np.ones(D_SAE)
+    with pytest.raises(ValueError, match=r"^other is zero everywhere in row 4, which constant_norm_rescale cannot"):
+        _cpu.accumulate_shift(problem.encoder(), problem.base, problem.other, sum_sq_shift=sums)
+    assert (sums == 1).all()
+    problem.other[2, 3] = np.nan
+    with pytest.raises(ValueError, match=r"^acts contains a NaN or infinity at row 2, column 3"):
+        _cpu.encode_sparse(problem.encoder(), problem.other)
+    # Constant rows have no standard deviation either, but an epsilon stands in for it.
+    problem = Problem("relu", N, D_IN, D_SAE, input_norm="layer_norm")
+    problem.base[:] = 3
+    assert_close(problem, problem.moments(), problem.wanted_moments(), (problem.base,))
+
+
+# Rows are packed in one way, whatever activation follows.
+@pytest.mark.parametrize(
+    ("activation", "input_norm"),
+    [*((activation, "none") for activation in ACTIVATIONS), ("relu", NORMS[0]), ("topk", NORMS[1])],
+)
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_bit_identical_over_threads_and_chunks(activation: str, instruction_set: str, input_norm: str) -> None:
+    _cpu.set_instruction_set(instruction_set)
+    problem = Problem(activation, 5003, 300, 400, input_norm=input_norm)
     _cpu.set_num_threads(1)
     encoder = problem.encoder()
     shift, moments = problem.shift(encoder), problem.moments(encoder)
@@ -570,10 +645,13 @@ def test_moments_name_the_argument_and_change_nothing(changed: dict[str, Any], m
         ({"threshold": array(D_SAE) * np.float32("nan")}, "threshold contains a NaN at column 0"),
         ({"gate_bias": array(D_SAE)}, "gate_bias does not belong to jumprelu"),
         ({"activation": "relu"}, "threshold does not belong to relu"),
-        ({"activation": "elu"}, "activation must be 'relu', 'jumprelu', 'gated' or 'topk', got 'elu'"),
+        ({"activation": "elu"}, "activation must be 'relu', 'jumprelu', 'gated', 'topk' or 'abstopk', got 'elu'"),
         ({"k": 3}, "k must be 0 for jumprelu, got 3"),
         ({"activation": "topk", "threshold": None}, r"k must lie in \[1, d_sae = 12\] for topk, got 0"),
         ({"activation": "topk", "threshold": None, "k": 13}, r"k must lie in \[1, d_sae = 12\] for topk, got 13"),
+        ({"activation": "abstopk", "threshold": None}, r"k must lie in \[1, d_sae = 12\] for abstopk, got 0"),
+        ({"input_norm": "rms"}, "input_norm must be 'none', 'layer_norm' or 'constant_norm_rescale', got 'rms'"),
+        ({"input_norm": "layer_norm", "W_enc": array(1, D_SAE)}, "input_norm cannot be layer_norm where d_in is 1"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

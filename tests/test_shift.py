@@ -33,8 +33,8 @@ def literal(sae: SAE, base: np.ndarray, other: np.ndarray, weights: np.ndarray |
         "sum_other": g.sum(axis=0),
         "sum_sq_base": (h**2).sum(axis=0),
         "sum_sq_other": (g**2).sum(axis=0),
-        "n_fired_base": (h > 0).sum(axis=0),
-        "n_fired_other": (g > 0).sum(axis=0),
+        "n_fired_base": (h != 0).sum(axis=0),
+        "n_fired_other": (g != 0).sum(axis=0),
         "weighted_sq_shift": ((g - h) ** 2).T @ (np.zeros((len(h), 0)) if weights is None else weights),
     }
 

@@ -88,10 +88,10 @@ void accumulate_moments(const Encoder& encoder, const MatrixView& acts, Span<con
     check_size(sums.sum_sq_h.size, n_columns, "sum_sq_h");
     check_size(sums.n_fired.size, n_columns, "n_fired");
     check_paired_tables(targets, "targets", acts.n_rows, sums.sum_hy, "sum_hy", n_columns);
-    check_finite(acts, "acts");
+    check_rows(acts, encoder.input_norm, "acts");
     check_finite(targets, "targets");
     if (acts.n_rows == 0 || n_columns == 0) return;
-    const bool topk = encoder.activation == Activation::topk;
+    const bool topk = encoder.selects_top_k();
     encoder.check_weights(topk ? Span<const int64_t>{} : columns);
     (topk ? cpu::moments_by_rows : cpu::moments_by_tiles)(encoder, acts, columns, targets, sums);
 }

@@ -86,8 +86,8 @@ void fold_pair(RowTopK::Row a, RowTopK::Row b, int64_t begin, int64_t end, const
             sums.sum_other.data[column] += h_b;
             sums.sum_sq_base.data[column] += h_a * h_a;
             sums.sum_sq_other.data[column] += h_b * h_b;
-            sums.n_fired_base.data[column] += h_a > 0;
-            sums.n_fired_other.data[column] += h_b > 0;
+            sums.n_fired_base.data[column] += h_a != 0;
+            sums.n_fired_other.data[column] += h_b != 0;
         }
         if (weights && square != 0)
             for (int64_t k = 0; k < n_weights; ++k)
@@ -144,11 +144,11 @@ void accumulate_shift(const Encoder& encoder, const MatrixView& base, const Matr
     }
     check_paired_tables(row_weights, "row_weights", base.n_rows, sums.weighted_sq_shift, "weighted_sq_shift",
                         n_columns);
-    check_finite(base, "base");
-    check_finite(other, "other");
+    check_rows(base, encoder.input_norm, "base");
+    check_rows(other, encoder.input_norm, "other");
     check_finite(row_weights, "row_weights");
     if (base.n_rows == 0 || n_columns == 0) return;
-    const bool topk = encoder.activation == Activation::topk;
+    const bool topk = encoder.selects_top_k();
     encoder.check_weights(topk ? Span<const int64_t>{} : columns);
     (topk ? cpu::shift_by_rows : cpu::shift_by_tiles)(encoder, {base, other}, columns, row_weights, sums);
 }

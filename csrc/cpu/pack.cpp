@@ -1,6 +1,7 @@
 #include "cpu/pack.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
@@ -28,6 +29,53 @@ float to_float(uint16_t bits) {
 template <class Bits>
 void copy_floats(const Bits* from, int64_t n, float* to) {
     for (int64_t i = 0; i < n; ++i) to[i] = to_float(from[i]);
+}
+
+/// sum_i (row[i] - offset)^power for a power of 1 or 2, in an order that does not depend on the machine.
+template <int power, class Bits>
+double sum_of_powers(const Bits* row, int64_t n, double offset) {
+    constexpr int kSums = 8;
+    double sums[kSums] = {};
+    int64_t i = 0;
+    for (; i + kSums <= n; i += kSums)
+        for (int l = 0; l < kSums; ++l) {
+            const double value = to_float(row[i + l]) - offset;
+            sums[l] += power == 1 ? value : value * value;
+        }
+    for (; i < n; ++i) {
+        const double value = to_float(row[i]) - offset;
+        sums[0] += power == 1 ? value : value * value;
+    }
+    double total = 0;
+    for (const double sum : sums) total += sum;
+    return total;
+}
+
+/// What the input norm makes of a row: (x - offset) * factor.
+struct RowChange {
+    double offset = 0, factor = 1;
+    bool is_none = true;
+};
+
+template <class Bits>
+RowChange change_of(const Bits* row, int64_t d_in, InputNorm norm) {
+    const double n = static_cast<double>(d_in);
+    if (norm == InputNorm::constant_norm_rescale)
+        return {0, std::sqrt(n) / std::sqrt(sum_of_powers<2>(row, d_in, 0)), false};
+    const double mean = sum_of_powers<1>(row, d_in, 0) / n;
+    return {mean, 1 / (std::sqrt(sum_of_powers<2>(row, d_in, mean) / (n - 1)) + 1e-5), false};
+}
+
+RowChange change_of(const MatrixView& acts, int64_t row, InputNorm norm) {
+    if (norm == InputNorm::none) return {};
+    return acts.dtype == DType::float32 ? change_of(bits_at<uint32_t>(acts, row, 0), acts.n_cols, norm)
+                                        : change_of(bits_at<uint16_t>(acts, row, 0), acts.n_cols, norm);
+}
+
+template <class Bits>
+void copy_normalised(const Bits* from, int64_t n, const RowChange& change, float* to) {
+    if (change.is_none) return copy_floats(from, n, to);
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<float>((to_float(from[i]) - change.offset) * change.factor);
 }
 
 typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
@@ -96,8 +144,9 @@ void FloatBuffer::Free::operator()(float* data) const {
     std::free(data);
 }
 
-PackedRows::PackedRows(const TileKernels& kernels, int n_members, int64_t d_in, int64_t max_tokens)
-    : panel_rows_(kernels.panel_rows),
+PackedRows::PackedRows(const TileKernels& kernels, InputNorm norm, int n_members, int64_t d_in, int64_t max_tokens)
+    : norm_(norm),
+      panel_rows_(kernels.panel_rows),
       n_members_(n_members),
       group_(kernels.panel_rows / n_members),
       d_in_(d_in),
@@ -128,15 +177,16 @@ void PackedRows::pack_tile(const MatrixView* members, int64_t first, int64_t til
         const MatrixView& member = members[r % panel_rows_ / group_];
         const int token = r / panel_rows_ * group_ + r % group_;
         const int64_t source = first + tile * tile_tokens() + token;
+        const RowChange change = token < n_tokens ? change_of(member, source, norm_) : RowChange{};
         float* to = buffer_.data() + tile * tile_floats_ + r * kRowStride;
         for (int64_t start = 0; start < d_in_; start += kBlockK, to += n_rows * kRowStride) {
             const int64_t depth = std::min<int64_t>(kBlockK, d_in_ - start);
             if (token >= n_tokens)
                 std::memset(to, 0, static_cast<size_t>(depth) * sizeof(float));
             else if (member.dtype == DType::float32)
-                copy_floats(bits_at<uint32_t>(member, source, start), depth, to);
+                copy_normalised(bits_at<uint32_t>(member, source, start), depth, change, to);
             else
-                copy_floats(bits_at<uint16_t>(member, source, start), depth, to);
+                copy_normalised(bits_at<uint16_t>(member, source, start), depth, change, to);
         }
     }
 }

@@ -20,11 +20,11 @@ class FloatBuffer {
     std::unique_ptr<float, Free> data_;
 };
 
-/// A block of tokens as float32 tiles: [tile][block of kBlockK][row of the tile][kRowStride], the rows of one
-/// panel and then the next; see Tile for the order of the rows.
+/// A block of tokens, normalised, as float32 tiles: [tile][block of kBlockK][row of the tile][kRowStride], the rows of
+/// one panel and then the next; see Tile for the order of the rows.
 class PackedRows {
   public:
-    PackedRows(const TileKernels& kernels, int n_members, int64_t d_in, int64_t max_tokens);
+    PackedRows(const TileKernels& kernels, InputNorm norm, int n_members, int64_t d_in, int64_t max_tokens);
 
     /// Bytes that one token takes.
     static int64_t token_bytes(int n_members, int64_t d_in);
@@ -42,6 +42,7 @@ class PackedRows {
   private:
     void pack_tile(const MatrixView* members, int64_t first, int64_t tile) const;
 
+    const InputNorm norm_;
     const int panel_rows_, n_members_, group_;
     const int64_t d_in_, tile_floats_;
     int64_t n_tokens_ = 0;

@@ -9,46 +9,49 @@
 namespace sts::cpu {
 namespace {
 
-uint32_t bits_of(float value) {
+/// The bits of |value|, which order as absolute values do.
+uint32_t size_of(float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
-    return bits;
+    return bits & 0x7fffffff;
 }
 
 }  // namespace
 
-float RowTopK::keep_largest(Candidate* candidates, int64_t n, std::vector<float>& scratch) const {
-    // Positive floats order as their bits do. One pass over 256 bins of them finds the few values among which the k-th
-    // largest must be sought: three times faster than a selection among all.
+float RowTopK::keep_largest(Candidate* candidates, int64_t n, std::vector<uint32_t>& scratch) const {
+    // One pass over 256 bins of the sizes finds the few among which the k-th largest must be sought: three times faster
+    // than a selection among all.
     constexpr int kBins = 256;
     uint32_t low = UINT32_MAX, high = 0;
     for (int64_t i = 0; i < n; ++i) {
-        low = std::min(low, bits_of(candidates[i].value));
-        high = std::max(high, bits_of(candidates[i].value));
+        low = std::min(low, size_of(candidates[i].value));
+        high = std::max(high, size_of(candidates[i].value));
     }
     int shift = 0;
     while ((high - low) >> shift >= kBins) ++shift;
     int32_t counts[kBins] = {};
-    for (int64_t i = 0; i < n; ++i) ++counts[(bits_of(candidates[i].value) - low) >> shift];
+    for (int64_t i = 0; i < n; ++i) ++counts[(size_of(candidates[i].value) - low) >> shift];
     int64_t rank = k_;  // of the k-th within its bin
     uint32_t bin = kBins - 1;
     for (; rank > counts[bin]; --bin) rank -= counts[bin];
     scratch.clear();
     for (int64_t i = 0; i < n; ++i)
-        if ((bits_of(candidates[i].value) - low) >> shift == bin) scratch.push_back(candidates[i].value);
+        if ((size_of(candidates[i].value) - low) >> shift == bin) scratch.push_back(size_of(candidates[i].value));
     std::nth_element(scratch.begin(), scratch.begin() + (rank - 1), scratch.end(), std::greater<>());
-    const float kth = scratch[static_cast<size_t>(rank - 1)];
+    const uint32_t kth = scratch[static_cast<size_t>(rank - 1)];
     int64_t n_equal = std::count(scratch.begin(), scratch.begin() + rank, kth);
     int64_t kept = 0;
     for (int64_t i = 0; i < n; ++i) {
         const Candidate candidate = candidates[i];
         candidates[kept] = candidate;
-        if (candidate.value == kth)
+        if (size_of(candidate.value) == kth)
             kept += n_equal-- > 0;
         else
-            kept += candidate.value > kth;
+            kept += size_of(candidate.value) > kth;
     }
-    return kth;
+    float threshold;
+    std::memcpy(&threshold, &kth, sizeof threshold);
+    return threshold;
 }
 
 int64_t RowTopK::capacity(int64_t k, int64_t d_sae) {
@@ -84,7 +87,7 @@ RowTopK::RowTopK(const TileStream& stream, const Encoder& encoder, Span<const in
 void RowTopK::clear() {
     for (auto& worker : workers_) {
         std::fill(worker->counts.begin(), worker->counts.end(), 0);
-        // Only positive values count, so a row's threshold starts at 0.
+        // Zero never counts, so a row's threshold starts there.
         std::fill(worker->thresholds.begin(), worker->thresholds.end(), 0.0f);
     }
 }
@@ -121,7 +124,7 @@ void RowTopK::finish(int64_t n_tokens) {
     constexpr int64_t kRows = 16;
     parallel_for(static_cast<int>(workers_.size()), (n_rows + kRows - 1) / kRows, [&](int worker, int64_t part) {
         std::vector<Candidate>& row = rows[static_cast<size_t>(worker)];
-        std::vector<float>& scratch = workers_[static_cast<size_t>(worker)]->scratch;
+        std::vector<uint32_t>& scratch = workers_[static_cast<size_t>(worker)]->scratch;
         for (int64_t r = part * kRows; r < std::min(n_rows, (part + 1) * kRows); ++r) {
             row.clear();
             for (const auto& from : workers_) {

@@ -8,9 +8,9 @@
 
 namespace sts::cpu {
 
-/// The exact k largest positive values of each row of a block, found while its products stream by: each
-/// worker keeps at most 2k + one strip of candidates per row, and the k-th largest that it has seen filters
-/// what follows.
+/// The exact k largest positive values of each row of a block, or the k largest absolute values for abstopk, found
+/// while its products stream by: each worker keeps at most 2k + one strip of candidates per row, and the k-th largest
+/// that it has seen filters what follows.
 class RowTopK {
   public:
     /// The stream runs over all columns; `columns`, where given, says which of them the rows keep in the end.
@@ -26,7 +26,7 @@ class RowTopK {
 
     struct Row {
         const int32_t* columns;  ///< ascending, counted among `columns` where that was given
-        const float* values;     ///< > 0
+        const float* values;     ///< != 0
         int64_t size;
     };
     Row row(int64_t token, int member) const;
@@ -40,12 +40,12 @@ class RowTopK {
         std::vector<Candidate> candidates;  ///< [max_rows, capacity], a row's in ascending order of columns
         std::vector<int32_t> counts;
         std::vector<float> thresholds;
-        std::vector<float> scratch;
+        std::vector<uint32_t> scratch;
         SelectedTile selected;
     };
-    /// Keeps the k largest of n > k candidates in ascending order of columns, of equal values the first ones. Returns
-    /// the k-th largest value.
-    float keep_largest(Candidate* candidates, int64_t n, std::vector<float>& scratch) const;
+    /// Keeps the k largest (by absolute value) of n > k candidates in ascending order of columns, of equal ones the
+    /// first. Returns the k-th largest absolute value.
+    float keep_largest(Candidate* candidates, int64_t n, std::vector<uint32_t>& scratch) const;
     void store_row(int64_t packed_row, const Candidate* candidates, int64_t n);
     static int64_t capacity(int64_t k, int64_t d_sae);
 

@@ -60,15 +60,15 @@ STS_INLINE Floats multiply_add(float a, Floats b, Floats c) {
 #endif
 }
 
-/// One bit per lane: v > 0.
-STS_INLINE unsigned positive(Floats v) {
+/// One bit per lane: v != 0, for a v without NaN.
+STS_INLINE unsigned nonzero(Floats v) {
 #if defined(__AVX512F__)
-    return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_GT_OQ);
+    return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
 #elif defined(__AVX2__)
-    return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_GT_OQ)));
+    return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NEQ_UQ)));
 #else
     unsigned mask = 0;
-    for (int l = 0; l < kLanes; ++l) mask |= static_cast<unsigned>(v[l] > 0) << l;
+    for (int l = 0; l < kLanes; ++l) mask |= static_cast<unsigned>(v[l] != 0) << l;
     return mask;
 #endif
 }

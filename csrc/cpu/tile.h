@@ -26,11 +26,11 @@ struct StripParams {
 /// / 2 rows of base, then the same tokens' rows of other.
 struct Tile {
     const float* values;
-    int n_tokens;   ///< tokens in this tile
-    int n_rows;     ///< packed rows, those of padding included
-    int n_members;  ///< 1, or 2 for paired rows
-    int n_columns;  ///< padded to panel_columns
-    bool gated;
+    int n_tokens;          ///< tokens in this tile
+    int n_rows;            ///< packed rows, those of padding included
+    int n_members;         ///< 1, or 2 for paired rows
+    int n_columns;         ///< padded to panel_columns
+    bool gated, absolute;  ///< the activation is gated, abstopk
     const StripParams* params;
 };
 
@@ -70,7 +70,8 @@ struct TileKernels {
                     float* values);
     void (*fold_shift)(const Tile& tile, const ShiftStrip& sums);
     void (*fold_moments)(const Tile& tile, const MomentStrip& sums);
-    /// With row_thresholds (one per packed row, for topk) a feature must exceed its row's threshold instead.
+    /// With row_thresholds (one per packed row, for topk and abstopk) a feature must exceed its row's threshold
+    /// instead.
     void (*select)(const Tile& tile, const float* row_thresholds, SelectedTile& selected);
 };
 

@@ -55,7 +55,7 @@ void fold_shift_as(const Tile& tile, const ShiftStrip& strip) {
             for (int i = 0; i < n; ++i) {
                 const Floats h_a = act(load(panel + i * kStripColumns));
                 const Floats h_b = act(load(panel + (i + kGroup) * kStripColumns));
-                if (!positive(h_a + h_b)) continue;
+                if (!nonzero(h_a + h_b)) continue;
                 Doubles a_low, a_high, b_low, b_high;
                 widen(h_a, a_low, a_high);
                 widen(h_b, b_low, b_high);
@@ -79,7 +79,7 @@ void fold_shift_as(const Tile& tile, const ShiftStrip& strip) {
                     alignas(64) double sq[kLanes];
                     store(sq, sq_low);
                     store(sq + kLanes / 2, sq_high);
-                    for (unsigned mask = positive(h_a + h_b); mask; mask &= mask - 1) {
+                    for (unsigned mask = nonzero(h_a + h_b); mask; mask &= mask - 1) {
                         const int l = __builtin_ctz(mask);
                         if (sq[l] != 0)
                             add_scaled(strip.weighted_sq_shift + (c + l) * strip.n_weights,
@@ -126,7 +126,7 @@ void fold_moments_as(const Tile& tile, const MomentStrip& strip) {
         sq.read(strip.sum_sq_h + c);
         for (int t = 0; t < tile.n_tokens; ++t) {
             const Floats h = act(load(tile.values + t * kStripColumns + c));
-            unsigned mask = positive(h);
+            unsigned mask = nonzero(h);
             if (!mask) continue;
             Doubles low, high;
             widen(h, low, high);
@@ -161,7 +161,7 @@ void fold_moments(const Tile& tile, const MomentStrip& strip) {
 }
 
 STS_INLINE int append_active(Floats h, int column, int32_t* columns, float* values, int n) {
-    unsigned mask = positive(h);
+    unsigned mask = nonzero(h);
     if (!mask) return n;
     alignas(64) float value[kLanes];
     store(value, h);
@@ -185,11 +185,8 @@ void select_as(const Tile& tile, SelectedTile& selected) {
     }
 }
 
-void select(const Tile& tile, const float* row_thresholds, SelectedTile& selected) {
-    if (!row_thresholds) {
-        tile.gated ? select_as<Gated<Floats>>(tile, selected) : select_as<JumpRelu<Floats>>(tile, selected);
-        return;
-    }
+template <class Act>
+void select_candidates(const Tile& tile, const float* row_thresholds, SelectedTile& selected) {
     const int group = kPanelRows / tile.n_members;
     int n = 0;
     for (int r = 0; r < tile.n_rows; ++r) {
@@ -198,13 +195,21 @@ void select(const Tile& tile, const float* row_thresholds, SelectedTile& selecte
         if (r / kPanelRows * group + r % group < tile.n_tokens) {
             const Floats threshold = Floats{} + row_thresholds[r];
             for (int c = 0; c < tile.n_columns; c += kLanes) {
-                const TopKCandidate<Floats> act{load(tile.params->scale + c), load(tile.params->bias + c), threshold};
+                const Act act{load(tile.params->scale + c), load(tile.params->bias + c), threshold};
                 n = append_active(act(load(tile.values + r * kStripColumns + c)), c, selected.columns, selected.values,
                                   n);
             }
         }
         selected.row_counts[r] = n - before;
     }
+}
+
+void select(const Tile& tile, const float* row_thresholds, SelectedTile& selected) {
+    if (row_thresholds)
+        (tile.absolute ? select_candidates<AbsTopKCandidate<Floats>>
+                       : select_candidates<TopKCandidate<Floats>>)(tile, row_thresholds, selected);
+    else
+        (tile.gated ? select_as<Gated<Floats>> : select_as<JumpRelu<Floats>>)(tile, selected);
 }
 
 }  // namespace

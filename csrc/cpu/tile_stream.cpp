@@ -44,7 +44,7 @@ TileStream::TileStream(const Encoder& encoder, Span<const int64_t> columns, cons
       n_workers_(workers_for(n_tokens_ * static_cast<int64_t>(members.size()), encoder.d_in(), n_columns_)),
       block_tokens_(tokens_per_block(n_tokens_, n_columns_, static_cast<int>(members.size()), encoder.d_in(),
                                      max_block_tokens, kernels_.panel_rows / static_cast<int>(members.size()))),
-      rows_(kernels_, static_cast<int>(members.size()), encoder.d_in(), block_tokens_) {
+      rows_(kernels_, encoder.input_norm, static_cast<int>(members.size()), encoder.d_in(), block_tokens_) {
     const int64_t panels = divide_up(n_columns_, kernels_.panel_columns);
     strip_columns_ = static_cast<int>(std::clamp<int64_t>(divide_up(panels, n_workers_), 1,
                                                           kStripColumns / kernels_.panel_columns)) *
@@ -86,6 +86,7 @@ Tile TileStream::Strip::tile(int64_t i) const {
                 static_cast<int>(stream_.members_.size()),
                 n_padded_,
                 stream_.encoder_.activation == Activation::gated,
+                stream_.encoder_.activation == Activation::abstopk,
                 &workspace.params};
 }
 

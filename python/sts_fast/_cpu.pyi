@@ -30,20 +30,25 @@ FloatTensor: TypeAlias = NDArray[np.float32] | DLPackTensor
 Columns: TypeAlias = NDArray[np.integer[Any]]
 
 class Encoder:
-    """The encoder half of an SAE, b_dec and every normalisation already folded in. With p = x @ W_enc[:, j]:
-
-    pre_j = scale[j] * p + bias[j], and then
+    """The encoder half of an SAE, b_dec and every constant scale already folded in. A row x is first normalised,
+      none                   z = x
+      layer_norm             z = (x - mean) / (s + 1e-5), s its standard deviation over d_in - 1 degrees of freedom
+      constant_norm_rescale  z = x * sqrt(d_in) / ||x||; a row of zeros is refused
+    with mean, s and norm in float64 and z rounded to float32. With p = z @ W_enc[:, j], pre_j = scale[j] * p + bias[j],
       relu      h_j = max(pre_j, 0)
       jumprelu  h_j = pre_j where pre_j > max(threshold[j], 0), else 0
       gated     h_j = max(pre_j, 0) where p + gate_bias[j] > 0, else 0
       topk      h_j = max(pre_j, 0) where pre_j is among the k largest of its row, else 0; of equal values the lower
                 column wins
+      abstopk   h_j = pre_j where |pre_j| is among the k largest of its row, else 0; of equal |pre_j| the lower column
+                wins. h may be negative.
 
     W_enc: [d_in, d_sae] float32 or bfloat16, contiguous along its rows or its columns (so the transpose of a
         [d_sae, d_in] array will do); borrowed, never copied: it may be memory-mapped. A column is checked for NaN
         and infinity when an op first uses it.
     bias, scale, threshold, gate_bias: [d_sae] float32, copied. scale None is 1; threshold belongs to jumprelu,
-        gate_bias to gated, k (1 to d_sae) to topk.
+        gate_bias to gated, k (1 to d_sae) to topk and abstopk.
+    input_norm: "none", "layer_norm" (d_in of 2 or more) or "constant_norm_rescale".
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class Encoder:
         threshold: FloatTensor | None = None,
         gate_bias: FloatTensor | None = None,
         k: int = 0,
+        input_norm: str = "none",
     ) -> None: ...
     @property
     def d_in(self) -> int: ...
@@ -87,7 +93,7 @@ def accumulate_shift(
     base, other:  [n_tokens, d_in]; row t is the same token, without and with the demonstrations.
     sum_sq_shift: [n_columns] float64 += (h_b - h_a)^2, the features widened to float64 first.
     sum_base, sum_other, sum_sq_base, sum_sq_other: [n_columns] float64 += h_a, h_b, h_a^2, h_b^2; and
-    n_fired_base, n_fired_other: [n_columns] int64 += (h > 0). These six are given all or none.
+    n_fired_base, n_fired_other: [n_columns] int64 += (h != 0). These six are given all or none.
     row_weights, weighted_sq_shift: [n_tokens, K] float64, finite, and [n_columns, K] float64, given together:
         weighted_sq_shift[j, k] += row_weights[t, k] * (h_b - h_a)^2.
     """
@@ -107,7 +113,7 @@ def accumulate_moments(
 
     acts:     [n_tokens, d_in].
     sum_h, sum_sq_h: [n_columns] float64 += h, h^2.
-    n_fired:  [n_columns] int64 += (h > 0).
+    n_fired:  [n_columns] int64 += (h != 0).
     targets, sum_hy: [n_tokens, K] float64, finite, and [n_columns, K] float64, given together:
         sum_hy[j, k] += h_j * targets[t, k].
     """
@@ -115,7 +121,7 @@ def accumulate_moments(
 def encode_sparse(
     encoder: Encoder, acts: FloatTensor, columns: Columns | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]:
-    """The features h > 0 of each row as compressed sparse rows (indptr, indices, values).
+    """The features h != 0 of each row as compressed sparse rows (indptr, indices, values).
 
     indptr:  [n_tokens + 1] int64; row t is indices[indptr[t] : indptr[t + 1]], and likewise values.
     indices: int32 column numbers of the SAE (also where `columns` is given), ascending within a row.

@@ -25,6 +25,14 @@ def encoder(sae: SAE) -> _cpu.Encoder:
     return _encoders[sae]
 
 
+def rows(acts: Any) -> Any:
+    """[n_tokens, d_in] activations, a view; those of hook_z come as [n_tokens, n_heads, d_head]."""
+    if getattr(acts, "ndim", 2) != 3:
+        return acts
+    n_tokens, n_heads, d_head = acts.shape
+    return acts.reshape(n_tokens, n_heads * d_head)
+
+
 def cuda_missing_reason() -> str | None:
     """Why the CUDA ops cannot serve here, in words; None where they can."""
     if find_spec("sts_fast._cuda") is None:
@@ -45,7 +53,8 @@ def _fold(sae: SAE) -> _cpu.Encoder:
 
 
 def _folded(sae: SAE) -> _cpu.Encoder:
-    # x is never changed: (x - b_dec) W + b = x W + (b - b_dec W), the bracket computed in float64.
+    # With s = input_scale: (s x - b_dec) W + b = s (x W) + (b - b_dec W), the bracket computed in float64. The core
+    # multiplies x W by its scale, and so does nothing to x.
     shift = _b_dec_through_W_enc(sae) if sae.apply_b_dec_to_input else np.zeros(sae.d_sae)
     if sae.architecture == "gated":
         assert sae.r_mag is not None
@@ -56,18 +65,21 @@ def _folded(sae: SAE) -> _cpu.Encoder:
             sae.W_enc,
             (sae.b_mag - scale * shift).astype(np.float32),
             activation="gated",
-            scale=scale.astype(np.float32),
-            gate_bias=(sae.b_gate - shift).astype(np.float32),
+            scale=(scale * sae.input_scale).astype(np.float32),
+            # The core's gate looks at x W itself: s (x W) + b > 0 where x W + b / s > 0.
+            gate_bias=((sae.b_gate - shift) / sae.input_scale).astype(np.float32),
+            input_norm=sae.input_norm,
         )
-    norm = None if sae.W_dec_norm is None else sae.W_dec_norm.astype(np.float64)
-    bias = (sae.b_enc - shift) * (1.0 if norm is None else norm)
+    norm = np.ones(1) if sae.W_dec_norm is None else sae.W_dec_norm.astype(np.float64)
+    scale = np.broadcast_to(norm * sae.input_scale, sae.d_sae)
     return _cpu.Encoder(
         sae.W_enc,
-        bias.astype(np.float32),
+        ((sae.b_enc - shift) * norm).astype(np.float32),
         activation={"standard": "relu"}.get(sae.architecture, sae.architecture),
-        scale=None if norm is None else norm.astype(np.float32),
+        scale=scale.astype(np.float32),
         threshold=sae.threshold,
         k=sae.k,
+        input_norm=sae.input_norm,
     )
 
 

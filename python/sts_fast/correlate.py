@@ -29,7 +29,7 @@ class CorrelationStats:
     depend on it, and sums in row order do not depend on how rows are split into updates.
 
     sum_h, sum_sq_h: [d_sae] float64, sums of h and of h^2
-    n_fired:         [d_sae] int64, rows with h > 0
+    n_fired:         [d_sae] int64, rows with h != 0
     sum_hy:          [d_sae, n_targets] float64, sum of h (y - origin)
     sum_y, sum_sq_y: [n_targets] float64, sums of (y - origin) and of its square
     n_tokens:        rows seen
@@ -70,7 +70,7 @@ class CorrelationStats:
         y = y - origin
         _cpu.accumulate_moments(
             backend.encoder(self.sae),
-            acts,
+            backend.rows(acts),
             y,
             sum_h=self.sum_h,
             sum_sq_h=self.sum_sq_h,

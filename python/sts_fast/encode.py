@@ -17,7 +17,7 @@ class SparseFeatures(NamedTuple):
 
     indptr:  [n + 1] int64, row t holds entries indptr[t] to indptr[t + 1]
     indices: [n_active] int32, feature of the SAE, ascending within a row
-    values:  [n_active] float32, its activation, > 0
+    values:  [n_active] float32, its activation, never 0 (and negative only for abstopk)
     """
 
     indptr: NDArray[np.int64]
@@ -28,9 +28,11 @@ class SparseFeatures(NamedTuple):
 def encode(sae: SAE, acts: Any, columns: NDArray[np.int64] | None = None) -> SparseFeatures:
     """The active features of each row.
 
-    acts:    [n_tokens, d_in] float32 or bfloat16: numpy, torch or DLPack, on the CPU, borrowed
+    acts:    [n_tokens, d_in] float32 or bfloat16: numpy, torch or DLPack, on the CPU, borrowed;
+             or [n_tokens, n_heads, d_head], as hook_z gives them
     columns: [n_columns] int64, strictly increasing: only these features
 
-    Raises ValueError, naming the argument, for a wrong shape or dtype, or NaN or infinity.
+    Raises ValueError, naming the argument, for a wrong shape or dtype, NaN or infinity, or a row
+    that the SAE's normalisation cannot scale.
     """
-    return SparseFeatures(*_cpu.encode_sparse(backend.encoder(sae), acts, columns))
+    return SparseFeatures(*_cpu.encode_sparse(backend.encoder(sae), backend.rows(acts), columns))

@@ -30,7 +30,7 @@ class ShiftStats:
     sum_sq_shift:  [n_columns] sum of (g - h)^2
     sum_base, sum_other:       [n_columns] sums of h and of g
     sum_sq_base, sum_sq_other: [n_columns] sums of h^2 and of g^2
-    n_fired_base, n_fired_other: [n_columns] int64, rows with h > 0, with g > 0
+    n_fired_base, n_fired_other: [n_columns] int64, rows with h != 0, with g != 0
     weighted_sq_shift: [n_columns, n_replicates] sum of w (g - h)^2 for each column of row weights (bootstrap)
     n_tokens:      rows seen
     columns:       [n_columns] int64, the features kept track of; all of the SAE's by default
@@ -77,8 +77,8 @@ class ShiftStats:
         n_tokens = len(base)
         _cpu.accumulate_shift(
             backend.encoder(self.sae),
-            base,
-            other,
+            backend.rows(base),
+            backend.rows(other),
             columns=self._subset,
             row_weights=row_weights,
             weighted_sq_shift=None if row_weights is None else self.weighted_sq_shift,

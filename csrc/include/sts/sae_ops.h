@@ -13,9 +13,16 @@
 /// bit-identical whatever the number of threads, and whether the rows come in one call or in several.
 namespace sts {
 
-enum class Activation { relu, jumprelu, gated, topk };
+enum class Activation { relu, jumprelu, gated, topk, abstopk };
+enum class InputNorm { none, layer_norm, constant_norm_rescale };
 
-/// The encoder half of a SAE, with b_dec and every normalisation already folded in. With p = x · W_enc[:, j]:
+/// The encoder half of a SAE, with b_dec and every constant scale already folded in. A row x is first normalised:
+///
+///   none                   z = x
+///   layer_norm             z = (x - mean) / (s + 1e-5), s its standard deviation over d_in - 1 degrees of freedom
+///   constant_norm_rescale  z = x * sqrt(d_in) / ||x||; a row of zeros is refused
+///
+/// with mean, s and norm in float64 and z rounded to float32. With p = z · W_enc[:, j]:
 ///
 ///   pre_j      = scale[j] * p + bias[j]
 ///   relu       h_j = max(pre_j, 0)
@@ -23,24 +30,29 @@ enum class Activation { relu, jumprelu, gated, topk };
 ///   gated      h_j = max(pre_j, 0) where p + gate_bias[j] > 0, else 0
 ///   topk       h_j = max(pre_j, 0) where pre_j is among the k largest of its row, else 0;
 ///              of equal values the lower column wins
+///   abstopk    h_j = pre_j where |pre_j| is among the k largest of its row, else 0; of equal |pre_j| the
+///              lower column wins. h may be negative.
 ///
 /// W_enc      [d_in, d_sae] f32 or bf16   borrowed: it must outlive the encoder; one of its strides is 1
 /// bias       [d_sae] f32
 /// scale      [d_sae] f32                 empty: 1
 /// threshold  [d_sae] f32                 jumprelu only
 /// gate_bias  [d_sae] f32                 gated only
-/// k          1..d_sae                    topk only, else 0
+/// k          1..d_sae                    topk and abstopk only, else 0
+/// input_norm                             layer_norm needs d_in >= 2
 ///
 /// The vectors are checked for NaN here; a column of W_enc is checked for NaN and infinity when an op first
 /// uses it, so that a memory-mapped W_enc is not read before it is needed.
 class Encoder {
   public:
     Encoder(MatrixView W_enc, Activation activation, std::vector<float> bias, std::vector<float> scale,
-            std::vector<float> threshold, std::vector<float> gate_bias, int64_t k);
+            std::vector<float> threshold, std::vector<float> gate_bias, int64_t k, InputNorm input_norm);
     ~Encoder();
 
     int64_t d_in() const { return W_enc.n_rows; }
     int64_t d_sae() const { return W_enc.n_cols; }
+    /// Whether a feature depends on all columns of its row.
+    bool selects_top_k() const { return activation == Activation::topk || activation == Activation::abstopk; }
 
     /// Throws where one of the given columns of W_enc (all columns where `columns` is null) holds a NaN or
     /// infinity.
@@ -49,6 +61,7 @@ class Encoder {
     const MatrixView W_enc;
     const Activation activation;
     const int64_t k;
+    const InputNorm input_norm;
     const std::vector<float> bias;
     const std::vector<float> scale;  ///< filled with 1 where none was given
     const std::vector<float> gate;   ///< gate_bias if gated, else max(threshold, 0)
@@ -69,7 +82,7 @@ struct ShiftSums {
     Span<double> sum_sq_shift;                  ///< [n_columns] += (h_b - h_a)^2
     Span<double> sum_base, sum_other;           ///< [n_columns] += h_a, h_b; these six are all given or all null
     Span<double> sum_sq_base, sum_sq_other;     ///< [n_columns] += h_a^2, h_b^2
-    Span<int64_t> n_fired_base, n_fired_other;  ///< [n_columns] += (h > 0)
+    Span<int64_t> n_fired_base, n_fired_other;  ///< [n_columns] += (h != 0)
     Table<double> weighted_sq_shift;            ///< [n_columns, K] += row_weights[t, k] * (h_b - h_a)^2, or null
 };
 
@@ -80,7 +93,7 @@ void accumulate_shift(const Encoder& encoder, const MatrixView& base, const Matr
 
 struct MomentSums {
     Span<double> sum_h, sum_sq_h;  ///< [n_columns] += h, h^2
-    Span<int64_t> n_fired;         ///< [n_columns] += (h > 0)
+    Span<int64_t> n_fired;         ///< [n_columns] += (h != 0)
     Table<double> sum_hy;          ///< [n_columns, K] += h * targets[t, k], or null
 };
 
@@ -93,7 +106,7 @@ void accumulate_moments(const Encoder& encoder, const MatrixView& acts, Span<con
 struct SparseRows {
     std::vector<int64_t> indptr;   ///< [n_tokens + 1] row t is indices/values[indptr[t] : indptr[t + 1]]
     std::vector<int32_t> indices;  ///< column numbers of the SAE, ascending within a row
-    std::vector<float> values;     ///< h > 0
+    std::vector<float> values;     ///< h != 0
 };
 
 SparseRows encode_sparse(const Encoder& encoder, const MatrixView& acts, Span<const int64_t> columns);

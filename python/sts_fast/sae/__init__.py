@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -25,18 +26,23 @@ if TYPE_CHECKING:
 class SAE:
     """The encoder of a sparse autoencoder: everything that turns a residual stream into features.
 
+    A row is first multiplied by input_scale and then normalised as input_norm says:
+      none                   x
+      layer_norm             (x - mean) / (s + 1e-5), s its standard deviation over d_in - 1 degrees of freedom
+      constant_norm_rescale  x sqrt(d_in) / ||x||
     With p = (x - b_dec if apply_b_dec_to_input else x) W_enc, a feature is
       standard  relu(p + b_enc)
       jumprelu  relu(p + b_enc) where p + b_enc > threshold, else 0
       gated     relu(exp(r_mag) p + b_mag) where p + b_gate > 0, else 0
       topk      relu of the k largest (p + b_enc) of the row (times W_dec_norm, if given), else 0
+      abstopk   the k of largest absolute value, sign kept, of the same
 
     W_enc:       [d_in, d_sae] float32 or bfloat16, numpy or torch, in either memory order; never copied
     b_enc:       [d_sae] float32 (zeros for gated)
     b_dec:       [d_in] float32
     threshold:   [d_sae] float32, jumprelu only
     r_mag, b_mag, b_gate: [d_sae] float32, gated only
-    W_dec_norm:  [d_sae] float32, Euclidean norms of W_dec's rows, for topk trained with rescaled activations
+    W_dec_norm:  [d_sae] float32, Euclidean norms of W_dec's rows, for (abs)topk trained with rescaled activations
     hook_name:   where in the model the SAE reads, as its file says ('blocks.25.hook_resid_post', 'model.layers.25')
     source:      path or id that it was loaded from
 
@@ -54,6 +60,8 @@ class SAE:
     W_dec_norm: Floats | None = None
     k: int = 0
     apply_b_dec_to_input: bool = True
+    input_norm: str = "none"
+    input_scale: float = 1.0
     hook_name: str = ""
     model_name: str = ""
     prepend_bos: bool = False
@@ -67,6 +75,7 @@ class SAE:
             "jumprelu": ("threshold",),
             "gated": ("r_mag", "b_mag", "b_gate"),
             "topk": (),
+            "abstopk": (),
         }
         if self.architecture not in needed:
             raise InputError(
@@ -83,8 +92,14 @@ class SAE:
                 raise ValueError(f"a {self.architecture} SAE needs {name}")
             if value is not None and tuple(value.shape) != (width,):
                 raise ValueError(f"{name} must have shape ({width},), but has {tuple(value.shape)}")
-        if self.architecture == "topk" and not 1 <= self.k <= self.d_sae:
+        if self.architecture in ("topk", "abstopk") and not 1 <= self.k <= self.d_sae:
             raise ValueError(f"k must lie between 1 and d_sae = {self.d_sae}, but is {self.k}")
+        if self.input_norm not in ("none", "layer_norm", "constant_norm_rescale"):
+            raise ValueError(f"input_norm '{self.input_norm}' is not one of none, layer_norm, constant_norm_rescale")
+        if not 0 < self.input_scale < math.inf:
+            raise ValueError(f"input_scale must be a positive number, but is {self.input_scale}")
+        if self.input_norm != "none" and self.input_scale != 1:
+            raise ValueError(f"input_scale must be 1 where input_norm is {self.input_norm}, but is {self.input_scale}")
 
     @property
     def d_in(self) -> int:
@@ -97,7 +112,8 @@ class SAE:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of what the encoder computes with: all vectors and three rows of W_enc."""
-        digest = hashlib.sha256(f"{self.architecture} {self.W_enc.dtype} {self.k} {self.apply_b_dec_to_input}".encode())
+        settings = f"{self.architecture} {self.W_enc.dtype} {self.k} {self.apply_b_dec_to_input}"
+        digest = hashlib.sha256(f"{settings} {self.input_norm} {self.input_scale}".encode())
         rows = (self.W_enc[i] for i in sorted({0, self.d_in // 2, self.d_in - 1}))
         vectors = (self.b_enc, self.b_dec, self.threshold, self.r_mag, self.b_mag, self.b_gate, self.W_dec_norm)
         for values in (*rows, *vectors):

@@ -191,7 +191,7 @@ def _row_norms(W_dec: Any, d_sae: int, rows: int = 4096) -> torch.Tensor:
 def _assemble(config: dict[str, Any], tensors: dict[str, torch.Tensor], *, source: str, where: str) -> SAE:
     import torch
 
-    vectors = {name: tensor.float().numpy() for name, tensor in tensors.items() if name != "W_enc"}
+    vectors: dict[str, Any] = {name: tensor.float().numpy() for name, tensor in tensors.items() if name != "W_enc"}
     for name, vector in vectors.items():
         if not np.isfinite(vector).all():
             raise InputError(f"{where}: {name} contains NaN or infinity: copy or download it again")
