@@ -145,7 +145,10 @@ def test_findings_say_what_correlates_and_what_does_as_well() -> None:
         "STS_act goes with how much P(correct) changes: r = 0.40 on average over 3 trainings, from"
     )
     assert "0.20 to 0.60, above zero in 3 of 3" in said[0]
-    assert said[1].startswith("As good, and cheaper: base loss, r = 0.50 (1) (")
+    assert said[1].startswith(
+        "As good, and cheaper (in brackets: in how many of 3 trainings STS_act is ahead): base loss"
+    )
+    assert "base loss, r = 0.50 (1). " in said[1]
     assert "random features, r = −0.50 (3)" in said[2]
     assert "base loss" not in said[2]
     assert any("not direction" in sentence for sentence in said)

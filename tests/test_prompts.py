@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
+import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -520,13 +524,99 @@ def test_template_that_asks_for_today_gets_the_fixed_date() -> None:
     assert "26 Jul 2024" in chat(dated).text([("user", "a")])
 
 
-def test_template_that_drops_part_of_a_demonstration_is_told_on() -> None:
-    thoughtless = "{% for m in messages %}{{ m.content.split('</think>')[-1] }} {% endfor %}"
-    demo = Example("d1", "c", "<think> e </think> z")
-    built = build_prompts("set", [AB], chat(thoughtless), demos=[demo])
+THOUGHTLESS = "{% for m in messages %}{{ m.content.split('</think>')[-1] }} {% endfor %}"
+
+
+def test_thoughts_that_a_template_cuts_out_of_demonstrations_are_put_back() -> None:
+    demos = [Example("d1", "c", "<think> e </think> z"), DEMO, Example("d3", "d", "<think> f </think> w")]
+    built = build_prompts("set", [AB], chat(THOUGHTLESS), demos=demos)
+    assert built.warnings == ()
+    template = chat(THOUGHTLESS)
+    turns = [turn for demo in demos for turn in (("user", demo.question), ("assistant", demo.answer or ""))]
+    shown = "c <think> e </think> z c z d <think> f </think> w a b "
+    assert template.text([*turns, ("user", "a b")]) == shown
+    ids = template.tokenizer(shown, add_special_tokens=False).input_ids
+    assert built.prompts[0].demos_ids.tolist() == ids
+
+
+def test_template_that_shortens_demonstrations_is_told_on() -> None:
+    shortening = "{% for m in messages %}{{ m.content[:2] }} {% endfor %}"
+    built = build_prompts("set", [AB], chat(shortening), demos=[Example("d1", "c", "x y z w")])
     assert len(built.warnings) == 1
     assert "1 of the 1 demonstrations of 'set' without a part of their answer" in built.warnings[0]
     assert build_prompts("set", [AB], chat(), demos=[DEMO]).warnings == ()
+
+
+def test_template_that_wants_its_turns_in_parts_gets_them() -> None:
+    parts = "{% for m in messages %}{% for part in m.content %}{{ part.text }} {% endfor %}{% endfor %}"
+    assert chat(parts).text([("user", "a b"), ("assistant", "x")]) == "a b x "
+
+
+def test_template_that_does_not_show_the_question_is_refused() -> None:
+    with pytest.raises(InputError, match="does not write what the user says"):
+        chat("{% for m in messages %}{{ m.role }} {% endfor %}").token_ids([("user", "a b")])
+
+
+# ---- the templates of real models
+
+
+def real_templates() -> list[str]:
+    found = importlib.util.find_spec("trl")
+    if found is None or found.origin is None:
+        return []
+    folder = Path(found.origin).parent / "chat_templates"
+    return [str(path) for path in sorted(folder.glob("*.jinja")) if not path.stem.endswith("_training")]
+
+
+def byte_tokenizer(chat: str) -> PreTrainedTokenizerFast:
+    """Every byte a token, so that ids can be turned back into the very text."""
+    alphabet = sorted(ByteLevel.alphabet())
+    core = Tokenizer(BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    core.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = ByteLevelDecoder()
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<bos>", eos_token="<eos>", chat_template=chat)
+
+
+@pytest.mark.skipif(not real_templates(), reason="trl, which ships the chat templates of real models, is not installed")
+def test_there_are_many_real_templates() -> None:
+    assert len(real_templates()) > 20
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=Path(path).stem) for path in real_templates()])
+def test_real_template(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Demonstrations whole, thoughts and all; queries paired to the end; one BOS at most; the same on any day."""
+    tokenizer = byte_tokenizer(Path(path).read_text(encoding="utf-8"))
+    template = PromptTemplate(tokenizer)
+    demos = [
+        Example("d1", "What is 2 + 2?", "<think>\nTwo and two.\n</think>\n\nIt is 4."),
+        Example("d2", "What is 3 + 5?", "<think>\nThree, then five.\n</think>\n\nIt is 8."),
+    ]
+    queries = [Example(f"q{i}", f"What is {i} plus one?", f"It is {i + 1}.") for i in range(3)]
+    built = build_prompts("set", queries, template, demos=demos)
+    assert built.warnings == ()
+    for query, prompt in zip(queries, built.prompts, strict=True):
+        base, shown = tokenizer.decode(prompt.base_ids), tokenizer.decode(prompt.demos_ids)
+        assert all(demo.question in shown and (demo.answer or "") in shown for demo in demos)
+        assert not any(demo.question in base for demo in demos)
+        assert max(list(ids).count(tokenizer.bos_token_id) for ids in (prompt.base_ids, prompt.demos_ids)) <= 1
+        read, paired = prompt.positions, prompt.paired_demos
+        assert query.question in tokenizer.decode(prompt.base_ids[read])
+        assert query.question in tokenizer.decode(prompt.demos_ids[paired])
+        assert not any(demo.question in tokenizer.decode(prompt.demos_ids[paired]) for demo in demos)
+        np.testing.assert_array_equal(prompt.base_ids[prompt.paired], prompt.demos_ids[paired])
+    answered = build_prompts("set", queries, template, tokens="answer").prompts
+    for query, prompt in zip(queries, answered, strict=True):
+        assert (query.answer or "") in tokenizer.decode(prompt.base_ids[prompt.positions])
+        assert query.question not in tokenizer.decode(prompt.base_ids[prompt.positions])
+
+    class Later(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> Later:
+            return cls(2031, 5, 6)
+
+    monkeypatch.setattr(datetime, "datetime", Later)
+    again = build_prompts("set", queries, PromptTemplate(tokenizer), demos=demos)
+    assert [p.demos_ids.tolist() for p in again.prompts] == [p.demos_ids.tolist() for p in built.prompts]
 
 
 def test_demonstrations_are_set_aside_whether_they_are_shown_or_not() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_demo import made_up
 from test_report import HOSTILE, make_scores, write_full_run
 
 from sts_fast.report import build_report
@@ -139,7 +140,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A full report; one of 72 domains; one of hostile and endless names; one of a run without any domain."""
+    """A full report; one of 72 domains; one of hostile and endless names; one without any domain; the demo's."""
     written = {}
     for name, scores in (
         ("full", make_scores(9)), ("many", make_scores(72)), ("hostile", make_scores(len(HOSTILE))),
@@ -157,10 +158,13 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         else:
             write_full_run(folder, scores)
         written[name] = build_report(folder)
+    folder = tmp_path_factory.mktemp("demo")
+    made_up([0.6, 0.4, -0.2] * 8).save(folder)
+    written["demo"] = folder / "report.html"
     return written
 
 
-@pytest.mark.parametrize("name", ["full", "many", "hostile", "bare"])
+@pytest.mark.parametrize("name", ["full", "many", "hostile", "bare", "demo"])
 @pytest.mark.parametrize("width", [400, 1200])
 def test_nothing_complains_and_nothing_overflows(page: Page, reports: dict[str, Path], name: str, width: int) -> None:
     page.show(reports[name], width=width, scheme="dark" if width == 400 else "light")
@@ -180,8 +184,9 @@ def test_nothing_complains_and_nothing_overflows(page: Page, reports: dict[str, 
 
 
 @pytest.mark.parametrize("width", [400, 1200])
-def test_labels_do_not_cover_each_other(page: Page, reports: dict[str, Path], width: int) -> None:
-    page.show(reports["full"], width=width)
+@pytest.mark.parametrize("name", ["full", "demo"])
+def test_labels_do_not_cover_each_other(page: Page, reports: dict[str, Path], name: str, width: int) -> None:
+    page.show(reports[name], width=width)
     covered = page.value(
         """[...document.querySelectorAll('svg[role=img]')].flatMap(svg => {
           const texts = [...svg.querySelectorAll('text')]

@@ -140,13 +140,14 @@ class Demo:
         spreads = {control: self.spread(PRIMARY, control) for control in CONTROLS}
         rivals = [name for name in CONTROLS if spreads[name].mean > score.mean - CLOSE]
         beaten = [name for name in CONTROLS if name not in rivals and spreads[name].n]
+        ahead = f"in brackets: in how many of {n} trainings {SCORE} is ahead"
         if rivals:
             said.append(
-                f"As good, and cheaper: {self._beside(rivals)}. Where that holds, {SCORE} adds little to what the "
-                "training questions alone tell."
+                f"As good, and cheaper ({ahead}): {self._beside(rivals)}. Where that holds, {SCORE} adds little to what "
+                "the training questions alone tell."
             )
         if beaten:
-            said.append(f"Behind it: {self._beside(beaten)}.")
+            said.append(f"Behind it ({ahead}): {self._beside(beaten)}.")
         low, high = self._few_domains()
         said.append(
             f"One training set is no test. A study of one of them and {FEW_DOMAINS} of these domains would have "
@@ -170,8 +171,9 @@ class Demo:
         return said
 
     def _beside(self, controls: Sequence[str]) -> str:
-        listed = (f"{name}, r = {_r(self.spread(PRIMARY, name).mean)} ({self.n_ahead(name)})" for name in controls)
-        return f"{'; '.join(listed)} (in brackets: in how many of {len(self.trials)} trainings {SCORE} is ahead)"
+        return "; ".join(
+            f"{name}, r = {_r(self.spread(PRIMARY, name).mean)} ({self.n_ahead(name)})" for name in controls
+        )
 
     def _few_domains(self) -> tuple[float, float]:
         """Middle 95% of r over studies of one training, drawn at random, and 12 domains, drawn without replacement."""

@@ -24,6 +24,9 @@ Turn = tuple[str, str]
 TEMPLATE_DATE = "26 Jul 2024"
 FIXED_DATE = "{%- macro strftime_now(format) -%}" + TEMPLATE_DATE + "{%- endmacro %}"
 
+# Stands in a template's text for an answer that is put there afterwards; from Unicode's private use area.
+SIGN = "\ue0f5"
+
 # A demonstration that stands in where a set has none: only the query's own turn is common to both prompts.
 STAND_IN_DEMO: list[Turn] = [("user", "?"), ("assistant", "!")]
 # Two answers that end differently: what both have in common with another one's end is the template's.
@@ -85,6 +88,8 @@ class PromptTemplate:
             self._chat_template = FIXED_DATE + str(tokenizer.get_chat_template()) if self.is_chat else None
         except ValueError as error:  # several templates, none of them the default
             raise InputError(f"the model's tokenizer does not say which chat template to use: {error}") from error
+        # Templates of models that see images may want a turn as a list of parts, and show nothing of a plain text.
+        self._in_parts = self.is_chat and not self._shows_questions() and self._shows_questions(in_parts=True)
 
     def token_ids(self, turns: Sequence[Turn]) -> IntArray:
         """[n] int32 token ids of (role, text) turns; a conversation that ends with the user is left open to answer.
@@ -92,17 +97,7 @@ class PromptTemplate:
         Raises InputError where the model's chat template refuses the turns.
         """
         if self.is_chat:
-            try:
-                ids = self.tokenizer.apply_chat_template(
-                    [{"role": role, "content": text} for role, text in turns],
-                    add_generation_prompt=turns[-1][0] != "assistant",
-                    return_dict=False,
-                    chat_template=self._chat_template,
-                    date_string=TEMPLATE_DATE,
-                )
-            except Exception as error:  # a template is a program: jinja2's errors, but also TypeError and the like
-                roles = ", ".join(role for role, _ in turns)
-                raise InputError(f"the model's chat template cannot render turns of {roles}: {error}") from error
+            ids = self.tokenizer(self.text(turns), add_special_tokens=False, verbose=False).input_ids
         else:
             ids = self.tokenizer(plain_text(turns), verbose=False).input_ids
             if self.prepend_bos and ids[:1] != [self.tokenizer.bos_token_id]:
@@ -112,15 +107,50 @@ class PromptTemplate:
         return np.asarray(ids, dtype=np.int32)
 
     def text(self, turns: Sequence[Turn]) -> str:
-        """The conversation as the chat template writes it."""
-        return str(
-            self.tokenizer.apply_chat_template(
-                [{"role": role, "content": text} for role, text in turns],
-                chat_template=self._chat_template,
-                tokenize=False,
-                date_string=TEMPLATE_DATE,
+        """The conversation as the chat template writes it, but with every answer whole.
+
+        Some templates cut the thoughts out of all answers but the last; a demonstration without them demonstrates
+        something else. Where a part of an answer is missing, the template is given a sign to write in its place, and
+        the answer is put where the sign stands. An answer whose sign the template does not write either stays cut.
+        """
+        text = self._rendered(turns)
+        if not any(said.strip() in text for role, said in turns if role == "user"):
+            raise InputError("the model's chat template does not write what the user says: give it another template")
+        cut = [i for i, (role, answer) in enumerate(turns) if role == "assistant" and answer.strip() not in text]
+        if not cut:
+            return text
+        signs = {i: f"{SIGN}{i}{SIGN}" for i in cut}
+        signed = self._rendered([(role, signs.get(i, said)) for i, (role, said) in enumerate(turns)])
+        if any(signed.count(sign) != 1 for sign in signs.values()):
+            return text
+        for i, sign in signs.items():
+            signed = signed.replace(sign, turns[i][1].strip())
+        return signed
+
+    def _shows_questions(self, *, in_parts: bool = False) -> bool:
+        self._in_parts = in_parts
+        try:
+            return SIGN in self._rendered([("user", SIGN)])
+        except InputError:
+            return False
+
+    def _rendered(self, turns: Sequence[Turn]) -> str:
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    [
+                        {"role": role, "content": [{"type": "text", "text": text}] if self._in_parts else text}
+                        for role, text in turns
+                    ],
+                    add_generation_prompt=turns[-1][0] != "assistant",
+                    chat_template=self._chat_template,
+                    tokenize=False,
+                    date_string=TEMPLATE_DATE,
+                )
             )
-        )
+        except Exception as error:  # a template is a program: jinja2's errors, but also TypeError and the like
+            roles = ", ".join(role for role, _ in turns)
+            raise InputError(f"the model's chat template cannot render turns of {roles}: {error}") from error
 
 
 def plain_text(turns: Sequence[Turn]) -> str:
