@@ -540,7 +540,7 @@ def test_thoughts_that_a_template_cuts_out_of_demonstrations_are_put_back() -> N
 
 
 def test_template_that_shortens_demonstrations_is_told_on() -> None:
-    shortening = "{% for m in messages %}{{ m.content[:2] }} {% endfor %}"
+    shortening = "{% for m in messages %}{{ m.content[:1] if m.role == 'assistant' else m.content }} {% endfor %}"
     built = build_prompts("set", [AB], chat(shortening), demos=[Example("d1", "c", "x y z w")])
     assert len(built.warnings) == 1
     assert "1 of the 1 demonstrations of 'set' without a part of their answer" in built.warnings[0]

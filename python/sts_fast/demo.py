@@ -143,8 +143,8 @@ class Demo:
         ahead = f"in brackets: in how many of {n} trainings {SCORE} is ahead"
         if rivals:
             said.append(
-                f"As good, and cheaper ({ahead}): {self._beside(rivals)}. Where that holds, {SCORE} adds little to what "
-                "the training questions alone tell."
+                f"As good, and cheaper ({ahead}): {self._beside(rivals)}. Where that holds, {SCORE} adds little to "
+                "what the training questions alone tell."
             )
         if beaten:
             said.append(f"Behind it ({ahead}): {self._beside(beaten)}.")
