@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -135,13 +135,14 @@ class PromptTemplate:
             return False
 
     def _rendered(self, turns: Sequence[Turn]) -> str:
+        messages: list[Any] = [
+            {"role": role, "content": [{"type": "text", "text": text}] if self._in_parts else text}
+            for role, text in turns
+        ]
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    [
-                        {"role": role, "content": [{"type": "text", "text": text}] if self._in_parts else text}
-                        for role, text in turns
-                    ],
+                    messages,
                     add_generation_prompt=turns[-1][0] != "assistant",
                     chat_template=self._chat_template,
                     tokenize=False,
