@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +45,29 @@ def rounded(value: Any) -> Any:
 
 
 def table(gathered: dict[str, Any]) -> str:
-    """Markdown: by run and outcome, mean r [lowest, highest], above zero in, for each predictor."""
+    """Markdown: mean r [lowest, highest] and above zero in how many, of every predictor and of every outcome."""
     first = next(iter(gathered.values()))
-    predictors = list(first["summary"][first["primary"]])
-    lines = [f"| run | outcome | {' | '.join(predictors)} |", "|---" * (2 + len(predictors)) + "|"]
-    for run, demo in gathered.items():
-        for outcome, summary in demo["summary"].items():
-            cells = [
-                f"{s['mean_r']:.2f} [{s['min_r']:.2f}, {s['max_r']:.2f}] {s['n_above_zero']}/{s['n']}"
-                for s in (summary[predictor] for predictor in predictors)
-            ]
-            shown = outcome.replace("|", "\\|")
-            lines.append(f"| {run} | {shown} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    primary, score = first["primary"], first["score"]
+    by_predictor = [
+        (predictor, [cell(demo["summary"][primary][predictor]) for demo in gathered.values()])
+        for predictor in first["summary"][primary]
+    ]
+    by_outcome = [
+        (outcome.replace("|", "\\|"), [cell(demo["summary"][outcome][score]) for demo in gathered.values()])
+        for outcome in first["summary"]
+    ]
+    return markdown("predictor", gathered, by_predictor) + "\n" + markdown(f"{score} with", gathered, by_outcome)
+
+
+def cell(spread: dict[str, Any]) -> str:
+    return (
+        f"{spread['mean_r']:.2f} [{spread['min_r']:.2f}, {spread['max_r']:.2f}] {spread['n_above_zero']}/{spread['n']}"
+    )
+
+
+def markdown(corner: str, columns: Iterable[str], rows: Iterable[tuple[str, list[str]]]) -> str:
+    lines = [[corner, *columns], ["---"] * (1 + len(list(columns))), *([name, *cells] for name, cells in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 if __name__ == "__main__":

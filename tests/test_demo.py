@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import runpy
 import shutil
 import sys
 from dataclasses import replace
@@ -196,6 +197,15 @@ def test_a_damaged_demo_is_told(tmp_path: Path) -> None:
     (tmp_path / "demo.json").write_text("{")
     with pytest.raises(InputError, match=r"demo\.json cannot be read"):
         build_demo_report(tmp_path)
+
+
+def test_the_documented_tables_are_those_of_the_results() -> None:
+    root = Path(__file__).parents[1]
+    table = runpy.run_path(str(root / "benchmarks" / "demo_table.py"))["table"]
+    written_down = (root / "docs" / "demo.md").read_text(encoding="utf-8")
+    assert all(
+        part in written_down for part in table(written(root / "benchmarks" / "results" / "demo.json")).split("\n\n")
+    )
 
 
 # ---- the command
