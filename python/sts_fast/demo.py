@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -279,13 +280,18 @@ def run_demo(
     )
     steps, lr = HEAVY if heavy else LIGHT
     before = _abilities(model, tokenizer)
-    trials = []
-    for number, (train, offset) in enumerate(itertools.product(trains, range(n_seeds))):
+
+    def train_and_measure(train: str, offset: int) -> Trial:
         questions = organism.examples(train, N_TRAIN, seed=1000 + seed + offset)
         tuned = organism.fine_tune(model, tokenizer, questions, steps=steps, lr=lr, seed=seed + offset)
-        forecast = forecasts[f"train on {train}"]
-        trials.append(_trial(train, seed + offset, forecast, before, _abilities(tuned, tokenizer)))
-        tell("fine-tuning, really", number + 1, len(trains) * n_seeds)
+        return _trial(train, seed + offset, forecasts[f"train on {train}"], before, _abilities(tuned, tokenizer))
+
+    trials: list[Trial] = []
+    # Each training computes on one thread, so that two of them at a time change no number.
+    with ThreadPoolExecutor(2) as pool:
+        for trial in pool.map(train_and_measure, *zip(*itertools.product(trains, range(n_seeds)), strict=True)):
+            trials.append(trial)
+            tell("fine-tuning, really", len(trials), len(trains) * n_seeds)
     figures = json.loads((folder / organism.FIGURES_FILE).read_text(encoding="utf-8"))
     return Demo({train: forecasts[f"train on {train}"] for train in trains}, trials, steps, lr, figures)
 

@@ -479,7 +479,9 @@ def _leave_one_out(statistic: Statistic, x: Doubles, y: Doubles) -> Interval:
 
 def _without_each(statistic: Statistic, x: Doubles, y: Doubles) -> Doubles:
     """[n] the statistic without domain i; the value of all domains where it is not defined."""
-    left = np.asarray([statistic(np.delete(x, i), np.delete(y, i)) for i in range(len(x))])
+    n = len(x)
+    others = np.nonzero(~np.eye(n, dtype=bool))[1].reshape(n, n - 1)
+    left = statistic(x[others], y[others])
     return np.where(np.isnan(left), statistic(x, y), left)
 
 
