@@ -85,9 +85,14 @@ class Decoder:
         Each is [n_tokens, d_in] in the model's dtype and on its device. A causal model never looks to the right, so
         padding there changes no token before it, and needs no mask (which would slow attention down).
         """
+        ids = padded_ids(self.model, sequences, name=self.name)
+        rows = self.run(input_ids=ids.to(self.device), use_cache=False)
+        return [rows[row, : len(sequence)] for row, sequence in enumerate(sequences)]
+
+    def run(self, **inputs: Any) -> torch.Tensor:
+        """[n_sequences, n_tokens, d_in] what the layer gives for these inputs of the model; nothing above it is run."""
         import torch
 
-        ids = padded_ids(self.model, sequences, name=self.name)
         captured: list[torch.Tensor] = []
 
         def hook(module: Any, args: Any, output: Any) -> None:
@@ -97,12 +102,12 @@ class Decoder:
         handle = self._block.register_forward_hook(hook)
         try:
             with torch.inference_mode():
-                self.model(input_ids=ids.to(self.device), use_cache=False)
+                self.model(**inputs)
         except _Reached:
             pass
         finally:
             handle.remove()
-        return [captured[0][row, : len(sequence)] for row, sequence in enumerate(sequences)]
+        return captured[0]
 
 
 def padded_ids(model: torch.nn.Module, sequences: Sequence[IntArray], *, name: str = "the model") -> torch.Tensor:
