@@ -1,0 +1,399 @@
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "activation.h"
+
+/// What becomes of a finished tile of products while it is still in registers.
+///
+/// A main loop multiplies with features as rows and tokens as columns, because a thread of mma.sync and of wgmma then
+/// holds two features and many tokens: sums over tokens stay in its registers. Of 16 features of one warp and
+/// 8 * n_blocks columns the thread `lane` holds, in both instructions,
+///
+///   acc[4 * i + 2 * j + e]   feature first + lane / 4 + 8 * j
+///                            column  8 * i + 2 * (lane % 4) + e      i < n_blocks, j < 2, e < 2
+///
+/// In a paired epilogue the first half of the columns are tokens token0, token0 + 1, ... of `base` and the second half
+/// the same tokens of `other`, so that a pair is acc[n] and acc[n + 2 * n_blocks] of one thread. Columns past the last
+/// token hold p = 0 and must be masked; features past the last one own nothing, in memory either.
+///
+/// All 32 lanes of a warp call together:
+///
+///   Epilogue(params, warp_shared, feature0)   at the start of a strip of tiles that have their features in common;
+///                                             feature0 is that of j = 0: the warp's first feature + lane / 4
+///   tile<n_blocks>(acc, params, token0)       for each tile, in ascending order of tokens
+///   finish(params, slot)                      at the end: writes the strip's sums into row `slot` of the slab
+///
+/// `warp_shared` is the warp's own, warp_shared_bytes of shared memory, 16-byte aligned, kept over the strip. Sums are
+/// float32 within a tile and float64 over tiles; fold_slab adds the slab's rows in their order. No float is added
+/// atomically, so that one geometry gives one result, bit for bit.
+namespace sts::cuda {
+
+inline constexpr unsigned kAllLanes = 0xffffffffu;
+
+/// [n_features] each; the meaning of `gate` is the activation's.
+struct EncoderVectors {
+    const float *scale, *bias, *gate;
+};
+
+/// Where an epilogue leaves its sums, [n_slots, kSums, n_features]; zeroed before the launch.
+struct Slab {
+    double* sums;
+    int64_t n_features;
+};
+
+/// Two features' activations, for as long as the strip lasts. A feature past the end never fires.
+template <class Activation>
+struct FeaturePair {
+    Activation activation[2];
+
+    __device__ FeaturePair(const EncoderVectors& vectors, int64_t feature0, int64_t n_features) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const int64_t feature = feature0 + 8 * j;
+            const bool inside = feature < n_features;
+            activation[j] = {inside ? vectors.scale[feature] : 0.0f, inside ? vectors.bias[feature] : 0.0f,
+                             inside ? vectors.gate[feature] : 0.0f};
+        }
+    }
+};
+
+/// The float64 totals of a warp's 16 features, in shared memory: [kSums, 16], every entry owned by one lane.
+template <int kSums>
+struct WarpTotals {
+    static constexpr int kBytes = kSums * 16 * static_cast<int>(sizeof(double));
+    double* totals;
+
+    __device__ explicit WarpTotals(void* warp_shared) : totals(static_cast<double*>(warp_shared)) {
+        each_owned([&](int, int, double& total) { total = 0; });
+    }
+
+    /// Adds one tile's sums of this thread; the four lanes that share its features each keep a quarter of them.
+    __device__ void add(const float (&sums)[kSums][2]) {
+        const int quarter = static_cast<int>(threadIdx.x % 4);
+#pragma unroll
+        for (int s = 0; s < kSums; ++s)
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                float sum = sums[s][j];
+                sum += __shfl_xor_sync(kAllLanes, sum, 1);
+                sum += __shfl_xor_sync(kAllLanes, sum, 2);
+                if (s % 4 == quarter) entry(s, j) += sum;
+            }
+    }
+
+    __device__ void write(const Slab& slab, int64_t slot, int64_t feature0) {
+        each_owned([&](int s, int j, double& total) {
+            const int64_t feature = feature0 + 8 * j;
+            if (feature < slab.n_features) slab.sums[(slot * kSums + s) * slab.n_features + feature] = total;
+        });
+    }
+
+  private:
+    __device__ double& entry(int s, int j) { return totals[s * 16 + 8 * j + static_cast<int>(threadIdx.x % 32) / 4]; }
+
+    template <class Visit>
+    __device__ void each_owned(const Visit& visit) {
+        for (int s = static_cast<int>(threadIdx.x % 4); s < kSums; s += 4)
+            for (int j = 0; j < 2; ++j) visit(s, j, entry(s, j));
+    }
+};
+
+/// Per feature, over pairs a = h(base), b = h(other): the sums of ShiftSums in their order, then kWeights sums of
+/// weight * (b - a)^2.
+template <class Activation, int kWeights>
+struct ShiftEpilogue {
+    static constexpr bool paired = true;
+    static constexpr int kSums = 7 + kWeights;
+    static constexpr int warp_shared_bytes = WarpTotals<kSums>::kBytes;
+
+    struct Params {
+        EncoderVectors vectors;
+        Slab slab;
+        int64_t n_tokens;
+        const float* weights;  ///< [n_tokens, kWeights]
+    };
+
+    __device__ ShiftEpilogue(const Params& params, void* warp_shared, int64_t feature0)
+        : features_(params.vectors, feature0, params.slab.n_features), totals_(warp_shared), feature0_(feature0) {}
+
+    template <int n_blocks>
+    __device__ void tile(const float (&acc)[4 * n_blocks], const Params& params, int64_t token0) {
+        if (token0 + 4 * n_blocks <= params.n_tokens)
+            fold<n_blocks, false>(acc, params, token0);
+        else
+            fold<n_blocks, true>(acc, params, token0);
+    }
+
+    __device__ void finish(const Params& params, int64_t slot) { totals_.write(params.slab, slot, feature0_); }
+
+  private:
+    template <int n_blocks, bool kMasked>
+    __device__ void fold(const float (&acc)[4 * n_blocks], const Params& params, int64_t token0) {
+        float sums[kSums][2] = {};
+        const int64_t first = token0 + 2 * (threadIdx.x % 4);
+#pragma unroll
+        for (int i = 0; i < n_blocks / 2; ++i)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const int64_t token = first + 8 * i + e;
+                const bool inside = !kMasked || token < params.n_tokens;
+                float a[2], b[2];
+                bool fires = false;
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    const int n = 4 * i + 2 * j + e;
+                    a[j] = inside ? features_.activation[j](acc[n]) : 0.0f;
+                    b[j] = inside ? features_.activation[j](acc[n + 2 * n_blocks]) : 0.0f;
+                    fires = fires || a[j] != 0 || b[j] != 0;
+                }
+                // Firings are rare: most often the whole warp has nothing to add.
+                if (!__any_sync(kAllLanes, fires)) continue;
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    const float difference = b[j] - a[j], square = difference * difference;
+                    sums[0][j] += square;
+                    sums[1][j] += a[j];
+                    sums[2][j] += b[j];
+                    sums[3][j] += a[j] * a[j];
+                    sums[4][j] += b[j] * b[j];
+                    sums[5][j] += a[j] != 0 ? 1.0f : 0.0f;
+                    sums[6][j] += b[j] != 0 ? 1.0f : 0.0f;
+                    if (kWeights && square != 0) {
+#pragma unroll
+                        for (int k = 0; k < kWeights; ++k)
+                            sums[7 + k][j] += params.weights[token * kWeights + k] * square;
+                    }
+                }
+            }
+        totals_.add(sums);
+    }
+
+    FeaturePair<Activation> features_;
+    WarpTotals<kSums> totals_;
+    int64_t feature0_;
+};
+
+/// Per feature: the sums of h, h^2 and h != 0, then kTargets sums of h * target.
+template <class Activation, int kTargets>
+struct MomentsEpilogue {
+    static constexpr bool paired = false;
+    static constexpr int kSums = 3 + kTargets;
+    static constexpr int warp_shared_bytes = WarpTotals<kSums>::kBytes;
+
+    struct Params {
+        EncoderVectors vectors;
+        Slab slab;
+        int64_t n_tokens;
+        const float* targets;  ///< [n_tokens, kTargets]
+    };
+
+    __device__ MomentsEpilogue(const Params& params, void* warp_shared, int64_t feature0)
+        : features_(params.vectors, feature0, params.slab.n_features), totals_(warp_shared), feature0_(feature0) {}
+
+    template <int n_blocks>
+    __device__ void tile(const float (&acc)[4 * n_blocks], const Params& params, int64_t token0) {
+        if (token0 + 8 * n_blocks <= params.n_tokens)
+            fold<n_blocks, false>(acc, params, token0);
+        else
+            fold<n_blocks, true>(acc, params, token0);
+    }
+
+    __device__ void finish(const Params& params, int64_t slot) { totals_.write(params.slab, slot, feature0_); }
+
+  private:
+    template <int n_blocks, bool kMasked>
+    __device__ void fold(const float (&acc)[4 * n_blocks], const Params& params, int64_t token0) {
+        float sums[kSums][2] = {};
+        const int64_t first = token0 + 2 * (threadIdx.x % 4);
+#pragma unroll
+        for (int i = 0; i < n_blocks; ++i)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const int64_t token = first + 8 * i + e;
+                const bool inside = !kMasked || token < params.n_tokens;
+                float h[2];
+#pragma unroll
+                for (int j = 0; j < 2; ++j) h[j] = inside ? features_.activation[j](acc[4 * i + 2 * j + e]) : 0.0f;
+                const bool fires = h[0] != 0 || h[1] != 0;
+                if (!__any_sync(kAllLanes, fires)) continue;
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    sums[0][j] += h[j];
+                    sums[1][j] += h[j] * h[j];
+                    sums[2][j] += h[j] != 0 ? 1.0f : 0.0f;
+                }
+                if (kTargets && fires) {
+#pragma unroll
+                    for (int k = 0; k < kTargets; ++k) {
+                        const float target = params.targets[token * kTargets + k];
+                        sums[3 + k][0] += target * h[0];
+                        sums[3 + k][1] += target * h[1];
+                    }
+                }
+            }
+        totals_.add(sums);
+    }
+
+    FeaturePair<Activation> features_;
+    WarpTotals<kSums> totals_;
+    int64_t feature0_;
+};
+
+/// Appends (token, feature, h) for every h != 0, in no particular order: sorting by `keys` gives one.
+template <class Activation>
+struct AppendEpilogue {
+    static constexpr bool paired = false;
+    static constexpr int warp_shared_bytes = 0;
+
+    struct Params {
+        EncoderVectors vectors;
+        int64_t n_tokens, n_features;
+        int64_t* keys;              ///< [capacity] (first_token + token) << 32 | feature
+        float* values;              ///< [capacity]
+        unsigned long long* count;  ///< how many there are, also where they are more than `capacity`
+        int64_t capacity, first_token;
+    };
+
+    __device__ AppendEpilogue(const Params& params, void*, int64_t feature0)
+        : features_(params.vectors, feature0, params.n_features), feature0_(feature0) {}
+
+    template <int n_blocks>
+    __device__ void tile(const float (&acc)[4 * n_blocks], const Params& params, int64_t token0) {
+        const int lane = static_cast<int>(threadIdx.x % 32);
+        int n_mine = 0;
+        each<n_blocks>(acc, params, token0, [&](int64_t, int, float) { ++n_mine; });
+        int end = n_mine;  // inclusive prefix sum over lanes
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) {
+            const int below = __shfl_sync(kAllLanes, end, lane - step < 0 ? lane : lane - step);
+            if (lane >= step) end += below;
+        }
+        const int n_warp = __shfl_sync(kAllLanes, end, 31);
+        if (n_warp == 0) return;
+        unsigned long long start = 0;
+        if (lane == 0) start = atomicAdd(params.count, static_cast<unsigned long long>(n_warp));
+        int64_t at = static_cast<int64_t>(__shfl_sync(kAllLanes, start, 0)) + end - n_mine;
+        each<n_blocks>(acc, params, token0, [&](int64_t token, int j, float h) {
+            if (at < params.capacity) {
+                params.keys[at] = (params.first_token + token) << 32 | (feature0_ + 8 * j);
+                params.values[at] = h;
+            }
+            ++at;
+        });
+    }
+
+    __device__ void finish(const Params&, int64_t) {}
+
+  private:
+    template <int n_blocks, class Visit>
+    __device__ void each(const float (&acc)[4 * n_blocks], const Params& params, int64_t token0, const Visit& visit) {
+        const int64_t first = token0 + 2 * (threadIdx.x % 4);
+#pragma unroll
+        for (int n = 0; n < 4 * n_blocks; ++n) {
+            const int64_t token = first + 8 * (n / 4) + n % 2;
+            const float h = features_.activation[n / 2 % 2](acc[n]);
+            if (h != 0 && token < params.n_tokens) visit(token, n / 2 % 2, h);
+        }
+    }
+
+    FeaturePair<Activation> features_;
+    int64_t feature0_;
+};
+
+/// TopK and AbsTopK: pre-activations as they are, or those that exceed their row's bound. `gate` is not used.
+struct PreActivations {
+    EncoderVectors vectors;
+    int64_t n_tokens, n_features;
+    bool absolute;
+};
+
+/// Writes every pre-activation of a strip of at most a few thousand features: pre[token, feature].
+struct DenseEpilogue {
+    static constexpr bool paired = false;
+    static constexpr int warp_shared_bytes = 0;
+
+    struct Params {
+        PreActivations from;
+        float* pre;  ///< [n_tokens, n_features]
+    };
+
+    __device__ DenseEpilogue(const Params& params, void*, int64_t feature0)
+        : features_(params.from.vectors, feature0, params.from.n_features), feature0_(feature0) {}
+
+    template <int n_blocks>
+    __device__ void tile(const float (&acc)[4 * n_blocks], const Params& params, int64_t token0) {
+        const int64_t first = token0 + 2 * (threadIdx.x % 4);
+#pragma unroll
+        for (int n = 0; n < 4 * n_blocks; ++n) {
+            const int j = n / 2 % 2;
+            const int64_t token = first + 8 * (n / 4) + n % 2, feature = feature0_ + 8 * j;
+            if (token < params.from.n_tokens && feature < params.from.n_features)
+                params.pre[token * params.from.n_features + feature] =
+                    features_.activation[j].scale * acc[n] + features_.activation[j].bias;
+        }
+    }
+
+    __device__ void finish(const Params&, int64_t) {}
+
+  private:
+    FeaturePair<JumpRelu<float>> features_;
+    int64_t feature0_;
+};
+
+/// Appends to each row's list what exceeds the row's bound; the list is complete where its count is at most its
+/// capacity.
+struct CandidateEpilogue {
+    static constexpr bool paired = false;
+    static constexpr int warp_shared_bytes = 0;
+
+    struct Params {
+        PreActivations from;
+        const float* bounds;  ///< [n_tokens] >= 0
+        int32_t* columns;     ///< [n_tokens, capacity]
+        float* values;        ///< [n_tokens, capacity]
+        int* counts;          ///< [n_tokens]
+        int64_t capacity;
+        int64_t first_feature;  ///< column number of feature 0
+    };
+
+    __device__ CandidateEpilogue(const Params& params, void*, int64_t feature0)
+        : features_(params.from.vectors, feature0, params.from.n_features), feature0_(feature0) {}
+
+    template <int n_blocks>
+    __device__ void tile(const float (&acc)[4 * n_blocks], const Params& params, int64_t token0) {
+        const int64_t first = token0 + 2 * (threadIdx.x % 4);
+#pragma unroll
+        for (int i = 0; i < n_blocks; ++i)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const int64_t token = first + 8 * i + e;
+                if (token >= params.from.n_tokens) continue;
+                const float bound = params.bounds[token];
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    const float pre =
+                        features_.activation[j].scale * acc[4 * i + 2 * j + e] + features_.activation[j].bias;
+                    const float size = params.from.absolute && pre < 0 ? -pre : pre;
+                    if (size > bound && feature0_ + 8 * j < params.from.n_features)
+                        append(params, token, params.first_feature + feature0_ + 8 * j, pre);
+                }
+            }
+    }
+
+    __device__ void finish(const Params&, int64_t) {}
+
+  private:
+    __device__ static void append(const Params& params, int64_t token, int64_t column, float pre) {
+        const int at = atomicAdd(params.counts + token, 1);
+        if (at >= params.capacity) return;
+        params.columns[token * params.capacity + at] = static_cast<int32_t>(column);
+        params.values[token * params.capacity + at] = pre;
+    }
+
+    FeaturePair<JumpRelu<float>> features_;
+    int64_t feature0_;
+};
+
+}  // namespace sts::cuda
