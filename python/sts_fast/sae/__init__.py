@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sts_fast.errors import InputError
+from sts_fast.sae.decoder import MAX_ROWS, Decoder
 
 if TYPE_CHECKING:
     import torch
@@ -39,12 +40,19 @@ class SAE:
 
     W_enc:       [d_in, d_sae] float32 or bfloat16, numpy or torch, in either memory order; never copied
     b_enc:       [d_sae] float32 (zeros for gated)
-    b_dec:       [d_in] float32
+    b_dec:       [d_in] float32; [d_out], and never subtracted, for a transcoder
     threshold:   [d_sae] float32, jumprelu only
     r_mag, b_mag, b_gate: [d_sae] float32, gated only
     W_dec_norm:  [d_sae] float32, Euclidean norms of W_dec's rows, for (abs)topk trained with rescaled activations
-    hook_name:   where in the model the SAE reads, as its file says ('blocks.25.hook_resid_post', 'model.layers.25')
+    hook_name:   where in the model the SAE reads, as its file says: a name of TransformerLens such as
+                 'blocks.25.hook_resid_post', or a module's path ('model.layers.25', its input 'model.layers.25.input')
+    target_hook_name: what a transcoder predicts, in the same spelling; '' for an SAE, which predicts what it reads
+    l0:          mean number of active features in training, where its files say so
+    decoder:     W_dec in the checkpoint, of which nothing is loaded; None where there is none
     source:      path or id that it was loaded from
+    layout:      whose files they are, such as 'SAELens 6.54.12'
+    notes:       what a user of this SAE must know
+    origin:      by field, which file or key it was read from
 
     Raises ValueError, naming the field, where shapes do not fit together, and InputError for an unknown architecture.
     """
@@ -63,11 +71,16 @@ class SAE:
     input_norm: str = "none"
     input_scale: float = 1.0
     hook_name: str = ""
+    target_hook_name: str = ""
     model_name: str = ""
     prepend_bos: bool = False
+    l0: float | None = None
+    decoder: Decoder | None = None
     source: str = ""
+    layout: str = ""
     notes: tuple[str, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
+    origin: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         needed = {
@@ -84,7 +97,8 @@ class SAE:
             )
         if len(self.W_enc.shape) != 2:
             raise ValueError(f"W_enc must have two dimensions, [d_in, d_sae], but has shape {tuple(self.W_enc.shape)}")
-        widths = {"b_enc": self.d_sae, "b_dec": self.d_in, "W_dec_norm": self.d_sae}
+        d_out = self.d_in if self.decoder is None else self.decoder.W_dec.shape[1]
+        widths = {"b_enc": self.d_sae, "b_dec": d_out, "W_dec_norm": self.d_sae}
         widths |= dict.fromkeys(("threshold", "r_mag", "b_mag", "b_gate"), self.d_sae)
         for name, width in widths.items():
             value = getattr(self, name)
@@ -131,12 +145,39 @@ class SAE:
         return hook_layer(self.hook_name)
 
     def decoder_rows(self, features: Sequence[int]) -> torch.Tensor | None:
-        """[n_features, d_in] rows of W_dec, read from the SAE's folder; None where it has none."""
-        from sts_fast.sae import saelens
+        """[n_features, d_out] float32 rows of W_dec, gathered from the file; None where the checkpoint has none.
 
-        folder = Path(self.source)
-        is_folder = bool(self.source) and (folder / saelens.WEIGHTS_FILE).is_file()
-        return saelens.read_decoder_rows(folder, features) if is_folder else None
+        Raises InputError where the file is no longer there, or is damaged.
+        """
+        return None if self.decoder is None else self.decoder.rows(features)
+
+    def reconstruct(self, acts: Any, features: tuple[Any, Any, Any]) -> torch.Tensor | None:
+        """[n, d_out] float32: what the decoder makes of the features, in the units of the model.
+
+        acts:     [n, d_in] what was encoded, or [n, n_heads, d_head]: its norms undo the SAE's normalisation
+        features: (indptr, indices, values) of `encode(sae, acts)`, at most MAX_ROWS rows
+
+        Only the rows of W_dec of active features are read. None where the checkpoint has no decoder. Raises InputError
+        for too many rows, and as `decoder_rows`.
+        """
+        import torch
+
+        if self.decoder is None:
+            return None
+        x = torch.as_tensor(acts).float()
+        x = x.reshape(len(x), -1)
+        if len(x) > MAX_ROWS:
+            raise InputError(f"at most {MAX_ROWS} rows can be reconstructed at a time, not {len(x)}: give a sample")
+        decoded = self.decoder.decode(*features, divisor=self.W_dec_norm)
+        if self.decoder.W_skip is not None:
+            decoded += x @ self.decoder.W_skip.whole("float32")
+        if self.target_hook_name or self.decoder.scale != 1:
+            return decoded / self.decoder.scale
+        if self.input_norm == "layer_norm":
+            decoded = decoded * x.std(dim=1, keepdim=True) + x.mean(dim=1, keepdim=True)
+        elif self.input_norm == "constant_norm_rescale":
+            decoded = decoded * x.norm(dim=1, keepdim=True) / math.sqrt(self.d_in)
+        return decoded / self.input_scale
 
     def with_dtype(self, dtype: str) -> SAE:
         """The same SAE with W_enc as 'float32' or 'bfloat16' (rounded to nearest even)."""
@@ -166,24 +207,36 @@ def hook_layer(hook_name: str) -> int | None:
     )
 
 
-def load_sae(source: str | Path, *, layer: int | None = None, hook: str | None = None) -> SAE:
+def load_sae(
+    source: str | Path,
+    *,
+    layer: int | None = None,
+    hook: str | None = None,
+    norm_scaling_factor: float | None = None,
+    dtype: str | None = None,
+) -> SAE:
     """Reads an SAE from a SAELens folder, or by its 'release/id' through sae-lens.
 
     layer: reads the residual stream after this layer, whatever the SAE's own files say
     hook:  the same by name, such as 'blocks.25.hook_resid_post' or 'model.layers.25'
+    norm_scaling_factor: what rows are multiplied by first, for an SAE trained on inputs scaled to a mean norm of
+           sqrt(d_in) ('expected_average_only_in') whose weights were saved without that factor
+    dtype: of W_enc in memory, 'float32' or 'bfloat16'; None takes the file's, memory-mapped
     Raises InputError, naming file and key, for whatever cannot be read or is not supported.
     """
-    from sts_fast.sae import saelens
+    from sts_fast.sae import hub, saelens
 
+    if dtype not in (None, "float32", "bfloat16"):
+        raise InputError(f"an SAE can be held as float32 or bfloat16, not {dtype}")
     path = Path(source)
     if path.is_dir():
-        sae = saelens.read_folder(path)
+        sae = saelens.read(path, dtype=dtype)
     elif path.exists():
         raise InputError(
             f"{path} is a file, but an SAE is a folder with {saelens.CONFIG_FILE} and {saelens.WEIGHTS_FILE}: give that"
         )
     elif "/" in str(source) and not path.is_absolute() and not str(source).startswith("."):
-        sae = saelens.read_release(str(source))
+        sae = hub.read_release(str(source), dtype=dtype)
     else:
         raise InputError(f"there is no SAE at {source}: give a SAELens folder, or 'release/id' as sae-lens names it")
     if layer is not None and hook is not None:
@@ -191,5 +244,28 @@ def load_sae(source: str | Path, *, layer: int | None = None, hook: str | None =
     if layer is not None:
         hook = f"blocks.{layer}.hook_resid_post"
     if hook is not None:
-        sae = replace(sae, hook_name=hook)
-    return sae
+        sae = replace(sae, hook_name=hook, origin={**sae.origin, "hook_name": "--layer or --hook"})
+    return sae if norm_scaling_factor is None else _scaled(sae, norm_scaling_factor)
+
+
+def _scaled(sae: SAE, factor: float) -> SAE:
+    """The SAE with the scaling of its input that its files ask for but do not carry."""
+    from sts_fast.sae.saelens import FORGOTTEN_FOLDING
+
+    if not 0 < factor < math.inf:
+        raise InputError(f"--norm-scaling-factor must be a positive number, not {factor}")
+    if FORGOTTEN_FOLDING not in sae.notes:
+        said = sae.origin.get("input_norm", "no normalisation")
+        raise InputError(f"{sae.source} does not ask for --norm-scaling-factor ({said}): leave it out")
+    decoder = sae.decoder
+    if decoder is not None and sae.target_hook_name:
+        decoder = replace(decoder, scale=factor)
+    return replace(
+        sae,
+        input_scale=factor,
+        # Folding divides W_dec, and so the norms that activations are rescaled by.
+        W_dec_norm=None if sae.W_dec_norm is None else (sae.W_dec_norm / factor).astype(np.float32),
+        decoder=decoder,
+        notes=tuple(note for note in sae.notes if note != FORGOTTEN_FOLDING),
+        origin={**sae.origin, "input_scale": "--norm-scaling-factor"},
+    )
