@@ -143,7 +143,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 def test_residuals_are_the_full_model_s_hidden_states(family: str, layer: int, model_of: Callable[[str], Any]) -> None:
     model = model_of(family)
     ids = sequences(1, 17, 5, 30)
-    for captured, sequence in zip(Decoder(model, layer).residuals(ids), ids, strict=True):
+    for captured, sequence in zip(Decoder(model, layer).residuals(ids)[0], ids, strict=True):
         expected = hidden_states(model, sequence, layer)
         assert captured.shape == (len(sequence), D_MODEL)
         assert_close(captured, expected)
@@ -155,9 +155,11 @@ def test_truncated_load_equals_the_model_in_memory(
 ) -> None:
     loaded = load_decoder(saved(family), layer, device="cpu")
     ids = sequences(3, 21)
-    for captured, expected in zip(loaded.residuals(ids), Decoder(model_of(family), layer).residuals(ids), strict=True):
+    for captured, expected in zip(
+        loaded.residuals(ids)[0], Decoder(model_of(family), layer).residuals(ids)[0], strict=True
+    ):
         assert torch.equal(captured, expected)
-    assert (loaded.layer, loaded.d_in, loaded.context_length) == (layer, D_MODEL, 128)
+    assert (loaded.hooks[0].layer, loaded.hooks[0].d_in, loaded.context_length) == (layer, D_MODEL, 128)
 
 
 def test_layers_above_and_the_head_are_not_loaded(
@@ -184,7 +186,7 @@ def test_published_models(name: str, layers: tuple[int, ...]) -> None:
     text = "Once upon a time there was a little girl who liked to play in the park. " * 3
     ids = np.asarray(load_tokenizer(MODELS / name)(text).input_ids[: model.config.max_position_embeddings], np.int32)
     for layer in layers:
-        captured = load_decoder(MODELS / name, layer, device="cpu").residuals([ids[:3], ids])
+        captured = load_decoder(MODELS / name, layer, device="cpu").residuals([ids[:3], ids])[0]
         with torch.no_grad():
             states = model(torch.from_numpy(ids.astype(np.int64))[None], output_hidden_states=True).hidden_states
         if layer + 1 < len(states) - 1:
@@ -199,7 +201,7 @@ def test_published_models(name: str, layers: tuple[int, ...]) -> None:
 
 def test_layers_may_return_tuples(model_of: Callable[[str], Any]) -> None:
     ids = sequences(4, 9)
-    expected = Decoder(model_of("llama"), 1).residuals(ids)
+    expected = Decoder(model_of("llama"), 1).residuals(ids)[0]
 
     class AsTuple(torch.nn.Module):
         def __init__(self, block: torch.nn.Module) -> None:
@@ -215,7 +217,7 @@ def test_layers_may_return_tuples(model_of: Callable[[str], Any]) -> None:
     plain = blocks[1]
     try:
         blocks[1] = AsTuple(plain)
-        captured = Decoder(model, 1).residuals(ids)
+        captured = Decoder(model, 1).residuals(ids)[0]
     finally:
         blocks[1] = plain
     for actual, wanted in zip(captured, expected, strict=True):
@@ -239,7 +241,7 @@ def test_pairs_are_the_same_for_every_batch_budget(
 ) -> None:
     model, prompts = model_of(family), demo_prompts()
     seen = []
-    for rows in capture(Decoder(model, 2), prompts, batch_tokens=batch_tokens):
+    for (rows,) in capture(Decoder(model, 2), prompts, batch_tokens=batch_tokens):
         assert list(dict.fromkeys(rows.base_of.tolist())) == rows.prompts
         for slot, index in enumerate(rows.prompts):
             prompt = prompts[index]
@@ -265,7 +267,7 @@ def test_batches_keep_to_the_budget_and_run_shortest_first(
     # Of the longer prompt of each: 6 + i tokens of demonstration in front of the n - n // 3 in common.
     lengths = [12, 10, 17, 12, 15, 12, 20]
     assert [max(len(p.base_ids), len(p.demos_ids)) for p in prompts] == lengths
-    batches = [rows.prompts for rows in capture(Decoder(model_of("llama"), 0), prompts, batch_tokens=batch_tokens)]
+    batches = [rows.prompts for (rows,) in capture(Decoder(model_of("llama"), 0), prompts, batch_tokens=batch_tokens)]
     assert [index for batch in batches for index in batch] == [1, 0, 3, 5, 4, 2, 6]
     assert [len(batch) for batch in batches] == sizes
     for batch in batches:
@@ -274,7 +276,7 @@ def test_batches_keep_to_the_budget_and_run_shortest_first(
 
 def test_prompts_without_demonstrations_have_no_pairs(model_of: Callable[[str], Any]) -> None:
     prompts = [make_prompt("a", [5, 6, 7], positions=[2]), make_prompt("b", [8, 9], positions=[])]
-    (rows,) = capture(Decoder(model_of("llama"), 0), prompts, batch_tokens=100)
+    ((rows,),) = capture(Decoder(model_of("llama"), 0), prompts, batch_tokens=100)
     assert rows.prompts == [1, 0]
     assert rows.base_of.tolist() == [0]
     assert rows.base.shape == (1, D_MODEL)
@@ -289,7 +291,7 @@ def test_no_prompts_no_rows(model_of: Callable[[str], Any]) -> None:
 def test_a_second_model_is_read_at_the_same_tokens(model_of: Callable[[str], Any]) -> None:
     model, tuned = model_of("llama"), model_of("qwen3")
     prompts = [make_prompt(f"p{i}", ids, positions=range(1, len(ids))) for i, ids in enumerate(sequences(6, 3, 8))]
-    for rows in capture(Decoder(model, 1), prompts, batch_tokens=20, other=Decoder(tuned, 1)):
+    for (rows,) in capture(Decoder(model, 1), prompts, batch_tokens=20, other=Decoder(tuned, 1)):
         for index in rows.prompts:
             ids = prompts[index].base_ids
             assert_close(rows.base[rows.base_of == index], hidden_states(model, ids, 1)[1:])
@@ -331,14 +333,14 @@ class HandMade(torch.nn.Module):
 def test_a_pair_goes_where_either_token_is_a_sink() -> None:
     # In the base prompt 90 is a sink (median 3), in the demonstration prompt 900 is, and 90 is not (median 50).
     prompt = make_prompt("p", [90, 2, 3, 3, 900], [50, 50, 50, 50, 50, 50, 90, 2, 3, 3, 900], [1, 2, 4, 0], n_common=5)
-    (rows,) = capture(Decoder(HandMade(), 0), [prompt], batch_tokens=100)
+    ((rows,),) = capture(Decoder(HandMade(), 0), [prompt], batch_tokens=100)
     assert rows.base[:, 0].tolist() == [2, 3]
     assert rows.kept[0].tolist() == [True, True, False, False]
     assert rows.paired[:, 0].tolist() == rows.demos[:, 0].tolist() == [2, 3]
     assert rows.kept_paired[0].tolist() == [True, True, False, False]
     # A token that is a sink only beside demonstrations stays among the base tokens, but its pair goes.
     prompt = make_prompt("p", [30, 40, 50], [3, 3, 3, 3, 3, 3, 3, 3, 3, 30, 40, 50], n_common=3)
-    (rows,) = capture(Decoder(HandMade(), 0), [prompt], batch_tokens=100)
+    ((rows,),) = capture(Decoder(HandMade(), 0), [prompt], batch_tokens=100)
     assert rows.base[:, 0].tolist() == [30, 40, 50]
     assert rows.paired[:, 0].tolist() == [30]
     assert rows.kept[0].tolist() == [True, True, True]
@@ -348,7 +350,7 @@ def test_a_pair_goes_where_either_token_is_a_sink() -> None:
 def test_padding_does_not_move_the_median() -> None:
     # Beside a long prompt the short one is padded with zeros; its own median is 20, so 100 is no sink.
     prompts = [make_prompt("long", [5] * 30), make_prompt("short", [20, 20, 100])]
-    (rows,) = capture(Decoder(HandMade(), 0), prompts, batch_tokens=1000)
+    ((rows,),) = capture(Decoder(HandMade(), 0), prompts, batch_tokens=1000)
     assert rows.base[rows.base_of == 1][:, 0].tolist() == [20, 20, 100]
 
 
@@ -361,7 +363,7 @@ def test_rows_for_the_core_are_float32_or_bfloat16() -> None:
     ):
         model = HandMade()
         model.layers[0].register_forward_hook(lambda module, args, output, dtype=dtype: output.to(dtype))
-        (rows,) = capture(Decoder(model, 0), [make_prompt("p", [1, 2])], batch_tokens=10)
+        ((rows,),) = capture(Decoder(model, 0), [make_prompt("p", [1, 2])], batch_tokens=10)
         assert rows.base.dtype == rows.paired.dtype == rows.demos.dtype == expected
 
 
@@ -471,7 +473,7 @@ def test_broken_model_is_told_in_one_line(
 
 def test_tokenizer_of_another_model(model_of: Callable[[str], Any]) -> None:
     decoder = Decoder(model_of("llama"), 0)
-    assert decoder.residuals([np.array([VOCABULARY - 1], np.int32)])[0].shape == (1, D_MODEL)
+    assert decoder.residuals([np.array([VOCABULARY - 1], np.int32)])[0][0].shape == (1, D_MODEL)
     with pytest.raises(InputError, match="the model knows 60 tokens, but its tokenizer gives token id 60: ") as e:
         decoder.residuals([np.array([3, VOCABULARY], np.int32)])
     one_sentence(e)
@@ -532,5 +534,5 @@ def test_layers_that_depend_on_their_number_are_loaded_whole(tmp_path: Path) -> 
     ids = np.arange(1, 12, dtype=np.int32)
     with torch.no_grad():
         expected = model(torch.tensor(ids[None].astype(np.int64)), output_hidden_states=True).hidden_states[2][0]
-    [actual] = load_decoder(tmp_path, 1).residuals([ids])
+    [actual] = load_decoder(tmp_path, 1).residuals([ids])[0]
     assert_close(actual, expected)

@@ -199,7 +199,7 @@ def test_model_is_the_one_that_transformers_loads(loaded: Loaded, template: Prom
     decoder = load_decoder(organism.model_folder(), training.LAYER)
     with torch.inference_mode():
         states = model(torch.from_numpy(ids.astype(np.int64))[None], output_hidden_states=True).hidden_states
-    torch.testing.assert_close(decoder.residuals([ids])[0], states[training.LAYER + 1][0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(decoder.residuals([ids])[0][0], states[training.LAYER + 1][0], rtol=0, atol=1e-5)
 
 
 def test_model_reads_its_demonstrations(loaded: Loaded, figures: dict[str, float]) -> None:
@@ -285,7 +285,7 @@ def real_rows(template: PromptTemplate) -> torch.Tensor:
     for domain in ALL[::6]:
         drawn = organism.examples(domain, 24, seed=1)
         prompts += build_prompts(domain, drawn[4:], template, demos=drawn[:4]).prompts
-    (rows,) = capture(decoder, prompts, batch_tokens=100_000)
+    ((rows,),) = capture(decoder, prompts, batch_tokens=100_000)
     assert all(kept.all() for kept in rows.kept)  # no attention sinks
     import torch
 

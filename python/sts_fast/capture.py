@@ -1,4 +1,4 @@
-"""The residual stream of a Hugging Face decoder, up to the layer that is read and no further."""
+"""What a Hugging Face decoder computes at the places that are read, and nothing above them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sts_fast.errors import InputError
+from sts_fast.hooks import Hook, find_hooks, layer_of
 from sts_fast.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -27,16 +29,15 @@ if TYPE_CHECKING:
 SINK_NORM_RATIO = 10.0
 # With these in its config, a layer's output depends on how many layers there are: the model is loaded whole.
 DEPTH_OPTIONS = ("scale_depth", "num_kv_shared_layers")
-OTHER_TOWERS = ("vision", "visual", "audio", "expert", "encoder")
 
 
 class _Reached(Exception):
-    """Raised by the hook to leave the model's forward: nothing after the layer is needed."""
+    """Raised by the last hook to leave the model's forward: nothing after it is needed."""
 
 
 @dataclass(frozen=True)
 class PairedRows:
-    """Residual rows of some prompts, at the tokens that are read.
+    """One hook's rows of some prompts, at the tokens that are read.
 
     prompts:    index of each prompt in the list that was captured
     base:       [n_read, d_in], tokens of the prompts without demonstrations
@@ -58,56 +59,63 @@ class PairedRows:
 
 
 class Decoder:
-    """A causal language model, read after one of its layers.
+    """A causal language model, read at one or more places in one forward pass.
 
-    model:   any Hugging Face decoder, in memory; only layers 0 to `layer` are run
-    layer:   index of the decoder layer whose output is read
+    model:   any Hugging Face decoder, in memory; it is run up to the last of its hooks
+    places:  where to read: hook names as `find_hooks` knows them, or the index of a layer, for that layer's output
     name:    how errors call it
+    hooks:   the places as found in the model, in the order asked for
     context_length: most tokens a prompt may have; None where the model's config sets no limit
 
-    Raises InputError where the model has no such layer.
+    Raises InputError where the model has no such place.
     """
 
-    def __init__(self, model: torch.nn.Module, layer: int, *, name: str = "the model") -> None:
+    def __init__(self, model: torch.nn.Module, *places: str | int, name: str = "the model") -> None:
         config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-        self.model, self.layer, self.name = model.eval(), layer, name
-        self.d_in: int = config.hidden_size
+        self.model, self.name = model.eval(), name
         self.context_length: int | None = getattr(config, "max_position_embeddings", None)
         self.device = next(model.parameters()).device
-        layers = _decoder_layers(model, config.num_hidden_layers)
-        if not 0 <= layer < len(layers):
-            raise InputError(f"{name} has layers 0 to {len(layers) - 1}, but layer {layer} is to be read")
-        self._block = layers[layer]
+        self.hooks: list[Hook] = find_hooks(model, places, name=name)
 
-    def residuals(self, sequences: Sequence[IntArray]) -> list[torch.Tensor]:
-        """The residual stream after the layer for each sequence, from one forward pass with padding on the right.
+    def residuals(self, sequences: Sequence[IntArray]) -> list[list[torch.Tensor]]:
+        """What each hook sees of each sequence, from one forward pass with padding on the right.
 
-        Each is [n_tokens, d_in] in the model's dtype and on its device. A causal model never looks to the right, so
-        padding there changes no token before it, and needs no mask (which would slow attention down).
+        Per hook and sequence: [n_tokens, d_in] in the model's dtype and on the hook's device. A causal model never
+        looks to the right, so padding there changes no token before it, and needs no mask (which would slow attention
+        down).
         """
         ids = padded_ids(self.model, sequences, name=self.name)
-        rows = self.run(input_ids=ids.to(self.device), use_cache=False)
-        return [rows[row, : len(sequence)] for row, sequence in enumerate(sequences)]
+        of_hooks = self.run(input_ids=ids.to(self.device), use_cache=False)
+        return [[rows[row, : len(sequence)] for row, sequence in enumerate(sequences)] for rows in of_hooks]
 
-    def run(self, **inputs: Any) -> torch.Tensor:
-        """[n_sequences, n_tokens, d_in] what the layer gives for these inputs of the model; nothing above it is run."""
+    def run(self, **inputs: Any) -> list[torch.Tensor]:
+        """What each hook sees in one forward pass for these inputs of the model; nothing after the last hook is run.
+
+        Per hook: [n_sequences, n_tokens, d_in].
+        """
         import torch
 
-        captured: list[torch.Tensor] = []
+        seen: dict[int, torch.Tensor] = {}
 
-        def hook(module: Any, args: Any, output: Any) -> None:
-            captured.append(output[0] if isinstance(output, tuple) else output)
-            raise _Reached
+        def saw(i: int, value: torch.Tensor) -> None:
+            if len(seen) + (i not in seen) == len(self.hooks):
+                seen[i] = value
+                raise _Reached
+            seen[i] = value.clone()  # what runs on may write into it
 
-        handle = self._block.register_forward_hook(hook)
+        handles = [hook.attach(self.model, partial(saw, i)) for i, hook in enumerate(self.hooks)]
         try:
             with torch.inference_mode():
                 self.model(**inputs)
         except _Reached:
             pass
         finally:
-            handle.remove()
-        return captured[0]
+            for handle in handles:
+                handle.remove()
+        for i, hook in enumerate(self.hooks):
+            if i not in seen:
+                raise InputError(f"{self.name} never runs {hook.path}: read another module")
+        return [seen[i] for i in range(len(self.hooks))]
 
 
 def padded_ids(model: torch.nn.Module, sequences: Sequence[IntArray], *, name: str = "the model") -> torch.Tensor:
@@ -132,58 +140,75 @@ def padded_ids(model: torch.nn.Module, sequences: Sequence[IntArray], *, name: s
 
 def capture(
     decoder: Decoder, prompts: Sequence[Prompt], *, batch_tokens: int, other: Decoder | None = None
-) -> Iterator[PairedRows]:
-    """Runs prompts through the decoder, shortest first, and yields the rows read, a batch at a time.
+) -> Iterator[list[PairedRows]]:
+    """Runs prompts through the decoder, shortest first, and yields the rows read, a batch at a time, for each hook.
 
     batch_tokens: most tokens of a padded batch; a prompt longer than that runs alone
     other: pairs each token with itself in this second model (the true shift after training) instead of with
         demonstrations; demos_ids is not looked at then
 
-    Attention sinks (a residual norm over 10 times the median of the sequence) are left out, and so is a pair of which
-    either token is one. Raises InputError where the model returns NaN or infinity.
+    Attention sinks (a norm over 10 times the median of the sequence, at the hook) are left out, and so is a pair of
+    which either token is one. Raises InputError where the model returns NaN or infinity.
     """
-    import torch
-
     lengths = [len(p.base_ids) if other else max(len(p.base_ids), len(p.demos_ids)) for p in prompts]
     for batch in batches(lengths, batch_tokens):
         chosen = [prompts[i] for i in batch]
-        base_residuals = decoder.residuals([p.base_ids for p in chosen])
+        base_rows = decoder.residuals([p.base_ids for p in chosen])
         if other is not None:
-            other_residuals = other.residuals([p.base_ids for p in chosen])
+            other_rows = other.residuals([p.base_ids for p in chosen])
             pairs = [(p.positions, p.positions) for p in chosen]
         elif all(len(p.demos_ids) for p in chosen):
-            other_residuals = decoder.residuals([p.demos_ids for p in chosen])
+            other_rows = decoder.residuals([p.demos_ids for p in chosen])
             pairs = [(p.paired, p.paired_demos) for p in chosen]
         else:
-            other_residuals = [residual[:0] for residual in base_residuals]
+            other_rows = [[rows[:0] for rows in of_hook] for of_hook in base_rows]
             pairs = [(p.paired[:0], p.paired[:0]) for p in chosen]
+        for rows_of, model in ((base_rows, decoder), (other_rows, other or decoder)):
+            _check_finite(rows_of, chosen, model)
+        yield [
+            _rows_read(batch, chosen, pairs, base, others) for base, others in zip(base_rows, other_rows, strict=True)
+        ]
 
-        base, paired, demos, kept, kept_paired = [], [], [], [], []
-        for prompt, (here, there), residual, other_residual in zip(
-            chosen, pairs, base_residuals, other_residuals, strict=True
-        ):
-            for rows, model in ((residual, decoder), (other_residual, other or decoder)):
-                if not bool(torch.isfinite(rows).all()):
-                    raise InputError(
-                        f"{model.name} gives NaN or infinity after layer {model.layer} for example {prompt.id}: "
-                        "try --dtype float32"
-                    )
-            sinks, other_sinks = attention_sinks(residual), attention_sinks(other_residual)
-            kept.append(~sinks[prompt.positions])
-            kept_paired.append(~(sinks[here] | other_sinks[there]))
-            base.append(residual[torch.from_numpy(prompt.positions[kept[-1]].astype(np.int64))])
-            paired.append(residual[torch.from_numpy(here[kept_paired[-1]].astype(np.int64))])
-            demos.append(other_residual[torch.from_numpy(there[kept_paired[-1]].astype(np.int64))])
-        yield PairedRows(
-            prompts=batch,
-            base=_for_core(base),
-            base_of=np.repeat(batch, [len(rows) for rows in base]),
-            paired=_for_core(paired),
-            demos=_for_core(demos),
-            paired_of=np.repeat(batch, [len(rows) for rows in paired]),
-            kept=kept,
-            kept_paired=kept_paired,
-        )
+
+def _check_finite(rows_of: list[list[torch.Tensor]], prompts: Sequence[Prompt], model: Decoder) -> None:
+    import torch
+
+    for hook, of_prompts in zip(model.hooks, rows_of, strict=True):
+        for prompt, rows in zip(prompts, of_prompts, strict=True):
+            if not bool(torch.isfinite(rows).all()):
+                raise InputError(
+                    f"{model.name} gives NaN or infinity {hook.where} for example {prompt.id}: try --dtype float32"
+                )
+
+
+def _rows_read(
+    batch: list[int],
+    prompts: Sequence[Prompt],
+    pairs: Sequence[tuple[IntArray, IntArray]],
+    base_rows: Sequence[torch.Tensor],
+    other_rows: Sequence[torch.Tensor],
+) -> PairedRows:
+    """One hook's rows at the tokens that are read, less the attention sinks."""
+    import torch
+
+    base, paired, demos, kept, kept_paired = [], [], [], [], []
+    for prompt, (here, there), rows, others in zip(prompts, pairs, base_rows, other_rows, strict=True):
+        sinks, other_sinks = attention_sinks(rows), attention_sinks(others)
+        kept.append(~sinks[prompt.positions])
+        kept_paired.append(~(sinks[here] | other_sinks[there]))
+        base.append(rows[torch.from_numpy(prompt.positions[kept[-1]].astype(np.int64))])
+        paired.append(rows[torch.from_numpy(here[kept_paired[-1]].astype(np.int64))])
+        demos.append(others[torch.from_numpy(there[kept_paired[-1]].astype(np.int64))])
+    return PairedRows(
+        prompts=batch,
+        base=_for_core(base),
+        base_of=np.repeat(batch, [len(rows) for rows in base]),
+        paired=_for_core(paired),
+        demos=_for_core(demos),
+        paired_of=np.repeat(batch, [len(rows) for rows in paired]),
+        kept=kept,
+        kept_paired=kept_paired,
+    )
 
 
 def attention_sinks(residual: torch.Tensor) -> NDArray[np.bool_]:
@@ -213,28 +238,29 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         yield batch
 
 
-def load_decoder(source: str | Path, layer: int, *, dtype: str = "auto", device: str = "auto") -> Decoder:
-    """Loads layers 0 to `layer` of a model; what lies above them, and the head, is never read into memory.
+def load_decoder(source: str | Path, *places: str | int, dtype: str = "auto", device: str = "auto") -> Decoder:
+    """Loads a model up to the last layer that is read; what lies above it, and the head, is never read into memory.
 
-    The few architectures whose layers depend on how many there are (DEPTH_OPTIONS) are loaded whole.
+    The few architectures whose layers depend on how many there are (DEPTH_OPTIONS) are loaded whole, and so is a model
+    that is read outside of its layers.
 
     source: local folder or hub id
+    places: where to read; see Decoder
     dtype:  'float32', 'bfloat16', 'float16', or 'auto': float32 on the CPU, the checkpoint's own elsewhere
     device: 'cpu', 'cuda', 'cuda:1', ..., or 'auto': CUDA where there is one
 
-    Raises InputError where the model cannot be loaded, lacks weights, or has no such layer.
+    Raises InputError where the model cannot be loaded, lacks weights, or has no such place.
     """
     from transformers import AutoModel
 
     config = load_config(source)
-    n_layers = config.get_text_config().num_hidden_layers
-    if not 0 <= layer < n_layers:
-        raise InputError(f"{source} has layers 0 to {n_layers - 1}, but layer {layer} is to be read")
     text_config = config.get_text_config()
-    if not any(getattr(text_config, name, None) for name in DEPTH_OPTIONS):
-        _truncate(text_config, layer + 1)
+    layers = [layer_of(place, text_config.num_hidden_layers, name=str(source)) for place in places]
+    last = max((layer for layer in layers if layer is not None), default=-1)
+    if None not in layers and not any(getattr(text_config, name, None) for name in DEPTH_OPTIONS):
+        _truncate(text_config, last + 1)
     model = _load(AutoModel, source, config, dtype, device)
-    return Decoder(model, layer, name=str(source))
+    return Decoder(model, *places, name=str(source))
 
 
 def load_language_model(source: str | Path, *, dtype: str = "auto", device: str = "auto") -> torch.nn.Module:
@@ -349,19 +375,3 @@ def _truncate(config: PretrainedConfig, n_layers: int) -> None:
         if isinstance(value, list) and len(value) == full:  # one entry per layer, such as layer_types
             setattr(config, name, value[:n_layers])
     config.num_hidden_layers = n_layers
-
-
-def _decoder_layers(model: torch.nn.Module, n_layers: int) -> torch.nn.ModuleList:
-    """The list of decoder layers: the outermost ModuleList of that length outside vision, audio and experts."""
-    import torch
-
-    found = [
-        (name.count("."), name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList)
-        and len(module) == n_layers
-        and not any(tower in name for tower in OTHER_TOWERS)
-    ]
-    if not found:
-        raise InputError(f"no list of {n_layers} decoder layers was found in {type(model).__name__}")
-    return min(found, key=lambda item: item[:2])[2]

@@ -299,10 +299,10 @@ def _decoder(model: str | Path | PreTrainedModel, sae: SAE, settings: Settings, 
 
 
 def _check_fit(sae: SAE, decoder: Decoder) -> None:
-    if sae.d_in != decoder.d_in:
+    if sae.d_in != decoder.hooks[0].d_in:
         raise InputError(
             f"the SAE {sae.source} reads {sae.d_in} dimensions, but the residual stream of {decoder.name} has "
-            f"{decoder.d_in}: give an SAE that was trained on this model"
+            f"{decoder.hooks[0].d_in}: give an SAE that was trained on this model"
         )
 
 
@@ -426,7 +426,7 @@ def _measure_shift(
     shift_stats = ShiftStats(sae, n_replicates=N_REPLICATES)
     active_stats = CorrelationStats(sae, N_REPLICATES)
     done = 0
-    for rows in capture(decoder, prompts, batch_tokens=settings.batch_tokens, other=tuned):
+    for (rows,) in capture(decoder, prompts, batch_tokens=settings.batch_tokens, other=tuned):
         if settings.dims == "active":
             active_stats.update(rows.base, draws[rows.base_of])
         else:
@@ -495,7 +495,7 @@ def _read_domain(
         (*key, name): np.zeros(n_prompts) for key in (*weights, *raw_tops) for name in settings.estimators
     }
     done = 0
-    for rows in capture(decoder, prompt_set.prompts, batch_tokens=settings.batch_tokens):
+    for (rows,) in capture(decoder, prompt_set.prompts, batch_tokens=settings.batch_tokens):
         raw.update(rows.base, rows.paired[:0], rows.demos[:0])
         active = encode(sae, rows.base, columns)
         for shift in shifts:
@@ -642,8 +642,8 @@ def _forecast(
     return Forecast(
         model={
             "name": decoder.name,
-            "layer": decoder.layer,
-            "d_in": decoder.d_in,
+            "layer": decoder.hooks[0].layer,
+            "d_in": decoder.hooks[0].d_in,
             "dtype": str(next(decoder.model.parameters()).dtype).removeprefix("torch."),
             "context_length": decoder.context_length,
             "revision": getattr(decoder.model.config, "_commit_hash", None),
