@@ -101,7 +101,7 @@ struct WarpTotals {
 };
 
 /// Per feature, over pairs a = h(base), b = h(other): the sums of ShiftSums in their order, then kWeights sums of
-/// weight * (b - a)^2.
+/// weight * (b - a)^2, which are 0 where there are no weights.
 template <class Activation, int kWeights>
 struct ShiftEpilogue {
     static constexpr bool paired = true;
@@ -112,7 +112,7 @@ struct ShiftEpilogue {
         EncoderVectors vectors;
         Slab slab;
         int64_t n_tokens;
-        const float* weights;  ///< [n_tokens, kWeights]
+        const float* weights;  ///< [n_tokens, kWeights] or null
     };
 
     __device__ ShiftEpilogue(const Params& params, void* warp_shared, int64_t feature0)
@@ -160,7 +160,7 @@ struct ShiftEpilogue {
                     sums[4][j] += b[j] * b[j];
                     sums[5][j] += a[j] != 0 ? 1.0f : 0.0f;
                     sums[6][j] += b[j] != 0 ? 1.0f : 0.0f;
-                    if (kWeights && square != 0) {
+                    if (kWeights && params.weights && square != 0) {
 #pragma unroll
                         for (int k = 0; k < kWeights; ++k)
                             sums[7 + k][j] += params.weights[token * kWeights + k] * square;
@@ -175,9 +175,11 @@ struct ShiftEpilogue {
     int64_t feature0_;
 };
 
-/// Per feature: the sums of h, h^2 and h != 0, then kTargets sums of h * target.
-template <class Activation, int kTargets>
+/// Per feature: the sums of h, h^2 and h != 0, then kTargets sums of h * target, which are 0 where there are no
+/// targets.
+template <class Activation>
 struct MomentsEpilogue {
+    static constexpr int kTargets = 16;
     static constexpr bool paired = false;
     static constexpr int kSums = 3 + kTargets;
     static constexpr int warp_shared_bytes = WarpTotals<kSums>::kBytes;
@@ -186,7 +188,7 @@ struct MomentsEpilogue {
         EncoderVectors vectors;
         Slab slab;
         int64_t n_tokens;
-        const float* targets;  ///< [n_tokens, kTargets]
+        const float* targets;  ///< [n_tokens, kTargets] or null
     };
 
     __device__ MomentsEpilogue(const Params& params, void* warp_shared, int64_t feature0)
@@ -224,7 +226,7 @@ struct MomentsEpilogue {
                     sums[1][j] += h[j] * h[j];
                     sums[2][j] += h[j] != 0 ? 1.0f : 0.0f;
                 }
-                if (kTargets && fires) {
+                if (params.targets && fires) {
 #pragma unroll
                     for (int k = 0; k < kTargets; ++k) {
                         const float target = params.targets[token * kTargets + k];

@@ -1,6 +1,8 @@
 #pragma once
 #include <cstdint>
 
+#include "activation.h"
+
 /// What goes into a product p[feature, token] = sum over d_in of W_enc[d_in, feature] * x[token, d_in].
 namespace sts::cuda {
 
@@ -8,11 +10,11 @@ namespace sts::cuda {
 /// along d_in.
 inline constexpr int64_t kDepth = 64;
 
-/// A matrix split into bfloat16 parts whose sum it is, as raw bits; [n_rows, depth], a row contiguous, 16-byte aligned.
+/// A matrix split into bfloat16 parts whose sum it is, [n_rows, depth]; a row contiguous, 16-byte aligned.
 ///
 /// For weights a row is a feature (W_enc transposed), for activations a token.
 struct Operand {
-    const uint16_t* parts[2];  ///< hi, and lo or null
+    const uint16_t* parts[2];  ///< bits of hi, and of lo or null
     int64_t n_rows, row_stride;
 };
 
@@ -38,15 +40,10 @@ struct Product {
     Operand W, base, other;
     Terms terms;
     int64_t depth;  ///< d_in rounded up to a multiple of kDepth
+    bool floats;    ///< parts[0] is all there is, in float32
 
-    int64_t n_features() const { return W.n_rows; }
-    int64_t n_tokens() const { return base.n_rows; }
-};
-
-/// The same in float32, for the loop that multiplies floats; [n_rows, depth] as above.
-struct FloatProduct {
-    const float *W, *base, *other;
-    int64_t n_features, n_tokens, depth;
+    STS_INLINE int64_t n_features() const { return W.n_rows; }
+    STS_INLINE int64_t n_tokens() const { return base.n_rows; }
 };
 
 }  // namespace sts::cuda

@@ -1,0 +1,95 @@
+// The main loop for Hopper, on the CPU; tests/test_gemm_sm90.py builds and calls this.
+#include "cuda/gemm_sm90.cuh"
+
+#include "cuda/epilogue.cuh"
+
+using namespace sts;
+using namespace sts::cuda;
+
+namespace {
+
+struct Operands {
+    const uint16_t *W[2], *base[2], *other[2];
+    int64_t n_features, n_tokens, depth, W_stride, x_stride;
+
+    Product product() const {
+        Product product{};
+        product.W = {{W[0], W[1]}, n_features, W_stride};
+        product.base = {{base[0], base[1]}, n_tokens, x_stride};
+        product.other = {{other[0], other[1]}, n_tokens, x_stride};
+        product.terms = terms_of(W[1] != nullptr, base[1] != nullptr);
+        product.depth = depth;
+        return product;
+    }
+};
+
+struct Vectors {
+    const float *scale, *bias, *threshold;
+};
+
+/// Runs the kernel and adds up the slab's rows.
+template <class Epilogue>
+int run(const Operands& operands, typename Epilogue::Params params, int n_multiprocessors, uint64_t seed,
+        double* sums) {
+    emulator::Machine::get().seed = seed;
+    const Product product = operands.product();
+    if (!sm90_serves(product)) return -1;
+    const int64_t n_slots = sm90_slots<Epilogue>(product, n_multiprocessors);
+    const int64_t n_sums = Epilogue::kSums * operands.n_features;
+    std::vector<double> slab(static_cast<size_t>(n_slots * n_sums), 0.0);
+    params.slab = {slab.data(), operands.n_features};
+    const int status = sm90_launch<Epilogue>(product, params, n_multiprocessors, nullptr);
+    for (int64_t i = 0; i < n_slots * n_sums; ++i) sums[i % n_sums] += slab[static_cast<size_t>(i)];
+    return status;
+}
+
+}  // namespace
+
+extern "C" {
+
+/// pre [n_tokens, n_features] = scale * p + bias
+int emulate_dense(const Operands* operands, const Vectors* vectors, int n_multiprocessors, uint64_t seed, float* pre) {
+    emulator::Machine::get().seed = seed;
+    const DenseEpilogue::Params params{
+        {{vectors->scale, vectors->bias, vectors->threshold}, operands->n_tokens, operands->n_features, false}, pre};
+    const Product product = operands->product();
+    if (!sm90_serves(product)) return -1;
+    return sm90_launch<DenseEpilogue>(product, params, n_multiprocessors, nullptr);
+}
+
+/// sums [7, n_features]
+int emulate_shift(const Operands* operands, const Vectors* vectors, int n_multiprocessors, uint64_t seed,
+                  double* sums) {
+    return run<ShiftEpilogue<JumpRelu<float>, 0>>(
+        *operands, {{vectors->scale, vectors->bias, vectors->threshold}, {}, operands->n_tokens, nullptr},
+        n_multiprocessors, seed, sums);
+}
+
+/// targets [n_tokens, 16]; sums [3 + 16, n_features]
+int emulate_moments(const Operands* operands, const Vectors* vectors, const float* targets, int n_multiprocessors,
+                    uint64_t seed, double* sums) {
+    return run<MomentsEpilogue<JumpRelu<float>>>(
+        *operands, {{vectors->scale, vectors->bias, vectors->threshold}, {}, operands->n_tokens, targets},
+        n_multiprocessors, seed, sums);
+}
+
+/// What a schedule deals out: for each of its clusters' tiles, in order, the cluster, the tile and the slot. Returns
+/// how many, and the lanes and the number of slots.
+int64_t deal(int64_t n_strips, int64_t n_tiles, int max_clusters, int64_t strip_bytes, int64_t cache_bytes,
+             int64_t* lanes_and_slots, int64_t* dealt) {
+    const StripSchedule schedule = make_schedule(n_strips, n_tiles, max_clusters, strip_bytes, cache_bytes);
+    lanes_and_slots[0] = schedule.lanes_n;
+    lanes_and_slots[1] = schedule.lanes_m;
+    lanes_and_slots[2] = schedule.n_slots();
+    int64_t n = 0;
+    for (int cluster = 0; cluster < schedule.n_clusters(); ++cluster) {
+        const TileRange tiles = schedule.tiles_of(cluster);
+        for (int64_t tile = tiles.begin; tile < tiles.end; tile += tiles.step, ++n) {
+            dealt[3 * n] = cluster;
+            dealt[3 * n + 1] = tile;
+            dealt[3 * n + 2] = schedule.slot_of(cluster, tile / n_tiles);
+        }
+    }
+    return n;
+}
+}
