@@ -17,7 +17,8 @@ PACKAGE = ROOT / "python" / "sts_fast"
 # A module imports only from modules before it. A new module gets its place here.
 ORDER = [
     *("_version", "_cpu", "_cuda"),
-    *("errors", "files", "examples", "prompts", "hooks", "capture", "sae", "backend", "encode", "shift", "correlate"),
+    *("errors", "files", "examples", "prompts", "hooks", "forward", "capture"),
+    *("sae", "backend", "encode", "shift", "correlate"),
     *("controls", "explain", "results", "score", "outcomes", "validate", "report", "organism", "demo"),
     *("cli", "__main__"),
 ]
