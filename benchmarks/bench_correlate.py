@@ -1,0 +1,90 @@
+"""Moments of every feature and cross-moments with K targets: the streaming sums behind a Pearson correlation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import oracle
+from benchmarks.cases import Bench, Case, Contestant, Product
+from sts_fast import CorrelationStats
+
+Lap = Callable[[str], None]
+N_TARGETS = (1, 16, 64)
+
+
+def bench(case: Case) -> Bench:
+    targets = np.random.default_rng(3).standard_normal((case.size.rows, max(N_TARGETS)))
+    contestants = [Contestant(f"sts_fast, K = {k}", partial(ours, case, k)) for k in N_TARGETS]
+    contestants.append(Contestant("product", product := BareProduct(case), product.prepare))
+    contestants += [Contestant(f"in place, K = {k}", partial(in_place, case, k)) for k in N_TARGETS]
+    flops = 2 * case.size.rows * case.size.d_in * case.size.d_sae
+    return Bench("correlate", case, (case.base, targets), flops, contestants, Check(case))
+
+
+def ours(case: Case, n_targets: int, acts: torch.Tensor, targets: oracle.Doubles, lap: Lap) -> dict[str, Any]:
+    stats = CorrelationStats(case.sae, n_targets)
+    stats.update(acts, targets[:, :n_targets])
+    # The statistics are of y - origin: say them of y, as the equations do.
+    return {
+        **{"sum_h": stats.sum_h, "sum_sq_h": stats.sum_sq_h, "n_fired": stats.n_fired},
+        "sum_hy": stats.sum_hy + np.outer(stats.sum_h, stats.origin),
+    }
+
+
+def in_place(case: Case, n_targets: int, acts: torch.Tensor, targets: oracle.Doubles, lap: Lap) -> dict[str, Any]:
+    """Dense features in float32, then one product with the targets and sums over the rows, in place."""
+    y = torch.from_numpy(targets[:, :n_targets]).to(device=case.device, dtype=torch.float32)
+    sums: dict[str, Any] = {
+        name: torch.empty(case.size.d_sae, device=case.device) for name in ("sum_h", "sum_sq_h", "n_fired")
+    }
+    sums["sum_hy"] = torch.empty(case.size.d_sae, n_targets, device=case.device)
+    for columns in case.slices():
+        h = torch.addmm(case.bias[columns], acts, case.W_enc[:, columns])
+        lap("product")
+        h.relu_()
+        lap("activation")
+        torch.mm(h.T, y, out=sums["sum_hy"][columns])
+        lap("cross-moments")
+        sums["sum_h"][columns] = h.sum(dim=0)
+        sums["n_fired"][columns] = h.count_nonzero(dim=0).float()
+        sums["sum_sq_h"][columns] = h.square_().sum(dim=0)
+        lap("moments")
+    return sums
+
+
+class BareProduct(Product):
+    """The product alone; targets are of no use to it."""
+
+    def __call__(self, *inputs: Any, lap: Lap) -> dict[str, Any]:
+        return super().__call__(inputs[0], lap=lap)
+
+
+class Check:
+    """Every sum of a contestant on a sample of columns."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.columns = case, oracle.sample(case.size.d_sae)
+        self.features: dict[int, oracle.Bounds] = {}
+
+    def __call__(self, contestant: str, result: dict[str, Any], inputs: tuple[torch.Tensor, oracle.Doubles]) -> float:
+        acts, targets = inputs
+        if "hidden_pre" in result:
+            return oracle.check(contestant, oracle.product_errors(self.case, acts, result))
+        if len(acts) not in self.features:
+            self.features[len(acts)] = oracle.features(self.case, acts, self.columns)
+        h, y = self.features[len(acts)], targets[:, : result["sum_hy"].shape[1]]
+        # Terms of both signs: the error is relative to the sum of their sizes.
+        sizes = h.value.T @ np.abs(y)
+        scales = {"sum_hy": np.maximum(sizes, sizes.mean())}
+        return oracle.check(
+            contestant,
+            (
+                (name, oracle.error(result[name][self.columns], bounds, scales.get(name)))
+                for name, bounds in oracle.moment_sums(h, y).items()
+            ),
+        )

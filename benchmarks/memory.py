@@ -1,0 +1,84 @@
+"""Peak memory that one run takes beyond what was there before and what it returns, in a process of its own.
+
+    python -m benchmarks.memory OP D_IN D_SAE ROWS THREADS DEVICE CONTESTANT
+
+prints bytes. The SAE and the activations are there before, and a run on a few rows has been made, so that libraries are
+loaded. torch.compile has seen all of the rows before, and so compiles nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.cases import Bench, Size
+
+WARM_UP_ROWS = 64
+
+
+def measure(bench: Bench, threads: int) -> dict[str, Any]:
+    """Extra bytes of every contestant, each in a fresh process."""
+    size = bench.case.size
+    command = [sys.executable, "-m", "benchmarks.memory", bench.op]
+    command += [str(number) for number in (size.d_in, size.d_sae, size.rows, threads)] + [bench.case.device]
+    extra = {}
+    for contestant in bench.contestants:
+        ran = subprocess.run([*command, contestant.name], check=True, stdout=subprocess.PIPE, text=True)
+        extra[contestant.name] = int(ran.stdout)
+    return {
+        **{"op": bench.op, "d_in": size.d_in, "d_sae": size.d_sae, "rows": size.rows, "threads": threads},
+        "extra_bytes": extra,
+    }
+
+
+def extra_bytes(bench: Bench, name: str) -> int:
+    contestant = next(each for each in bench.contestants if each.name == name)
+    warm_up = bench.inputs if name == "torch.compile" else tuple(rows[:WARM_UP_ROWS] for rows in bench.inputs)
+    contestant.run(*warm_up, lap=lambda _: None)
+    if bench.case.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = contestant.run(*bench.inputs, lap=lambda _: None)
+        return torch.cuda.max_memory_allocated() - before - n_bytes(result)
+    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed and kept would hide what the run takes
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = resident("VmRSS")
+    result = contestant.run(*bench.inputs, lap=lambda _: None)
+    return resident("VmHWM") - before - n_bytes(result)
+
+
+def resident(field: str) -> int:
+    """Bytes of this process in memory: now (VmRSS), or at most since the last reset (VmHWM)."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+    assert found
+    return int(found[1]) * 1024
+
+
+def n_bytes(result: Any) -> int:
+    """Size of what was asked for. The bare product was asked for no features, so that its output counts as extra."""
+    if isinstance(result, dict):
+        return sum(n_bytes(value) for key, value in result.items() if key != "hidden_pre")
+    if isinstance(result, tuple):
+        return sum(map(n_bytes, result))
+    return result.nbytes if isinstance(result, (np.ndarray, torch.Tensor)) else 0
+
+
+def main() -> None:
+    from benchmarks.__main__ import make_bench
+    from benchmarks.timing import set_num_threads
+
+    op, d_in, d_sae, rows, threads, device, name = sys.argv[1:]
+    set_num_threads(int(threads))
+    with torch.no_grad():
+        print(extra_bytes(make_bench(op, Size(int(d_in), int(d_sae), int(rows)), device), name))
+
+
+if __name__ == "__main__":
+    main()

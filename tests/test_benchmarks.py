@@ -1,0 +1,141 @@
+"""The benchmarks themselves: a wrong contestant gets no time, results survive, the pages show what was committed."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import exact_sae
+import numpy as np
+import pytest
+import torch
+from benchmarks import memory, oracle, records, tables, timing
+from benchmarks.__main__ import OPS, main, make_bench
+from benchmarks.cases import Bench, Case, Size
+
+SIZE = Size(d_in=40, d_sae=640, rows=30)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sae_lens_has_been_imported() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own imports are of deprecated modules
+        import sae_lens  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+
+@pytest.fixture(scope="module", params=OPS)
+def bench(request: pytest.FixtureRequest) -> Bench:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda function, **_: function)
+        return make_bench(request.param, SIZE, "cpu")
+
+
+def changed(result: Any, change: Callable[[np.ndarray[Any, Any]], object]) -> Any:
+    """A copy of any result with every array of numbers changed."""
+    if isinstance(result, dict):
+        return {key: changed(value, change) for key, value in result.items()}
+    if isinstance(result, tuple):
+        return type(result)(*(changed(value, change) for value in result))
+    array = result.numpy() if isinstance(result, torch.Tensor) else result
+    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+        return result
+    array = array.copy()
+    change(array)
+    return torch.from_numpy(array) if isinstance(result, torch.Tensor) else array
+
+
+def lose_one(array: np.ndarray[Any, Any]) -> None:
+    """Every fiftieth number, none of them alike, becomes zero."""
+    array.flat[::50] = 0
+
+
+def drift(array: np.ndarray[Any, Any]) -> None:
+    array *= 1 + 1e-4
+
+
+@torch.no_grad()
+def test_every_contestant_agrees_with_float64(bench: Bench) -> None:
+    timed = timing.measure(bench, threads=1, seconds=0)["contestants"]
+    assert [len(each["seconds"]) for each in timed.values()] == [timing.MIN_ROUNDS] * len(bench.contestants)
+    assert all(each["error"] <= oracle.TOLERANCE for each in timed.values())
+
+
+@pytest.mark.parametrize("change", [lose_one, drift])
+@torch.no_grad()
+def test_a_wrong_result_is_refused(bench: Bench, change: Callable[[np.ndarray[Any, Any]], object]) -> None:
+    for contestant in bench.contestants:
+        result = contestant.run(*bench.inputs, lap=lambda _: None)
+        bench.check(contestant.name, result, bench.inputs)
+        with pytest.raises(oracle.WrongResult, match="differs from float64"):
+            bench.check(contestant.name, changed(result, change), bench.inputs)
+
+
+def test_wrong_contestant_gets_no_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def wrong(*_: Any) -> Bench:
+        one = make_bench("encode", SIZE, "cpu")
+        right = one.contestants[0].run
+        one.contestants[0].run = lambda *inputs, lap: changed(right(*inputs, lap=lap), drift)
+        return one
+
+    monkeypatch.setattr("benchmarks.__main__.make_bench", wrong)
+    assert main(["--quick", "--ops", "encode", "--threads", "1"]) == 2
+    assert "sts_fast" in (said := capsys.readouterr()).err
+    assert said.out == ""
+
+
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "topk"])
+def test_oracle_agrees_with_the_equations_of_the_tests(architecture: str) -> None:
+    case = Case(SIZE, architecture)
+    columns = np.arange(SIZE.d_sae)
+    h = oracle.top_k_features(case, case.base) if architecture == "topk" else oracle.features(case, case.base, columns)
+    assert np.all((h.low <= h.value) & (h.value <= h.high))
+    assert np.mean(h.low != h.high) < 1e-3
+    np.testing.assert_allclose(h.value, exact_sae.features(case.sae, case.base), rtol=1e-12, atol=1e-12)
+
+
+def test_measurements_are_kept_and_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "machine.json"
+    record = {"op": "shift", "d_in": 2, "d_sae": 8, "rows": 5, "threads": 1, "seconds": [1 / 3, 2.0]}
+    for each in (record, {**record, "threads": 2}, {**record, "seconds": [4.0]}):
+        records.add(path, {"processor": "p"}, "timings", each)
+    document = records.load(path)
+    assert document == json.loads(path.read_text(encoding="utf-8"))
+    assert [(each["threads"], each["seconds"]) for each in document["timings"]] == [(1, [4.0]), (2, [0.33333, 2.0])]
+    path.write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match="give another file"):
+        records.add(path, {}, "timings", record)
+
+
+def test_command_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "machine.json"
+    options = ["--sizes", "40x640", "--rows", "30", "--threads", "1", "--seconds", "0", "--results", str(path)]
+    assert main([*options, "--measure", "time", "--ops", "shift", "subset"]) == 0
+    document = records.load(path)
+    assert [each["op"] for each in document["timings"]] == ["shift", "subset"]
+    assert "2 threads" not in capsys.readouterr().out
+    page = tables.tables([(path, document)])
+    assert all(name in page for name in document["timings"][0]["contestants"])
+    assert "40 × 640" in tables.headline([(path, document)])
+
+
+@torch.no_grad()
+def test_memory_sees_dense_features() -> None:
+    rows = 20_000
+    one = make_bench("encode", Size(d_in=8, d_sae=1024, rows=rows), "cpu")
+    dense = 4 * rows * 1024
+    assert memory.extra_bytes(one, "dense, then to_sparse") > 0.9 * dense
+    assert memory.extra_bytes(one, "sts_fast") < 0.5 * dense
+
+
+def test_pages_show_the_committed_results() -> None:
+    for page, text in tables.pages():
+        shown = page.read_text(encoding="utf-8")
+        assert shown == tables.between_markers(shown, text), "python -m benchmarks --write-tables brings it up to date"
