@@ -19,7 +19,7 @@ ORDER = [
     *("_version", "_cpu", "_cuda"),
     *("errors", "files", "examples", "prompts", "hooks", "forward", "capture"),
     *("sae", "backend", "encode", "shift", "correlate"),
-    *("controls", "explain", "results", "score", "outcomes", "validate", "report", "organism", "demo"),
+    *("controls", "ntk", "explain", "results", "score", "outcomes", "validate", "report", "organism", "demo"),
     *("cli", "__main__"),
 ]
 HEAVY = {"torch", "transformers", "sae_lens", "pandas", "pyarrow", "matplotlib", "datasets"}

@@ -1,0 +1,520 @@
+"""Which way a training set pushes each domain: forecasts with a sign, from gradients at the hook and without training.
+
+Training is stood in for by its smallest part: a linear map W from features to the residual stream, added at the hook,
+
+    x_t -> x_t + W^T h(x_t),    W [n_features, d_in], zero before training.
+
+The gradient of a set's loss with respect to it is, with L the mean negative log-likelihood of an answer's tokens,
+
+    M_S = dL_S/dW = E_prompts sum_t h(x_t) g_t^T,    g_t = dL/dx_t,
+
+one forward pass and one backward pass that ends at the hook. A step -η M_S / ||M_S|| then moves a domain T by
+
+    ntk_loss   <M_S, M_T> / ||M_S||                              fall of T's loss, per unit of η (first order)
+    ntk        E_prompts n P <M_S, m_prompt> / ||M_S||           rise of P(answer), per unit of η (first order)
+    step       rise of P(answer) when the step is really taken, and the layers above the hook run again
+    step_loss  fall of the loss, likewise
+
+with m_prompt one prompt's part of M_T, n the tokens of its answer and P the probability of all of them; η of `step` is
+such that S's own loss falls to a quarter. `<M_S, M_T>` is the neural tangent kernel of W, averaged over both sets.
+
+At 7B shape (d_in 3584, d_sae 131,072, hook at layer 25 of 32) a set costs 1.2 forward passes for M, each pair another
+0.2 for `step`, and 67 MB for M, since g is projected to 64 dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from sts_fast import _cpu, backend
+from sts_fast.capture import attention_sinks, batches, padded_ids
+from sts_fast.controls import MOST_LOGITS
+from sts_fast.encode import encode
+from sts_fast.errors import InputError
+from sts_fast.hooks import decoder_layers, layer_of
+from sts_fast.prompts import Prompt
+from sts_fast.sae import SAE
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    Doubles = NDArray[np.float64]
+
+FeatureKind = Literal["sae", "fired", "raw"]
+
+# Gradients are projected to so many dimensions; where d_in is no larger, they are kept whole.
+GRADIENT_DIMS = 64
+# A training set whose loss is below this, in nats per token, has nothing left to pull at.
+SOLVED_LOSS = 0.01
+# Answers with a smaller probability than this, on average, are too long for a change of it to say anything.
+SMALLEST_P = 1e-3
+# What a step is to leave of the training set's own loss, and how many of its prompts are asked while η is sought.
+STEP_LOSS = 0.25
+STEP_PROMPTS = 64
+STEP_GROWTH = 1.4
+N_BISECTIONS = 7
+# Rows whose features are written out one by one at a time: 64 MB at 100 features a row.
+SPARSE_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Features:
+    """h(x): what a training set's push is written in.
+
+    kind:   'sae' its activations, 'fired' 1 where a feature fires, or 'raw' the residual x itself, less `centre`
+    centre: [d_in] float64, a mean residual; for 'raw' only
+
+    The SAE explains a forecast and makes it sparse; it does not make it better: see docs/signed.md.
+    """
+
+    sae: SAE
+    kind: FeatureKind = "sae"
+    centre: Doubles | None = None
+
+    @property
+    def n(self) -> int:
+        return self.sae.d_in if self.kind == "raw" else self.sae.d_sae
+
+    def accumulate(self, M: Doubles, x: torch.Tensor, g: Doubles) -> None:
+        """M += sum_t h(x_t) g_t^T, for M [n_features, r], x [n_tokens, d_in] float32 or bfloat16, g [n_tokens, r]."""
+        import torch
+
+        if self.kind == "sae":
+            sums = np.zeros(self.n), np.zeros(self.n), np.zeros(self.n, np.int64)
+            _cpu.accumulate_moments(
+                backend.encoder(self.sae), x, g, sum_h=sums[0], sum_sq_h=sums[1], n_fired=sums[2], sum_hy=M
+            )
+        elif self.kind == "raw":
+            M += np.einsum("ti,tr->ir", self._centred(x), g)
+        else:
+            for rows in _chunks(len(x)):
+                active = encode(self.sae, x[rows])
+                row_of = np.repeat(np.arange(len(active.indptr) - 1), np.diff(active.indptr))
+                features = torch.from_numpy(active.indices.astype(np.int64))
+                torch.from_numpy(M).index_add_(0, features, torch.from_numpy(g[rows][row_of]))
+
+    def times(self, x: torch.Tensor, M: Doubles) -> Doubles:
+        """[n_tokens, r] h(x) M."""
+        import torch
+
+        if self.kind == "raw":
+            of_raw: Doubles = np.einsum("ti,ir->tr", self._centred(x), M)
+            return of_raw
+        product: Doubles = np.empty((len(x), M.shape[1]))
+        for rows in _chunks(len(x)):
+            active = encode(self.sae, x[rows])
+            values = torch.from_numpy(active.values.astype(np.float64))
+            product[rows] = torch.nn.functional.embedding_bag(
+                torch.from_numpy(active.indices.astype(np.int64)),
+                torch.from_numpy(M),
+                torch.from_numpy(active.indptr[:-1]),
+                mode="sum",
+                per_sample_weights=torch.ones_like(values) if self.kind == "fired" else values,
+            ).numpy()
+        return product
+
+    def _centred(self, x: torch.Tensor) -> Doubles:
+        residual: Doubles = x.double().numpy()
+        return residual if self.centre is None else residual - self.centre
+
+
+def _chunks(n: int) -> Iterator[slice]:
+    return (slice(start, start + SPARSE_ROWS) for start in range(0, n, SPARSE_ROWS))
+
+
+def projection(d_in: int, *, seed: int = 0, dims: int = GRADIENT_DIMS) -> Doubles:
+    """[d_in, r] a random map that keeps inner products on average: E[Q Q^T] = 1; the identity where d_in <= dims.
+
+    Its columns are orthogonal, which spreads less than independent ones do.
+    """
+    if d_in <= dims:
+        return np.eye(d_in)
+    Q = np.random.default_rng([seed, d_in]).standard_normal((dims, d_in))
+    for i in range(dims):  # Gram-Schmidt, twice; LAPACK's QR may depend on the number of threads
+        for _ in range(2):
+            Q[i] -= np.einsum("j,ji->i", np.einsum("ji,i->j", Q[:i], Q[i]), Q[:i])
+        Q[i] /= np.sqrt(np.einsum("i,i->", Q[i], Q[i]))
+    scaled: Doubles = np.ascontiguousarray(Q.T) * np.sqrt(d_in / dims)
+    return scaled
+
+
+@dataclass(frozen=True)
+class AnswerRows:
+    """One batch of prompts with their answers: every token that leads to an answer, but BOS and attention sinks.
+
+    prompts:  index of each prompt in the list that was asked; padded: [n_prompts, longest, d_in] its residuals
+    ids:      [n_prompts, longest] token ids
+    at:       [n_tokens] row of each kept token in the flattened `padded`; prompt_of: [n_tokens] which of `prompts`
+    x:        [n_tokens, d_in] residuals of kept tokens, on the CPU, as the core takes them
+    g:        [n_tokens, r] float64 dL/dx_t Q, for L of the token's own prompt; no rows where no Q was given
+    nll:      [n_prompts] L, mean negative log-likelihood of the answer's tokens, in nats; n_answer: their number
+    """
+
+    prompts: list[int]
+    padded: torch.Tensor
+    ids: torch.Tensor
+    at: torch.Tensor
+    prompt_of: NDArray[np.int64]
+    x: torch.Tensor
+    g: Doubles
+    nll: Doubles
+    n_answer: NDArray[np.int64]
+
+
+class HookedModel:
+    """A whole causal language model that can be differentiated at, and started from, the output of one of its layers.
+
+    model: a Hugging Face decoder in memory; layer: whose output, the residual stream, is meant
+    name:  how errors call it
+
+    Raises InputError where the model has no such layer or no head.
+    """
+
+    def __init__(self, model: Any, layer: int, *, name: str = "the model") -> None:
+        config = model.config.get_text_config()
+        layers = model.get_submodule(decoder_layers(model, config.num_hidden_layers))
+        layer_of(layer, len(layers), name=name)
+        if model.get_output_embeddings() is None:
+            raise InputError("signed estimators need the model's head: give a causal language model with one")
+        self.model, self.layer, self.name = model.eval(), layer, name
+        self.device = next(model.parameters()).device
+        self.d_in: int = config.hidden_size
+        self._below, self._block = list(layers)[: layer + 1], layers[layer]
+        self._bos, self._vocabulary = config.bos_token_id, config.vocab_size
+
+    def answer_rows(
+        self, prompts: Sequence[Prompt], Q: Doubles | None = None, *, batch_tokens: int
+    ) -> Iterator[AnswerRows]:
+        """Runs prompts that read their answers (tokens='answer'), shortest first, a batch at a time.
+
+        Q: [d_in, r] of `projection`, where gradients are wanted. The backward pass ends at the hook: no weight gets a
+            gradient.
+
+        Raises InputError where the model gives NaN.
+        """
+        import torch
+
+        lengths = [int(prompt.positions[-1]) + 1 for prompt in prompts]  # what follows the answer is not needed
+        most = min(batch_tokens, max(1, MOST_LOGITS // self._vocabulary))
+        for batch in batches(lengths, most):
+            chosen = [prompts[i] for i in batch]
+            ids = padded_ids(self.model, [p.base_ids[: lengths[i]] for i, p in zip(batch, chosen, strict=True)])
+            ids = ids.to(self.device)
+            leaf: list[torch.Tensor] = []
+
+            def at_hook(hidden: torch.Tensor, leaf: list[torch.Tensor] = leaf) -> torch.Tensor:
+                leaf.append(hidden.detach().requires_grad_(Q is not None))
+                return leaf[0]
+
+            with self._frozen(), self._changing(at_hook), torch.set_grad_enabled(Q is not None):
+                nll = answer_nll(self._logits(ids), ids, chosen)
+                # Each prompt's loss depends on its own row of the batch alone.
+                gradient = torch.autograd.grad(nll.sum(), leaf[0])[0] if Q is not None else None
+            x = leaf[0].detach()
+            kept = [self._kept(p, x[row, : lengths[i]]) for row, (i, p) in enumerate(zip(batch, chosen, strict=True))]
+            at = torch.from_numpy(np.concatenate([row * ids.shape[1] + where for row, where in enumerate(kept)]))
+            at = at.to(self.device)
+            g = np.zeros((0, 0))
+            if gradient is not None:
+                g = _finite(gradient.flatten(0, 1)[at].double() @ torch.from_numpy(Q).to(self.device), self.name)
+            yield AnswerRows(
+                prompts=batch,
+                padded=x,
+                ids=ids,
+                at=at,
+                prompt_of=np.repeat(np.arange(len(batch)), [len(where) for where in kept]),
+                x=_for_core(x.flatten(0, 1)[at]),
+                g=g,
+                nll=_finite(nll.detach(), self.name),
+                n_answer=np.asarray([len(p.positions) for p in chosen]),
+            )
+
+    def nll_from_hook(self, rows: AnswerRows, prompts: Sequence[Prompt], moved: torch.Tensor) -> Doubles:
+        """[n_prompts] the loss of a batch with `moved` [n_tokens, d_in] float64 added to its kept tokens at the hook.
+
+        Only the layers above the hook are run.
+        """
+        import torch
+
+        x = rows.padded.clone()
+        x.flatten(0, 1)[rows.at] += moved.to(x.dtype).to(self.device)
+        with torch.no_grad(), self._skipping_below(), self._changing(lambda hidden: x):
+            nll = answer_nll(self._logits(rows.ids), rows.ids, [prompts[i] for i in rows.prompts])
+        return _finite(nll, self.name)
+
+    def _logits(self, ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
+
+    def _kept(self, prompt: Prompt, residual: torch.Tensor) -> NDArray[np.int64]:
+        """Positions that lead to the answer: all before its last token, but BOS and attention sinks."""
+        kept = ~attention_sinks(residual.detach())
+        kept[-1] = False
+        kept[0] &= prompt.base_ids[0] != self._bos
+        return np.flatnonzero(kept)
+
+    @contextmanager
+    def _changing(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+        def hook(module: Any, args: Any, output: Any) -> Any:
+            return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+        handle = self._block.register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        # Then nothing below the hook is recorded for the backward pass, and it makes no gradient of a weight.
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+
+    @contextmanager
+    def _skipping_below(self) -> Iterator[None]:
+        def hand_on(hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+            return hidden_states
+
+        for block in self._below:
+            block.forward = hand_on
+        try:
+            yield
+        finally:
+            for block in self._below:
+                del block.forward
+
+
+def answer_nll(logits: torch.Tensor, ids: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
+    """[n_prompts] float64 mean negative log-likelihood of each answer's tokens, in nats; differentiable.
+
+    logits: [n_prompts, longest, vocabulary]; ids: [n_prompts, longest]; prompts read their answers
+    """
+    import torch
+
+    losses = []
+    for row, prompt in enumerate(prompts):
+        at = torch.from_numpy(prompt.positions.astype(np.int64)).to(logits.device)
+        # In float64, because the loss of an answer that is nearly certain is the difference of near equals.
+        log_p = torch.log_softmax(logits[row, at - 1].double(), dim=-1)
+        losses.append(-log_p.gather(1, ids[row, at, None]).mean())
+    return torch.stack(losses)
+
+
+@dataclass(frozen=True)
+class Push:
+    """What training on a set pulls at: the direction -M_S / ||M_S|| of W, and how far a step goes.
+
+    direction: [n_features, r] float64 M_S / ||M_S||, gradients projected
+    norm:      ||M_S||, fall of the set's own loss per unit of η
+    loss:      mean loss of the set's answers before training
+    eta:       length of the virtual step; None where no step was asked for
+    loss_left: share of its own loss that the step leaves
+    """
+
+    name: str
+    direction: Doubles
+    norm: float
+    loss: float
+    eta: float | None = None
+    loss_left: float | None = None
+
+
+@dataclass(frozen=True)
+class Pull:
+    """How a domain answers to each push.
+
+    ntk_loss, ntk, step_loss, step: [n_pushes, n_prompts] each prompt's part, as in the module's equations: a domain's
+        forecast is the mean over its prompts; the steps are NaN for pushes without one
+    contributions: [n_pushes, n_features] <direction[j], M_T[j]>: each feature's part of the domain's ntk_loss
+    nll, n_answer: [n_prompts] loss per token of the answer, in nats, and its number of tokens
+    """
+
+    name: str
+    ntk: Doubles
+    ntk_loss: Doubles
+    step: Doubles
+    step_loss: Doubles
+    contributions: Doubles
+    nll: Doubles
+    n_answer: NDArray[np.int64]
+
+    @property
+    def p_answer(self) -> Doubles:
+        """[n_prompts] probability of the whole answer."""
+        return np.exp(-self.nll * self.n_answer)
+
+
+Tell = Callable[[int, int], None]
+
+
+def measure_push(
+    model: HookedModel,
+    features: Features,
+    Q: Doubles,
+    name: str,
+    prompts: Sequence[Prompt],
+    *,
+    step: bool,
+    batch_tokens: int,
+    tell: Tell | None = None,
+) -> Push:
+    """The push of a training set, from one forward and one backward pass down to the hook.
+
+    Q:    [d_in, r] of `projection`
+    step: also seek the η at which the set's own loss, over at most 64 of its prompts, falls to a quarter
+
+    Raises InputError where the loss has no gradient at the hook.
+    """
+    M = np.zeros((features.n, Q.shape[1]))
+    losses = np.zeros(len(prompts))
+    done = 0
+    for rows in model.answer_rows(prompts, Q, batch_tokens=batch_tokens):
+        features.accumulate(M, rows.x, rows.g / len(prompts))
+        losses[rows.prompts] = rows.nll
+        done += len(rows.prompts)
+        if tell is not None:
+            tell(done, len(prompts))
+    norm = float(np.sqrt(np.einsum("jr,jr->", M, M)))
+    if norm == 0:
+        raise InputError(
+            f"the answers of '{name}' pull at no feature: no feature fires on its tokens, or the loss is exactly zero"
+        )
+    push = Push(name, M / norm, norm, float(losses.mean()))
+    if not step:
+        return push
+    eta, loss_left = _seek_step(model, features, Q, push, prompts[:STEP_PROMPTS], batch_tokens)
+    return Push(name, push.direction, norm, push.loss, eta, loss_left)
+
+
+def _seek_step(
+    model: HookedModel, features: Features, Q: Doubles, push: Push, prompts: Sequence[Prompt], batch_tokens: int
+) -> tuple[float, float]:
+    """The smallest η found at which the prompts' loss falls to STEP_LOSS of itself, and the share left there.
+
+    Where it never falls as far, the η with the lowest loss.
+    """
+    kept = [
+        (rows, _project_back(features.times(rows.x, push.direction), Q))
+        for rows in model.answer_rows(prompts, batch_tokens=batch_tokens)
+    ]
+    before = sum(float(rows.nll.sum()) for rows, _ in kept)
+    left: dict[float, float] = {}
+
+    def share_left(eta: float) -> float:
+        total = sum(float(model.nll_from_hook(rows, prompts, -eta * moved).sum()) for rows, moved in kept)
+        left[eta] = total / before
+        return left[eta]
+
+    # By the gradient alone this much would do; the search begins well below.
+    too_short, eta = 0.0, (1 - STEP_LOSS) * push.loss / push.norm / 8
+    while share_left(eta) > STEP_LOSS:
+        if left[eta] > 3 or len(left) > 40:
+            best = min(left, key=lambda eta: left[eta])
+            return best, left[best]
+        too_short, eta = eta, eta * STEP_GROWTH
+    for _ in range(N_BISECTIONS):
+        middle = (too_short + eta) / 2
+        too_short, eta = (too_short, middle) if share_left(middle) <= STEP_LOSS else (middle, eta)
+    return eta, left[eta]
+
+
+def measure_pull(
+    model: HookedModel,
+    features: Features,
+    Q: Doubles,
+    name: str,
+    prompts: Sequence[Prompt],
+    pushes: Sequence[Push],
+    *,
+    batch_tokens: int,
+    tell: Tell | None = None,
+) -> Pull:
+    """How a domain answers to each push, from one pass over it, and one through the upper layers for each step."""
+    n = len(prompts)
+    M = np.zeros((features.n, Q.shape[1]))
+    aligned, moved_nll = np.zeros((len(pushes), n)), np.full((len(pushes), n), np.nan)
+    nll, n_answer = np.zeros(n), np.zeros(n, np.int64)
+    done = 0
+    for rows in model.answer_rows(prompts, Q, batch_tokens=batch_tokens):
+        features.accumulate(M, rows.x, rows.g / n)
+        nll[rows.prompts], n_answer[rows.prompts] = rows.nll, rows.n_answer
+        for i, push in enumerate(pushes):
+            along = features.times(rows.x, push.direction)
+            per_token = np.einsum("tr,tr->t", along, rows.g)
+            aligned[i, rows.prompts] = np.bincount(rows.prompt_of, per_token, minlength=len(rows.prompts))
+            if push.eta is not None:
+                moved = -push.eta * _project_back(along, Q)
+                moved_nll[i, rows.prompts] = model.nll_from_hook(rows, prompts, moved)
+        done += len(rows.prompts)
+        if tell is not None:
+            tell(done, n)
+    p_answer = np.exp(-nll * n_answer)
+    return Pull(
+        name=name,
+        ntk=aligned * n_answer * p_answer,
+        ntk_loss=aligned,
+        step=np.exp(-moved_nll * n_answer) - p_answer,
+        step_loss=nll - moved_nll,
+        contributions=np.stack([np.einsum("jr,jr->j", push.direction, M) for push in pushes]),
+        nll=nll,
+        n_answer=n_answer,
+    )
+
+
+def push_warnings(push: Push) -> list[str]:
+    """What a reader should know about a training set's push."""
+    warnings = []
+    if push.loss < SOLVED_LOSS:
+        warnings.append(
+            f"the model answers '{push.name}' already (loss {push.loss:.4f} per token, below {SOLVED_LOSS}): there is "
+            "little left to pull at, and signed forecasts are weak"
+        )
+    if push.loss_left is not None and push.loss_left > STEP_LOSS * 1.05:
+        warnings.append(
+            f"no virtual step brings the loss of '{push.name}' down to {STEP_LOSS:.0%} of itself; the best one leaves "
+            f"{push.loss_left:.0%}"
+        )
+    return warnings
+
+
+def pull_warnings(pull: Pull) -> list[str]:
+    """What a reader should know about a domain's answers."""
+    p = float(pull.p_answer.mean())
+    if p >= SMALLEST_P:
+        return []
+    return [
+        f"the answers of '{pull.name}' have a probability of {p:.1g} on average, too long or too unlikely for a change "
+        "of it to say much: read ntk_loss and step_loss"
+    ]
+
+
+def _project_back(projected: Doubles, Q: Doubles) -> torch.Tensor:
+    import torch
+
+    return torch.from_numpy(projected) @ torch.from_numpy(Q).T
+
+
+def _for_core(rows: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    rows = rows.detach().cpu()
+    return rows if rows.dtype in (torch.float32, torch.bfloat16) else rows.float()
+
+
+def _finite(values: torch.Tensor, name: str) -> Doubles:
+    doubles: Doubles = values.double().cpu().numpy()
+    if not np.isfinite(doubles).all():
+        raise InputError(f"{name} gives NaN or infinity for the loss of an answer or its gradient: try --dtype float32")
+    return doubles

@@ -1,0 +1,304 @@
+"""Signed forecasts against their equations: an explicit map W at the hook, differentiated in float64, prompt by prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from numpy.typing import NDArray
+from tiny import D_IN, LAYER, Tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sts_fast.errors import InputError
+from sts_fast.examples import Example, load_examples
+from sts_fast.ntk import (
+    Features,
+    HookedModel,
+    Pull,
+    Push,
+    measure_pull,
+    measure_push,
+    projection,
+    pull_warnings,
+    push_warnings,
+)
+from sts_fast.prompts import Prompt, PromptTemplate, build_prompts
+from sts_fast.sae import load_sae
+
+Doubles = NDArray[np.float64]
+
+N_PROMPTS = 10
+TOLERANCE = 1e-5  # of a sum, relative to the largest: features and residuals reach the core as float32
+BATCH_TOKENS = 300
+
+
+@dataclass(frozen=True)
+class Material:
+    """A model in float64 and prompts that read their answers, by set."""
+
+    model: Any
+    prompts: dict[str, list[Prompt]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_torch_thread() -> Iterator[None]:
+    """Sequences are short: more threads only wait for each other."""
+    n_before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_before)
+
+
+@pytest.fixture(scope="module")
+def material(tiny: Tiny) -> Material:
+    template = PromptTemplate(AutoTokenizer.from_pretrained(tiny.model), prepend_bos=True)
+    model = AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float64).eval()
+    prompts = {}
+    for name, path in {"train": tiny.train, **tiny.domains}.items():
+        # Answers of several lengths, some of them likely enough for their probability to count.
+        asked = [
+            Example(example.id, example.question, "apple river"[: 5 + 6 * (i % 2)])
+            for i, example in enumerate(load_examples(path))
+            if example.answer is not None
+        ]
+        prompts[name] = build_prompts(
+            name, asked, template, tokens="answer", context_length=200, limit=N_PROMPTS
+        ).prompts
+    return Material(model, prompts)
+
+
+class Literal:
+    """The equations, one prompt at a time: x -> x + h(x) W at the hook, differentiated with respect to W.
+
+    W [n_features, r] acts through Q [64, r].
+    """
+
+    def __init__(self, model: Any, encode: Callable[[Doubles], Doubles], Q: Doubles | None = None) -> None:
+        self.model, self.encode = model, encode
+        self.Q = torch.from_numpy(np.eye(D_IN) if Q is None else Q)
+
+    def nll(self, prompt: Prompt, W: torch.Tensor) -> torch.Tensor:
+        """Mean over the answer's tokens, from the whole sequence."""
+        ids = torch.from_numpy(prompt.base_ids.astype(np.int64))
+
+        def add(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+            x = output[0].detach()
+            kept = ~oracle.attention_sinks(x.numpy())
+            kept[0] = False  # BOS
+            h = torch.from_numpy(self.encode(x.numpy()) * kept[:, None])
+            return output + h @ W @ self.Q.T
+
+        handle = self.model.model.layers[LAYER].register_forward_hook(add)
+        try:
+            logits = self.model(ids[None], use_cache=False).logits[0]
+        finally:
+            handle.remove()
+        losses = torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")
+        return losses[prompt.positions.astype(np.int64) - 1].mean()
+
+    def gradient(self, prompts: Sequence[Prompt], of: Callable[[Prompt, torch.Tensor], torch.Tensor]) -> Doubles:
+        """[n_features, r] of the mean over prompts."""
+        n_features = self.encode(np.zeros((1, D_IN))).shape[1]
+        W = torch.zeros(n_features, self.Q.shape[1], dtype=torch.float64, requires_grad=True)
+        total = sum(of(prompt, W) for prompt in prompts) / len(prompts)
+        return torch.autograd.grad(total, W)[0].numpy()
+
+    def p_answer(self, prompt: Prompt, W: torch.Tensor) -> torch.Tensor:
+        return torch.exp(-len(prompt.positions) * self.nll(prompt, W))
+
+    def values(
+        self, prompts: Sequence[Prompt], of: Callable[[Prompt, torch.Tensor], torch.Tensor], W: torch.Tensor
+    ) -> Doubles:
+        with torch.no_grad():
+            return np.asarray([float(of(prompt, W)) for prompt in prompts])
+
+
+def sae_features(folder: Path) -> Callable[[Doubles], Doubles]:
+    def encode(x: Doubles) -> Doubles:
+        # As the core gets them. None of these rows has a feature so near its border that float32 decides otherwise.
+        return oracle.literal_encode(folder, x.astype(np.float32).astype(np.float64))[oracle.VALUE]
+
+    return encode
+
+
+def literal_features(tiny: Tiny, kind: str, centre: Doubles) -> Callable[[Doubles], Doubles]:
+    if kind == "raw":
+        return lambda x: x.astype(np.float32).astype(np.float64) - centre
+    encode = sae_features(tiny.saes["topk"])
+    return (lambda x: (encode(x) > 0).astype(np.float64)) if kind == "fired" else encode
+
+
+def close(actual: Any, expected: Any, tolerance: float = TOLERANCE) -> bool:
+    """Everywhere within the tolerance of the largest."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape
+    return bool(np.abs(actual - expected).max() <= tolerance * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "topk", "gated"])
+def test_first_order_forecasts_are_the_derivatives_of_loss_and_probability(
+    material: Material, tiny: Tiny, architecture: str
+) -> None:
+    model, train, domain = material.model, material.prompts["train"], material.prompts["spelling"]
+    literal = Literal(model, sae_features(tiny.saes[architecture]))
+    features, Q = Features(load_sae(tiny.saes[architecture])), projection(D_IN)
+    hooked = HookedModel(model, LAYER)
+    push = measure_push(hooked, features, Q, "train", train, step=False, batch_tokens=BATCH_TOKENS)
+    M = literal.gradient(train, literal.nll)
+    norm = np.sqrt((M**2).sum())
+    assert close(push.norm, norm)
+    assert close(push.direction, M / norm)
+    zero = torch.zeros(M.shape, dtype=torch.float64)
+    assert close(push.loss, literal.values(train, literal.nll, zero).mean())
+
+    pull = measure_pull(hooked, features, Q, "spelling", domain, [push], batch_tokens=BATCH_TOKENS)
+    # The rate of change along -M / norm; a fall of the loss counts as positive.
+    M_T = literal.gradient(domain, literal.nll)
+    assert close(pull.ntk_loss[0].mean(), (M * M_T).sum() / norm)
+    assert close(pull.ntk[0].mean(), -(M * literal.gradient(domain, literal.p_answer)).sum() / norm)
+    assert close(pull.contributions[0], (M * M_T).sum(axis=1) / norm)
+    assert close(pull.contributions[0].sum(), pull.ntk_loss[0].mean())
+    assert close(pull.p_answer, literal.values(domain, literal.p_answer, zero))
+    assert np.isnan(pull.step).all()
+
+
+@pytest.mark.parametrize("kind", ["sae", "fired", "raw"])
+@pytest.mark.parametrize("dims", [64, 16])
+def test_virtual_step_is_the_model_with_the_map_in_place(material: Material, tiny: Tiny, kind: Any, dims: int) -> None:
+    centre = np.random.default_rng(0).standard_normal(D_IN)
+    Q = projection(D_IN, dims=dims)
+    literal = Literal(material.model, literal_features(tiny, kind, centre), Q)
+    features = Features(load_sae(tiny.saes["topk"]), kind, centre)
+    train, domain = material.prompts["train"], material.prompts["days"]
+    hooked = HookedModel(material.model, LAYER)
+    push = measure_push(hooked, features, Q, "train", train, step=True, batch_tokens=BATCH_TOKENS)
+    M = literal.gradient(train, literal.nll)
+    assert close(push.direction * push.norm, M)
+    assert push.eta is not None
+    W = torch.from_numpy(-push.eta * push.direction)
+    left = literal.values(train, literal.nll, W).mean()
+    assert push.loss_left == pytest.approx(left / push.loss, rel=1e-5)
+    if dims == D_IN:
+        assert push.loss_left == pytest.approx(0.25, abs=0.01)
+    else:  # so few directions cannot bring the loss down that far
+        [warning] = push_warnings(push)
+        assert f"{push.loss_left:.0%}" in warning
+
+    pull = measure_pull(hooked, features, Q, "days", domain, [push], batch_tokens=BATCH_TOKENS)
+    zero = torch.zeros_like(W)
+    nll, p_answer = (literal.values(domain, of, zero) for of in (literal.nll, literal.p_answer))
+    assert close(pull.step_loss[0], nll - literal.values(domain, literal.nll, W))
+    assert close(pull.step[0], literal.values(domain, literal.p_answer, W) - p_answer)
+
+
+def test_several_pushes_and_batch_budgets_change_no_number(material: Material, tiny: Tiny) -> None:
+    features, Q = Features(load_sae(tiny.saes["topk"])), projection(D_IN)
+    hooked = HookedModel(material.model, LAYER)
+
+    def measured(names: Sequence[str], batch_tokens: int) -> tuple[list[Push], Pull]:
+        pushes = [
+            measure_push(hooked, features, Q, name, material.prompts[name], step=True, batch_tokens=batch_tokens)
+            for name in names
+        ]
+        domain = material.prompts["spelling"]
+        return pushes, measure_pull(hooked, features, Q, "spelling", domain, pushes, batch_tokens=batch_tokens)
+
+    pushes, pull = measured(["train", "days"], 2000)
+    [alone], pull_alone = measured(["days"], 100)
+    assert close(pushes[1].direction, alone.direction)
+    for name in ("ntk", "ntk_loss", "step", "step_loss", "contributions"):
+        assert close(getattr(pull, name)[1], getattr(pull_alone, name)[0]), name
+    assert close(pull.nll, pull_alone.nll)
+
+
+def test_the_model_is_left_as_it_was(material: Material, tiny: Tiny) -> None:
+    model = material.model
+    frozen = next(iter(model.parameters()))
+    frozen.requires_grad_(False)
+    prompts = material.prompts["train"]
+    ids = torch.from_numpy(prompts[0].base_ids.astype(np.int64))[None]
+    before = model(ids).logits
+    features, hooked = Features(load_sae(tiny.saes["topk"])), HookedModel(model, LAYER)
+    measure_push(hooked, features, projection(D_IN), "train", prompts, step=True, batch_tokens=BATCH_TOKENS)
+    assert torch.equal(model(ids).logits, before)
+    assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == [
+        name for name, parameter in model.named_parameters() if parameter is frozen
+    ]
+    assert all(parameter.grad is None for parameter in model.parameters())
+    frozen.requires_grad_(True)
+
+
+def test_no_weight_gets_a_gradient_and_nothing_below_the_hook_is_kept(material: Material) -> None:
+    hooked = HookedModel(material.model, LAYER)
+    recorded = []
+    handles = [
+        layer.register_forward_hook(lambda module, args, output, i=i: recorded.append((i, output.requires_grad)))
+        for i, layer in enumerate(material.model.model.layers)
+    ]
+    try:
+        next(hooked.answer_rows(material.prompts["train"], projection(D_IN), batch_tokens=BATCH_TOKENS))
+    finally:
+        for handle in handles:
+            handle.remove()
+    # Hooks run in the order they were put there: this one sees the hook layer's output before it is made a leaf.
+    assert dict(recorded) == {i: i >= LAYER for i in range(5)} or dict(recorded) == {i: i > LAYER for i in range(5)}
+
+
+def test_projection_keeps_inner_products_on_average() -> None:
+    d_in, dims = 96, 64
+    Q = projection(d_in)
+    assert Q.shape == (d_in, dims)
+    assert np.allclose(Q.T @ Q, d_in / dims * np.eye(dims), atol=1e-12)
+    mean = np.mean([P @ P.T for P in (projection(d_in, seed=seed, dims=dims) for seed in range(100))], axis=0)
+    # Each entry's deviation is of order sqrt(1 / (100 dims)) = .013.
+    assert np.abs(mean - np.eye(d_in)).max() < 0.06
+    assert np.array_equal(projection(d_in, seed=1), projection(d_in, seed=1))
+    assert np.array_equal(projection(64), np.eye(64))
+
+
+def test_what_cannot_be_used_is_told(material: Material, tiny: Tiny) -> None:
+    with pytest.raises(InputError, match="layers 0 to 4, but layer 7"):
+        HookedModel(material.model, 7)
+    with pytest.raises(InputError, match="head"):
+        HookedModel(material.model.model, LAYER)
+    # A model in which nothing fires at the hook pulls at nothing.
+    sae = load_sae(tiny.saes["standard"])
+    silent = Features(type(sae)("standard", sae.W_enc, sae.b_enc - 1e6, sae.b_dec))
+    with pytest.raises(InputError, match="'train' pull at no feature"):
+        measure_push(
+            HookedModel(material.model, LAYER),
+            silent,
+            projection(D_IN),
+            "train",
+            material.prompts["train"],
+            step=False,
+            batch_tokens=BATCH_TOKENS,
+        )
+    broken = AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float32)
+    with torch.no_grad():
+        broken.lm_head.weight[3] = torch.nan
+    with pytest.raises(InputError, match="NaN or infinity"):
+        next(HookedModel(broken, LAYER).answer_rows(material.prompts["train"], batch_tokens=BATCH_TOKENS))
+
+
+def test_weak_forecasts_carry_a_warning() -> None:
+    direction = np.ones((1, 1))
+    assert push_warnings(Push("s", direction, 1.0, loss=0.5, eta=1.0, loss_left=0.25)) == []
+    [solved] = push_warnings(Push("s", direction, 1.0, loss=0.002))
+    assert "answers 's' already" in solved
+    [stuck] = push_warnings(Push("s", direction, 1.0, loss=0.5, eta=1.0, loss_left=0.6))
+    assert "leaves 60%" in stuck
+
+    def pull(nll: float, n_answer: int) -> Pull:
+        nothing = np.zeros((1, 1))
+        return Pull("t", *[nothing] * 5, nll=np.asarray([nll]), n_answer=np.asarray([n_answer]))
+
+    assert pull_warnings(pull(0.5, 3)) == []
+    [long] = pull_warnings(pull(0.5, 40))
+    assert "read ntk_loss and step_loss" in long
