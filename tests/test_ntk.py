@@ -1,4 +1,4 @@
-"""Signed forecasts against their equations: an explicit map W at the hook, differentiated in float64, prompt by prompt."""
+"""Signed forecasts against their equations: a map W at the hook, differentiated in float64, prompt by prompt."""
 
 from __future__ import annotations
 
