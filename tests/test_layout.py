@@ -17,7 +17,7 @@ PACKAGE = ROOT / "python" / "sts_fast"
 # A module imports only from modules before it. A new module gets its place here.
 ORDER = [
     *("_version", "_cpu", "_cuda"),
-    *("errors", "files", "examples", "prompts", "hooks", "forward", "capture"),
+    *("errors", "files", "examples", "prompts", "probe", "hooks", "forward", "capture"),
     *("sae", "backend", "encode", "shift", "correlate"),
     *("controls", "ntk", "explain", "results", "score", "outcomes", "validate", "report", "organism", "demo"),
     *("cli", "__main__"),

@@ -8,22 +8,40 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sts_fast.errors import InputError
+from sts_fast.probe import N_TOKENS, LayerTrace, Tap, find_taps, first_tensor, run_few_tokens, trace_layer
 
 if TYPE_CHECKING:
     import torch
 
 OTHER_TOWERS = ("vision", "visual", "audio", "expert", "encoder")
 
+# The places of a layer, by the names that SAEs give them.
+PLACES = {
+    "resid_pre": "the residual stream before the layer",
+    "attn_out": "what attention adds to it",
+    "resid_mid": "the residual stream between attention and MLP",
+    "mlp_in": "what enters the MLP, normed",
+    "mlp_out": "what the MLP adds",
+    "resid_post": "the residual stream after the layer",
+    "hook_z": "attention's heads, before its output projection",
+}
+SPELLINGS = {
+    **{f"hook_{place}": place for place in PLACES if place != "hook_z"},
+    **{"attn.hook_z": "hook_z", "hook_z": "hook_z", "attn.hook_out": "attn_out"},
+    **{"mlp.hook_in": "mlp_in", "mlp.hook_out": "mlp_out", "hook_in": "resid_pre", "hook_out": "resid_post"},
+}
+
 
 @dataclass(frozen=True)
 class Hook:
-    """A place in a model.
+    """A place in a model: what goes into or comes out of one of its modules.
 
     name:  as it was asked for
-    path:  the module that is read, as the model names it
+    path:  the module, as the model names it
     side:  'input' or 'output' of it
     layer: index of the decoder layer it belongs to; None outside of the layers
     d_in:  numbers per token
+    scale: what the module gives is multiplied by this, as the model does before adding it
     """
 
     name: str
@@ -31,27 +49,47 @@ class Hook:
     side: str
     layer: int | None
     d_in: int
+    scale: float = 1.0
 
     @property
     def where(self) -> str:
         """The place in words: 'after layer 25', or 'at' its name."""
-        return f"after layer {self.layer}" if self.name.endswith(".hook_resid_post") else f"at {self.name}"
+        return f"after layer {self.layer}" if split_name(self.name)[0] == "resid_post" else f"at {self.name}"
 
     def attach(self, model: torch.nn.Module, saw: Callable[[torch.Tensor], None]) -> Any:
         """Calls `saw` with [n_sequences, n_tokens, d_in] in every forward pass; returns a handle with `remove()`."""
         module = model.get_submodule(self.path)
+
+        def scaled(value: torch.Tensor) -> None:
+            saw(value if self.scale == 1 else value * self.scale)
+
         if self.side == "input":
             return module.register_forward_pre_hook(
-                lambda module, args, options: saw(first_tensor(args, options)), with_kwargs=True
+                lambda module, args, options: scaled(first_tensor(args, options)), with_kwargs=True
             )
-        return module.register_forward_hook(lambda module, args, output: saw(first_tensor(output, {})))
+        return module.register_forward_hook(lambda module, args, output: scaled(first_tensor(output, {})))
 
 
-def first_tensor(values: Any, options: dict[str, Any]) -> Any:
-    """The hidden states among a module's arguments or results, which may be a tensor or a tuple that starts with it."""
-    if isinstance(values, (tuple, list)):
-        return values[0] if values else options.get("hidden_states", next(iter(options.values()), None))
-    return values
+def place_name(place: str, layer: int) -> str:
+    """The full name of a place of a layer: ('mlp_out', 25) is 'blocks.25.hook_mlp_out'.
+
+    Raises InputError for what is no such place.
+    """
+    place = place.removeprefix("hook_") if place != "hook_z" else place
+    if place not in PLACES:
+        raise InputError(f"'{place}' is not one of the places of a layer: {', '.join(PLACES)}")
+    return f"blocks.{layer}." + ("attn.hook_z" if place == "hook_z" else f"hook_{place}")
+
+
+def split_name(name: str) -> tuple[str, int | None]:
+    """A hook's place and layer: ('mlp_out', 25) for 'blocks.25.hook_mlp_out'; for a module, its path and layer."""
+    match = re.fullmatch(r"blocks\.(\d+)\.([\w.]+)", name)
+    if match and match[2] in SPELLINGS:
+        return SPELLINGS[match[2]], int(match[1])
+    if match := re.fullmatch(r"(?:[a-z_]+\.)*(?:layers|h|blocks)\.(\d+)(\.output|\.input)?", name):
+        return "resid_pre" if match[2] == ".input" else "resid_post", int(match[1])
+    number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return name, int(number[1]) if number else None
 
 
 def layer_of(place: str | int, n_layers: int, *, name: str) -> int | None:
@@ -59,30 +97,51 @@ def layer_of(place: str | int, n_layers: int, *, name: str) -> int | None:
 
     Raises InputError where the model, called `name`, has no such layer.
     """
-    layer = place
-    if isinstance(place, str):
-        match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", place)
-        if match is None:
-            return None
-        layer = int(match[1])
-    if not 0 <= int(layer) < n_layers:
+    layer = place if isinstance(place, int) else split_name(place)[1]
+    if layer is not None and not 0 <= layer < n_layers:
         raise InputError(f"{name} has layers 0 to {n_layers - 1}, but layer {layer} is to be read")
-    return int(layer)
+    return layer
 
 
 def find_hooks(model: torch.nn.Module, places: Sequence[str | int], *, name: str) -> list[Hook]:
-    """The places in a model, by name: 'blocks.25.hook_resid_post', a resid_pre, or the module path of a layer.
+    """The places in a model, by name.
 
-    An index stands for the output of that layer. Raises InputError where the model has no such place.
+    A name is a place of a layer as SAEs spell it ('blocks.25.hook_resid_post', 'blocks.3.attn.hook_z'), or the path of
+    a module, whose output is meant ('model.layers.12.mlp'), or its input ('model.layers.12.mlp.input'). An index
+    stands for the output of that layer. Where a place is inside a layer is found by watching what the layer's modules
+    compute for a few tokens.
+
+    Raises InputError, with the modules that there are, where the model has no such place.
     """
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     layers = decoder_layers(model, config.num_hidden_layers)
+    seen: dict[int, tuple[LayerTrace | None, dict[str, Tap]]] = {}
     found = []
-    for place in places:
-        layer = layer_of(place, config.num_hidden_layers, name=name)
-        full = f"blocks.{place}.hook_resid_post" if isinstance(place, int) else place
-        side = "input" if full.endswith(".hook_resid_pre") else "output"
-        found.append(Hook(full, f"{layers}.{layer}", side, layer, config.hidden_size))
+    for asked in places:
+        layer = layer_of(asked, config.num_hidden_layers, name=name)
+        full = place_name("resid_post", asked) if isinstance(asked, int) else asked
+        place, _ = split_name(full)
+        if layer is None or place not in PLACES:
+            path, side = _find_module(model, full, f"{layers}.{layer or 0}", name=name)
+            found.append(Hook(full, path, side, layer, _width(model, path, side, name=name)))
+        elif place in ("resid_pre", "resid_post"):
+            side = "input" if place == "resid_pre" else "output"
+            found.append(Hook(full, f"{layers}.{layer}", side, layer, config.hidden_size))
+        else:
+            block = f"{layers}.{layer}"
+            if layer not in seen:
+                trace = trace_layer(model, block)
+                seen[layer] = trace, {} if trace is None else find_taps(trace)
+            trace, taps = seen[layer]
+            if trace is None or place not in taps:
+                raise InputError(
+                    f"{name} has no {place} ({PLACES[place]}) in its layer {layer} that can be told from what "
+                    f"{type(model.get_submodule(block)).__name__} computes{_listed('; it has ', taps)}: "
+                    f"{_modules(model, block)}"
+                )
+            tap = taps[place]
+            d_in = (trace.inputs if tap.side == "input" else trace.outputs)[tap.path].shape[-1]
+            found.append(Hook(full, f"{block}.{tap.path}", tap.side, layer, d_in, tap.scale))
     return found
 
 
@@ -101,3 +160,61 @@ def decoder_layers(model: torch.nn.Module, n_layers: int) -> str:
         raise InputError(f"no list of {n_layers} decoder layers was found in {type(model).__name__}")
     path: str = min(found)[1]
     return path
+
+
+def _find_module(model: torch.nn.Module, path: str, block: str, *, name: str) -> tuple[str, str]:
+    """A module's path in this model, and which side is meant.
+
+    The same module has another path where the model is wrapped, or loaded without its head: leading parts are dropped
+    as far as needed, but never the layer.
+    """
+    names = {module for module, _ in model.named_modules() if module}
+    side = "output"
+    if path not in names and path.rpartition(".")[2] in ("input", "output"):
+        path, _, side = path.rpartition(".")
+    parts = path.split(".")
+    last = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts)) - 1
+    for start in range(max(last, 0) + 1):
+        tail = ".".join(parts[start:])
+        found = [module for module in names if module == tail or module.endswith(f".{tail}")]
+        if tail in found:
+            return tail, side
+        if len(found) == 1:
+            return found[0], side
+    raise InputError(f"{name} has no module '{path}': {_modules(model, block)}")
+
+
+def _modules(model: torch.nn.Module, block: str) -> str:
+    listed = [f"{block}.{name}" for name, _ in model.get_submodule(block).named_children()]
+    return f"give the path of a module, such as {', '.join(listed[:8])}, or its input, as in {listed[0]}.input"
+
+
+def _listed(words: str, names: dict[str, Tap]) -> str:
+    return words + ", ".join(name for name in PLACES if name in names) if names else ""
+
+
+def _width(model: torch.nn.Module, path: str, side: str, *, name: str) -> int:
+    """Numbers per token at a module, seen in a forward pass of a few tokens."""
+    import torch
+
+    class Seen(Exception):
+        pass
+
+    values: list[Any] = []
+
+    def saw(value: Any) -> None:
+        values.append(value)
+        raise Seen
+
+    handle = Hook("", path, side, None, 0).attach(model, saw)
+    try:
+        run_few_tokens(model)
+    except Seen:
+        pass
+    finally:
+        handle.remove()
+    if not values:
+        raise InputError(f"{name} does not run {path} for plain text: read another module")
+    if not (torch.is_tensor(values[0]) and values[0].ndim == 3 and values[0].shape[:2] == (2, N_TOKENS)):
+        raise InputError(f"{path} of {name} does not have one vector per token as its {side}: read another module")
+    return int(values[0].shape[-1])

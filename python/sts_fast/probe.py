@@ -1,0 +1,253 @@
+"""What the parts of a decoder layer do, found by watching one tiny forward pass, whatever the architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+N_TOKENS = 8
+# Rounding allowed where parts of the residual stream are to add up, in units of the dtype's epsilon.
+MOST_ROUNDING = 4.0
+
+
+class _Seen(Exception):
+    """Raised by the last hook to leave the model's forward."""
+
+
+@dataclass(frozen=True)
+class Tap:
+    """What goes into or comes out of a module, times a factor.
+
+    path: the module, from the layer on; side: 'input' or 'output'
+    """
+
+    path: str
+    side: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """All that a layer's modules took in and gave, in the order they finished: [2, N_TOKENS, d] by path in the layer.
+
+    Both sequences enter the layer alike but for their first token, so that what differs in later tokens has been mixed.
+    before, after: the residual stream on both sides of the layer
+    projecting:    paths of modules that hold a matrix; nested: of those that hold other modules
+    """
+
+    before: torch.Tensor
+    after: torch.Tensor
+    inputs: dict[str, torch.Tensor]
+    outputs: dict[str, torch.Tensor]
+    projecting: set[str]
+    nested: set[str]
+
+
+def first_tensor(values: Any, options: dict[str, Any]) -> Any:
+    """The hidden states among a module's arguments or results: a tensor, or a tuple that starts with it."""
+    if isinstance(values, (tuple, list)):
+        return values[0] if values else options.get("hidden_states", next(iter(options.values()), None))
+    return values
+
+
+def trace_layer(model: torch.nn.Module, path: str) -> LayerTrace | None:
+    """Runs a few tokens up to the layer and watches every module in it; None where no residual stream passes it."""
+    import torch
+
+    block = model.get_submodule(path)
+    inputs: dict[str, torch.Tensor] = {}
+    outputs: dict[str, torch.Tensor] = {}
+
+    def keep(seen: dict[str, torch.Tensor], name: str, value: Any) -> None:
+        if torch.is_tensor(value) and value.ndim == 3 and value.shape[:2] == (2, N_TOKENS):
+            seen.setdefault(name, value.detach().clone())  # what runs on may write into it
+
+    def change_first_token(module: Any, args: Any, options: Any) -> Any:
+        value = first_tensor(args, options)
+        if not torch.is_tensor(value) or value.ndim != 3:
+            raise _Seen
+        changed = value.clone()
+        changed[1] = changed[0]
+        changed[1, 0] = -changed[0, 0].roll(1)
+        keep(inputs, "", changed)
+        if args:
+            return (changed, *args[1:]), options
+        name = next(name for name, option in options.items() if option is value)
+        return args, {**options, name: changed}
+
+    def take(name: str, module: Any, args: Any, options: Any) -> None:
+        keep(inputs, name, first_tensor(args, options))
+
+    def give(name: str, module: Any, args: Any, output: Any) -> None:
+        keep(outputs, name, first_tensor(output, {}))
+        if not name:
+            raise _Seen
+
+    handles = [block.register_forward_pre_hook(change_first_token, with_kwargs=True)]
+    for name, module in block.named_modules():
+        if name:
+            handles.append(module.register_forward_pre_hook(partial(take, name), with_kwargs=True))
+        handles.append(module.register_forward_hook(partial(give, name)))
+    try:
+        run_few_tokens(model)
+    except _Seen:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    if "" not in inputs or "" not in outputs:
+        return None
+    modules = dict(block.named_modules())
+    tensors = {name: [*module.parameters(), *module.buffers()] for name, module in modules.items()}
+    return LayerTrace(
+        before=inputs.pop(""),
+        after=outputs.pop(""),
+        inputs=inputs,
+        outputs=outputs,
+        projecting={name for name, some in tensors.items() if any(tensor.ndim >= 2 for tensor in some)},
+        nested={name for name, module in modules.items() if any(True for _ in module.children())},
+    )
+
+
+def run_few_tokens(model: torch.nn.Module) -> None:
+    """One forward pass of two sequences of N_TOKENS tokens."""
+    import torch
+
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    ids = torch.randint(0, config.vocab_size, (1, N_TOKENS), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        model(input_ids=ids.expand(2, -1).to(next(model.parameters()).device), use_cache=False)
+
+
+def find_taps(trace: LayerTrace) -> dict[str, Tap]:
+    """Where the places of a layer are, as far as it has them.
+
+    attn_out: what the part that mixes tokens adds to the residual stream
+    mlp_out:  what the other part adds
+    resid_mid: the residual stream between them; a layer that adds both at once has none
+    hook_z:   what enters the mixing part's output projection; mlp_in: what enters the other part
+
+    Found where sums hold to rounding: before + attn_out = resid_mid, resid_mid + mlp_out = after.
+    """
+    taps: dict[str, Tap] = {}
+    before, after = trace.before, trace.after
+    adding = [name for name, value in trace.outputs.items() if value.shape == before.shape]
+    adding.sort(key=lambda name: name.count("."))  # the outermost of modules that give the same
+    mixing = [name for name in adding if _mixes(trace.outputs[name])]
+    attention = mlp = None
+    for name, middle in trace.inputs.items():
+        if middle.shape != before.shape or _alike(middle, before) or _alike(middle, after) or not _mixes(middle):
+            continue
+        first = _addend(trace, before, middle, mixing)
+        second = _addend(trace, middle, after, adding)
+        if (first or second) and ("resid_mid" not in taps or (first and second)):
+            taps["resid_mid"], attention, mlp = Tap(name, "input"), first, second
+        if first and second:
+            break
+    if "resid_mid" not in taps:
+        attention, mlp = _added_at_once(trace, mixing, [name for name in adding if name not in mixing])
+    if attention is not None:
+        taps["attn_out"] = attention
+        projection = _projection(trace, attention.path)
+        if projection is not None:
+            taps["hook_z"] = Tap(projection, "input")
+    if mlp is not None:
+        taps["mlp_out"] = mlp
+        entrance = _entrance(trace, mlp.path)
+        if entrance is not None:
+            taps["mlp_in"] = Tap(entrance, "input")
+    return taps
+
+
+def _addend(trace: LayerTrace, start: torch.Tensor, end: torch.Tensor, names: list[str]) -> Tap | None:
+    """The module whose output, times a factor, makes `end` of `start`."""
+    for name in names:
+        part = trace.outputs[name]
+        for scale in (1.0, _fitted(end.double() - start.double(), part.double())):
+            if scale and _adds_up(end, [(start, 1.0), (part, scale)]):
+                return Tap(name, "output", scale)
+    return None
+
+
+def _added_at_once(trace: LayerTrace, mixing: list[str], others: list[str]) -> tuple[Tap | None, Tap | None]:
+    """The two modules (or the one) whose outputs make the layer's output of its input."""
+    before, after = trace.before, trace.after
+    for first in mixing:
+        for second in others:
+            if _adds_up(after, [(before, 1.0), (trace.outputs[first], 1.0), (trace.outputs[second], 1.0)]):
+                return Tap(first, "output"), Tap(second, "output")
+    return _addend(trace, before, after, mixing), _addend(trace, before, after, others)
+
+
+def _projection(trace: LayerTrace, path: str) -> str | None:
+    """The output projection behind a module's output: it gives the same, or what a norm makes that of."""
+    for value in _behind(trace, path):
+        for name in _giving(trace, value):
+            entering = trace.inputs.get(name)
+            if name in trace.projecting and entering is not None and _mixes(entering) and not _alike(entering, value):
+                return name
+    return None
+
+
+def _entrance(trace: LayerTrace, path: str) -> str | None:
+    """The module that computes an output from the layer's normed residual stream: the outermost that gives the same."""
+    for value in _behind(trace, path):
+        for name in _giving(trace, value):
+            if name not in trace.projecting:
+                continue
+            whole = name if name in trace.nested else name.rpartition(".")[0]
+            entering = trace.inputs.get(whole)
+            return whole if entering is not None and entering.shape == trace.before.shape else None
+    return None
+
+
+def _behind(trace: LayerTrace, path: str) -> Iterator[torch.Tensor]:
+    """A module's output; then, where that is a norm, what enters it; and so on."""
+    value: torch.Tensor | None = trace.outputs[path]
+    for _ in range(3):
+        if value is None:
+            return
+        yield value
+        value = next((trace.inputs.get(name) for name in _giving(trace, value) if name not in trace.projecting), None)
+
+
+def _giving(trace: LayerTrace, value: torch.Tensor) -> list[str]:
+    """Modules that give this value, the outermost first."""
+    found = [name for name, output in trace.outputs.items() if _alike(output, value)]
+    return sorted(found, key=lambda name: name.count("."))
+
+
+def _mixes(value: torch.Tensor) -> bool:
+    """Whether later tokens differ between two sequences whose first token alone differs."""
+    one, other = value[0, 1:].double(), value[1, 1:].double()
+    return float((one - other).abs().max()) > MOST_ROUNDING * _epsilon(value) * float(one.abs().max())
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and bool((one == other).all())
+
+
+def _fitted(total: torch.Tensor, part: torch.Tensor) -> float:
+    squares = float((part * part).sum())
+    return float((total * part).sum()) / squares if squares else 0.0
+
+
+def _adds_up(total: torch.Tensor, parts: list[tuple[torch.Tensor, float]]) -> bool:
+    terms = [part.double() * scale for part, scale in parts]
+    size = total.double().abs()
+    for term in terms:
+        size = size + term.abs()
+    rounding = MOST_ROUNDING * max(_epsilon(part) for part in (total, *(part for part, _ in parts)))
+    added = float(terms[-1].abs().max()) > rounding * float(size.max())
+    return added and bool(((sum(terms) - total.double()).abs() <= rounding * size).all())
+
+
+def _epsilon(value: torch.Tensor) -> float:
+    import torch
+
+    return torch.finfo(value.dtype).eps
