@@ -18,6 +18,8 @@ struct JumpRelu {
         const V pre = scale * p + bias;
         return pre > threshold ? pre : V{};
     }
+    /// Whether the feature differs from 0.
+    STS_INLINE bool fires(V p) const { return scale * p + bias > threshold; }
 };
 
 template <class V>
@@ -28,6 +30,7 @@ struct Gated {
         const V h = pre > V{} ? pre : V{};
         return p + gate_bias > V{} ? h : V{};
     }
+    STS_INLINE bool fires(V p) const { return scale * p + bias > V{} && p + gate_bias > V{}; }
 };
 
 /// A candidate for the row's k largest: `row_threshold` >= 0 bounds the k-th largest positive value from below.

@@ -47,7 +47,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     flags = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
     subprocess.run([compiler, *flags, *includes, str(EMULATOR / "gemm_sm90.cpp"), "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))
-    loaded.deal.restype = ctypes.c_int64
+    loaded.deal.restype = loaded.emulate_append.restype = ctypes.c_int64
     return loaded
 
 
@@ -192,6 +192,24 @@ def test_moments_read_one_matrix_by_halves(emulated: ctypes.CDLL) -> None:
     np.testing.assert_allclose(sums, expected, rtol=1e-5, atol=1e-4)
 
 
+def test_appends_what_fires_and_counts_on_beyond_the_capacity(emulated: ctypes.CDLL) -> None:
+    problem = Problem.random(5, 40, 300, 64)
+    h = problem.features(problem.base)
+    n_fired = np.count_nonzero(h)
+    keys, values = np.zeros(n_fired, np.int64), np.zeros(n_fired, np.float32)
+    arrays = (ctypes.c_void_p(keys.ctypes.data), ctypes.c_void_p(values.ctypes.data))
+    assert (
+        emulated.emulate_append(*problem.arguments, 4, ctypes.c_uint64(1), ctypes.c_int64(n_fired), *arrays) == n_fired
+    )
+    order = np.argsort(keys)
+    token, feature = keys[order] >> 32, keys[order] & 0xFFFFFFFF
+    assert (np.stack([token, feature]) == np.nonzero(h)).all()
+    np.testing.assert_allclose(values[order], h[token, feature], rtol=1e-5)
+    keys[10:] = -1
+    assert emulated.emulate_append(*problem.arguments, 4, ctypes.c_uint64(1), ctypes.c_int64(10), *arrays) == n_fired
+    assert (keys[10:] == -1).all(), "nothing is written past the capacity"
+
+
 @pytest.mark.parametrize(("stride", "offset"), [(68, 0), (72, 1)], ids=["stride of 8 bytes", "rows not aligned"])
 def test_refuses_what_the_memory_accelerator_cannot_read(emulated: ctypes.CDLL, stride: int, offset: int) -> None:
     problem = Problem.random(1, 8, 16, 64, x_stride=stride)
@@ -282,6 +300,7 @@ def test_machine_code_is_hoppers(compiled: tuple[Path, str]) -> None:
     instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z][\w.]*)", listing)
     assert instructions.count("HGMMA.64x256x16.F32.BF16") == 4
     assert {"UTMALDG.2D.MULTICAST", "UTMALDG.2D", "USETMAXREG.DEALLOC.CTAPOOL"} <= set(instructions)
-    start, end = instructions.index("WARPGROUP.ARRIVE"), instructions.index("VOTE.ANY")
-    waits = [name for name in instructions[start:end] if name.startswith("MEMBAR")]
+    waits_for_products = [i for i, name in enumerate(instructions) if name == "WARPGROUP.DEPBAR.LE"]
+    steps = instructions[instructions.index("WARPGROUP.ARRIVE") : waits_for_products[-1]]
+    waits = [name for name in steps if name.startswith("MEMBAR")]
     assert not waits, "a fence between steps waits for memory that nobody shares"

@@ -59,6 +59,22 @@ struct FeaturePair {
     }
 };
 
+/// The tokens of a thread's columns: column(i, e) is acc[4 * i + 2 * j + e]'s.
+struct ThreadTokens {
+    int64_t first;
+    int n_left;  ///< how many there are from `first` on; 32 bits, since every element compares with it
+
+    __device__ ThreadTokens(int64_t token0, int64_t n_tokens) : first(token0 + 2 * (threadIdx.x % 4)) {
+        const int64_t left = n_tokens - first;
+        n_left = left < kMany ? static_cast<int>(left) : kMany;
+    }
+    __device__ bool has(int i, int e) const { return 8 * i + e < n_left; }
+    __device__ int64_t at(int i, int e) const { return first + 8 * i + e; }
+
+  private:
+    static constexpr int kMany = 1 << 30;
+};
+
 /// The float64 totals of a warp's 16 features, in shared memory: [kSums, 16], every entry owned by one lane.
 template <int kSums>
 struct WarpTotals {
@@ -120,56 +136,46 @@ struct ShiftEpilogue {
 
     template <int n_blocks>
     __device__ void tile(const float (&acc)[4 * n_blocks], const Params& params, int64_t token0) {
-        if (token0 + 4 * n_blocks <= params.n_tokens)
-            fold<n_blocks, false>(acc, params, token0);
-        else
-            fold<n_blocks, true>(acc, params, token0);
-    }
-
-    __device__ void finish(const Params& params, int64_t slot) { totals_.write(params.slab, slot, feature0_); }
-
-  private:
-    template <int n_blocks, bool kMasked>
-    __device__ void fold(const float (&acc)[4 * n_blocks], const Params& params, int64_t token0) {
         float sums[kSums][2] = {};
-        const int64_t first = token0 + 2 * (threadIdx.x % 4);
+        const ThreadTokens tokens(token0, params.n_tokens);
 #pragma unroll
         for (int i = 0; i < n_blocks / 2; ++i)
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                const int64_t token = first + 8 * i + e;
-                const bool inside = !kMasked || token < params.n_tokens;
-                float a[2], b[2];
                 bool fires = false;
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
                     const int n = 4 * i + 2 * j + e;
-                    a[j] = inside ? features_.activation[j](acc[n]) : 0.0f;
-                    b[j] = inside ? features_.activation[j](acc[n + 2 * n_blocks]) : 0.0f;
-                    fires = fires || a[j] != 0 || b[j] != 0;
+                    fires |= features_.activation[j].fires(acc[n]);
+                    fires |= features_.activation[j].fires(acc[n + 2 * n_blocks]);
                 }
-                // Firings are rare: most often the whole warp has nothing to add.
-                if (!__any_sync(kAllLanes, fires)) continue;
+                if (!fires || !tokens.has(i, e)) continue;  // nearly always
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
-                    const float difference = b[j] - a[j], square = difference * difference;
+                    const int n = 4 * i + 2 * j + e;
+                    const float a = features_.activation[j](acc[n]);
+                    const float b = features_.activation[j](acc[n + 2 * n_blocks]);
+                    const float difference = b - a, square = difference * difference;
                     sums[0][j] += square;
-                    sums[1][j] += a[j];
-                    sums[2][j] += b[j];
-                    sums[3][j] += a[j] * a[j];
-                    sums[4][j] += b[j] * b[j];
-                    sums[5][j] += a[j] != 0 ? 1.0f : 0.0f;
-                    sums[6][j] += b[j] != 0 ? 1.0f : 0.0f;
+                    sums[1][j] += a;
+                    sums[2][j] += b;
+                    sums[3][j] += a * a;
+                    sums[4][j] += b * b;
+                    sums[5][j] += a != 0 ? 1.0f : 0.0f;
+                    sums[6][j] += b != 0 ? 1.0f : 0.0f;
                     if (kWeights && params.weights && square != 0) {
 #pragma unroll
                         for (int k = 0; k < kWeights; ++k)
-                            sums[7 + k][j] += params.weights[token * kWeights + k] * square;
+                            sums[7 + k][j] += params.weights[tokens.at(i, e) * kWeights + k] * square;
                     }
                 }
             }
         totals_.add(sums);
     }
 
+    __device__ void finish(const Params& params, int64_t slot) { totals_.write(params.slab, slot, feature0_); }
+
+  private:
     FeaturePair<Activation> features_;
     WarpTotals<kSums> totals_;
     int64_t feature0_;
@@ -196,40 +202,28 @@ struct MomentsEpilogue {
 
     template <int n_blocks>
     __device__ void tile(const float (&acc)[4 * n_blocks], const Params& params, int64_t token0) {
-        if (token0 + 8 * n_blocks <= params.n_tokens)
-            fold<n_blocks, false>(acc, params, token0);
-        else
-            fold<n_blocks, true>(acc, params, token0);
-    }
-
-    __device__ void finish(const Params& params, int64_t slot) { totals_.write(params.slab, slot, feature0_); }
-
-  private:
-    template <int n_blocks, bool kMasked>
-    __device__ void fold(const float (&acc)[4 * n_blocks], const Params& params, int64_t token0) {
         float sums[kSums][2] = {};
-        const int64_t first = token0 + 2 * (threadIdx.x % 4);
+        const ThreadTokens tokens(token0, params.n_tokens);
 #pragma unroll
         for (int i = 0; i < n_blocks; ++i)
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                const int64_t token = first + 8 * i + e;
-                const bool inside = !kMasked || token < params.n_tokens;
+                bool fires = false;
+#pragma unroll
+                for (int j = 0; j < 2; ++j) fires |= features_.activation[j].fires(acc[4 * i + 2 * j + e]);
+                if (!fires || !tokens.has(i, e)) continue;  // nearly always
                 float h[2];
 #pragma unroll
-                for (int j = 0; j < 2; ++j) h[j] = inside ? features_.activation[j](acc[4 * i + 2 * j + e]) : 0.0f;
-                const bool fires = h[0] != 0 || h[1] != 0;
-                if (!__any_sync(kAllLanes, fires)) continue;
-#pragma unroll
                 for (int j = 0; j < 2; ++j) {
+                    h[j] = features_.activation[j](acc[4 * i + 2 * j + e]);
                     sums[0][j] += h[j];
                     sums[1][j] += h[j] * h[j];
                     sums[2][j] += h[j] != 0 ? 1.0f : 0.0f;
                 }
-                if (params.targets && fires) {
+                if (params.targets) {
 #pragma unroll
                     for (int k = 0; k < kTargets; ++k) {
-                        const float target = params.targets[token * kTargets + k];
+                        const float target = params.targets[tokens.at(i, e) * kTargets + k];
                         sums[3 + k][0] += target * h[0];
                         sums[3 + k][1] += target * h[1];
                     }
@@ -238,6 +232,9 @@ struct MomentsEpilogue {
         totals_.add(sums);
     }
 
+    __device__ void finish(const Params& params, int64_t slot) { totals_.write(params.slab, slot, feature0_); }
+
+  private:
     FeaturePair<Activation> features_;
     WarpTotals<kSums> totals_;
     int64_t feature0_;
@@ -264,8 +261,15 @@ struct AppendEpilogue {
     template <int n_blocks>
     __device__ void tile(const float (&acc)[4 * n_blocks], const Params& params, int64_t token0) {
         const int lane = static_cast<int>(threadIdx.x % 32);
+        const ThreadTokens tokens(token0, params.n_tokens);
+        uint32_t fired[n_blocks / 8] = {};  // a bit for each of acc
+#pragma unroll
+        for (int n = 0; n < 4 * n_blocks; ++n)
+            if (features_.activation[n / 2 % 2].fires(acc[n]) && tokens.has(n / 4, n % 2))
+                fired[n / 32] |= 1u << n % 32;
         int n_mine = 0;
-        each<n_blocks>(acc, params, token0, [&](int64_t, int, float) { ++n_mine; });
+#pragma unroll
+        for (const uint32_t bits : fired) n_mine += __popc(bits);
         int end = n_mine;  // inclusive prefix sum over lanes
 #pragma unroll
         for (int step = 1; step < 32; step *= 2) {
@@ -277,29 +281,26 @@ struct AppendEpilogue {
         unsigned long long start = 0;
         if (lane == 0) start = atomicAdd(params.count, static_cast<unsigned long long>(n_warp));
         int64_t at = static_cast<int64_t>(__shfl_sync(kAllLanes, start, 0)) + end - n_mine;
-        each<n_blocks>(acc, params, token0, [&](int64_t token, int j, float h) {
+        // The same activations, but by a way that the compiler cannot see through: else it keeps all features of the
+        // first pass for the second one, and has no registers for them.
+        Activation again[2] = {features_.activation[0], features_.activation[1]};
+#pragma unroll
+        for (int j = 0; j < 2; ++j) again[j].scale = __shfl_sync(kAllLanes, again[j].scale, lane);
+#pragma unroll
+        for (int n = 0; n < 4 * n_blocks; ++n) {
+            const int j = n / 2 % 2;
+            if ((fired[n / 32] >> n % 32 & 1) == 0) continue;
             if (at < params.capacity) {
-                params.keys[at] = (params.first_token + token) << 32 | (feature0_ + 8 * j);
-                params.values[at] = h;
+                params.keys[at] = (params.first_token + tokens.at(n / 4, n % 2)) << 32 | (feature0_ + 8 * j);
+                params.values[at] = again[j](acc[n]);
             }
             ++at;
-        });
+        }
     }
 
     __device__ void finish(const Params&, int64_t) {}
 
   private:
-    template <int n_blocks, class Visit>
-    __device__ void each(const float (&acc)[4 * n_blocks], const Params& params, int64_t token0, const Visit& visit) {
-        const int64_t first = token0 + 2 * (threadIdx.x % 4);
-#pragma unroll
-        for (int n = 0; n < 4 * n_blocks; ++n) {
-            const int64_t token = first + 8 * (n / 4) + n % 2;
-            const float h = features_.activation[n / 2 % 2](acc[n]);
-            if (h != 0 && token < params.n_tokens) visit(token, n / 2 % 2, h);
-        }
-    }
-
     FeaturePair<Activation> features_;
     int64_t feature0_;
 };
@@ -326,13 +327,13 @@ struct DenseEpilogue {
 
     template <int n_blocks>
     __device__ void tile(const float (&acc)[4 * n_blocks], const Params& params, int64_t token0) {
-        const int64_t first = token0 + 2 * (threadIdx.x % 4);
+        const ThreadTokens tokens(token0, params.from.n_tokens);
 #pragma unroll
         for (int n = 0; n < 4 * n_blocks; ++n) {
             const int j = n / 2 % 2;
-            const int64_t token = first + 8 * (n / 4) + n % 2, feature = feature0_ + 8 * j;
-            if (token < params.from.n_tokens && feature < params.from.n_features)
-                params.pre[token * params.from.n_features + feature] =
+            const int64_t feature = feature0_ + 8 * j;
+            if (tokens.has(n / 4, n % 2) && feature < params.from.n_features)
+                params.pre[tokens.at(n / 4, n % 2) * params.from.n_features + feature] =
                     features_.activation[j].scale * acc[n] + features_.activation[j].bias;
         }
     }
@@ -365,21 +366,21 @@ struct CandidateEpilogue {
 
     template <int n_blocks>
     __device__ void tile(const float (&acc)[4 * n_blocks], const Params& params, int64_t token0) {
-        const int64_t first = token0 + 2 * (threadIdx.x % 4);
+        const ThreadTokens tokens(token0, params.from.n_tokens);
 #pragma unroll
         for (int i = 0; i < n_blocks; ++i)
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                const int64_t token = first + 8 * i + e;
-                if (token >= params.from.n_tokens) continue;
-                const float bound = params.bounds[token];
+                if (!tokens.has(i, e)) continue;
+                // Read-only, so that no load waits for an append before it.
+                const float bound = __ldg(params.bounds + tokens.at(i, e));
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
                     const float pre =
                         features_.activation[j].scale * acc[4 * i + 2 * j + e] + features_.activation[j].bias;
                     const float size = params.from.absolute && pre < 0 ? -pre : pre;
                     if (size > bound && feature0_ + 8 * j < params.from.n_features)
-                        append(params, token, params.first_feature + feature0_ + 8 * j, pre);
+                        append(params, tokens.at(i, e), params.first_feature + feature0_ + 8 * j, pre);
                 }
             }
     }

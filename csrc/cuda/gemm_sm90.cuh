@@ -16,11 +16,11 @@
 ///
 /// What an epilogue may cost. The products of a tile take 16 * depth cycles, 57,344 at depth 3584; 5% of it are 2,867.
 /// Each of an SM's four schedulers issues one instruction per cycle and serves one warp of each multiplying warpgroup.
-/// Of two pairs of tokens by one of features, ShiftEpilogue's usual path has 20 instructions, 12 of them at half rate;
-/// a thread holds 32 of these groups, so the epilogue of one warp takes 32 * (8 + 2 * 12) = 1,024 cycles where nothing
-/// fires, and 21 instructions more for each group in which one of the warp's 128 elements does. Meanwhile the next
+/// For two features of one pair of tokens ShiftEpilogue's usual path has 4 multiply-adds, 4 compares at half rate and 4
+/// instructions around a branch; a thread holds 32 such groups, so a warp's epilogue takes 32 * 16 = 512 cycles where
+/// nothing fires, and about 30 more for each group in which one of the warp's 128 elements does. Meanwhile the next
 /// tile's stages fill, and since the first warpgroup starts two steps ahead of the second, one multiplies at the full
-/// rate while the other is in its epilogue. A model of the ring (round-robin products, 1,000 cycles from release to
+/// rate while the other is in its epilogue. A model of the ring (products in turn, 1,000 cycles from release to
 /// arrival) puts the tile at 1.003 of its products for 800 cycles of epilogue and at 1.011 for 1,600; in step, at 1.014
 /// and 1.028.
 namespace sts::cuda {

@@ -52,6 +52,10 @@ template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
     return emulator::exchange(value)[emulator::current().lane ^ mask];
 }
+template <class T>
+T __ldg(const T* address) {
+    return *address;
+}
 inline int __any_sync(unsigned, int predicate) {
     const int* all = emulator::exchange(predicate != 0 ? 1 : 0);
     return std::any_of(all, all + 32, [](int one) { return one != 0; });
@@ -67,6 +71,9 @@ T atomicMin(T* address, T value) {
     const T old = *address;
     *address = std::min(old, value);
     return old;
+}
+inline int __popc(uint32_t bits) {
+    return __builtin_popcount(bits);
 }
 inline uint32_t __float_as_uint(float value) {
     uint32_t bits;

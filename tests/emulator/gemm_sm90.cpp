@@ -73,6 +73,24 @@ int emulate_moments(const Operands* operands, const Vectors* vectors, const floa
         n_multiprocessors, seed, sums);
 }
 
+/// keys, values [capacity], in any order; returns how many there are, or -1.
+int64_t emulate_append(const Operands* operands, const Vectors* vectors, int n_multiprocessors, uint64_t seed,
+                       int64_t capacity, int64_t* keys, float* values) {
+    emulator::Machine::get().seed = seed;
+    using Append = AppendEpilogue<JumpRelu<float>>;
+    unsigned long long count = 0;
+    Append::Params params{{vectors->scale, vectors->bias, vectors->threshold},
+                          operands->n_tokens,
+                          operands->n_features,
+                          keys,
+                          values,
+                          &count,
+                          capacity,
+                          0};
+    const int status = sm90_launch<Append>(operands->product(), params, n_multiprocessors, nullptr);
+    return status == 0 ? static_cast<int64_t>(count) : -1;
+}
+
 /// What a schedule deals out: for each of its clusters' tiles, in order, the cluster, the tile and the slot. Returns
 /// how many, and the lanes and the number of slots.
 int64_t deal(int64_t n_strips, int64_t n_tiles, int max_clusters, int64_t strip_bytes, int64_t cache_bytes,
