@@ -1,0 +1,243 @@
+"""TransferMonitor in the trainers of Transformers and TRL, on the embedded model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sts_fast import InputError, load_sae, organism, score
+from sts_fast.trainer import TransferMonitor
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the trainers warn of what is theirs
+
+TRAIN, DOMAINS = "T3.next.b", ("T2.previous.c", "T0.reverse.a", "T1.swap.a")
+N_TOP = 32
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A forecast for the embedded model, as `sts-fast score` writes it."""
+    folder = tmp_path_factory.mktemp("forecast") / "run"
+    forecast = score(
+        model=organism.model_folder(),
+        sae=organism.sae_folder(),
+        train=organism.examples(TRAIN, 40, 0),
+        domains={name: organism.examples(name, 40, 0) for name in DOMAINS},
+        shots=4,
+        domain_shots=4,
+        top_n=N_TOP,
+    )
+    forecast.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def questions() -> Any:
+    from datasets import Dataset
+
+    examples = organism.examples(TRAIN, 128, 1)
+    return Dataset.from_list([{"prompt": example.question, "completion": f" {example.answer}"} for example in examples])
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    with organism.one_thread():
+        yield
+
+
+def new_model() -> tuple[Any, Any]:
+    model, tokenizer = organism.load_model()
+    tokenizer.pad_token = tokenizer.eos_token = tokenizer.unk_token
+    return model, tokenizer
+
+
+def sft(folder: Path, questions: Any, model: Any = None, **options: Any) -> Any:
+    from trl import SFTConfig, SFTTrainer
+
+    fresh, tokenizer = new_model()
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": 6,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "logging_steps": 2,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "dataset_num_proc": None,
+        "seed": 3,
+        **options,
+    }
+    return SFTTrainer(
+        model=fresh if model is None else model,
+        args=SFTConfig(**settings),
+        train_dataset=questions,
+        processing_class=tokenizer,
+    )
+
+
+def residuals(model: Any, ids: list[int]) -> torch.Tensor:
+    """[n_tokens, d_in] what the SAE reads, from a whole forward pass."""
+    with torch.no_grad():
+        states = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
+    return states[organism.training.LAYER + 1][0].to(torch.bfloat16).double()
+
+
+def dense_features(model: Any, ids: list[int], positions: list[int]) -> np.ndarray:
+    """[n_read, d_sae] float64 TopK features, by the equation."""
+    sae = load_sae(organism.sae_folder())
+    W_enc, b_enc, b_dec = (torch.as_tensor(value).double() for value in (sae.W_enc, sae.b_enc, sae.b_dec))
+    pre = (residuals(model, ids)[positions] - b_dec) @ W_enc + b_enc
+    values, indices = pre.topk(sae.k, dim=-1)
+    return torch.zeros_like(pre).scatter(-1, indices, values.relu()).numpy()
+
+
+def test_the_numbers_are_those_of_the_equations(run: Path, questions: Any, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    trainer = sft(tmp_path / "out", questions)
+    base, _ = new_model()
+    monitor = TransferMonitor(run, output=tmp_path / "watch", every=4, n_probes=400).attach(trainer)
+    trainer.train()
+    assert [found.step for found in monitor.history] == [4, 6]
+    scores = json.loads((run / "scores.json").read_text())
+    top = sorted(feature["index"] for feature in scores["shifted_features"])
+    found = monitor.history[-1]
+    rows = pq.read_table(run / "prompts.parquet").to_pylist()
+    moved = {}
+    for stage, name in (("shift", "train"), *(("score", domain) for domain in DOMAINS)):
+        chosen = [row for row in rows if (row["stage"], row["domain"]) == (stage, name)]
+        squares = [
+            (dense_features(trainer.model, row["base_ids"], row["positions"])
+             - dense_features(base, row["base_ids"], row["positions"])) ** 2
+            for row in chosen
+        ]  # fmt: skip
+        moved[name] = np.concatenate(squares).mean(axis=0)
+    assert found.shift == pytest.approx(moved["train"].sum(), rel=1e-4)
+    largest = np.argsort(-moved["train"], kind="stable")[:N_TOP]
+    assert found.overlap == pytest.approx(len(set(largest) & set(top)) / N_TOP, abs=1 / N_TOP)
+    assert found.share_of_top_n == pytest.approx(moved["train"][top].sum() / moved["train"].sum(), rel=1e-4)
+    for domain in DOMAINS:
+        assert found.exposure[domain] == pytest.approx(moved[domain][top].sum(), rel=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_is_the_same_bit_for_bit(run: Path, questions: Any, tmp_path: Path, checkpointing: bool) -> None:
+    states = []
+    for watched in (False, True):
+        model, _ = new_model()
+        model.config.attention_dropout = 0.1  # draws random numbers
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.1
+        trainer = sft(tmp_path / f"{watched}", questions, model, gradient_checkpointing=checkpointing)
+        if watched:
+            TransferMonitor(run, output=tmp_path / "watch", every=1).attach(trainer)
+        trainer.train()
+        states.append(trainer.model.state_dict())
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+
+
+def test_it_logs_where_the_trainer_logs(run: Path, questions: Any, tmp_path: Path) -> None:
+    from transformers import TrainerCallback
+
+    seen: list[dict[str, float]] = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            seen.append(dict(logs))
+
+    trainer = sft(tmp_path / "out", questions)
+    trainer.add_callback(Reporter())
+    TransferMonitor(run, output=tmp_path / "watch", every=3).attach(trainer)
+    trainer.train()
+    reported = [logs for logs in seen if "transfer/overlap" in logs]
+    assert len(reported) == 2
+    assert {f"transfer/exposure/{domain}" for domain in DOMAINS} <= set(reported[0])
+    assert sum("loss" in logs for logs in seen) == 3  # the trainer's own, undisturbed
+
+
+def test_it_stops_at_a_budget(run: Path, questions: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = sft(tmp_path / "out", questions)
+    monitor = TransferMonitor(run, output=tmp_path / "watch", every=2, stop_when={DOMAINS[0]: 1e-6}).attach(trainer)
+    with caplog.at_level(logging.WARNING, "sts_fast.trainer"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    assert [found.step for found in monitor.history] == [2]
+    assert f"the exposure of '{DOMAINS[0]}'" in caplog.text
+
+
+def test_it_goes_on_from_a_checkpoint(run: Path, questions: Any, tmp_path: Path) -> None:
+    whole = TransferMonitor(run, output=tmp_path / "whole", every=2)
+    trainer = sft(tmp_path / "one", questions)
+    whole.attach(trainer)
+    trainer.train()
+
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    first = sft(tmp_path / "two", questions, **saving)
+    TransferMonitor(run, output=tmp_path / "halves", every=2).attach(first)
+    stopper = TransferMonitor(run, output=tmp_path / "stopper", every=4, stop_when={DOMAINS[0]: 0.0})
+    stopper.attach(first)
+    first.train()
+    assert first.state.global_step == 4
+    second = sft(tmp_path / "two", questions, **saving)
+    resumed = TransferMonitor(run, output=tmp_path / "halves", every=2).attach(second)
+    second.train(resume_from_checkpoint=str(tmp_path / "two" / "checkpoint-4"))
+    assert [found.step for found in resumed.history] == [2, 4, 6]
+    for one, other in zip(whole.history, resumed.history, strict=True):
+        assert one.exposure == other.exposure
+
+    lost = sft(tmp_path / "two", questions, **saving)
+    TransferMonitor(run, output=tmp_path / "empty", every=2).attach(lost)
+    with pytest.raises(InputError, match="base activations"):
+        lost.train(resume_from_checkpoint=str(tmp_path / "two" / "checkpoint-4"))
+
+
+def test_another_model_is_told(run: Path, questions: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, _ = new_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.5 * parameter.std() * torch.randn_like(parameter)
+    trainer = sft(tmp_path / "out", questions, model, max_steps=1)
+    TransferMonitor(run, output=tmp_path / "watch").attach(trainer)
+    with caplog.at_level(logging.WARNING, "sts_fast.trainer"):
+        trainer.train()
+    assert "this model is not the one" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"stop_when": {"law": 1.0}}, "forecasts nothing for 'law'"),
+        ({"domains": ["law"]}, "forecasts nothing for 'law'"),
+        ({"every": 0}, "every must be at least 1"),
+        ({"n_probes": 3}, "n_probes"),
+    ],
+)
+def test_what_cannot_be_watched_is_told_at_once(run: Path, tmp_path: Path, options: Any, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        TransferMonitor(run, output=tmp_path / "watch", **options)
+
+
+def test_damaged_forecasts_are_told(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"has no scores\.json"):
+        TransferMonitor(tmp_path / "nothing", output=tmp_path / "watch")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(run, damaged)
+    (damaged / "prompts.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match=r"prompts\.parquet cannot be read"):
+        TransferMonitor(damaged, output=tmp_path / "watch")
+    (damaged / "scores.json").write_text("{}")
+    with pytest.raises(InputError, match=r"scores\.json is not a forecast"):
+        TransferMonitor(damaged, output=tmp_path / "watch")
