@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -628,80 +627,9 @@ def test_junk_in_the_config_never_ends_in_a_traceback(architecture: str, key: st
 
 def test_places_where_there_is_no_sae(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "file.safetensors").write_bytes(b"x")
-    with pytest.raises(InputError, match=r"file\.safetensors is a file, but an SAE is a folder with cfg\.json"):
-        load_sae(tmp_path / "file.safetensors")
     for place in (tmp_path / "nowhere", "./nowhere", "../no/where", "nowhere", ""):
-        with pytest.raises(InputError, match=r"there is no SAE at|has no cfg\.json"):
+        with pytest.raises(InputError, match="there is no SAE at"):
             load_sae(place)
-
-
-@pytest.fixture
-def without_sae_lens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sae_lens", None)
-
-
-@pytest.mark.usefixtures("without_sae_lens")
-def test_release_without_sae_lens_says_what_to_install() -> None:
-    with pytest.raises(
-        InputError, match=r"there is no folder gpt2-small-res-jb/.*pip install 'sts-fast\[sae-lens\]'"
-    ) as e:
-        load_sae("gpt2-small-res-jb/blocks.8.hook_resid_pre")
-    assert "\n" not in str(e.value)
-
-
-@pytest.mark.usefixtures("without_sae_lens")
-def test_folders_need_no_sae_lens(tmp_path: Path) -> None:
-    assert load_sae(write_sae(tmp_path)).d_sae == D_SAE
-
-
-@pytest.fixture
-def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sae_lens: Any) -> Callable[..., Path]:
-    """Puts made-up weights where sae-lens would find them had it downloaded them before."""
-    from huggingface_hub import constants
-
-    cache = tmp_path / "cache"
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-
-    def put(repository: str, folder: str, **sae: Any) -> Path:
-        root = cache / f"models--{repository.replace('/', '--')}"
-        revision = "0" * 40
-        (root / "refs").mkdir(parents=True)
-        (root / "refs" / "main").write_text(revision)
-        return write_sae(root / "snapshots" / revision / folder, **sae)
-
-    return put
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_release_is_read_through_sae_lens(hub_cache: Callable[..., Path], sae_lens: Any) -> None:
-    hook = "blocks.8.hook_resid_pre"
-    folder = hub_cache(
-        "jbloom/GPT2-Small-SAEs-Reformatted",
-        hook,
-        config={"metadata": ..., "hook_name": hook, "model_name": "gpt2-small", "prepend_bos": True},
-    )
-    sae = load_sae(f"gpt2-small-res-jb/{hook}")
-    assert (sae.architecture, sae.source, sae.hook_layer) == ("standard", f"gpt2-small-res-jb/{hook}", 7)
-    assert (sae.model_name, sae.prepend_bos, sae.notes) == ("gpt2-small", True, ())
-    acts = np.random.default_rng(0).normal(size=(40, D_IN)).astype(np.float32)
-    assert np.array_equal(dense(sae, acts), dense(load_sae(folder), acts))
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("no-such-release/x", "cannot load release 'no-such-release', id 'x': .*not found"),
-        ("gpt2-small-res-jb/no-such-id", "cannot load release 'gpt2-small-res-jb', id 'no-such-id': .*not found"),
-        ("gpt2-small-res-jb/blocks.9.hook_resid_pre", "cannot load release 'gpt2-small-res-jb', id 'blocks.9"),
-    ],
-)
-def test_releases_that_cannot_be_had(name: str, message: str, hub_cache: Callable[..., Path]) -> None:
-    with pytest.raises(InputError, match=message) as e:
-        load_sae(name)
-    assert "\n" not in str(e.value)
 
 
 # An SAE made by hand --------------------------------------------------------------------------------------------------

@@ -179,6 +179,32 @@ class SAE:
             decoded = decoded * x.norm(dim=1, keepdim=True) / math.sqrt(self.d_in)
         return decoded / self.input_scale
 
+    def scaled(self, factor: float, said: str = "--norm-scaling-factor") -> SAE:
+        """The SAE with the scaling of its input that its files ask for but do not carry.
+
+        factor: what rows are multiplied by before anything else
+        said:   where it comes from
+        Raises InputError where it is not a positive number, or the files ask for none.
+        """
+        from sts_fast.sae.named_tensors import NO_HOOK
+        from sts_fast.sae.saelens import FORGOTTEN_FOLDING
+
+        if not 0 < factor < math.inf:
+            raise InputError(f"--norm-scaling-factor must be a positive number, not {factor}")
+        if FORGOTTEN_FOLDING not in self.notes and NO_HOOK not in self.notes:
+            why = self.origin.get("input_norm", "no normalisation")
+            raise InputError(f"{self.source} does not ask for --norm-scaling-factor ({why}): leave it out")
+        is_transcoder = self.decoder is not None and bool(self.target_hook_name)
+        return replace(
+            self,
+            input_scale=factor,
+            # Folding divides W_dec, and so the norms that activations are rescaled by.
+            W_dec_norm=None if self.W_dec_norm is None else (self.W_dec_norm / factor).astype(np.float32),
+            decoder=replace(self.decoder, scale=factor) if self.decoder and is_transcoder else self.decoder,
+            notes=tuple(note for note in self.notes if note != FORGOTTEN_FOLDING),
+            origin={**self.origin, "input_scale": said},
+        )
+
     def with_dtype(self, dtype: str) -> SAE:
         """The same SAE with W_enc as 'float32' or 'bfloat16' (rounded to nearest even)."""
         import torch
@@ -215,7 +241,8 @@ def load_sae(
     norm_scaling_factor: float | None = None,
     dtype: str | None = None,
 ) -> SAE:
-    """Reads an SAE from a SAELens folder, or by its 'release/id' through sae-lens.
+    """Reads an SAE: a folder or file of any layout in docs/saes.md, 'release/id' as sae-lens names it, or
+    'owner/repository[:folder or file]' of the Hugging Face hub.
 
     layer: reads the residual stream after this layer, whatever the SAE's own files say
     hook:  the same by name, such as 'blocks.25.hook_resid_post' or 'model.layers.25'
@@ -224,48 +251,24 @@ def load_sae(
     dtype: of W_enc in memory, 'float32' or 'bfloat16'; None takes the file's, memory-mapped
     Raises InputError, naming file and key, for whatever cannot be read or is not supported.
     """
-    from sts_fast.sae import hub, saelens
+    from sts_fast.sae import detect, hub
 
     if dtype not in (None, "float32", "bfloat16"):
         raise InputError(f"an SAE can be held as float32 or bfloat16, not {dtype}")
     path = Path(source)
-    if path.is_dir():
-        sae = saelens.read(path, dtype=dtype)
-    elif path.exists():
-        raise InputError(
-            f"{path} is a file, but an SAE is a folder with {saelens.CONFIG_FILE} and {saelens.WEIGHTS_FILE}: give that"
-        )
+    if path.exists() and str(source):
+        sae = detect.read(path, dtype=dtype)
     elif "/" in str(source) and not path.is_absolute() and not str(source).startswith("."):
-        sae = hub.read_release(str(source), dtype=dtype)
+        sae = hub.read(str(source), dtype=dtype)
     else:
-        raise InputError(f"there is no SAE at {source}: give a SAELens folder, or 'release/id' as sae-lens names it")
+        raise InputError(
+            f"there is no SAE at {source}: give its folder or file, 'release/id' as sae-lens names it, or "
+            "'owner/repository:folder' on the hub"
+        )
     if layer is not None and hook is not None:
         raise InputError("--layer and --hook say the same thing: give one of them")
     if layer is not None:
         hook = f"blocks.{layer}.hook_resid_post"
     if hook is not None:
         sae = replace(sae, hook_name=hook, origin={**sae.origin, "hook_name": "--layer or --hook"})
-    return sae if norm_scaling_factor is None else _scaled(sae, norm_scaling_factor)
-
-
-def _scaled(sae: SAE, factor: float) -> SAE:
-    """The SAE with the scaling of its input that its files ask for but do not carry."""
-    from sts_fast.sae.saelens import FORGOTTEN_FOLDING
-
-    if not 0 < factor < math.inf:
-        raise InputError(f"--norm-scaling-factor must be a positive number, not {factor}")
-    if FORGOTTEN_FOLDING not in sae.notes:
-        said = sae.origin.get("input_norm", "no normalisation")
-        raise InputError(f"{sae.source} does not ask for --norm-scaling-factor ({said}): leave it out")
-    decoder = sae.decoder
-    if decoder is not None and sae.target_hook_name:
-        decoder = replace(decoder, scale=factor)
-    return replace(
-        sae,
-        input_scale=factor,
-        # Folding divides W_dec, and so the norms that activations are rescaled by.
-        W_dec_norm=None if sae.W_dec_norm is None else (sae.W_dec_norm / factor).astype(np.float32),
-        decoder=decoder,
-        notes=tuple(note for note in sae.notes if note != FORGOTTEN_FOLDING),
-        origin={**sae.origin, "input_scale": "--norm-scaling-factor"},
-    )
+    return sae if norm_scaling_factor is None else sae.scaled(norm_scaling_factor)

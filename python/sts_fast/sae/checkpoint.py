@@ -6,6 +6,7 @@ afresh for every read and the map dropped after it, so that reading does not gro
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 import zipfile
@@ -79,6 +80,16 @@ class Checkpoint:
         if not np.isfinite(values).all():
             raise InputError(f"{self.path}: {name} contains NaN or infinity: copy or download it again")
         return np.repeat(values, length) if is_number else values
+
+    def number(self, name: str) -> float:
+        """The value of a tensor of one element, of any dtype."""
+        tensor = self._open()[0][self._existing(name)]
+        if tensor.numel() != 1:
+            raise InputError(f"{self.path}: {name} has shape {list(tensor.shape)}, but one number is needed")
+        value = float(tensor)
+        if not math.isfinite(value):
+            raise InputError(f"{self.path}: {name} is NaN or infinity: copy or download it again")
+        return value
 
     def matrix(self, name: str, shape: tuple[int | None, int | None], *, transposed: bool = False) -> Matrix:
         """A view of the matrix, or of its transpose.

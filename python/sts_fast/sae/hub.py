@@ -1,28 +1,157 @@
-"""SAEs by name: the releases that sae-lens knows."""
+"""SAEs from the Hugging Face hub: releases that sae-lens knows, and files of any repository."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 from sts_fast.errors import InputError
-from sts_fast.sae import SAE, saelens
+from sts_fast.sae import SAE, detect, saelens
 from sts_fast.sae.checkpoint import Checkpoint
 from sts_fast.sae.config import Config
 
+# sae-lens' names for the layouts of its releases that are read here from the files; it loads the others itself.
+READ_HERE = {None, "gemma_2", "gemma_2_transcoder", "gemma_3", "goodfire", "deepseek_r1", "qwen_scope", "sparsify"}
+READ_HERE |= {"llama_scope", "llama_scope_r1_distill", "dictionary_learning_1"}
 
-def read_release(name: str, *, dtype: str | None = None) -> SAE:
-    """An SAE by 'release/id', loaded by sae-lens, which knows every public release and caches what it downloads."""
-    try:
-        from sae_lens import SAE as SAELensSAE
-    except ImportError as error:
+
+def read(name: str, *, dtype: str | None = None) -> SAE:
+    """An SAE by 'release/id' as sae-lens names it, or by 'owner/repository[:folder or file]'.
+
+    What the cache of huggingface_hub holds is not downloaded again, and with HF_HUB_OFFLINE=1 nothing is.
+    Raises InputError where it cannot be had, and as the reader of its layout.
+    """
+    repository, colon, path = name.partition(":")
+    if colon:
+        return _read_repository(repository, path, dtype=dtype, source=name)
+    release, _, sae_id = name.partition("/")
+    releases = _releases()
+    if release in releases:
+        return _read_release(releases[release], sae_id, name, dtype)
+    if "/" not in sae_id and _is_repository(name):
+        return _read_repository(name, "", dtype=dtype, source=name)
+    if not releases:
         raise InputError(
             f"there is no folder {name}; to load it as a release from the hub, sae-lens is needed: "
             "pip install 'sts-fast[sae-lens]'"
-        ) from error
-    release, _, sae_id = name.partition("/")
+        )
+    raise InputError(
+        f"there is no folder {name}, sae-lens knows no release '{release}', and no repository of that name can be had: "
+        "give a folder, 'release/id' as sae-lens names it, or 'owner/repository:folder'"
+    )
+
+
+def _releases() -> dict[str, Any]:
+    """sae-lens' list of releases, empty where it is not installed."""
+    try:
+        from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+    except ImportError:
+        return {}
+    return dict(get_pretrained_saes_directory())
+
+
+def _read_release(release: Any, sae_id: str, name: str, dtype: str | None) -> SAE:
+    if sae_id not in release.saes_map:
+        some = ", ".join(list(release.saes_map)[:4])
+        raise InputError(f"release '{release.release}' has no SAE '{sae_id}': its ids are {some}, …")
+    if release.conversion_func not in READ_HERE:
+        sae = _read_by_sae_lens(release.release, sae_id, name, dtype)
+    else:
+        sae = _read_repository(release.repo_id, release.saes_map[sae_id], dtype=dtype, source=name)
+    said = f"sae-lens' list: {release.release}"
+    factor = release.norm_scaling_factor.get(sae_id)
+    if factor and saelens.FORGOTTEN_FOLDING in sae.notes:
+        sae = sae.scaled(float(factor), said)
+    l0 = float(release.expected_l0.get(sae_id) or 0)
+    neuronpedia = release.neuronpedia_id.get(sae_id)
+    options = (release.config_overrides or {}).get("model_from_pretrained_kwargs")
+    return replace(
+        sae,
+        model_name=sae.model_name or release.model,
+        l0=sae.l0 if sae.l0 is not None else l0 or None,
+        metadata={**sae.metadata, **({"neuronpedia_id": neuronpedia} if neuronpedia else {})},
+        notes=(*sae.notes, *((_processed(options),) if options else ())),
+        origin={
+            **sae.origin,
+            **({} if sae.model_name else {"model_name": said}),
+            **({"l0": said} if sae.l0 is None and l0 else {}),
+        },
+    )
+
+
+def _processed(options: dict[str, Any]) -> str:
+    text = ", ".join(f"{key}={value}" for key, value in options.items())
+    return f"it was trained on a model that TransformerLens had changed ({text}): its features differ on the original"
+
+
+def _read_by_sae_lens(release: str, sae_id: str, name: str, dtype: str | None) -> SAE:
+    """Layouts of few releases, through sae-lens' own conversion, all of whose tensors it holds in memory."""
+    from sae_lens import SAE as SAELensSAE
+
     try:
         loaded = SAELensSAE.from_pretrained(release, sae_id)
     except Exception as error:  # whatever a download, a registry look-up or a conversion may raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"sae-lens cannot load release '{release}', id '{sae_id}': {reason}") from error
     config = Config(name, {**loaded.cfg.to_dict(), "architecture": loaded.cfg.architecture()})
     tensors = {key: value.detach() for key, value in loaded.state_dict().items()}
     return saelens.read_files(Checkpoint.of_memory(name, tensors), config, source=name, dtype=dtype)
+
+
+def _is_repository(name: str) -> bool:
+    """Whether the hub, or its cache where the hub may not be asked, has something under this name."""
+    try:
+        _files(name)
+    except InputError:
+        return False
+    return True
+
+
+def _read_repository(repository: str, path: str, *, dtype: str | None, source: str) -> SAE:
+    """The SAE in a folder or file of a repository, or in its root."""
+    if ".." in Path(path).parts or Path(path).is_absolute():
+        raise InputError(f"'{path}' is not a folder or file of the repository {repository}")
+    if path:
+        # config.json in the root says for some layouts what the SAEs were trained on.
+        patterns = [path, f"{path}/*", "config.json"]
+    else:
+        files = _files(repository)
+        patterns = [file for file in files if "/" not in file]
+        if not any(file.endswith(detect.WEIGHTS) for file in patterns):
+            folders = sorted({str(Path(file).parent) for file in files if file.endswith(detect.WEIGHTS)})
+            some = ", ".join(folders[:5]) + (", …" if len(folders) > 5 else "")
+            raise InputError(
+                f"{repository} holds no SAE in its root, but folders that may ({some or 'none'}): give one as "
+                f"{repository}:folder"
+            )
+    place = _snapshot(repository, patterns) / path
+    if not place.exists():
+        raise InputError(f"the repository {repository} has no '{path}', or it is not in the cache of a machine offline")
+    return replace(detect.read(place, dtype=dtype), source=source)
+
+
+def _snapshot(repository: str, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=patterns))
+    except Exception as error:  # whatever the network, the hub or the cache may raise
+        raise InputError(f"cannot get {repository} from the hub: {_reason(error)}") from error
+
+
+def _files(repository: str) -> list[str]:
+    """Names of a repository's files, or of those in the cache where the hub may not be asked."""
+    from huggingface_hub import HfApi, constants
+
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            return list(HfApi().list_repo_files(repository))
+        except Exception as error:  # as above
+            raise InputError(f"cannot list {repository} on the hub: {_reason(error)}") from error
+    root = _snapshot(repository, [])
+    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

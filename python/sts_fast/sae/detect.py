@@ -1,0 +1,103 @@
+"""Which library wrote a checkpoint, told by its files alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from sts_fast.errors import InputError
+from sts_fast.sae import (
+    SAE,
+    dictionary_learning,
+    gemma_scope,
+    goodfire,
+    llama_scope,
+    named_tensors,
+    qwen_scope,
+    saelens,
+    sparsify,
+)
+from sts_fast.sae.checkpoint import Checkpoint
+
+WEIGHTS = (".safetensors", ".pt", ".pth", ".npz")
+NO_WEIGHTS = ("sparsity.safetensors",)  # how often features fired, beside SAEs of SAELens
+LOOKED_FOR = (
+    f"{saelens.CONFIG_FILE} with {saelens.WEIGHTS_FILE} or {sparsify.WEIGHTS_FILE}, "
+    f"{', '.join(gemma_scope.WEIGHTS_FILES)}, {llama_scope.CONFIG_FILE}, {dictionary_learning.WEIGHTS_FILE}, "
+    f"or one file of {', '.join(WEIGHTS)}"
+)
+
+
+def read(path: Path, *, dtype: str | None = None) -> SAE:
+    """The SAE in a folder or file, whatever its layout.
+
+    Raises InputError where no layout fits, with what was looked for, or more than one, and as the layout's reader.
+    """
+    try:
+        return _read_folder(path, dtype) if path.is_dir() else _read_file(path, dtype)
+    except PermissionError as error:
+        raise InputError(f"{error.filename or path} may not be read: change its permissions") from error
+
+
+def _read_folder(folder: Path, dtype: str | None) -> SAE:
+    names = {path.name for path in folder.iterdir() if path.is_file()}
+    readers: dict[str, Callable[..., SAE]] = {}
+    if saelens.WEIGHTS_FILE in names:
+        is_later_llama_scope = saelens.CONFIG_FILE not in names and llama_scope.LATER_CONFIG_FILE in names
+        readers[saelens.WEIGHTS_FILE] = llama_scope.read if is_later_llama_scope else saelens.read
+    if sparsify.WEIGHTS_FILE in names:
+        readers[sparsify.WEIGHTS_FILE] = sparsify.read
+    for name in names & set(gemma_scope.WEIGHTS_FILES):
+        readers[name] = gemma_scope.read
+    if llama_scope.CONFIG_FILE in names:
+        readers[llama_scope.CONFIG_FILE] = llama_scope.read
+    if dictionary_learning.WEIGHTS_FILE in names:
+        readers[dictionary_learning.WEIGHTS_FILE] = dictionary_learning.read
+    if len(readers) > 1:
+        raise InputError(f"{folder} holds SAEs of several layouts ({', '.join(sorted(readers))}): keep one of them")
+    if readers:
+        return next(iter(readers.values()))(folder, dtype=dtype)
+    weights = sorted(name for name in names if name.endswith(WEIGHTS) and name not in NO_WEIGHTS)
+    if len(weights) == 1:
+        return _read_file(folder / weights[0], dtype)
+    if len(weights) > 1:
+        raise InputError(f"{folder} holds several files of weights ({_some(weights)}): give one of them")
+    if saelens.CONFIG_FILE in names:
+        raise InputError(
+            f"{folder} has a {saelens.CONFIG_FILE} but no {saelens.WEIGHTS_FILE} nor {sparsify.WEIGHTS_FILE}: "
+            "copy the SAE's whole folder"
+        )
+    below = sorted({path.parent.relative_to(folder).as_posix() for path in folder.glob("**/*") if _is_weights(path)})
+    if below:
+        raise InputError(f"{folder} holds no SAE itself, but folders that may ({_some(below)}): give one of them")
+    raise InputError(f"{folder} holds no SAE: looked for {LOOKED_FOR}")
+
+
+def _read_file(path: Path, dtype: str | None) -> SAE:
+    folder = path.parent
+    if path.name == saelens.WEIGHTS_FILE or path.name == sparsify.WEIGHTS_FILE:
+        return _read_folder(folder, dtype)
+    if path.name in gemma_scope.WEIGHTS_FILES:
+        return gemma_scope.read(folder, dtype=dtype)
+    if folder.name == llama_scope.WEIGHTS_FOLDER and (folder.parent / llama_scope.CONFIG_FILE).is_file():
+        return llama_scope.read(folder.parent, dtype=dtype)
+    if path.name == dictionary_learning.WEIGHTS_FILE:
+        return dictionary_learning.read(path, dtype=dtype)
+    if qwen_scope.FILE.fullmatch(path.name):
+        return qwen_scope.read(path, dtype=dtype)
+    if path.suffix not in WEIGHTS:
+        raise InputError(f"{path} is no checkpoint of an SAE: give its folder, or one file of {', '.join(WEIGHTS)}")
+    names = set(Checkpoint(path).shapes)
+    if goodfire.FILE.fullmatch(path.name) or "encoder_linear.weight" in names:
+        return goodfire.read(path, dtype=dtype)
+    if path.suffix in (".pt", ".pth") and names & {"encoder.weight", "group_sizes"}:
+        return dictionary_learning.read(path, dtype=dtype)
+    return named_tensors.read(path, dtype=dtype)
+
+
+def _is_weights(path: Path) -> bool:
+    return path.suffix in WEIGHTS and path.name not in NO_WEIGHTS
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")

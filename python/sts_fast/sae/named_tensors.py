@@ -1,0 +1,119 @@
+"""A lone file of named tensors: safetensors, .pt or .npz without a config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sts_fast.errors import InputError
+from sts_fast.sae import SAE
+from sts_fast.sae.checkpoint import Checkpoint, Matrix
+from sts_fast.sae.config import Config
+from sts_fast.sae.decoder import Decoder
+
+NAMES = {
+    "W_enc": ("W_enc", "w_enc", "encoder.weight"),
+    "b_enc": ("b_enc", "encoder.bias"),
+    "W_dec": ("W_dec", "w_dec", "decoder.weight"),
+    "b_dec": ("b_dec", "decoder.bias", "pre_bias", "bias"),
+    "b_mag": ("b_mag", "mag_bias"),
+    "b_gate": ("b_gate", "gate_bias"),
+}
+ASSUMED_B_DEC = "the file does not say whether {name} is subtracted from the input: it is taken to be {taken}"
+NO_HOOK = "the file does not say where in the model it reads: give --layer or --hook"
+
+
+def read(path: Path, *, dtype: str | None = None) -> SAE:
+    """An SAE by what its tensors are called: jumprelu with a threshold, gated with r_mag, topk with k, else ReLU.
+
+    The orientation of W_enc is told by the lengths of its biases. A decoder's own bias ('decoder.bias') is not
+    subtracted from the input, any other b_dec is: both are assumptions, which the notes state.
+    Raises InputError, with the names looked for, where there is no W_enc or its orientation cannot be told.
+    """
+    file = Checkpoint(path)
+    found = {key: next((name for name in names if name in file.shapes), None) for key, names in NAMES.items()}
+    if found["W_enc"] is None:
+        raise InputError(
+            f"{path} holds no encoder: looked for {', '.join(NAMES['W_enc'])}, and it has "
+            f"{', '.join(sorted(file.shapes)[:8]) or 'no tensors'}"
+        )
+    W_enc = _oriented(file, found)
+    d_in, d_sae = W_enc.shape
+
+    def vector(key: str, width: int) -> Any:
+        name = found.get(key, key)
+        return np.zeros(width, np.float32) if name is None else file.vector(name, width)
+
+    own: dict[str, Any] = {"b_enc": vector("b_enc", d_sae)}
+    if "r_mag" in file.shapes:
+        architecture = "gated"
+        own |= {"b_enc": np.zeros(d_sae, np.float32), "r_mag": vector("r_mag", d_sae)}
+        own |= {key: file.vector(found[key] or key, d_sae) for key in ("b_mag", "b_gate")}
+    elif "threshold" in file.shapes or "log_threshold" in file.shapes:
+        architecture = "jumprelu"
+        with np.errstate(over="ignore"):
+            own["threshold"] = (
+                file.vector("threshold", d_sae, or_number=True)
+                if "threshold" in file.shapes
+                else np.exp(file.vector("log_threshold", d_sae))
+            )
+    elif "k" in file.shapes or "k" in file.values:
+        architecture = "topk"
+        k = int(file.number("k")) if "k" in file.shapes else file.values["k"]
+        own["k"] = Config(path, {"k": k}).k(d_sae)
+    else:
+        architecture = "standard"
+    subtracts = found["b_dec"] not in (None, "decoder.bias")
+    b_dec = vector("b_dec", d_in)
+    notes = [NO_HOOK]
+    if b_dec.any():
+        notes.append(ASSUMED_B_DEC.format(name=found["b_dec"], taken="subtracted" if subtracts else "not subtracted"))
+    decoder = None
+    if found["W_dec"] is not None:
+        transposed = file.shapes[found["W_dec"]] == (d_in, d_sae)
+        decoder = Decoder(file.matrix(found["W_dec"], (d_sae, d_in), transposed=transposed), b_dec)
+    said = "the names of its tensors"
+    return SAE(
+        architecture=architecture,
+        W_enc=W_enc.whole(dtype),
+        b_dec=b_dec,
+        **own,
+        apply_b_dec_to_input=subtracts,
+        decoder=decoder,
+        source=str(path),
+        layout="named tensors",
+        notes=tuple(notes),
+        origin={
+            "architecture": said,
+            "d_in": W_enc.name,
+            "d_sae": W_enc.name,
+            "input_norm": "assumed",
+            "apply_b_dec_to_input": "assumed",
+        },
+    )
+
+
+def _oriented(file: Checkpoint, found: dict[str, str | None]) -> Matrix:
+    name = found["W_enc"] or ""
+    shape = file.shapes[name]
+    if len(shape) != 2:
+        raise InputError(f"{file.path}: {name} has shape {list(shape)}, but a matrix is needed")
+    per_feature = (found["b_enc"], found["b_gate"], "threshold" if "threshold" in file.shapes else None)
+    lengths = {file.shapes[key] for key in per_feature if key} - {(), (1,)}
+    per_input = {file.shapes[key] for key in (found["b_dec"],) if key}
+    fits = [
+        transposed
+        for transposed, (d_in, d_sae) in ((False, shape), (True, shape[::-1]))
+        if lengths <= {(d_sae,)} and per_input <= {(d_in,)}
+    ]
+    if shape[0] == shape[1] or len(fits) == 2:
+        # nn.Linear's convention for its names, the field's for W_enc.
+        fits = [name == "encoder.weight"] if lengths or per_input else []
+    if len(fits) != 1:
+        raise InputError(
+            f"{file.path}: {name} has shape {list(shape)}, and its biases do not tell which width is d_in: "
+            "name them b_enc [d_sae] and b_dec [d_in]"
+        )
+    return file.matrix(name, (None, None), transposed=fits[0])

@@ -1,0 +1,57 @@
+"""Qwen-Scope: a file layerN.sae.pt for each layer, in a repository whose name says the model and k."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from sts_fast.errors import InputError
+from sts_fast.sae import SAE
+from sts_fast.sae.checkpoint import Checkpoint
+from sts_fast.sae.config import Config
+from sts_fast.sae.decoder import Decoder
+
+FILE = re.compile(r"layer(\d+)\.sae\.pt")
+
+
+def read(path: Path, *, dtype: str | None = None) -> SAE:
+    """A TopK SAE; W_enc is [d_sae, d_in] and W_dec [d_in, d_sae] in the file, and b_dec is not subtracted."""
+    file = Checkpoint(path)
+    W_enc = file.matrix("W_enc", (None, None), transposed=True)
+    d_in, d_sae = W_enc.shape
+    repository = re.search(r"SAE-Res-(.+?)-W\d+K-L0_(\d+)", str(path.absolute()))
+    k, said = file.values.get("k"), path.name
+    if k is None and repository:
+        k, said = int(repository[2]), "its folder's name"
+    if k is None:
+        raise InputError(
+            f"{path} does not say its k: keep it in a folder named as its repository, which ends in the k (…-L0_50)"
+        )
+    layer = FILE.fullmatch(path.name)
+    b_dec = file.vector("b_dec", d_in)
+    return SAE(
+        architecture="topk",
+        W_enc=W_enc.whole(dtype),
+        b_enc=file.vector("b_enc", d_sae),
+        b_dec=b_dec,
+        k=Config(f"{path}, {said}", {"k": k}).k(d_sae),
+        apply_b_dec_to_input=False,
+        hook_name=f"blocks.{layer[1]}.hook_resid_post" if layer else "",
+        model_name=f"Qwen/{repository[1]}" if repository else "",
+        prepend_bos=True,
+        decoder=Decoder(file.matrix("W_dec", (d_sae, d_in), transposed=True), b_dec)
+        if "W_dec" in file.shapes
+        else None,
+        source=str(path),
+        layout="Qwen-Scope",
+        origin={
+            "architecture": "Qwen-Scope's only one",
+            "d_in": "W_enc",
+            "d_sae": "W_enc",
+            "k": said,
+            "hook_name": "the file's name",
+            "input_norm": "Qwen-Scope has none",
+            "apply_b_dec_to_input": "Qwen-Scope's convention",
+            **({"model_name": "its folder's name"} if repository else {}),
+        },
+    )

@@ -1,0 +1,186 @@
+"""SAEs by name, out of made-up caches of the hub and without a network."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_sae import D_IN, D_SAE, dense, tensors_of, write_sae
+
+from sts_fast.errors import InputError
+from sts_fast.sae import load_sae
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def sae_lens() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own imports warn
+        return pytest.importorskip("sae_lens")
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """The folder in which huggingface_hub would find a repository's files, had it downloaded them before."""
+    from huggingface_hub import constants
+
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def put(repository: str) -> Path:
+        root = cache / f"models--{repository.replace('/', '--')}"
+        revision = "0" * 40
+        (root / "refs").mkdir(parents=True, exist_ok=True)
+        (root / "refs" / "main").write_text(revision)
+        (root / "snapshots" / revision).mkdir(parents=True, exist_ok=True)
+        return root / "snapshots" / revision
+
+    return put
+
+
+def acts() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(40, D_IN)).astype(np.float32)
+
+
+def put_saelens(root: Path) -> None:
+    hook = "blocks.8.hook_resid_pre"
+    write_sae(root / hook, config={"metadata": ..., "hook_name": hook, "model_name": "gpt2-small", "prepend_bos": True})
+
+
+def put_gemma_scope(root: Path) -> None:
+    folder = root / "layer_20" / "width_16k" / "average_l0_68"
+    folder.mkdir(parents=True)
+    tensors = {name: tensor.numpy() for name, tensor in tensors_of("jumprelu").items()}
+    np.savez(folder / "params.npz", **tensors)
+
+
+def put_llama_scope(root: Path) -> None:
+    from llama_scope_layout import write_llama_scope
+    from sae_lens.loading.pretrained_saes_directory import get_norm_scaling_factor
+
+    # sae-lens scales the threshold by what the file says, and the input by its own list's factor: the same on the hub.
+    norm = D_IN**0.5 / (get_norm_scaling_factor("llama_scope_lxr_8x", "l15r_8x") or 1)
+    write_llama_scope(
+        root / "Llama3_1-8B-Base-L15R-8x",
+        tensors_of("standard"),
+        dataset_average_activation_norm={"in": norm, "out": norm},
+    )
+
+
+def put_qwen_scope(root: Path) -> None:
+    w = tensors_of("topk")
+    torch.save(
+        {"W_enc": w["W_enc"].T, "W_dec": w["W_dec"].T, "b_enc": w["b_enc"], "b_dec": w["b_dec"]}, root / "layer7.sae.pt"
+    )
+
+
+RELEASES: dict[str, tuple[str, str, Callable[[Path], None], dict[str, Any]]] = {
+    "SAELens": (
+        "gpt2-small-res-jb/blocks.8.hook_resid_pre",
+        "jbloom/GPT2-Small-SAEs-Reformatted",
+        put_saelens,
+        {"architecture": "standard", "hook_name": "blocks.8.hook_resid_pre", "model_name": "gpt2-small"},
+    ),
+    "Gemma Scope": (
+        "gemma-scope-9b-pt-res-canonical/layer_20/width_16k/canonical",
+        "google/gemma-scope-9b-pt-res",
+        put_gemma_scope,
+        {"architecture": "jumprelu", "hook_name": "blocks.20.hook_resid_post", "model_name": "google/gemma-2-9b"},
+    ),
+    "Llama Scope": (
+        "llama_scope_lxr_8x/l15r_8x",
+        "fnlp/Llama3_1-8B-Base-LXR-8x",
+        put_llama_scope,
+        {"architecture": "jumprelu", "hook_name": "blocks.15.hook_resid_post", "model_name": "meta-llama/Llama-3.1-8B"},
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", RELEASES)
+def test_a_release_is_read_as_sae_lens_reads_it_without_a_network(
+    layout: str, hub_cache: Callable[[str], Path], sae_lens: Any
+) -> None:
+    name, repository, put, fields = RELEASES[layout]
+    put(hub_cache(repository))
+    sae = load_sae(name)
+    assert {key: getattr(sae, key) for key in fields} == fields
+    assert sae.source == name
+    assert sae.layout.startswith(layout)
+
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    def of_these_widths(**arguments: Any) -> Any:  # sae-lens knows the widths of Gemma by heart
+        config, weights, sparsity = loaders.gemma_2_sae_huggingface_loader(**arguments)
+        return {**config, "d_in": D_IN, "d_sae": D_SAE}, weights, sparsity
+
+    with torch.no_grad():
+        theirs = sae_lens.SAE.from_pretrained(
+            *name.split("/", 1), converter=of_these_widths if layout == "Gemma Scope" else None
+        )
+        expected = theirs.encode(torch.from_numpy(acts())).numpy()
+    assert (expected > 0).any()
+    assert np.allclose(dense(sae, acts()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_release_says_beyond_its_files(hub_cache: Callable[[str], Path], sae_lens: Any) -> None:
+    put_saelens(hub_cache("jbloom/GPT2-Small-SAEs-Reformatted"))
+    sae = load_sae("gpt2-small-res-jb/blocks.8.hook_resid_pre")
+    (note,) = sae.notes
+    assert "a model that TransformerLens had changed (center_writing_weights=True)" in note
+    assert sae.metadata["neuronpedia_id"] == "gpt2-small/8-res-jb"
+    put_qwen_scope(hub_cache("Qwen/SAE-Res-Qwen3-8B-Base-W64K-L0_50"))
+    with pytest.raises(InputError, match="k must be a whole number between 1 and d_sae = 20, but is 50"):
+        load_sae("qwen-scope-3-8b-base-w64k-l50/layer7")
+
+
+def test_files_of_a_repository(hub_cache: Callable[[str], Path]) -> None:
+    root = hub_cache("owner/saes")
+    write_sae(root / "layer_3")
+    write_sae(root / "layer_4", "jumprelu")
+    sae = load_sae("owner/saes:layer_3")
+    assert (sae.source, sae.d_sae) == ("owner/saes:layer_3", D_SAE)
+    assert load_sae("owner/saes:layer_4/sae_weights.safetensors").architecture == "jumprelu"
+    write_sae(hub_cache("owner/one"))
+    assert load_sae("owner/one").d_in == D_IN
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no-such-release/x/y", "sae-lens knows no release 'no-such-release'"),
+        ("owner/nothing", "no repository of that name can be had"),
+        ("gpt2-small-res-jb/no-such-id", r"release 'gpt2-small-res-jb' has no SAE 'no-such-id': its ids are blocks\.0"),
+        ("gpt2-small-res-jb/blocks.9.hook_resid_pre", "cannot get jbloom/GPT2-Small-SAEs-Reformatted from the hub"),
+        ("temporal-sae-gemma-2-2b/blocks.12.hook_resid_post", "sae-lens cannot load release 'temporal-sae-gemma-2-2b'"),
+        ("owner/saes", r"holds no SAE in its root, but folders that may \(layer_3\): give one as owner/saes:folder"),
+        ("owner/saes:layer_9", "the repository owner/saes has no 'layer_9'"),
+        ("owner/saes:../../../etc", "is not a folder or file of the repository"),
+        ("owner/saes:/etc/passwd", "is not a folder or file of the repository"),
+    ],
+)
+def test_what_cannot_be_had(name: str, message: str, hub_cache: Callable[[str], Path], sae_lens: Any) -> None:
+    write_sae(hub_cache("owner/saes") / "layer_3")
+    with pytest.raises(InputError, match=message) as e:
+        load_sae(name)
+    assert "\n" not in str(e.value)
+
+
+def test_without_sae_lens_releases_say_what_to_install(
+    hub_cache: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("sae_lens")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "sae_lens", None)
+    with pytest.raises(InputError, match=r"there is no folder gpt2-small-res-jb/.*pip install 'sts-fast\[sae-lens\]'"):
+        load_sae("gpt2-small-res-jb/blocks.8.hook_resid_pre")
+    assert load_sae(write_sae(tmp_path / "sae")).d_sae == D_SAE
+    write_sae(hub_cache("owner/saes") / "layer_3")
+    assert load_sae("owner/saes:layer_3").d_sae == D_SAE
