@@ -10,6 +10,10 @@
 #include "cpu/parallel.h"
 #include "scan.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace sts::cpu {
 namespace {
 
@@ -110,34 +114,40 @@ void copy_four_columns(const Bits* const from[4], int64_t n, float* to, int64_t 
         for (int j = 0; j < 4; ++j) to[k * to_stride + j] = to_float(from[j][k]);
 }
 
+/// Columns that lie apart, of rows that are contiguous.
 template <class Bits>
-void pack_panel(const MatrixView& W, const int64_t* columns, int n, int width, int64_t start, int64_t depth,
-                float* to) {
-    if (n < width) std::memset(to, 0, static_cast<size_t>(depth * width) * sizeof(float));
-    if (W.col_stride == 1 && columns[n - 1] - columns[0] == n - 1) {
-        for (int64_t k = 0; k < depth; ++k) copy_floats(bits_at<Bits>(W, start + k, columns[0]), n, to + k * width);
-    } else if (W.col_stride == 1) {
-        for (int64_t k = 0; k < depth; ++k) {
-            const Bits* row = bits_at<Bits>(W, start + k, 0);
-            for (int j = 0; j < n; ++j) to[k * width + j] = to_float(row[columns[j]]);
-        }
-    } else {
-        for (int j = 0; j < n; j += 4) {
-            // The last four may repeat a column into the padding, which never fires whatever it holds.
-            const Bits* four[4];
-            for (int i = 0; i < 4; ++i) four[i] = bits_at<Bits>(W, start, columns[std::min(j + i, n - 1)]);
-            copy_four_columns(four, depth, to + j, width);
-        }
+void pack_by_rows(const MatrixView& W, const int64_t* columns, int n, int width, int64_t start, int64_t depth,
+                  float* to) {
+    for (int64_t k = 0; k < depth; ++k, to += width) {
+        const Bits* row = bits_at<Bits>(W, start + k, 0);
+        for (int j = 0; j < n; ++j) to[j / width * width * depth + j % width] = to_float(row[columns[j]]);
+    }
+}
+
+template <class Bits>
+void pack_by_columns(const MatrixView& W, const int64_t* columns, int n, int width, int64_t start, int64_t depth,
+                     float* to) {
+    for (int j = 0; j < n; j += 4) {
+        // The last four may repeat a column into the padding, which never fires whatever it holds.
+        const Bits* four[4];
+        for (int i = 0; i < 4; ++i) four[i] = bits_at<Bits>(W, start, columns[std::min(j + i, n - 1)]);
+        copy_four_columns(four, depth, to + j / width * width * depth + j % width, width);
     }
 }
 
 }  // namespace
 
 FloatBuffer::FloatBuffer(int64_t size) {
-    constexpr size_t kAlign = 64;
-    const size_t bytes = (static_cast<size_t>(size) * sizeof(float) + kAlign - 1) / kAlign * kAlign;
-    data_.reset(static_cast<float*>(std::aligned_alloc(kAlign, std::max(bytes, kAlign))));
+    constexpr size_t kLine = 64, kHugePage = size_t{2} << 20;
+    const size_t wanted = static_cast<size_t>(size) * sizeof(float);
+    const size_t align = wanted >= kHugePage ? kHugePage : kLine;
+    const size_t bytes = std::max((wanted + align - 1) / align * align, align);
+    data_.reset(static_cast<float*>(std::aligned_alloc(align, bytes)));
     if (!data_) throw std::bad_alloc();
+#if defined(__linux__)
+    // Strips and rows stream by again and again: in small pages the processor looks up their places instead.
+    if (align == kHugePage) madvise(data_.get(), bytes, MADV_HUGEPAGE);
+#endif
 }
 
 void FloatBuffer::Free::operator()(float* data) const {
@@ -191,8 +201,8 @@ void PackedRows::pack_tile(const MatrixView* members, int64_t first, int64_t til
     }
 }
 
-void pack_strip(const Encoder& encoder, Span<const int64_t> columns, int64_t first, int n, int n_padded,
-                int panel_columns, float* strip, StripParams& params) {
+void pack_strip(const TileKernels& kernels, const Encoder& encoder, Span<const int64_t> columns, int64_t first, int n,
+                int n_padded, float* strip, StripParams& params) {
     int64_t sources[kStripColumns];
     for (int j = 0; j < n; ++j) {
         sources[j] = columns ? columns.data[first + j] : first + j;
@@ -205,15 +215,26 @@ void pack_strip(const Encoder& encoder, Span<const int64_t> columns, int64_t fir
         params.scale[j] = params.bias[j] = 0;
         params.gate[j] = std::numeric_limits<float>::infinity();
     }
-    for (int64_t start = 0; start < encoder.d_in(); start += kBlockK) {
-        const int64_t depth = std::min<int64_t>(kBlockK, encoder.d_in() - start);
-        for (int j = 0; j < n_padded; j += panel_columns, strip += depth * panel_columns) {
-            const int width = std::min(panel_columns, n - j);
-            if (encoder.W_enc.dtype == DType::float32)
-                pack_panel<uint32_t>(encoder.W_enc, sources + j, width, panel_columns, start, depth, strip);
-            else
-                pack_panel<uint16_t>(encoder.W_enc, sources + j, width, panel_columns, start, depth, strip);
+    const MatrixView& W = encoder.W_enc;
+    const bool is_bfloat16 = W.dtype == DType::bfloat16;
+    const bool is_run = W.col_stride == 1 && sources[n - 1] - sources[0] == n - 1;
+    const auto pack = W.col_stride == 1 ? is_bfloat16 ? pack_by_rows<uint16_t> : pack_by_rows<uint32_t>
+                      : is_bfloat16     ? pack_by_columns<uint16_t>
+                                        : pack_by_columns<uint32_t>;
+    for (int64_t start = 0; start < W.n_rows; start += kBlockK) {
+        const int64_t depth = std::min<int64_t>(kBlockK, W.n_rows - start);
+        if (is_run) {
+            const void* first = is_bfloat16 ? static_cast<const void*>(bits_at<uint16_t>(W, start, sources[0]))
+                                            : bits_at<uint32_t>(W, start, sources[0]);
+            kernels.pack_run(first, is_bfloat16, W.row_stride, n, depth, strip);
+        } else {
+            const int n_full = n / kernels.panel_columns * kernels.panel_columns;
+            if (n > n_full)
+                std::memset(strip + n_full * depth, 0,
+                            static_cast<size_t>(depth * kernels.panel_columns) * sizeof(float));
+            pack(W, sources, n, kernels.panel_columns, start, depth, strip);
         }
+        strip += depth * n_padded;
     }
 }
 

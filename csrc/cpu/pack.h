@@ -51,7 +51,7 @@ class PackedRows {
 
 /// Packs the columns [first, first + n) of the encoder (entries of `columns` where that is given), padded to
 /// n_padded with columns that never fire: panels as [block of kBlockK][panel][row][panel_columns].
-void pack_strip(const Encoder& encoder, Span<const int64_t> columns, int64_t first, int n, int n_padded,
-                int panel_columns, float* strip, StripParams& params);
+void pack_strip(const TileKernels& kernels, const Encoder& encoder, Span<const int64_t> columns, int64_t first, int n,
+                int n_padded, float* strip, StripParams& params);
 
 }  // namespace sts::cpu

@@ -64,6 +64,10 @@ struct TileKernels {
     const char* name;
     int panel_rows, panel_columns;
 
+    /// Packs `depth` rows of n_columns consecutive columns, from `first` (f32 or bf16) on, as panels of panel_columns,
+    /// the last one filled up with zeros.
+    void (*pack_run)(const void* first, bool is_bfloat16, int64_t row_stride, int n_columns, int64_t depth,
+                     float* panels);
     /// values[r, c] = sum_k rows[r, k] * strip[k, c] for n_panels panels of rows; see pack.h for both
     /// layouts.
     void (*product)(const float* rows, int64_t n_panels, const float* strip, int64_t d_in, int n_columns,

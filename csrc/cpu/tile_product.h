@@ -9,13 +9,15 @@ namespace {
 /// One panel of rows times one panel of columns over one block of d_in, held in registers. Rows are read one
 /// element at a time, so they need no transposing: a panel is kPanelRows rows, kRowStride apart.
 template <bool kAdd>
-STS_INLINE void product_panel(int depth, const float* rows, const float* columns, float* values) {
+STS_INLINE void product_panel(int depth, const float* rows, const float* next_rows, const float* columns,
+                              float* values) {
     Floats sums[kPanelRows][kPanelVectors];
 #pragma GCC unroll 16
     for (int i = 0; i < kPanelRows; ++i)
 #pragma GCC unroll 4
         for (int j = 0; j < kPanelVectors; ++j) sums[i][j] = Floats{};
-    for (int k = 0; k < depth; ++k, columns += kPanelColumns) {
+    for (int k = 0; k < depth; ++k, columns += kPanelColumns, next_rows += kPanelRows * kRowStride / kBlockK + 1) {
+        __builtin_prefetch(next_rows);
         Floats w[kPanelVectors];
 #pragma GCC unroll 4
         for (int j = 0; j < kPanelVectors; ++j) w[j] = load(columns + j * kLanes);
@@ -38,16 +40,18 @@ STS_INLINE void product_panel(int depth, const float* rows, const float* columns
 void product(const float* rows, int64_t n_panels, const float* strip, int64_t d_in, int n_columns, float* values) {
     for (int64_t start = 0; start < d_in; start += kBlockK) {
         const int depth = static_cast<int>(d_in - start < kBlockK ? d_in - start : kBlockK);
-        for (int n = 0; n < n_columns; n += kPanelColumns, strip += depth * kPanelColumns)
-            for (int64_t m = 0; m < n_panels; ++m) {
-                const float* panel = rows + m * kPanelRows * kRowStride;
+        for (int64_t m = 0; m < n_panels; ++m, rows += kPanelRows * kRowStride) {
+            const float* columns = strip;
+            for (int n = 0; n < n_columns; n += kPanelColumns, columns += depth * kPanelColumns) {
                 float* to = values + m * kPanelRows * kStripColumns + n;
+                const float* next = rows + kPanelRows * kRowStride;
                 if (start == 0)
-                    product_panel<false>(depth, panel, strip, to);
+                    product_panel<false>(depth, rows, next, columns, to);
                 else
-                    product_panel<true>(depth, panel, strip, to);
+                    product_panel<true>(depth, rows, next, columns, to);
             }
-        rows += n_panels * kPanelRows * kRowStride;
+        }
+        strip += depth * n_columns;
     }
 }
 

@@ -21,7 +21,7 @@ int workers_for(int64_t n_rows, int64_t d_in, int64_t n_columns) {
 int64_t tokens_per_block(int64_t n_tokens, int64_t n_columns, int n_members, int64_t d_in, int64_t most, int group) {
     // Packing W_enc again for every block must cost little beside the block's product. Where W_enc stays packed,
     // because there is but one strip, blocks that fit the cache cost less.
-    const int64_t most_rows = n_columns > kStripColumns ? 2304 : 768;
+    const int64_t most_rows = n_columns > kStripColumns ? 4608 : 768;
     const int64_t tile_tokens = kTileRows / n_members;
     most = std::min({most, most_rows / n_members, kBlockBytes / PackedRows::token_bytes(n_members, d_in)});
     most = most >= tile_tokens ? most / tile_tokens * tile_tokens : std::max<int64_t>(most / group, 1) * group;
@@ -71,7 +71,7 @@ TileStream::Strip::Strip(const TileStream& stream, int worker_, int64_t strip)
     Workspace& workspace = *stream.workspaces_[static_cast<size_t>(worker)];
     if (workspace.packed_strip == strip) return;
     workspace.packed_strip = strip;
-    pack_strip(stream.encoder_, stream.columns_, first_column, n_columns, n_padded_, stream.kernels_.panel_columns,
+    pack_strip(stream.kernels_, stream.encoder_, stream.columns_, first_column, n_columns, n_padded_,
                workspace.strip.data(), workspace.params);
 }
 
