@@ -396,6 +396,39 @@ def test_a_layer_may_be_given(score: Options, run: Callable[..., Ran]) -> None:
     assert json.loads(run(score.with_(json=True)).out)["model"]["layer"] == 1
 
 
+def test_several_saes_side_by_side(score: Options, run: Callable[..., Ran], tmp_path: Path) -> None:
+    """One folder each, their ranks compared; places given once for each; with `compare` a folder for each set too."""
+    [folder], sae = score.values["domains"], score.values["sae"]
+    write_rows(tmp_path / "green.jsonl", seed=3)
+    domains = [folder, f"green={tmp_path / 'green.jsonl'}"]
+    both = score.with_(sae=[sae, sae], hook=["blocks.0.hook_mlp_out", "resid_mid"], layer=[0, 1], domains=domains)
+    assert "is not one of the places" in assert_refused(run(both.with_(hook="nonsense")))
+    both = both.with_(hook=["mlp_out", "resid_mid"])
+    ran = run(both)
+    assert ran.code == 0, ran.err
+    names = ["sae@blocks.0.hook_mlp_out", "sae@blocks.1.hook_resid_mid"]
+    assert sorted(path.name for path in both.output.iterdir()) == ["compare.json", *names]
+    comparison = json.loads((both.output / "compare.json").read_text())
+    assert [one["name"] for one in comparison["saes"]] == names
+    scores = [json.loads((both.output / name / "scores.json").read_text()) for name in names]
+    assert all(sorted(contents(both.output / name)) == FILES for name in names)
+    assert [one["model"]["layer"] for one in scores] == [0, 1]
+    for name, one in zip(names, scores, strict=True):
+        values = [domain["sts_act"] for domain in one["domains"]]
+        assert comparison["scores"]["sts_act"]["train"][name]["value"] == values
+        assert f"read at {one['sae']['hook_name']}" in ran.out
+    [[one, r], [other_r, other]] = comparison["rank_correlation"]["sts_act"]["train"]
+    ranks = [np.argsort(np.argsort([domain["sts_act"] for domain in scores[i]["domains"]])) for i in (0, 1)]
+    assert (one, other, r) == pytest.approx((1, 1, np.corrcoef(*ranks)[0, 1]))
+    assert other_r == r
+    assert json.loads(run(both.with_(json=True)).out) == comparison
+
+    sets = replace(both.with_(train=[f"x={score.values['train']}"], output=tmp_path / "sets"), command="compare")
+    assert run(sets).code == 0
+    assert sorted(path.name for path in (sets.output / names[0]).iterdir()) == ["compare.json", "x"]
+    assert "--hook is given 3 times for 2 SAEs" in assert_refused(run(both.with_(hook=["a", "b", "c"])))
+
+
 def test_what_is_left_out_is_told(score: Options, run: Callable[..., Ran], tmp_path: Path) -> None:
     path = write_rows(tmp_path / "mixed.jsonl", 12)
     with path.open("a") as file:
@@ -570,7 +603,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "no SAE": (with_(sae="./nowhere"), "there is no SAE at ./nowhere"),
     "SAE of another width": (
         lambda score, folder: score.with_(sae=write_sae(folder / "wide", d_in=32)),
-        "reads 32 dimensions, but the residual stream of",
+        "has 16 after layer 1: give an SAE",
     ),
     "SAE weights cut off": (with_broken_sae(cut_off("sae_weights.safetensors")), "not a readable safetensors file"),
     "SAE config cut off": (with_broken_sae(cut_off("cfg.json")), "cfg.json is not readable JSON"),
@@ -586,11 +619,9 @@ REFUSED: dict[str, tuple[Make, str]] = {
         lambda score, folder: score.with_(sae=write_sae(folder / "new", metadata={})),
         "does not say which layer it reads: give --layer",
     ),
-    "SAE of another hook": (
-        lambda score, folder: score.with_(
-            sae=write_sae(folder / "new", metadata={"hook_name": "blocks.1.hook_mlp_out"})
-        ),
-        "'blocks.1.hook_mlp_out' is not the residual stream",
+    "SAE of a hook that no model has": (
+        lambda score, folder: score.with_(sae=write_sae(folder / "new", metadata={"hook_name": "blocks.1.hook_k"})),
+        "has no module 'blocks.1.hook_k'",
     ),
     "layer beyond the model": (with_(layer=3), "has layers 0 to 2, but layer 3 is to be read"),
     "layer below zero": (with_(layer=-1), "layer"),

@@ -165,7 +165,8 @@ def make_scores(n: int = 6, seed: int = 0) -> dict[str, Any]:
     return {
         "schema_version": results.SCHEMA_VERSION,
         "model": {
-            "name": "models/deep/a-model", "layer": 3, "d_in": 64, "dtype": "float32", "context_length": 512,
+            "name": "models/deep/a-model", "layer": 3, "module": "layers.3", "side": "output",
+            "d_in": 64, "dtype": "float32", "context_length": 512,
             "revision": None,
         },
         "sae": {

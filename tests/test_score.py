@@ -736,3 +736,100 @@ def test_real_prompts_are_sent_word_for_word(real: Real, real_run: Callable[[str
         asked_for = f"Question: {with_options(by_id[row['id']])}\nAnswer:"
         assert row["base_ids"] == [*tokenizer(asked_for).input_ids, *of_answer]
         assert tokenizer.decode(of_answer) == by_id[row["id"]]["answer"]
+
+
+# --- several SAEs in one pass: always runs ---
+
+
+def at(tiny: Tiny, architecture: str, hook: str) -> sts_fast.SAE:
+    return sts_fast.load_sae(tiny.saes[architecture], hook=hook)
+
+
+def test_several_saes_forecast_like_each_alone(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of one place, two of others: every number is that of each alone, and every prompt is sent once for all."""
+    places = [("topk", "blocks.2.hook_resid_post"), ("gated", "blocks.2.hook_resid_post")]
+    places += [("standard", "blocks.1.hook_mlp_out"), ("jumprelu", "layers.3.input")]
+    saes = [at(tiny, *place) for place in places]
+    options: dict[str, Any] = {
+        **{"model": tiny.model, "domains": tiny.domains, "estimators": ("act", "icl")},
+        **{"shots": SHOTS, "domain_shots": DOMAIN_SHOTS, "top_n": TOP_N},
+    }
+    runs: list[tuple[int, ...]] = []
+    run = Decoder.run
+
+    def watched(decoder: Decoder, **inputs: Any) -> Any:
+        runs.append(tuple(inputs["input_ids"].shape))
+        return run(decoder, **inputs)
+
+    monkeypatch.setattr(Decoder, "run", watched)
+    alone = [sts_fast.score(train=tiny.train, sae=sae, **options) for sae in saes]
+    n_alone = len(runs)
+    runs.clear()
+    together = sts_fast.score(train=tiny.train, sae=saes, **options)
+    assert len(runs) * len(saes) == n_alone
+    for one, other, (_, hook) in zip(together, alone, places, strict=True):
+        assert one.sae["hook_name"] == hook
+        deviations = oracle.deviations(as_numbers(other.to_dict()["domains"]), one.to_dict()["domains"])
+        assert max(deviation for _, deviation in deviations) <= BATCHING_TOLERANCE
+        assert [feature.index for feature in one.shifted_features] == [f.index for f in other.shifted_features]
+        assert one.model == other.model
+    both = compare(trains={"a": tiny.train, "b": tiny.domains["days"]}, sae=saes[:2], **options)
+    assert [list(forecasts) for forecasts in both] == [["a", "b"]] * 2
+    assert [forecasts["a"].to_dict()["domains"] for forecasts in both] == [
+        forecast.to_dict()["domains"] for forecast in together[:2]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("hook", "module", "side"),
+    [
+        ("blocks.1.hook_resid_mid", "layers.1.post_attention_layernorm", "input"),
+        ("blocks.1.attn.hook_z", "layers.1.self_attn.o_proj", "input"),
+        ("model.layers.1.mlp", "layers.1.mlp", "output"),
+    ],
+)
+def test_a_place_inside_a_layer_gives_the_sums_of_its_own_rows(
+    tiny: Tiny, hook: str, module: str, side: str, tmp_path: Path
+) -> None:
+    """From the prompts in the files, with hooks of torch's own, features in float64."""
+    from transformers import AutoModel
+
+    sae = at(tiny, "standard", hook)
+    forecast = sts_fast.score(
+        model=tiny.model, sae=sae, train=tiny.train, domains=tiny.domains, estimators=("act",), shots=SHOTS,
+        domain_shots=DOMAIN_SHOTS, top_n=TOP_N,
+    )  # fmt: skip
+    assert (forecast.model["module"], forecast.model["side"], forecast.model["layer"]) == (module, side, 1)
+    model = AutoModel.from_pretrained(tiny.model).eval()
+    seen: list[torch.Tensor] = []
+    watched = model.get_submodule(module)
+    if side == "input":
+        watched.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
+    else:
+        watched.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    total, n_tokens = 0.0, 0
+    W_enc, b_enc, b_dec = (torch.as_tensor(value).double() for value in (sae.W_enc, sae.b_enc, sae.b_dec))
+    top = [feature.index for feature in forecast.shifted_features]
+    for row in forecast.prompts.to_pylist():
+        if row["domain"] == "days":
+            with torch.no_grad():
+                model(torch.tensor([row["base_ids"]]))
+            x = seen.pop()[row["positions"]].double() - b_dec
+            total += float(torch.relu(x @ W_enc[:, top] + b_enc[top]).sum())
+            n_tokens += len(x)
+    [days] = [domain for domain in forecast.domains if domain.name == "days"]
+    assert days.sts_act == pytest.approx(total / n_tokens, rel=TOLERANCE)
+
+
+def test_saes_that_cannot_share_a_pass(tiny: Tiny) -> None:
+    options: dict[str, Any] = {"model": tiny.model, "train": tiny.train, "domains": {}, "top_n": TOP_N}
+    sae = sts_fast.load_sae(tiny.saes["topk"])
+    refused = [
+        ([], "there is no SAE to read the model with"),
+        (at(tiny, "topk", "model.layers.2.mlp.gate_proj"), "reads 64 dimensions, but .* has 128 at model.layers.2.mlp"),
+        (at(tiny, "topk", "blocks.7.hook_mlp_out"), "has layers 0 to 4, but layer 7 is to be read"),
+        (replace(sae, hook_name=""), "does not say which layer it reads: give --layer, or --hook"),
+    ]
+    for saes, message in refused:
+        with pytest.raises(sts_fast.InputError, match=message):
+            sts_fast.score(sae=saes, **options)

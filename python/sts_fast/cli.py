@@ -24,6 +24,7 @@ from sts_fast import __version__, _cpu, backend, files, organism, results
 from sts_fast.demo import PREDICTORS, PRIMARY, SCORE, Demo, run_demo
 from sts_fast.encode import encode
 from sts_fast.errors import InputError
+from sts_fast.hooks import PLACES, place_name, split_name
 from sts_fast.report import REPORT_FILE, build_report
 from sts_fast.results import ESTIMATORS, Forecast
 from sts_fast.sae import SAE, load_sae
@@ -84,7 +85,12 @@ class SaeDtypeChoice(StrEnum):
 
 
 ModelOption = Annotated[str, typer.Option("--model", help="Model: folder or hub id.")]
-SaeOption = Annotated[str, typer.Option("--sae", help="SAE: SAELens folder, or release/id as sae-lens names it.")]
+SaeOption = Annotated[
+    list[str],
+    typer.Option(
+        "--sae", help="SAE: folder, or release/id as sae-lens names it; repeatable: several share every forward pass."
+    ),
+]
 TrainOption = Annotated[Path, typer.Option("--train", help="Training set: file or folder of questions and answers.")]
 DomainsOption = Annotated[
     list[str],
@@ -115,8 +121,23 @@ AnswerFieldOption = Annotated[
     list[str] | None,
     typer.Option("--answer-field", help="Column of the answers: FIELD, or SET=FIELD for one set; repeatable."),
 ]
-HookOption = Annotated[str | None, typer.Option("--hook", help="Where the SAE reads, if its files do not say.")]
-LayerOption = Annotated[int | None, typer.Option("--layer", help="Read after this layer, whatever the SAE says.")]
+HookOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--hook",
+        help="Where the SAE reads, whatever its files say: blocks.12.hook_mlp_out, or a module's path; once for all "
+        "SAEs, or once for each.",
+    ),
+]
+LayerOption = Annotated[
+    list[int] | None,
+    typer.Option("--layer", help="Read after this layer (or at the --hook of it), whatever the SAE says; as --hook."),
+]
+DoctorLayerOption = Annotated[int | None, typer.Option("--layer", help="Read after this layer.")]
+ScalingOption = Annotated[
+    list[float] | None,
+    typer.Option("--norm-scaling-factor", help="What an SAE's input is multiplied by, if its files forgot; as --hook."),
+]
 DtypeOption = Annotated[DtypeChoice, typer.Option("--dtype", help="Of the model; auto is float32 on the CPU.")]
 SaeDtypeOption = Annotated[SaeDtypeChoice | None, typer.Option("--sae-dtype", help="Of the SAE; default: as stored.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto takes CUDA if present.")]
@@ -158,6 +179,7 @@ def score(
     answer_field: AnswerFieldOption = None,
     hook: HookOption = None,
     layer: LayerOption = None,
+    norm_scaling_factor: ScalingOption = None,
     dtype: DtypeOption = DtypeChoice.auto,
     sae_dtype: SaeDtypeOption = None,
     device: DeviceOption = "auto",
@@ -169,19 +191,23 @@ def score(
     as_json: JsonOption = False,
 ) -> None:
     """Forecast how strongly training on a set will move each domain."""
-    [forecast] = _forecasts(
-        model, sae, {"train": train}, {"train": output},
+    forecasts = _forecasts(
+        model, sae, {"train": train}, output,
         domains=domains, demos=demos, tuned=tuned, dims=dims, estimators=estimators, controls=controls, shots=shots,
         domain_shots=domain_shots, top_n=top_n, tokens=tokens, limit=limit, question_field=question_field,
-        answer_field=answer_field, hook=hook, layer=layer, dtype=dtype, sae_dtype=sae_dtype, device=device,
+        answer_field=answer_field, hook=hook, layer=layer,
+        norm_scaling_factor=norm_scaling_factor, dtype=dtype, sae_dtype=sae_dtype, device=device,
         batch_tokens=batch_tokens, labels=labels, threads=threads, seed=seed,
     )  # fmt: skip
     if as_json:
-        sys.stdout.write(results.to_json(forecast.to_dict()))
-    else:
+        _write_json(forecasts, output, compared=len(forecasts) > 1)
+        return
+    for forecast in forecasts:
+        _print_sae(forecast, forecasts)
         _print_shift(forecast, n_features=5)
         _print_scores(forecast)
-        _print_end([forecast], output)
+    _print_agreement(forecasts)
+    _print_end(forecasts, output)
 
 
 @app.command()
@@ -205,6 +231,7 @@ def compare(
     answer_field: AnswerFieldOption = None,
     hook: HookOption = None,
     layer: LayerOption = None,
+    norm_scaling_factor: ScalingOption = None,
     dtype: DtypeOption = DtypeChoice.auto,
     sae_dtype: SaeDtypeOption = None,
     device: DeviceOption = "auto",
@@ -218,20 +245,21 @@ def compare(
     """Forecast several candidate training sets side by side, each domain passed through the model once."""
     trains = _named_trains(train)
     forecasts = _forecasts(
-        model, sae, trains, {name: output / name for name in trains},
+        model, sae, trains, output, by_train=True,
         domains=domains, demos=demos, dims=dims, estimators=estimators, controls=controls, shots=shots,
         domain_shots=domain_shots, top_n=top_n, tokens=tokens, limit=limit, question_field=question_field,
-        answer_field=answer_field, hook=hook, layer=layer, dtype=dtype, sae_dtype=sae_dtype, device=device,
+        answer_field=answer_field, hook=hook, layer=layer,
+        norm_scaling_factor=norm_scaling_factor, dtype=dtype, sae_dtype=sae_dtype, device=device,
         batch_tokens=batch_tokens, labels=labels, threads=threads, seed=seed,
     )  # fmt: skip
-    comparison = results.comparison(forecasts)
-    with files.atomic_path(output / results.COMPARISON_FILE) as path:
-        path.write_text(results.to_json(comparison), encoding="utf-8")
     if as_json:
-        sys.stdout.write(results.to_json(comparison))
-    else:
-        _print_comparison(comparison)
-        _print_end(forecasts, output)
+        _write_json(forecasts, output, compared=True)
+        return
+    for of_sae in _by_sae(forecasts):
+        _print_sae(of_sae[0], forecasts)
+        _print_comparison(results.comparison(of_sae))
+    _print_agreement(forecasts)
+    _print_end(forecasts, output)
 
 
 @app.command()
@@ -250,6 +278,7 @@ def shift(
     answer_field: AnswerFieldOption = None,
     hook: HookOption = None,
     layer: LayerOption = None,
+    norm_scaling_factor: ScalingOption = None,
     dtype: DtypeOption = DtypeChoice.auto,
     sae_dtype: SaeDtypeOption = None,
     device: DeviceOption = "auto",
@@ -260,17 +289,20 @@ def shift(
     as_json: JsonOption = False,
 ) -> None:
     """Measure which features a training set shifts, without scoring any domain."""
-    [forecast] = _forecasts(
-        model, sae, {"train": train}, {"train": output},
+    forecasts = _forecasts(
+        model, sae, {"train": train}, output,
         domains=[], demos=demos, tuned=tuned, dims=dims, estimators="act", shots=shots, domain_shots=1, top_n=top_n,
         tokens=tokens, limit=limit, question_field=question_field, answer_field=answer_field, hook=hook, layer=layer,
+        norm_scaling_factor=norm_scaling_factor,
         dtype=dtype, sae_dtype=sae_dtype, device=device, batch_tokens=batch_tokens, threads=threads, seed=seed,
     )  # fmt: skip
     if as_json:
-        sys.stdout.write(results.to_json(forecast.to_dict()))
-    else:
+        _write_json(forecasts, output, compared=len(forecasts) > 1)
+        return
+    for forecast in forecasts:
+        _print_sae(forecast, forecasts)
         _print_shift(forecast, n_features=20)
-        _print_end([forecast], output)
+    _print_end(forecasts, output)
 
 
 @app.command()
@@ -328,7 +360,7 @@ def demo(
 @app.command()
 def doctor(
     sae: Annotated[str | None, typer.Option("--sae", help="Also read this SAE and say what was understood.")] = None,
-    layer: LayerOption = None,
+    layer: DoctorLayerOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what is installed, which backend computes, what was understood of an SAE, and check the core."""
@@ -387,14 +419,17 @@ def _fail(message: str) -> None:
 
 
 def _forecasts(
-    model: str, sae: str, trains: dict[str, Path], folders: dict[str, Path], **options: Any
+    model: str, saes: list[str], trains: dict[str, Path], output: Path, *, by_train: bool = False, **options: Any
 ) -> list[Forecast]:
-    """Runs the forecasts of one or more training sets, and saves each in its folder."""
-    hook, threads = options.pop("hook"), options.pop("threads")
+    """Runs the forecasts of one or more training sets with one or more SAEs, and saves each in its folder.
+
+    The folder is `output` itself, with one below it for each of several SAEs, and there for each of several training
+    set if they are kept apart `by_train`.
+    """
+    threads = options.pop("threads")
     sae_dtype, limit = options.pop("sae_dtype"), options.pop("limit")
     estimators = [name.strip() for name in options.pop("estimators").split(",")]
-    for folder in folders.values():
-        results.prepare_folder(folder)
+    results.prepare_folder(output)
     if threads is not None:
         if not 1 <= threads <= MOST_THREADS:
             raise InputError(f"--threads must lie between 1 and {MOST_THREADS}, not {threads}")
@@ -402,9 +437,9 @@ def _forecasts(
     for train in trains.values():
         if not train.exists():
             raise InputError(f"there is no training set {train}: give a file or folder with --train")
-    loaded: SAE = load_sae(sae, layer=options["layer"], hook=hook)
+    loaded = _load_saes(saes, options.pop("hook"), options.pop("layer"), options.pop("norm_scaling_factor"))
     with _progress() as tell:
-        forecasts = run_compare(
+        of_saes = run_compare(
             model=model,
             sae=loaded,
             trains=trains,
@@ -417,10 +452,64 @@ def _forecasts(
             progress=tell,
             **{name: _plain_value(value) for name, value in options.items()},
         )
-    for name, forecast in forecasts.items():
-        forecast.save(folders[name])
-        build_report(folders[name])
-    return list(forecasts.values())
+    names = results.sae_names([(sae.source, sae.hook_name) for sae in loaded])
+    for sae_name, forecasts in zip(names, of_saes, strict=True):
+        of_sae = output / sae_name if len(loaded) > 1 else output
+        for name, forecast in forecasts.items():
+            folder = of_sae / name if by_train else of_sae
+            forecast.save(folder)
+            build_report(folder)
+        if by_train:
+            _save_comparison(results.comparison(list(forecasts.values())), of_sae)
+    everything = [forecast for forecasts in of_saes for forecast in forecasts.values()]
+    if len(loaded) > 1:
+        _save_comparison(results.sae_comparison(everything), output)
+    return everything
+
+
+def _load_saes(
+    sources: list[str], hooks: list[str] | None, layers: list[int] | None, factors: list[float] | None
+) -> list[SAE]:
+    """The SAEs, with what the command line says of each: an option is given once for all of them, or once for each."""
+
+    def for_each(option: str, values: list[Any] | None) -> list[Any]:
+        if len(values or [None]) not in (1, len(sources)):
+            raise InputError(f"{option} is given {len(values or [])} times for {len(sources)} SAEs: once, or once each")
+        return list(values or [None]) * (len(sources) if len(values or [None]) == 1 else 1)
+
+    chosen = (for_each("--hook", hooks), for_each("--layer", layers), for_each("--norm-scaling-factor", factors))
+    loaded = []
+    for source, hook, layer, factor in zip(sources, *chosen, strict=True):
+        both = hook is not None and layer is not None
+        if both and split_name(hook)[1] is not None:
+            raise InputError(
+                f"--layer and --hook say the same thing: give one of them, or --hook as {', '.join(PLACES)}"
+            )
+        if layer is not None and layer < 0:
+            raise InputError(f"--layer counts from 0, and is not {layer}")
+        where = {"hook": place_name(hook, layer)} if both else {"hook": hook, "layer": layer}
+        loaded.append(load_sae(source, norm_scaling_factor=factor, **where))
+    return loaded
+
+
+def _save_comparison(comparison: dict[str, Any], folder: Path) -> None:
+    with files.atomic_path(folder / results.COMPARISON_FILE) as path:
+        path.write_text(results.to_json(comparison), encoding="utf-8")
+
+
+def _write_json(forecasts: list[Forecast], output: Path, *, compared: bool) -> None:
+    """What was written as compare.json or, for one training set and one SAE, as scores.json."""
+    sys.stdout.write(
+        (output / results.COMPARISON_FILE).read_text(encoding="utf-8")
+        if compared
+        else results.to_json(forecasts[0].to_dict())
+    )
+
+
+def _by_sae(forecasts: list[Forecast]) -> list[list[Forecast]]:
+    """Forecasts in groups of one SAE: they stand in that order."""
+    names = list(dict.fromkeys(forecast.train["name"] for forecast in forecasts))
+    return [forecasts[i : i + len(names)] for i in range(0, len(forecasts), len(names))]
 
 
 def _named_trains(values: list[str]) -> dict[str, Path]:
@@ -496,6 +585,31 @@ def _print_shift(forecast: Forecast, n_features: int) -> None:
         f"{forecast.train['n_prompts']} training prompts keeps {shift['stability']['mean_overlap']:.0%} of them "
         f"({low:.0%} to {high:.0%}).\n"
     )
+
+
+def _print_sae(forecast: Forecast, forecasts: list[Forecast]) -> None:
+    """Which SAE the tables below are of, where there are several."""
+    if len(_by_sae(forecasts)) > 1:
+        text = f"{forecast.sae['source']}, read at {forecast.sae['hook_name']}"
+        out.print(text, style="bold", highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_agreement(forecasts: list[Forecast]) -> None:
+    """How alike several SAEs rank the domains."""
+    if len(_by_sae(forecasts)) == 1:
+        return
+    comparison = results.sae_comparison(forecasts)
+    names = [sae["name"] for sae in comparison["saes"]]
+    for estimator, of_trains in comparison["rank_correlation"].items():
+        for train, matrix in of_trains.items():
+            title = f"Rank correlation of {estimator.replace('sts', 'STS')} over domains, trained on {train}"
+            table = Table(title=title, title_justify="left")
+            table.add_column("SAE")
+            for name in names:
+                table.add_column(escape(name), justify="right")
+            for name, row in zip(names, matrix, strict=True):
+                table.add_row(escape(name), *("" if value is None else f"{value:.2f}" for value in row))
+            out.print(table)
 
 
 def _print_scores(forecast: Forecast) -> None:

@@ -6,19 +6,28 @@ import datetime
 import platform
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, get_args, overload
 
 import numpy as np
 
 from sts_fast import _cpu, controls, explain, results
 from sts_fast._version import __version__
-from sts_fast.capture import Decoder, capture, load_decoder, load_language_model, load_tokenizer, unembedding
+from sts_fast.capture import (
+    Decoder,
+    PairedRows,
+    capture,
+    load_decoder,
+    load_language_model,
+    load_tokenizer,
+    unembedding,
+)
 from sts_fast.correlate import CorrelationStats
-from sts_fast.encode import encode
+from sts_fast.encode import SparseFeatures, encode
 from sts_fast.errors import InputError
 from sts_fast.examples import Example, load_domains, load_examples
+from sts_fast.hooks import Hook, place_name
 from sts_fast.prompts import PromptSet, PromptTemplate, TokenClass, build_prompts, choose_demos
 from sts_fast.results import ESTIMATORS, DomainScore, Estimator, Forecast, Interval, PromptLog, ShiftedFeature
 from sts_fast.sae import SAE, load_sae
@@ -35,6 +44,7 @@ if TYPE_CHECKING:
 Dims = Literal["icl", "tuned", "active"]
 Controls = Literal["features", "all"]
 Source = str | Path | Sequence[Example]
+SAESource = str | Path | SAE
 Progress = Callable[[str, int, int], None]
 
 MIN_PROMPTS = 8
@@ -135,21 +145,50 @@ class Settings:
             self.progress(stage, done, total)
 
 
-def score(
+@overload  # a string is a sequence of strings too, but never several SAEs
+def score(  # type: ignore[overload-overlap]
     *,
     model: str | Path | PreTrainedModel,
-    sae: str | Path | SAE,
+    sae: SAESource,
     train: Source,
     domains: Mapping[str, Source] | Sequence[str],
     demos: Mapping[str, Source] | Sequence[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     tuned: str | Path | PreTrainedModel | None = None,
     **options: Unpack[Options],
-) -> Forecast:
+) -> Forecast: ...
+
+
+@overload
+def score(
+    *,
+    model: str | Path | PreTrainedModel,
+    sae: Sequence[SAESource],
+    train: Source,
+    domains: Mapping[str, Source] | Sequence[str],
+    demos: Mapping[str, Source] | Sequence[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    tuned: str | Path | PreTrainedModel | None = None,
+    **options: Unpack[Options],
+) -> list[Forecast]: ...
+
+
+def score(
+    *,
+    model: str | Path | PreTrainedModel,
+    sae: SAESource | Sequence[SAESource],
+    train: Source,
+    domains: Mapping[str, Source] | Sequence[str],
+    demos: Mapping[str, Source] | Sequence[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    tuned: str | Path | PreTrainedModel | None = None,
+    **options: Unpack[Options],
+) -> Forecast | list[Forecast]:
     """Forecasts how strongly training on `train` will move each domain, before any training.
 
     model:     folder or hub id of a causal language model, or one in memory (then with its `tokenizer`)
-    sae:       an SAE of its residual stream: folder, 'release/id', or one loaded by load_sae
+    sae:       an SAE of it: folder, 'release/id', or one loaded by load_sae; or several, each of its own place in the
+               model, which share every forward pass
     train:     the training set: a file, a folder, or examples
     domains:   the abilities to forecast, by name, or as on the command line (see load_domains); none at all measures
                the shift of the training set alone
@@ -158,11 +197,12 @@ def score(
     tuned:     the model after training, for dims='tuned'
     options:   see Settings
 
-    Raises InputError, in one sentence with the remedy, for whatever in the input cannot be used.
+    Returns a forecast, or, for several SAEs, one of each in their order. Raises InputError, in one sentence with the
+    remedy, for whatever in the input cannot be used.
     """
     forecasts = compare(
         model=model,
-        sae=sae,
+        sae=[sae] if isinstance(sae, (str, Path, SAE)) else sae,
         trains={"train": train},
         domains=domains,
         demos=demos,
@@ -170,36 +210,64 @@ def score(
         tuned=tuned,
         **options,
     )
-    return forecasts["train"]
+    of_saes = [of_sae["train"] for of_sae in forecasts]
+    return of_saes[0] if isinstance(sae, (str, Path, SAE)) else of_saes
 
 
-def compare(
+@overload
+def compare(  # type: ignore[overload-overlap]
     *,
     model: str | Path | PreTrainedModel,
-    sae: str | Path | SAE,
+    sae: SAESource,
     trains: Mapping[str, Source],
     domains: Mapping[str, Source] | Sequence[str],
     demos: Mapping[str, Source] | Sequence[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     tuned: str | Path | PreTrainedModel | None = None,
     **options: Unpack[Options],
-) -> dict[str, Forecast]:
+) -> dict[str, Forecast]: ...
+
+
+@overload
+def compare(
+    *,
+    model: str | Path | PreTrainedModel,
+    sae: Sequence[SAESource],
+    trains: Mapping[str, Source],
+    domains: Mapping[str, Source] | Sequence[str],
+    demos: Mapping[str, Source] | Sequence[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    tuned: str | Path | PreTrainedModel | None = None,
+    **options: Unpack[Options],
+) -> list[dict[str, Forecast]]: ...
+
+
+def compare(
+    *,
+    model: str | Path | PreTrainedModel,
+    sae: SAESource | Sequence[SAESource],
+    trains: Mapping[str, Source],
+    domains: Mapping[str, Source] | Sequence[str],
+    demos: Mapping[str, Source] | Sequence[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    tuned: str | Path | PreTrainedModel | None = None,
+    **options: Unpack[Options],
+) -> dict[str, Forecast] | list[dict[str, Forecast]]:
     """Forecasts for several candidate training sets over the same domains, each domain passed through the model once.
 
     trains: the training sets by name; everything else as for `score`. A domain may be one of the training sets.
 
-    Returns a forecast by training set, each the same as `score` gives for it alone (up to the rounding of a sum).
+    Returns a forecast by training set, each the same as `score` gives for it alone (up to the rounding of a sum); for
+    several SAEs, that of each in their order.
     """
     settings = Settings(**options)
     if not trains:
         raise InputError("there is no training set to forecast: give one or more, by name")
     if (settings.dims == "tuned") != (tuned is not None):
         raise InputError("--dims tuned and --tuned MODEL go together: the true shift needs the model after training")
-    sae = sae if isinstance(sae, SAE) else load_sae(sae, layer=settings.layer)
-    if settings.sae_dtype is not None:
-        sae = sae.with_dtype(settings.sae_dtype)
-    if settings.top_n > sae.d_sae:
-        raise InputError(f"--top-n is {settings.top_n}, but the SAE {sae.source} has {sae.d_sae} features")
+    saes = [_loaded_sae(one, settings) for one in ([sae] if isinstance(sae, (str, Path, SAE)) else sae)]
+    if not saes:
+        raise InputError("there is no SAE to read the model with: give one or more with --sae")
 
     fields = _Fields(settings.question_fields or {}, settings.answer_fields or {})
     train_examples = {name: fields.read(name, source) for name, source in trains.items()}
@@ -211,13 +279,13 @@ def compare(
     tokenizer = tokenizer or (load_tokenizer(model) if isinstance(model, (str, Path)) else None)
     if tokenizer is None:
         raise ValueError("a model in memory needs its tokenizer: score(..., tokenizer=...)")
-    decoder = _decoder(model, sae, settings, name="the model")
-    tuned_decoder = None if tuned is None else _decoder(tuned, sae, settings, name="the tuned model")
+    decoder = _decoder(model, saes, settings, name="the model")
+    tuned_decoder = None if tuned is None else _decoder(tuned, saes, settings, name="the tuned model")
     if settings.controls == "all" and not isinstance(model, (str, Path)) and model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
         raise InputError(
             "the base model's loss and accuracy need its head: give a model with one, or --controls features"
         )
-    template = PromptTemplate(tokenizer, prepend_bos=sae.prepend_bos)
+    template = _template(tokenizer, saes)
 
     def prompts_of(name: str, examples: list[Example], shots: int, *, show: bool, tokens: TokenClass) -> PromptSet:
         # Demonstrations are set aside even where they are not shown, so that the same queries are asked either way.
@@ -257,53 +325,83 @@ def compare(
 
     labels = {} if settings.labels is None else explain.read_labels(settings.labels)
 
-    shifts = [_measure_shift(decoder, sae, train_set, settings, tuned_decoder) for train_set in train_sets]
-    columns = np.unique(np.concatenate([features for shift in shifts for features in shift.feature_sets()]))
-    domain_reads = [_read_domain(decoder, sae, domain_set, shifts, columns, settings) for domain_set in domain_sets]
+    shifts = [_measure_shifts(decoder, saes, train_set, settings, tuned_decoder) for train_set in train_sets]
+    shifts_of = [[of_saes[i] for of_saes in shifts] for i in range(len(saes))]
+    reads = [_read_domain(decoder, saes, domain_set, shifts_of, settings) for domain_set in domain_sets]
     answer_reads = _read_answers(model, answer_sets, settings)
 
-    shown = sorted({int(j) for shift in shifts for j in shift.top[: explain.N_FEATURES]})
-    promoted = _promoted_tokens(decoder, sae, shown, tokenizer, model if isinstance(model, (str, Path)) else None)
     provenance = {
-        **{"model": model, "tuned": tuned, "sae": sae.source, "labels": settings.labels},
+        **{"model": model, "tuned": tuned, "labels": settings.labels},
         **{"domains": domains, "demos": demos or {}},
     }
-    return {
-        shift.name: _forecast(
-            decoder,
-            sae,
-            shift,
-            domain_reads,
-            answer_reads,
-            settings,
-            None if tuned_decoder is None else tuned_decoder.name,
-            shift.firings.table(tokenizer),
-            promoted,
-            labels,
-            _provenance({**provenance, "train": trains[shift.name]}, settings),
+    forecasts: list[dict[str, Forecast]] = []
+    for i, one in enumerate(saes):
+        shown = sorted({int(j) for shift in shifts_of[i] for j in shift.top[: explain.N_FEATURES]})
+        promoted = _promoted_tokens(decoder, one, shown, tokenizer, model if isinstance(model, (str, Path)) else None)
+        forecasts.append(
+            {
+                shift.name: _forecast(
+                    decoder,
+                    one,
+                    shift,
+                    [of_saes[i] for of_saes in reads],
+                    answer_reads,
+                    settings,
+                    None if tuned_decoder is None else tuned_decoder.name,
+                    shift.firings.table(tokenizer),
+                    promoted,
+                    labels,
+                    _provenance({**provenance, "sae": one.source, "train": trains[shift.name]}, settings),
+                )
+                for shift in shifts_of[i]
+            }
         )
-        for shift in shifts
-    }
+    return forecasts[0] if isinstance(sae, (str, Path, SAE)) else forecasts
 
 
-def _decoder(model: str | Path | PreTrainedModel, sae: SAE, settings: Settings, *, name: str) -> Decoder:
-    layer = sae.hook_layer if settings.layer is None else settings.layer
-    if layer is None:
-        raise InputError(f"the SAE {sae.source} does not say which layer it reads: give --layer")
+def _loaded_sae(source: SAESource, settings: Settings) -> SAE:
+    sae = source if isinstance(source, SAE) else load_sae(source, layer=settings.layer)
+    if isinstance(source, SAE) and settings.layer is not None:
+        sae = replace(sae, hook_name=place_name("resid_post", settings.layer))
+    if settings.sae_dtype is not None:
+        sae = sae.with_dtype(settings.sae_dtype)
+    if settings.top_n > sae.d_sae:
+        raise InputError(f"--top-n is {settings.top_n}, but the SAE {sae.source} has {sae.d_sae} features")
+    if not sae.hook_name:
+        raise InputError(f"the SAE {sae.source} does not say which layer it reads: give --layer, or --hook")
+    return sae
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, saes: Sequence[SAE]) -> PromptTemplate:
+    """How prompts are written; SAEs that were trained with another start of text cannot share them."""
+    templates = {sae.prepend_bos: PromptTemplate(tokenizer, prepend_bos=sae.prepend_bos) for sae in saes}
+    if len({tuple(template.token_ids([("user", "?")])) for template in templates.values()}) > 1:
+        one, other = (next(sae.source for sae in saes if sae.prepend_bos == start) for start in (True, False))
+        raise InputError(
+            f"the SAE {one} was trained on texts that start with BOS, but {other} was not: forecast with each apart"
+        )
+    return next(iter(templates.values()))
+
+
+def _decoder(model: str | Path | PreTrainedModel, saes: Sequence[SAE], settings: Settings, *, name: str) -> Decoder:
+    """The model, to be read where the SAEs read."""
+    places = list(dict.fromkeys(sae.hook_name for sae in saes))
     if isinstance(model, (str, Path)):
-        decoder = load_decoder(model, layer, dtype=settings.dtype, device=settings.device)
+        decoder = load_decoder(model, *places, dtype=settings.dtype, device=settings.device)
     else:
-        decoder = Decoder(model, layer, name=name)
-    _check_fit(sae, decoder)
+        decoder = Decoder(model, *places, name=name)
+    for sae in saes:
+        hook = _hook_of(decoder, sae)
+        if sae.d_in != hook.d_in:
+            raise InputError(
+                f"the SAE {sae.source} reads {sae.d_in} dimensions, but {decoder.name} has {hook.d_in} {hook.where}: "
+                "give an SAE that was trained on this place of this model"
+            )
     return decoder
 
 
-def _check_fit(sae: SAE, decoder: Decoder) -> None:
-    if sae.d_in != decoder.hooks[0].d_in:
-        raise InputError(
-            f"the SAE {sae.source} reads {sae.d_in} dimensions, but the residual stream of {decoder.name} has "
-            f"{decoder.hooks[0].d_in}: give an SAE that was trained on this model"
-        )
+def _hook_of(decoder: Decoder, sae: SAE) -> Hook:
+    return next(hook for hook in decoder.hooks if hook.name == sae.hook_name)
 
 
 def _check_enough(prompt_set: PromptSet, context_length: int | None, kind: str) -> None:
@@ -413,28 +511,47 @@ class _Shift:
         }
 
 
-def _measure_shift(
-    decoder: Decoder, sae: SAE, prompt_set: PromptSet, settings: Settings, tuned: Decoder | None
-) -> _Shift:
-    prompts = prompt_set.prompts
-    n_prompts = len(prompts)
-    rng = np.random.default_rng([settings.seed, zlib.crc32(b"shift")])
-    # [n_prompts, N_REPLICATES] how often each resampling of the prompts drew each of them.
-    draws = rng.multinomial(n_prompts, [1 / n_prompts] * n_prompts, size=N_REPLICATES).T.astype(np.float64)
-    log = PromptLog("shift", prompt_set)
-    raw = controls.RawShift(sae.d_in)
-    shift_stats = ShiftStats(sae, n_replicates=N_REPLICATES)
-    active_stats = CorrelationStats(sae, N_REPLICATES)
+def _measure_shifts(
+    decoder: Decoder, saes: Sequence[SAE], prompt_set: PromptSet, settings: Settings, tuned: Decoder | None
+) -> list[_Shift]:
+    """One pass over a training set, for all SAEs."""
+    sums = [_ShiftSums(sae, prompt_set, settings) for sae in saes]
+    at = [decoder.hooks.index(_hook_of(decoder, sae)) for sae in saes]
     done = 0
-    for (rows,) in capture(decoder, prompts, batch_tokens=settings.batch_tokens, other=tuned):
-        if settings.dims == "active":
-            active_stats.update(rows.base, draws[rows.base_of])
+    for of_hooks in capture(decoder, prompt_set.prompts, batch_tokens=settings.batch_tokens, other=tuned):
+        for one, hook in zip(sums, at, strict=True):
+            one.update(of_hooks[hook])
+        done += len(of_hooks[0].prompts)
+        settings.tell(f"shift of {prompt_set.name}", done, len(prompt_set.prompts))
+    return [_shift(one, settings) for one in sums]
+
+
+class _ShiftSums:
+    """Sums over a training set's tokens, for one SAE."""
+
+    def __init__(self, sae: SAE, prompt_set: PromptSet, settings: Settings) -> None:
+        self.sae, self.prompt_set, self.of_active = sae, prompt_set, settings.dims == "active"
+        n_prompts = len(prompt_set.prompts)
+        rng = np.random.default_rng([settings.seed, zlib.crc32(b"shift")])
+        # [n_prompts, N_REPLICATES] how often each resampling of the prompts drew each of them.
+        self.draws = rng.multinomial(n_prompts, [1 / n_prompts] * n_prompts, size=N_REPLICATES).T.astype(np.float64)
+        self.log = PromptLog("shift", prompt_set)
+        self.raw = controls.RawShift(sae.d_in)
+        self.shift = ShiftStats(sae, n_replicates=N_REPLICATES)
+        self.active = CorrelationStats(sae, N_REPLICATES)
+
+    def update(self, rows: PairedRows) -> None:
+        if self.of_active:
+            self.active.update(rows.base, self.draws[rows.base_of])
         else:
-            shift_stats.update(rows.paired, rows.demos, draws[rows.paired_of])
-        raw.update(rows.base, rows.paired, rows.demos)
-        log.record(rows)
-        done += len(rows.prompts)
-        settings.tell(f"shift of {prompt_set.name}", done, n_prompts)
+            self.shift.update(rows.paired, rows.demos, self.draws[rows.paired_of])
+        self.raw.update(rows.base, rows.paired, rows.demos)
+        self.log.record(rows)
+
+
+def _shift(sums: _ShiftSums, settings: Settings) -> _Shift:
+    sae, prompt_set = sums.sae, sums.prompt_set
+    shift_stats, active_stats, raw = sums.shift, sums.active, sums.raw
     stats: ShiftStats | CorrelationStats
     if settings.dims == "active":
         stats, importance, sum_base = active_stats, active_stats.sum_h, active_stats.sum_h
@@ -467,7 +584,7 @@ def _measure_shift(
         most_active=controls.most_active(mean_activation, settings.top_n),
         raw=raw,
         raw_top=raw.top(settings.top_n),
-        log=log,
+        log=sums.log,
         firings=explain.Firings(top[: explain.N_FEATURES]),
     )
 
@@ -483,50 +600,79 @@ class _DomainRead:
 
 
 def _read_domain(
-    decoder: Decoder, sae: SAE, prompt_set: PromptSet, shifts: Sequence[_Shift], columns: Indices, settings: Settings
-) -> _DomainRead:
-    """One pass over a domain, for all training sets, controls and estimators."""
-    n_prompts = len(prompt_set.prompts)
-    log = PromptLog("score", prompt_set)
-    raw = controls.RawShift(sae.d_in)
-    weights = {(shift.name, control): weight for shift in shifts for control, weight in shift.weights(columns).items()}
-    raw_tops = {(shift.name, controls.RAW_CONTROL): shift.raw_top for shift in shifts}
-    sums: dict[tuple[str, str, str], Doubles] = {
-        (*key, name): np.zeros(n_prompts) for key in (*weights, *raw_tops) for name in settings.estimators
-    }
+    decoder: Decoder,
+    saes: Sequence[SAE],
+    prompt_set: PromptSet,
+    shifts_of: Sequence[Sequence[_Shift]],
+    settings: Settings,
+) -> list[_DomainRead]:
+    """One pass over a domain, for all SAEs, training sets, controls and estimators."""
+    sums = [_DomainSums(sae, prompt_set, shifts, settings) for sae, shifts in zip(saes, shifts_of, strict=True)]
+    at = [decoder.hooks.index(_hook_of(decoder, sae)) for sae in saes]
     done = 0
-    for (rows,) in capture(decoder, prompt_set.prompts, batch_tokens=settings.batch_tokens):
-        raw.update(rows.base, rows.paired[:0], rows.demos[:0])
-        active = encode(sae, rows.base, columns)
-        for shift in shifts:
-            shift.firings.add(prompt_set, rows, active)
-        if "act" in settings.estimators or "act_sq" in settings.estimators:
-            prompt_of = np.repeat(rows.base_of, np.diff(active.indptr))
-            column_of = np.searchsorted(columns, active.indices)
-            values = active.values.astype(np.float64)
-            residual = rows.base.double().numpy()
-            for name, term, raw_term in (("act", values, np.abs(residual)), ("act_sq", values**2, residual**2)):
-                if name in settings.estimators:
-                    for key, weight in weights.items():
-                        sums[(*key, name)] += np.bincount(prompt_of, weight[column_of] * term, minlength=n_prompts)
-                    for key, dims in raw_tops.items():
-                        per_token = raw_term[:, dims].sum(axis=1)
-                        sums[(*key, name)] += np.bincount(rows.base_of, per_token, minlength=n_prompts)
-        if "icl" in settings.estimators:
-            # One "replicate" per prompt, so that a single pass over the rows gives each prompt its own sums.
-            of_prompt = (rows.paired_of[:, None] == np.asarray(rows.prompts)).astype(np.float64)
-            stats = ShiftStats(sae, columns=columns, n_replicates=len(rows.prompts))
-            stats.update(rows.paired, rows.demos, of_prompt)
-            squares = (rows.demos.double() - rows.paired.double()).numpy() ** 2
-            for key, weight in weights.items():
-                sums[(*key, "icl")][rows.prompts] = np.einsum("j,jp->p", weight, stats.weighted_sq_shift)
-            for key, dims in raw_tops.items():
-                per_token = squares[:, dims].sum(axis=1)
-                sums[(*key, "icl")] += np.bincount(rows.paired_of, per_token, minlength=n_prompts)
-        log.record(rows)
-        done += len(rows.prompts)
-        settings.tell(prompt_set.name, done, n_prompts)
-    return _DomainRead(prompt_set, log, sums, raw.mean)
+    for of_hooks in capture(decoder, prompt_set.prompts, batch_tokens=settings.batch_tokens):
+        for one, hook in zip(sums, at, strict=True):
+            one.update(of_hooks[hook])
+        done += len(of_hooks[0].prompts)
+        settings.tell(prompt_set.name, done, len(prompt_set.prompts))
+    return [_DomainRead(prompt_set, one.log, one.sums, one.raw.mean) for one in sums]
+
+
+class _DomainSums:
+    """Sums over a domain's tokens, for one SAE; see _DomainRead."""
+
+    def __init__(self, sae: SAE, prompt_set: PromptSet, shifts: Sequence[_Shift], settings: Settings) -> None:
+        self.sae, self.prompt_set, self.shifts, self.estimators = sae, prompt_set, shifts, settings.estimators
+        self.columns = np.unique(np.concatenate([features for shift in shifts for features in shift.feature_sets()]))
+        self.log = PromptLog("score", prompt_set)
+        self.raw = controls.RawShift(sae.d_in)
+        self.weights = {
+            (shift.name, control): weight for shift in shifts for control, weight in shift.weights(self.columns).items()
+        }
+        self.raw_tops = {(shift.name, controls.RAW_CONTROL): shift.raw_top for shift in shifts}
+        self.sums: dict[tuple[str, str, str], Doubles] = {
+            (*key, name): np.zeros(len(prompt_set.prompts))
+            for key in (*self.weights, *self.raw_tops)
+            for name in settings.estimators
+        }
+
+    def update(self, rows: PairedRows) -> None:
+        self.raw.update(rows.base, rows.paired[:0], rows.demos[:0])
+        active = encode(self.sae, rows.base, self.columns)
+        for shift in self.shifts:
+            shift.firings.add(self.prompt_set, rows, active)
+        if "act" in self.estimators or "act_sq" in self.estimators:
+            self._add_activations(rows, active)
+        if "icl" in self.estimators:
+            self._add_shifts(rows)
+        self.log.record(rows)
+
+    def _add_activations(self, rows: PairedRows, active: SparseFeatures) -> None:
+        n_prompts = len(self.prompt_set.prompts)
+        prompt_of = np.repeat(rows.base_of, np.diff(active.indptr))
+        column_of = np.searchsorted(self.columns, active.indices)
+        values = active.values.astype(np.float64)
+        residual = rows.base.double().numpy()
+        for name, term, raw_term in (("act", values, np.abs(residual)), ("act_sq", values**2, residual**2)):
+            if name in self.estimators:
+                for key, weight in self.weights.items():
+                    self.sums[(*key, name)] += np.bincount(prompt_of, weight[column_of] * term, minlength=n_prompts)
+                for key, dims in self.raw_tops.items():
+                    per_token = raw_term[:, dims].sum(axis=1)
+                    self.sums[(*key, name)] += np.bincount(rows.base_of, per_token, minlength=n_prompts)
+
+    def _add_shifts(self, rows: PairedRows) -> None:
+        n_prompts = len(self.prompt_set.prompts)
+        # One "replicate" per prompt, so that a single pass over the rows gives each prompt its own sums.
+        of_prompt = (rows.paired_of[:, None] == np.asarray(rows.prompts)).astype(np.float64)
+        stats = ShiftStats(self.sae, columns=self.columns, n_replicates=len(rows.prompts))
+        stats.update(rows.paired, rows.demos, of_prompt)
+        squares = (rows.demos.double() - rows.paired.double()).numpy() ** 2
+        for key, weight in self.weights.items():
+            self.sums[(*key, "icl")][rows.prompts] = np.einsum("j,jp->p", weight, stats.weighted_sq_shift)
+        for key, dims in self.raw_tops.items():
+            per_token = squares[:, dims].sum(axis=1)
+            self.sums[(*key, "icl")] += np.bincount(rows.paired_of, per_token, minlength=n_prompts)
 
 
 def _read_answers(
@@ -614,7 +760,7 @@ def _forecast(
 ) -> Forecast:
     import pyarrow as pa
 
-    top_n, stats = settings.top_n, shift.stats
+    top_n, stats, hook = settings.top_n, shift.stats, _hook_of(decoder, sae)
     n_moved = int((shift.importance > 0).sum())
     warnings = [f"SAE: {note}" for note in sae.notes]
     prompt_sets = [shift.prompt_set, *(read.prompt_set for read in domain_reads)]
@@ -642,8 +788,10 @@ def _forecast(
     return Forecast(
         model={
             "name": decoder.name,
-            "layer": decoder.hooks[0].layer,
-            "d_in": decoder.hooks[0].d_in,
+            "layer": hook.layer,
+            "module": hook.path,
+            "side": hook.side,
+            "d_in": hook.d_in,
             "dtype": str(next(decoder.model.parameters()).dtype).removeprefix("torch."),
             "context_length": decoder.context_length,
             "revision": getattr(decoder.model.config, "_commit_hash", None),
