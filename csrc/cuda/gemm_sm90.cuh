@@ -19,10 +19,10 @@
 /// For two features of one pair of tokens ShiftEpilogue's usual path has 4 multiply-adds, 4 compares at half rate and 4
 /// instructions around a branch; a thread holds 32 such groups, so a warp's epilogue takes 32 * 16 = 512 cycles where
 /// nothing fires, and about 30 more for each group in which one of the warp's 128 elements does. Meanwhile the next
-/// tile's stages fill, and since the first warpgroup starts two steps ahead of the second, one multiplies at the full
-/// rate while the other is in its epilogue. A model of the ring (products in turn, 1,000 cycles from release to
-/// arrival) puts the tile at 1.003 of its products for 800 cycles of epilogue and at 1.011 for 1,600; in step, at 1.014
-/// and 1.028.
+/// tile's stages fill. And since the first warpgroup starts two steps ahead of the second, it enters its epilogue while
+/// the second still has two steps, 2 * 512 cycles at the full rate, to multiply, and is back when the second enters its
+/// own: an epilogue of up to about 1,000 cycles is covered, of a longer one the excess shows. Three steps ahead would
+/// leave the loads of a stage one step, which is what they take.
 namespace sts::cuda {
 namespace sm90 {
 
