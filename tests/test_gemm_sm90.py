@@ -210,6 +210,30 @@ def test_appends_what_fires_and_counts_on_beyond_the_capacity(emulated: ctypes.C
     assert (keys[10:] == -1).all(), "nothing is written past the capacity"
 
 
+@pytest.mark.parametrize("absolute", [False, True])
+def test_lists_what_exceeds_its_rows_bound(emulated: ctypes.CDLL, absolute: bool) -> None:
+    n_tokens, n_features, capacity = 290, 150, 100
+    problem = Problem.random(6, n_features, n_tokens, 64)
+    # nothing, a few and nearly everything: lists that are flushed within a tile, and one that overflows
+    bounds = np.full(n_tokens, 3.0, np.float32)
+    bounds[:7], bounds[7:100] = 9, 1
+    bounds[5] = 0
+    columns, values = np.full((n_tokens, capacity), -1, np.int32), np.zeros((n_tokens, capacity), np.float32)
+    counts = np.zeros(n_tokens, np.int32)
+    arrays = [ctypes.c_void_p(array.ctypes.data) for array in (columns, values, counts)]
+    sizes = (4, ctypes.c_uint64(1), ctypes.c_int64(capacity))
+    pointer = ctypes.c_void_p(bounds.ctypes.data)
+    assert emulated.emulate_candidates(*problem.arguments, pointer, int(absolute), *sizes, *arrays) == 0
+    pre = problem.pre(problem.base)
+    exceeds = (np.abs(pre) if absolute else pre) > bounds[:, None]
+    assert (counts == exceeds.sum(1)).all()
+    assert counts.max() > 50
+    for row in np.flatnonzero(counts <= capacity):
+        listed = np.argsort(columns[row, : counts[row]])
+        assert (columns[row, listed] - 1000 == np.flatnonzero(exceeds[row])).all()
+        np.testing.assert_allclose(values[row, listed], pre[row, exceeds[row]], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("stride", "offset"), [(68, 0), (72, 1)], ids=["stride of 8 bytes", "rows not aligned"])
 def test_refuses_what_the_memory_accelerator_cannot_read(emulated: ctypes.CDLL, stride: int, offset: int) -> None:
     problem = Problem.random(1, 8, 16, 64, x_stride=stride)

@@ -1,6 +1,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <cmath>
 #include <cstdint>
 
 #include "activation.h"
@@ -114,6 +115,53 @@ struct WarpTotals {
         for (int s = static_cast<int>(threadIdx.x % 4); s < kSums; s += 4)
             for (int j = 0; j < 2; ++j) visit(s, j, entry(s, j));
     }
+};
+
+/// What a warp has found in a tile and not yet handed on, in shared memory: collecting waits for nothing, while a list
+/// in global memory makes a warp wait for its counter.
+class WarpList {
+  public:
+    static constexpr int kCapacity = 256;
+    static constexpr int kBytes = kCapacity * 8;
+
+    struct Found {
+        int token, feature;  ///< from the tile's and the warp's first
+        float value;
+    };
+
+    __device__ explicit WarpList(void* warp_shared) : entries_(static_cast<uint2*>(warp_shared)) {}
+
+    /// All lanes call together, with room for four entries of each: element n is feature j = n / 2 and e = n % 2 of
+    /// block i, as in acc.
+    __device__ void collect(const bool (&found)[4], const float (&values)[4], int i) {
+        const unsigned lane = threadIdx.x % 32, below = (1u << lane) - 1;
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+            const unsigned finders = __ballot_sync(kAllLanes, found[n]);
+            const unsigned token = 8 * i + 2 * (lane % 4) + n % 2, feature = 8 * (n / 2) + lane / 4;
+            if (found[n]) entries_[n_ + __popc(finders & below)] = {token << 4 | feature, __float_as_uint(values[n])};
+            n_ += __popc(finders);
+        }
+    }
+
+    __device__ int size() const { return n_; }
+    __device__ bool is_full() const { return n_ > kCapacity - 4 * 32; }
+    /// Visits the entries, 32 at a time: visit(rank, found), and forgets them.
+    template <class Visit>
+    __device__ void flush(const Visit& visit) {
+        __syncwarp();
+#pragma unroll 1  // it stands in many places and runs in few
+        for (int at = static_cast<int>(threadIdx.x % 32); at < n_; at += 32) {
+            const uint2 entry = entries_[at];
+            visit(at, Found{static_cast<int>(entry.x >> 4), static_cast<int>(entry.x & 15), __uint_as_float(entry.y)});
+        }
+        __syncwarp();
+        n_ = 0;
+    }
+
+  private:
+    uint2* entries_;
+    int n_ = 0;
 };
 
 /// Per feature, over pairs a = h(base), b = h(other): the sums of ShiftSums in their order, then kWeights sums of
@@ -244,7 +292,7 @@ struct MomentsEpilogue {
 template <class Activation>
 struct AppendEpilogue {
     static constexpr bool paired = false;
-    static constexpr int warp_shared_bytes = 0;
+    static constexpr int warp_shared_bytes = WarpList::kBytes;
 
     struct Params {
         EncoderVectors vectors;
@@ -255,54 +303,48 @@ struct AppendEpilogue {
         int64_t capacity, first_token;
     };
 
-    __device__ AppendEpilogue(const Params& params, void*, int64_t feature0)
-        : features_(params.vectors, feature0, params.n_features), feature0_(feature0) {}
+    __device__ AppendEpilogue(const Params& params, void* warp_shared, int64_t feature0)
+        : features_(params.vectors, feature0, params.n_features),
+          list_(warp_shared),
+          first_feature_(feature0 - threadIdx.x % 32 / 4) {}
 
     template <int n_blocks>
     __device__ void tile(const float (&acc)[4 * n_blocks], const Params& params, int64_t token0) {
-        const int lane = static_cast<int>(threadIdx.x % 32);
         const ThreadTokens tokens(token0, params.n_tokens);
-        uint32_t fired[n_blocks / 8] = {};  // a bit for each of acc
 #pragma unroll
-        for (int n = 0; n < 4 * n_blocks; ++n)
-            if (features_.activation[n / 2 % 2].fires(acc[n]) && tokens.has(n / 4, n % 2))
-                fired[n / 32] |= 1u << n % 32;
-        int n_mine = 0;
+        for (int i = 0; i < n_blocks; ++i) {
+            bool fires[4];
+            float h[4];
 #pragma unroll
-        for (const uint32_t bits : fired) n_mine += __popc(bits);
-        int end = n_mine;  // inclusive prefix sum over lanes
-#pragma unroll
-        for (int step = 1; step < 32; step *= 2) {
-            const int below = __shfl_sync(kAllLanes, end, lane - step < 0 ? lane : lane - step);
-            if (lane >= step) end += below;
-        }
-        const int n_warp = __shfl_sync(kAllLanes, end, 31);
-        if (n_warp == 0) return;
-        unsigned long long start = 0;
-        if (lane == 0) start = atomicAdd(params.count, static_cast<unsigned long long>(n_warp));
-        int64_t at = static_cast<int64_t>(__shfl_sync(kAllLanes, start, 0)) + end - n_mine;
-        // The same activations, but by a way that the compiler cannot see through: else it keeps all features of the
-        // first pass for the second one, and has no registers for them.
-        Activation again[2] = {features_.activation[0], features_.activation[1]};
-#pragma unroll
-        for (int j = 0; j < 2; ++j) again[j].scale = __shfl_sync(kAllLanes, again[j].scale, lane);
-#pragma unroll
-        for (int n = 0; n < 4 * n_blocks; ++n) {
-            const int j = n / 2 % 2;
-            if ((fired[n / 32] >> n % 32 & 1) == 0) continue;
-            if (at < params.capacity) {
-                params.keys[at] = (params.first_token + tokens.at(n / 4, n % 2)) << 32 | (feature0_ + 8 * j);
-                params.values[at] = again[j](acc[n]);
+            for (int n = 0; n < 4; ++n) {
+                fires[n] = features_.activation[n / 2].fires(acc[4 * i + n]) && tokens.has(i, n % 2);
+                h[n] = features_.activation[n / 2](acc[4 * i + n]);
             }
-            ++at;
+            if (!__any_sync(kAllLanes, fires[0] || fires[1] || fires[2] || fires[3])) continue;
+            list_.collect(fires, h, i);
+            if (list_.is_full()) flush(params, token0);
         }
+        if (list_.size() > 0) flush(params, token0);
     }
 
     __device__ void finish(const Params&, int64_t) {}
 
   private:
+    __device__ void flush(const Params& params, int64_t token0) {
+        unsigned long long start = 0;
+        if (threadIdx.x % 32 == 0) start = atomicAdd(params.count, static_cast<unsigned long long>(list_.size()));
+        start = __shfl_sync(kAllLanes, start, 0);
+        list_.flush([&](int rank, const WarpList::Found& found) {
+            const int64_t at = static_cast<int64_t>(start) + rank;
+            if (at >= params.capacity) return;
+            params.keys[at] = (params.first_token + token0 + found.token) << 32 | (first_feature_ + found.feature);
+            params.values[at] = found.value;
+        });
+    }
+
     FeaturePair<Activation> features_;
-    int64_t feature0_;
+    WarpList list_;
+    int64_t first_feature_;
 };
 
 /// TopK and AbsTopK: pre-activations as they are, or those that exceed their row's bound. `gate` is not used.
@@ -349,7 +391,7 @@ struct DenseEpilogue {
 /// capacity.
 struct CandidateEpilogue {
     static constexpr bool paired = false;
-    static constexpr int warp_shared_bytes = 0;
+    static constexpr int warp_shared_bytes = WarpList::kBytes;
 
     struct Params {
         PreActivations from;
@@ -361,42 +403,58 @@ struct CandidateEpilogue {
         int64_t first_feature;  ///< column number of feature 0
     };
 
-    __device__ CandidateEpilogue(const Params& params, void*, int64_t feature0)
-        : features_(params.from.vectors, feature0, params.from.n_features), feature0_(feature0) {}
+    __device__ CandidateEpilogue(const Params& params, void* warp_shared, int64_t feature0)
+        : features_(params.from.vectors, feature0, params.from.n_features),
+          list_(warp_shared),
+          first_feature_(params.first_feature + feature0 - threadIdx.x % 32 / 4) {}
 
     template <int n_blocks>
     __device__ void tile(const float (&acc)[4 * n_blocks], const Params& params, int64_t token0) {
+        constexpr int kAtOnce = 4;  // bounds are loaded before they are needed, as many as there are registers for
         const ThreadTokens tokens(token0, params.from.n_tokens);
 #pragma unroll
-        for (int i = 0; i < n_blocks; ++i)
+        for (int first = 0; first < n_blocks; first += kAtOnce) {
+            float bounds[kAtOnce][2];
 #pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                if (!tokens.has(i, e)) continue;
-                // Read-only, so that no load waits for an append before it.
-                const float bound = __ldg(params.bounds + tokens.at(i, e));
+            for (int i = 0; i < kAtOnce; ++i)
 #pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    const float pre =
-                        features_.activation[j].scale * acc[4 * i + 2 * j + e] + features_.activation[j].bias;
-                    const float size = params.from.absolute && pre < 0 ? -pre : pre;
-                    if (size > bound && feature0_ + 8 * j < params.from.n_features)
-                        append(params, tokens.at(i, e), params.first_feature + feature0_ + 8 * j, pre);
+                for (int e = 0; e < 2; ++e)
+                    bounds[i][e] = tokens.has(first + i, e) ? __ldg(params.bounds + tokens.at(first + i, e)) : INFINITY;
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                bool exceeds[4];
+                float pre[4];
+#pragma unroll
+                for (int n = 0; n < 4; ++n) {
+                    // A feature past the end has a pre-activation of 0, which exceeds no bound.
+                    const JumpRelu<float>& activation = features_.activation[n / 2];
+                    pre[n] = activation.scale * acc[4 * (first + i) + n] + activation.bias;
+                    exceeds[n] = (params.from.absolute ? fabsf(pre[n]) : pre[n]) > bounds[i][n % 2];
                 }
+                if (!__any_sync(kAllLanes, exceeds[0] || exceeds[1] || exceeds[2] || exceeds[3])) continue;
+                list_.collect(exceeds, pre, first + i);
+                if (list_.is_full()) flush(params, token0);
             }
+        }
+        if (list_.size() > 0) flush(params, token0);
     }
 
     __device__ void finish(const Params&, int64_t) {}
 
   private:
-    __device__ static void append(const Params& params, int64_t token, int64_t column, float pre) {
-        const int at = atomicAdd(params.counts + token, 1);
-        if (at >= params.capacity) return;
-        params.columns[token * params.capacity + at] = static_cast<int32_t>(column);
-        params.values[token * params.capacity + at] = pre;
+    __device__ void flush(const Params& params, int64_t token0) {
+        list_.flush([&](int, const WarpList::Found& found) {
+            const int64_t token = token0 + found.token;
+            const int at = atomicAdd(params.counts + token, 1);
+            if (at >= params.capacity) return;
+            params.columns[token * params.capacity + at] = static_cast<int32_t>(first_feature_ + found.feature);
+            params.values[token * params.capacity + at] = found.value;
+        });
     }
 
     FeaturePair<JumpRelu<float>> features_;
-    int64_t feature0_;
+    WarpList list_;
+    int64_t first_feature_;
 };
 
 }  // namespace sts::cuda

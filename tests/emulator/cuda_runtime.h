@@ -15,6 +15,9 @@
 #define __shared__ static
 
 using dim3 = emulator::Dim3;
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
 #define threadIdx (emulator::current().thread)
 #define blockIdx (emulator::current().block->index)
 #define blockDim (emulator::Machine::get().block_shape)
@@ -59,6 +62,12 @@ T __ldg(const T* address) {
 inline int __any_sync(unsigned, int predicate) {
     const int* all = emulator::exchange(predicate != 0 ? 1 : 0);
     return std::any_of(all, all + 32, [](int one) { return one != 0; });
+}
+inline unsigned __ballot_sync(unsigned, int predicate) {
+    const int* all = emulator::exchange(predicate != 0 ? 1 : 0);
+    unsigned lanes = 0;
+    for (int lane = 0; lane < 32; ++lane) lanes |= static_cast<unsigned>(all[lane]) << lane;
+    return lanes;
 }
 template <class T>
 T atomicAdd(T* address, T value) {

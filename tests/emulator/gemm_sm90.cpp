@@ -91,6 +91,22 @@ int64_t emulate_append(const Operands* operands, const Vectors* vectors, int n_m
     return status == 0 ? static_cast<int64_t>(count) : -1;
 }
 
+/// columns, values [n_tokens, capacity], counts [n_tokens]
+int emulate_candidates(const Operands* operands, const Vectors* vectors, const float* bounds, int absolute,
+                       int n_multiprocessors, uint64_t seed, int64_t capacity, int32_t* columns, float* values,
+                       int* counts) {
+    emulator::Machine::get().seed = seed;
+    const CandidateEpilogue::Params params{
+        {{vectors->scale, vectors->bias, vectors->threshold}, operands->n_tokens, operands->n_features, absolute != 0},
+        bounds,
+        columns,
+        values,
+        counts,
+        capacity,
+        1000};
+    return sm90_launch<CandidateEpilogue>(operands->product(), params, n_multiprocessors, nullptr);
+}
+
 /// What a schedule deals out: for each of its clusters' tiles, in order, the cluster, the tile and the slot. Returns
 /// how many, and the lanes and the number of slots.
 int64_t deal(int64_t n_strips, int64_t n_tiles, int max_clusters, int64_t strip_bytes, int64_t cache_bytes,
