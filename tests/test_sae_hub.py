@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_sae import D_IN, D_SAE, dense, tensors_of, write_sae
+from sparse_features import dense
+from test_sae import D_IN, D_SAE, tensors_of, write_sae
 
 from sts_fast.errors import InputError
 from sts_fast.sae import load_sae
