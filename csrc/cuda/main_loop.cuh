@@ -1,6 +1,7 @@
 #pragma once
 #include "cuda/fold.cuh"
 #include "cuda/gemm_sm80.cuh"
+#include "cuda/gemm_sm90.cuh"
 #include "cuda/ops.h"
 
 /// The choice of a main loop, and what every op with sums does around it.
@@ -16,14 +17,23 @@ inline EncoderVectors encoder_vectors(const Vectors& vectors) {
     return {vectors.scale, vectors.bias, vectors.gate};
 }
 
+/// Hopper's own loop where it is to be had; the other one runs everywhere.
+inline bool use_sm90(const Device& device, const Product& product) {
+    const bool hopper = device.major == 9 && device.minor == 0;
+    return (device.loop == Loop::sm90 || (device.loop == Loop::automatic && hopper)) && sm90_serves(product);
+}
+
 template <class Epilogue>
 cudaError_t launch_product(const Device& device, const Product& product, const typename Epilogue::Params& params) {
-    return launch_sm80<Epilogue>(product, params, device.n_multiprocessors, device.stream);
+    return (use_sm90(device, product) ? sm90_launch<Epilogue> : launch_sm80<Epilogue>)(
+        product, params, device.n_multiprocessors, device.stream);
 }
 
 template <class Epilogue>
 SlabShape slab_shape(const Device& device, const Product& product) {
-    return {Sm80::n_lanes<Epilogue>(product.n_features(), product.n_tokens(), device.n_multiprocessors),
+    const int n = device.n_multiprocessors;
+    return {use_sm90(device, product) ? sm90_slots<Epilogue>(product, n)
+                                      : Sm80::n_lanes<Epilogue>(product.n_features(), product.n_tokens(), n),
             Epilogue::kSums};
 }
 
