@@ -191,6 +191,10 @@ py::tuple as_tuple(const SlabShape& shape) {
 
 // The docstrings are in _cuda.pyi.
 PYBIND11_MODULE(STS_CUDA_MODULE, m) {
+#ifdef STS_EMULATOR
+    // Another order in which threads take turns.
+    m.def("set_seed", [](uint64_t seed) { emulator::Machine::get().seed = seed; }, py::arg("seed"));
+#endif
     m.def("device_count", &device_count);
     m.def("missing_reason", &missing_reason);
     m.attr("depth_multiple") = kDepth;

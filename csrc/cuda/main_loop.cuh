@@ -25,8 +25,9 @@ inline bool use_sm90(const Device& device, const Product& product) {
 
 template <class Epilogue>
 cudaError_t launch_product(const Device& device, const Product& product, const typename Epilogue::Params& params) {
-    return (use_sm90(device, product) ? sm90_launch<Epilogue> : launch_sm80<Epilogue>)(
-        product, params, device.n_multiprocessors, device.stream);
+    return (use_sm90(device, product) ? sm90_launch<Epilogue> : launch_sm80<Epilogue>)(product, params,
+                                                                                       device.n_multiprocessors,
+                                                                                       device.stream);
 }
 
 template <class Epilogue>

@@ -21,7 +21,8 @@ else:
 
 PRECISIONS = ("bf16", "bf16x2", "fp32")
 WORKSPACE_BYTES = 64 << 20  # of each kind: prepared rows, dense strips, lists of candidates
-MAIN_LOOP = "automatic"
+FIRST_STRIP = 8192  # features whose k largest values bound the row's, at least an eighth of all
+MAIN_LOOP = "automatic"  # or "sm80", which runs on every GPU, or "sm90"
 
 _SUMS = ("sum_sq_shift", "sum_base", "sum_other", "sum_sq_base", "sum_sq_other", "n_fired_base", "n_fired_other")
 _NO_KEY = (1 << 63) - 1
@@ -401,7 +402,7 @@ class _Call:
     def _top_k_blocks(self) -> Iterator[tuple[int, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]]:
         """(first row, for each member (columns [n, k], values [n, k], counts [n])) of the rows' k largest values."""
         W_rows = self.encoder.d_sae
-        strip = min(W_rows, max(8192, W_rows // 8))
+        strip = min(W_rows, max(FIRST_STRIP, W_rows // 8))
         for start, prepared in self._prepared_blocks(strip * 4):
             n = min(self.n_tokens - start, self.rows_per_block)
             lists = [self._row_top_k(rows, n, strip, dense=False) for rows in prepared]
@@ -412,7 +413,7 @@ class _Call:
             yield start, lists
 
     def _row_top_k(self, rows: Any, n: int, strip: int, *, dense: bool) -> Any:
-        """The k largest of each row. Those of the first strip bound the row's from below, which leaves few of the rest."""
+        """The k largest of each row. Those of the first strip bound the row's from below: few of the rest pass."""
         import torch
 
         encoder, device = self.encoder, self.encoder.device
@@ -432,7 +433,7 @@ class _Call:
 
         bounds = torch.empty(n, dtype=torch.float32, device=device)
         pre = torch.empty((n, strip), dtype=torch.float32, device=device)
-        lists = None
+        lists: Any = None
         for first in range(0, encoder.d_sae if dense else strip, strip):
             W, vectors = encoder.strip(first, min(first + strip, encoder.d_sae))
             part = pre.flatten()[: n * min(strip, encoder.d_sae - first)].view(n, -1)
@@ -443,7 +444,8 @@ class _Call:
             product = load().Product(W, rows)
             load().append_candidates(self.device, product, vectors, absolute, bounds, lists, strip)
             lists = select(lists, None, 0, k)
-        return tuple(part[:, :k].contiguous() if part.ndim == 2 else part for part in lists)
+        columns, values, counts = lists
+        return columns[:, :k].contiguous(), values[:, :k].contiguous(), counts
 
     def _prepared_blocks(self, bytes_per_row: int = 0) -> Iterator[tuple[int, list[Any]]]:
         """(first row, the members' rows as the products take them), in blocks that bound the workspace."""
