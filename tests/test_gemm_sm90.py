@@ -255,29 +255,36 @@ SCHEDULES = [
 
 
 @pytest.mark.parametrize(("n_strips", "n_tiles", "max_clusters", "strip_bytes"), SCHEDULES)
-def test_schedule_deals_every_tile_once_and_evenly(
+def test_schedule_deals_every_tile_once_evenly_and_in_step(
     emulated: ctypes.CDLL, n_strips: int, n_tiles: int, max_clusters: int, strip_bytes: int
 ) -> None:
     cache = 24 * MIB
-    dealt = np.full((n_strips * n_tiles, 3), -1, np.int64)
+    dealt = np.full((n_strips * n_tiles, 4), -1, np.int64)
     shape = np.zeros(3, np.int64)
     longs = ctypes.POINTER(ctypes.c_int64)
     sizes = (ctypes.c_int64(size) for size in (n_strips, n_tiles, max_clusters, strip_bytes, cache))
     n = emulated.deal(*sizes, shape.ctypes.data_as(longs), dealt.ctypes.data_as(longs))
     lanes_n, lanes_m, n_slots = shape
     assert n == len(dealt)
-    cluster, tile, slot = dealt.T
-    assert sorted(tile) == list(range(n)), "every tile is dealt once"
+    cluster, strip, tile, slot = dealt.T
+    assert len(np.unique(strip * n_tiles + tile)) == n, "every tile is dealt once"
+    assert strip.max() == n_strips - 1
+    assert tile.max() == n_tiles - 1
     per_cluster = np.bincount(cluster, minlength=lanes_n * lanes_m)
     assert per_cluster.max() - per_cluster.min() <= 2
     assert lanes_n * lanes_m >= 0.9 * min(max_clusters, n)
     assert lanes_n == 1 or lanes_n * strip_bytes <= cache
     assert (slot >= 0).all()
     assert (slot < n_slots).all()
-    owners = {(int(t) // n_tiles, int(s)): int(c) for c, t, s in dealt}
-    assert all(owners[int(t) // n_tiles, int(s)] == c for c, t, s in dealt), "no two clusters share a slot of a strip"
-    runs = [t for _, t in itertools.groupby(dealt, key=lambda row: int(row[0]))]
-    assert all((np.diff([row[1] for row in run]) > 0).all() for run in map(list, runs)), "in order"
+    owners = np.unique(np.stack([strip * n_slots + slot, cluster]), axis=1)[0]
+    assert len(np.unique(owners)) == len(owners), "no two clusters share a slot of a strip"
+
+    runs = [dealt[cluster == c] for c in range(lanes_n * lanes_m)]
+    assert all((np.diff(run[:, 1]) >= 0).all() for run in runs), "a cluster leaves a strip once"
+    for lane_m in range(lanes_m):
+        in_step = [run[run[:, 1] < run[-1, 1], 2] for run in runs[lane_m::lanes_m] if len(run)]
+        longest = max(in_step, key=len)
+        assert all((tiles == longest[: len(tiles)]).all() for tiles in in_step), "but for their last strip"
 
 
 def cuda_tool(name: str) -> str:

@@ -23,7 +23,7 @@
 ///
 ///   Epilogue(params, warp_shared, feature0)   at the start of a strip of tiles that have their features in common;
 ///                                             feature0 is that of j = 0: the warp's first feature + lane / 4
-///   tile<n_blocks>(acc, params, token0)       for each tile, in ascending order of tokens
+///   tile<n_blocks>(acc, params, token0)       for each tile, in an order that the geometry fixes
 ///   finish(params, slot)                      at the end: writes the strip's sums into row `slot` of the slab
 ///
 /// `warp_shared` is the warp's own, warp_shared_bytes of shared memory, 16-byte aligned, kept over the strip. Sums are

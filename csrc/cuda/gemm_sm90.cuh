@@ -76,8 +76,9 @@ template <class Epilogue>
 __device__ __forceinline__ void load_tiles(const Arguments<typename Epilogue::Params>& arguments, const Ring& ring,
                                            const TileRange& tiles, int block) {
     PipelineStage stage(kStages);
-    for (int64_t tile = tiles.begin; tile < tiles.end; tile += tiles.step) {
-        const int64_t strip = tile / arguments.schedule.n_tiles, column_tile = tile % arguments.schedule.n_tiles;
+    for (int64_t place = tiles.begin; place < tiles.end; place += tiles.step) {
+        const int64_t strip = place / arguments.schedule.n_tiles;
+        const int64_t column_tile = arguments.schedule.token_tile(tiles, place);
         const int feature = static_cast<int>(strip * kStripFeatures) + block * kTileFeatures;
         const int token = static_cast<int>(Epilogue::paired ? column_tile * kHalfTokens
                                                             : column_tile * kTileColumns + block * kHalfTokens);
@@ -113,12 +114,12 @@ __device__ __forceinline__ void multiply_tiles(const Arguments<typename Epilogue
     int until_ahead = multiplier == 0 ? kStepsAhead + 1 : 0;
     if (multiplier == 1 && n_steps > kStepsAhead && tiles.begin < tiles.end) barrier_wait(ring.ahead, 0);
 
-    for (int64_t tile = tiles.begin; tile < tiles.end;) {
-        const int64_t strip = tile / schedule.n_tiles, first_tile = strip * schedule.n_tiles;
-        const int64_t end = first_tile + schedule.n_tiles < tiles.end ? first_tile + schedule.n_tiles : tiles.end;
+    for (int64_t place = tiles.begin; place < tiles.end;) {
+        const int64_t strip = place / schedule.n_tiles, next = (strip + 1) * schedule.n_tiles;
+        const int64_t end = next < tiles.end ? next : tiles.end;
         Epilogue epilogue(arguments.epilogue, scratch + warp * Epilogue::warp_shared_bytes,
                           strip * kStripFeatures + block * kTileFeatures + warp * 16 + lane / 4);
-        for (; tile < end; tile += tiles.step) {
+        for (; place < end; place += tiles.step) {
             int previous = -1;
             for (int step = 0; step < n_steps; ++step, stage.advance()) {
                 barrier_wait(ring.full + stage.index, stage.parity);
@@ -140,7 +141,7 @@ __device__ __forceinline__ void multiply_tiles(const Arguments<typename Epilogue
             release(previous);
             epilogue.template tile<kTileColumns / 8>(
                 accumulators, arguments.epilogue,
-                (tile - first_tile) * (Epilogue::paired ? kHalfTokens : kTileColumns));
+                schedule.token_tile(tiles, place) * (Epilogue::paired ? kHalfTokens : kTileColumns));
         }
         epilogue.finish(arguments.epilogue, schedule.slot_of(cluster, strip));
     }

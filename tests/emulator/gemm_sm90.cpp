@@ -107,8 +107,8 @@ int emulate_candidates(const Operands* operands, const Vectors* vectors, const f
     return sm90_launch<CandidateEpilogue>(operands->product(), params, n_multiprocessors, nullptr);
 }
 
-/// What a schedule deals out: for each of its clusters' tiles, in order, the cluster, the tile and the slot. Returns
-/// how many, and the lanes and the number of slots.
+/// What a schedule deals out: for each of its clusters' places, in order, the cluster, the strip, the tile of tokens
+/// and the slot. Returns how many, and the lanes and the number of slots.
 int64_t deal(int64_t n_strips, int64_t n_tiles, int max_clusters, int64_t strip_bytes, int64_t cache_bytes,
              int64_t* lanes_and_slots, int64_t* dealt) {
     const StripSchedule schedule = make_schedule(n_strips, n_tiles, max_clusters, strip_bytes, cache_bytes);
@@ -118,10 +118,12 @@ int64_t deal(int64_t n_strips, int64_t n_tiles, int max_clusters, int64_t strip_
     int64_t n = 0;
     for (int cluster = 0; cluster < schedule.n_clusters(); ++cluster) {
         const TileRange tiles = schedule.tiles_of(cluster);
-        for (int64_t tile = tiles.begin; tile < tiles.end; tile += tiles.step, ++n) {
-            dealt[3 * n] = cluster;
-            dealt[3 * n + 1] = tile;
-            dealt[3 * n + 2] = schedule.slot_of(cluster, tile / n_tiles);
+        for (int64_t place = tiles.begin; place < tiles.end; place += tiles.step, ++n) {
+            const int64_t strip = place / n_tiles;
+            dealt[4 * n] = cluster;
+            dealt[4 * n + 1] = strip;
+            dealt[4 * n + 2] = schedule.token_tile(tiles, place);
+            dealt[4 * n + 3] = schedule.slot_of(cluster, strip);
         }
     }
     return n;
