@@ -267,8 +267,8 @@ def _npz(path: Path, file: BinaryIO) -> dict[str, torch.Tensor]:
             with archive.open(info) as member:
                 shape, is_fortran, dtype = _npy_header(member)
                 header = member.tell()
-            if dtype.kind != "f" or not dtype.isnative:
-                raise InputError(f"{path}: {name} has dtype {dtype}, but floating-point numbers are needed")
+            if dtype.kind not in "fiu" or not dtype.isnative:
+                raise InputError(f"{path}: {name} has dtype {dtype}, but numbers of this machine's kind are needed")
             n_bytes = dtype.itemsize * int(np.prod([int(n) for n in shape], dtype=object))
             if header + n_bytes != info.file_size:
                 raise InputError(f"{path}: {name} claims shape {list(shape)}, but its data is of another size")
