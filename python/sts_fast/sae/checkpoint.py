@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
-BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 8 << 20
 PICKLE_BYTES = 16 << 20  # of a .pt file's table of contents, which names and shapes fill to a few kB
 # Weights hardly compress: what unpacks to more than this many times its file is a bomb.
 MOST_UNPACKED = 20
