@@ -1,6 +1,6 @@
 """Forecast, then GRPO with TRL while the forecast is watched; training stops where a protected domain moves too far.
 
-    python examples/trl_grpo.py [folder]
+python examples/trl_grpo.py [folder]
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ def main(folder: Path) -> None:
     trainer.train()
 
     for found in monitor.history:
-        print(f"step {found.step}: overlap {found.overlap:.0%}, exposure of {PROTECTED} {found.exposure[PROTECTED]:.3g}")
+        print(
+            f"step {found.step}: overlap {found.overlap:.0%}, exposure of {PROTECTED} {found.exposure[PROTECTED]:.3g}"
+        )
     rewards = [logs["reward"] for logs in trainer.state.log_history if "reward" in logs]
     print(f"reward {rewards[0]:.2f} at first, {rewards[-1]:.2f} at last")
 

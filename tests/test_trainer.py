@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -241,3 +243,15 @@ def test_damaged_forecasts_are_told(run: Path, tmp_path: Path) -> None:
     (damaged / "scores.json").write_text("{}")
     with pytest.raises(InputError, match=r"scores\.json is not a forecast"):
         TransferMonitor(damaged, output=tmp_path / "watch")
+
+
+@pytest.mark.parametrize("name", ["trl_sft", "trl_grpo"])
+def test_the_examples_run(name: str, tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "examples" / f"{name}.py"
+    ran = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    history = json.loads((tmp_path / "training" / "training.json").read_text())["history"]
+    assert f"step {history[-1]['step']}: " in ran.stdout
+    assert (tmp_path / "training" / "scores.json").is_file()
+    if name == "trl_grpo":
+        assert "training stops at step 10" in ran.stderr
