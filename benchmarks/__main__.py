@@ -43,8 +43,11 @@ PLAN: Plan = {
     "topk subset": {(768, 65536): [1024], WIDE: [512]},
 }
 QUICK: Plan = {op: {SMALL: [512]} for op in OPS}
-MEMORY_PLAN: Plan = {"shift": PLAN["shift"], **{op: {MIDDLE: [4096], WIDE: [512]} for op in ("correlate", "encode")}}
-MEMORY_PLAN |= {"subset": {WIDE: [512]}, "topk": {(768, 65536): [1024], (3584, 131072): [512]}}
+MEMORY_PLAN: Plan = {
+    "shift": {SMALL: [4096], MIDDLE: [512, 2048, 16384], NARROW: [2048], WIDE: [512]},
+    **{op: {MIDDLE: [4096], WIDE: [512]} for op in ("correlate", "encode", "subset")},
+    "topk": {(768, 65536): [1024], (3584, 131072): [512]},
+}
 
 
 def make_bench(op: str, size: Size, device: str) -> Bench:
@@ -114,7 +117,7 @@ def measurements(plan: Plan, options: argparse.Namespace) -> Iterator[tuple[str,
                 yield "timings", timing.measure(bench, threads, options.seconds)
     if "memory" in options.measure:
         for op, of_size in chosen_cases(MEMORY_PLAN, options):
-            yield "memory", memory.measure(make_bench(op, of_size, options.device), max(options.threads))
+            yield "memory", memory.measure(op, of_size, options.device, max(options.threads))
 
 
 if __name__ == "__main__":

@@ -122,7 +122,9 @@ def top_k(case: Case, acts: torch.Tensor, lap: Lap) -> Entries:
         best, among = torch.topk(torch.cat(values, dim=1), TOP_K, dim=1, sorted=False)
         chosen = torch.cat(indices, dim=1).gather(1, among)
         lap("topk")
-    return Entries(torch.arange(len(acts)).repeat_interleave(TOP_K), chosen.flatten(), best.relu_().flatten())
+    return Entries(
+        torch.arange(len(acts), device=case.device).repeat_interleave(TOP_K), chosen.flatten(), best.relu_().flatten()
+    )
 
 
 class SaeLens:

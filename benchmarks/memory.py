@@ -1,17 +1,22 @@
 """Peak memory that one run takes beyond what was there before and what it returns, in a process of its own.
 
-    python -m benchmarks.memory OP D_IN D_SAE ROWS THREADS DEVICE CONTESTANT
+    python -m benchmarks.memory OP D_IN D_SAE ROWS THREADS DEVICE
 
-prints bytes. The SAE and the activations are there before, and a run on a few rows has been made, so that libraries are
-loaded. torch.compile has seen all of the rows before, and so compiles nothing.
+prints the bytes of every contestant as JSON. The SAE and the activations are there before, and a run on a few rows has
+been made, so that libraries are loaded. torch.compile has seen all of the rows before, and so compiles nothing.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
+import operator
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +28,14 @@ from benchmarks.cases import Bench, Size
 WARM_UP_ROWS = 64
 
 
-def measure(bench: Bench, threads: int) -> dict[str, Any]:
-    """Extra bytes of every contestant, each in a fresh process."""
-    size = bench.case.size
-    command = [sys.executable, "-m", "benchmarks.memory", bench.op]
-    command += [str(number) for number in (size.d_in, size.d_sae, size.rows, threads)] + [bench.case.device]
-    extra = {}
-    for contestant in bench.contestants:
-        ran = subprocess.run([*command, contestant.name], check=True, stdout=subprocess.PIPE, text=True)
-        extra[contestant.name] = int(ran.stdout)
+def measure(op: str, size: Size, device: str, threads: int) -> dict[str, Any]:
+    """Extra bytes of every contestant."""
+    arguments = [op, str(size.d_in), str(size.d_sae), str(size.rows), str(threads), device]
+    command = [sys.executable, "-m", "benchmarks.memory", *arguments]
+    ran = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return {
-        **{"op": bench.op, "d_in": size.d_in, "d_sae": size.d_sae, "rows": size.rows, "threads": threads},
-        "extra_bytes": extra,
+        **{"op": op, "d_in": size.d_in, "d_sae": size.d_sae, "rows": size.rows, "threads": threads},
+        "extra_bytes": json.loads(ran.stdout),
     }
 
 
@@ -70,14 +71,40 @@ def n_bytes(result: Any) -> int:
     return result.nbytes if isinstance(result, (np.ndarray, torch.Tensor)) else 0
 
 
+def in_a_fork(run: Callable[[], int]) -> int:
+    """What run() returns in a copy of this process, which must not have used more than one thread."""
+    receive, send = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(send, str(run()).encode())
+        finally:
+            os._exit(0)
+    os.close(send)
+    with os.fdopen(receive) as answer:
+        text = answer.read()
+    os.waitpid(child, 0)
+    if not text:
+        raise RuntimeError("a contestant died while its memory was measured")
+    return int(text)
+
+
 def main() -> None:
     from benchmarks.__main__ import make_bench
     from benchmarks.timing import set_num_threads
 
-    op, d_in, d_sae, rows, threads, device, name = sys.argv[1:]
-    set_num_threads(int(threads))
-    with torch.no_grad():
-        print(extra_bytes(make_bench(op, Size(int(d_in), int(d_sae), int(rows)), device), name))
+    op, d_in, d_sae, rows, threads, device = sys.argv[1:]
+    torch.set_num_threads(1)
+    bench = make_bench(op, Size(int(d_in), int(d_sae), int(rows)), device)
+
+    @torch.no_grad()
+    def extra_bytes_of(name: str) -> int:
+        set_num_threads(int(threads))
+        return extra_bytes(bench, name)
+
+    names = [contestant.name for contestant in bench.contestants]
+    apart = in_a_fork if device == "cpu" else operator.call  # a GPU's memory is counted, and cannot be forked
+    print(json.dumps({name: apart(partial(extra_bytes_of, name)) for name in names}))
 
 
 if __name__ == "__main__":

@@ -112,7 +112,9 @@ def summed(bounds: Bounds) -> Bounds:
 def product_errors(case: Case, acts: torch.Tensor, result: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """How far x W_enc is from float64 on a sample of rows and columns, relative to the largest of them."""
     columns, rows = sample(result["hidden_pre"].shape[1]), torch.from_numpy(sample(len(acts)))
-    expected = (acts[rows].double() @ case.W_enc[:, result["columns"]][:, torch.from_numpy(columns)].double()).numpy()
+    expected = (
+        (acts[rows].double() @ case.W_enc[:, result["columns"]][:, torch.from_numpy(columns)].double()).cpu().numpy()
+    )
     got = result["hidden_pre"][rows][:, torch.from_numpy(columns)]
     yield "the product", error(got, Bounds(expected, expected, expected), np.abs(expected).max())
 

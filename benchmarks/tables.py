@@ -136,13 +136,13 @@ def timing_table(timings: list[dict[str, Any]]) -> str:
     peers = [name for name in names if name not in ours + floor]
     if not floor:
         peers = ours[1:] + peers
-    head = ["d_in × d_sae", "rows", "threads", "ms", "GFLOP/s", "of the FMA peak"]
+    head = ["d_in × d_sae", "rows", "threads", "ms", "GFLOP/s", "of the FMA peak", "speed-up"]
     head += [f"{name} / {PRODUCT}" for name in ours for _ in floor]
     head += [f"{peer} / {partner(peer, ours)}" for peer in peers]
     rows = []
     for timing in timings:
         row = [*size_of(timing), f"{median(timing, ours[0]) * 1e3:.4g}", f"{gflops(timing, ours[0]):.0f}"]
-        row.append(share_of_peak(timing, ours[0]))
+        row += [share_of_peak(timing, ours[0]), scaling(timing, timings, ours[0])]
         row += [both(timing, name, PRODUCT) for name in ours for _ in floor]
         row += [both(timing, peer, partner(peer, ours)) for peer in peers]
         rows.append(row)
@@ -165,6 +165,14 @@ def share_of_peak(timing: dict[str, Any], contestant: str) -> str:
     least = timing["flops"] / timing["peak_gflops"] / 1e9
     by_cpu = least * timing["threads"] / median(timing, contestant, "cpu_seconds")
     return f"{least / median(timing, contestant):.0%} / {by_cpu:.0%}"
+
+
+def scaling(timing: dict[str, Any], timings: list[dict[str, Any]], contestant: str) -> str:
+    """How many times faster than on one thread, by the clock; the two were timed one after the other."""
+    same = [each for each in timings if size_of(each)[:2] == size_of(timing)[:2] and each["threads"] == 1]
+    if timing["threads"] == 1 or not same:
+        return ""
+    return f"{median(same[0], contestant) / median(timing, contestant):.2f}"
 
 
 def size_of(record: dict[str, Any]) -> list[str]:

@@ -20,7 +20,7 @@ import sts_fast
 from benchmarks.cases import Bench
 
 WARM_UP_ROWS = 512
-MIN_ROUNDS, MAX_ROUNDS = 3, 15
+MIN_ROUNDS, MAX_ROUNDS, LONG_ROUND = 3, 15, 60.0
 
 
 class Run(NamedTuple):
@@ -59,7 +59,9 @@ class Laps:
 
 
 def measure(bench: Bench, threads: int, seconds: float) -> dict[str, Any]:
-    """Times every contestant in turn, round after round, until `seconds` are over; MIN_ROUNDS at least.
+    """Times every contestant in turn, round after round, until `seconds` are over.
+
+    There are at least MIN_ROUNDS, and two where a round takes longer than LONG_ROUND seconds.
 
     The results of the first round are checked before there is a second. Raises oracle.WrongResult.
     """
@@ -74,8 +76,10 @@ def measure(bench: Bench, threads: int, seconds: float) -> dict[str, Any]:
     peak = peak_gflops(threads) if device == "cpu" else None
     idle, own, start = idle_seconds(), time.process_time(), time.perf_counter()
     checking = 0.0
-    n_rounds = 0
-    while n_rounds < MAX_ROUNDS and (n_rounds < MIN_ROUNDS or time.perf_counter() - start - checking < seconds):
+    n_rounds, took = 0, 0.0
+    while (
+        n_rounds < 2 or (n_rounds < MIN_ROUNDS and took < 2 * LONG_ROUND) or (n_rounds < MAX_ROUNDS and took < seconds)
+    ):
         for contestant in bench.contestants:
             run, timed = timed_run(contestant.run, bench.inputs, device), contestants[contestant.name]
             timed["seconds"].append(run.clock)
@@ -88,6 +92,7 @@ def measure(bench: Bench, threads: int, seconds: float) -> dict[str, Any]:
                 checking += time.perf_counter() - before
             del run  # a dense result must not stand beside the next contestant's
         n_rounds += 1
+        took = time.perf_counter() - start - checking
     capacity = (time.perf_counter() - start) * (os.cpu_count() or 1)
     busy_elsewhere = capacity - (idle_seconds() - idle) - (time.process_time() - own)
     return {
