@@ -37,24 +37,23 @@ def ours(case: Case, n_targets: int, acts: torch.Tensor, targets: oracle.Doubles
 
 
 def in_place(case: Case, n_targets: int, acts: torch.Tensor, targets: oracle.Doubles, lap: Lap) -> dict[str, Any]:
-    """Dense features in float32, then one product with the targets and sums over the rows, in place."""
+    """Dense features in float32; one product gives their sums and cross-moments, the rest is in place."""
     y = torch.from_numpy(targets[:, :n_targets]).to(device=case.device, dtype=torch.float32)
-    sums: dict[str, Any] = {
-        name: torch.empty(case.size.d_sae, device=case.device) for name in ("sum_h", "sum_sq_h", "n_fired")
-    }
-    sums["sum_hy"] = torch.empty(case.size.d_sae, n_targets, device=case.device)
+    y_and_one = torch.cat([y, torch.ones(len(y), 1, device=case.device)], dim=1).T.contiguous()
+    sums = torch.empty(n_targets + 3, case.size.d_sae, device=case.device)
     for columns in case.slices():
         h = torch.addmm(case.bias[columns], acts, case.W_enc[:, columns])
         lap("product")
         h.relu_()
         lap("activation")
-        torch.mm(h.T, y, out=sums["sum_hy"][columns])
+        torch.mm(y_and_one, h, out=sums[: n_targets + 1, columns])
         lap("cross-moments")
-        sums["sum_h"][columns] = h.sum(dim=0)
-        sums["n_fired"][columns] = h.count_nonzero(dim=0).float()
-        sums["sum_sq_h"][columns] = h.square_().sum(dim=0)
-        lap("moments")
-    return sums
+        torch.sum(h.square_(), dim=0, out=sums[n_targets + 1, columns])
+        lap("squares")
+        torch.sum(h.sign_(), dim=0, out=sums[n_targets + 2, columns])
+        lap("firings")
+    sum_hy, (sum_h, sum_sq_h, n_fired) = sums[:n_targets].T, sums[n_targets:]
+    return {"sum_h": sum_h, "sum_sq_h": sum_sq_h, "n_fired": n_fired, "sum_hy": sum_hy}
 
 
 class BareProduct(Product):

@@ -24,9 +24,6 @@ class Size:
     d_sae: int
     rows: int  # of activations; pairs of rows, for the shift
 
-    def __str__(self) -> str:
-        return f"{self.d_in}x{self.d_sae}, {self.rows} rows"
-
 
 @lru_cache(maxsize=1)
 def weights(d_in: int, d_sae: int, device: str) -> torch.Tensor:
@@ -113,9 +110,9 @@ class Contestant:
 class Bench:
     """One op at one size, our contestants first.
 
-    inputs: tensors with a row per token, given to every contestant
-    flops:  multiplications and additions of the product, by contestant; those of the op itself under ""
-    check:  (contestant, result, inputs) -> largest relative error; raises oracle.WrongResult
+    inputs: arrays with a row per token, given to every contestant
+    flops:  multiplications and additions of our product
+    check:  (contestant's name, result, inputs) -> largest relative error; raises oracle.WrongResult
     """
 
     op: str

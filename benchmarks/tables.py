@@ -155,7 +155,7 @@ def partner(peer: str, ours: list[str]) -> str:
 
 
 def both(timing: dict[str, Any], contestant: str, other: str) -> str:
-    return f"{ratio(timing, contestant, other):.3g} / {ratio(timing, contestant, other, 'cpu_seconds'):.3g}"
+    return f"{times(ratio(timing, contestant, other))} / {times(ratio(timing, contestant, other, 'cpu_seconds'))}"
 
 
 def share_of_peak(timing: dict[str, Any], contestant: str) -> str:
@@ -201,32 +201,37 @@ def memory_table(measured: list[dict[str, Any]]) -> str:
 
 
 def headline(documents: Documents) -> str:
-    """The paired shift of every size on one thread, at most rows: there, other work takes no processor time away."""
+    """The ratios of the first machine that has them, on one thread: other work takes no processor time away there."""
     for _, document in documents:
-        timings, memory = document["timings"], document["memory"]
-        shifts = {(each["d_in"], each["d_sae"]): each for each in timings if is_shift(each) and each["threads"] == 1}
-        if not shifts:
-            continue
-        extra = {(each["d_in"], each["d_sae"]): each["extra_bytes"] for each in memory if is_shift(each)}
-        peers = [name for name in next(iter(shifts.values()))["contestants"] if not name.startswith(OURS)]
-        about = document["machine"]
-        rows = []
-        for size, timing in shifts.items():
-            row = [*size_of(timing)[:2], *(f"{ratio(timing, peer, OURS, 'cpu_seconds'):.2f}×" for peer in peers)]
-            of_size = extra.get(size)
-            rows.append(row + [f"{of_size[name] / 1e6:,.0f} MB" if of_size else "" for name in (OURS, "authors' way")])
-        head = ["d_in × d_sae", "pairs", *peers, "our extra memory", "authors'"]
-        return (
-            f"\nProcessor time of the paired shift in torch, in times of ours with all statistics, on "
-            f"one thread of an {about['processor']} "
-            f"(`python -m benchmarks --ops shift`; [all ops, parts, memory](benchmarks/README.md)):\n\n"
-            f"{markdown(head, rows)}\n"
-        )
+        timings = [timing for timing in document["timings"] if timing["threads"] == 1]
+        if any(timing["op"] == "shift" for timing in timings):
+            return (
+                f"\nMeasured on one thread ({document['machine']['processor']}, {document['machine']['instruction_set']}) by "
+                f"`python -m benchmarks`,\nover {n_sizes(timings)} sizes of SAE "
+                f"([each, with its memory and on more threads](benchmarks/README.md)):\n\n{headline_table(timings)}\n"
+            )
     return ""
 
 
-def is_shift(record: dict[str, Any]) -> bool:
-    return bool(record["op"] == "shift")
+def n_sizes(timings: list[dict[str, Any]]) -> int:
+    return len({(timing["d_in"], timing["d_sae"]) for timing in timings})
+
+
+def headline_table(timings: list[dict[str, Any]]) -> str:
+    rows = []
+    for op, title in TITLES.items():
+        of_op = [timing for timing in timings if timing["op"] == op]
+        names = list(of_op[0]["contestants"]) if of_op else []
+        ours = [name for name in names if name.startswith(OURS)]
+        for peer in names if op == "subset" else (name for name in names if name not in ours):
+            ratios = [ratio(timing, peer, partner(peer, ours), "cpu_seconds") for timing in of_op]
+            if peer != OURS:
+                rows.append([title, peer, " to ".join(dict.fromkeys((times(min(ratios)), times(max(ratios)))))])
+    return markdown(["", "what else computes it, or a part of it", "processor time, in times of ours"], rows)
+
+
+def times(number: float) -> str:
+    return f"{number:.2f}" if number < 10 else f"{number:.0f}"
 
 
 def markdown(head: list[str], rows: Iterable[list[str]]) -> str:

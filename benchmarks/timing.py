@@ -20,7 +20,7 @@ import sts_fast
 from benchmarks.cases import Bench
 
 WARM_UP_ROWS = 512
-MIN_ROUNDS, MAX_ROUNDS, LONG_ROUND = 3, 15, 60.0
+MIN_ROUNDS, MAX_ROUNDS, LONG_ROUND = 3, 15, 40.0
 
 
 class Run(NamedTuple):
