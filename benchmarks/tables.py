@@ -214,8 +214,9 @@ def headline(documents: Documents) -> str:
             about = document["machine"]
             n_sizes = len({(timing["d_in"], timing["d_sae"]) for timing in timings})
             return (
-                f"\nMeasured on one thread ({about['processor']}, {about['instruction_set']}) by `python -m benchmarks`, "
-                f"over {n_sizes} sizes of SAE\n([each, with its memory and on more threads](benchmarks/README.md)):\n\n"
+                f"\nMeasured on one thread of an {about['processor']} ({about['instruction_set']}) by "
+                f"`python -m benchmarks`, over {n_sizes} sizes of SAE\n"
+                "([each, with its memory and on more threads](benchmarks/README.md)):\n\n"
                 f"{headline_table(timings)}\n"
             )
     return ""
