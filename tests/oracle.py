@@ -261,7 +261,9 @@ def check_positions(
     """Asserts that the tokens read are those of the query's end, less special tokens and attention sinks, and that
     those which stand at the end of both prompts are paired."""
     base, demos, positions = row["base_ids"], row["demos_ids"], row["positions"]
-    sinks = set(np.flatnonzero(attention_sinks(here)).tolist())
+    # The last token that is read; what follows does not count towards the median either.
+    end = 1 + max((p for p in range(len(base)) if base[p] not in special_ids), default=-1)
+    sinks = set(np.flatnonzero(attention_sinks(here[:end])).tolist())
     n_special = 0 if tokens == "last" else row["n_special"]
     start = len(base) - (len(positions) + row["n_sinks"] + n_special)
     if tokens == "last":
@@ -274,14 +276,14 @@ def check_positions(
     assert positions == [p for p in span if p not in sinks]
     if is_same_prompt:
         assert row["paired"] == row["paired_demos"]
-        sinks |= set(np.flatnonzero(attention_sinks(there)).tolist())
+        sinks |= set(np.flatnonzero(attention_sinks(there[:end])).tolist())
         assert row["paired"] == [p for p in span if p not in sinks]
     elif demos:
         n_common = 0
         while n_common < min(len(base), len(demos)) and base[-1 - n_common] == demos[-1 - n_common]:
             n_common += 1
         offset = len(demos) - len(base)
-        sinks |= {int(p) - offset for p in np.flatnonzero(attention_sinks(there))}
+        sinks |= {int(p) - offset for p in np.flatnonzero(attention_sinks(there[: end + offset]))}
         assert row["paired"] == [p for p in span if p >= len(base) - n_common and p not in sinks]
         assert row["paired_demos"] == [p + offset for p in row["paired"]]
     else:

@@ -121,6 +121,11 @@ def sequences(*lengths: int) -> list[np.ndarray]:
     return [rng.integers(3, VOCABULARY, n).astype(np.int32) for n in lengths]
 
 
+def capture_within(batch_tokens: int, decoder: Decoder, *arguments: Any, **options: Any) -> Iterator[Any]:
+    decoder.passes.batch_tokens = batch_tokens
+    return capture(decoder, *arguments, **options)
+
+
 def make_prompt(name: str, base: Any, demos: Any = (), positions: Any = None, n_common: int | None = None) -> Prompt:
     """Reads `positions` (all by default); the last `n_common` tokens of both prompts are the same."""
     base, demos = np.asarray(base, np.int32), np.asarray(demos, np.int32)
@@ -250,7 +255,7 @@ def test_pairs_are_the_same_for_every_batch_budget(
 ) -> None:
     model, prompts = model_of(family), demo_prompts()
     seen = []
-    for (rows,) in capture(Decoder(model, 2), prompts, batch_tokens=batch_tokens):
+    for (rows,) in capture_within(batch_tokens, Decoder(model, 2), prompts):
         assert list(dict.fromkeys(rows.base_of.tolist())) == rows.prompts
         for slot, index in enumerate(rows.prompts):
             prompt = prompts[index]
@@ -276,7 +281,7 @@ def test_batches_keep_to_the_budget_and_run_shortest_first(
     # Of the longer prompt of each: 6 + i tokens of demonstration in front of the n - n // 3 in common.
     lengths = [12, 10, 17, 12, 15, 12, 20]
     assert [max(len(p.base_ids), len(p.demos_ids)) for p in prompts] == lengths
-    batches = [rows.prompts for (rows,) in capture(Decoder(model_of("llama"), 0), prompts, batch_tokens=batch_tokens)]
+    batches = [rows.prompts for (rows,) in capture_within(batch_tokens, Decoder(model_of("llama"), 0), prompts)]
     assert [index for batch in batches for index in batch] == [1, 0, 3, 5, 4, 2, 6]
     assert [len(batch) for batch in batches] == sizes
     for batch in batches:
@@ -285,7 +290,7 @@ def test_batches_keep_to_the_budget_and_run_shortest_first(
 
 def test_prompts_without_demonstrations_have_no_pairs(model_of: Callable[[str], Any]) -> None:
     prompts = [make_prompt("a", [5, 6, 7], positions=[2]), make_prompt("b", [8, 9], positions=[])]
-    ((rows,),) = capture(Decoder(model_of("llama"), 0), prompts, batch_tokens=100)
+    ((rows,),) = capture_within(100, Decoder(model_of("llama"), 0), prompts)
     assert rows.prompts == [1, 0]
     assert rows.base_of.tolist() == [0]
     assert rows.base.shape == (1, D_MODEL)
@@ -294,13 +299,13 @@ def test_prompts_without_demonstrations_have_no_pairs(model_of: Callable[[str], 
 
 
 def test_no_prompts_no_rows(model_of: Callable[[str], Any]) -> None:
-    assert list(capture(Decoder(model_of("llama"), 0), [], batch_tokens=100)) == []
+    assert list(capture_within(100, Decoder(model_of("llama"), 0), [])) == []
 
 
 def test_a_second_model_is_read_at_the_same_tokens(model_of: Callable[[str], Any]) -> None:
     model, tuned = model_of("llama"), model_of("qwen3")
     prompts = [make_prompt(f"p{i}", ids, positions=range(1, len(ids))) for i, ids in enumerate(sequences(6, 3, 8))]
-    for (rows,) in capture(Decoder(model, 1), prompts, batch_tokens=20, other=Decoder(tuned, 1)):
+    for (rows,) in capture_within(20, Decoder(model, 1), prompts, other=Decoder(tuned, 1)):
         for index in rows.prompts:
             ids = prompts[index].base_ids
             assert_close(rows.base[rows.base_of == index], hidden_states(model, ids, 1)[1:])
@@ -312,14 +317,18 @@ def test_a_second_model_is_read_at_the_same_tokens(model_of: Callable[[str], Any
 
 
 def test_sinks_stand_over_ten_times_the_median_norm() -> None:
-    norms = [10.5, 1.0, 1.0, 1.0, 9.5, 1.0, 10.01]
-    residual = torch.zeros(7, 3)
-    residual[:, 1] = torch.tensor(norms)
-    assert attention_sinks(residual).tolist() == [True, False, False, False, False, False, True]
-    assert attention_sinks(residual.bfloat16()).tolist()[:6] == [True, False, False, False, False, False]
-    assert attention_sinks(torch.zeros(4, 3)).tolist() == [False] * 4
-    assert attention_sinks(torch.zeros(0, 3)).tolist() == []
-    assert attention_sinks(torch.ones(1, 3)).tolist() == [False]
+    norms = np.array([10.5, 1.0, 1.0, 1.0, 9.5, 1.0, 10.01])
+    assert attention_sinks(norms).tolist() == [True, False, False, False, False, False, True]
+    assert attention_sinks(np.zeros(4)).tolist() == [False] * 4
+    assert attention_sinks(np.zeros(0)).tolist() == []
+    assert attention_sinks(np.ones(1)).tolist() == [False]
+
+
+def test_the_median_is_that_of_the_tokens_up_to_the_last_one_read() -> None:
+    # What stands after the last token read is not run: with it the median would be 2, and 30 a sink.
+    prompt = make_prompt("p", [4, 4, 30, 4, 2, 2, 2, 2, 2], positions=[2, 3])
+    ((rows,),) = capture_within(100, Decoder(HandMade(), 0), [prompt])
+    assert rows.base[:, 0].tolist() == [30, 4]
 
 
 class HandMade(torch.nn.Module):
@@ -342,14 +351,14 @@ class HandMade(torch.nn.Module):
 def test_a_pair_goes_where_either_token_is_a_sink() -> None:
     # In the base prompt 90 is a sink (median 3), in the demonstration prompt 900 is, and 90 is not (median 50).
     prompt = make_prompt("p", [90, 2, 3, 3, 900], [50, 50, 50, 50, 50, 50, 90, 2, 3, 3, 900], [1, 2, 4, 0], n_common=5)
-    ((rows,),) = capture(Decoder(HandMade(), 0), [prompt], batch_tokens=100)
+    ((rows,),) = capture_within(100, Decoder(HandMade(), 0), [prompt])
     assert rows.base[:, 0].tolist() == [2, 3]
     assert rows.kept[0].tolist() == [True, True, False, False]
     assert rows.paired[:, 0].tolist() == rows.demos[:, 0].tolist() == [2, 3]
     assert rows.kept_paired[0].tolist() == [True, True, False, False]
     # A token that is a sink only beside demonstrations stays among the base tokens, but its pair goes.
     prompt = make_prompt("p", [30, 40, 50], [3, 3, 3, 3, 3, 3, 3, 3, 3, 30, 40, 50], n_common=3)
-    ((rows,),) = capture(Decoder(HandMade(), 0), [prompt], batch_tokens=100)
+    ((rows,),) = capture_within(100, Decoder(HandMade(), 0), [prompt])
     assert rows.base[:, 0].tolist() == [30, 40, 50]
     assert rows.paired[:, 0].tolist() == [30]
     assert rows.kept[0].tolist() == [True, True, True]
@@ -359,7 +368,7 @@ def test_a_pair_goes_where_either_token_is_a_sink() -> None:
 def test_padding_does_not_move_the_median() -> None:
     # Beside a long prompt the short one is padded with zeros; its own median is 20, so 100 is no sink.
     prompts = [make_prompt("long", [5] * 30), make_prompt("short", [20, 20, 100])]
-    ((rows,),) = capture(Decoder(HandMade(), 0), prompts, batch_tokens=1000)
+    ((rows,),) = capture_within(1000, Decoder(HandMade(), 0), prompts)
     assert rows.base[rows.base_of == 1][:, 0].tolist() == [20, 20, 100]
 
 
@@ -372,7 +381,7 @@ def test_rows_for_the_core_are_float32_or_bfloat16() -> None:
     ):
         model = HandMade()
         model.layers[0].register_forward_hook(lambda module, args, output, dtype=dtype: output.to(dtype))
-        ((rows,),) = capture(Decoder(model, 0), [make_prompt("p", [1, 2])], batch_tokens=10)
+        ((rows,),) = capture_within(10, Decoder(model, 0), [make_prompt("p", [1, 2])])
         assert rows.base.dtype == rows.paired.dtype == rows.demos.dtype == expected
 
 
@@ -390,23 +399,23 @@ def one_sentence(error: pytest.ExceptionInfo[InputError]) -> str:
 def test_nan_names_the_example(value: float) -> None:
     prompts = [make_prompt("row 7", [1, 2])]
     with pytest.raises(InputError, match="the model gives NaN or infinity after layer 0 for example row 7: try") as e:
-        list(capture(Decoder(HandMade(last=value), 0), prompts, batch_tokens=10))
+        list(capture_within(10, Decoder(HandMade(last=value), 0), prompts))
     one_sentence(e)
 
 
 def test_nan_of_the_second_model_names_that() -> None:
     tuned = Decoder(HandMade(last=float("nan")), 0, name="tuned/model")
     with pytest.raises(InputError, match="tuned/model gives NaN or infinity after layer 0 for example p"):
-        list(capture(Decoder(HandMade(), 0), [make_prompt("p", [1, 2])], batch_tokens=10, other=tuned))
+        list(capture_within(10, Decoder(HandMade(), 0), [make_prompt("p", [1, 2])], other=tuned))
 
 
 def test_nan_weights(saved: Callable[[str], Path]) -> None:
     folder = saved("llama")
     change_weights(folder, lambda weights: weights["model.layers.1.mlp.up_proj.weight"].fill_(float("nan")))
     prompts = [make_prompt("row 3", [4, 5, 6])]
-    assert list(capture(load_decoder(folder, 0, device="cpu"), prompts, batch_tokens=10))
+    assert list(capture_within(10, load_decoder(folder, 0, device="cpu"), prompts))
     with pytest.raises(InputError, match=r"llama gives NaN or infinity after layer 1 for example row 3"):
-        list(capture(load_decoder(folder, 1, device="cpu"), prompts, batch_tokens=10))
+        list(capture_within(10, load_decoder(folder, 1, device="cpu"), prompts))
 
 
 def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:

@@ -285,11 +285,11 @@ def real_rows(template: PromptTemplate) -> torch.Tensor:
     for domain in ALL[::6]:
         drawn = organism.examples(domain, 24, seed=1)
         prompts += build_prompts(domain, drawn[4:], template, demos=drawn[:4]).prompts
-    ((rows,),) = capture(decoder, prompts, batch_tokens=100_000)
-    assert all(kept.all() for kept in rows.kept)  # no attention sinks
     import torch
 
-    return torch.cat([rows.base, rows.demos])
+    batches = [rows for (rows,) in capture(decoder, prompts)]
+    assert all(kept.all() for rows in batches for kept in rows.kept)  # no attention sinks
+    return torch.cat([part for rows in batches for part in (rows.base, rows.demos)])
 
 
 def test_sae_encodes_as_sae_lens_does(template: PromptTemplate) -> None:

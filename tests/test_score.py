@@ -10,7 +10,7 @@ import subprocess
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -29,6 +29,7 @@ from transformers import AutoTokenizer
 
 import sts_fast
 from sts_fast.capture import Decoder
+from sts_fast.forward import ForwardPasses, Sequences
 from sts_fast.score import compare
 
 TOLERANCE = 1e-4  # of a number, relative to the oracle
@@ -124,7 +125,8 @@ def assert_as_expected(run: Path, expected: oracle.Expected, request: pytest.Fix
 
 
 def without_time(scores: str) -> str:
-    return "\n".join(line for line in scores.splitlines() if '"created_at"' not in line)
+    timed = ('"created_at"', '"seconds"', '"tokens_per_second"')
+    return "\n".join(line for line in scores.splitlines() if not line.strip().startswith(timed))
 
 
 # --- random material: always runs ---
@@ -179,22 +181,22 @@ def test_random_material_holds_what_is_hard(tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_batch_budgets_agree(tiny: Tiny, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    passes: list[tuple[int, int]] = []
-    residuals = Decoder.residuals
+    passes: list[int] = []
+    run = Decoder.run
 
-    def watched(decoder: Decoder, sequences: Sequence[Any]) -> Any:
-        passes.append((len(sequences), max(map(len, sequences))))
-        return residuals(decoder, sequences)
+    def watched(decoder: Decoder, **inputs: Any) -> Any:
+        passes.append(inputs["input_ids"].numel())
+        return run(decoder, **inputs)
 
-    monkeypatch.setattr(Decoder, "residuals", watched)
+    monkeypatch.setattr(Decoder, "run", watched)
     estimators = ("act", "icl", "act_sq")
     small = forecast_tiny(tiny, architecture, estimators=estimators, batch_tokens=64)
-    assert all(n_sequences == 1 or n_sequences * longest <= 64 for n_sequences, longest in passes)
-    assert any(n_sequences == 1 and longest > 64 for n_sequences, longest in passes)
+    n_small, n_large = len(passes), sum(n_tokens > 64 for n_tokens in passes)
+    assert n_large < n_small / 4  # prompts that are longer run alone
     passes.clear()
     large = forecast_tiny(tiny, architecture, estimators=estimators, batch_tokens=4096)
-    assert all(n_sequences * longest <= 4096 for n_sequences, longest in passes)
-    assert any(n_sequences > 8 for n_sequences, _ in passes)
+    assert max(passes) <= 4096
+    assert len(passes) < n_small / 4
 
     # Where a firing is open, two batchings may decide it differently: those numbers may differ by that much.
     large.save(tmp_path)
@@ -317,21 +319,26 @@ def test_several_training_sets_forecast_like_each_alone(
         "top_n": TOP_N,
     }
     sent: Counter[bytes] = Counter()
-    residuals = Decoder.residuals
+    launch = ForwardPasses.launch
 
-    def watched(decoder: Decoder, sequences: Sequence[Any]) -> Any:
-        sent.update(sequence.tobytes() for sequence in sequences)
-        return residuals(decoder, sequences)
+    def watched(passes: ForwardPasses, sequences: Sequences, batch: list[int], *rows: Any) -> Any:
+        sent.update(sequences.ids[index].tobytes() for index in batch if len(sequences.ids[index]))
+        return launch(passes, sequences, batch, *rows)
 
-    monkeypatch.setattr(Decoder, "residuals", watched)
+    monkeypatch.setattr(ForwardPasses, "launch", watched)
+    monkeypatch.setattr(ForwardPasses, "_choose", lambda passes, ids: setattr(passes, "strategy", "packed"))
     together = compare(trains=trains, demos=demos, **options)
     assert list(together) == list(trains)
     expected: Counter[bytes] = Counter()
     for name, forecast in together.items():
         for row in forecast.prompts.to_pylist():
             if row["stage"] == "shift" or (row["stage"] == "score" and name == "sums"):
-                other = row["base_ids"] if row["stage"] == "shift" and dims == "tuned" else row["demos_ids"]
-                expected.update(np.asarray(ids, np.int32).tobytes() for ids in (row["base_ids"], other) if ids)
+                # Up to the last token that is read, without and with demonstrations, or in the tuned model.
+                base = row["base_ids"][: row["positions"][-1] + 1]
+                other = row["demos_ids"][: row["paired_demos"][-1] + 1] if row["demos_ids"] else []
+                if row["stage"] == "shift" and dims == "tuned":
+                    other = base
+                expected.update(np.asarray(ids, np.int32).tobytes() for ids in (base, other) if ids)
     assert sent == expected
 
     for name, train in trains.items():
@@ -361,7 +368,7 @@ def test_several_training_sets_forecast_like_each_alone(
 def test_controls_that_cannot_be_had_are_refused_before_any_pass(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModel
 
-    monkeypatch.setattr(Decoder, "residuals", None)
+    monkeypatch.setattr(Decoder, "run", None)
     spelling = sts_fast.load_examples(tiny.domains["spelling"])
     answers = [example.answer if i < DOMAIN_SHOTS + 7 else None for i, example in enumerate(spelling)]
     few = [replace(example, answer=answer) for example, answer in zip(spelling, answers, strict=True)]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sts_fast.errors import InputError
+from sts_fast.forward import ForwardPasses, Read, Sequences, run_batches
 from sts_fast.hooks import Hook, find_hooks, layer_of
 from sts_fast.prompts import Prompt
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+    Doubles = NDArray[np.float64]
     IntArray = NDArray[np.int32]
 
 # An attention sink's residual norm stands this far over the median of its sequence.
@@ -65,6 +67,7 @@ class Decoder:
     places:  where to read: hook names as `find_hooks` knows them, or the index of a layer, for that layer's output
     name:    how errors call it
     hooks:   the places as found in the model, in the order asked for
+    passes:  its forward passes: how they are run, how large they may be, how many there were
     context_length: most tokens a prompt may have; None where the model's config sets no limit
 
     Raises InputError where the model has no such place.
@@ -76,6 +79,7 @@ class Decoder:
         self.context_length: int | None = getattr(config, "max_position_embeddings", None)
         self.device = next(model.parameters()).device
         self.hooks: list[Hook] = find_hooks(model, places, name=name)
+        self.passes = ForwardPasses(self)
 
     def residuals(self, sequences: Sequence[IntArray]) -> list[list[torch.Tensor]]:
         """What each hook sees of each sequence, from one forward pass with padding on the right.
@@ -138,67 +142,68 @@ def padded_ids(model: torch.nn.Module, sequences: Sequence[IntArray], *, name: s
     return ids
 
 
-def capture(
-    decoder: Decoder, prompts: Sequence[Prompt], *, batch_tokens: int, other: Decoder | None = None
-) -> Iterator[list[PairedRows]]:
+def capture(decoder: Decoder, prompts: Sequence[Prompt], *, other: Decoder | None = None) -> Iterator[list[PairedRows]]:
     """Runs prompts through the decoder, shortest first, and yields the rows read, a batch at a time, for each hook.
 
-    batch_tokens: most tokens of a padded batch; a prompt longer than that runs alone
     other: pairs each token with itself in this second model (the true shift after training) instead of with
         demonstrations; demos_ids is not looked at then
 
-    Attention sinks (a norm over 10 times the median of the sequence, at the hook) are left out, and so is a pair of
-    which either token is one. Raises InputError where the model returns NaN or infinity.
+    Attention sinks (a norm over 10 times the median of the sequence up to its last token read, at the hook) are left
+    out, and so is a pair of which either token is one. How the prompts are run is up to `decoder.passes`. A prompt that
+    gives NaN or infinity is run again alone; raises InputError where it does so again.
     """
-    lengths = [len(p.base_ids) if other else max(len(p.base_ids), len(p.demos_ids)) for p in prompts]
-    for batch in batches(lengths, batch_tokens):
-        chosen = [prompts[i] for i in batch]
-        base_rows = decoder.residuals([p.base_ids for p in chosen])
-        if other is not None:
-            other_rows = other.residuals([p.base_ids for p in chosen])
-            pairs = [(p.positions, p.positions) for p in chosen]
-        elif all(len(p.demos_ids) for p in chosen):
-            other_rows = decoder.residuals([p.demos_ids for p in chosen])
-            pairs = [(p.paired, p.paired_demos) for p in chosen]
-        else:
-            other_rows = [[rows[:0] for rows in of_hook] for of_hook in base_rows]
-            pairs = [(p.paired[:0], p.paired[:0]) for p in chosen]
-        for rows_of, model in ((base_rows, decoder), (other_rows, other or decoder)):
-            _check_finite(rows_of, chosen, model)
-        yield [
-            _rows_read(batch, chosen, pairs, base, others) for base, others in zip(base_rows, other_rows, strict=True)
-        ]
+    ids, positions = [p.base_ids for p in prompts], [p.positions for p in prompts]
+    sides, partners = [decoder.passes.prepare(ids, positions)], [(p.paired[:0], p.paired[:0]) for p in prompts]
+    if other is not None:
+        sides.append(other.passes.prepare(ids, positions))
+        partners = [(p.positions, p.positions) for p in prompts]
+    elif prompts and all(len(p.demos_ids) for p in prompts):
+        sides.append(decoder.passes.prepare([p.demos_ids for p in prompts], [p.paired_demos for p in prompts]))
+        partners = [(p.paired, p.paired_demos) for p in prompts]
+    for batch, reads in run_batches(*sides):
+        for side, of_side in zip(sides, reads, strict=True):
+            _mend(side, batch, of_side, prompts)
+        yield [_rows_read(hook, batch, prompts, partners, reads) for hook in range(len(decoder.hooks))]
 
 
-def _check_finite(rows_of: list[list[torch.Tensor]], prompts: Sequence[Prompt], model: Decoder) -> None:
-    import torch
-
-    for hook, of_prompts in zip(model.hooks, rows_of, strict=True):
-        for prompt, rows in zip(prompts, of_prompts, strict=True):
-            if not bool(torch.isfinite(rows).all()):
+def _mend(side: Sequences, batch: list[int], reads: list[Read], prompts: Sequence[Prompt]) -> None:
+    """Runs the prompts that gave NaN or infinity again, each by itself, as numbers may overflow in company only."""
+    for slot, index in enumerate(batch):
+        if not any(np.isnan(norms).any() for norms in reads[slot].norms):
+            continue
+        model = side.passes.reader
+        reads[slot] = side.passes.alone(side.ids[index], side.positions[index])
+        for hook, norms in zip(model.hooks, reads[slot].norms, strict=True):
+            if np.isnan(norms).any():
                 raise InputError(
-                    f"{model.name} gives NaN or infinity {hook.where} for example {prompt.id}: try --dtype float32"
+                    f"{model.name} gives NaN or infinity {hook.where} for example {prompts[index].id}: "
+                    "try --dtype float32"
                 )
+        side.passes.say(
+            f"{model.name} gave NaN or infinity for example {prompts[index].id} in a batch, but not alone: it counts"
+        )
 
 
 def _rows_read(
+    hook: int,
     batch: list[int],
     prompts: Sequence[Prompt],
-    pairs: Sequence[tuple[IntArray, IntArray]],
-    base_rows: Sequence[torch.Tensor],
-    other_rows: Sequence[torch.Tensor],
+    partners: Sequence[tuple[IntArray, IntArray]],
+    reads: list[list[Read]],
 ) -> PairedRows:
     """One hook's rows at the tokens that are read, less the attention sinks."""
     import torch
 
     base, paired, demos, kept, kept_paired = [], [], [], [], []
-    for prompt, (here, there), rows, others in zip(prompts, pairs, base_rows, other_rows, strict=True):
-        sinks, other_sinks = attention_sinks(rows), attention_sinks(others)
-        kept.append(~sinks[prompt.positions])
+    for index, *of_sides in zip(batch, *reads, strict=True):
+        positions, (here, there) = prompts[index].positions, partners[index]
+        rows, others = of_sides[0].rows[hook], of_sides[-1].rows[hook]
+        sinks, other_sinks = (attention_sinks(read.norms[hook]) for read in (of_sides[0], of_sides[-1]))
+        kept.append(~sinks[positions])
         kept_paired.append(~(sinks[here] | other_sinks[there]))
-        base.append(rows[torch.from_numpy(prompt.positions[kept[-1]].astype(np.int64))])
-        paired.append(rows[torch.from_numpy(here[kept_paired[-1]].astype(np.int64))])
-        demos.append(others[torch.from_numpy(there[kept_paired[-1]].astype(np.int64))])
+        base.append(rows[torch.from_numpy(kept[-1])])
+        paired.append(rows[torch.from_numpy(np.flatnonzero(np.isin(positions, here))[kept_paired[-1]])])
+        demos.append(others[torch.from_numpy(np.flatnonzero(kept_paired[-1]))])
     return PairedRows(
         prompts=batch,
         base=_for_core(base),
@@ -211,11 +216,8 @@ def _rows_read(
     )
 
 
-def attention_sinks(residual: torch.Tensor) -> NDArray[np.bool_]:
-    """[n_tokens] which tokens of one sequence [n_tokens, d_in] have a norm over 10 times the sequence's median."""
-    import torch
-
-    norms = torch.linalg.vector_norm(residual.float(), dim=-1).double().cpu().numpy()
+def attention_sinks(norms: Doubles) -> NDArray[np.bool_]:
+    """[n_tokens] which tokens of one sequence have a norm [n_tokens] over 10 times the sequence's median."""
     return norms > SINK_NORM_RATIO * np.median(norms) if len(norms) else np.zeros(0, bool)
 
 

@@ -141,7 +141,9 @@ ScalingOption = Annotated[
 DtypeOption = Annotated[DtypeChoice, typer.Option("--dtype", help="Of the model; auto is float32 on the CPU.")]
 SaeDtypeOption = Annotated[SaeDtypeChoice | None, typer.Option("--sae-dtype", help="Of the SAE; default: as stored.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto takes CUDA if present.")]
-BatchTokensOption = Annotated[int, typer.Option("--batch-tokens", help="Most tokens of one forward pass.")]
+BatchTokensOption = Annotated[
+    int | None, typer.Option("--batch-tokens", help="Most tokens of one forward pass; default: what memory allows.")
+]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", help="Threads of the core; default: all cores.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Of the sample of prompts and the intervals.")]
 OutputOption = Annotated[Path, typer.Option("--output", help="Folder for the results.")]
@@ -183,7 +185,7 @@ def score(
     dtype: DtypeOption = DtypeChoice.auto,
     sae_dtype: SaeDtypeOption = None,
     device: DeviceOption = "auto",
-    batch_tokens: BatchTokensOption = 8192,
+    batch_tokens: BatchTokensOption = None,
     labels: LabelsOption = None,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
@@ -235,7 +237,7 @@ def compare(
     dtype: DtypeOption = DtypeChoice.auto,
     sae_dtype: SaeDtypeOption = None,
     device: DeviceOption = "auto",
-    batch_tokens: BatchTokensOption = 8192,
+    batch_tokens: BatchTokensOption = None,
     labels: LabelsOption = None,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
@@ -282,7 +284,7 @@ def shift(
     dtype: DtypeOption = DtypeChoice.auto,
     sae_dtype: SaeDtypeOption = None,
     device: DeviceOption = "auto",
-    batch_tokens: BatchTokensOption = 8192,
+    batch_tokens: BatchTokensOption = None,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
     output: OutputOption = Path("sts-fast-run"),
@@ -450,6 +452,7 @@ def _forecasts(
             sae_dtype=sae_dtype and str(sae_dtype),
             command=_command(),
             progress=tell,
+            say=_say,
             **{name: _plain_value(value) for name, value in options.items()},
         )
     names = results.sae_names([(sae.source, sae.hook_name) for sae in loaded])
@@ -522,6 +525,11 @@ def _named_trains(values: list[str]) -> dict[str, Path]:
             raise InputError(f"--train {value} needs a name of its own: write it as name=path")
         trains[name] = path
     return trains
+
+
+def _say(line: str) -> None:
+    if err.is_terminal:  # like the progress: a log holds results and errors alone
+        err.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
 def _plain_value(value: Any) -> Any:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 import numpy as np
 
 from sts_fast.errors import InputError
+from sts_fast.hooks import Hook
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +59,7 @@ class Reader(Protocol):
     model: torch.nn.Module
     device: torch.device
     name: str
+    hooks: list[Hook]
 
     def run(self, **inputs: Any) -> list[torch.Tensor]: ...
 
@@ -81,7 +83,7 @@ class Sequences:
 
     passes:    the forward passes of the model that they are for
     ids:       each [n_tokens] int32, up to the last token that is read: what follows is of no use
-    positions: each [n_read] int32, ascending
+    positions: each [n_read] int32
     n_shared:  tokens at the start that are the same in all, none of which is read
     cache:     the model's keys and values, or states, of these; run when the first batch needs them
     shared_norms: per place [n_shared]
@@ -135,7 +137,7 @@ class ForwardPasses:
 
     def prepare(self, ids: Sequence[IntArray], positions: Sequence[IntArray]) -> Sequences:
         """Sequences to be read at their positions; [] for a sequence of which nothing is read and nothing run."""
-        ends = [int(read[-1]) + 1 if len(read) else 0 for read in positions]
+        ends = [int(read.max(initial=-1)) + 1 for read in positions]
         needed = [sequence[:end] for sequence, end in zip(ids, ends, strict=True)]
         check_vocabulary(self.reader, needed)
         if self.strategy is None:
@@ -149,6 +151,22 @@ class ForwardPasses:
         """One sequence by itself, from its first token on, whatever the strategy."""
         sequences = Sequences(self, [ids], [positions])
         return self.finish(sequences, self.launch(sequences, [0]))[0]
+
+    def summary(self) -> dict[str, Any]:
+        """How the sequences were run, for the record; the self-check is not counted."""
+        return {
+            "strategy": self.strategy,
+            "why": self.why,
+            "batch_tokens": self.batch_tokens,
+            "n_passes": self.n_passes,
+            "n_tokens": self.n_tokens,
+            "seconds": round(self.seconds, 3),
+            "tokens_per_second": round(self.n_tokens / self.seconds, 1) if self.seconds else None,
+        }
+
+    def say_summary(self) -> None:
+        rate = f", {self.n_tokens / self.seconds:,.0f} tokens/s" if self.seconds else ""
+        self.say(f"{self.n_passes:,} forward passes of {self.reader.name}, {self.n_tokens:,} tokens{rate}")
 
     # One batch --------------------------------------------------------------------------------------------------------
 
@@ -193,7 +211,7 @@ class ForwardPasses:
         norms, picked = [], []
         for activation in activations:
             flat = activation.flatten(0, 1)
-            norms.append(_norms(flat).to("cpu", non_blocking=True))
+            norms.append(row_norms(flat).to("cpu", non_blocking=True))
             picked.append([flat[_moved(read, flat.device)] for read in reads])
         ready = None
         if device.type == "cuda":
@@ -236,7 +254,7 @@ class ForwardPasses:
         for piece in torch.split(ids, self.budget(sequences.n_shared), dim=1):
             inputs = {"input_ids": _moved(piece, self.reader.device), "past_key_values": cache, "use_cache": True}
             activations = self._run(inputs, piece.shape[1])
-            parts.append([_norms(activation[0]).cpu().numpy() for activation in activations])
+            parts.append([row_norms(activation[0]).cpu().numpy() for activation in activations])
         sequences.shared_norms = [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]
         sequences.cache = cache
 
@@ -312,7 +330,9 @@ class ForwardPasses:
         if self.batch_tokens is None:
             free = free_memory(self.reader.device)
             n_tokens = MOST_BATCH_TOKENS if free is None else int(MEMORY_SHARE * free / self._bytes_per_token(n_shared))
-            self.batch_tokens = min(max(n_tokens, LEAST_BATCH_TOKENS), MOST_BATCH_TOKENS)
+            n_tokens = min(max(n_tokens, LEAST_BATCH_TOKENS), MOST_BATCH_TOKENS)
+            # A power of two, so that a little more or less memory changes no bit of the results.
+            self.batch_tokens = 1 << (n_tokens.bit_length() - 1)
         return self.batch_tokens
 
     def _bytes_per_token(self, n_shared: int) -> int:
@@ -510,7 +530,7 @@ def _shared_length(sequences: Sequences) -> int:
     if len(used) < 2:
         return 0
     first = sequences.ids[used[0]]
-    n_shared = min(int(sequences.positions[i][0]) for i in used)
+    n_shared = min(int(sequences.positions[i].min()) for i in used)
     for i in used:
         other = sequences.ids[i][:n_shared]
         differs = np.flatnonzero(first[: len(other)] != other)
@@ -544,7 +564,7 @@ def _relative_error(rows: torch.Tensor, expected: torch.Tensor) -> float:
     return float(worst.nan_to_num(torch.inf))
 
 
-def _norms(rows: torch.Tensor) -> torch.Tensor:
+def row_norms(rows: torch.Tensor) -> torch.Tensor:
     """[n_tokens] float64 Euclidean norm of each row [n_tokens, d_in]; NaN where it holds a NaN or infinity."""
     import torch
 

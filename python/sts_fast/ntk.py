@@ -36,6 +36,7 @@ from sts_fast.capture import attention_sinks, batches, padded_ids
 from sts_fast.controls import MOST_LOGITS
 from sts_fast.encode import encode
 from sts_fast.errors import InputError
+from sts_fast.forward import row_norms
 from sts_fast.hooks import decoder_layers, layer_of
 from sts_fast.prompts import Prompt
 from sts_fast.sae import SAE
@@ -254,7 +255,7 @@ class HookedModel:
 
     def _kept(self, prompt: Prompt, residual: torch.Tensor) -> NDArray[np.int64]:
         """Positions that lead to the answer: all before its last token, but BOS and attention sinks."""
-        kept = ~attention_sinks(residual.detach())
+        kept = ~attention_sinks(row_norms(residual.detach()).cpu().numpy())
         kept[-1] = False
         kept[0] &= prompt.base_ids[0] != self._bos
         return np.flatnonzero(kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -315,6 +316,17 @@ def _pair(
         paired_demos=paired + np.int32(len(demos_ids) - len(base_ids)),
         n_special=n_special,
     )
+
+
+def prompts_sha256(prompt_sets: Sequence[PromptSet]) -> str:
+    """SHA-256 of every token that the prompts send, without and with demonstrations, and of their sets' names."""
+    sha256 = hashlib.sha256()
+    for prompt_set in prompt_sets:
+        sha256.update(f"{prompt_set.name} {len(prompt_set.prompts)} ".encode())
+        for prompt in prompt_set.prompts:
+            for ids in (prompt.base_ids, prompt.demos_ids):
+                sha256.update(f"{len(ids)} ".encode() + ids.astype("<i4").tobytes())
+    return sha256.hexdigest()
 
 
 def common_prefix_length(a: IntArray, b: IntArray) -> int:

@@ -27,8 +27,9 @@ from sts_fast.correlate import CorrelationStats
 from sts_fast.encode import SparseFeatures, encode
 from sts_fast.errors import InputError
 from sts_fast.examples import Example, load_domains, load_examples
+from sts_fast.forward import MOST_BATCH_TOKENS
 from sts_fast.hooks import Hook, place_name
-from sts_fast.prompts import PromptSet, PromptTemplate, TokenClass, build_prompts, choose_demos
+from sts_fast.prompts import PromptSet, PromptTemplate, TokenClass, build_prompts, choose_demos, prompts_sha256
 from sts_fast.results import ESTIMATORS, DomainScore, Estimator, Forecast, Interval, PromptLog, ShiftedFeature
 from sts_fast.sae import SAE, load_sae
 from sts_fast.shift import ShiftStats, top_indices
@@ -69,13 +70,14 @@ class Options(TypedDict, total=False):
     dtype: str
     sae_dtype: str | None
     device: str
-    batch_tokens: int
+    batch_tokens: int | None
     seed: int
     question_fields: Mapping[str, str]
     answer_fields: Mapping[str, str]
     labels: str | Path | None
     command: str | None
     progress: Progress | None
+    say: Callable[[str], None] | None
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,12 @@ class Settings:
     limit:     most prompts of a set, drawn at random; None for all
     layer:     reads the residual stream after this layer, whatever the SAE's files say
     dtype, device: of the model, see load_decoder; sae_dtype: 'float32' or 'bfloat16', by default as stored
-    batch_tokens: most tokens of one padded forward pass
+    batch_tokens: most tokens of one forward pass; None: as many as the free memory allows
     question_fields, answer_fields: columns to read, by set name ('train', a domain's), '' for all others
     labels:    file of feature labels, as Neuronpedia exports them
     command:   recorded in the provenance
     progress:  called with (stage, prompts done, prompts in all)
+    say:       called with a line about how the run goes: how the model is run, what went wrong and was put right
 
     Raises InputError for a value outside its choices.
     """
@@ -114,13 +117,14 @@ class Settings:
     dtype: str = "auto"
     sae_dtype: str | None = None
     device: str = "auto"
-    batch_tokens: int = 8192
+    batch_tokens: int | None = None
     seed: int = 0
     question_fields: Mapping[str, str] | None = None
     answer_fields: Mapping[str, str] | None = None
     labels: str | Path | None = None
     command: str | None = None
     progress: Progress | None = None
+    say: Callable[[str], None] | None = None
 
     def __post_init__(self) -> None:
         for name, value, choices in (
@@ -330,6 +334,7 @@ def compare(
     reads = [_read_domain(decoder, saes, domain_set, shifts_of, settings) for domain_set in domain_sets]
     answer_reads = _read_answers(model, answer_sets, settings)
 
+    decoder.passes.say_summary()
     provenance = {
         **{"model": model, "tuned": tuned, "labels": settings.labels},
         **{"domains": domains, "demos": demos or {}},
@@ -351,7 +356,11 @@ def compare(
                     shift.firings.table(tokenizer),
                     promoted,
                     labels,
-                    _provenance({**provenance, "sae": one.source, "train": trains[shift.name]}, settings),
+                    {
+                        **_provenance({**provenance, "sae": one.source, "train": trains[shift.name]}, settings),
+                        "prompts_sha256": prompts_sha256([shift.prompt_set, *domain_sets]),
+                        "forward_passes": decoder.passes.summary(),
+                    },
                 )
                 for shift in shifts_of[i]
             }
@@ -397,6 +406,8 @@ def _decoder(model: str | Path | PreTrainedModel, saes: Sequence[SAE], settings:
                 f"the SAE {sae.source} reads {sae.d_in} dimensions, but {decoder.name} has {hook.d_in} {hook.where}: "
                 "give an SAE that was trained on this place of this model"
             )
+    decoder.passes.batch_tokens = settings.batch_tokens
+    decoder.passes.say = settings.say or decoder.passes.say
     return decoder
 
 
@@ -518,7 +529,7 @@ def _measure_shifts(
     sums = [_ShiftSums(sae, prompt_set, settings) for sae in saes]
     at = [decoder.hooks.index(_hook_of(decoder, sae)) for sae in saes]
     done = 0
-    for of_hooks in capture(decoder, prompt_set.prompts, batch_tokens=settings.batch_tokens, other=tuned):
+    for of_hooks in capture(decoder, prompt_set.prompts, other=tuned):
         for one, hook in zip(sums, at, strict=True):
             one.update(of_hooks[hook])
         done += len(of_hooks[0].prompts)
@@ -610,7 +621,7 @@ def _read_domain(
     sums = [_DomainSums(sae, prompt_set, shifts, settings) for sae, shifts in zip(saes, shifts_of, strict=True)]
     at = [decoder.hooks.index(_hook_of(decoder, sae)) for sae in saes]
     done = 0
-    for of_hooks in capture(decoder, prompt_set.prompts, batch_tokens=settings.batch_tokens):
+    for of_hooks in capture(decoder, prompt_set.prompts):
         for one, hook in zip(sums, at, strict=True):
             one.update(of_hooks[hook])
         done += len(of_hooks[0].prompts)
@@ -686,9 +697,10 @@ def _read_answers(
         if isinstance(model, (str, Path))
         else model
     )
+    batch_tokens = settings.batch_tokens or MOST_BATCH_TOKENS
     reads = {}
     for done, answer_set in enumerate(answer_sets):
-        outcomes = controls.answer_outcomes(whole, answer_set.prompts, batch_tokens=settings.batch_tokens)
+        outcomes = controls.answer_outcomes(whole, answer_set.prompts, batch_tokens=batch_tokens)
         reads[answer_set.name] = results.AnswerLog(answer_set, *outcomes)
         settings.tell("base loss and accuracy", done + 1, len(answer_sets))
     return reads
