@@ -3,14 +3,16 @@
     python benchmarks/bench_sae_memory.py [--d-in 4096] [--d-sae 131072]
 
 Writes SAEs of that size in several layouts, loads each in a fresh process, and prints the growth of its resident set
-from before load_sae to its peak, mapped pages counted, once after loading and once after all of W_enc was read. A
-quarter of the width is first checked value by value.
+from before load_sae to its peak, mapped pages counted, once after loading and once after all of W_enc was read. An
+eighth of both widths is first checked value by value; the large ones hold zeros.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import struct
 import subprocess
 import sys
 import tempfile
@@ -46,31 +48,52 @@ print(json.dumps({"loaded": loaded, "read": resident("VmHWM") - before, "encoder
 
 def encoder(d_in: int, d_sae: int, dtype: torch.dtype) -> torch.Tensor:
     """[d_in, d_sae] of numbers that tell their row and column."""
-    W = torch.empty(d_in, d_sae, dtype=dtype)
     column = torch.arange(d_sae, dtype=torch.float32) % 97
-    for i in range(d_in):
-        W[i] = (column + i % 13).to(dtype)
-    return W
+    return torch.stack([(column + i % 13).to(dtype) for i in range(d_in)])
 
 
-def write(folder: Path, layout: str, d_in: int, d_sae: int) -> Path:
+def write(folder: Path, layout: str, d_in: int, d_sae: int, *, zeros: bool) -> Path:
+    """zeros: the weights are, and take no room on disk where the layout allows it."""
     from safetensors.torch import save_file
 
     dtype = torch.bfloat16 if "bfloat16" in layout else torch.float32
-    W_enc, b_enc, b_dec = encoder(d_in, d_sae, dtype), torch.zeros(d_sae, dtype=dtype), torch.zeros(d_in, dtype=dtype)
-    W_dec = torch.ones(d_sae, d_in, dtype=dtype)
+    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
     if layout.startswith("SAELens"):
         config = {"architecture": "topk", "k": 50, "rescale_acts_by_decoder_norm": True, "d_in": d_in, "d_sae": d_sae}
         (folder / "cfg.json").write_text(json.dumps(config))
-        save_file({"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}, folder / "sae_weights.safetensors")
+        weights = folder / "sae_weights.safetensors"
+        if zeros:
+            write_holes(weights, shapes, dtype)
+        else:
+            save_file(made_up(shapes, dtype), weights)
         return folder
     folder = folder / "SAE-Res-Model-W128K-L0_50"
     folder.mkdir()
-    state = {"W_enc": W_enc.T.contiguous(), "b_enc": b_enc, "b_dec": b_dec}
-    del W_enc
-    state["W_dec"] = W_dec.T.contiguous()
-    torch.save(state, folder / "layer3.sae.pt")
-    return folder / "layer3.sae.pt"
+    path = folder / "layer3.sae.pt"
+    if zeros:
+        torch.save({name: torch.zeros(shape[::-1], dtype=dtype) for name, shape in shapes.items()}, path)
+    else:
+        tensors = made_up(shapes, dtype)
+        torch.save({**tensors, **{name: tensors[name].T.contiguous() for name in ("W_enc", "W_dec")}}, path)
+    return path
+
+
+def made_up(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    tensors = {name: torch.ones(shape, dtype=dtype) for name, shape in shapes.items()}
+    return {**tensors, "W_enc": encoder(*shapes["W_enc"], dtype)}
+
+
+def write_holes(path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+    """A safetensors file of zeros that are a hole in the file."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": {4: "F32", 2: "BF16"}[dtype.itemsize], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
 
 
 def measured(source: Path, dtype: str, *, check: bool) -> dict[str, float]:
@@ -97,15 +120,13 @@ def main() -> None:
     print(f"{'layout':30} {'held as':9} {'encoder':>9} {'loaded':>8} {'read':>8} {'seconds':>8}")
     for layout, dtypes in cases():
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            (Path(folder) / "check").mkdir()
-            (Path(folder) / "whole").mkdir()
-            small = write(Path(folder) / "check", layout, options.d_in // 2, options.d_sae // 2)
+            check, whole = Path(folder) / "check", Path(folder) / "whole"
+            check.mkdir()
+            whole.mkdir()
+            small = write(check, layout, options.d_in // 8, options.d_sae // 8, zeros=False)
             for dtype in dtypes:
                 measured(small, dtype, check=True)
-            small = Path(folder) / "check"
-            for path in sorted(small.rglob("*"), reverse=True):
-                path.unlink() if path.is_file() else path.rmdir()
-            source = write(Path(folder) / "whole", layout, options.d_in, options.d_sae)
+            source = write(whole, layout, options.d_in, options.d_sae, zeros=True)
             for dtype in dtypes:
                 figures = measured(source, dtype, check=False)
                 size = figures["encoder"]

@@ -484,16 +484,17 @@ def test_doctor_says_what_was_understood_of_an_sae(run: Callable[..., Ran], mate
     ran = run("doctor", "--sae", material / "sae", "--json")
     assert (ran.code, ran.err) == (0, "")
     facts = json.loads(ran.out)
-    assert facts["architecture"] == "standard"
-    assert facts["widths"] == "d_in 16, d_sae 48, float32"
-    assert facts["hook"] == "blocks.1.hook_resid_post (read after layer 1)"
-    assert facts["b_dec"] == "subtracted from the input"
-    assert facts["notes"] == "none"
+    assert facts["architecture"] == "standard [cfg.json: standard]"
+    assert facts["widths"] == "d_in 16, d_sae 48, float32 [W_enc]"
+    assert facts["hook"] == "blocks.1.hook_resid_post (read after layer 1) [cfg.json: hook_name]"
+    assert facts["b_dec"] == "subtracted from the input [SAELens' default]"
+    assert (facts["notes"], facts["decoder"]) == ("none", "not said")
     odd = write_sae(tmp_path / "odd", architecture="topk", k=7, apply_b_dec_to_input=False, metadata={})
     facts = json.loads(run("doctor", "--sae", odd, "--json").out)
-    assert facts["architecture"] == "topk, k = 7"
-    assert facts["b_dec"] == "not subtracted from the input"
-    assert facts["hook"].startswith("not said")
+    assert facts["architecture"] == "topk, k = 7 [cfg.json: topk, cfg.json]"
+    assert facts["b_dec"] == "not subtracted from the input [cfg.json]"
+    assert facts["hook"] == "not said"
+    assert facts["missing"].startswith("trained on, hook, mean L0")
 
 
 def test_doctor_refuses_what_score_refuses(run: Callable[..., Ran], tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from sts_fast.hooks import PLACES, place_name, split_name
 from sts_fast.report import REPORT_FILE, build_report
 from sts_fast.results import ESTIMATORS, Forecast
 from sts_fast.sae import SAE, load_sae
+from sts_fast.sae.summary import summary
 from sts_fast.score import compare as run_compare
 from sts_fast.validate import Z_95
 from sts_fast.validate import validate as run_validate
@@ -88,7 +89,9 @@ ModelOption = Annotated[str, typer.Option("--model", help="Model: folder or hub 
 SaeOption = Annotated[
     list[str],
     typer.Option(
-        "--sae", help="SAE: folder, or release/id as sae-lens names it; repeatable: several share every forward pass."
+        "--sae",
+        help="SAE: folder or file, release/id as sae-lens names it, or owner/repository:folder of the hub; repeatable: "
+        "several share every forward pass.",
     ),
 ]
 TrainOption = Annotated[Path, typer.Option("--train", help="Training set: file or folder of questions and answers.")]
@@ -375,16 +378,7 @@ def doctor(
         "self-check": _self_check(),
     }
     if sae is not None:
-        loaded = load_sae(sae, layer=layer)
-        facts |= {
-            "SAE": loaded.source,
-            "architecture": loaded.architecture + (f", k = {loaded.k}" if loaded.k else ""),
-            "widths": f"d_in {loaded.d_in}, d_sae {loaded.d_sae}, {str(loaded.W_enc.dtype).removeprefix('torch.')}",
-            "trained on": loaded.model_name or "not said",
-            "hook": f"{loaded.hook_name or 'not said'} (read after layer {loaded.hook_layer})",
-            "b_dec": "subtracted from the input" if loaded.apply_b_dec_to_input else "not subtracted from the input",
-            "notes": "; ".join(loaded.notes) or "none",
-        }
+        facts |= summary(load_sae(sae, layer=layer))
     if as_json:
         import json
 
