@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from sts_fast import InputError, load_sae, organism, score
+from sts_fast.outcomes import read_outcomes
+from sts_fast.report.numbers import percent, significant
 from sts_fast.trainer import TransferMonitor
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the trainers warn of what is theirs
@@ -178,6 +180,21 @@ def test_it_stops_at_a_budget(run: Path, questions: Any, tmp_path: Path, caplog:
     assert trainer.state.global_step == 2
     assert [found.step for found in monitor.history] == [2]
     assert f"the exposure of '{DOMAINS[0]}'" in caplog.text
+
+
+def test_the_run_it_leaves_is_reported_and_validated(run: Path, questions: Any, tmp_path: Path) -> None:
+    trainer = sft(tmp_path / "out", questions)
+    monitor = TransferMonitor(run, output=tmp_path / "watch", every=2, stop_when={DOMAINS[0]: 1e9}).attach(trainer)
+    trainer.train()
+    page = (tmp_path / "watch" / "report.html").read_text()
+    assert "While it was trained" in page
+    last = monitor.history[-1]
+    for name, exposure in last.exposure.items():
+        assert f'<bdi>{name}</bdi></th><td class="num">{significant(exposure)}</td>' in page
+    assert f"{percent(last.overlap)} are in the" in page
+    outcomes = read_outcomes(tmp_path / "watch" / "training.json")
+    assert {name: outcome.change for name, outcome in outcomes.domains.items()} == last.exposure
+    assert "not changes of accuracy" in outcomes.warnings[0]
 
 
 def test_it_goes_on_from_a_checkpoint(run: Path, questions: Any, tmp_path: Path) -> None:

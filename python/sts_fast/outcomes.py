@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from sts_fast.errors import InputError
+from sts_fast.results import TRAINING_FILE
 
 # What counts as accuracy, best first; other metrics are read when asked for by name.
 METRICS = ("accuracy", "acc", "exact_match", "pass@1", "acc_norm", "f1")
@@ -98,7 +99,7 @@ def read_outcomes(before: str | Path, after: str | Path | None = None, *, metric
                                 first match of `answer is \\(?([A-J])\\)?`, and paired; or their summaries
         CSV                     columns domain, accuracy, and if known stderr and n
       With `after` left out, `before` is a CSV with the columns domain, before, after or domain, change, and if known
-      stderr (of the change) and n.
+      stderr (of the change) and n; or the training.json that TransferMonitor wrote: the exposures at its end.
     metric: such as 'acc', 'exact_match,strict-match'; by default what counts as accuracy in each task
 
     Raises InputError, in one sentence, for what cannot be read or does not belong together.
@@ -554,6 +555,8 @@ def _cell(path: Path, line: int, name: str, cell: str) -> float:
 def _read_changes(path: Path) -> Outcomes:
     if not path.exists():
         raise InputError(f"there is no file or folder {path}")
+    if path.name == TRAINING_FILE:
+        return _read_exposures(path)
     if not _is_table(path):
         raise InputError(f"{path} alone tells no change: give the evaluations before and after, or a CSV with both")
     outcomes = {}
@@ -569,6 +572,17 @@ def _read_changes(path: Path) -> Outcomes:
         n = numbers.get("n")
         outcomes[name] = Outcome(change, before, after, numbers.get("stderr"), None if n is None else int(n))
     return Outcomes(outcomes)
+
+
+def _read_exposures(path: Path) -> Outcomes:
+    document = _read_json(path)
+    history = document.get("history") if isinstance(document, dict) else None
+    last = history[-1] if isinstance(history, list) and history else None
+    exposures = last.get("exposure") if isinstance(last, dict) else None
+    if not isinstance(exposures, dict) or any(_number(value) is None for value in exposures.values()):
+        raise InputError(f"{path} holds no measurement of TransferMonitor: train again, or give evaluations")
+    outcomes = {name: Outcome(float(value)) for name, value in exposures.items()}
+    return Outcomes(outcomes, [f"{path} holds how far features moved in training, not changes of accuracy"])
 
 
 def _read_accuracies(path: Path) -> _Evaluation:

@@ -33,6 +33,7 @@ SHIFT_FILE = "shift.safetensors"
 PROMPTS_FILE = "prompts.parquet"
 FEATURES_FILE = "features.parquet"
 VALIDATION_FILE = "validation.json"
+TRAINING_FILE = "training.json"
 COMPARISON_FILE = "compare.json"
 
 Interval = tuple[float, float]

@@ -18,7 +18,16 @@ from transformers import Trainer, TrainerCallback
 from sts_fast import files
 from sts_fast.capture import Decoder, batches
 from sts_fast.errors import InputError
-from sts_fast.results import FEATURES_FILE, PROMPTS_FILE, SCORES_FILE, SHIFT_FILE, prepare_folder, to_json
+from sts_fast.report import build_report
+from sts_fast.results import (
+    FEATURES_FILE,
+    PROMPTS_FILE,
+    SCORES_FILE,
+    SHIFT_FILE,
+    TRAINING_FILE,
+    prepare_folder,
+    to_json,
+)
 from sts_fast.sae import SAE, load_sae
 from sts_fast.shift import ShiftStats
 
@@ -28,7 +37,6 @@ if TYPE_CHECKING:
 
     IntArray = NDArray[np.int32]
 
-TRAINING_FILE = "training.json"
 BASE_FILE = "base.safetensors"
 SCHEMA_VERSION = "1.0"
 BATCH_TOKENS = 8192
@@ -156,6 +164,7 @@ class TransferMonitor(TrainerCallback):
             if (self.folder / name).is_file() and self.folder.resolve() != self.output.resolve():
                 with files.atomic_path(self.output / name) as path:
                     shutil.copyfile(self.folder / name, path)
+        build_report(self.output)
         spent, took = sum(m.seconds for m in self.history), time.perf_counter() - self._began
         logger.info("%d measurements took %.1f s, %.1f%% of the training", len(self.history), spent, 100 * spent / took)
 

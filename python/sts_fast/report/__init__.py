@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sts_fast import files
-from sts_fast.report import controls, features, outcome, ranking
+from sts_fast.report import controls, features, outcome, ranking, training
 from sts_fast.report.demo import DEMO_FILE, REPORT_FILE, build_demo_report
 from sts_fast.report.page import render
 from sts_fast.report.run import Run, read_run
@@ -21,7 +21,8 @@ def build_report(folder: str | Path) -> Path:
     """Writes report.html into a run's folder, from the files that lie there, and returns its path.
 
     Reads scores.json and, where they are there, shift.safetensors (concentration curve), features.parquet (where the
-    shifted features fire) and validation.json (forecast against outcome). The same files give the same bytes.
+    shifted features fire), validation.json (forecast against outcome) and training.json (what TransferMonitor
+    measured). The same files give the same bytes.
 
     Raises InputError where the folder holds no run, a file is damaged or of another version, or nothing can be written.
     """
@@ -52,6 +53,7 @@ def _content(run: Run) -> dict[str, Any]:
         "agreement_figure": ranking.agreement_figure(scores),
         "controls": controls.control_section(scores),
         "outcome": None if run.validation is None else outcome.outcome_section(run.validation),
+        "training": None if run.training is None else training.training_section(run.training, scores),
         "concentration": features.concentration(run),
         "features": features.feature_section(run),
         "measure": "activity" if scores["settings"]["dims"] == "active" else "shift",

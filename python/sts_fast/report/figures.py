@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -194,6 +194,38 @@ def curve(
         _tag("circle", cx=x, cy=y, r=4.5, class_="dot"),
         note,
     ]  # fmt: skip
+    return _svg(name, HEIGHT, title, description, parts, class_="plot")
+
+
+def lines(
+    name: str,
+    steps: Sequence[int],
+    series: Mapping[str, Sequence[float]],
+    *,
+    x_label: str,
+    y_label: str,
+    title: str,
+    description: str,
+) -> Markup:
+    """One line per name over `steps`, each with its name at its end where that fits."""
+    across = Scale.over([0.0, *map(float, steps)])
+    up = Scale.over([0.0, *(value for values in series.values() for value in values)])
+    parts = [_grid(across, HEIGHT), _rules(up), _axis_names(x_label, y_label)]
+    ends = []
+    for values in series.values():
+        placed = [(across.at(step), 100 - up.at(value)) for step, value in zip(steps, values, strict=True)]
+        points = " ".join(f"{10 * x:.1f},{10 * y:.1f}" for x, y in placed)
+        parts.append(
+            _tag(
+                "svg", _tag("polyline", points=points, class_="line"),
+                viewBox="0 0 1000 1000", preserveAspectRatio="none", width="100%", height=HEIGHT,
+            )
+        )  # fmt: skip
+        x, y = placed[-1]
+        ends.append((x, HEIGHT * y / 100))
+        parts.append(_tag("circle", cx=_pc(x), cy=_px(ends[-1][1]), r=4.5, class_="dot"))
+    for page, width in WIDTHS.items():
+        parts.append(_tag("g", *_place_labels(list(series), ends, width - 60), class_=page))
     return _svg(name, HEIGHT, title, description, parts, class_="plot")
 
 

@@ -16,6 +16,7 @@ from sts_fast.results import (
     SCHEMA_VERSION,
     SCORES_FILE,
     SHIFT_FILE,
+    TRAINING_FILE,
     VALIDATION_FILE,
     scores_schema,
 )
@@ -54,6 +55,7 @@ class Run:
     importance: [d_sae] what D_N is ranked by, in any unit; None without shift.safetensors
     firings:    feature -> where it fires, strongest first; empty without features.parquet
     validation: validation.json; None without it
+    training:   training.json, what TransferMonitor measured; None without it
     warnings:   files that belong to another run, and were left aside
     """
 
@@ -61,6 +63,7 @@ class Run:
     importance: Doubles | None
     firings: dict[int, list[Firing]]
     validation: dict[str, Any] | None
+    training: dict[str, Any] | None
     warnings: list[str]
 
 
@@ -85,7 +88,8 @@ def read_run(folder: Path) -> Run:
                 f"{VALIDATION_FILE} holds other scores than {SCORES_FILE}, so it was made from an earlier forecast: "
                 "run sts-fast validate again"
             )
-    return Run(scores, importance, firings, validation, warnings)
+    training = _read_json(folder / TRAINING_FILE) if (folder / TRAINING_FILE).is_file() else None
+    return Run(scores, importance, firings, validation, training, warnings)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,117 @@
+"""What TransferMonitor measured while the model was trained, beside the forecast."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from sts_fast.report import figures
+from sts_fast.report.numbers import count, counted, isolated, listed, percent, significant
+
+# Lines of more domains than these cannot be told apart.
+MOST_LINES = 6
+
+
+@dataclass(frozen=True)
+class Exposed:
+    """A domain's exposure at the end, the forecast's sts_icl in the same unit, and its budget."""
+
+    name: str
+    exposure: float
+    forecast: float | None
+    budget: float | None
+
+
+@dataclass(frozen=True)
+class TrainingSection:
+    """figures: overlap and share over steps, then exposures; None where they were measured once only."""
+
+    sentences: list[str]
+    overlap_figure: Markup | None
+    exposure_figure: Markup | None
+    rows: list[Exposed]
+
+
+def training_section(training: dict[str, Any], scores: dict[str, Any]) -> TrainingSection | None:
+    """None where the file holds no measurement of this forecast."""
+    history = [found for found in training.get("history") or [] if _is_measurement(found)]
+    if not history:
+        return None
+    steps = [found["step"] for found in history]
+    first, last = history[0], history[-1]
+    forecasts = {domain["name"]: domain.get("sts_icl") for domain in scores["domains"]}
+    budgets = training.get("stop_when") or {}
+    rows = sorted(
+        (
+            Exposed(name, exposure, forecasts.get(name), budgets.get(name))
+            for name, exposure in last["exposure"].items()
+        ),
+        key=lambda row: (-row.exposure, row.name),
+    )
+    top_n = scores["settings"]["top_n"]
+    sentences = [
+        f"Measured {counted(len(history), 'time')}, from step {count(first['step'])} to {count(last['step'])}. "
+        f"Of the {count(top_n)} features that training has moved most, {percent(last['overlap'])} are in the "
+        f"forecast's D_N, which holds {percent(last['share_of_top_n'])} of all that moved on the training set."
+    ]
+    passed = [row.name for row in rows if row.forecast and row.exposure > row.forecast]
+    if passed:
+        sentences.append(f"Training moved {listed(passed)} further than the domain's own demonstrations do (STS_icl).")
+    over = [row.name for row in rows if row.budget is not None and row.exposure > row.budget]
+    if over:
+        sentences.append(f"Training was stopped: the exposure of {listed(over)} passed its budget.")
+    shown = [row.name for row in rows[:MOST_LINES]]
+    return TrainingSection(
+        sentences,
+        _overlap(steps, history),
+        _exposures(steps, history, shown, len(rows)),
+        rows,
+    )
+
+
+def _overlap(steps: Sequence[int], history: Sequence[dict[str, Any]]) -> Markup | None:
+    if len(steps) < 2:
+        return None
+    series = {
+        "overlap with the forecast": [100 * found["overlap"] for found in history],
+        "share of the shift in D_N": [100 * found["share_of_top_n"] for found in history],
+    }
+    ends = "; ".join(f"{name} ends at {values[-1]:.0f}%" for name, values in series.items())
+    return figures.lines(
+        "training-overlap",
+        steps,
+        series,
+        x_label="step →",
+        y_label="↑ percent",
+        title="Overlap of the features that training moves with those forecast",
+        description=f"Over {count(steps[-1])} steps: {ends}.",
+    )
+
+
+def _exposures(
+    steps: Sequence[int], history: Sequence[dict[str, Any]], shown: Sequence[str], n_domains: int
+) -> Markup | None:
+    if len(steps) < 2 or not shown:
+        return None
+    series = {name: [found["exposure"].get(name, 0.0) for found in history] for name in shown}
+    ends = "; ".join(f"{isolated(name)} ends at {significant(values[-1])}" for name, values in series.items())
+    return figures.lines(
+        "training-exposure",
+        steps,
+        series,
+        x_label="step →",
+        y_label="↑ exposure",
+        title=f"Exposure of {'the most exposed of ' if n_domains > len(shown) else ''}the domains",
+        description=f"Over {count(steps[-1])} steps: {ends}.",
+    )
+
+
+def _is_measurement(found: Any) -> bool:
+    if not isinstance(found, dict) or not isinstance(found.get("exposure"), dict):
+        return False
+    numbers = [found.get(name) for name in ("step", "overlap", "share_of_top_n")] + list(found["exposure"].values())
+    return all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
