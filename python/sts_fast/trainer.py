@@ -243,7 +243,7 @@ class TransferMonitor(TrainerCallback):
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
         found: dict[int, torch.Tensor] = {}
         with _undisturbed(model):
-            decoder = Decoder(model, self.scores["model"]["layer"])
+            decoder = Decoder(model, self.scores["sae"]["hook_name"])
             for batch in batches([len(ids) for ids in self.probes.ids], BATCH_TOKENS):
                 (rows,) = decoder.residuals([self.probes.ids[i] for i in batch])
                 for i, of_probe in zip(batch, rows, strict=True):
@@ -369,7 +369,7 @@ def _read_scores(folder: Path) -> dict[str, Any]:
     path = folder / SCORES_FILE
     try:
         scores: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        scores["domains"], scores["shifted_features"], scores["sae"]["source"], scores["model"]["layer"]
+        scores["domains"], scores["shifted_features"], scores["sae"]["source"], scores["sae"]["hook_name"]
     except FileNotFoundError as error:
         raise InputError(f"{folder} has no {SCORES_FILE}: give the --output folder of sts-fast score") from error
     except (OSError, ValueError, KeyError, TypeError) as error:

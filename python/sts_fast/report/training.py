@@ -77,8 +77,8 @@ def _overlap(steps: Sequence[int], history: Sequence[dict[str, Any]]) -> Markup 
     if len(steps) < 2:
         return None
     series = {
-        "overlap with the forecast": [100 * found["overlap"] for found in history],
-        "share of the shift in D_N": [100 * found["share_of_top_n"] for found in history],
+        "overlap": [100 * found["overlap"] for found in history],
+        "share in D_N": [100 * found["share_of_top_n"] for found in history],
     }
     ends = "; ".join(f"{name} ends at {values[-1]:.0f}%" for name, values in series.items())
     return figures.lines(
@@ -97,11 +97,12 @@ def _exposures(
 ) -> Markup | None:
     if len(steps) < 2 or not shown:
         return None
-    series = {name: [found["exposure"].get(name, 0.0) for found in history] for name in shown}
+    # Before training nothing has moved.
+    series = {name: [0.0, *(found["exposure"].get(name, 0.0) for found in history)] for name in shown}
     ends = "; ".join(f"{isolated(name)} ends at {significant(values[-1])}" for name, values in series.items())
     return figures.lines(
         "training-exposure",
-        steps,
+        [0, *steps],
         series,
         x_label="step →",
         y_label="↑ exposure",
