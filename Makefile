@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 CXX_FILES = $(shell find csrc examples benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 SOURCES = CMakeLists.txt $(CXX_FILES) $(shell find python/sts_fast -type f -not -path '*/.*' -not -path '*/__pycache__/*')
 
+# The CUDA core takes minutes to build: only where there is a GPU, in continuous integration, and for CUDA=AUTO.
+CUDA ?= $(if $(CI)$(wildcard /dev/nvidiactl),AUTO,OFF)
+
 .PHONY: help install test lint format demo clean
 .DEFAULT_GOAL := help
 
@@ -29,7 +32,7 @@ $(VENV)/build_tools: constraints.txt Makefile
 # Not editable: the tests see what a user installs. CMake's tree in build/ is kept, so that only changed files compile.
 $(VENV)/installed: $(VENV)/build_tools pyproject.toml $(SOURCES)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install -q -c constraints.txt --no-build-isolation \
-	  -C cmake.define.STS_WERROR=ON '.[dev]'
+	  -C cmake.define.STS_WERROR=ON -C cmake.define.STS_CUDA=$(CUDA) '.[dev]'
 	@touch $@
 
 test: lint

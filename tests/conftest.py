@@ -1,13 +1,30 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
+import emulator
 import pytest
 import tiny as tiny_material
 
 
-@pytest.fixture(params=["cpu"])
-def device(request: pytest.FixtureRequest) -> str:
-    """Where a test's ops run; CUDA joins the list when it has ops."""
-    return str(request.param)
+@pytest.fixture(params=["emulator", "cuda"])
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A torch.device of the CUDA ops: a GPU, or the CPU with their source compiled for an emulated one."""
+    torch = pytest.importorskip("torch")
+    from sts_fast import backend, cuda
+
+    if request.param == "cuda":
+        reason = backend.cuda_missing_reason()
+        if reason is not None:
+            pytest.skip(reason)
+        yield torch.device("cuda:0")
+        return
+    module = emulator.load()
+    if module is None:
+        pytest.skip("no C++ compiler to build the emulator with")
+    monkeypatch.setattr(cuda, "kernels", module)
+    yield torch.device("cpu")
 
 
 @pytest.fixture(scope="session")

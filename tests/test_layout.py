@@ -18,7 +18,7 @@ PACKAGE = ROOT / "python" / "sts_fast"
 ORDER = [
     *("_version", "_cpu", "_cuda"),
     *("errors", "files", "examples", "prompts", "probe", "hooks", "forward", "capture"),
-    *("sae", "backend", "encode", "shift", "correlate"),
+    *("sae", "cuda", "backend", "torch_ops", "encode", "shift", "correlate"),
     *("controls", "ntk", "explain", "results", "score", "outcomes", "validate", "report", "organism", "demo"),
     *("trainer", "cli", "__main__"),
 ]

@@ -147,9 +147,17 @@ __device__ __forceinline__ void multiply_tiles(const Arguments<typename Epilogue
     }
 }
 
+// Other architectures lack the instructions: for them the kernel is empty, and never launched.
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define STS_ON_SM90A(...) __VA_ARGS__
+#else
+#define STS_ON_SM90A(...)
+#endif
+
 template <class Epilogue>
-__global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__((1 + kMultipliers) * kWarpgroup, 1)
+__global__ void STS_ON_SM90A(__cluster_dims__(kBlocks, 1, 1)) __launch_bounds__((1 + kMultipliers) * kWarpgroup, 1)
     gemm(const __grid_constant__ Arguments<typename Epilogue::Params> arguments) {
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
     uint8_t* stages = dynamic_shared();
     uint64_t* barriers = reinterpret_cast<uint64_t*>(stages + kBarriersOffset);
     const Ring ring{stages, barriers, barriers + kStages, barriers + 2 * kStages};
@@ -174,6 +182,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__((1 + kMultipli
     }
     // Neither block ends while the other one still writes or signals in its shared memory.
     cluster_sync();
+#endif
 }
 
 /// 66 clusters of an H200 share its L2 cache of 50 MB, which holds two copies of what both of its halves read.

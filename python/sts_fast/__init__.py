@@ -5,6 +5,7 @@ Importing this loads neither torch nor transformers: they are imported where the
 
 from sts_fast._cpu import get_num_threads, set_num_threads
 from sts_fast._version import __version__
+from sts_fast.backend import set_precision
 from sts_fast.correlate import CorrelationStats
 from sts_fast.encode import SparseFeatures, encode
 from sts_fast.errors import InputError
@@ -14,6 +15,7 @@ from sts_fast.results import Forecast
 from sts_fast.sae import SAE, load_sae
 from sts_fast.score import compare, score
 from sts_fast.shift import ShiftStats
+from sts_fast.torch_ops import torch_handle
 from sts_fast.validate import validate
 
 __all__ = [
@@ -34,5 +36,7 @@ __all__ = [
     "read_outcomes",
     "score",
     "set_num_threads",
+    "set_precision",
+    "torch_handle",
     "validate",
 ]

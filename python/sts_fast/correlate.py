@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sts_fast import _cpu, backend, files
+from sts_fast import _cpu, backend, cuda, files
 from sts_fast.errors import InputError
 from sts_fast.sae import SAE
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 # Float64 sums of many equal squares are off by about this, relative.
 ROUNDING = 1e-13
 
-_SUMS = ("sum_h", "sum_sq_h", "sum_hy", "sum_y", "sum_sq_y")
+_OF_FEATURES = ("sum_h", "sum_sq_h", "n_fired", "sum_hy")
+_OF_TARGETS = ("sum_y", "sum_sq_y", "origin")
 
 
 class CorrelationStats:
@@ -33,24 +34,38 @@ class CorrelationStats:
     sum_hy:          [d_sae, n_targets] float64, sum of h (y - origin)
     sum_y, sum_sq_y: [n_targets] float64, sums of (y - origin) and of its square
     n_tokens:        rows seen
+
+    Rows on a CUDA device are summed there, and sums of features stay there until they are asked for.
     """
+
+    sum_h: Doubles
+    sum_sq_h: Doubles
+    n_fired: NDArray[np.int64]
+    sum_hy: Doubles
 
     def __init__(self, sae: SAE, n_targets: int) -> None:
         self.sae: SAE | None = sae
         self.sae_source, self.sae_fingerprint = sae.source, sae.fingerprint
-        self.sum_h: Doubles = np.zeros(sae.d_sae)
-        self.sum_sq_h: Doubles = np.zeros(sae.d_sae)
-        self.n_fired: NDArray[np.int64] = np.zeros(sae.d_sae, np.int64)
-        self.sum_hy: Doubles = np.zeros((sae.d_sae, n_targets))
+        self._sums = backend.Accumulators(
+            sum_h=np.zeros(sae.d_sae),
+            sum_sq_h=np.zeros(sae.d_sae),
+            n_fired=np.zeros(sae.d_sae, np.int64),
+            sum_hy=np.zeros((sae.d_sae, n_targets)),
+        )
         self.sum_y: Doubles = np.zeros(n_targets)
         self.sum_sq_y: Doubles = np.zeros(n_targets)
         self.origin: Doubles = np.zeros(n_targets)
         self.n_tokens = 0
 
+    def __getattr__(self, name: str) -> Any:
+        if name in _OF_FEATURES:
+            return self._sums[name]
+        raise AttributeError(f"CorrelationStats has no '{name}'")
+
     def update(self, acts: Any, targets: Any) -> None:
         """Adds rows.
 
-        acts:    [n_tokens, d_in] float32 or bfloat16; numpy, torch or DLPack, borrowed
+        acts:    [n_tokens, d_in] float32 or bfloat16 (on CUDA float16 too); numpy, torch or DLPack, borrowed
         targets: [n_tokens, n_targets] numbers
 
         Raises ValueError, naming the argument, for a wrong shape or dtype, or NaN or infinity; nothing is added then.
@@ -59,7 +74,8 @@ class CorrelationStats:
             raise ValueError(
                 "these statistics were loaded without their SAE: give it to CorrelationStats.load to go on"
             )
-        y = np.ascontiguousarray(targets, dtype=np.float64)
+        on_device = getattr(targets, "is_cuda", False)
+        y = np.ascontiguousarray(targets.cpu() if on_device else targets, dtype=np.float64)
         if y.shape != (len(acts), len(self.sum_y)):
             raise ValueError(f"targets must have shape ({len(acts)}, {len(self.sum_y)}), but has {y.shape}")
         if not np.isfinite(y).all():
@@ -68,15 +84,13 @@ class CorrelationStats:
             return
         origin = y[0].copy() if self.n_tokens == 0 else self.origin
         y = y - origin
-        _cpu.accumulate_moments(
-            backend.encoder(self.sae),
-            backend.rows(acts),
-            y,
-            sum_h=self.sum_h,
-            sum_sq_h=self.sum_sq_h,
-            n_fired=self.n_fired,
-            sum_hy=self.sum_hy,
-        )
+        acts = backend.rows(acts)
+        device = backend.cuda_device_of(acts)
+        sums = self._sums.on(device)
+        if device is None:
+            _cpu.accumulate_moments(backend.encoder(self.sae), acts, y, **sums)
+        else:
+            cuda.accumulate_moments(backend.cuda_encoder(self.sae, device), acts, y, **sums)
         self.origin = origin
         self.sum_y = _add_in_order(self.sum_y, y)
         self.sum_sq_y = _add_in_order(self.sum_sq_y, y * y)
@@ -105,10 +119,12 @@ class CorrelationStats:
         # Sums of y about the other's origin o' are about mine, o, after adding (o' - o) per row.
         move = (theirs.origin - mine.origin) if theirs.n_tokens else np.zeros_like(mine.origin)
         total.origin = mine.origin
-        total.sum_h = mine.sum_h + theirs.sum_h
-        total.sum_sq_h = mine.sum_sq_h + theirs.sum_sq_h
-        total.n_fired = mine.n_fired + theirs.n_fired
-        total.sum_hy = mine.sum_hy + (theirs.sum_hy + np.outer(theirs.sum_h, move))
+        total._sums = backend.Accumulators(
+            sum_h=mine.sum_h + theirs.sum_h,
+            sum_sq_h=mine.sum_sq_h + theirs.sum_sq_h,
+            n_fired=mine.n_fired + theirs.n_fired,
+            sum_hy=mine.sum_hy + (theirs.sum_hy + np.outer(theirs.sum_h, move)),
+        )
         total.sum_y = mine.sum_y + (theirs.sum_y + theirs.n_tokens * move)
         total.sum_sq_y = mine.sum_sq_y + (theirs.sum_sq_y + 2 * move * theirs.sum_y + theirs.n_tokens * move**2)
         total.n_tokens = mine.n_tokens + theirs.n_tokens
@@ -116,7 +132,7 @@ class CorrelationStats:
 
     def save(self, path: str | Path, **more: NDArray[np.int64]) -> None:
         """Writes the sums as safetensors, with `more` arrays beside them. Raises InputError where that fails."""
-        arrays: dict[str, NDArray[Any]] = {name: getattr(self, name) for name in (*_SUMS, "n_fired", "origin")}
+        arrays: dict[str, NDArray[Any]] = {name: getattr(self, name) for name in (*_OF_FEATURES, *_OF_TARGETS)}
         metadata = {
             **{"n_tokens": str(self.n_tokens)},
             **{"sae_source": self.sae_source, "sae_fingerprint": self.sae_fingerprint},
@@ -133,9 +149,11 @@ class CorrelationStats:
         stats = object.__new__(cls)
         stats.sae_fingerprint = metadata.get("sae_fingerprint", "")
         stats.sae, stats.sae_source, stats.n_tokens = sae, metadata["sae_source"], int(metadata["n_tokens"])
-        for name in (*_SUMS, "n_fired", "origin"):
+        for name in (*_OF_FEATURES, *_OF_TARGETS):
             if name not in arrays:
                 raise InputError(f"{path} has no '{name}': it is damaged, make it again")
+        stats._sums = backend.Accumulators(**{name: arrays[name] for name in _OF_FEATURES})
+        for name in _OF_TARGETS:
             setattr(stats, name, arrays[name])
         if sae is not None and sae.d_sae != len(stats.sum_h):
             raise InputError(f"{path} has statistics of {len(stats.sum_h)} features, but the SAE has {sae.d_sae}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sts_fast import _cpu, backend, files
+from sts_fast import _cpu, backend, cuda, files
 from sts_fast.errors import InputError
 from sts_fast.sae import SAE
 
@@ -35,7 +35,8 @@ class ShiftStats:
     n_tokens:      rows seen
     columns:       [n_columns] int64, the features kept track of; all of the SAE's by default
 
-    The sums are the same, bit for bit, for any split of the rows into updates and any number of threads.
+    On the CPU the sums are the same, bit for bit, for any split of the rows into updates and any number of threads.
+    Rows on a CUDA device are summed there, and sums stay there until they are asked for or rows come from elsewhere.
     """
 
     sum_sq_shift: Doubles
@@ -45,6 +46,7 @@ class ShiftStats:
     sum_sq_other: Doubles
     n_fired_base: Counts
     n_fired_other: Counts
+    weighted_sq_shift: Doubles
 
     def __init__(self, sae: SAE, *, columns: NDArray[np.int64] | None = None, n_replicates: int = 0) -> None:
         self.sae: SAE | None = sae
@@ -54,36 +56,44 @@ class ShiftStats:
             raise ValueError("columns must be whole numbers, the indices of features")
         self._subset = None if columns is None else np.asarray(columns, np.int64)
         n_columns = sae.d_sae if self._subset is None else len(self._subset)
-        for name in _SUMS:
-            setattr(self, name, np.zeros(n_columns))
-        for name in _COUNTS:
-            setattr(self, name, np.zeros(n_columns, np.int64))
-        self.weighted_sq_shift = np.zeros((n_columns, n_replicates))
+        self._sums = backend.Accumulators(
+            **{name: np.zeros(n_columns) for name in _SUMS},
+            **{name: np.zeros(n_columns, np.int64) for name in _COUNTS},
+            weighted_sq_shift=np.zeros((n_columns, n_replicates)),
+        )
+        self.n_replicates = n_replicates
         self.n_tokens = 0
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _ARRAYS:
+            return self._sums[name]
+        raise AttributeError(f"ShiftStats has no '{name}'")
 
     def update(self, base: Any, other: Any, row_weights: Doubles | None = None) -> None:
         """Adds paired rows.
 
-        base, other: [n_tokens, d_in] float32 or bfloat16, row t is the same token; numpy, torch or DLPack, borrowed
+        base, other: [n_tokens, d_in] float32 or bfloat16 (on CUDA float16 too), row t is the same token;
+                     numpy, torch or DLPack, borrowed
         row_weights: [n_tokens, n_replicates] float64, needed where n_replicates > 0
 
         Raises ValueError, naming the argument, for a wrong shape or dtype, or NaN or infinity; nothing is added then.
+        Raises InputError for a CUDA tensor where there are no CUDA ops.
         """
         if self.sae is None:
             raise ValueError("these statistics were loaded without their SAE: give it to ShiftStats.load to go on")
-        n_replicates = self.weighted_sq_shift.shape[1]
-        if (row_weights is not None) != (n_replicates > 0):
-            raise ValueError(f"row_weights must be given exactly where n_replicates > 0, and it is {n_replicates}")
+        if (row_weights is not None) != (self.n_replicates > 0):
+            raise ValueError(f"row_weights must be given exactly where n_replicates > 0, and it is {self.n_replicates}")
+        base, other = backend.rows(base), backend.rows(other)
         n_tokens = len(base)
-        _cpu.accumulate_shift(
-            backend.encoder(self.sae),
-            backend.rows(base),
-            backend.rows(other),
-            columns=self._subset,
-            row_weights=row_weights,
-            weighted_sq_shift=None if row_weights is None else self.weighted_sq_shift,
-            **{name: getattr(self, name) for name in (*_SUMS, *_COUNTS)},
-        )
+        device = backend.cuda_device_of(base)
+        sums = self._sums.on(device)
+        if row_weights is None:
+            sums = {**sums, "weighted_sq_shift": None}
+        given = {"columns": self._subset, "row_weights": row_weights, **sums}
+        if device is None:
+            _cpu.accumulate_shift(backend.encoder(self.sae), base, other, **given)
+        else:
+            cuda.accumulate_shift(backend.cuda_encoder(self.sae, device), base, other, **given)
         self.n_tokens += n_tokens
 
     @property
@@ -112,18 +122,18 @@ class ShiftStats:
 
     def top(self, n: int) -> NDArray[np.int64]:
         """The n features that shift most, most shifted first; among equals the lower index."""
-        return self.columns[top_indices(self.sum_sq_shift, n)]
+        return self.columns[top_indices(self._sums.as_they_are("sum_sq_shift"), n)]
 
     def __add__(self, other: ShiftStats) -> ShiftStats:
         if self.sae_fingerprint != other.sae_fingerprint or not np.array_equal(self.columns, other.columns):
             raise ValueError("statistics of different SAEs or features cannot be added")
-        if self.weighted_sq_shift.shape != other.weighted_sq_shift.shape:
+        if self.n_replicates != other.n_replicates:
             raise ValueError("statistics with different numbers of replicates cannot be added")
         total = object.__new__(ShiftStats)
         total.sae, total.sae_source, total.sae_fingerprint = self.sae, self.sae_source, self.sae_fingerprint
         total.d_sae, total._subset = self.d_sae, self._subset
-        for name in (*_ARRAYS, "n_tokens"):
-            setattr(total, name, getattr(self, name) + getattr(other, name))
+        total.n_replicates, total.n_tokens = self.n_replicates, self.n_tokens + other.n_tokens
+        total._sums = backend.Accumulators(**{name: self._sums[name] + other._sums[name] for name in _ARRAYS})
         return total
 
     def save(self, path: str | Path, **more: NDArray[np.int64]) -> None:
@@ -156,12 +166,16 @@ class ShiftStats:
         for name in _ARRAYS:
             if name not in arrays:
                 raise InputError(f"{path} has no '{name}': it is damaged, make it again")
-            setattr(stats, name, arrays[name])
+        stats._sums = backend.Accumulators(**{name: arrays[name] for name in _ARRAYS})
+        stats.n_replicates = stats.weighted_sq_shift.shape[1]
         return stats
 
 
-def top_indices(values: Doubles, n: int) -> NDArray[np.int64]:
-    """[n] int64 positions of the n largest values, largest first; among equals the lower position."""
+def top_indices(values: Any, n: int) -> NDArray[np.int64]:
+    """[n] int64 positions of the n largest values (numpy, or a tensor), largest first; among equals the lower."""
+    if not isinstance(values, np.ndarray):
+        found: NDArray[np.int64] = cuda.top_indices(values, n).cpu().numpy()
+        return found
     if not 1 <= n <= len(values):
         raise ValueError(f"top {n} of {len(values)} features cannot be taken")
     return np.argsort(-values, kind="stable")[:n]

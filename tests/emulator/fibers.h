@@ -1,6 +1,7 @@
 #pragma once
 /// Runs a CUDA kernel's source on the CPU: every thread is a fiber, the blocks of a cluster run together, clusters one
 /// after the other. Threads take turns in an order drawn anew for every round, so that a missing barrier shows.
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -47,7 +48,9 @@ struct Copy {
 };
 
 struct Fiber {
-    ucontext_t context;
+    ucontext_t context;  ///< to start with
+    jmp_buf resume;      ///< to go on with: unlike swapcontext, no system call
+    bool started = false;
     std::unique_ptr<unsigned char[]> stack;
     Block* block = nullptr;
     Dim3 thread;
@@ -95,7 +98,16 @@ class Machine {
     [[noreturn]] static void fail(const char* what) { throw std::logic_error(what); }
 
   private:
-    void pause() { swapcontext(&fibers_[current_]->context, &scheduler_); }
+    void pause() {
+        if (!_setjmp(current().resume)) _longjmp(scheduler_, 1);
+    }
+
+    void resume(Fiber& fiber) {
+        if (_setjmp(scheduler_)) return;
+        if (fiber.started) _longjmp(fiber.resume, 1);
+        fiber.started = true;
+        setcontext(&fiber.context);
+    }
 
     static void enter() {
         Machine& machine = get();
@@ -106,10 +118,9 @@ class Machine {
         } catch (...) {
             machine.error_ = std::current_exception();
         }
-        Fiber& fiber = machine.current();
-        fiber.done = true;
+        machine.current().done = true;
         machine.idle_ = 0;
-        swapcontext(&fiber.context, &machine.scheduler_);
+        machine.pause();
     }
 
     void run_cluster(uint64_t first_block, size_t shared_bytes) {
@@ -142,7 +153,7 @@ class Machine {
             for (const size_t i : order) {
                 if (fibers_[i]->done) continue;
                 current_ = i;
-                swapcontext(&scheduler_, &fibers_[i]->context);
+                resume(*fibers_[i]);
                 if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
                 if (fibers_[i]->done) --n_left;
             }
@@ -158,7 +169,7 @@ class Machine {
                             static_cast<unsigned>(thread) / block_shape.x / block_shape.y);
         fiber.lane = thread % 32;
         fiber.warp = thread / 32;
-        fiber.done = false;
+        fiber.done = fiber.started = false;
         fiber.copies.clear();
         fiber.copy_groups.clear();
         getcontext(&fiber.context);
@@ -170,7 +181,7 @@ class Machine {
 
     std::vector<std::unique_ptr<Fiber>> fibers_;
     size_t current_ = 0, idle_ = 0;
-    ucontext_t scheduler_;
+    jmp_buf scheduler_;
     std::mt19937_64 order_random_;
     const std::function<void()>* body_ = nullptr;
     std::exception_ptr error_;
