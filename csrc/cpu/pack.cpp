@@ -114,13 +114,19 @@ void copy_four_columns(const Bits* const from[4], int64_t n, float* to, int64_t 
         for (int j = 0; j < 4; ++j) to[k * to_stride + j] = to_float(from[j][k]);
 }
 
-/// Columns that lie apart, of rows that are contiguous.
+/// Columns that lie apart, of rows that are contiguous: each element is a miss of its own, so it is asked for ahead.
 template <class Bits>
 void pack_by_rows(const MatrixView& W, const int64_t* columns, int n, int width, int64_t start, int64_t depth,
                   float* to) {
+    constexpr int64_t kAhead = 2;
+    int64_t places[kStripColumns];
+    for (int j = 0; j < n; ++j) places[j] = j / width * width * depth + j % width;
     for (int64_t k = 0; k < depth; ++k, to += width) {
         const Bits* row = bits_at<Bits>(W, start + k, 0);
-        for (int j = 0; j < n; ++j) to[j / width * width * depth + j % width] = to_float(row[columns[j]]);
+        for (int j = 0; j < n; ++j) {
+            __builtin_prefetch(row + kAhead * W.row_stride + columns[j]);
+            to[places[j]] = to_float(row[columns[j]]);
+        }
     }
 }
 
