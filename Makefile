@@ -10,11 +10,12 @@ SOURCES = CMakeLists.txt $(CXX_FILES) $(shell find python/sts_fast -type f -not 
 # The CUDA core takes minutes to build: only where there is a GPU, in continuous integration, and for CUDA=AUTO.
 CUDA ?= $(if $(CI)$(wildcard /dev/nvidiactl),AUTO,OFF)
 
-.PHONY: help install test lint format demo clean
+.PHONY: help install test sanitize lint format demo clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make test     lint, then all tests, against the installed package'
+	@echo 'make sanitize the core under the address and undefined behaviour sanitizers'
 	@echo 'make lint     ruff, clang-format and mypy, nothing rewritten'
 	@echo 'make format   rewrite all files in the format that lint asks for'
 	@echo 'make demo     forecasts on a small embedded model, beside real fine-tuning'
@@ -37,6 +38,12 @@ $(VENV)/installed: $(VENV)/build_tools pyproject.toml $(SOURCES)
 
 test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/pytest
+
+# What the core computes is checked by the same program that tests/test_core.py runs on an emulated ARM machine.
+sanitize: $(VENV)/build_tools
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja -DSTS_CORE_TEST=ON -DSTS_SANITIZE=ON -DSTS_WERROR=ON
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize
+	build/sanitize/core_test
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
