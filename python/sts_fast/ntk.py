@@ -14,12 +14,15 @@ one forward pass and one backward pass that ends at the hook. A step -η M_S / |
     ntk        E_prompts n P <M_S, m_prompt> / ||M_S||           rise of P(answer), per unit of η (first order)
     step       rise of P(answer) when the step is really taken, and the layers above the hook run again
     step_loss  fall of the loss, likewise
+    adapter, adapter_loss   the same with W trained on S in many small steps instead of one long one
 
 with m_prompt one prompt's part of M_T, n the tokens of its answer and P the probability of all of them; η of `step` is
-such that S's own loss falls to a quarter. `<M_S, M_T>` is the neural tangent kernel of W, averaged over both sets.
+such that S's own loss falls to a quarter, and W is trained until it falls to a twentieth. `<M_S, M_T>` is the neural
+tangent kernel of W, averaged over both sets.
 
-At 7B shape (d_in 3584, d_sae 131,072, hook at layer 25 of 32) a set costs 1.2 forward passes for M, each pair another
-0.2 for `step`, and 67 MB for M, since g is projected to 64 dimensions.
+At 7B shape (d_in 3584, d_sae 131,072, hook at layer 25 of 32) M costs a set one forward pass and the upper fifth of a
+backward pass, 1.4 forward passes in all, and 67 MB, since g is projected to 64 dimensions; `step` and `adapter` cost
+each pair of sets another 0.2 forward passes, and a training set 10 to 30 times 0.6 for 64 of its prompts.
 """
 
 from __future__ import annotations
@@ -48,6 +51,8 @@ if TYPE_CHECKING:
     Doubles = NDArray[np.float64]
 
 FeatureKind = Literal["sae", "fired", "raw"]
+MapKind = Literal["step", "adapter"]
+Tell = Callable[[int, int], None]
 
 # Gradients are projected to so many dimensions; where d_in is no larger, they are kept whole.
 GRADIENT_DIMS = 64
@@ -55,11 +60,12 @@ GRADIENT_DIMS = 64
 SOLVED_LOSS = 0.01
 # Answers with a smaller probability than this, on average, are too long for a change of it to say anything.
 SMALLEST_P = 1e-3
-# What a step is to leave of the training set's own loss, and how many of its prompts are asked while η is sought.
-STEP_LOSS = 0.25
-STEP_PROMPTS = 64
-STEP_GROWTH = 1.4
-N_BISECTIONS = 7
+# How many of the training set's prompts are asked while a map is sought, and what it is to leave of their loss.
+MAP_PROMPTS = 64
+STEP_LOSS, ADAPTER_LOSS = 0.25, 0.05
+STEP_GROWTH, N_BISECTIONS = 1.4, 7
+# By the first gradient alone, so many of an adapter's steps bring the loss to zero; it takes more of them.
+ADAPTER_STEPS, MOST_ADAPTER_STEPS = 8, 64
 # Rows whose features are written out one by one at a time: 64 MB at 100 features a row.
 SPARSE_ROWS = 1024
 
@@ -216,14 +222,12 @@ class HookedModel:
             with self._frozen(), self._changing(at_hook), torch.set_grad_enabled(Q is not None):
                 nll = answer_nll(self._logits(ids), ids, chosen)
                 # Each prompt's loss depends on its own row of the batch alone.
-                gradient = torch.autograd.grad(nll.sum(), leaf[0])[0] if Q is not None else None
+                gradient = torch.zeros_like(leaf[0]) if Q is None else torch.autograd.grad(nll.sum(), leaf[0])[0]
             x = leaf[0].detach()
             kept = [self._kept(p, x[row, : lengths[i]]) for row, (i, p) in enumerate(zip(batch, chosen, strict=True))]
             at = torch.from_numpy(np.concatenate([row * ids.shape[1] + where for row, where in enumerate(kept)]))
             at = at.to(self.device)
-            g = np.zeros((0, 0))
-            if gradient is not None:
-                g = _finite(gradient.flatten(0, 1)[at].double() @ torch.from_numpy(Q).to(self.device), self.name)
+            g = np.zeros((0, 0)) if Q is None else self._projected(gradient, at, Q)
             yield AnswerRows(
                 prompts=batch,
                 padded=x,
@@ -236,18 +240,34 @@ class HookedModel:
                 n_answer=np.asarray([len(p.positions) for p in chosen]),
             )
 
-    def nll_from_hook(self, rows: AnswerRows, prompts: Sequence[Prompt], moved: torch.Tensor) -> Doubles:
-        """[n_prompts] the loss of a batch with `moved` [n_tokens, d_in] float64 added to its kept tokens at the hook.
+    def from_hook(
+        self, rows: AnswerRows, prompts: Sequence[Prompt], moved: torch.Tensor, Q: Doubles | None = None
+    ) -> tuple[Doubles, Doubles]:
+        """The loss of a batch with `moved` [n_tokens, d_in] float64 added to its kept tokens at the hook.
 
-        Only the layers above the hook are run.
+        Only the layers above the hook are run. Returns [n_prompts] the loss and, where Q is given, its gradient there,
+        as in AnswerRows.
         """
         import torch
 
         x = rows.padded.clone()
         x.flatten(0, 1)[rows.at] += moved.to(x.dtype).to(self.device)
-        with torch.no_grad(), self._skipping_below(), self._changing(lambda hidden: x):
-            nll = answer_nll(self._logits(rows.ids), rows.ids, [prompts[i] for i in rows.prompts])
-        return _finite(nll, self.name)
+        x.requires_grad_(Q is not None)
+        chosen = [prompts[i] for i in rows.prompts]
+        with (
+            self._frozen(),
+            self._skipping_below(),
+            self._changing(lambda hidden: x),
+            torch.set_grad_enabled(Q is not None),
+        ):
+            nll = answer_nll(self._logits(rows.ids), rows.ids, chosen)
+            g = np.zeros((0, 0)) if Q is None else self._projected(torch.autograd.grad(nll.sum(), x)[0], rows.at, Q)
+        return _finite(nll.detach(), self.name), g
+
+    def _projected(self, gradient: torch.Tensor, at: torch.Tensor, Q: Doubles) -> Doubles:
+        import torch
+
+        return _finite(gradient.flatten(0, 1)[at].double() @ torch.from_numpy(Q).to(self.device), self.name)
 
     def _logits(self, ids: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
@@ -314,39 +334,47 @@ def answer_nll(logits: torch.Tensor, ids: torch.Tensor, prompts: Sequence[Prompt
 
 
 @dataclass(frozen=True)
-class Push:
-    """What training on a set pulls at: the direction -M_S / ||M_S|| of W, and how far a step goes.
+class LinearMap:
+    """What training is stood in for by: x_t -> x_t + W^T h(x_t) at the hook.
 
-    direction: [n_features, r] float64 M_S / ||M_S||, gradients projected
+    W:         [n_features, r] float64, acting through Q
+    loss_left: share of the training set's own loss that it leaves; aim: the share that was wanted
+    """
+
+    W: Doubles
+    loss_left: float
+    aim: float
+
+
+@dataclass(frozen=True)
+class Push:
+    """What training on a set pulls at.
+
+    direction: [n_features, r] float64 M_S / ||M_S||, gradients projected; training moves W against it
     norm:      ||M_S||, fall of the set's own loss per unit of η
-    loss:      mean loss of the set's answers before training
-    eta:       length of the virtual step; None where no step was asked for
-    loss_left: share of its own loss that the step leaves
+    loss:      mean loss of the set's answers before training, in nats per token
+    maps:      W after a virtual training, by estimator: 'step', 'adapter', or none
     """
 
     name: str
     direction: Doubles
     norm: float
     loss: float
-    eta: float | None = None
-    loss_left: float | None = None
+    maps: dict[MapKind, LinearMap]
 
 
 @dataclass(frozen=True)
 class Pull:
     """How a domain answers to each push.
 
-    ntk_loss, ntk, step_loss, step: [n_pushes, n_prompts] each prompt's part, as in the module's equations: a domain's
-        forecast is the mean over its prompts; the steps are NaN for pushes without one
+    values: by estimator, such as 'ntk' and 'ntk_loss', [n_pushes, n_prompts] each prompt's part, as in the module's
+        equations: a domain's forecast is the mean over its prompts
     contributions: [n_pushes, n_features] <direction[j], M_T[j]>: each feature's part of the domain's ntk_loss
     nll, n_answer: [n_prompts] loss per token of the answer, in nats, and its number of tokens
     """
 
     name: str
-    ntk: Doubles
-    ntk_loss: Doubles
-    step: Doubles
-    step_loss: Doubles
+    values: dict[str, Doubles]
     contributions: Doubles
     nll: Doubles
     n_answer: NDArray[np.int64]
@@ -357,9 +385,6 @@ class Pull:
         return np.exp(-self.nll * self.n_answer)
 
 
-Tell = Callable[[int, int], None]
-
-
 def measure_push(
     model: HookedModel,
     features: Features,
@@ -367,14 +392,14 @@ def measure_push(
     name: str,
     prompts: Sequence[Prompt],
     *,
-    step: bool,
+    maps: Sequence[MapKind] = (),
     batch_tokens: int,
     tell: Tell | None = None,
 ) -> Push:
     """The push of a training set, from one forward and one backward pass down to the hook.
 
     Q:    [d_in, r] of `projection`
-    step: also seek the η at which the set's own loss, over at most 64 of its prompts, falls to a quarter
+    maps: also seek these, on at most 64 of the prompts
 
     Raises InputError where the loss has no gradient at the hook.
     """
@@ -387,48 +412,84 @@ def measure_push(
         done += len(rows.prompts)
         if tell is not None:
             tell(done, len(prompts))
-    norm = float(np.sqrt(np.einsum("jr,jr->", M, M)))
+    norm, loss = _norm(M), float(losses.mean())
     if norm == 0:
         raise InputError(
             f"the answers of '{name}' pull at no feature: no feature fires on its tokens, or the loss is exactly zero"
         )
-    push = Push(name, M / norm, norm, float(losses.mean()))
-    if not step:
-        return push
-    eta, loss_left = _seek_step(model, features, Q, push, prompts[:STEP_PROMPTS], batch_tokens)
-    return Push(name, push.direction, norm, push.loss, eta, loss_left)
+    seek = {"step": _seek_step, "adapter": _train_adapter}
+    asked = _Asked.of(model, features, Q, prompts[:MAP_PROMPTS], batch_tokens) if maps else None
+    found = {kind: seek[kind](asked, M / norm, loss / norm) for kind in maps if asked is not None}
+    return Push(name, M / norm, norm, loss, found)
 
 
-def _seek_step(
-    model: HookedModel, features: Features, Q: Doubles, push: Push, prompts: Sequence[Prompt], batch_tokens: int
-) -> tuple[float, float]:
-    """The smallest η found at which the prompts' loss falls to STEP_LOSS of itself, and the share left there.
+@dataclass(frozen=True)
+class _Asked:
+    """The prompts on which a map is sought: their residuals are kept, so that only the upper layers are run again."""
 
-    Where it never falls as far, the η with the lowest loss.
+    model: HookedModel
+    features: Features
+    Q: Doubles
+    prompts: Sequence[Prompt]
+    rows: list[AnswerRows]
+    loss: float
+
+    @classmethod
+    def of(
+        cls, model: HookedModel, features: Features, Q: Doubles, prompts: Sequence[Prompt], batch_tokens: int
+    ) -> _Asked:
+        rows = list(model.answer_rows(prompts, batch_tokens=batch_tokens))
+        return cls(model, features, Q, prompts, rows, sum(float(batch.nll.sum()) for batch in rows) / len(prompts))
+
+    def share_left(self, W: Doubles, M: Doubles | None = None) -> float:
+        """What W leaves of the loss; the gradient with respect to W is added to M."""
+        total = 0.0
+        for rows in self.rows:
+            moved = _project_back(self.features.times(rows.x, W), self.Q)
+            nll, g = self.model.from_hook(rows, self.prompts, moved, None if M is None else self.Q)
+            total += float(nll.sum()) / len(self.prompts)
+            if M is not None:
+                self.features.accumulate(M, rows.x, g / len(self.prompts))
+        return total / self.loss
+
+
+def _seek_step(asked: _Asked, direction: Doubles, full_step: float) -> LinearMap:
+    """The smallest η found at which -η direction brings the loss down to STEP_LOSS of itself.
+
+    Where it never falls as far, the η with the lowest loss. full_step: the η that a straight line takes to zero
     """
-    kept = [
-        (rows, _project_back(features.times(rows.x, push.direction), Q))
-        for rows in model.answer_rows(prompts, batch_tokens=batch_tokens)
-    ]
-    before = sum(float(rows.nll.sum()) for rows, _ in kept)
     left: dict[float, float] = {}
 
     def share_left(eta: float) -> float:
-        total = sum(float(model.nll_from_hook(rows, prompts, -eta * moved).sum()) for rows, moved in kept)
-        left[eta] = total / before
+        left[eta] = asked.share_left(-eta * direction)
         return left[eta]
 
-    # By the gradient alone this much would do; the search begins well below.
-    too_short, eta = 0.0, (1 - STEP_LOSS) * push.loss / push.norm / 8
+    too_short, eta = 0.0, full_step / 10  # the search begins well below
     while share_left(eta) > STEP_LOSS:
         if left[eta] > 3 or len(left) > 40:
-            best = min(left, key=lambda eta: left[eta])
-            return best, left[best]
+            eta = min(left, key=lambda eta: left[eta])
+            return LinearMap(-eta * direction, left[eta], STEP_LOSS)
         too_short, eta = eta, eta * STEP_GROWTH
     for _ in range(N_BISECTIONS):
         middle = (too_short + eta) / 2
         too_short, eta = (too_short, middle) if share_left(middle) <= STEP_LOSS else (middle, eta)
-    return eta, left[eta]
+    return LinearMap(-eta * direction, left[eta], STEP_LOSS)
+
+
+def _train_adapter(asked: _Asked, direction: Doubles, full_step: float) -> LinearMap:
+    """W after gradient descent in steps of one length, once the loss is ADAPTER_LOSS of itself; else the best W met."""
+    W = np.zeros_like(direction)
+    best = LinearMap(W, 1.0, ADAPTER_LOSS)
+    for _ in range(MOST_ADAPTER_STEPS + 1):
+        M = np.zeros_like(W)
+        left = asked.share_left(W, M)
+        if left <= best.loss_left:
+            best = LinearMap(W, left, ADAPTER_LOSS)
+        norm = _norm(M)
+        if left <= ADAPTER_LOSS or norm == 0:
+            break
+        W = W - full_step / ADAPTER_STEPS * M / norm
+    return best
 
 
 def measure_pull(
@@ -442,36 +503,34 @@ def measure_pull(
     batch_tokens: int,
     tell: Tell | None = None,
 ) -> Pull:
-    """How a domain answers to each push, from one pass over it, and one through the upper layers for each step."""
+    """How a domain answers to each push, from one pass over it, and one through the upper layers for each map.
+
+    All pushes have the same maps.
+    """
     n = len(prompts)
     M = np.zeros((features.n, Q.shape[1]))
-    aligned, moved_nll = np.zeros((len(pushes), n)), np.full((len(pushes), n), np.nan)
+    aligned = np.zeros((len(pushes), n))
+    moved_nll = {kind: np.zeros((len(pushes), n)) for push in pushes for kind in push.maps}
     nll, n_answer = np.zeros(n), np.zeros(n, np.int64)
     done = 0
     for rows in model.answer_rows(prompts, Q, batch_tokens=batch_tokens):
         features.accumulate(M, rows.x, rows.g / n)
         nll[rows.prompts], n_answer[rows.prompts] = rows.nll, rows.n_answer
         for i, push in enumerate(pushes):
-            along = features.times(rows.x, push.direction)
-            per_token = np.einsum("tr,tr->t", along, rows.g)
+            per_token = np.einsum("tr,tr->t", features.times(rows.x, push.direction), rows.g)
             aligned[i, rows.prompts] = np.bincount(rows.prompt_of, per_token, minlength=len(rows.prompts))
-            if push.eta is not None:
-                moved = -push.eta * _project_back(along, Q)
-                moved_nll[i, rows.prompts] = model.nll_from_hook(rows, prompts, moved)
+            for kind, found in push.maps.items():
+                moved = _project_back(features.times(rows.x, found.W), Q)
+                moved_nll[kind][i, rows.prompts] = model.from_hook(rows, prompts, moved)[0]
         done += len(rows.prompts)
         if tell is not None:
             tell(done, n)
     p_answer = np.exp(-nll * n_answer)
-    return Pull(
-        name=name,
-        ntk=aligned * n_answer * p_answer,
-        ntk_loss=aligned,
-        step=np.exp(-moved_nll * n_answer) - p_answer,
-        step_loss=nll - moved_nll,
-        contributions=np.stack([np.einsum("jr,jr->j", push.direction, M) for push in pushes]),
-        nll=nll,
-        n_answer=n_answer,
-    )
+    values = {"ntk": aligned * n_answer * p_answer, "ntk_loss": aligned}
+    for kind, after in moved_nll.items():
+        values |= {kind: np.exp(-after * n_answer) - p_answer, f"{kind}_loss": nll - after}
+    contributions = np.stack([np.einsum("jr,jr->j", push.direction, M) for push in pushes])
+    return Pull(name, values, contributions, nll, n_answer)
 
 
 def push_warnings(push: Push) -> list[str]:
@@ -482,11 +541,12 @@ def push_warnings(push: Push) -> list[str]:
             f"the model answers '{push.name}' already (loss {push.loss:.4f} per token, below {SOLVED_LOSS}): there is "
             "little left to pull at, and signed forecasts are weak"
         )
-    if push.loss_left is not None and push.loss_left > STEP_LOSS * 1.05:
-        warnings.append(
-            f"no virtual step brings the loss of '{push.name}' down to {STEP_LOSS:.0%} of itself; the best one leaves "
-            f"{push.loss_left:.0%}"
-        )
+    warnings += [
+        f"no {kind} brings the loss of '{push.name}' down to {found.aim:.0%} of itself; the best one leaves "
+        f"{found.loss_left:.0%}"
+        for kind, found in push.maps.items()
+        if found.loss_left > found.aim * 1.05
+    ]
     return warnings
 
 
@@ -497,8 +557,12 @@ def pull_warnings(pull: Pull) -> list[str]:
         return []
     return [
         f"the answers of '{pull.name}' have a probability of {p:.1g} on average, too long or too unlikely for a change "
-        "of it to say much: read ntk_loss and step_loss"
+        "of it to say much: read the forecasts of its loss"
     ]
+
+
+def _norm(M: Doubles) -> float:
+    return float(np.sqrt(np.einsum("jr,jr->", M, M)))
 
 
 def _project_back(projected: Doubles, Q: Doubles) -> torch.Tensor:

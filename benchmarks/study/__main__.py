@@ -1,0 +1,60 @@
+"""Runs the study on one base model, or prints the table of all that have been run.
+
+python -m benchmarks.study run package                   # the model that comes with the package
+python -m benchmarks.study run base-3 --train-seed 3     # one that is trained first, into build/study/base-3
+python -m benchmarks.study table
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.study.predictors import predict
+from benchmarks.study.table import RESULTS, compact, table
+from benchmarks.study.trials import REGIMES, run_trials
+from sts_fast import organism
+
+WORK = Path("build") / "study"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "table"))
+    parser.add_argument("base", nargs="?", default="package")
+    parser.add_argument("--train-seed", type=int, help="train this base model first")
+    arguments = parser.parse_args()
+    if arguments.what == "run":
+        run(arguments.base, arguments.train_seed)
+    sys.stdout.write(table(json.loads(RESULTS.read_text(encoding="utf-8"))))
+
+
+def run(base: str, train_seed: int | None) -> None:
+    start = time.process_time()
+
+    def tell(stage: str) -> None:
+        sys.stderr.write(f"{time.process_time() - start:7.0f} s  {base}: {stage}\n")
+        sys.stderr.flush()
+
+    folder = organism.weights_folder() if base == "package" else WORK / base
+    if train_seed is not None and not folder.exists():
+        organism.train(train_seed, folder)
+        tell("trained")
+    with organism.one_thread():
+        predicted = predict(folder, tell)
+        model, tokenizer = organism.load_model(folder / "model")
+        trials = {regime: run_trials(model, tokenizer, regime, tell) for regime in REGIMES}
+    figures = json.loads((folder / organism.FIGURES_FILE).read_text(encoding="utf-8"))
+    WORK.mkdir(parents=True, exist_ok=True)
+    raw = {"organism": figures, "cpu_seconds": time.process_time() - start, "predicted": predicted, "trials": trials}
+    (WORK / f"{base}.json").write_text(json.dumps(raw, default=lambda array: array.tolist()), encoding="utf-8")
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    results[base] = compact(predicted, trials, figures)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

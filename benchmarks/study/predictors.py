@@ -1,0 +1,144 @@
+"""What is held against the outcomes: signed forecasts, the paper's scores, controls, and an expensive reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.study.trials import DOMAINS, SHOTS, TRAINS
+from sts_fast import organism
+from sts_fast.demo import CONTROLS as DEMO_CONTROLS
+from sts_fast.demo import PREDICTORS as DEMO_PREDICTORS
+from sts_fast.demo import TOP_N
+from sts_fast.examples import Example
+from sts_fast.ntk import Features, HookedModel, answer_nll, measure_pull, measure_push, projection
+from sts_fast.prompts import Prompt, PromptTemplate, build_prompts
+from sts_fast.sae import load_sae
+from sts_fast.score import compare
+
+N_PROMPTS = 48
+N_FEW_SHOT = 16
+BATCH_TOKENS = 8192
+LAYER = 1
+
+# Predictors of (a change of P or of accuracy, a change of the loss), by name.
+SIGNED = {
+    f"{estimator} ({kind})": (f"{estimator} ({kind})", f"{estimator}_loss ({kind})")
+    for kind in ("raw", "sae")
+    for estimator in ("adapter", "step", "ntk")
+}
+FEW_SHOT = {"adapter behind demonstrations (raw)": ("adapter few-shot", "adapter_loss few-shot")}
+WITHOUT_GRADIENTS = ("STS_act", "STS_icl", *DEMO_CONTROLS, "training demonstrations in context")
+REFERENCE = {"gradients of all parameters": ("parameters", "parameters_loss")}
+
+
+def predict(folder: Path, tell: Any) -> dict[str, Any]:
+    """[n_trains, n_domains] by predictor, for one base model and its SAE."""
+    model, tokenizer = organism.load_model(folder / "model")
+    sae, template = load_sae(folder / "sae"), PromptTemplate(tokenizer)
+    hooked, Q = HookedModel(model, LAYER), projection(sae.d_in)
+    prompts = {
+        name: build_prompts(name, organism.examples(name, N_PROMPTS, seed=1), template, tokens="answer").prompts
+        for name in DOMAINS
+    }
+    found: dict[str, Any] = {}
+    centre = mean_residual(hooked, prompts)
+    tell("mean residual")
+    for kind in ("raw", "sae"):
+        features = Features(sae, kind, centre if kind == "raw" else None)
+        pushes = [
+            measure_push(
+                hooked, features, Q, train, prompts[train], maps=("step", "adapter"), batch_tokens=BATCH_TOKENS
+            )
+            for train in TRAINS
+        ]
+        tell(f"training sets, {kind}")
+        pulls = [measure_pull(hooked, features, Q, name, prompts[name], pushes, batch_tokens=BATCH_TOKENS)
+                 for name in DOMAINS]  # fmt: skip
+        for estimator in pulls[0].values:
+            found[f"{estimator} ({kind})"] = np.stack([pull.values[estimator].mean(axis=1) for pull in pulls], axis=1)
+        tell(f"domains, {kind}")
+        if kind == "raw":
+            shown = [measure_pull(hooked, features, Q, name, behind(name, name, template), pushes,
+                                  batch_tokens=BATCH_TOKENS) for name in DOMAINS]  # fmt: skip
+            for estimator in ("adapter", "adapter_loss"):
+                found[f"{estimator} few-shot"] = np.stack([p.values[estimator].mean(axis=1) for p in shown], axis=1)
+            found["loss of training sets"] = np.asarray([push.loss for push in pushes])
+            tell("domains behind demonstrations")
+    alone = np.asarray([mean_nll(hooked, prompts[name][:N_FEW_SHOT]) for name in DOMAINS])
+    found["training demonstrations in context"] = np.asarray(
+        [[alone[i] - mean_nll(hooked, behind(train, name, template)) for i, name in enumerate(DOMAINS)]
+         for train in TRAINS]
+    )  # fmt: skip
+    tell("training demonstrations in context")
+    found |= parameter_gradients(model, prompts)
+    tell("gradients of all parameters")
+    return found | scores(folder)
+
+
+def behind(shown: str, asked: str, template: PromptTemplate) -> list[Prompt]:
+    """Questions of one domain behind demonstrations of another, or of its own."""
+    demos = organism.examples(shown, N_PROMPTS + SHOTS, seed=1)[-SHOTS:]
+    context = tuple(turn for demo in demos for turn in (("user", demo.question), ("assistant", demo.answer or "")))
+    queries = [
+        Example(example.id, example.question, example.answer, context)
+        for example in organism.examples(asked, N_FEW_SHOT, seed=1)
+    ]
+    return build_prompts(asked, queries, template, tokens="answer").prompts
+
+
+def mean_nll(hooked: HookedModel, prompts: list[Prompt]) -> float:
+    return float(np.mean(np.concatenate([rows.nll for rows in hooked.answer_rows(prompts, batch_tokens=BATCH_TOKENS)])))
+
+
+def mean_residual(hooked: HookedModel, prompts: dict[str, list[Prompt]]) -> Any:
+    means = [
+        np.concatenate([rows.x.numpy() for rows in hooked.answer_rows(asked, batch_tokens=BATCH_TOKENS)]).mean(axis=0)
+        for asked in prompts.values()
+    ]
+    return np.mean(means, axis=0, dtype=np.float64)
+
+
+def parameter_gradients(model: Any, prompts: dict[str, list[Prompt]]) -> dict[str, Any]:
+    """Inner products of the gradients of all parameters: what a first step of real gradient descent does."""
+    import torch
+
+    of_loss, of_p = [], []
+    parameters = list(model.parameters())
+    for asked in prompts.values():
+        ids = torch.tensor(np.stack([prompt.base_ids for prompt in asked]).astype(np.int64))
+        nll = answer_nll(model(input_ids=ids, use_cache=False).logits, ids, asked)
+        p = torch.exp(-len(asked[0].positions) * nll)
+        for value, gradients in ((nll.mean(), of_loss), (-p.mean(), of_p)):
+            parts = torch.autograd.grad(value, parameters, retain_graph=True)
+            gradients.append(torch.cat([part.flatten() for part in parts]).numpy())
+    trained = np.stack([of_loss[DOMAINS.index(train)] for train in TRAINS])
+    return {"parameters": trained @ np.stack(of_p).T, "parameters_loss": trained @ np.stack(of_loss).T}
+
+
+def scores(folder: Path) -> dict[str, Any]:
+    """The paper's scores and the controls that stand beside them in every run."""
+    domains = {name: organism.examples(name, N_PROMPTS + SHOTS, seed=1) for name in DOMAINS}
+    forecasts = compare(
+        model=folder / "model",
+        sae=folder / "sae",
+        trains={f"train on {name}": domains[name] for name in TRAINS},
+        domains=domains,
+        shots=SHOTS,
+        domain_shots=SHOTS,
+        top_n=TOP_N,
+        limit=N_PROMPTS,
+        controls="all",
+    )
+    found = {}
+    for predictor, keys in DEMO_PREDICTORS.items():
+        rows = []
+        for forecast in forecasts.values():
+            values: list[Any] = forecast.to_dict()["domains"]
+            for key in keys:
+                values = [value[key] for value in values]
+            rows.append(values)
+        found[predictor] = np.asarray(rows)
+    return found
