@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from benchmarks.study.predictors import predict
 from benchmarks.study.table import RESULTS, compact, table
@@ -43,16 +44,22 @@ def run(base: str, train_seed: int | None) -> None:
     if train_seed is not None and not folder.exists():
         organism.train(train_seed, folder)
         tell("trained")
+    figures = json.loads((folder / organism.FIGURES_FILE).read_text(encoding="utf-8"))
+    WORK.mkdir(parents=True, exist_ok=True)
     with organism.one_thread():
         predicted = predict(folder, tell)
         model, tokenizer = organism.load_model(folder / "model")
-        trials = {regime: run_trials(model, tokenizer, regime, tell) for regime in REGIMES}
-    figures = json.loads((folder / organism.FIGURES_FILE).read_text(encoding="utf-8"))
-    WORK.mkdir(parents=True, exist_ok=True)
-    raw = {"organism": figures, "cpu_seconds": time.process_time() - start, "predicted": predicted, "trials": trials}
+        trials: dict[str, Any] = {}
+        for regime in REGIMES:
+            trials[regime] = run_trials(model, tokenizer, regime, tell)
+            keep(base, predicted, trials, figures, time.process_time() - start)
+
+
+def keep(base: str, predicted: Any, trials: Any, figures: Any, cpu_seconds: float) -> None:
+    raw = {"organism": figures, "cpu_seconds": cpu_seconds, "predicted": predicted, "trials": trials}
     (WORK / f"{base}.json").write_text(json.dumps(raw, default=lambda array: array.tolist()), encoding="utf-8")
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    results[base] = compact(predicted, trials, figures)
+    results[base] = {"cpu_seconds": round(cpu_seconds), **compact(predicted, trials, figures)}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 

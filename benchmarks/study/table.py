@@ -76,6 +76,7 @@ def table(results: dict[str, Any]) -> str:
     """Markdown: mean [lowest, highest] over trainings, per base model."""
     sections = []
     for regime in REGIMES:
+        of_regime = [base for base in results if regime in results[base]]
         for shots, outcome, kind in (
             ("zero-shot", "dP", "signed"),
             ("zero-shot", "dP", "size"),
@@ -91,9 +92,9 @@ def table(results: dict[str, Any]) -> str:
             ("few-shot", "dloss", "size"),
         ):
             title = f"{regime}, {shots}, {outcome}, {kind}"
-            lines = [["predictor", *results], ["---"] * (1 + len(results))]
+            lines = [["predictor", *of_regime], ["---"] * (1 + len(of_regime))]
             for name in predictors():
-                cells = [cell(results[base][regime][f"{shots} {outcome}"][name][kind]) for base in results]
+                cells = [cell(results[base][regime][f"{shots} {outcome}"][name][kind]) for base in of_regime]
                 lines.append([name, *cells])
             sections.append(f"### {title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines))
     return "\n".join(sections)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import numpy as np
@@ -35,13 +36,27 @@ N_QUESTIONS = {"zero-shot": 64, "few-shot": 32}
 SHOTS = 4
 
 
+class Remembering:
+    """A tokenizer that renders the same conversations once: every model is asked the same questions."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.rendered = tokenizer, {}
+
+    def apply_chat_template(self, conversations: Any, **options: Any) -> Any:
+        key = json.dumps(conversations)
+        if key not in self.rendered:
+            self.rendered[key] = self.tokenizer.apply_chat_template(conversations, **options)
+        return self.rendered[key]
+
+
 def run_trials(model: Any, tokenizer: Any, regime: str, tell: Any) -> list[dict[str, Any]]:
     """One row per training set and seed: `train`, `seed`, and for zero-shot and few-shot [n_domains] changes.
 
     dP, dloss, daccuracy: rise of P(answer), fall of the loss per token, rise of exact answers; z_dP, z_dloss: the first
     two over their standard errors, paired over questions.
     """
-    before = abilities(model, tokenizer)
+    asking = Remembering(tokenizer)
+    before = abilities(model, asking)
     seeds, steps, lr = REGIMES[regime]
     rows = []
     for train in TRAINS:
@@ -49,7 +64,7 @@ def run_trials(model: Any, tokenizer: Any, regime: str, tell: Any) -> list[dict[
             questions = organism.examples(train, N_TRAIN, seed=1000 + seed)
             tune = lora_tune if regime == "lora" else organism.fine_tune
             tuned = tune(model, tokenizer, questions, steps=steps, lr=lr, batch=BATCH, seed=seed)
-            after = abilities(tuned, tokenizer)
+            after = abilities(tuned, asking)
             row: dict[str, Any] = {"train": train, "seed": seed}
             for shots, old in before.items():
                 row[shots] = change(old, after[shots])
