@@ -223,6 +223,32 @@ def test_it_goes_on_from_a_checkpoint(run: Path, questions: Any, tmp_path: Path)
         lost.train(resume_from_checkpoint=str(tmp_path / "two" / "checkpoint-4"))
 
 
+def test_adapters_are_watched_and_switched_off_to_find_the_base(run: Path, questions: Any, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    def adapted() -> Any:
+        torch.manual_seed(0)
+        return get_peft_model(new_model()[0], LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+
+    saving = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
+    states = []
+    for watched in (False, True):
+        trainer = sft(tmp_path / f"{watched}", questions, adapted(), **saving)
+        if watched:
+            monitor = TransferMonitor(run, output=tmp_path / "watch", every=2).attach(trainer)
+        trainer.train()
+        states.append(trainer.model.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert [found.step for found in monitor.history] == [2, 4, 6]
+    assert min(monitor.history[-1].exposure.values()) > 0
+
+    # The base activations are lost, and found again without the adapter.
+    second = sft(tmp_path / "True", questions, adapted(), **saving)
+    resumed = TransferMonitor(run, output=tmp_path / "empty", every=2).attach(second)
+    second.train(resume_from_checkpoint=str(tmp_path / "True" / "checkpoint-4"))
+    assert resumed.history[-1].exposure == monitor.history[-1].exposure
+
+
 def test_another_model_is_told(run: Path, questions: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, _ = new_model()
     with torch.no_grad():
