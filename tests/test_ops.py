@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from benchmarks.exact_sums import errors
 
 from sts_fast import _cpu
 
@@ -390,6 +391,47 @@ def test_bit_identical_over_threads_and_chunks(activation: str, instruction_set:
             assert_same(problem.moments(encoder, parts), moments)
         for got, wanted in zip(_cpu.encode_sparse(encoder, problem.base), sparse, strict=True):
             np.testing.assert_array_equal(got, wanted, strict=True)
+
+
+def test_sums_of_many_rows_are_those_of_whole_numbers() -> None:
+    for name, (core, single) in errors(200_000).items():
+        assert core < 1e-12 < 1e-6 < single, name
+
+
+def test_strides_of_more_than_two_billion_elements(tmp_path: Path) -> None:
+    problem = Problem("gated", 2, 2, 70, values=INTEGER)
+    far = 2**31 + 5
+    # A sparse file: only the pages that are written take space.
+    memory = np.memmap(tmp_path / "sparse", np.float32, "w+", shape=(far + 1000,))
+
+    def spread(values: Any, at: int) -> Any:
+        view = np.lib.stride_tricks.as_strided(memory[at:], values.shape, (4 * far, 4))
+        view[:] = values
+        return view
+
+    base, W_enc = spread(problem.base, 0), spread(problem.W_enc, 100)
+    assert_exact(problem.shift(problem.encoder(W_enc), base=base), problem.wanted_shift())
+    transposed = np.ascontiguousarray(problem.W_enc[:, :2].T)
+    columns = Problem("relu", 2, 2, 2, values=INTEGER)
+    columns.W_enc = transposed.T
+    strided = spread(transposed, 200).T
+    assert_exact(columns.shift(columns.encoder(strided)), columns.wanted_shift())
+
+
+def test_more_than_two_billion_features() -> None:
+    n, d_sae = 33_000, 65_536
+    W_enc = np.tile(np.array([0, 0, 0, 0, 0, 0, 0, 2], np.float32), d_sae // 8)[None]
+    encoder = _cpu.Encoder(W_enc, np.zeros(d_sae, np.float32), activation="relu")
+    acts = np.ones((n, 1), np.float32)
+    sums, fired = [np.zeros(d_sae), np.zeros(d_sae)], np.zeros(d_sae, np.int64)
+    _cpu.accumulate_moments(encoder, acts, sum_h=sums[0], sum_sq_h=sums[1], n_fired=fired)
+    np.testing.assert_array_equal(sums[0], n * W_enc[0])
+    np.testing.assert_array_equal(fired, n * (W_enc[0] > 0))
+    W_enc[:, :-1] = 0
+    indptr, indices, values = _cpu.encode_sparse(encoder, acts)
+    np.testing.assert_array_equal(indptr, np.arange(n + 1))
+    assert (indices == d_sae - 1).all()
+    assert (values == 2).all()
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
