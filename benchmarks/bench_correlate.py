@@ -73,7 +73,7 @@ class Check:
     def __call__(self, contestant: str, result: dict[str, Any], inputs: tuple[torch.Tensor, oracle.Doubles]) -> float:
         acts, targets = inputs
         if "hidden_pre" in result:
-            return oracle.check(contestant, oracle.product_errors(self.case, acts, result))
+            return oracle.check(self.case, contestant, oracle.product_errors(self.case, acts, result))
         if len(acts) not in self.features:
             self.features[len(acts)] = oracle.features(self.case, acts, self.columns)
         h, y = self.features[len(acts)], targets[:, : result["sum_hy"].shape[1]]
@@ -81,6 +81,7 @@ class Check:
         sizes = h.value.T @ np.abs(y)
         scales = {"sum_hy": np.maximum(sizes, sizes.mean())}
         return oracle.check(
+            self.case,
             contestant,
             (
                 (name, oracle.error(result[name][self.columns], bounds, scales.get(name)))

@@ -169,7 +169,7 @@ class Check:
     def __call__(self, contestant: str, result: Any, inputs: tuple[torch.Tensor]) -> float:
         (acts,) = inputs
         if isinstance(result, dict):
-            return oracle.check(contestant, oracle.product_errors(self.case, acts, result))
+            return oracle.check(self.case, contestant, oracle.product_errors(self.case, acts, result))
         if len(acts) not in self.expected:
             self.expected[len(acts)] = self.expect(acts)
         rows, bounds = self.expected[len(acts)]
@@ -177,7 +177,7 @@ class Check:
             inside = np.isin(rows, result.rows)
             bounds, rows = oracle.Bounds(*(part[inside] for part in bounds)), rows[inside]
         got = sampled(result, rows, self.columns, self.case.size.d_sae, len(acts))
-        return oracle.check(contestant, iter([("a feature", oracle.error(got, bounds, bounds.value.max()))]))
+        return oracle.check(self.case, contestant, iter([("a feature", oracle.error(got, bounds, bounds.value.max()))]))
 
     def expect(self, acts: torch.Tensor) -> tuple[NDArray[np.int64], oracle.Bounds]:
         if self.case.architecture != "topk":

@@ -151,11 +151,13 @@ class Check:
 
     def __call__(self, contestant: str, result: dict[str, Any], inputs: tuple[torch.Tensor, torch.Tensor]) -> float:
         if "hidden_pre" in result:
-            return oracle.check(contestant, oracle.product_errors(self.case, inputs[-1], result))
+            return oracle.check(self.case, contestant, oracle.product_errors(self.case, inputs[-1], result))
         n_rows = len(inputs[0])
         if n_rows not in self.sums:
             self.sums[n_rows] = oracle.shift_sums(*(oracle.features(self.case, acts, self.columns) for acts in inputs))
         expected = self.sums[n_rows]
         return oracle.check(
-            contestant, ((name, oracle.error(sums[self.columns], expected[name])) for name, sums in result.items())
+            self.case,
+            contestant,
+            ((name, oracle.error(sums[self.columns], expected[name])) for name, sums in result.items()),
         )

@@ -26,10 +26,10 @@ class Size:
 
 
 @lru_cache(maxsize=1)
-def weights(d_in: int, d_sae: int, device: str) -> torch.Tensor:
+def weights(d_in: int, d_sae: int) -> torch.Tensor:
     """[d_in, d_sae] float32, such that the product with a row of unit variance has unit variance."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(d_in, d_sae, generator=generator).div_(d_in**0.5).to(device)
+    return torch.randn(d_in, d_sae, generator=generator).div_(d_in**0.5)
 
 
 class Case:
@@ -38,13 +38,15 @@ class Case:
     W_enc [d_in, d_sae], b_enc and threshold [d_sae], b_dec [d_in]: float32, on the device
     bias [d_sae] float32: b_enc - b_dec W_enc, computed in float64, for peers that fold what is constant
     base, other [rows, d_in] float32: paired rows, a shift apart
+    tolerance: relative error that a result may have; a pre-activation so near its threshold may fire or not
     """
 
     def __init__(self, size: Size, architecture: str = "standard", device: str = "cpu") -> None:
         self.size, self.architecture, self.device = size, architecture, device
+        self.tolerance = 1e-5 if device == "cpu" else 1e-4  # float32, or weights and activations as two bfloat16
         d_in, d_sae = size.d_in, size.d_sae
         generator = torch.Generator().manual_seed(1)
-        self.W_enc = weights(d_in, d_sae, device)
+        self.W_enc = weights(d_in, d_sae).to(device)
         self.base = torch.randn(size.rows, d_in, generator=generator).to(device)
         self.other = self.base + 0.3 * torch.randn(size.rows, d_in, generator=generator).to(device)
         # Pre-activations are about normal with deviation 1, so that this quantile leaves L0 of them.
@@ -56,7 +58,7 @@ class Case:
         self.bias = (self.b_enc.double() - torch.cat(through)).float()
         self.sae = SAE(
             architecture=architecture,
-            W_enc=self.W_enc,
+            W_enc=weights(d_in, d_sae),
             b_enc=self.b_enc.cpu().numpy(),
             b_dec=self.b_dec.cpu().numpy(),
             threshold=None if self.threshold is None else self.threshold.cpu().numpy(),

@@ -1,7 +1,7 @@
 """The equations in float64 over a sample of columns or rows, and how far a result is from them.
 
-Activations are discontinuous: a pre-activation within MARGIN of its threshold, relative to the largest of its row, may
-fall on either side. So every number is a range: [low, high] holds both cases, and is one number everywhere else.
+Activations are discontinuous: a pre-activation within the tolerance of its threshold, relative to the largest of its
+row, may fall on either side. So every number is a range: [low, high] holds both cases, and is one number elsewhere.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from benchmarks.cases import TOP_K, Case
 
 Doubles = NDArray[np.float64]
 
-MARGIN = 1e-5
-TOLERANCE = 1e-5
 BLOCK_ROWS, BLOCK_COLUMNS = 1024, 8192
 N_COLUMNS, N_ROWS = 128, 16
 
@@ -52,7 +50,7 @@ def features(case: Case, acts: torch.Tensor, columns: NDArray[np.int64]) -> Boun
     """[n_tokens, n_columns] features of a standard or jumprelu SAE."""
     pre = hidden_pre(case, acts, columns)
     threshold = 0.0 if case.threshold is None else case.threshold[columns].double().cpu().numpy()
-    margin = MARGIN * np.abs(pre).max(axis=1, keepdims=True)
+    margin = case.tolerance * np.abs(pre).max(axis=1, keepdims=True)
     open_ = np.abs(pre - threshold) <= margin
     value = np.where(pre > threshold, pre, 0.0)
     return Bounds(np.where(open_, 0.0, value), value, np.where(open_, np.maximum(pre, 0) + margin, value))
@@ -64,7 +62,7 @@ def top_k_features(case: Case, acts: torch.Tensor) -> Bounds:
     pre = np.concatenate([hidden_pre(case, acts, columns) for columns in blocks], axis=1)
     descending = np.sort(pre, axis=1)[:, ::-1]
     last_in, first_out = descending[:, TOP_K - 1 : TOP_K], descending[:, TOP_K : TOP_K + 1]
-    margin = MARGIN * np.abs(pre).max(axis=1, keepdims=True)
+    margin = case.tolerance * np.abs(pre).max(axis=1, keepdims=True)
     chosen = pre >= last_in
     open_ = np.where(chosen, pre <= first_out + margin, pre >= last_in - margin)
     value = np.where(chosen, np.maximum(pre, 0), 0.0)
@@ -135,11 +133,11 @@ def error(got: Any, bounds: Bounds, scale: Any = None) -> float:
     )
 
 
-def check(contestant: str, errors: Iterator[tuple[str, float]]) -> float:
-    """The largest of the errors of a contestant's results; raises WrongResult where one exceeds TOLERANCE."""
+def check(case: Case, contestant: str, errors: Iterator[tuple[str, float]]) -> float:
+    """The largest of the errors of a contestant's results; raises WrongResult where one exceeds the tolerance."""
     largest = 0.0
     for name, relative in errors:
-        if relative > TOLERANCE:
+        if relative > case.tolerance:
             raise WrongResult(f"{contestant}: {name} differs from float64 by {relative:.1e}, relative")
         largest = max(largest, relative)
     return largest
