@@ -4,7 +4,8 @@
 
 Writes SAEs of that size in several layouts, loads each in a fresh process, and prints the growth of its resident set
 from before load_sae to its peak, mapped pages counted, once after loading and once after all of W_enc was read. An
-eighth of both widths is first checked value by value; the large ones hold zeros.
+SAE of an eighth of both widths is first checked value by value, and loaded by the measured process before, so that the
+libraries' own pages are not counted; the large ones hold zeros.
 """
 
 from __future__ import annotations
@@ -29,18 +30,19 @@ from sts_fast.sae import detect, hub  # imported before memory is first measured
 def resident(key):
     return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key))
 
-source, dtype, check = sys.argv[1], sys.argv[2], sys.argv[3] == "check"
-load = lambda: sts_fast.load_sae(source, dtype=None if dtype == "file" else dtype, layer=3)
+source, dtype, small = sys.argv[1], sys.argv[2], sys.argv[3]
+load = lambda place: sts_fast.load_sae(place, dtype=None if dtype == "file" else dtype, layer=3)
+load(small)
 open("/proc/self/clear_refs", "w").write("5")
 before, started = resident("VmRSS"), time.perf_counter()
-sae = load()
+sae = load(source)
 seconds, loaded = time.perf_counter() - started, resident("VmHWM") - before
-if check:
+if source == small:
     column = torch.arange(sae.d_sae, dtype=torch.float32) % 97
     for i in range(sae.d_in):
         assert torch.equal(sae.W_enc[i], (column + i % 13).to(sae.W_enc.dtype)), i
 else:
-    for part in sae.W_enc.split(64) if sae.W_enc.stride(1) == 1 else sae.W_enc.T.split(64):
+    for part in sae.W_enc.split(4) if sae.W_enc.stride(1) == 1 else sae.W_enc.T.split(4):
         part.sum(dtype=torch.float64)
 print(json.dumps({"loaded": loaded, "read": resident("VmHWM") - before, "encoder": sae.W_enc.nbytes, "s": seconds}))
 """
@@ -96,8 +98,9 @@ def write_holes(path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dty
         file.truncate(8 + len(text) + end)
 
 
-def measured(source: Path, dtype: str, *, check: bool) -> dict[str, float]:
-    child = [sys.executable, "-c", CHILD, str(source), dtype, "check" if check else "time"]
+def measured(source: Path, dtype: str, small: Path) -> dict[str, float]:
+    """Memory and time of loading `source`; where that is the small one, its values are checked instead."""
+    child = [sys.executable, "-c", CHILD, str(source), dtype, str(small)]
     ran = subprocess.run(child, capture_output=True, text=True, check=False)
     if ran.returncode:
         raise SystemExit(ran.stderr)
@@ -125,10 +128,10 @@ def main() -> None:
             whole.mkdir()
             small = write(check, layout, options.d_in // 8, options.d_sae // 8, zeros=False)
             for dtype in dtypes:
-                measured(small, dtype, check=True)
+                measured(small, dtype, small)
             source = write(whole, layout, options.d_in, options.d_sae, zeros=True)
             for dtype in dtypes:
-                figures = measured(source, dtype, check=False)
+                figures = measured(source, dtype, small)
                 size = figures["encoder"]
                 print(
                     f"{layout:30} {dtype:9} {size / 1e6:6.0f} MB {figures['loaded'] / size:7.2f}x "

@@ -97,7 +97,7 @@ def test_what_is_not_finite_is_refused_by_name(kind: str, bad: float, tmp_path: 
     w = values()
     w[-1, -1] = bad
     matrix = Checkpoint(FORMATS[kind](tmp_path / "a", w)).matrix("w", (N, M))
-    for read in (Matrix.whole, Matrix.row_norms):
+    for read in (Matrix.whole, Matrix.row_norms, lambda matrix: matrix.rows([0, N - 1])):
         with pytest.raises(InputError, match=r"a\.(safetensors|pt|npz): w contains NaN or infinity"):
             read(matrix)
 
@@ -192,6 +192,18 @@ def saved(name: str, what: Any) -> Callable[[Path], Path]:
     return make
 
 
+def zip_of_many(folder: Path) -> Path:
+    with zipfile.ZipFile(folder / "a.npz", "w") as archive:
+        for i in range(5000):
+            archive.writestr(f"w{i}.npy", b"")
+    return folder / "a.npz"
+
+
+def safetensors_of_many(folder: Path) -> Path:
+    save_file({f"w{i:0100}": torch.zeros(1) for i in range(7000)}, folder / "a.safetensors")
+    return folder / "a.safetensors"
+
+
 HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "pt with a payload": (hostile_pt, r"a\.pt would run code when loaded \(it calls \w+\.mkdir\) and was not"),
     "plain pickle": (plain_pickle, r"a\.pt would run code when loaded"),
@@ -205,6 +217,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "npz of another shape": (npz_of_another_shape, r"w claims shape \[1000000000, 1000000000\], but its data is"),
     "pt stretched": (stretched_pt, r"w claims shape \[100000, 100000\], more than the file holds"),
     "absurd header": (safetensors_of_absurd_header, "is not a readable safetensors file"),
+    "zip of many": (zip_of_many, "has 5000 members, which checkpoints of an SAE do not"),
+    "safetensors of many": (safetensors_of_many, r"has a header of \d+ bytes: save the SAE's tensors alone"),
     "empty": (just("a.pt", b""), "is not a readable"),
     "empty npz": (just("a.npz", b""), "is not a readable"),
     "zip of nothing": (just("a.npz", b"PK\x05\x06" + bytes(18)), "is not a readable"),

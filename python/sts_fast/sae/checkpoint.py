@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
 
 BLOCK_BYTES = 8 << 20
-PICKLE_BYTES = 16 << 20  # of a .pt file's table of contents, which names and shapes fill to a few kB
+# Names and shapes fill a file's table of contents to a few kB, and its list of members to a few.
+CONTENTS_BYTES = 1 << 20
+MOST_MEMBERS = 1000
 # Weights hardly compress: what unpacks to more than this many times its file is a bomb.
 MOST_UNPACKED = 20
 FREE_UNPACKED_BYTES = 64 << 20
@@ -78,8 +80,16 @@ class Checkpoint:
             raise InputError(f"{self.path}: {name} has shape {list(shape)}, but [{length}] is needed")
         values = np.array(self.mapped(name).float().numpy(), np.float32).reshape(-1)
         if not np.isfinite(values).all():
-            raise InputError(f"{self.path}: {name} contains NaN or infinity: copy or download it again")
+            raise InputError(_not_finite(self.path, name))
         return np.repeat(values, length) if is_number else values
+
+    def exponential(self, name: str, length: int) -> Floats:
+        """[length] float32 exponentials of a vector."""
+        with np.errstate(over="ignore"):
+            values: Floats = np.exp(self.vector(name, length))
+        if not np.isfinite(values).all():
+            raise InputError(f"{self.path}: exp({name}) is infinite: copy or download it again")
+        return values
 
     def number(self, name: str) -> float:
         """The value of a tensor of one element, of any dtype."""
@@ -122,6 +132,9 @@ class Checkpoint:
                 if start.startswith(b"\x80") and self.path.suffix != ".safetensors":
                     raise InputError(_needs_code(self.path, "it was pickled before PyTorch 1.6"))
             kind = "safetensors"
+            header = int.from_bytes(start, "little")
+            if CONTENTS_BYTES < header < self.path.stat().st_size:
+                raise InputError(f"{self.path} has a header of {header} bytes: save the SAE's tensors alone")
             return _safetensors(self.path), {}
         except InputError:
             raise
@@ -182,7 +195,10 @@ class Matrix:
 
         chosen = torch.as_tensor(np.asarray(indices, np.int64))
         if not self.transposed:
-            return self._stored()[chosen].float()
+            found = self._stored()[chosen].float()
+            if not bool(found.sum(dtype=torch.float64).isfinite()):
+                raise InputError(_not_finite(self.file.path, self.name))
+            return found
         # Every row of the file holds a number of each: read them a block at a time.
         found = torch.empty(len(chosen), self.shape[1])
         for rows, block in self._blocks():
@@ -196,9 +212,9 @@ class Matrix:
         squares = torch.zeros(self.shape[0], dtype=torch.float64)
         for rows, block in self._blocks():
             if self.transposed:
-                squares += block.double().square().sum(dim=0)
+                squares += block.double().square_().sum(dim=0)
             else:
-                squares[rows] = block.double().square().sum(dim=1)
+                squares[rows] = torch.linalg.vector_norm(block, dim=1, dtype=torch.float64).square()
         norms: Floats = squares.sqrt().float().numpy()
         return norms
 
@@ -207,14 +223,22 @@ class Matrix:
 
     def _blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Some rows of the file at a time, each through a map of its own; raises InputError where not finite."""
+        import torch
+
         n, m = self.file.shapes[self.name]
         step = max(1, BLOCK_BYTES // (4 * m))
         for start in range(0, n, step):
             rows = slice(start, min(start + step, n))
-            block = self._stored()[rows].clone()
-            if not bool(block.float().isfinite().all()):
-                raise InputError(f"{self.file.path}: {self.name} contains NaN or infinity: copy or download it again")
+            block = self._stored()[rows]
+            # One pass, without a copy: a float64 sum of smaller floats cannot overflow, and nothing makes up for NaN.
+            total = (block.float() if block.dtype == torch.float64 else block).sum(dtype=torch.float64)
+            if not bool(total.isfinite()):
+                raise InputError(_not_finite(self.file.path, self.name))
             yield rows, block
+
+
+def _not_finite(path: Path, name: str) -> str:
+    return f"{path}: {name} contains NaN or infinity: copy or download it again"
 
 
 def _safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -294,6 +318,8 @@ def _checked_members(path: Path, file: BinaryIO) -> list[str]:
     """Names in a zip archive, after its sizes were found to be those of weights and not of a bomb."""
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
+    if len(members) > MOST_MEMBERS:
+        raise InputError(f"{path} has {len(members)} members, which checkpoints of an SAE do not: it was not read")
     size = path.stat().st_size
     is_packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
     if is_packed and any(member.filename.endswith("data.pkl") for member in members):
@@ -305,7 +331,7 @@ def _checked_members(path: Path, file: BinaryIO) -> list[str]:
     for member in members:
         if member.flag_bits & 1:
             raise InputError(f"{path} is encrypted: save it without a password")
-        if member.filename.endswith("data.pkl") and member.file_size > PICKLE_BYTES:
+        if member.filename.endswith("data.pkl") and member.file_size > CONTENTS_BYTES:
             raise InputError(f"{path}: its table of contents has {member.file_size} bytes: save its tensors alone")
     return [member.filename for member in members]
 

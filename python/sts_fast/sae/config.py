@@ -9,6 +9,8 @@ from typing import Any
 
 from sts_fast.errors import InputError
 
+MOST_BYTES = 16 << 20
+
 
 class Config:
     """The JSON object of one file, and where it came from.
@@ -25,6 +27,8 @@ class Config:
     def read(cls, path: Path) -> Config:
         if not path.is_file():
             raise InputError(f"{path.parent} has no {path.name}: copy or download the SAE's whole folder")
+        if path.stat().st_size > MOST_BYTES:
+            raise InputError(f"{path} has {path.stat().st_size} bytes, which no config of an SAE has: it was not read")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 from sts_fast.errors import InputError
@@ -21,6 +22,7 @@ from sts_fast.sae.checkpoint import Checkpoint
 
 WEIGHTS = (".safetensors", ".pt", ".pth", ".npz")
 NO_WEIGHTS = ("sparsity.safetensors",)  # how often features fired, beside SAEs of SAELens
+MOST_LISTED = 5000  # files and folders that are looked at for SAEs further down
 LOOKED_FOR = (
     f"{saelens.CONFIG_FILE} with {saelens.WEIGHTS_FILE} or {sparsify.WEIGHTS_FILE}, "
     f"{', '.join(gemma_scope.WEIGHTS_FILES)}, {llama_scope.CONFIG_FILE}, {dictionary_learning.WEIGHTS_FILE}, "
@@ -67,7 +69,8 @@ def _read_folder(folder: Path, dtype: str | None) -> SAE:
             f"{folder} has a {saelens.CONFIG_FILE} but no {saelens.WEIGHTS_FILE} nor {sparsify.WEIGHTS_FILE}: "
             "copy the SAE's whole folder"
         )
-    below = sorted({path.parent.relative_to(folder).as_posix() for path in folder.glob("**/*") if _is_weights(path)})
+    found = islice(folder.glob("**/*"), MOST_LISTED)
+    below = sorted({path.parent.relative_to(folder).as_posix() for path in found if _is_weights(path)})
     if below:
         raise InputError(f"{folder} holds no SAE itself, but folders that may ({_some(below)}): give one of them")
     raise InputError(f"{folder} holds no SAE: looked for {LOOKED_FOR}")

@@ -42,8 +42,7 @@ def read(folder: Path, *, dtype: str | None = None) -> SAE:
     scale, scale_out = _scales(config, d_in)
     own: dict[str, Any] = {}
     if "log_jumprelu_threshold" in file.shapes:
-        with np.errstate(over="ignore"):
-            own["threshold"] = np.exp(file.vector("log_jumprelu_threshold", d_sae))
+        own["threshold"] = file.exponential("log_jumprelu_threshold", d_sae)
     elif config.text("act_fn", "jumprelu").lower() == "jumprelu":
         threshold = config.number("jump_relu_threshold")
         if threshold is None:

@@ -53,12 +53,11 @@ def read(path: Path, *, dtype: str | None = None) -> SAE:
         own |= {key: file.vector(found[key] or key, d_sae) for key in ("b_mag", "b_gate")}
     elif "threshold" in file.shapes or "log_threshold" in file.shapes:
         architecture = "jumprelu"
-        with np.errstate(over="ignore"):
-            own["threshold"] = (
-                file.vector("threshold", d_sae, or_number=True)
-                if "threshold" in file.shapes
-                else np.exp(file.vector("log_threshold", d_sae))
-            )
+        own["threshold"] = (
+            file.vector("threshold", d_sae, or_number=True)
+            if "threshold" in file.shapes
+            else file.exponential("log_threshold", d_sae)
+        )
     elif "k" in file.shapes or "k" in file.values:
         architecture = "topk"
         k = int(file.number("k")) if "k" in file.shapes else file.values["k"]

@@ -169,8 +169,7 @@ def _normalisation(config: Config) -> str:
 
 def _threshold(file: Checkpoint, d_sae: int) -> Any:
     if "threshold" not in file.shapes and "log_threshold" in file.shapes:
-        with np.errstate(over="ignore"):
-            return np.exp(file.vector("log_threshold", d_sae))
+        return file.exponential("log_threshold", d_sae)
     if "threshold" not in file.shapes and "topk_threshold" in file.shapes:  # as training saves it
         return file.vector("topk_threshold", d_sae, or_number=True)
     return file.vector("threshold", d_sae)
