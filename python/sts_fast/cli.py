@@ -433,7 +433,9 @@ def _forecasts(
     for train in trains.values():
         if not train.exists():
             raise InputError(f"there is no training set {train}: give a file or folder with --train")
-    loaded = _load_saes(saes, options.pop("hook"), options.pop("layer"), options.pop("norm_scaling_factor"))
+    sae_dtype = sae_dtype and str(sae_dtype)
+    where = options.pop("hook"), options.pop("layer"), options.pop("norm_scaling_factor")
+    loaded = _load_saes(saes, *where, dtype=sae_dtype)
     with _progress() as tell:
         of_saes = run_compare(
             model=model,
@@ -443,7 +445,7 @@ def _forecasts(
             limit=limit or None,
             question_fields=_fields("--question-field", options.pop("question_field")),
             answer_fields=_fields("--answer-field", options.pop("answer_field")),
-            sae_dtype=sae_dtype and str(sae_dtype),
+            sae_dtype=sae_dtype,
             command=_command(),
             progress=tell,
             say=_say,
@@ -465,7 +467,12 @@ def _forecasts(
 
 
 def _load_saes(
-    sources: list[str], hooks: list[str] | None, layers: list[int] | None, factors: list[float] | None
+    sources: list[str],
+    hooks: list[str] | None,
+    layers: list[int] | None,
+    factors: list[float] | None,
+    *,
+    dtype: str | None,
 ) -> list[SAE]:
     """The SAEs, with what the command line says of each: an option is given once for all of them, or once for each."""
 
@@ -485,7 +492,7 @@ def _load_saes(
         if layer is not None and layer < 0:
             raise InputError(f"--layer counts from 0, and is not {layer}")
         where = {"hook": place_name(hook, layer)} if both else {"hook": hook, "layer": layer}
-        loaded.append(load_sae(source, norm_scaling_factor=factor, **where))
+        loaded.append(load_sae(source, norm_scaling_factor=factor, dtype=dtype, **where))
     return loaded
 
 

@@ -369,7 +369,7 @@ def compare(
 
 
 def _loaded_sae(source: SAESource, settings: Settings) -> SAE:
-    sae = source if isinstance(source, SAE) else load_sae(source, layer=settings.layer)
+    sae = source if isinstance(source, SAE) else load_sae(source, layer=settings.layer, dtype=settings.sae_dtype)
     if isinstance(source, SAE) and settings.layer is not None:
         sae = replace(sae, hook_name=place_name("resid_post", settings.layer))
     if settings.sae_dtype is not None:
