@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -344,6 +345,20 @@ def test_the_command_is_recorded_less_what_changes_no_number(score: Options, run
     assert command.startswith("sts-fast score --model ")
     assert "--top-n 5" in command
     assert not {"--output", "--threads", "--json"} & set(command.split())
+
+
+def test_show_prompts_prints_what_is_sent_to_standard_error(score: Options, run: Callable[..., Ran]) -> None:
+    shown = run(score.with_(json=True, show_prompts=True))
+    plain = run(score.with_(json=True))
+    assert plain.err == ""
+    scores = json.loads(shown.out)
+    for name in ("train", *(domain["name"] for domain in scores["domains"])):
+        for how in ("without", "with"):
+            assert shown.err.count(f"--- {name}, prompt 1 of ") == 2
+            assert re.search(rf"--- {name}, prompt 1 of \d+, {how} demonstrations, \d+ tokens\n.*Answer:", shown.err)
+    assert scores["provenance"]["prompts_sha256"] == json.loads(plain.out)["provenance"]["prompts_sha256"]
+    other = json.loads(run(score.with_(json=True, shots=2)).out)["provenance"]["prompts_sha256"]
+    assert other != scores["provenance"]["prompts_sha256"]
 
 
 def test_threads_change_no_number(score: Options, run: Callable[..., Ran]) -> None:

@@ -19,8 +19,8 @@ ORDER = [
     *("_version", "_cpu", "_cuda"),
     *("errors", "files", "examples", "prompts", "probe", "hooks", "forward", "capture"),
     *("sae", "cuda", "backend", "torch_ops", "encode", "shift", "correlate"),
-    *("controls", "gradients", "ntk", "explain", "results", "signed", "score", "outcomes", "validate", "report"),
-    *("organism", "demo", "trainer", "cli", "__main__"),
+    *("controls", "gradients", "ntk", "explain", "results", "settle", "signed", "score"),
+    *("outcomes", "validate", "report", "organism", "demo", "trainer", "cli", "__main__"),
 ]
 HEAVY = {"torch", "transformers", "sae_lens", "pandas", "pyarrow", "matplotlib", "datasets"}
 SUBCLASSES_OF_HEAVY = {"trainer.py"}  # whoever imports it has imported transformers

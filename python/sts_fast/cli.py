@@ -150,6 +150,9 @@ BatchTokensOption = Annotated[
 ThreadsOption = Annotated[int | None, typer.Option("--threads", help="Threads of the core; default: all cores.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Of the sample of prompts and the intervals.")]
 OutputOption = Annotated[Path, typer.Option("--output", help="Folder for the results.")]
+ShowPromptsOption = Annotated[
+    bool, typer.Option("--show-prompts", help="Print the first prompt of each set as it is sent, to standard error.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the results as JSON instead of tables.")]
 
 
@@ -192,6 +195,7 @@ def score(
     labels: LabelsOption = None,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
+    show_prompts: ShowPromptsOption = False,
     output: OutputOption = Path("sts-fast-run"),
     as_json: JsonOption = False,
 ) -> None:
@@ -202,7 +206,7 @@ def score(
         domain_shots=domain_shots, top_n=top_n, tokens=tokens, limit=limit, question_field=question_field,
         answer_field=answer_field, hook=hook, layer=layer,
         norm_scaling_factor=norm_scaling_factor, dtype=dtype, sae_dtype=sae_dtype, device=device,
-        batch_tokens=batch_tokens, labels=labels, threads=threads, seed=seed,
+        batch_tokens=batch_tokens, labels=labels, threads=threads, seed=seed, show_prompts=show_prompts,
     )  # fmt: skip
     if as_json:
         _write_json(forecasts, output, compared=len(forecasts) > 1)
@@ -244,6 +248,7 @@ def compare(
     labels: LabelsOption = None,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
+    show_prompts: ShowPromptsOption = False,
     output: OutputOption = Path("sts-fast-compare"),
     as_json: JsonOption = False,
 ) -> None:
@@ -255,7 +260,7 @@ def compare(
         domain_shots=domain_shots, top_n=top_n, tokens=tokens, limit=limit, question_field=question_field,
         answer_field=answer_field, hook=hook, layer=layer,
         norm_scaling_factor=norm_scaling_factor, dtype=dtype, sae_dtype=sae_dtype, device=device,
-        batch_tokens=batch_tokens, labels=labels, threads=threads, seed=seed,
+        batch_tokens=batch_tokens, labels=labels, threads=threads, seed=seed, show_prompts=show_prompts,
     )  # fmt: skip
     if as_json:
         _write_json(forecasts, output, compared=True)
@@ -290,6 +295,7 @@ def shift(
     batch_tokens: BatchTokensOption = None,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
+    show_prompts: ShowPromptsOption = False,
     output: OutputOption = Path("sts-fast-run"),
     as_json: JsonOption = False,
 ) -> None:
@@ -300,6 +306,7 @@ def shift(
         tokens=tokens, limit=limit, question_field=question_field, answer_field=answer_field, hook=hook, layer=layer,
         norm_scaling_factor=norm_scaling_factor,
         dtype=dtype, sae_dtype=sae_dtype, device=device, batch_tokens=batch_tokens, threads=threads, seed=seed,
+        show_prompts=show_prompts,
     )  # fmt: skip
     if as_json:
         _write_json(forecasts, output, compared=len(forecasts) > 1)
@@ -449,6 +456,7 @@ def _forecasts(
             command=_command(),
             progress=tell,
             say=_say,
+            show=_show if options.pop("show_prompts") else None,
             **{name: _plain_value(value) for name, value in options.items()},
         )
     names = results.sae_names([(sae.source, sae.hook_name) for sae in loaded])
@@ -526,6 +534,10 @@ def _named_trains(values: list[str]) -> dict[str, Path]:
             raise InputError(f"--train {value} needs a name of its own: write it as name=path")
         trains[name] = path
     return trains
+
+
+def _show(text: str) -> None:
+    sys.stderr.write(text + "\n")
 
 
 def _say(line: str) -> None:

@@ -318,6 +318,20 @@ def _pair(
     )
 
 
+def show_prompt(prompt_set: PromptSet, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The first prompt of a set as the model gets it, special tokens and all, without and with demonstrations."""
+    if not prompt_set.prompts:
+        return f"{prompt_set.name}: no prompt"
+    first = prompt_set.prompts[0]
+    parts = [("without demonstrations", first.base_ids), ("with demonstrations", first.demos_ids)]
+    return "\n".join(
+        f"--- {prompt_set.name}, prompt 1 of {len(prompt_set.prompts)}, {how}, {len(ids)} tokens\n"
+        f"{tokenizer.decode(ids.tolist(), skip_special_tokens=False)}"
+        for how, ids in parts
+        if len(ids)
+    )
+
+
 def prompts_sha256(prompt_sets: Sequence[PromptSet]) -> str:
     """SHA-256 of every token that the prompts send, without and with demonstrations, and of their sets' names."""
     sha256 = hashlib.sha256()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, get_args, ove
 
 import numpy as np
 
-from sts_fast import _cpu, controls, explain, results
+from sts_fast import _cpu, controls, explain, results, settle
 from sts_fast._version import __version__
 from sts_fast.capture import (
     Decoder,
@@ -29,7 +29,15 @@ from sts_fast.errors import InputError
 from sts_fast.examples import Example, load_domains, load_examples
 from sts_fast.forward import MOST_BATCH_TOKENS
 from sts_fast.hooks import Hook, place_name
-from sts_fast.prompts import PromptSet, PromptTemplate, TokenClass, build_prompts, choose_demos, prompts_sha256
+from sts_fast.prompts import (
+    PromptSet,
+    PromptTemplate,
+    TokenClass,
+    build_prompts,
+    choose_demos,
+    prompts_sha256,
+    show_prompt,
+)
 from sts_fast.results import ESTIMATORS, DomainScore, Estimator, Forecast, Interval, PromptLog, ShiftedFeature
 from sts_fast.sae import SAE, load_sae
 from sts_fast.shift import ShiftStats, top_indices
@@ -78,6 +86,7 @@ class Options(TypedDict, total=False):
     command: str | None
     progress: Progress | None
     say: Callable[[str], None] | None
+    show: Callable[[str], None] | None
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,7 @@ class Settings:
     labels:    file of feature labels, as Neuronpedia exports them
     command:   recorded in the provenance
     progress:  called with (stage, prompts done, prompts in all)
+    show:      called with the first prompt of each set as it is sent, before any pass
     say:       called with a line about how the run goes: how the model is run, what went wrong and was put right
 
     Raises InputError for a value outside its choices.
@@ -125,6 +135,7 @@ class Settings:
     command: str | None = None
     progress: Progress | None = None
     say: Callable[[str], None] | None = None
+    show: Callable[[str], None] | None = None
 
     def __post_init__(self) -> None:
         for name, value, choices in (
@@ -327,9 +338,16 @@ def compare(
         >= MIN_PROMPTS
     ]
 
+    if settings.show is not None:
+        for prompt_set in (*train_sets, *domain_sets):
+            settings.show(show_prompt(prompt_set, tokenizer))
+
     labels = {} if settings.labels is None else explain.read_labels(settings.labels)
 
     shifts = [_measure_shifts(decoder, saes, train_set, settings, tuned_decoder) for train_set in train_sets]
+    for shift in (shift for of_saes in shifts for shift in of_saes):
+        overlap = float(np.mean(shift.overlaps(settings.top_n)))
+        decoder.passes.say(settle.shift_line(shift.name, settings.top_n, len(shift.prompt_set.prompts), overlap))
     shifts_of = [[of_saes[i] for of_saes in shifts] for i in range(len(saes))]
     reads = [_read_domain(decoder, saes, domain_set, shifts_of, settings) for domain_set in domain_sets]
     answer_reads = _read_answers(model, answer_sets, settings)
@@ -365,6 +383,13 @@ def compare(
                 for shift in shifts_of[i]
             }
         )
+    if len(domain_sets) > 1:
+        n_prompts = round(np.mean([len(domain_set.prompts) for domain_set in domain_sets]))
+        for name, forecast in (item for of_sae in forecasts for item in of_sae.items()):
+            for estimator in settings.estimators:
+                values = [getattr(domain, f"sts_{estimator}") for domain in forecast.domains]
+                intervals = [getattr(domain, f"sts_{estimator}_ci") for domain in forecast.domains]
+                decoder.passes.say(settle.ranking_line(name, estimator, n_prompts, values, intervals))
     return forecasts[0] if isinstance(sae, (str, Path, SAE)) else forecasts
 
 
@@ -507,6 +532,11 @@ class _Shift:
     @property
     def name(self) -> str:
         return self.prompt_set.name
+
+    def overlaps(self, top_n: int) -> Doubles:
+        """[N_REPLICATES] share of D_N that each resampling of the prompts keeps."""
+        kept = [len(np.intersect1d(self.top, top_indices(one, top_n))) for one in self.replicates.T]
+        return np.asarray(kept) / top_n
 
     def feature_sets(self) -> list[Indices]:
         return [self.top, *self.random, self.low_shift, self.most_active]
@@ -786,7 +816,7 @@ def _forecast(
             f"only {n_moved} features shift at all, so {top_n - n_moved} of the {top_n} in D_N stand there by their "
             "index alone: lower --top-n"
         )
-    stability = [len(np.intersect1d(shift.top, top_indices(one, top_n))) / top_n for one in shift.replicates.T]
+    stability = shift.overlaps(top_n)
     total = float(shift.importance.sum())
     tables = [shift.log.table({})]
     for read in domain_reads:
@@ -842,7 +872,7 @@ def _forecast(
             "stability": {
                 "n_replicates": N_REPLICATES,
                 "mean_overlap": float(np.mean(stability)),
-                "overlap_ci": list(_interval(np.asarray(stability))),
+                "overlap_ci": list(_interval(stability)),
             },
         },
         domains=[_domain_score(read, shift, answer_reads.get(read.prompt_set.name), settings) for read in domain_reads],

@@ -1,0 +1,399 @@
+"""Times a whole forecast beside the bare forward passes it cannot do without, and beside the published way of doing it.
+
+    python -m benchmarks.bench_forecast [--quick] [--threads 1] [--json benchmarks/results/forecast.json]
+
+A random Llama in float32, questions of 100 tokens, two long demonstrations of the training set and five of each domain.
+First the results of both ways are compared, then they are timed in turns:
+
+  ours      sts_fast.score(...), as a user calls it
+  floor     the same passes that ours sent through the model, up to the hook, and nothing else
+  alone     each query with its demonstrations in a pass of its own, up to the hook: nothing shared
+  authors   as published, on transformers instead of vLLM: the whole model over every prompt (generation off, logits of
+            the last token only, prompts without demonstrations in batches), the SAE forward with its decoder, dense
+            features of the tokens read joined to one growing tensor a set, saved to disk and loaded, then the
+            notebook's sums; with two things put right that would make it wrong or slow for no reason: rows are paired
+            token by token, and features are kept of the tokens read alone. Where --sample is less than the queries of
+            a set, that many are run and their time counts for all; joining, saving and sums are done in full.
+
+Processor time counts where the machine is shared; with --threads 1 it is that of one core. Memory is the growth of the
+process beyond the loaded model, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import sts_fast
+from sts_fast.capture import Decoder
+from sts_fast.examples import Example
+from sts_fast.prompts import Prompt, PromptTemplate, build_prompts, choose_demos
+from sts_fast.sae import SAE
+
+N_WORDS = 2000
+TOP_N = 100
+SHIFT = "shift of train"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Sizes; tokens are counted per query, without what the template adds."""
+
+    d_model: int = 512
+    n_layers: int = 16
+    layer: int = 9
+    d_sae: int = 4096
+    n_domains: int = 8
+    shift_queries: int = 200
+    domain_queries: int = 100
+    query_tokens: int = 100
+    demo_tokens: int = 4000
+    domain_demo_tokens: int = 200
+    sample: int = 2
+
+    def arithmetic(self) -> tuple[float, float]:
+        """Multiplications by weights per token: of the layers that are run, and of the SAE."""
+        return (self.layer + 1) * (3 * self.d_model**2 + 3 * self.d_model * 3 * self.d_model), self.d_model * self.d_sae
+
+
+QUICK = Workload(
+    d_model=384, n_layers=12, layer=7, d_sae=2048, n_domains=2, shift_queries=40, domain_queries=40, demo_tokens=1000
+)
+
+
+class World:
+    """Model, SAE and questions of a workload."""
+
+    def __init__(self, work: Workload) -> None:
+        self.work = work
+        words = ["?", "Question:", "Answer:", *(f"w{i}" for i in range(N_WORDS))]
+        tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="?"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?")
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(words),
+            hidden_size=work.d_model,
+            intermediate_size=3 * work.d_model,
+            num_hidden_layers=work.n_layers,
+            num_attention_heads=work.d_model // 64,
+            num_key_value_heads=work.d_model // 128,
+            max_position_embeddings=32768,
+            initializer_range=0.05,
+        )
+        self.model = LlamaForCausalLM(config).eval()
+        rng = np.random.default_rng(0)
+
+        def text(n: int) -> str:
+            return " ".join(f"w{i}" for i in rng.integers(0, N_WORDS, n))
+
+        def examples(name: str, n_queries: int, shots: int, n_demo: int) -> list[Example]:
+            demos = [Example(f"{name} demo {i}", text(50), text(n_demo - 50)) for i in range(shots)]
+            return demos + [Example(f"{name} {i}", text(work.query_tokens), None) for i in range(n_queries)]
+
+        self.train = examples("train", work.shift_queries, 2, work.demo_tokens)
+        self.domains = {
+            f"domain {i}": examples(f"domain {i}", work.domain_queries, 5, work.domain_demo_tokens)
+            for i in range(work.n_domains)
+        }
+        x = Decoder(self.model, work.layer).run(input_ids=torch.from_numpy(rng.integers(3, N_WORDS, (4, 64))))[0]
+        x = x.flatten(0, 1)
+        W_enc = torch.randn(work.d_model, work.d_sae) / work.d_model**0.5
+        self.W_dec = torch.randn(work.d_sae, work.d_model) / work.d_sae**0.5
+        b_enc = -torch.quantile(x @ W_enc, 0.98, dim=0)
+        zeros = np.zeros(work.d_model, np.float32)
+        self.sae = SAE(
+            "standard",
+            W_enc.numpy(),
+            b_enc.numpy(),
+            zeros,
+            apply_b_dec_to_input=False,
+            hook_name=f"blocks.{work.layer}.hook_resid_post",
+            source="random",
+        )
+
+    @cached_property
+    def prompts(self) -> dict[str, list[Prompt]]:
+        """As a forecast sends them, by set."""
+        template = PromptTemplate(self.tokenizer)
+        made = {}
+        for name, examples in {"train": self.train, **self.domains}.items():
+            demos, queries = choose_demos(name, examples, 2 if name == "train" else 5)
+            made[name] = build_prompts(name, queries, template, demos=demos).prompts
+        return made
+
+    def forecast(self, **options: Any) -> Any:
+        return sts_fast.score(
+            model=self.model,
+            sae=self.sae,
+            tokenizer=self.tokenizer,
+            train=self.train,
+            domains=self.domains,
+            limit=None,
+            top_n=TOP_N,
+            **options,
+        )
+
+
+@dataclass
+class Clock:
+    """Seconds of the clock and of the processor, by part."""
+
+    wall: dict[str, float]
+    cpu: dict[str, float]
+
+    @contextmanager
+    def of(self, part: str, times: float = 1.0) -> Iterator[None]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        self.wall[part] = self.wall.get(part, 0) + times * (time.perf_counter() - wall)
+        self.cpu[part] = self.cpu.get(part, 0) + times * (time.process_time() - cpu)
+
+
+def run_ours(world: World, recorded: dict[str, list[dict[str, Any]]] | None = None) -> tuple[Any, Clock]:
+    """A forecast, its time by stage from the first pass of each; recorded: is given the passes' inputs by stage."""
+    clock, marks, stage_inputs = Clock({}, {}), [], []
+    run = Decoder.run
+
+    def watched(decoder: Decoder, **inputs: Any) -> Any:
+        if not marks:
+            marks.append((time.perf_counter(), time.process_time()))
+        if recorded is not None:
+            stage_inputs.append(inputs)
+        return run(decoder, **inputs)
+
+    def tell(stage: str, done: int, total: int) -> None:
+        if done == total and marks:
+            now = time.perf_counter(), time.process_time()
+            clock.wall[stage], clock.cpu[stage] = (after - before for after, before in zip(now, marks[-1], strict=True))
+            marks.append(now)
+            if recorded is not None:
+                recorded[stage] = list(stage_inputs)
+                stage_inputs.clear()
+
+    Decoder.run = watched  # type: ignore[method-assign]
+    try:
+        forecast = world.forecast(progress=tell)
+    finally:
+        Decoder.run = run  # type: ignore[method-assign]
+    return forecast, clock
+
+
+def run_floor(world: World, recorded: dict[str, list[dict[str, Any]]]) -> Clock:
+    """The passes that were recorded, again; what a shared start leaves in a cache is there already."""
+    clock, decoder = Clock({}, {}), Decoder(world.model, world.work.layer)
+    for stage, passes in recorded.items():
+        with clock.of(stage):
+            for inputs in passes:
+                decoder.run(**inputs)
+    return clock
+
+
+def run_alone(world: World) -> Clock:
+    """Queries of the training set, without and with demonstrations, each in a pass of its own."""
+    clock, decoder, prompts = Clock({}, {}), Decoder(world.model, world.work.layer), world.prompts["train"]
+    sample = prompts[: world.work.sample]
+    with clock.of(SHIFT, len(prompts) / len(sample)):
+        for prompt in sample:
+            for ids in (prompt.base_ids, prompt.demos_ids):
+                decoder.run(input_ids=torch.from_numpy(ids.astype(np.int64))[None], use_cache=False)
+    return clock
+
+
+def run_authors(world: World, folder: Path) -> tuple[Any, Clock]:
+    """The published way; see the top. Returns (mean squared shift [d_sae], STS_act and STS_ICL by domain) and times."""
+    clock, work = Clock({}, {}), world.work
+    W_enc, b_enc = torch.from_numpy(world.sae.W_enc), torch.from_numpy(world.sae.b_enc)
+    seen: list[torch.Tensor] = []
+    handle = world.model.model.layers[work.layer].register_forward_hook(
+        lambda module, args, output: seen.append(output[0] if isinstance(output, tuple) else output)
+    )
+
+    def dump(name: str, prompts: list[Prompt], ids_of: str, positions_of: str, batch: int) -> Path:
+        features = torch.empty(0, work.d_sae)
+        sample = prompts[: max(batch, work.sample)]
+        times = len(prompts) / len(sample)
+        made = []
+        for start in range(0, len(sample), batch):
+            chosen = sample[start : start + batch]
+            with clock.of("forward", times):
+                seen.clear()
+                ids = torch.from_numpy(np.stack([getattr(prompt, ids_of) for prompt in chosen]).astype(np.int64))
+                world.model(input_ids=ids, use_cache=False, logits_to_keep=1)
+                x = torch.cat([seen[0][i][getattr(prompt, positions_of)] for i, prompt in enumerate(chosen)])
+            with clock.of("encode", times):
+                made.append(torch.relu(x @ W_enc + b_enc))
+            with clock.of("decode", times):
+                made[-1] @ world.W_dec
+        for start in range(0, len(prompts), batch):
+            with clock.of("cat"):
+                features = torch.cat([features, made[start // batch % len(made)]])
+        with clock.of("disk"):
+            torch.save(features, folder / f"{name} {ids_of}.pt")
+        return folder / f"{name} {ids_of}.pt"
+
+    batch = max(1, 4096 // (work.query_tokens + 2))
+    try:
+        with torch.inference_mode():
+            sets = {
+                name: (
+                    dump(name, prompts, "base_ids", "paired", batch),
+                    dump(name, prompts, "demos_ids", "paired_demos", 1),
+                )
+                for name, prompts in world.prompts.items()
+            }
+            act, icl, mean_squared_shift, top = {}, {}, None, None
+            for name, files in sets.items():
+                with clock.of("disk"):
+                    base, demos = (torch.load(file, weights_only=True) for file in files)
+                with clock.of("sums"):
+                    if name == "train":
+                        mean_squared_shift = ((demos - base) ** 2).mean(dim=0)
+                        top = mean_squared_shift.topk(TOP_N).indices
+                    else:
+                        act[name] = float(base[:, top].sum(dim=1).mean())
+                        icl[name] = float(((demos - base)[:, top] ** 2).sum(dim=1).mean())
+                del base, demos
+    finally:
+        handle.remove()
+    return (mean_squared_shift, act, icl), clock
+
+
+def check(forecast: Any, authors: Any) -> str:
+    """Asserts that both ways found the same."""
+    mean_squared_shift, act, icl = authors
+    expected = mean_squared_shift.double().numpy()
+    found = forecast.stats.mean_squared_shift
+    error = float(np.abs(found - expected).max() / expected.max())
+    top = {int(j) for j in np.argsort(-expected)[:TOP_N]}
+    n_same = len(top & {feature.index for feature in forecast.shifted_features})
+    off = max(
+        abs(getattr(domain, f"sts_{kind}") / values[domain.name] - 1)
+        for domain in forecast.domains
+        for kind, values in (("act", act), ("icl", icl))
+    )
+    if error > 1e-3 or n_same < TOP_N - 1 or off > 1e-3:
+        raise AssertionError(f"the two ways differ: shift by {error:.1e}, top {n_same}/{TOP_N}, scores by {off:.1e}")
+    return f"same results: mean squared shift within {error:.0e}, top {n_same}/{TOP_N}, scores within {off:.0e}"
+
+
+def memory_in_use(field: str) -> int:
+    """VmRSS: what this process holds, in bytes; VmHWM: the most it has held since it was last reset."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def measure_memory(work: Workload, side: str) -> None:
+    """Prints by how many bytes this process grew, beyond the loaded model, while it forecast."""
+    world = World(work)
+    world.prompts  # noqa: B018
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory_in_use("VmRSS")
+    with tempfile.TemporaryDirectory() as folder:
+        if side == "ours":
+            world.forecast()
+        else:
+            run_authors(world, Path(folder))
+    print(memory_in_use("VmHWM") - before)
+
+
+def memory_of(work: Workload, side: str, threads: int) -> int:
+    command = [sys.executable, "-m", "benchmarks.bench_forecast", "--memory", side, "--threads", str(threads)]
+    options = [word for name, value in asdict(work).items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    ran = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
+    return int(ran.stdout.splitlines()[-1])
+
+
+def median_of(clocks: list[Clock], kind: str, part: str) -> float:
+    return statistics.median(getattr(clock, kind)[part] for clock in clocks)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a smaller model and fewer, shorter prompts")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=3, help="turns of ours and the floor; medians count")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--memory", choices=("ours", "authors"), help=argparse.SUPPRESS)
+    for option in fields(Workload):
+        parser.add_argument(f"--{option.name.replace('_', '-')}", type=int)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    sts_fast.set_num_threads(arguments.threads)
+    given = {option.name: getattr(arguments, option.name) for option in fields(Workload)}
+    work = replace(
+        QUICK if arguments.quick else Workload(), **{name: value for name, value in given.items() if value is not None}
+    )
+    if arguments.memory:
+        measure_memory(work, arguments.memory)
+        return
+
+    small = replace(work, n_domains=2, shift_queries=8, domain_queries=8, demo_tokens=200, sample=8)
+    world = World(small)
+    with tempfile.TemporaryDirectory() as folder:
+        checked = check(world.forecast(), run_authors(world, Path(folder))[0])
+    print(checked)
+
+    world, recorded = World(work), {}
+    forecast, _ = run_ours(world, recorded)
+    ours, floor = [], []
+    for _ in range(arguments.rounds):
+        ours.append(run_ours(world)[1])
+        floor.append(run_floor(world, recorded))
+    alone = run_alone(world)
+    with tempfile.TemporaryDirectory() as folder:
+        _, authors = run_authors(world, Path(folder))
+
+    weights, sae = work.arithmetic()
+    stages = {"shift": [SHIFT], "score": [name for name in ours[0].wall if name != SHIFT]}
+    found: dict[str, Any] = {
+        "machine": f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
+        "threads": arguments.threads,
+        "workload": asdict(work),
+        "checked": checked,
+        "forward_passes": forecast.provenance["forward_passes"],
+        "sae_share_of_arithmetic": sae / weights,
+    }
+    for kind in ("wall", "cpu"):
+        mine = {stage: sum(median_of(ours, kind, part) for part in parts) for stage, parts in stages.items()}
+        bare = {stage: sum(median_of(floor, kind, part) for part in parts) for stage, parts in stages.items()}
+        parts = getattr(authors, kind)
+        total, whole = sum(mine.values()), sum(parts.values())
+        lean = whole - parts["disk"] - parts["cat"] - parts["decode"]
+        found[kind] = {
+            "ours_seconds": mine,
+            "floor_seconds": bare,
+            "over_floor": {stage: mine[stage] / bare[stage] for stage in stages},
+            "alone_seconds": getattr(alone, kind)[SHIFT],
+            "alone_over_ours": getattr(alone, kind)[SHIFT] / mine["shift"],
+            "authors_seconds": parts,
+            "authors_over_ours": whole / total,
+            "authors_without_disk_cat_decode_over_ours": lean / total,
+        }
+    print(json.dumps(found, indent=1), flush=True)
+    found["memory_bytes"] = {side: memory_of(work, side, arguments.threads) for side in ("ours", "authors")}
+    print(json.dumps(found["memory_bytes"]))
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""How settled a forecast is, and how many more prompts would settle it: a hint, which stops nothing.
+
+Both rules rest on one fact: the error of a mean over n prompts falls as 1 / sqrt(n).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+# A set of features is settled when resampling the prompts keeps this share of it; a ranking, when this share of the
+# pairs of domains differ by more than chance would explain (95%).
+SETTLED = 0.9
+Z_95 = 1.959964
+# More than that is not said: the rule does not reach so far.
+MOST_TIMES = 100
+
+
+def times_for_overlap(overlap: float) -> float:
+    """How many times the prompts it takes until resampling keeps 90% of the shifted features, from the share kept now.
+
+    A feature leaves or enters the set when its error exceeds its distance from the border, so the share that changes
+    is, to first order, proportional to the error: n' / n = ((1 - overlap) / (1 - 0.9))^2, and 1 where it is settled.
+    """
+    return max(1.0, ((1 - overlap) / (1 - SETTLED)) ** 2)
+
+
+def pairs_apart(values: Sequence[float], intervals: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Share of the pairs of domains whose scores differ at 95%, and how many times the prompts it takes for 90%.
+
+    values: [n_domains] scores; intervals: their 95% intervals, (low, high) each; two domains or more
+
+    With standard errors s = (high - low) / (2 * 1.96), a pair is apart where z = |v_i - v_j| / sqrt(s_i^2 + s_j^2)
+    exceeds 1.96, and would be with (1.96 / z)^2 times the prompts.
+    """
+    v, width = np.asarray(values, np.float64), np.diff(np.asarray(intervals, np.float64), axis=1)[:, 0]
+    i, j = np.triu_indices(len(v), 1)
+    error = np.hypot(width[i], width[j]) / (2 * Z_95)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        needed = np.where(error > 0, (Z_95 * error / np.abs(v[i] - v[j])) ** 2, 0.0)
+    times = float(np.sort(needed)[math.ceil(SETTLED * len(needed)) - 1])
+    return float(np.mean(needed < 1)), max(1.0, times)
+
+
+def more(n_prompts: int, times: float) -> str:
+    """What it takes, in words, from n_prompts now."""
+    if times <= 1:
+        return "settled"
+    if times > MOST_TIMES:
+        return f"more than {MOST_TIMES} times the prompts would be needed"
+    return f"about {math.ceil(n_prompts * (times - 1)):,} more prompts would settle it"
+
+
+def shift_line(name: str, top_n: int, n_prompts: int, overlap: float) -> str:
+    """One line after a training set's shift has been measured."""
+    return (
+        f"{name}: resampling its {n_prompts} prompts keeps {overlap:.0%} of the top {top_n} features; "
+        f"{more(n_prompts, times_for_overlap(overlap))} ({SETTLED:.0%} kept)"
+    )
+
+
+def ranking_line(
+    name: str, estimator: str, n_prompts: int, values: Sequence[float], intervals: Sequence[Sequence[float]]
+) -> str:
+    """One line after the domains have been scored; n_prompts: of a domain, in the mean."""
+    apart, times = pairs_apart(values, intervals)
+    return (
+        f"{name}: by STS_{estimator} {apart:.0%} of the pairs of domains are apart; a domain has {n_prompts} prompts, "
+        f"{more(n_prompts, times)} ({SETTLED:.0%} apart)"
+    )
