@@ -306,7 +306,7 @@ def test_other_errors_are_not_taken_for_memory() -> None:
         list(run_batches(prepared))
 
 
-@pytest.mark.parametrize(("free", "expected"), [(0, 256), (20_000_000, None), (10**12, 8192), (None, 8192)])
+@pytest.mark.parametrize(("free", "expected"), [(0, 256), (20_000_000, None), (10**12, 2048), (None, 2048)])
 def test_the_budget_comes_from_the_free_memory(
     free: int | None, expected: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -315,7 +315,7 @@ def test_the_budget_comes_from_the_free_memory(
     passes = ForwardPasses(Decoder(model_of("llama"), LAYER))
     assert passes.batch_tokens is None
     list(run_batches(passes.prepare(ids, own_positions(ids))))
-    assert passes.batch_tokens == expected or (expected is None and 256 < (passes.batch_tokens or 0) < 8192)
+    assert passes.batch_tokens == expected or (expected is None and passes.batch_tokens in (512, 1024))
 
 
 def test_free_memory_of_this_machine() -> None:

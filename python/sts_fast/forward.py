@@ -35,8 +35,8 @@ Strategy = Literal["packed", "cached", "copied", "plain"]
 LEAST_SHARED = 16
 # Rows that sequences are packed into are tried at these lengths, and the one that costs least is taken.
 PACKED_LENGTHS = (256, 512, 1024, 2048, 4096)
-# What a product of attention, and a copied key or value, costs beside a multiplication by a weight.
-ATTENTION_COST, COPY_COST = 3.0, 20.0
+# What a product of attention, and a copied number of a key or value, costs beside a multiplication by a weight.
+ATTENTION_COST, COPY_COST = 3.0, 60.0
 
 # The self-check: tokens that its sequences share, and that each has of its own; and, while it lasts, the windows of
 # sliding and chunked attention, which it would not reach else.
@@ -48,7 +48,8 @@ UNKNOWN_WINDOWS = ("window_size", "attention_types", "local_attention", "block_s
 # router may send one token to another expert over its last bit.
 CHECK_TOLERANCE = {"float64": 1e-8, "float32": 1e-4, "bfloat16": 6e-2, "float16": 1e-2}
 
-MOST_BATCH_TOKENS, LEAST_BATCH_TOKENS = 8192, 256
+# A CPU gains nothing from more tokens than fit into its caches.
+MOST_BATCH_TOKENS, MOST_ON_CPU, LEAST_BATCH_TOKENS = 8192, 2048, 256
 # Of the free memory, what a batch may take.
 MEMORY_SHARE = 0.4
 
@@ -114,7 +115,7 @@ class ForwardPasses:
     """The forward passes of one model: how sequences are run, how many there were, and how long they took.
 
     reader:       the model; nothing is kept of what it returns but the rows asked for
-    batch_tokens: most tokens of one pass; None: as many as the free memory allows, 256 to 8,192
+    batch_tokens: most tokens of one pass; None: as many as the free memory allows, 256 to 8,192 (2,048 on a CPU)
     say:          is told, in one line each, what was chosen and what went wrong and was put right
 
     strategy:     how sequences are run; None until the first are. The first of `Strategy` whose activations, of a few
@@ -310,7 +311,8 @@ class ForwardPasses:
         n_seen = n_shared + n_columns / (2 if len(rows) == len(lengths) and not n_shared else 1)
         n_weights, d_attention, d_keys = self._sizes()
         per_column = n_weights + ATTENTION_COST * n_seen * 2 * d_attention
-        copied = COPY_COST * (n_shared + n_columns) * 2 * d_keys if n_shared else 0
+        # Keys and values of what is shared are joined with a row's own, and then repeated for each head.
+        copied = COPY_COST * (n_shared + n_columns) * 2 * (d_keys + d_attention) if n_shared else 0
         return len(rows) * (n_columns * per_column + copied)
 
     def _sizes(self) -> tuple[float, int, int]:
@@ -329,8 +331,9 @@ class ForwardPasses:
         """Most tokens of a batch behind n_shared that all have in common; from the free memory where not given."""
         if self.batch_tokens is None:
             free = free_memory(self.reader.device)
-            n_tokens = MOST_BATCH_TOKENS if free is None else int(MEMORY_SHARE * free / self._bytes_per_token(n_shared))
-            n_tokens = min(max(n_tokens, LEAST_BATCH_TOKENS), MOST_BATCH_TOKENS)
+            most = MOST_ON_CPU if self.reader.device.type == "cpu" else MOST_BATCH_TOKENS
+            n_tokens = most if free is None else int(MEMORY_SHARE * free / self._bytes_per_token(n_shared))
+            n_tokens = min(max(n_tokens, LEAST_BATCH_TOKENS), most)
             # A power of two, so that a little more or less memory changes no bit of the results.
             self.batch_tokens = 1 << (n_tokens.bit_length() - 1)
         return self.batch_tokens
