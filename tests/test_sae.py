@@ -380,6 +380,8 @@ def test_layer_and_hook_override_the_files(tmp_path: Path) -> None:
     assert load_sae(folder, layer=9).hook_layer == 9
     assert load_sae(folder, hook="blocks.4.hook_resid_pre").hook_layer == 3
     assert load_sae(folder, layer=0).hook_layer == 0
+    with pytest.raises(InputError, match="--layer counts from 0, and is not -1"):
+        load_sae(folder, layer=-1)
     with pytest.raises(InputError, match="--layer and --hook say the same thing"):
         load_sae(folder, layer=1, hook="blocks.1.hook_resid_post")
 
@@ -585,7 +587,7 @@ def test_junk_in_the_config_never_ends_in_a_traceback(architecture: str, key: st
 
 def test_places_where_there_is_no_sae(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for place in (tmp_path / "nowhere", "./nowhere", "../no/where", "nowhere", ""):
+    for place in (tmp_path / "nowhere", "./nowhere", "../no/where", "nowhere", "", "x" * 5000, "./" + "x" * 300):
         with pytest.raises(InputError, match="there is no SAE at"):
             load_sae(place)
 

@@ -283,12 +283,19 @@ def test_several_layouts_in_one_folder(tmp_path: Path) -> None:
         load_sae(tmp_path)
 
 
+def test_a_config_stands_for_its_folder(tmp_path: Path) -> None:
+    assert load_sae(write_sae(tmp_path) / "cfg.json").source == str(tmp_path)
+
+
 def test_folders_without_an_sae(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds no SAE: looked for cfg\.json with sae_weights\.safetensors or"):
         load_sae(tmp_path)
     (tmp_path / "notes.txt").write_text("none")
     with pytest.raises(InputError, match=r"notes\.txt is no checkpoint of an SAE: give its folder, or one file of"):
         load_sae(tmp_path / "notes.txt")
+    (tmp_path / "ae.pt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"holds no SAE: looked for"):
+        load_sae(tmp_path)
     for i in range(9):
         write_sae(tmp_path / "deep" / f"layer_{i}")
     with pytest.raises(InputError, match=r"folders that may \(deep/layer_0, .*deep/layer_4, …\): give one of them"):

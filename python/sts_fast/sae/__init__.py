@@ -256,18 +256,24 @@ def load_sae(
     if dtype not in (None, "float32", "bfloat16"):
         raise InputError(f"an SAE can be held as float32 or bfloat16, not {dtype}")
     path = Path(source)
-    if path.exists() and str(source):
+    try:
+        exists = path.exists() and bool(str(source))
+    except OSError:  # a name that is too long
+        exists = False
+    if exists:
         sae = detect.read(path, dtype=dtype)
     elif "/" in str(source) and not path.is_absolute() and not str(source).startswith("."):
         sae = hub.read(str(source), dtype=dtype)
     else:
         raise InputError(
-            f"there is no SAE at {source}: give its folder or file, 'release/id' as sae-lens names it, or "
+            f"there is no SAE at {str(source)[:200]}: give its folder or file, 'release/id' as sae-lens names it, or "
             "'owner/repository:folder' on the hub"
         )
     if layer is not None and hook is not None:
         raise InputError("--layer and --hook say the same thing: give one of them")
     if layer is not None:
+        if layer < 0:
+            raise InputError(f"--layer counts from 0, and is not {layer}")
         hook = f"blocks.{layer}.hook_resid_post"
     if hook is not None:
         sae = replace(sae, hook_name=hook, origin={**sae.origin, "hook_name": "--layer or --hook"})

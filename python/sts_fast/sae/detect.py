@@ -21,6 +21,7 @@ from sts_fast.sae import (
 from sts_fast.sae.checkpoint import Checkpoint
 
 WEIGHTS = (".safetensors", ".pt", ".pth", ".npz")
+CONFIGS = (saelens.CONFIG_FILE, llama_scope.CONFIG_FILE, dictionary_learning.CONFIG_FILE)  # stand for their folder
 NO_WEIGHTS = ("sparsity.safetensors",)  # how often features fired, beside SAEs of SAELens
 MOST_LISTED = 5000  # files and folders that are looked at for SAEs further down
 LOOKED_FOR = (
@@ -78,7 +79,7 @@ def _read_folder(folder: Path, dtype: str | None) -> SAE:
 
 def _read_file(path: Path, dtype: str | None) -> SAE:
     folder = path.parent
-    if path.name == saelens.WEIGHTS_FILE or path.name == sparsify.WEIGHTS_FILE:
+    if path.name in (saelens.WEIGHTS_FILE, sparsify.WEIGHTS_FILE, *CONFIGS):
         return _read_folder(folder, dtype)
     if path.name in gemma_scope.WEIGHTS_FILES:
         return gemma_scope.read(folder, dtype=dtype)
@@ -99,7 +100,7 @@ def _read_file(path: Path, dtype: str | None) -> SAE:
 
 
 def _is_weights(path: Path) -> bool:
-    return path.suffix in WEIGHTS and path.name not in NO_WEIGHTS
+    return path.suffix in WEIGHTS and path.name not in NO_WEIGHTS and path.is_file()
 
 
 def _some(names: list[str], most: int = 5) -> str:
