@@ -114,19 +114,15 @@ void copy_four_columns(const Bits* const from[4], int64_t n, float* to, int64_t 
         for (int j = 0; j < 4; ++j) to[k * to_stride + j] = to_float(from[j][k]);
 }
 
-/// Columns that lie apart, of rows that are contiguous: each element is a miss of its own, so it is asked for ahead.
+/// Columns that lie apart, of rows that are contiguous.
 template <class Bits>
 void pack_by_rows(const MatrixView& W, const int64_t* columns, int n, int width, int64_t start, int64_t depth,
                   float* to) {
-    constexpr int64_t kAhead = 2;
     int64_t places[kStripColumns];
     for (int j = 0; j < n; ++j) places[j] = j / width * width * depth + j % width;
     for (int64_t k = 0; k < depth; ++k, to += width) {
         const Bits* row = bits_at<Bits>(W, start + k, 0);
-        for (int j = 0; j < n; ++j) {
-            __builtin_prefetch(row + kAhead * W.row_stride + columns[j]);
-            to[places[j]] = to_float(row[columns[j]]);
-        }
+        for (int j = 0; j < n; ++j) to[places[j]] = to_float(row[columns[j]]);
     }
 }
 
@@ -227,6 +223,7 @@ void pack_strip(const TileKernels& kernels, const Encoder& encoder, Span<const i
     const auto pack = W.col_stride == 1 ? is_bfloat16 ? pack_by_rows<uint16_t> : pack_by_rows<uint32_t>
                       : is_bfloat16     ? pack_by_columns<uint16_t>
                                         : pack_by_columns<uint32_t>;
+    const int n_full = n / kernels.panel_columns * kernels.panel_columns;
     for (int64_t start = 0; start < W.n_rows; start += kBlockK) {
         const int64_t depth = std::min<int64_t>(kBlockK, W.n_rows - start);
         if (is_run) {
@@ -234,11 +231,11 @@ void pack_strip(const TileKernels& kernels, const Encoder& encoder, Span<const i
                                             : bits_at<uint32_t>(W, start, sources[0]);
             kernels.pack_run(first, is_bfloat16, W.row_stride, n, depth, strip);
         } else {
-            const int n_full = n / kernels.panel_columns * kernels.panel_columns;
-            if (n > n_full)
-                std::memset(strip + n_full * depth, 0,
-                            static_cast<size_t>(depth * kernels.panel_columns) * sizeof(float));
-            pack(W, sources, n, kernels.panel_columns, start, depth, strip);
+            const int rest = n - n_full, width = n_padded - n_full;
+            float* last = strip + n_full * depth;
+            if (n_full) pack(W, sources, n_full, kernels.panel_columns, start, depth, strip);
+            if (rest < width) std::memset(last, 0, static_cast<size_t>(depth * width) * sizeof(float));
+            if (rest) pack(W, sources + n_full, rest, width, start, depth, last);
         }
         strip += depth * n_padded;
     }

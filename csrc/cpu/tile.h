@@ -29,7 +29,7 @@ struct Tile {
     int n_tokens;          ///< tokens in this tile
     int n_rows;            ///< packed rows, those of padding included
     int n_members;         ///< 1, or 2 for paired rows
-    int n_columns;         ///< padded to panel_columns
+    int n_columns;         ///< padded to half of panel_columns
     bool gated, absolute;  ///< the activation is gated, abstopk
     const StripParams* params;
 };
@@ -65,7 +65,7 @@ struct TileKernels {
     int panel_rows, panel_columns;
 
     /// Packs `depth` rows of n_columns consecutive columns, from `first` (f32 or bf16) on, as panels of panel_columns,
-    /// the last one filled up with zeros.
+    /// the last one filled up with zeros to half as many or to all.
     void (*pack_run)(const void* first, bool is_bfloat16, int64_t row_stride, int n_columns, int64_t depth,
                      float* panels);
     /// values[r, c] = sum_k rows[r, k] * strip[k, c] for n_panels panels of rows; see pack.h for both

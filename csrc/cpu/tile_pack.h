@@ -25,6 +25,8 @@ void pack_run_of(const T* first, int64_t row_stride, int n_columns, int64_t dept
     // Each row lies in another page, too far apart for the machine to guess.
     constexpr int64_t kAhead = 4;
     const int n_full = n_columns / kPanelColumns * kPanelColumns;
+    const int last_width = n_columns - n_full > kLanes ? kPanelColumns : kLanes;
+    float* last = panels + n_full * depth;
     for (int64_t k = 0; k < depth; ++k, panels += kPanelColumns) {
         const T* row = first + k * row_stride;
         for (int j = 0; j < n_columns; j += 64 / static_cast<int>(sizeof(T)))
@@ -35,8 +37,7 @@ void pack_run_of(const T* first, int64_t row_stride, int n_columns, int64_t dept
         if (n_full == n_columns) continue;
         alignas(64) T rest[kPanelColumns] = {};
         __builtin_memcpy(rest, row + n_full, static_cast<unsigned>(n_columns - n_full) * sizeof(T));
-#pragma GCC unroll 4
-        for (int v = 0; v < kPanelColumns; v += kLanes) store(panels + n_full * depth + v, read_floats(rest + v));
+        for (int v = 0; v < last_width; v += kLanes) store(last + k * last_width + v, read_floats(rest + v));
     }
 }
 

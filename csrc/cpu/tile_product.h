@@ -8,30 +8,29 @@ namespace {
 
 /// One panel of rows times one panel of columns over one block of d_in, held in registers. Rows are read one
 /// element at a time, so they need no transposing: a panel is kPanelRows rows, kRowStride apart.
-template <bool kAdd>
-STS_INLINE void product_panel(int depth, const float* rows, const float* next_rows, const float* columns,
-                              float* values) {
-    Floats sums[kPanelRows][kPanelVectors];
+template <bool kAdd, int kVectors>
+void product_panel(int depth, const float* rows, const float* next_rows, const float* columns, float* values) {
+    Floats sums[kPanelRows][kVectors];
 #pragma GCC unroll 16
     for (int i = 0; i < kPanelRows; ++i)
 #pragma GCC unroll 4
-        for (int j = 0; j < kPanelVectors; ++j) sums[i][j] = Floats{};
-    for (int k = 0; k < depth; ++k, columns += kPanelColumns, next_rows += kPanelRows * kRowStride / kBlockK + 1) {
+        for (int j = 0; j < kVectors; ++j) sums[i][j] = Floats{};
+    for (int k = 0; k < depth; ++k, columns += kVectors * kLanes, next_rows += kPanelRows * kRowStride / kBlockK + 1) {
         __builtin_prefetch(next_rows);
-        Floats w[kPanelVectors];
+        Floats w[kVectors];
 #pragma GCC unroll 4
-        for (int j = 0; j < kPanelVectors; ++j) w[j] = load(columns + j * kLanes);
+        for (int j = 0; j < kVectors; ++j) w[j] = load(columns + j * kLanes);
 #pragma GCC unroll 16
         for (int i = 0; i < kPanelRows; ++i) {
             const float x = rows[i * kRowStride + k];
 #pragma GCC unroll 4
-            for (int j = 0; j < kPanelVectors; ++j) sums[i][j] = multiply_add(x, w[j], sums[i][j]);
+            for (int j = 0; j < kVectors; ++j) sums[i][j] = multiply_add(x, w[j], sums[i][j]);
         }
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kPanelRows; ++i)
 #pragma GCC unroll 4
-        for (int j = 0; j < kPanelVectors; ++j) {
+        for (int j = 0; j < kVectors; ++j) {
             float* to = values + i * kStripColumns + j * kLanes;
             store(to, kAdd ? load(to) + sums[i][j] : sums[i][j]);
         }
@@ -45,10 +44,13 @@ void product(const float* rows, int64_t n_panels, const float* strip, int64_t d_
             for (int n = 0; n < n_columns; n += kPanelColumns, columns += depth * kPanelColumns) {
                 float* to = values + m * kPanelRows * kStripColumns + n;
                 const float* next = rows + kPanelRows * kRowStride;
+                const bool half = n_columns - n < kPanelColumns;
                 if (start == 0)
-                    product_panel<false>(depth, rows, next, columns, to);
+                    (half ? product_panel<false, 1> : product_panel<false, kPanelVectors>)(depth, rows, next, columns,
+                                                                                           to);
                 else
-                    product_panel<true>(depth, rows, next, columns, to);
+                    (half ? product_panel<true, 1> : product_panel<true, kPanelVectors>)(depth, rows, next, columns,
+                                                                                         to);
             }
         }
         strip += depth * n_columns;

@@ -67,7 +67,8 @@ TileStream::Strip::Strip(const TileStream& stream, int worker_, int64_t strip)
       first_column(strip * stream.strip_columns_),
       n_columns(static_cast<int>(std::min<int64_t>(stream.strip_columns_, stream.n_columns_ - first_column))),
       stream_(stream),
-      n_padded_(static_cast<int>(divide_up(n_columns, stream.kernels_.panel_columns)) * stream.kernels_.panel_columns) {
+      n_padded_(static_cast<int>(divide_up(n_columns, stream.kernels_.panel_columns / 2)) *
+                stream.kernels_.panel_columns / 2) {
     Workspace& workspace = *stream.workspaces_[static_cast<size_t>(worker)];
     if (workspace.packed_strip == strip) return;
     workspace.packed_strip = strip;
