@@ -10,7 +10,7 @@ SOURCES = CMakeLists.txt $(CXX_FILES) $(shell find python/sts_fast -type f -not 
 # The CUDA core takes minutes to build: only where there is a GPU, in continuous integration, and for CUDA=AUTO.
 CUDA ?= $(if $(CI)$(wildcard /dev/nvidiactl),AUTO,OFF)
 
-.PHONY: help install test sanitize lint format demo clean
+.PHONY: help install test sanitize lint format demo gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,8 @@ help:
 	@echo 'make format   rewrite all files in the format that lint asks for'
 	@echo 'make demo     forecasts on a small embedded model, beside real fine-tuning'
 	@echo '              MODEL= SAE= TRAIN= DOMAINS="a.jsonl b=c.jsonl": a forecast on these instead'
+	@echo 'make gpu      builds, checks and times the CUDA core on this machine, with its own torch; no network'
+	@echo '              STAGES="build check sanitize bench forecast": these alone'
 	@echo 'make clean    remove the environment and what was built'
 
 install: $(VENV)/installed
@@ -67,6 +69,10 @@ ifdef MODEL
 else
 	$(BIN)/sts-fast demo --output demo-run
 endif
+
+# In the Python that has torch, not in .venv; results/<gpu>.json is written as it goes.
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(STAGES)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

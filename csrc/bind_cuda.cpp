@@ -206,7 +206,8 @@ PYBIND11_MODULE(STS_CUDA_MODULE, m) {
     py::class_<PreparedRows>(m, "PreparedRows")
         .def(py::init<const py::object&, const py::object&>(), py::arg("hi"), py::arg("lo") = py::none());
     py::class_<Product>(m, "Product")
-        .def(py::init(&make_product), py::arg("W"), py::arg("base"), py::arg("other") = nullptr);
+        .def(py::init(&make_product), py::arg("W"), py::arg("base"), py::arg("other") = nullptr)
+        .def_property_readonly("n_tokens", &Product::n_tokens);
     py::class_<Vectors>(m, "Vectors")
         .def(py::init(&make_vectors), py::arg("scale"), py::arg("bias"), py::arg("gate"), py::arg("gated"));
     m.def("prepare_rows", &prepare, py::arg("device"), py::arg("acts"), py::arg("input_norm"), py::arg("hi"),

@@ -12,10 +12,10 @@ import tiny as tiny_material
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A torch.device of the CUDA ops: a GPU, or the CPU with their source compiled for an emulated one."""
     torch = pytest.importorskip("torch")
-    from sts_fast import backend, cuda
+    from sts_fast import cuda
 
     if request.param == "cuda":
-        reason = backend.cuda_missing_reason()
+        reason = cuda.missing_reason()
         if reason is not None:
             pytest.skip(reason)
         yield torch.device("cuda:0")

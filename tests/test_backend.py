@@ -12,7 +12,7 @@ import pytest
 import torch
 from exact_sae import ARCHITECTURES, KINDS, features, make_acts, make_sae
 
-from sts_fast import backend, encode
+from sts_fast import backend, cuda, encode
 from sts_fast.sae import SAE
 
 
@@ -162,7 +162,7 @@ def test_an_sae_is_folded_once_and_forgotten_with_it() -> None:
 
 
 def test_cuda_is_ready_or_says_why_not() -> None:
-    reason = backend.cuda_missing_reason()
+    reason = cuda.missing_reason()
     assert reason is None or (len(reason) > 10 and "\n" not in reason)
 
 

@@ -683,6 +683,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "dims tuned without tuned": (with_(dims="tuned"), "--dims tuned and --tuned MODEL go together"),
     "tuned without dims tuned": (with_(tuned="somewhere"), "--dims tuned and --tuned MODEL go together"),
     "no threads": (with_(threads=0), "--threads must lie between 1 and 1024, not 0"),
+    "precision of no kind": (with_(precision="fp8"), "--precision must be one of bf16, bf16x2, fp32, got 'fp8'"),
     "negative limit": (with_(limit=-1), "--limit must be"),
     "no shots": (with_(shots=0), "--shots must be at least 1, not 0"),
     "no domain shots": (with_(domain_shots=0), "--domain-shots must be at least 1, not 0"),

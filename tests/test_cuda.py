@@ -151,11 +151,13 @@ def moments_of(problem: Problem, gpu: Any, base: Any) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("activation", ["jumprelu", "abstopk"])
-def test_many_blocks_of_rows_and_passes_of_weights(gpu: Any, activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("activation", "n_weights"), [("jumprelu", 37), ("gated", 70), ("abstopk", 37)])
+def test_many_blocks_of_rows_and_passes_of_weights(
+    gpu: Any, activation: str, n_weights: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cuda, "WORKSPACE_BYTES", 1)
     problem = Problem(activation, 530, 9, 20, values=INTEGER)
-    problem.weights = np.random.default_rng(0).integers(-3, 4, (530, 37)).astype(np.float64)
+    problem.weights = np.random.default_rng(0).integers(-3, 4, (530, n_weights)).astype(np.float64)
     assert_all_exact(problem, encoder_of(problem, gpu, "bf16x2"))
 
 
@@ -342,7 +344,7 @@ def test_cuda_rows_never_go_to_the_cpu_unasked(monkeypatch: pytest.MonkeyPatch) 
         def __len__(self) -> int:
             return 3
 
-    monkeypatch.setattr(backend, "cuda_missing_reason", lambda: "there is no CUDA device")
+    monkeypatch.setattr(cuda, "missing_reason", lambda: "there is no CUDA device")
     message = "^the activations are on a CUDA device, but there is no CUDA device; or move them to the CPU$"
     with pytest.raises(InputError, match=message):
         encode(make_sae(), OnCuda())

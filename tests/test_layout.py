@@ -17,8 +17,8 @@ PACKAGE = ROOT / "python" / "sts_fast"
 # A module imports only from modules before it. A new module gets its place here.
 ORDER = [
     *("_version", "_cpu", "_cuda"),
-    *("errors", "files", "examples", "prompts", "probe", "hooks", "forward", "capture"),
-    *("sae", "cuda", "backend", "torch_ops", "encode", "shift", "correlate"),
+    *("errors", "files", "cuda", "examples", "prompts", "probe", "hooks", "forward", "capture"),
+    *("sae", "backend", "torch_ops", "encode", "shift", "correlate"),
     *("controls", "gradients", "ntk", "explain", "results", "settle", "signed", "score"),
     *("outcomes", "validate", "report", "organism", "demo", "trainer", "cli", "__main__"),
 ]

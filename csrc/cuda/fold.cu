@@ -69,16 +69,16 @@ __global__ void fold_entries_kernel(bool paired, const int64_t* keys, const floa
         add_to(targets, 1, column, sums[3]);
         add_to(targets, 2, column, sums[5]);
     }
-    for (int64_t k = 0; k < n_weights; ++k) {
+    // A lane per weight: neighbouring lanes read neighbouring weights of a token.
+    for (int64_t k = lane; k < n_weights; k += 32) {
         double sum = 0;
-        for (int64_t i = begin + lane; i < end; i += 32) {
+        for (int64_t i = begin; i < end; ++i) {
             double a, b;
             if (!token_at(i, a, b)) continue;
             const int64_t token = (keys[i] & 0xffffffff) >> 1;
             sum += rows[token * n_weights + k] * (paired ? (b - a) * (b - a) : a);
         }
-        sum = warp_sum(sum);
-        if (lane == 0) weighted[column * n_weights + k] += sum;
+        weighted[column * n_weights + k] += sum;
     }
 }
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <new>
 
 #include "cuda/epilogue.cuh"
 #include "cuda/launch.cuh"
@@ -14,6 +15,16 @@
 /// A block owns a strip of 128 features and walks over every n_lanes-th tile of 128 columns (64 pairs where the
 /// epilogue is paired). Each of its four warps multiplies 32 features, two bands of 16, with all of the columns.
 namespace sts::cuda {
+
+/// How many sums an epilogue leaves in the slab; 0 for those that write something else.
+template <class Epilogue>
+constexpr auto n_sums(int = 0) -> decltype(Epilogue::kSums) {
+    return Epilogue::kSums;
+}
+template <class Epilogue>
+constexpr int n_sums(...) {
+    return 0;
+}
 
 struct Sm80 {
     static constexpr int kFeatures = 128, kColumns = 128, kThreads = 128;
@@ -34,8 +45,8 @@ struct Sm80 {
         const int64_t n_tiles = (n_tokens + tokens_per_tile<Epilogue>() - 1) / tokens_per_tile<Epilogue>();
         const int64_t strips = n_strips(n_features);
         int64_t lanes = std::max<int64_t>(16, (4 * n_multiprocessors + strips - 1) / strips);
-        if constexpr (Epilogue::warp_shared_bytes > 0)
-            lanes = std::min<int64_t>(lanes, kSlabBytes / (Epilogue::warp_shared_bytes / 16 * n_features));
+        if constexpr (n_sums<Epilogue>(0) > 0)
+            lanes = std::min<int64_t>(lanes, kSlabBytes / (n_sums<Epilogue>(0) * 8 * n_features));
         return std::max<int64_t>(1, std::min(lanes, n_tiles));
     }
 };
@@ -44,10 +55,15 @@ struct Sm80 {
 template <class Epilogue>
 class BandEpilogues {
   public:
-    static constexpr size_t kBytes = Sm80::kWarps * Sm80::kBands * Epilogue::warp_shared_bytes;
+    // The epilogues themselves lie in shared memory too: the accumulators need the registers.
+    static constexpr size_t kObjects = Sm80::kWarps * Sm80::kBands * Epilogue::warp_shared_bytes;
+    static constexpr size_t kBytes = kObjects + Sm80::kThreads * Sm80::kBands * sizeof(Epilogue);
 
     __device__ BandEpilogues(const typename Epilogue::Params& params, unsigned char* shared, int64_t first_feature)
-        : bands_{make(params, shared, first_feature, 0), make(params, shared, first_feature, 1)} {}
+        : bands_(reinterpret_cast<Epilogue*>(shared + kObjects) + threadIdx.x * Sm80::kBands) {
+        for (int band = 0; band < Sm80::kBands; ++band)
+            new (bands_ + band) Epilogue(make(params, shared, first_feature, band));
+    }
 
     __device__ void tile(const float (&acc)[Sm80::kBands][4 * Sm80::kBlocks], const typename Epilogue::Params& params,
                          int64_t token0) {
@@ -69,7 +85,7 @@ class BandEpilogues {
                         first_feature + of_block * 16 + thread % 32 / 4);
     }
 
-    Epilogue bands_[Sm80::kBands];
+    Epilogue* bands_;
 };
 
 /// Shared memory of a stage: kFeatures rows of weights, then kColumns rows of activations, of 64 bytes each. The four
@@ -85,20 +101,21 @@ struct Sm80Stages {
 
 template <class Epilogue>
 __global__ void __launch_bounds__(Sm80::kThreads)
-    gemm_sm80(Product product, typename Epilogue::Params params, int64_t n_lanes) {
+    gemm_sm80(Product product, typename Epilogue::Params params, int n_lanes) {
     using Stages = Sm80Stages;
     constexpr int kTokens = Sm80::tokens_per_tile<Epilogue>(), kBands = Sm80::kBands;
     unsigned char* const stages = dynamic_shared();
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-    const int64_t slot = blockIdx.x % n_lanes, first_feature = blockIdx.x / n_lanes * Sm80::kFeatures;
+    const int slot = static_cast<int>(blockIdx.x) % n_lanes;
+    const int first_feature = static_cast<int>(blockIdx.x) / n_lanes * Sm80::kFeatures;
     const int steps_per_term = static_cast<int>(product.depth / Stages::kDepth);
     const int n_steps = product.terms.n * steps_per_term;
-    const int64_t n_tiles = (product.n_tokens() + kTokens - 1) / kTokens;
+    const int n_tiles = static_cast<int>((product.n_tokens() + kTokens - 1) / kTokens);
 
     // A thread copies one chunk of every 32nd row.
     constexpr int kRowStep = Sm80::kThreads / Stages::kChunks;
     const int row = thread / Stages::kChunks, chunk = thread % Stages::kChunks;
-    const auto start_stage = [&](int64_t tile, int step) {
+    const auto start_stage = [&](int tile, int step) {
         unsigned char* const stage = stages + step % Stages::kStages * Stages::kBytes;
         const auto term = product.terms.term[step / steps_per_term];
         const int k = step % steps_per_term * Stages::kDepth + chunk * 8;
@@ -114,13 +131,13 @@ __global__ void __launch_bounds__(Sm80::kThreads)
         for (int c = 0; c < Sm80::kColumns; c += kRowStep) {
             const bool is_other = c >= kTokens;
             start_row(is_other ? product.other : product.base, term.x,
-                      tile * kTokens + row + c - (is_other ? kTokens : 0), Sm80::kFeatures + row + c);
+                      int64_t{tile} * kTokens + row + c - (is_other ? kTokens : 0), Sm80::kFeatures + row + c);
         }
     };
 
     BandEpilogues<Epilogue> epilogues(params, stages + Stages::kStages * Stages::kBytes, first_feature);
 
-    for (int64_t tile = slot; tile < n_tiles; tile += n_lanes) {
+    for (int tile = slot; tile < n_tiles; tile += n_lanes) {
         float acc[kBands][4 * Sm80::kBlocks] = {};
 #pragma unroll
         for (int step = 0; step < Stages::kStages - 1; ++step) {
@@ -156,7 +173,7 @@ __global__ void __launch_bounds__(Sm80::kThreads)
         }
         wait_for_copies<0>();
         __syncthreads();
-        epilogues.tile(acc, params, tile * kTokens);
+        epilogues.tile(acc, params, int64_t{tile} * kTokens);
     }
     epilogues.finish(params, slot);
 }
@@ -168,19 +185,20 @@ struct Fp32Stage {
 
 template <class Epilogue>
 __global__ void __launch_bounds__(Sm80::kThreads)
-    gemm_fp32(Product product, typename Epilogue::Params params, int64_t n_lanes) {
+    gemm_fp32(Product product, typename Epilogue::Params params, int n_lanes) {
     using Stage = Fp32Stage;
     constexpr int kTokens = Sm80::tokens_per_tile<Epilogue>(), kBands = Sm80::kBands;
     float* const stage = reinterpret_cast<float*>(dynamic_shared());
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-    const int64_t slot = blockIdx.x % n_lanes, first_feature = blockIdx.x / n_lanes * Sm80::kFeatures;
-    const int64_t n_tiles = (product.n_tokens() + kTokens - 1) / kTokens;
+    const int slot = static_cast<int>(blockIdx.x) % n_lanes;
+    const int first_feature = static_cast<int>(blockIdx.x) / n_lanes * Sm80::kFeatures;
+    const int n_tiles = static_cast<int>((product.n_tokens() + kTokens - 1) / kTokens);
     BandEpilogues<Epilogue> epilogues(params, dynamic_shared() + Stage::kBytes, first_feature);
 
     // A thread copies four floats of every 32nd row.
     constexpr int kRowStep = Sm80::kThreads / (Stage::kDepth / 4);
     const int row = thread / (Stage::kDepth / 4), chunk = thread % (Stage::kDepth / 4) * 4;
-    for (int64_t tile = slot; tile < n_tiles; tile += n_lanes) {
+    for (int tile = slot; tile < n_tiles; tile += n_lanes) {
         float acc[kBands][4 * Sm80::kBlocks] = {};
         for (int64_t k = 0; k < product.depth; k += Stage::kDepth) {
             __syncthreads();
@@ -195,8 +213,8 @@ __global__ void __launch_bounds__(Sm80::kThreads)
 #pragma unroll
             for (int c = 0; c < Sm80::kColumns; c += kRowStep) {
                 const bool is_other = c >= kTokens;
-                copy_row(is_other ? product.other : product.base, tile * kTokens + row + c - (is_other ? kTokens : 0),
-                         Sm80::kFeatures + row + c);
+                copy_row(is_other ? product.other : product.base,
+                         int64_t{tile} * kTokens + row + c - (is_other ? kTokens : 0), Sm80::kFeatures + row + c);
             }
             __syncthreads();
 #pragma unroll 4
@@ -215,7 +233,7 @@ __global__ void __launch_bounds__(Sm80::kThreads)
                     }
             }
         }
-        epilogues.tile(acc, params, tile * kTokens);
+        epilogues.tile(acc, params, int64_t{tile} * kTokens);
     }
     epilogues.finish(params, slot);
 }
@@ -227,7 +245,8 @@ cudaError_t launch_sm80(const Product& product, const typename Epilogue::Params&
     const int64_t n_blocks = Sm80::n_strips(product.n_features()) * lanes;
     const size_t stages = product.floats ? Fp32Stage::kBytes : Sm80Stages::kStages * Sm80Stages::kBytes;
     return launch(product.floats ? gemm_fp32<Epilogue> : gemm_sm80<Epilogue>, static_cast<unsigned>(n_blocks),
-                  Sm80::kThreads, stages + BandEpilogues<Epilogue>::kBytes, stream, product, params, lanes);
+                  Sm80::kThreads, stages + BandEpilogues<Epilogue>::kBytes, stream, product, params,
+                  static_cast<int>(lanes));
 }
 
 }  // namespace sts::cuda

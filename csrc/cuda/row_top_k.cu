@@ -12,7 +12,7 @@ constexpr int kDigitBits = 8, kDigits = 1 << kDigitBits;
 
 /// A block per row: radix selection, most significant digit first, over keys that put the larger value first and among
 /// equal ones the lower column, so that no two are the same.
-__global__ void __launch_bounds__(kSelectThreads)
+__global__ void __launch_bounds__(kSelectThreads, 4)
     select_top_k_kernel(int64_t k, bool absolute, RowLists lists, const float* pre, int64_t n_features,
                         int64_t first_feature, RowLists selected, float* bounds, int64_t* status) {
     __shared__ int histogram[kDigits];

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -84,7 +83,7 @@ def cuda_device_of(acts: Any) -> torch.device | None:
     """
     if not _is_on_cuda(acts):
         return None
-    reason = cuda_missing_reason()
+    reason = cuda.missing_reason()
     if reason is not None:
         raise InputError(f"the activations are on a CUDA device, but {reason}; or move them to the CPU")
     device: torch.device = acts.device
@@ -124,17 +123,6 @@ class Accumulators:
         """As numpy has it; a copy where it is on a device."""
         values = self._arrays[name]
         return values if isinstance(values, np.ndarray) else values.cpu().numpy()
-
-
-def cuda_missing_reason() -> str | None:
-    """Why the CUDA ops cannot serve here, in words; None where they can."""
-    if find_spec("sts_fast._cuda") is None:
-        return "this build has no CUDA module: build it where nvcc is, with STS_CUDA=ON"
-    try:
-        from sts_fast import _cuda
-    except ImportError as error:
-        return f"the CUDA module does not load: {error}"
-    return _cuda.missing_reason()
 
 
 def _named(sae: SAE, make: Any) -> Any:

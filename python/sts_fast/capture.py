@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sts_fast import cuda
 from sts_fast.errors import InputError
 from sts_fast.forward import ForwardPasses, Read, Sequences, run_batches
 from sts_fast.hooks import Hook, find_hooks, layer_of
@@ -224,7 +225,10 @@ def attention_sinks(norms: Doubles) -> NDArray[np.bool_]:
 def _for_core(rows: list[torch.Tensor]) -> torch.Tensor:
     import torch
 
-    joined = torch.cat(rows).cpu()
+    joined = torch.cat(rows)
+    if joined.is_cuda and cuda.missing_reason() is None:
+        return joined  # the core reads them where they are
+    joined = joined.cpu()
     return joined if joined.dtype in (torch.float32, torch.bfloat16) else joined.float()
 
 

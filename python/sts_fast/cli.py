@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from sts_fast import __version__, _cpu, backend, files, organism, results
+from sts_fast import __version__, _cpu, backend, cuda, files, organism, results
 from sts_fast.demo import PREDICTORS, PRIMARY, SCORE, Demo, run_demo
 from sts_fast.encode import encode
 from sts_fast.errors import InputError
@@ -147,6 +147,10 @@ DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, 
 BatchTokensOption = Annotated[
     int | None, typer.Option("--batch-tokens", help="Most tokens of one forward pass; default: what memory allows.")
 ]
+PrecisionOption = Annotated[
+    str | None,
+    typer.Option("--precision", help="Of the SAE on CUDA: bf16, bf16x2 or fp32; default: by its weights."),
+]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", help="Threads of the core; default: all cores.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Of the sample of prompts and the intervals.")]
 OutputOption = Annotated[Path, typer.Option("--output", help="Folder for the results.")]
@@ -193,6 +197,7 @@ def score(
     device: DeviceOption = "auto",
     batch_tokens: BatchTokensOption = None,
     labels: LabelsOption = None,
+    precision: PrecisionOption = None,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
     show_prompts: ShowPromptsOption = False,
@@ -206,7 +211,8 @@ def score(
         domain_shots=domain_shots, top_n=top_n, tokens=tokens, limit=limit, question_field=question_field,
         answer_field=answer_field, hook=hook, layer=layer,
         norm_scaling_factor=norm_scaling_factor, dtype=dtype, sae_dtype=sae_dtype, device=device,
-        batch_tokens=batch_tokens, labels=labels, threads=threads, seed=seed, show_prompts=show_prompts,
+        batch_tokens=batch_tokens, labels=labels, precision=precision, threads=threads,
+        seed=seed, show_prompts=show_prompts,
     )  # fmt: skip
     if as_json:
         _write_json(forecasts, output, compared=len(forecasts) > 1)
@@ -246,6 +252,7 @@ def compare(
     device: DeviceOption = "auto",
     batch_tokens: BatchTokensOption = None,
     labels: LabelsOption = None,
+    precision: PrecisionOption = None,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
     show_prompts: ShowPromptsOption = False,
@@ -260,7 +267,8 @@ def compare(
         domain_shots=domain_shots, top_n=top_n, tokens=tokens, limit=limit, question_field=question_field,
         answer_field=answer_field, hook=hook, layer=layer,
         norm_scaling_factor=norm_scaling_factor, dtype=dtype, sae_dtype=sae_dtype, device=device,
-        batch_tokens=batch_tokens, labels=labels, threads=threads, seed=seed, show_prompts=show_prompts,
+        batch_tokens=batch_tokens, labels=labels, precision=precision, threads=threads,
+        seed=seed, show_prompts=show_prompts,
     )  # fmt: skip
     if as_json:
         _write_json(forecasts, output, compared=True)
@@ -293,6 +301,7 @@ def shift(
     sae_dtype: SaeDtypeOption = None,
     device: DeviceOption = "auto",
     batch_tokens: BatchTokensOption = None,
+    precision: PrecisionOption = None,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
     show_prompts: ShowPromptsOption = False,
@@ -305,8 +314,8 @@ def shift(
         domains=[], demos=demos, tuned=tuned, dims=dims, estimators="act", shots=shots, domain_shots=1, top_n=top_n,
         tokens=tokens, limit=limit, question_field=question_field, answer_field=answer_field, hook=hook, layer=layer,
         norm_scaling_factor=norm_scaling_factor,
-        dtype=dtype, sae_dtype=sae_dtype, device=device, batch_tokens=batch_tokens, threads=threads, seed=seed,
-        show_prompts=show_prompts,
+        dtype=dtype, sae_dtype=sae_dtype, device=device, batch_tokens=batch_tokens, precision=precision,
+        threads=threads, seed=seed, show_prompts=show_prompts,
     )  # fmt: skip
     if as_json:
         _write_json(forecasts, output, compared=len(forecasts) > 1)
@@ -381,7 +390,7 @@ def doctor(
         "python": platform.python_version(),
         **{name: _version(name) for name in ("numpy", "torch", "transformers", "safetensors", "pyarrow", "sae-lens")},
         "CPU core": f"{_cpu.instruction_set()}, {_cpu.get_num_threads()} threads",
-        "CUDA core": backend.cuda_missing_reason() or "ready",
+        "CUDA core": cuda.missing_reason() or "ready",
         "self-check": _self_check(),
     }
     if sae is not None:
@@ -429,7 +438,7 @@ def _forecasts(
     The folder is `output` itself, with one below it for each of several SAEs, and there for each of several training
     set if they are kept apart `by_train`.
     """
-    threads = options.pop("threads")
+    threads, precision = options.pop("threads"), options.pop("precision")
     sae_dtype, limit = options.pop("sae_dtype"), options.pop("limit")
     estimators = [name.strip() for name in options.pop("estimators").split(",")]
     results.prepare_folder(output)
@@ -437,6 +446,10 @@ def _forecasts(
         if not 1 <= threads <= MOST_THREADS:
             raise InputError(f"--threads must lie between 1 and {MOST_THREADS}, not {threads}")
         _cpu.set_num_threads(threads)
+    try:
+        backend.set_precision(precision)
+    except ValueError as error:
+        raise InputError(f"--{error}") from error
     for train in trains.values():
         if not train.exists():
             raise InputError(f"there is no training set {train}: give a file or folder with --train")

@@ -66,9 +66,9 @@ class RawShift:
 
     def update(self, base: torch.Tensor, paired: torch.Tensor, demos: torch.Tensor) -> None:
         difference = demos.double() - paired.double()
-        self.sum_sq_shift += (difference * difference).sum(dim=0).numpy()
-        self.sum_base += base.double().sum(dim=0).numpy()
-        self.sum_abs_base += base.double().abs().sum(dim=0).numpy()
+        self.sum_sq_shift += (difference * difference).sum(dim=0).cpu().numpy()
+        self.sum_base += base.double().sum(dim=0).cpu().numpy()
+        self.sum_abs_base += base.double().abs().sum(dim=0).cpu().numpy()
         self.n_tokens += len(base)
         self.n_pairs += len(paired)
 

@@ -6,8 +6,11 @@ same, bit for bit; unlike the CPU's they depend on how rows are split into calls
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import cached_property, wraps
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
@@ -21,21 +24,50 @@ else:
 
 PRECISIONS = ("bf16", "bf16x2", "fp32")
 WORKSPACE_BYTES = 64 << 20  # of each kind: prepared rows, dense strips, lists of candidates
+MOST_ROWS = 1 << 16  # of one launch
 FIRST_STRIP = 8192  # features whose k largest values bound the row's, at least an eighth of all
+MOST_DENSE_WEIGHTS = 64  # more weights or targets than that are applied to the active features one by one
 MAIN_LOOP = "automatic"  # or "sm80", which runs on every GPU, or "sm90"
 
 _SUMS = ("sum_sq_shift", "sum_base", "sum_other", "sum_sq_base", "sum_sq_other", "n_fired_base", "n_fired_other")
 _NO_KEY = (1 << 63) - 1
 
 
+def missing_reason() -> str | None:
+    """Why the CUDA ops cannot serve here, in words; None where they can."""
+    if find_spec("sts_fast._cuda") is None:
+        return "this build has no CUDA module: build it where nvcc is, with STS_CUDA=ON"
+    try:
+        from sts_fast import _cuda
+    except ImportError as error:
+        return f"the CUDA module does not load: {error}"
+    return _cuda.missing_reason()
+
+
 def load() -> Any:
-    """The compiled module; it is there wherever backend.cuda_missing_reason() is None."""
+    """The compiled module; it is there wherever missing_reason() is None."""
     global kernels
     if kernels is None:
         from sts_fast import _cuda
 
         kernels = _cuda
     return kernels
+
+
+Op = TypeVar("Op", bound=Callable[..., Any])
+
+
+def _on_its_device(op: Op) -> Op:
+    """Kernels start on torch's current device, which need not be that of the tensors."""
+
+    @wraps(op)
+    def run(encoder: Encoder, *args: Any, **kwargs: Any) -> Any:
+        import torch
+
+        with torch.cuda.device(encoder.device) if encoder.device.type == "cuda" else nullcontext():
+            return op(encoder, *args, **kwargs)
+
+    return cast(Op, run)
 
 
 class Weights(NamedTuple):
@@ -141,6 +173,7 @@ class Encoder:
         return prepared, vectors
 
 
+@_on_its_device
 def accumulate_shift(
     encoder: Encoder,
     base: torch.Tensor,
@@ -166,6 +199,7 @@ def accumulate_shift(
     call.run([sums.get(name) for name in _SUMS], rows, weighted_sq_shift)
 
 
+@_on_its_device
 def accumulate_moments(
     encoder: Encoder,
     acts: torch.Tensor,
@@ -186,6 +220,7 @@ def accumulate_moments(
     call.run([sum_h, sum_sq_h, n_fired], rows, sum_hy)
 
 
+@_on_its_device
 def encode_sparse(
     encoder: Encoder, acts: torch.Tensor, columns: NDArray[np.int64] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -230,7 +265,6 @@ class _Call:
         self.n_tokens = len(members[0])
         if columns is not None:
             self.columns = columns = _checked_columns(columns, encoder.d_sae)
-            self.columns_tensor = torch.from_numpy(columns).to(encoder.device)
             if not encoder.selects_top_k and len(columns):
                 self.encoder = encoder.of_columns(columns)
         self.n_columns = encoder.d_sae if columns is None else len(columns)
@@ -239,6 +273,13 @@ class _Call:
         index = encoder.device.index or 0
         stream = torch.cuda.current_stream(encoder.device).cuda_stream if encoder.device.type == "cuda" else 0
         self.device = load().Device(index, stream, MAIN_LOOP)
+
+    @cached_property
+    def columns_tensor(self) -> torch.Tensor:
+        import torch
+
+        assert self.columns is not None
+        return torch.from_numpy(self.columns).to(self.encoder.device)
 
     def check_sum(self, values: Any, name: str) -> None:
         import torch
@@ -282,7 +323,9 @@ class _Call:
         """Adds everything, or nothing where a row is at fault."""
         if self.n_tokens and self.n_columns:
             if self.encoder.selects_top_k:
-                self._run_top_k(sums, rows, weighted)
+                self._run_entries(self._top_k_entries(), sums, rows, weighted)
+            elif rows is not None and rows.shape[1] > MOST_DENSE_WEIGHTS:
+                self._run_entries(self._threshold_entries(), sums, rows, weighted)
             else:
                 self._run_columns(sums, rows, weighted)
         self.raise_faults()
@@ -336,32 +379,47 @@ class _Call:
                     targets += [(weighted, p * width + k) for k in range(part.shape[1])]
                 accumulate(self.device, product, vectors, weights, slab, tuple(targets), self.status)
 
-    def _run_top_k(
-        self, sums: list[torch.Tensor | None], rows: torch.Tensor | None, weighted: torch.Tensor | None
+    def _run_entries(
+        self,
+        blocks: Iterator[tuple[slice, torch.Tensor, torch.Tensor]],
+        sums: list[torch.Tensor | None],
+        rows: torch.Tensor | None,
+        weighted: torch.Tensor | None,
     ) -> None:
+        """Sums of active features one by one: (rows of the block, column << 32 | token << 1 | member, value)."""
         import torch
 
         paired = len(self.members) == 2
         edges = torch.arange(self.n_columns + 1, device=self.encoder.device) << 32
+        for block, keys, values in blocks:
+            order = torch.sort(keys)
+            entries, starts = values[order.indices], torch.searchsorted(order.values, edges)
+            weights = None if rows is None else rows[block]
+            load().fold_entries(
+                self.device, paired, order.values, entries, starts, weights, weighted, tuple(sums), self.status
+            )
+
+    def _top_k_entries(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        import torch
+
         for start, lists in self._top_k_blocks():
-            keys, values = [], []
-            for member, (columns, found, counts) in enumerate(lists):
+            keys = []
+            for member, (columns, _, counts) in enumerate(lists):
                 column, token = self._placed(columns, counts)
                 keys.append(torch.where(column < 0, _NO_KEY, column << 32 | token << 1 | member).flatten())
-                values.append(found.flatten())
-            order = torch.sort(torch.cat(keys))
-            entries = torch.cat(values)[order.indices]
-            starts = torch.searchsorted(order.values, edges)
-            block_rows = None if rows is None else rows[start : start + len(lists[0][2])].contiguous()
-            load().fold_entries(
-                self.device, paired, order.values, entries, starts, block_rows, weighted, tuple(sums), self.status
-            )
+            block = slice(start, start + len(lists[0][2]))
+            yield block, torch.cat(keys), torch.cat([values.flatten() for _, values, _ in lists])
+
+    def _threshold_entries(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        import torch
+
+        for start, prepared in self._prepared_blocks():
+            found = [self._append(acts, 0) for acts in prepared]
+            keys = [(keys & 0xFFFFFFFF) << 32 | keys >> 32 << 1 | member for member, (keys, _) in enumerate(found)]
+            yield slice(start, start + self.rows_per_block), torch.cat(keys), torch.cat([values for _, values in found])
 
     def sparse_blocks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(token << 32 | column, value) of every active feature; columns count among those wanted, unless top k."""
-        import torch
-
-        device = self.encoder.device
         if not self.n_tokens or not self.n_columns:
             return
         if self.encoder.selects_top_k:
@@ -370,21 +428,26 @@ class _Call:
                 there = (column >= 0) & (found != 0)
                 yield ((start + token) << 32 | columns)[there], found[there]
             return
+        for start, [acts] in self._prepared_blocks():
+            yield self._append(acts, start)
+
+    def _append(self, acts: Any, first_token: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """((first_token + row) << 32 | column, value) of a block's active features, in any order."""
+        import torch
+
         W, vectors = self.encoder.strip(0, self.n_columns)
-        for start, prepared in self._prepared_blocks():
-            n = min(self.n_tokens - start, self.rows_per_block)
-            product = load().Product(W, *prepared)
-            capacity = min(n * self.n_columns, max(n * 96, 1 << 16))
-            while True:
-                keys = torch.empty(capacity, dtype=torch.int64, device=device)
-                values = torch.empty(capacity, dtype=torch.float32, device=device)
-                count = torch.zeros(1, dtype=torch.int64, device=device)
-                load().encode_sparse(self.device, product, vectors, start, keys, values, count)
-                n_found = int(count)
-                if n_found <= capacity:
-                    break
-                capacity = n_found
-            yield keys[:n_found], values[:n_found]
+        product = load().Product(W, acts)
+        n, device = product.n_tokens, self.encoder.device
+        capacity = min(n * self.n_columns, max(n * 96, 1 << 16))
+        while True:
+            keys = torch.empty(capacity, dtype=torch.int64, device=device)
+            values = torch.empty(capacity, dtype=torch.float32, device=device)
+            count = torch.zeros(1, dtype=torch.int64, device=device)
+            load().encode_sparse(self.device, product, vectors, first_token, keys, values, count)
+            n_found = int(count)
+            if n_found <= capacity:
+                return keys[:n_found], values[:n_found]
+            capacity = n_found
 
     def _placed(self, columns: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """([n, k] place of each listed feature among those wanted or -1, [n, 1] row)."""
@@ -457,8 +520,9 @@ class _Call:
         exact = encoder.input_norm == "none" and all(acts.dtype == torch.bfloat16 for acts in self.members)
         split = encoder.precision == "bf16x2" and not exact
         direct = [not split and self._is_direct(acts) for acts in self.members]
-        per_row = max(bytes_per_row, encoder.depth * word_of_row * (2 if split else 1) * len(self.members), 1)
-        self.rows_per_block = max(256, WORKSPACE_BYTES // per_row // 256 * 256)
+        copied = 0 if all(direct) else encoder.depth * word_of_row * (2 if split else 1) * len(self.members)
+        rows_per_block = WORKSPACE_BYTES // max(bytes_per_row, copied, 1) // 256 * 256
+        self.rows_per_block = max(256, min(rows_per_block, MOST_ROWS))
         several = self.n_tokens > self.rows_per_block
         if several or any(direct):
             # Nothing is added before every row has been looked at.

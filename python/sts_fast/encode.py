@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from sts_fast import _cpu, backend, cuda
 from sts_fast.sae import SAE
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 
@@ -25,6 +26,10 @@ class SparseFeatures(NamedTuple):
     indptr: Any
     indices: Any
     values: Any
+
+    def on_cpu(self) -> SparseFeatures:
+        """The same as numpy arrays."""
+        return SparseFeatures(*(part if isinstance(part, np.ndarray) else part.cpu().numpy() for part in self))
 
 
 def encode(sae: SAE, acts: Any, columns: NDArray[np.int64] | None = None) -> SparseFeatures:

@@ -679,7 +679,7 @@ class _DomainSums:
 
     def update(self, rows: PairedRows) -> None:
         self.raw.update(rows.base, rows.paired[:0], rows.demos[:0])
-        active = encode(self.sae, rows.base, self.columns)
+        active = encode(self.sae, rows.base, self.columns).on_cpu()
         for shift in self.shifts:
             shift.firings.add(self.prompt_set, rows, active)
         if "act" in self.estimators or "act_sq" in self.estimators:
@@ -693,7 +693,7 @@ class _DomainSums:
         prompt_of = np.repeat(rows.base_of, np.diff(active.indptr))
         column_of = np.searchsorted(self.columns, active.indices)
         values = active.values.astype(np.float64)
-        residual = rows.base.double().numpy()
+        residual = rows.base.double().cpu().numpy()
         for name, term, raw_term in (("act", values, np.abs(residual)), ("act_sq", values**2, residual**2)):
             if name in self.estimators:
                 for key, weight in self.weights.items():
@@ -708,7 +708,7 @@ class _DomainSums:
         of_prompt = (rows.paired_of[:, None] == np.asarray(rows.prompts)).astype(np.float64)
         stats = ShiftStats(self.sae, columns=self.columns, n_replicates=len(rows.prompts))
         stats.update(rows.paired, rows.demos, of_prompt)
-        squares = (rows.demos.double() - rows.paired.double()).numpy() ** 2
+        squares = (rows.demos.double() - rows.paired.double()).cpu().numpy() ** 2
         for key, weight in self.weights.items():
             self.sums[(*key, "icl")][rows.prompts] = np.einsum("j,jp->p", weight, stats.weighted_sq_shift)
         for key, dims in self.raw_tops.items():

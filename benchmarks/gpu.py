@@ -1,0 +1,522 @@
+"""Builds, checks and times the CUDA core on the GPU of this machine: `make gpu`.
+
+    python3 -m benchmarks.gpu                    all stages
+    python3 -m benchmarks.gpu build check bench  these
+
+Needs a torch with CUDA, nvcc, and what pyproject.toml names under build-system, all installed; no network. What each
+stage finds is saved at once in benchmarks/results/<gpu>.json. Each stage takes less than ten minutes.
+
+    build     the package for this GPU, into build/gpu
+    check     the tests of the CUDA ops on the device; then larger random problems, new ones every time, against
+              float64, with memory poisoned before it is handed out, on every main loop, and in a CUDA graph
+    sanitize  compute-sanitizer's memcheck and racecheck over every kernel, on small shapes
+    bench     ours in each precision beside the bare product, eager and compiled torch, in turns, checked first
+    forecast  a language model's forward passes with and without the statistics of what they compute
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+BUILT = ROOT / "build" / "gpu"
+STAGES = ("build", "check", "sanitize", "bench", "forecast")
+LIMIT = 590  # seconds of a stage
+N_ROWS = 32_768
+SHIFT_SIZES = ((3584, 65_536), (4096, 131_072), (2304, 16_384))
+TOP_K_SIZES = ((3584, 65_536), (3584, 131_072))
+TOP_K = 64
+TARGETS = 16
+CHUNK = 4096  # rows of a dense peer's chunk
+ROUNDS = 7
+
+Record = dict[str, Any]
+
+
+def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["--stage"]:
+        sys.path.insert(0, str(BUILT))
+        print(json.dumps(globals()[f"stage_{arguments[1]}"]()), flush=True)
+        return 0
+    unknown = set(arguments) - set(STAGES)
+    if unknown:
+        print(f"error: there is no stage {unknown.pop()}: give any of {', '.join(STAGES)}", file=sys.stderr)
+        return 2
+    reason = missing()
+    if reason is not None:
+        print(f"make gpu: skipped, {reason}")
+        return 0
+    import torch
+
+    name = torch.cuda.get_device_name()
+    path = ROOT / "benchmarks" / "results" / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+    document: Record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"kind": "gpu"}
+    document["machine"] = {"gpu": name, "torch": torch.__version__, "cuda": torch.version.cuda}
+    failed = False
+    for stage in arguments or STAGES:
+        found = run_stage(stage)
+        found["date"] = datetime.now(UTC).isoformat(timespec="seconds")
+        document[stage] = found
+        new = path.with_suffix(".new")
+        new.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        new.replace(path)
+        failed |= "error" in found
+        if failed and stage == "build":
+            break
+    print_table(document)
+    print(f"saved in {path.relative_to(ROOT)}")
+    return 1 if failed else 0
+
+
+def missing() -> str | None:
+    """Why nothing can be done here; None where it can."""
+    try:
+        torch: Any = importlib.import_module("torch")
+    except ImportError:
+        return "this Python has no torch"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if shutil.which("nvcc") is None and not Path("/usr/local/cuda/bin/nvcc").exists():
+        return "there is no nvcc on the PATH"
+    return None
+
+
+def run_stage(stage: str) -> Record:
+    """In a process of its own, so that one stage's fault is not the next one's."""
+    print(f"--- {stage}", flush=True)
+    start = time.perf_counter()
+    try:
+        ran = subprocess.run(
+            [sys.executable, "-m", "benchmarks.gpu", "--stage", stage],
+            cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=LIMIT, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done within {LIMIT} seconds"}
+    *printed, last = ran.stdout.strip().split("\n") or [""]
+    print("\n".join(printed), flush=True)
+    found: Record = json.loads(last) if ran.returncode == 0 else {"error": last[-500:]}
+    if "error" in found:
+        print(f"{stage}: {found['error']}", flush=True)
+    return found | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def stage_build() -> Record:
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    architecture = "90a-real" if (major, minor) == (9, 0) else f"{major}{minor}-real"
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--no-index"]
+    command += ["--upgrade", "--target", str(BUILT), "-C", "cmake.define.STS_CUDA=ON"]
+    command += ["-C", f"cmake.define.STS_CUDA_ARCHITECTURES={architecture}", str(ROOT)]
+    environment = os.environ | {"PATH": f"{os.environ['PATH']}:/usr/local/cuda/bin"}
+    subprocess.run(command, check=True, env=environment, stdout=sys.stderr)
+    library = next((BUILT / "sts_fast").glob("_cuda*.so"))
+    return {"architecture": architecture, "megabytes": round(library.stat().st_size / 1e6, 2)}
+
+
+def stage_check() -> Record:
+    environment = os.environ | {"PYTHONPATH": str(BUILT)}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-o", "filterwarnings=default", "-p", "no:cacheprovider"]
+    command += ["tests/test_cuda.py", "-k", "not emulator"]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    print(ran.stdout[-1500:])
+    if ran.returncode:
+        return {"error": ran.stdout.strip().split("\n")[-1]}
+    import torch
+
+    torch.use_deterministic_algorithms(True, warn_only=True)  # then torch.empty is filled with not-a-numbers
+    errors = {f"{loop} {what}": error for loop in main_loops() for what, error in random_problems(loop)}
+    allowed = {"fp32": 1e-5, "bf16x2": 1e-4, "graph": 1e-4}
+    wrong = {what: error for what, error in errors.items() if not error <= allowed[what.split()[1]]}
+    found: Record = {"tests": ran.stdout.strip().split("\n")[-1], "relative_errors": errors}
+    return found | ({"error": f"wrong results: {wrong}"} if wrong else {})
+
+
+def main_loops() -> list[str]:
+    import torch
+
+    return ["sm80", "sm90"] if torch.cuda.get_device_capability() == (9, 0) else ["sm80"]
+
+
+def random_problems(loop: str) -> Iterator[tuple[str, float]]:
+    """(what, largest relative error of a column's sum where no firing is within rounding of its threshold)."""
+    import torch
+
+    from sts_fast import cuda
+
+    cuda.MAIN_LOOP = loop
+    seed = int.from_bytes(os.urandom(4), "little")
+    print(f"{loop}: seed {seed}", flush=True)
+    for d_in, d_sae, rows in ((768, 5_000, 3_001), (2304, 16_384, 1_000)):
+        for precision in ("fp32", "bf16x2"):
+            problem = Problem(d_in, d_sae, rows, "jumprelu", precision, seed)
+            yield f"{precision} shift {d_in}x{d_sae}", problem.shift_error(problem.shift())
+            yield f"{precision} moments {d_in}x{d_sae}", problem.moments_error()
+            top = Problem(d_in, d_sae, rows, "topk", precision, seed)
+            yield f"{precision} topk {d_in}x{d_sae}", top.top_k_error()
+    problem = Problem(768, 5_000, 3_001, "jumprelu", "bf16x2", seed)
+    sums = problem.new_sums()
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    problem.shift(sums)  # a first call makes what is made once
+    with torch.cuda.graph(graph, stream=stream):
+        problem.shift(sums)
+    for values in sums.values():
+        values.zero_()
+    graph.replay()
+    yield "graph shift", problem.shift_error(sums)
+
+
+class Problem:
+    """Random weights and rows on the device, and what float64 says of them."""
+
+    def __init__(
+        self, d_in: int, d_sae: int, rows: int, activation: str, precision: str, seed: int = 0, dtype: Any = None
+    ) -> None:
+        import torch
+
+        from sts_fast import cuda
+
+        self.activation, self.d_sae, self.precision = activation, d_sae, precision
+        generator = torch.Generator("cuda").manual_seed(seed)
+        normal = lambda *shape: torch.randn(*shape, device="cuda", generator=generator)  # noqa: E731
+        self.W_enc = normal(d_in, d_sae) / d_in**0.5
+        if precision == "bf16":
+            self.W_enc = self.W_enc.bfloat16()
+        dtype = dtype or torch.float32
+        self.base = normal(rows, d_in).to(dtype)
+        self.other = (self.base.float() + 0.3 * normal(rows, d_in)).to(dtype)
+        self.targets = normal(rows, TARGETS).double()
+        border = statistics.NormalDist().inv_cdf(1 - 64 / d_sae)  # about 64 features fire in a row
+        self.threshold = torch.full((d_sae,), border, device="cuda")
+        self.bias = 0.1 * normal(d_sae)
+        topk = activation == "topk"
+        self.encoder = cuda.Encoder(
+            cuda.prepare_weights(self.W_enc, torch.zeros(d_in).numpy(), torch.device("cuda", 0), precision),
+            self.bias.cpu().numpy(),
+            d_in=d_in,
+            precision=precision,
+            activation=activation,
+            scale=torch.ones(d_sae).numpy(),
+            threshold=None if topk else self.threshold.cpu().numpy(),
+            k=TOP_K if topk else 0,
+        )
+
+    def new_sums(self) -> dict[str, Any]:
+        import torch
+
+        sums = ("sum_sq_shift", "sum_base", "sum_other", "sum_sq_base", "sum_sq_other")
+        found = {name: torch.zeros(self.d_sae, dtype=torch.float64, device="cuda") for name in sums}
+        counts = ("n_fired_base", "n_fired_other")
+        return found | {name: torch.zeros(self.d_sae, dtype=torch.int64, device="cuda") for name in counts}
+
+    def shift(self, sums: dict[str, Any] | None = None) -> dict[str, Any]:
+        from sts_fast import cuda
+
+        sums = sums or self.new_sums()
+        cuda.accumulate_shift(self.encoder, self.base, self.other, **sums)
+        return sums
+
+    def moments(self) -> dict[str, Any]:
+        import torch
+
+        from sts_fast import cuda
+
+        sums = {name: torch.zeros(self.d_sae, dtype=torch.float64, device="cuda") for name in ("sum_h", "sum_sq_h")}
+        sums["n_fired"] = torch.zeros(self.d_sae, dtype=torch.int64, device="cuda")
+        sums["sum_hy"] = torch.zeros((self.d_sae, TARGETS), dtype=torch.float64, device="cuda")
+        cuda.accumulate_moments(self.encoder, self.base, self.targets, **sums)
+        return sums
+
+    def sparse(self) -> Any:
+        from sts_fast import cuda
+
+        return cuda.encode_sparse(self.encoder, self.base)
+
+    def features(self, acts: Any, columns: Any) -> tuple[Any, Any]:
+        """(features, distance of each from its threshold) in float64; of jumprelu."""
+        pre = acts.double() @ self.W_enc[:, columns].double() + self.bias[columns].double()
+        threshold = self.threshold[columns].double()
+        return pre * (pre > threshold), (pre - threshold).abs()
+
+    def columns(self) -> Any:
+        import torch
+
+        return torch.randperm(self.d_sae, device="cuda")[:1024].sort().values
+
+    def shift_error(self, sums: dict[str, Any]) -> float:
+        columns = self.columns()
+        (a, near_a), (b, near_b) = (self.features(acts, columns) for acts in (self.base, self.other))
+        firm = (near_a.amin(0) > self.margin()) & (near_b.amin(0) > self.margin())
+        wanted = {"sum_sq_shift": (b - a).square(), "sum_base": a, "sum_other": b, "sum_sq_base": a.square()}
+        wanted |= {"sum_sq_other": b.square(), "n_fired_base": a != 0, "n_fired_other": b != 0}
+        return worst((sums[name][columns][firm], values.double().sum(0)[firm]) for name, values in wanted.items())
+
+    def moments_error(self) -> float:
+        columns, sums = self.columns(), self.moments()
+        h, near = self.features(self.base, columns)
+        firm = near.amin(0) > self.margin()
+        pairs = [(sums["sum_h"], h.sum(0)), (sums["sum_sq_h"], h.square().sum(0)), (sums["n_fired"], (h != 0).sum(0))]
+        found = worst((got[columns][firm], values[firm]) for got, values in pairs)
+        size = h.abs().T @ self.targets.abs() + 1e-3
+        off = (sums["sum_hy"][columns] - h.T @ self.targets).abs() / size
+        return max(found, float(off[firm].max()))
+
+    def margin(self) -> float:
+        """What products may be off by; weights of "bf16" are bfloat16 here, so that nothing is rounded."""
+        return 1e-5 if self.precision == "fp32" else 1e-4
+
+    def top_k_error(self) -> float:
+        """Of a sample of rows; a row whose k-th and next value lie within the margin is left out."""
+        import torch
+
+        indptr, indices, values = self.sparse()
+        rows = torch.randperm(len(self.base), device="cuda")[:256]
+        pre = self.base[rows].double() @ self.W_enc.double() + self.bias.double()
+        top = pre.topk(TOP_K + 1, dim=1)
+        firm = (top.values[:, TOP_K - 1] - top.values[:, TOP_K]) > self.margin()
+        found = torch.zeros_like(pre)
+        for place, row in enumerate(rows.tolist()):
+            part = slice(int(indptr[row]), int(indptr[row + 1]))
+            found[place, indices[part].long()] = values[part].double()
+        wanted = torch.zeros_like(pre).scatter_(1, top.indices[:, :TOP_K], top.values[:, :TOP_K].relu())
+        return float(((found - wanted).abs().amax(1) / wanted.amax(1))[firm].max())
+
+
+def worst(pairs: Iterator[tuple[Any, Any]]) -> float:
+    """The largest error, relative to a column's own sum, or to a hundredth of the largest where that is more."""
+    found = 0.0
+    for got, wanted in pairs:
+        size = wanted.abs().clamp(min=0.01 * float(wanted.abs().max()) + 1e-30)
+        found = max(found, float(((got.double() - wanted.double()).abs() / size).max()))
+    return found
+
+
+def stage_sanitize() -> Record:
+    tool = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
+    if tool is None:
+        return {"skipped": "there is no compute-sanitizer"}
+    found: Record = {}
+    for check in ("memcheck", "racecheck"):
+        command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu"]
+        ran = subprocess.run(
+            [*command, "--stage", "small"],
+            cwd=ROOT, capture_output=True, text=True, check=False, timeout=LIMIT // 2 - 5,
+        )  # fmt: skip
+        print(ran.stdout[-800:], flush=True)
+        found[check] = "no errors" if ran.returncode == 0 else f"exit code {ran.returncode}"
+        if ran.returncode:
+            found["error"] = f"{check}: {(ran.stdout + ran.stderr)[-300:]}"
+    return found
+
+
+def stage_small() -> Record:
+    """Every kernel once, on ragged shapes: what the sanitizer watches."""
+    from sts_fast import cuda
+
+    for cuda.MAIN_LOOP in main_loops():
+        for precision in ("fp32", "bf16x2"):
+            for activation in ("jumprelu", "topk"):
+                problem = Problem(70, 300, 150, activation, precision)
+                problem.shift()
+                problem.moments()
+                problem.sparse()
+    return {}
+
+
+def stage_bench() -> Record:
+    import torch
+
+    rows = []
+    for d_in, d_sae in SHIFT_SIZES:
+        for case in (shift_case, moments_case):
+            rows += timed(case(d_in, d_sae), {"d_in": d_in, "d_sae": d_sae, "rows": N_ROWS})
+            torch.cuda.empty_cache()
+    for d_in, d_sae in TOP_K_SIZES:
+        rows += timed(top_k_case(d_in, d_sae), {"d_in": d_in, "d_sae": d_sae, "rows": N_ROWS})
+        torch.cuda.empty_cache()
+    return {"timings": rows}
+
+
+Contestants = dict[str, Callable[[], Any]]
+
+
+def shift_case(d_in: int, d_sae: int) -> tuple[str, Contestants]:
+    """Seven statistics of a jumprelu SAE over pairs of bfloat16 rows; the product alone is the floor."""
+    import torch
+
+    problems = {p: Problem(d_in, d_sae, N_ROWS, "jumprelu", p, dtype=torch.bfloat16) for p in ("bf16", "bf16x2")}
+    problem = problems["bf16"]
+    W_bf16, W_fp32 = problem.W_enc, problems["bf16x2"].W_enc
+    for each in problems.values():
+        error = each.shift_error(each.shift())
+        assert error <= 1e-4, f"{each.precision} is off by {error}"
+    out = torch.empty(CHUNK, d_sae, dtype=torch.bfloat16, device="cuda")
+
+    def product() -> None:
+        for acts in (problem.base, problem.other):
+            for part in acts.split(CHUNK):
+                torch.mm(part, W_bf16, out=out[: len(part)])
+
+    def chunk(base: Any, other: Any, W: Any) -> list[Any]:
+        bias, threshold = problem.bias.to(W.dtype), problem.threshold.to(W.dtype)
+        a, b = (torch.addmm(bias, x.to(W.dtype), W) for x in (base, other))
+        a, b = (h * (h > threshold) for h in (a, b))
+        statistics_of_rows = [(b - a).square(), a, b, a.square(), b.square(), a != 0, b != 0]
+        return [values.sum(0, dtype=torch.float32) for values in statistics_of_rows]
+
+    def eager(W: Any, of_chunk: Any = chunk, size: int = CHUNK) -> None:
+        total: list[Any] = []
+        for base, other in zip(problem.base.split(size), problem.other.split(size), strict=True):
+            sums = of_chunk(base, other, W)
+            total = [t + s for t, s in zip(total, sums, strict=True)] if total else sums
+
+    compiled = torch.compile(chunk)
+    return "shift", {
+        "ours, bf16": problem.shift,
+        "bare product, bf16": product,
+        "torch eager, bf16": lambda: eager(W_bf16),
+        "torch.compile in chunks, bf16": lambda: eager(W_bf16, compiled, 2048),
+        "ours, bf16x2": problems["bf16x2"].shift,
+        "torch eager, float32": lambda: eager(W_fp32),
+    }
+
+
+def moments_case(d_in: int, d_sae: int) -> tuple[str, Contestants]:
+    import torch
+
+    problem = Problem(d_in, d_sae, N_ROWS, "jumprelu", "bf16", dtype=torch.bfloat16)
+    error = problem.moments_error()
+    assert error <= 1e-4, f"off by {error}"
+    out = torch.empty(CHUNK, d_sae, dtype=torch.bfloat16, device="cuda")
+
+    def product() -> None:
+        for part in problem.base.split(CHUNK):
+            torch.mm(part, problem.W_enc, out=out[: len(part)])
+
+    return f"correlation, K = {TARGETS}", {"ours, bf16": problem.moments, "bare product, bf16": product}
+
+
+def top_k_case(d_in: int, d_sae: int) -> tuple[str, Contestants]:
+    import torch
+
+    problem = Problem(d_in, d_sae, N_ROWS, "topk", "bf16", dtype=torch.bfloat16)
+    error = problem.top_k_error()
+    assert error <= 1e-4, f"off by {error}"
+    out = torch.empty(CHUNK, d_sae, dtype=torch.bfloat16, device="cuda")
+
+    def product(then: Any = None) -> None:
+        for part in problem.base.split(CHUNK):
+            torch.mm(part, problem.W_enc, out=out[: len(part)])
+            if then:
+                then(out[: len(part)])
+
+    return f"topk, k = {TOP_K}", {
+        "ours, bf16": problem.sparse,
+        "bare product, bf16": product,
+        "product, then torch.topk": lambda: product(lambda pre: torch.topk(pre, TOP_K, dim=1, sorted=False)),
+    }
+
+
+def timed(case: tuple[str, Contestants], about: Record, floor_name: str = "bare product, bf16") -> list[Record]:
+    """Contestants in turn, round after round: the median, its ratio to the floor, peak memory beside the inputs."""
+    import torch
+
+    op, contestants = case
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    memory = {}
+    for name, run in contestants.items():
+        run()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        memory[name] = torch.cuda.max_memory_allocated() - before
+    for _ in range(ROUNDS):
+        for name, run in contestants.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            torch.cuda.synchronize()
+            times[name].append(start.elapsed_time(end))
+    floor = statistics.median(times[floor_name])
+    rows = []
+    for name, milliseconds in times.items():
+        median = statistics.median(milliseconds)
+        rows.append(
+            {"op": op, **about, "contestant": name, "milliseconds": [round(t, 3) for t in milliseconds]}
+            | {"median": round(median, 3), "of_floor": round(median / floor, 3), "bytes": memory[name]}
+        )
+        print(f"{op} {about['d_in']}x{about['d_sae']} {name}: {median:.2f} ms, {median / floor:.3f}", flush=True)
+    return rows
+
+
+def stage_forecast() -> Record:
+    """A 7B model's first 20 layers over pairs of prompts, with and without the statistics of a 65,536 wide SAE."""
+    import numpy as np
+    import torch
+    from transformers import AutoModel, Qwen2Config
+
+    from sts_fast import cuda
+
+    config = Qwen2Config(
+        hidden_size=3584, intermediate_size=18944, num_hidden_layers=20, num_attention_heads=28, num_key_value_heads=4
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = AutoModel.from_config(config).eval()
+    torch.set_default_dtype(torch.float32)
+    problem = Problem(3584, 65_536, 16, "jumprelu", "bf16", dtype=torch.bfloat16)
+    tokens = torch.randint(0, config.vocab_size, (2, 16, 1024), device="cuda")
+    sums = problem.new_sums()
+
+    def forward() -> list[Any]:
+        with torch.no_grad():
+            return [model(input_ids=member, use_cache=False).last_hidden_state.flatten(0, 1) for member in tokens]
+
+    def shift_stage() -> None:
+        problem.base, problem.other = forward()
+        problem.shift(sums)
+
+    def score_stage() -> None:
+        for acts in forward():
+            cuda.accumulate_moments(problem.encoder, acts, columns=shifted, **scores)
+
+    shifted = np.arange(0, problem.d_sae, problem.d_sae // 100)[:100]
+    scores: dict[str, Any] = {
+        name: torch.zeros(100, dtype=torch.float64, device="cuda") for name in ("sum_h", "sum_sq_h")
+    }
+    scores["n_fired"] = torch.zeros(100, dtype=torch.int64, device="cuda")
+    stages = {"forward": forward, "shift stage": shift_stage, "score stage, 100 features": score_stage}
+    return {"timings": timed(("forecast", stages), {"d_in": 3584, "d_sae": 65_536, "rows": 16_384}, "forward")}
+
+
+def print_table(document: Record) -> None:
+    for stage in STAGES:
+        found = document.get(stage, {})
+        if stage not in ("bench", "forecast") or "error" in found:
+            state = found.get("error") or found.get("tests") or found.get("skipped") or "done" if found else "not run"
+            print(f"{stage:9} {state}")
+    for row in [*document.get("bench", {}).get("timings", []), *document.get("forecast", {}).get("timings", [])]:
+        size = f"{row['d_in']}x{row['d_sae']}"
+        print(
+            f"{row['op']:20} {size:12} {row['contestant']:30} {row['median']:9.2f} ms "
+            f"{row['of_floor']:7.3f} {row['bytes'] / 1e6:9.0f} MB"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
