@@ -403,6 +403,27 @@ def test_nan_names_the_example(value: float) -> None:
     one_sentence(e)
 
 
+class Overflowing(HandMade):
+    """Overflows as soon as it is given more than one sequence, as half precision may for some shapes of a batch."""
+
+    def forward(self, input_ids: torch.Tensor, **options: Any) -> None:
+        super().forward(input_ids if input_ids.shape[1] <= 3 else input_ids.float() / 0, **options)
+
+
+def test_nan_in_company_is_run_again_alone() -> None:
+    prompts = [make_prompt("a", [4, 5, 6]), make_prompt("b", [7, 8, 9])]
+    decoder, said = Decoder(Overflowing(), 0), []
+    decoder.passes.say = said.append
+    decoder.passes.strategy = "packed"
+    decoder.passes.batch_tokens = 100
+    decoder.passes._layout = lambda lengths, n_shared: [list(range(len(lengths)))]  # both in one row
+    ((rows,),) = capture(decoder, prompts)
+    assert rows.base[:, 0].tolist() == [4, 5, 6, 7, 8, 9]
+    assert said == [
+        f"the model gave NaN or infinity for example {name} in a batch, but not alone: it counts" for name in "ab"
+    ]
+
+
 def test_nan_of_the_second_model_names_that() -> None:
     tuned = Decoder(HandMade(last=float("nan")), 0, name="tuned/model")
     with pytest.raises(InputError, match="tuned/model gives NaN or infinity after layer 0 for example p"):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from families import D_MODEL, FAMILIES, VOCABULARY, make_model
+from families import D_MODEL, FAMILIES, N_LAYERS, VOCABULARY, make_model
+from transformers import AutoModelForCausalLM
 
 from sts_fast import forward
 from sts_fast.capture import Decoder
@@ -167,6 +169,24 @@ def test_the_windows_are_as_before() -> None:
     before = model.config.to_dict()
     ForwardPasses(Decoder(model, LAYER)).prepare(ids, own_positions(ids))
     assert model.config.to_dict() == before
+
+
+@pytest.mark.parametrize("on_disk", [("model.layers.1", "model.layers.2"), ("model.embed_tokens",)])
+def test_a_model_of_which_parts_lie_on_disk(on_disk: tuple[str, ...], tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    model, ids = model_of("qwen3"), sequences()
+    model.save_pretrained(tmp_path)
+    parts = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
+    parts += [f"model.layers.{i}" for i in range(N_LAYERS)]
+    spread = AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        device_map={part: "disk" if part in on_disk else "cpu" for part in parts},
+        offload_folder=tmp_path / "offloaded",
+    )
+    assert any(parameter.is_meta for parameter in spread.parameters())
+    passes = ForwardPasses(Decoder(spread, LAYER), batch_tokens=60)
+    assert_reads(passes, ids, own_positions(ids), model)
+    assert passes.strategy == "packed"
 
 
 # What is shared, and what is run --------------------------------------------------------------------------------------

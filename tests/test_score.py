@@ -365,6 +365,25 @@ def test_several_training_sets_forecast_like_each_alone(
         assert [row["base_ids"] for row in stages["shift"]] == [row["base_ids"] for row in stages["score"]]
 
 
+def test_eight_training_sets_and_twenty_domains_send_each_set_once(tiny: Tiny) -> None:
+    examples = [
+        example
+        for path in (tiny.train, *tiny.domains.values())
+        for example in sts_fast.load_examples(path)[: tiny_material.N_QUESTIONS]
+    ]
+    sets = {f"set {i}": [examples[(7 * i + j) % len(examples)] for j in range(9)] for i in range(28)}
+    trains, domains = dict(list(sets.items())[:8]), dict(list(sets.items())[8:])
+    options: dict[str, Any] = {"model": tiny.model, "sae": tiny.saes["topk"], "shots": 1, "domain_shots": 1, "top_n": 5}
+
+    def n_tokens(forecast: sts_fast.Forecast) -> int:
+        return int(forecast.provenance["forward_passes"]["n_tokens"])
+
+    together = compare(trains=trains, domains=domains, **options)
+    shifts = [n_tokens(sts_fast.score(train=train, domains={}, **options)) for train in trains.values()]
+    one = n_tokens(sts_fast.score(train=trains["set 0"], domains=domains, **options))
+    assert {n_tokens(forecast) for forecast in together.values()} == {sum(shifts) + one - shifts[0]}
+
+
 def test_controls_that_cannot_be_had_are_refused_before_any_pass(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModel
 

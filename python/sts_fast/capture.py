@@ -18,6 +18,7 @@ from sts_fast import cuda
 from sts_fast.errors import InputError
 from sts_fast.forward import ForwardPasses, Read, Sequences, run_batches
 from sts_fast.hooks import Hook, find_hooks, layer_of
+from sts_fast.probe import input_device
 from sts_fast.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class Decoder:
         config = model.config.get_text_config()  # type: ignore[union-attr, operator]
         self.model, self.name = model.eval(), name
         self.context_length: int | None = getattr(config, "max_position_embeddings", None)
-        self.device = next(model.parameters()).device
+        self.device = input_device(model)
         self.hooks: list[Hook] = find_hooks(model, places, name=name)
         self.passes = ForwardPasses(self)
 

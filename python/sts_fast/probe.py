@@ -121,7 +121,7 @@ def run_few_tokens(model: torch.nn.Module) -> None:
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     ids = torch.randint(0, config.vocab_size, (1, N_TOKENS), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        model(input_ids=ids.expand(2, -1).to(next(model.parameters()).device), use_cache=False)
+        model(input_ids=ids.expand(2, -1).to(input_device(model)), use_cache=False)
 
 
 def find_taps(trace: LayerTrace) -> dict[str, Tap]:
@@ -251,3 +251,12 @@ def _epsilon(value: torch.Tensor) -> float:
     import torch
 
     return torch.finfo(value.dtype).eps
+
+
+def input_device(model: torch.nn.Module) -> torch.device:
+    """Where inputs go: in a model spread over devices, where its embedding is computed, wherever its weights lie."""
+    import torch
+
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    placed = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    return next(model.parameters()).device if placed is None else torch.device(placed)
