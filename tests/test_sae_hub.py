@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -140,6 +142,37 @@ def test_what_a_release_says_beyond_its_files(hub_cache: Callable[[str], Path], 
     put_qwen_scope(hub_cache("Qwen/SAE-Res-Qwen3-8B-Base-W64K-L0_50"))
     with pytest.raises(InputError, match="k must be a whole number between 1 and d_sae = 20, but is 50"):
         load_sae("qwen-scope-3-8b-base-w64k-l50/layer7")
+
+
+def test_a_release_of_a_rare_layout_is_loaded_by_sae_lens(hub_cache: Callable[[str], Path], sae_lens: Any) -> None:
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    release = get_pretrained_saes_directory()["gpt2-small-hook-z-kk"]
+    root, file = hub_cache(release.repo_id), release.saes_map["blocks.0.hook_z"]
+    torch.save(tensors_of("standard"), root / file)
+    said = {"act_size": D_IN, "dict_size": D_SAE, "act_name": "blocks.0.attn.hook_z"}
+    (root / file.replace(".pt", "_cfg.json")).write_text(json.dumps(said))
+    sae = load_sae("gpt2-small-hook-z-kk/blocks.0.hook_z")
+    assert (sae.architecture, sae.hook_name, sae.model_name) == ("standard", "blocks.0.attn.hook_z", "gpt2-small")
+    with torch.no_grad():
+        theirs = sae_lens.SAE.from_pretrained("gpt2-small-hook-z-kk", "blocks.0.hook_z")
+        expected = theirs.encode(torch.from_numpy(acts().reshape(-1, 2, 3))).numpy()
+    assert np.allclose(dense(sae, acts()), expected, rtol=1e-5, atol=1e-5)
+    assert sae.decoder is not None
+    torch.save({**tensors_of("standard"), "extra": Payload(root / "executed")}, root / file)
+    with pytest.raises(InputError, match="sae-lens cannot load release 'gpt2-small-hook-z-kk'"):
+        load_sae("gpt2-small-hook-z-kk/blocks.0.hook_z")
+    assert not (root / "executed").exists()
+
+
+class Payload:
+    """What a pickle may do to those who load it."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.marker),)
 
 
 def test_files_of_a_repository(hub_cache: Callable[[str], Path]) -> None:

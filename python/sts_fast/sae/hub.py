@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,11 +90,18 @@ def _read_by_sae_lens(release: str, sae_id: str, name: str, dtype: str | None) -
     """Layouts of few releases, through sae-lens' own conversion, all of whose tensors it holds in memory."""
     from sae_lens import SAE as SAELensSAE
 
+    variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # sae-lens calls torch.load, which unpickles by default before 2.6
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
     try:
         loaded = SAELensSAE.from_pretrained(release, sae_id)
     except Exception as error:  # whatever a download, a registry look-up or a conversion may raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"sae-lens cannot load release '{release}', id '{sae_id}': {reason}") from error
+    finally:
+        os.environ.pop(variable)
+        if before is not None:
+            os.environ[variable] = before
     config = Config(name, {**loaded.cfg.to_dict(), "architecture": loaded.cfg.architecture()})
     tensors = {key: value.detach() for key, value in loaded.state_dict().items()}
     return saelens.read_files(Checkpoint.of_memory(name, tensors), config, source=name, dtype=dtype)
