@@ -18,7 +18,7 @@ PACKAGE = ROOT / "python" / "sts_fast"
 ORDER = [
     *("_version", "_cpu", "_cuda"),
     *("errors", "files", "cuda", "examples", "prompts", "probe", "hooks", "forward", "capture"),
-    *("sae", "backend", "torch_ops", "encode", "shift", "correlate"),
+    *("sae", "backend", "torch_ops", "encode", "fit", "shift", "correlate"),
     *("controls", "gradients", "ntk", "explain", "results", "settle", "signed", "score"),
     *("outcomes", "validate", "report", "organism", "demo", "trainer", "cli", "__main__"),
 ]

@@ -172,6 +172,10 @@ def make_scores(n: int = 6, seed: int = 0) -> dict[str, Any]:
         "sae": {
             "source": "saes/of/the-sae", "architecture": "topk", "d_in": 64, "d_sae": D_SAE, "k": 8,
             "hook_name": "model.layers.3", "mean_l0": 8.0,
+            "fit": {
+                "n_tokens": 1024, "variance_explained": 0.83, "mean_l0": 8.0, "expected_l0": None, "dead_share": 0.5,
+                "fits": True, "warning": None, "names": None,
+            },
         },
         "train": {
             "name": "train", "n_prompts": 200, "n_tokens": 20000, "n_pairs": 19999, "n_skipped": 9, "n_too_long": 9,

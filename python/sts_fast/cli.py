@@ -85,6 +85,7 @@ class SaeDtypeChoice(StrEnum):
     bfloat16 = "bfloat16"
 
 
+StrictOption = Annotated[bool, typer.Option("--strict", help="Stop where an SAE does not seem to fit the model.")]
 ModelOption = Annotated[str, typer.Option("--model", help="Model: folder or hub id.")]
 SaeOption = Annotated[
     list[str],
@@ -192,6 +193,7 @@ def score(
     hook: HookOption = None,
     layer: LayerOption = None,
     norm_scaling_factor: ScalingOption = None,
+    strict: StrictOption = False,
     dtype: DtypeOption = DtypeChoice.auto,
     sae_dtype: SaeDtypeOption = None,
     device: DeviceOption = "auto",
@@ -210,7 +212,7 @@ def score(
         domains=domains, demos=demos, tuned=tuned, dims=dims, estimators=estimators, controls=controls, shots=shots,
         domain_shots=domain_shots, top_n=top_n, tokens=tokens, limit=limit, question_field=question_field,
         answer_field=answer_field, hook=hook, layer=layer,
-        norm_scaling_factor=norm_scaling_factor, dtype=dtype, sae_dtype=sae_dtype, device=device,
+        norm_scaling_factor=norm_scaling_factor, strict=strict, dtype=dtype, sae_dtype=sae_dtype, device=device,
         batch_tokens=batch_tokens, labels=labels, precision=precision, threads=threads,
         seed=seed, show_prompts=show_prompts,
     )  # fmt: skip
@@ -247,6 +249,7 @@ def compare(
     hook: HookOption = None,
     layer: LayerOption = None,
     norm_scaling_factor: ScalingOption = None,
+    strict: StrictOption = False,
     dtype: DtypeOption = DtypeChoice.auto,
     sae_dtype: SaeDtypeOption = None,
     device: DeviceOption = "auto",
@@ -266,7 +269,7 @@ def compare(
         domains=domains, demos=demos, dims=dims, estimators=estimators, controls=controls, shots=shots,
         domain_shots=domain_shots, top_n=top_n, tokens=tokens, limit=limit, question_field=question_field,
         answer_field=answer_field, hook=hook, layer=layer,
-        norm_scaling_factor=norm_scaling_factor, dtype=dtype, sae_dtype=sae_dtype, device=device,
+        norm_scaling_factor=norm_scaling_factor, strict=strict, dtype=dtype, sae_dtype=sae_dtype, device=device,
         batch_tokens=batch_tokens, labels=labels, precision=precision, threads=threads,
         seed=seed, show_prompts=show_prompts,
     )  # fmt: skip
@@ -297,6 +300,7 @@ def shift(
     hook: HookOption = None,
     layer: LayerOption = None,
     norm_scaling_factor: ScalingOption = None,
+    strict: StrictOption = False,
     dtype: DtypeOption = DtypeChoice.auto,
     sae_dtype: SaeDtypeOption = None,
     device: DeviceOption = "auto",
@@ -313,7 +317,7 @@ def shift(
         model, sae, {"train": train}, output,
         domains=[], demos=demos, tuned=tuned, dims=dims, estimators="act", shots=shots, domain_shots=1, top_n=top_n,
         tokens=tokens, limit=limit, question_field=question_field, answer_field=answer_field, hook=hook, layer=layer,
-        norm_scaling_factor=norm_scaling_factor,
+        norm_scaling_factor=norm_scaling_factor, strict=strict,
         dtype=dtype, sae_dtype=sae_dtype, device=device, batch_tokens=batch_tokens, precision=precision,
         threads=threads, seed=seed, show_prompts=show_prompts,
     )  # fmt: skip
@@ -554,8 +558,9 @@ def _show(text: str) -> None:
 
 
 def _say(line: str) -> None:
-    if err.is_terminal:  # like the progress: a log holds results and errors alone
-        err.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
+    warns = line.startswith("warning: ")
+    if warns or err.is_terminal:  # like the progress: a log holds results, warnings and errors alone
+        err.print(line, style="yellow" if warns else "dim", highlight=False, markup=False, soft_wrap=True)
 
 
 def _plain_value(value: Any) -> Any:
@@ -738,7 +743,10 @@ def _print_demo(demo: Demo) -> None:
 
 
 def _print_end(forecasts: list[Forecast], output: Path) -> None:
+    told = {forecast.sae["fit"][key] for forecast in forecasts for key in ("warning", "names")}
     for warning in dict.fromkeys(warning for forecast in forecasts for warning in forecast.warnings):
+        if warning in told:
+            continue
         err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
     err.print(f"Results are in {output}", highlight=False, markup=False, soft_wrap=True)
 

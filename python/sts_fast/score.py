@@ -6,7 +6,7 @@ import datetime
 import platform
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, get_args, overload
 
@@ -18,6 +18,7 @@ from sts_fast.capture import (
     Decoder,
     PairedRows,
     capture,
+    load_config,
     load_decoder,
     load_language_model,
     load_tokenizer,
@@ -27,6 +28,7 @@ from sts_fast.correlate import CorrelationStats
 from sts_fast.encode import SparseFeatures, encode
 from sts_fast.errors import InputError
 from sts_fast.examples import Example, load_domains, load_examples
+from sts_fast.fit import Fit, check_names, measure_fit
 from sts_fast.forward import MOST_BATCH_TOKENS
 from sts_fast.hooks import Hook, place_name
 from sts_fast.prompts import (
@@ -87,6 +89,7 @@ class Options(TypedDict, total=False):
     progress: Progress | None
     say: Callable[[str], None] | None
     show: Callable[[str], None] | None
+    strict: bool
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,9 @@ class Settings:
     command:   recorded in the provenance
     progress:  called with (stage, prompts done, prompts in all)
     show:      called with the first prompt of each set as it is sent, before any pass
-    say:       called with a line about how the run goes: how the model is run, what went wrong and was put right
+    say:       called with a line about how the run goes: how the model is run, what went wrong and was put right, or
+               a warning that should not wait for its end
+    strict:    raises InputError where an SAE does not seem to belong to the model, instead of a warning
 
     Raises InputError for a value outside its choices.
     """
@@ -136,6 +141,7 @@ class Settings:
     progress: Progress | None = None
     say: Callable[[str], None] | None = None
     show: Callable[[str], None] | None = None
+    strict: bool = False
 
     def __post_init__(self) -> None:
         for name, value, choices in (
@@ -154,6 +160,14 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+
+    def warn(self, *warnings: str | None) -> None:
+        """Tells at once, or stops, where an SAE does not seem to belong."""
+        for warning in filter(None, warnings):
+            if self.strict:
+                raise InputError(f"{warning} (--strict)")
+            if self.say is not None:
+                self.say(f"warning: {warning}")
 
     def tell(self, stage: str, done: int, total: int) -> None:
         if self.progress is not None:
@@ -294,6 +308,10 @@ def compare(
     tokenizer = tokenizer or (load_tokenizer(model) if isinstance(model, (str, Path)) else None)
     if tokenizer is None:
         raise ValueError("a model in memory needs its tokenizer: score(..., tokenizer=...)")
+    config = load_config(model) if isinstance(model, (str, Path)) else model.config
+    model_name = str(model) if isinstance(model, (str, Path)) else "the model"
+    names = [check_names(sae, config, model_name) for sae in saes]
+    settings.warn(*names)
     decoder = _decoder(model, saes, settings, name="the model")
     tuned_decoder = None if tuned is None else _decoder(tuned, saes, settings, name="the tuned model")
     if settings.controls == "all" and not isinstance(model, (str, Path)) and model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
@@ -344,6 +362,12 @@ def compare(
 
     labels = {} if settings.labels is None else explain.read_labels(settings.labels)
 
+    fits = [
+        replace(fit, names=name)
+        for fit, name in zip(measure_fit(decoder, saes, train_sets[0].prompts), names, strict=True)
+    ]
+    settings.warn(*(fit.warning for fit in fits))
+
     shifts = [_measure_shifts(decoder, saes, train_set, settings, tuned_decoder) for train_set in train_sets]
     for shift in (shift for of_saes in shifts for shift in of_saes):
         overlap = float(np.mean(shift.overlaps(settings.top_n)))
@@ -366,6 +390,7 @@ def compare(
                 shift.name: _forecast(
                     decoder,
                     one,
+                    fits[i],
                     shift,
                     [of_saes[i] for of_saes in reads],
                     answer_reads,
@@ -790,6 +815,7 @@ def _domain_score(
 def _forecast(
     decoder: Decoder,
     sae: SAE,
+    fit: Fit,
     shift: _Shift,
     domain_reads: Sequence[_DomainRead],
     answer_reads: Mapping[str, results.AnswerLog],
@@ -804,7 +830,7 @@ def _forecast(
 
     top_n, stats, hook = settings.top_n, shift.stats, _hook_of(decoder, sae)
     n_moved = int((shift.importance > 0).sum())
-    warnings = [f"SAE: {note}" for note in sae.notes]
+    warnings = [*filter(None, (fit.warning, fit.names)), *(f"SAE: {note}" for note in sae.notes)]
     prompt_sets = [shift.prompt_set, *(read.prompt_set for read in domain_reads)]
     warnings += [warning for prompt_set in prompt_sets for warning in prompt_set.warnings]
     if settings.controls == "all":
@@ -846,6 +872,7 @@ def _forecast(
             "k": sae.k or None,
             "hook_name": sae.hook_name,
             "mean_l0": shift.mean_l0,
+            "fit": asdict(fit),
         },
         train={
             "name": shift.name,
