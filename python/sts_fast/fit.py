@@ -242,7 +242,8 @@ def _low_variance(
     # Of explanations that do as well, the first: norms that differ little are scaled alike by each.
     best, words = next((one for one in tried if one[0] >= best - AS_WELL), (best, ""))
     if best >= (_explained(sae, acts, wanted) or 0.0) + CLEARLY_MORE and best >= TOO_LOW:
-        return f"it explains {_percent(explained)} of the variance, but {_percent(best)} otherwise: {words}"
+        hedge = "" if best >= DOUBTFUL or "read it at" in words else ", or it is of another layer"
+        return f"it explains {_percent(explained)} of the variance, but {_percent(best)} otherwise: {words}{hedge}"
     if explained < TOO_LOW:
         return (
             f"it explains {_percent(explained)} of the variance: is it of another model or layer, or trained on inputs "
