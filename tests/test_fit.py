@@ -145,7 +145,7 @@ def test_a_scaling_given_for_nothing(tmp_path: Path) -> None:
     model = make_model()
     sae = trained(tmp_path / "sae", states(model, LAYER), normalize_activations="expected_average_only_in")
     fit = fit_of(sae.scaled(0.1), model)
-    assert fit.warning.endswith("leave out --norm-scaling-factor")
+    assert "otherwise: leave out --norm-scaling-factor" in fit.warning
     assert fit_of(sae, model).fits
 
 
@@ -154,7 +154,7 @@ def test_a_normalisation_that_the_files_do_not_name(tmp_path: Path) -> None:
     x = states(model, LAYER)
     normed = (x - x.mean(dim=1, keepdim=True)) / (x.std(dim=1, keepdim=True) + 1e-5)
     fit = fit_of(trained(tmp_path / "sae", normed * 1.0), model)
-    assert fit.warning.endswith("its files should say normalize_activations 'layer_norm'")
+    assert "otherwise: its files should say normalize_activations 'layer_norm'" in fit.warning
 
 
 def test_several_at_once_and_what_cannot_be_told(tmp_path: Path) -> None:
