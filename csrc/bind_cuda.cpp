@@ -189,7 +189,7 @@ py::tuple as_tuple(const SlabShape& shape) {
 
 }  // namespace
 
-// The docstrings are in _cuda.pyi.
+// The docstrings are in _cuda.pyi. Classes are this module's own: the tests load it beside its emulated twin.
 PYBIND11_MODULE(STS_CUDA_MODULE, m) {
 #ifdef STS_EMULATOR
     // Another order in which threads take turns.
@@ -200,15 +200,15 @@ PYBIND11_MODULE(STS_CUDA_MODULE, m) {
     m.attr("depth_multiple") = kDepth;
     m.attr("row_weights") = kRowWeights;
     m.attr("fine") = kFine;
-    py::class_<Device>(m, "Device")
+    py::class_<Device>(m, "Device", py::module_local())
         .def(py::init(&make_device), py::arg("index"), py::arg("stream"), py::arg("loop"))
         .def_readonly("n_multiprocessors", &Device::n_multiprocessors);
-    py::class_<PreparedRows>(m, "PreparedRows")
+    py::class_<PreparedRows>(m, "PreparedRows", py::module_local())
         .def(py::init<const py::object&, const py::object&>(), py::arg("hi"), py::arg("lo") = py::none());
-    py::class_<Product>(m, "Product")
+    py::class_<Product>(m, "Product", py::module_local())
         .def(py::init(&make_product), py::arg("W"), py::arg("base"), py::arg("other") = nullptr)
         .def_property_readonly("n_tokens", &Product::n_tokens);
-    py::class_<Vectors>(m, "Vectors")
+    py::class_<Vectors>(m, "Vectors", py::module_local())
         .def(py::init(&make_vectors), py::arg("scale"), py::arg("bias"), py::arg("gate"), py::arg("gated"));
     m.def("prepare_rows", &prepare, py::arg("device"), py::arg("acts"), py::arg("input_norm"), py::arg("hi"),
           py::arg("lo"), py::arg("depth"), py::arg("first_row"), py::arg("status"), py::arg("word"));
