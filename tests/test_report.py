@@ -203,6 +203,7 @@ def make_scores(n: int = 6, seed: int = 0) -> dict[str, Any]:
             }
             for j in top
         ],
+        "signed": None,
         "warnings": [],
         "provenance": {
             "created_at": "2026-01-02T03:04:05+00:00",
@@ -210,6 +211,11 @@ def make_scores(n: int = 6, seed: int = 0) -> dict[str, Any]:
             "seed": 7,
             "versions": {"sts_fast": "0.0.test", "python": "3.11.0"},
             "instruction_set": "avx2",
+            "prompts_sha256": "ef" * 32,
+            "forward_passes": {
+                **{"strategy": "plain", "why": "", "batch_tokens": 8192, "n_passes": 3, "n_tokens": 900},
+                **{"seconds": 1.5, "tokens_per_second": 600.0},
+            },
             "inputs": [
                 {"role": "train", "path": "data/maths/set.jsonl", "sha256": "ab" * 32},
                 {"role": "domains", "path": "evals/law.jsonl", "sha256": "cd" * 32},

@@ -30,6 +30,7 @@ from sts_fast.results import ESTIMATORS, Forecast
 from sts_fast.sae import SAE, load_sae
 from sts_fast.sae.summary import summary
 from sts_fast.score import compare as run_compare
+from sts_fast.signed import SIGNED_FIELDS
 from sts_fast.validate import Z_95
 from sts_fast.validate import validate as run_validate
 
@@ -73,6 +74,12 @@ class ControlsChoice(StrEnum):
     all = "all"
 
 
+class SignedFeaturesChoice(StrEnum):
+    sae = "sae"
+    fired = "fired"
+    raw = "raw"
+
+
 class DtypeChoice(StrEnum):
     auto = "auto"
     float32 = "float32"
@@ -106,7 +113,16 @@ DemosOption = Annotated[
 ]
 TunedOption = Annotated[str | None, typer.Option("--tuned", help="The model after training, for --dims tuned.")]
 DimsOption = Annotated[DimsChoice, typer.Option("--dims", help="What the shifted features are taken from.")]
-EstimatorsOption = Annotated[str, typer.Option("--estimators", help="Comma-separated, of: act, icl, act_sq.")]
+EstimatorsOption = Annotated[
+    str,
+    typer.Option(
+        "--estimators", help="Comma-separated, of: act, icl, act_sq; with a sign, from answers: ntk, step, adapter."
+    ),
+]
+SignedFeaturesOption = Annotated[
+    SignedFeaturesChoice,
+    typer.Option("--signed-features", help="What signed estimators are written in: activations, firings, residuals."),
+]
 ControlsOption = Annotated[
     ControlsChoice,
     typer.Option("--controls", help="features, or all: also the base model's loss and accuracy (needs answers)."),
@@ -182,6 +198,7 @@ def score(
     tuned: TunedOption = None,
     dims: DimsOption = DimsChoice.icl,
     estimators: EstimatorsOption = "act,icl",
+    signed_features: SignedFeaturesOption = SignedFeaturesChoice.sae,
     controls: ControlsOption = ControlsChoice.features,
     shots: ShotsOption = 2,
     domain_shots: DomainShotsOption = 5,
@@ -209,7 +226,8 @@ def score(
     """Forecast how strongly training on a set will move each domain."""
     forecasts = _forecasts(
         model, sae, {"train": train}, output,
-        domains=domains, demos=demos, tuned=tuned, dims=dims, estimators=estimators, controls=controls, shots=shots,
+        domains=domains, demos=demos, tuned=tuned, dims=dims, estimators=estimators,
+        signed_features=signed_features, controls=controls, shots=shots,
         domain_shots=domain_shots, top_n=top_n, tokens=tokens, limit=limit, question_field=question_field,
         answer_field=answer_field, hook=hook, layer=layer,
         norm_scaling_factor=norm_scaling_factor, strict=strict, dtype=dtype, sae_dtype=sae_dtype, device=device,
@@ -223,6 +241,7 @@ def score(
         _print_sae(forecast, forecasts)
         _print_shift(forecast, n_features=5)
         _print_scores(forecast)
+        _print_signed(forecast)
     _print_agreement(forecasts)
     _print_end(forecasts, output)
 
@@ -238,6 +257,7 @@ def compare(
     demos: DemosOption = None,
     dims: Annotated[DimsChoice, typer.Option("--dims", help="icl or active.")] = DimsChoice.icl,
     estimators: EstimatorsOption = "act,icl",
+    signed_features: SignedFeaturesOption = SignedFeaturesChoice.sae,
     controls: ControlsOption = ControlsChoice.features,
     shots: ShotsOption = 2,
     domain_shots: DomainShotsOption = 5,
@@ -266,7 +286,8 @@ def compare(
     trains = _named_trains(train)
     forecasts = _forecasts(
         model, sae, trains, output, by_train=True,
-        domains=domains, demos=demos, dims=dims, estimators=estimators, controls=controls, shots=shots,
+        domains=domains, demos=demos, dims=dims, estimators=estimators,
+        signed_features=signed_features, controls=controls, shots=shots,
         domain_shots=domain_shots, top_n=top_n, tokens=tokens, limit=limit, question_field=question_field,
         answer_field=answer_field, hook=hook, layer=layer,
         norm_scaling_factor=norm_scaling_factor, strict=strict, dtype=dtype, sae_dtype=sae_dtype, device=device,
@@ -336,7 +357,9 @@ def validate(
     before: Annotated[Path, typer.Option("--before", help="Evaluation before training; or a CSV with the changes.")],
     after: Annotated[Path | None, typer.Option("--after", help="Evaluation after training.")] = None,
     metric: Annotated[str | None, typer.Option("--metric", help="Such as acc, or exact_match,strict-match.")] = None,
-    estimator: Annotated[str, typer.Option("--estimator", help="act, icl or act_sq.")] = "act",
+    estimator: Annotated[
+        str, typer.Option("--estimator", help="act, icl, act_sq; ntk, step, adapter, or ntk_loss and so on.")
+    ] = "act",
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -686,6 +709,26 @@ def _print_scores(forecast: Forecast) -> None:
         "A score says how much a domain is expected to move, not whether for better or worse.\n"
         "Compare domains with each other, and each score with that of random features beside it."
     )
+
+
+def _print_signed(forecast: Forecast) -> None:
+    if forecast.signed is None:
+        return
+    domains = forecast.signed["domains"]
+    for estimator in (name for name in SIGNED_FIELDS if next(iter(domains.values()))[name] is not None):
+        of = "fall of the loss" if estimator.endswith("_loss") else "change of P(answer)"
+        table = Table(title=f"Forecast {of}, by {estimator}", title_justify="left", width=79)
+        table.add_column("domain", ratio=1)
+        for column in ("worse", "better"):
+            table.add_column(column, width=BAR_WIDTH, justify="right" if column == "worse" else "left")
+        table.add_column("forecast [95%]", justify="right", no_wrap=True)
+        largest = max(abs(found[estimator]["value"]) for found in domains.values()) or 1.0
+        for name, found in sorted(domains.items(), key=lambda item: -item[1][estimator]["value"]):
+            value, (low, high) = found[estimator]["value"], found[estimator]["ci"]
+            bar = "█" * round(BAR_WIDTH * abs(value) / largest)
+            sides = (bar, "") if value < 0 else ("", bar)
+            table.add_row(escape(name), *sides, f"{value:+.3g} [{low:+.3g}, {high:+.3g}]")
+        out.print(table)
 
 
 def _print_comparison(comparison: dict[str, Any]) -> None:

@@ -107,6 +107,7 @@ class Forecast:
     controls: what the controls were computed from: feature sets, raw dimensions and mean residuals, by name
     prompts: one row per prompt and stage, as in prompts.parquet
     firings: where the most shifted features fire in the domains, as in features.parquet
+    signed: which way each domain moves, where such estimators were asked for; see signed.measure_signed
     """
 
     model: dict[str, Any]
@@ -122,6 +123,7 @@ class Forecast:
     controls: dict[str, NDArray[Any]]
     prompts: pa.Table
     firings: pa.Table
+    signed: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """What scores.json holds."""
@@ -134,6 +136,7 @@ class Forecast:
             "shift": self.shift,
             "domains": [_plain(domain) for domain in self.domains],
             "shifted_features": [_plain(feature) for feature in self.shifted_features],
+            "signed": self.signed,
             "warnings": self.warnings,
             "provenance": self.provenance,
         }

@@ -30,7 +30,9 @@ from sts_fast.errors import InputError
 from sts_fast.examples import Example, load_domains, load_examples
 from sts_fast.fit import Fit, check_names, measure_fit
 from sts_fast.forward import MOST_BATCH_TOKENS
+from sts_fast.gradients import HookedModel
 from sts_fast.hooks import Hook, place_name
+from sts_fast.ntk import FeatureKind
 from sts_fast.prompts import (
     PromptSet,
     PromptTemplate,
@@ -43,6 +45,7 @@ from sts_fast.prompts import (
 from sts_fast.results import ESTIMATORS, DomainScore, Estimator, Forecast, Interval, PromptLog, ShiftedFeature
 from sts_fast.sae import SAE, load_sae
 from sts_fast.shift import ShiftStats, top_indices
+from sts_fast.signed import SIGNED_ESTIMATORS, SignedEstimator, hook_layer, measure_signed
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -69,7 +72,8 @@ class Options(TypedDict, total=False):
     """What can be chosen; `Settings` has the defaults and the meaning of each."""
 
     dims: Dims
-    estimators: Sequence[Estimator]
+    estimators: Sequence[Estimator | SignedEstimator]
+    signed_features: FeatureKind
     controls: Controls
     shots: int
     domain_shots: int
@@ -98,7 +102,9 @@ class Settings:
 
     dims:      what the shifted features D_N are taken from: 'icl' (demonstrations of the training set in context),
                'tuned' (the model after training, given as `tuned`), 'active' (most active, no demonstrations)
-    estimators: any of 'act', 'icl', 'act_sq'; see DomainScore for the equations
+    estimators: any of 'act', 'icl', 'act_sq' ('act' where none is named), see DomainScore for the equations; and the
+               signed 'ntk', 'step', 'adapter', see ntk, which need answers and the whole model
+    signed_features: what the signed ones are written in: 'sae', 'fired' or 'raw', see ntk.Features
     controls:  'features' (other features, raw activations, cosine of means) or 'all' (also the base model's loss and
                accuracy, which need the whole model and answers)
     shots, domain_shots: demonstrations of the training set (for D_N), of each domain (for 'icl')
@@ -121,7 +127,8 @@ class Settings:
     """
 
     dims: Dims = "icl"
-    estimators: Sequence[Estimator] = ("act", "icl")
+    estimators: Sequence[Estimator | SignedEstimator] = ("act", "icl")
+    signed_features: FeatureKind = "sae"
     controls: Controls = "features"
     shots: int = 2
     domain_shots: int = 5
@@ -148,12 +155,14 @@ class Settings:
             ("dims", self.dims, get_args(Dims)),
             ("controls", self.controls, get_args(Controls)),
             ("tokens", self.tokens, get_args(TokenClass)),
+            ("signed_features", self.signed_features, get_args(FeatureKind)),
         ):
             if value not in choices:
                 raise InputError(f"{name} must be one of {', '.join(choices)}, not '{value}'")
         for estimator in self.estimators:
-            if estimator not in ESTIMATORS:
-                raise InputError(f"estimators must be among {', '.join(ESTIMATORS)}, not '{estimator}'")
+            if estimator not in (*ESTIMATORS, *SIGNED_ESTIMATORS):
+                known = ", ".join((*ESTIMATORS, *SIGNED_ESTIMATORS))
+                raise InputError(f"estimators must be among {known}, not '{estimator}'")
         if not self.estimators or len(set(self.estimators)) < len(self.estimators):
             raise InputError("estimators must name one or more, each once")
         for name in ("shots", "domain_shots", "top_n", "limit", "batch_tokens"):
@@ -290,6 +299,9 @@ def compare(
     several SAEs, that of each in their order.
     """
     settings = Settings(**options)
+    signed: list[SignedEstimator] = [name for name in settings.estimators if name in SIGNED_ESTIMATORS]  # type: ignore[misc]
+    unsigned = [name for name in settings.estimators if name in ESTIMATORS]
+    settings = replace(settings, estimators=unsigned or ["act"])
     if not trains:
         raise InputError("there is no training set to forecast: give one or more, by name")
     if (settings.dims == "tuned") != (tuned is not None):
@@ -318,6 +330,7 @@ def compare(
         raise InputError(
             "the base model's loss and accuracy need its head: give a model with one, or --controls features"
         )
+    layers = [hook_layer(_hook_of(decoder, one), one) for one in saes if signed]
     template = _template(tokenizer, saes)
 
     def prompts_of(name: str, examples: list[Example], shots: int, *, show: bool, tokens: TokenClass) -> PromptSet:
@@ -351,7 +364,7 @@ def compare(
     answer_sets = [
         answer_set
         for name, examples in domain_examples.items()
-        if settings.controls == "all"
+        if (settings.controls == "all" or signed)
         and len((answer_set := prompts_of(name, examples, settings.domain_shots, show=False, tokens="answer")).prompts)
         >= MIN_PROMPTS
     ]
@@ -359,6 +372,18 @@ def compare(
     if settings.show is not None:
         for prompt_set in (*train_sets, *domain_sets):
             settings.show(show_prompt(prompt_set, tokenizer))
+    train_answers = [
+        prompts_of(name, examples, settings.shots, show=False, tokens="answer")
+        for name, examples in train_examples.items()
+        if signed
+    ]
+    for prompt_set in train_answers:
+        _check_enough(prompt_set, decoder.context_length, "training set")
+    if signed and not answer_sets:
+        raise InputError(
+            f"no domain has the {MIN_PROMPTS} answered questions that signed estimators need: add answers, or leave "
+            f"out {', '.join(signed)}"
+        )
 
     labels = {} if settings.labels is None else explain.read_labels(settings.labels)
 
@@ -374,7 +399,22 @@ def compare(
         decoder.passes.say(settle.shift_line(shift.name, settings.top_n, len(shift.prompt_set.prompts), overlap))
     shifts_of = [[of_saes[i] for of_saes in shifts] for i in range(len(saes))]
     reads = [_read_domain(decoder, saes, domain_set, shifts_of, settings) for domain_set in domain_sets]
-    answer_reads = _read_answers(model, answer_sets, settings)
+    language_model = _with_head(model, settings) if answer_sets else None
+    answer_reads = _read_answers(language_model, answer_sets if settings.controls == "all" else [], settings)
+    signed_of = [
+        measure_signed(
+            HookedModel(language_model, layer, name=decoder.name),
+            one,
+            train_answers,
+            answer_sets,
+            signed,
+            kind=settings.signed_features,
+            batch_tokens=settings.batch_tokens,
+            seed=settings.seed,
+            tell=settings.tell,
+        )
+        for layer, one in zip(layers, saes, strict=bool(signed))
+    ]
 
     decoder.passes.say_summary()
     provenance = {
@@ -387,23 +427,26 @@ def compare(
         promoted = _promoted_tokens(decoder, one, shown, tokenizer, model if isinstance(model, (str, Path)) else None)
         forecasts.append(
             {
-                shift.name: _forecast(
-                    decoder,
-                    one,
-                    fits[i],
-                    shift,
-                    [of_saes[i] for of_saes in reads],
-                    answer_reads,
-                    settings,
-                    None if tuned_decoder is None else tuned_decoder.name,
-                    shift.firings.table(tokenizer),
-                    promoted,
-                    labels,
-                    {
-                        **_provenance({**provenance, "sae": one.source, "train": trains[shift.name]}, settings),
-                        "prompts_sha256": prompts_sha256([shift.prompt_set, *domain_sets]),
-                        "forward_passes": decoder.passes.summary(),
-                    },
+                shift.name: _with_signed(
+                    signed_of[i][shift.name] if signed else None,
+                    _forecast(
+                        decoder,
+                        one,
+                        fits[i],
+                        shift,
+                        [of_saes[i] for of_saes in reads],
+                        answer_reads,
+                        settings,
+                        None if tuned_decoder is None else tuned_decoder.name,
+                        shift.firings.table(tokenizer),
+                        promoted,
+                        labels,
+                        {
+                            **_provenance({**provenance, "sae": one.source, "train": trains[shift.name]}, settings),
+                            "prompts_sha256": prompts_sha256([shift.prompt_set, *domain_sets]),
+                            "forward_passes": decoder.passes.summary(),
+                        },
+                    ),
                 )
                 for shift in shifts_of[i]
             }
@@ -741,17 +784,24 @@ class _DomainSums:
             self.sums[(*key, "icl")] += np.bincount(rows.paired_of, per_token, minlength=n_prompts)
 
 
-def _read_answers(
-    model: str | Path | PreTrainedModel, answer_sets: Sequence[PromptSet], settings: Settings
-) -> dict[str, results.AnswerLog]:
-    """How well the base model answers each domain, by domain name; loads the whole model."""
-    if not answer_sets:
-        return {}
-    whole = (
-        load_language_model(model, dtype=settings.dtype, device=settings.device)
-        if isinstance(model, (str, Path))
-        else model
-    )
+def _with_head(model: str | Path | PreTrainedModel, settings: Settings) -> Any:
+    """The whole model."""
+    if isinstance(model, (str, Path)):
+        return load_language_model(model, dtype=settings.dtype, device=settings.device)
+    return model
+
+
+def _with_signed(signed: dict[str, Any] | None, forecast: Forecast) -> Forecast:
+    if signed is None:
+        return forecast
+    block = {name: value for name, value in signed.items() if name != "warnings"}
+    unanswered = [domain.name for domain in forecast.domains if domain.name not in signed["domains"]]
+    more = [f"too few answers for a signed forecast of {', '.join(unanswered)}"] if unanswered else []
+    return replace(forecast, signed=block, warnings=[*forecast.warnings, *signed["warnings"], *more])
+
+
+def _read_answers(whole: Any, answer_sets: Sequence[PromptSet], settings: Settings) -> dict[str, results.AnswerLog]:
+    """How well the base model answers each domain, by domain name."""
     batch_tokens = settings.batch_tokens or MOST_BATCH_TOKENS
     reads = {}
     for done, answer_set in enumerate(answer_sets):

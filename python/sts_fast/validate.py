@@ -16,6 +16,7 @@ import numpy as np
 from sts_fast.errors import InputError
 from sts_fast.outcomes import Outcome, Outcomes, cautions, listed, match_domains, read_outcomes
 from sts_fast.results import SCORES_FILE, Forecast, Interval
+from sts_fast.signed import SIGNED_FIELDS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -126,8 +127,10 @@ class DomainResult:
 class Validation:
     """A forecast beside what really happened.
 
-    size:     scores against |change|, which is what they forecast
+    size:     scores against |change|, which is what they forecast; of signed forecasts their absolute values
     signed:   scores against the change with its sign
+    sign_auc: of all pairs of a domain that rose and one that fell, the share that a signed forecast has in the right
+              order; None for scores without a sign, or where all changes have one sign
     controls: size, for each control in the place of the score
     ci_carries: whose noise the intervals `ci` hold
     """
@@ -143,6 +146,7 @@ class Validation:
     seed: int
     verdict: str
     warnings: list[str]
+    sign_auc: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -191,7 +195,9 @@ def validate(
     noise_known = bool(np.isfinite(stderr).any()), bool(score_sd.any())
     draws = _Draws.make(len(matched), seed)
     limits = outcome_limits(matched, seed=seed)
-    size = _associate(score, score_sd, change, stderr, np.abs, draws)
+    is_signed = estimator in SIGNED_FIELDS
+    size_score = np.abs(score) if is_signed else score
+    size = _associate(size_score, score_sd, change, stderr, np.abs, draws)
     signed = _associate(score, score_sd, change, stderr, np.positive, draws)
     if size is None or signed is None:
         raise InputError(f"all {len(matched)} domains in both have the same score: nothing can be compared")
@@ -221,9 +227,17 @@ def validate(
         ci_carries=" and ".join(carried) or "nothing",
         exact_permutation=draws.exact,
         seed=seed,
-        verdict=_verdict(rows, size, control_results, limits, _without_most_helpful(score, np.abs(change))),
+        verdict=_verdict(rows, size, control_results, limits, _without_most_helpful(size_score, np.abs(change))),
         warnings=warnings,
+        sign_auc=_sign_auc(score, change) if is_signed else None,
     )
+
+
+def _sign_auc(score: Doubles, change: Doubles) -> float | None:
+    risen, fallen = score[change > 0][:, None], score[change < 0]
+    if not risen.size or not fallen.size:
+        return None
+    return float(np.mean(risen > fallen) + np.mean(risen == fallen) / 2)
 
 
 def outcome_limits(outcomes: Outcomes | Mapping[str, Outcome], *, seed: int = 0) -> Limits:
@@ -268,9 +282,17 @@ def _read_scores(source: Scores, estimator: str) -> tuple[dict[str, Number], dic
         return {str(name): value for name, value in source.items()}, {}
     scores: dict[str, Number] = {}
     controls: dict[str, dict[str, Any]] = {}
+    signed = source["signed"]["domains"] if estimator in SIGNED_FIELDS and source.get("signed") else {}
     for domain in source["domains"]:
         if not isinstance(domain, dict) or "name" not in domain:
             raise InputError(f"{where} is not a forecast: it lists a domain without a name")
+        if signed:
+            if found := signed.get(domain["name"], {}).get(estimator):
+                scores[domain["name"]] = (found["value"], *found["ci"])
+                for control, entry in (domain.get("controls") or {}).items():
+                    for label, number in _control_values(control, entry, "sts_act"):
+                        controls.setdefault(label, {})[domain["name"]] = number
+            continue
         value = domain.get(f"sts_{estimator}")
         if value is None:
             held = sorted({key for key in domain if key.startswith("sts_") and not key.endswith("_ci") and domain[key]})
@@ -285,6 +307,8 @@ def _read_scores(source: Scores, estimator: str) -> tuple[dict[str, Number], dic
         for control, entry in (domain.get("controls") or {}).items():
             for label, number in _control_values(control, entry, f"sts_{estimator}"):
                 controls.setdefault(label, {})[domain["name"]] = number
+    if signed and not scores:
+        raise InputError(f"{where} holds no forecast by '{estimator}': score it with --estimators {estimator}")
     return scores, controls
 
 
@@ -575,7 +599,8 @@ def _verdict(
 
 
 def _domain_lines(validation: Validation) -> list[str]:
-    title = f"Forecast STS_{validation.estimator} beside the measured change, {len(validation.domains)} domains"
+    label = validation.estimator if validation.estimator in SIGNED_FIELDS else f"STS_{validation.estimator}"
+    title = f"Forecast {label} beside the measured change, {len(validation.domains)} domains"
     lines = [title, "", f"{'domain':<24}{'score [95%]':>25}{'change':>10}{'± stderr':>10}{'z':>7}"]
     for row in sorted(validation.domains, key=lambda row: -row.score):
         interval = "" if row.score_ci is None else f" [{row.score_ci[0]:.3g}, {row.score_ci[1]:.3g}]"
@@ -600,10 +625,17 @@ def _association_lines(validation: Validation) -> list[str]:
         )
     orders = "all" if validation.exact_permutation else f"{N_DRAWS:,} random"
     low, high = size.pearson.leave_one_out
+    direction = "The score forecasts size, not direction: see r of the signed change."
+    if validation.estimator in SIGNED_FIELDS:
+        auc = "not known" if validation.sign_auc is None else f"{validation.sign_auc:.0%}"
+        direction = (
+            "This forecast has a sign. Of all pairs of a domain that rose and one that fell, the share in the right "
+            f"order (50% by chance): {auc}."
+        )
     note = (
         f"95% intervals: if measured again (noise of {validation.ci_carries}), and over other domains (resampled). "
         f"p: share of {orders} orders of the scores that do as well. Without one of the domains, Pearson r is between "
-        f"{low:.2f} and {high:.2f}. The score forecasts size, not direction: see r of the signed change."
+        f"{low:.2f} and {high:.2f}. {direction}"
     )
     return [*lines, *textwrap.wrap(note, LINE)]
 

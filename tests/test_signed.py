@@ -1,0 +1,155 @@
+"""The signed part of a forecast, from files of questions to scores.json and its comparison with outcomes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import D_IN, LAYER, Tiny
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+import sts_fast
+from sts_fast.cli import main
+from sts_fast.errors import InputError
+from sts_fast.examples import load_examples
+from sts_fast.gradients import HookedModel, projection
+from sts_fast.ntk import Features, measure_pull, measure_push
+from sts_fast.outcomes import Outcome
+from sts_fast.prompts import PromptTemplate, build_prompts
+from sts_fast.sae import load_sae
+from sts_fast.validate import validate
+
+SHOTS, DOMAIN_SHOTS, LIMIT = 1, 2, 12
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_torch_thread() -> Iterator[None]:
+    n_before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_before)
+
+
+@pytest.fixture(scope="module")
+def run(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("signed") / "run"
+    sts_fast.score(
+        model=tiny.model, sae=tiny.saes["topk"], train=tiny.train, domains=tiny.domains, shots=SHOTS,
+        domain_shots=DOMAIN_SHOTS, limit=LIMIT, top_n=8, estimators=("act", "ntk", "step"), batch_tokens=500,
+    ).save(folder)  # fmt: skip
+    return folder
+
+
+def scores_of(folder: Path) -> dict[str, Any]:
+    scores: dict[str, Any] = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    return scores
+
+
+def test_block_holds_the_mean_over_prompts_of_each_estimator(tiny: Tiny, run: Path) -> None:
+    signed = scores_of(run)["signed"]
+    template = PromptTemplate(AutoTokenizer.from_pretrained(tiny.model), prepend_bos=True)
+    model = HookedModel(AutoModelForCausalLM.from_pretrained(tiny.model), LAYER)
+    features, Q = Features(load_sae(tiny.saes["topk"])), projection(D_IN)
+
+    def answered(path: Path, shots: int) -> Any:
+        queries = load_examples(path)[shots:]
+        return build_prompts("", queries, template, tokens="answer", context_length=512, limit=LIMIT).prompts
+
+    push = measure_push(model, features, Q, "", answered(tiny.train, SHOTS), maps=("step",), batch_tokens=700)
+    assert signed["train_loss"] == pytest.approx(push.loss, rel=1e-5)
+    assert signed["loss_left"] == pytest.approx({"step": push.maps["step"].loss_left}, rel=1e-3)
+    assert set(signed["domains"]) == set(tiny.domains)
+    for name, path in tiny.domains.items():
+        pull = measure_pull(model, features, Q, "", answered(path, DOMAIN_SHOTS), [push], batch_tokens=700)
+        found = signed["domains"][name]
+        assert found["n_prompts"] == LIMIT
+        assert found["p_answer"] == pytest.approx(pull.p_answer.mean(), rel=1e-4)
+        for estimator, values in pull.values.items():
+            assert found[estimator]["value"] == pytest.approx(values.mean(), rel=1e-3, abs=1e-9)
+            low, high = found[estimator]["ci"]
+            assert low <= found[estimator]["value"] <= high
+            # A mean over prompts has about this spread.
+            assert high - low == pytest.approx(3.92 * values.std() / np.sqrt(LIMIT), rel=0.35)
+        contributions = pull.contributions[0]
+        top = found["top_features"]
+        assert [entry["index"] for entry in top] == np.argsort(-np.abs(contributions))[: len(top)].tolist()
+        assert top[0]["contribution"] == pytest.approx(contributions[top[0]["index"]], rel=1e-3)
+
+
+def test_a_run_without_signed_estimators_has_no_such_block(tiny: Tiny) -> None:
+    forecast = sts_fast.score(
+        model=tiny.model, sae=tiny.saes["topk"], train=tiny.train, domains=tiny.domains, shots=1, domain_shots=1,
+        limit=8, top_n=8, estimators=("act",),
+    )  # fmt: skip
+    assert forecast.to_dict()["signed"] is None
+
+
+def test_what_signed_estimators_cannot_do_is_told(tiny: Tiny, tmp_path: Path) -> None:
+    def forecast(**changed: Any) -> Any:
+        options: dict[str, Any] = {
+            "model": tiny.model, "sae": tiny.saes["topk"], "train": tiny.train, "domains": tiny.domains, "shots": 1,
+            "domain_shots": 1, "limit": 8, "top_n": 8, "estimators": ("ntk",), **changed,
+        }  # fmt: skip
+        return sts_fast.score(**options)
+
+    with pytest.raises(InputError, match="not 'nkt'"):
+        forecast(estimators=("nkt",))
+    headless = AutoModel.from_pretrained(tiny.model)
+    with pytest.raises(InputError, match="head"):
+        forecast(model=headless, tokenizer=AutoTokenizer.from_pretrained(tiny.model))
+    questions = [{"question": f"Where is the river number {i}?"} for i in range(20)]
+    unanswered = tmp_path / "unanswered.jsonl"
+    unanswered.write_text("".join(json.dumps(row) + "\n" for row in questions))
+    with pytest.raises(InputError, match="no domain has the 8 answered questions"):
+        forecast(domains={"rivers": unanswered})
+    mixed = forecast(domains={"rivers": unanswered, **tiny.domains})
+    assert set(mixed.to_dict()["signed"]["domains"]) == set(tiny.domains)
+    assert any("too few answers for a signed forecast of rivers" in warning for warning in mixed.warnings)
+
+
+def test_validate_judges_direction_and_size() -> None:
+    forecast = {"a": 3.0, "b": -2.0, "c": 1.0, "d": -0.5, "e": 0.2}
+    change = {"a": 0.3, "b": -0.2, "c": 0.1, "d": 0.05, "e": -0.02}
+    scores = {
+        "domains": [{"name": name, "sts_act": 1.0, "controls": {}} for name in forecast],
+        "signed": {"domains": {name: {"step": {"value": v, "ci": [v, v]}} for name, v in forecast.items()}},
+    }
+    outcomes = {
+        name: Outcome(change=v, before=0.5, after=0.5 + v, stderr=None, n=None, paired=False, metric="acc")
+        for name, v in change.items()
+    }
+    result = validate(scores, outcomes, estimator="step")
+    x, y = np.asarray(list(forecast.values())), np.asarray(list(change.values()))
+    assert result.signed.pearson.value == pytest.approx(np.corrcoef(x, y)[0, 1])
+    assert result.size.pearson.value == pytest.approx(np.corrcoef(abs(x), abs(y))[0, 1])
+    # Risen: a, c, d at 3, 1, -.5; fallen: b, e at -2, .2. Five of the six pairs are in order.
+    assert result.sign_auc == pytest.approx(5 / 6)
+    assert "83%" in result.to_text()
+    assert "size, not direction" not in result.to_text()
+    with pytest.raises(InputError, match="no forecast by 'ntk'"):
+        validate(scores, outcomes, estimator="ntk")
+
+
+def test_command_line_prints_both_directions(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    words = ["sts-fast", "score", "--model", tiny.model, "--sae", tiny.saes["topk"], "--train", tiny.train]
+    for name, path in tiny.domains.items():
+        words += ["--domains", f"{name}={path}"]
+    words += ["--shots", 1, "--domain-shots", 1, "--limit", 8, "--top-n", 8, "--estimators", "ntk,adapter"]
+    words += ["--signed-features", "raw", "--output", tmp_path / "run"]
+    monkeypatch.setattr("sys.argv", [str(word) for word in words])
+    main()
+    printed = capsys.readouterr().out
+    assert "Forecast change of P(answer), by adapter" in printed
+    scores = scores_of(tmp_path / "run")
+    assert scores["signed"]["features"] == "raw"
+    assert scores["settings"]["estimators"] == ["act"]
+    for found in scores["signed"]["domains"].values():
+        asked = {"ntk", "ntk_loss", "adapter", "adapter_loss"}
+        assert all((found[name] is not None) == (name in asked) for name in (*asked, "step", "step_loss"))
+        assert found["top_features"] is None
