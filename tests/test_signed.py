@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -153,3 +154,10 @@ def test_command_line_prints_both_directions(tiny: Tiny, tmp_path: Path, capsys:
         asked = {"ntk", "ntk_loss", "adapter", "adapter_loss"}
         assert all((found[name] is not None) == (name in asked) for name in (*asked, "step", "step_loss"))
         assert found["top_features"] is None
+
+
+def test_the_written_tables_are_those_of_the_results() -> None:
+    benchmarks = Path(__file__).parents[1] / "benchmarks"
+    table = runpy.run_path(str(benchmarks / "study" / "table.py"))["table"]
+    results = json.loads((benchmarks / "results" / "study.json").read_text(encoding="utf-8"))
+    assert table(results) in (benchmarks / "results" / "study.md").read_text(encoding="utf-8")

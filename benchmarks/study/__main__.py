@@ -14,8 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.study.correlations import compact
 from benchmarks.study.predictors import predict
-from benchmarks.study.table import RESULTS, compact, table
+from benchmarks.study.table import RESULTS, table
 from benchmarks.study.trials import REGIMES, run_trials
 from sts_fast import organism
 
@@ -60,7 +61,7 @@ def keep(base: str, predicted: Any, trials: Any, figures: Any, cpu_seconds: floa
     (WORK / f"{base}.json").write_text(json.dumps(raw, default=lambda array: array.tolist()), encoding="utf-8")
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     results[base] = {"cpu_seconds": round(cpu_seconds), **compact(predicted, trials, figures)}
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    RESULTS.write_text(json.dumps(results, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

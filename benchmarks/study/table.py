@@ -1,4 +1,4 @@
-"""From predictions and outcomes to correlations, one per training, and their spread as a table."""
+"""The results as tables: for each base model and way of training, the spread over trainings of every predictor."""
 
 from __future__ import annotations
 
@@ -7,96 +7,34 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.study.predictors import FEW_SHOT, REFERENCE, SIGNED, WITHOUT_GRADIENTS
-from benchmarks.study.trials import DOMAINS, REGIMES, TRAINS
-
 RESULTS = Path(__file__).parents[1] / "results" / "study.json"
-OUTCOMES = ("dP", "dloss", "daccuracy")
-SHOTS = ("zero-shot", "few-shot")
-Z_95 = 1.96
-
-
-def compact(predicted: dict[str, Any], trials: dict[str, list[dict[str, Any]]], figures: Any) -> dict[str, Any]:
-    """Per way of training and outcome, for every predictor, a list over trainings.
-
-    r: Pearson correlation over the 71 other domains; 'signed' of the numbers, 'size' of their absolute values;
-    auc: share of (risen, fallen) pairs of domains in the right order; auc_distinct: only of those that changed
-        by more than 1.96 standard errors
-    """
-    found: dict[str, Any] = {"organism": figures, "loss_of_training_sets": rounded(predicted["loss of training sets"])}
-    for regime, rows in trials.items():
-        of_regime: dict[str, Any] = {"trainings": [[row["train"], row["seed"]] for row in rows]}
-        for shots in SHOTS:
-            for outcome in OUTCOMES:
-                of_regime[f"{shots} {outcome}"] = {
-                    name: spread(np.asarray(predicted[columns[outcome == "dloss"]]), rows, shots, outcome)
-                    for name, columns in predictors().items()
-                }
-        found[regime] = of_regime
-    return found
-
-
-def predictors() -> dict[str, tuple[str, str]]:
-    return SIGNED | FEW_SHOT | REFERENCE | {name: (name, name) for name in WITHOUT_GRADIENTS}
-
-
-def spread(forecast: Any, rows: list[dict[str, Any]], shots: str, outcome: str) -> dict[str, Any]:
-    found: dict[str, list[Any]] = {"signed": [], "size": [], "auc": [], "auc_distinct": []}
-    for row in rows:
-        others = np.asarray([name != row["train"] for name in DOMAINS])
-        x = forecast[TRAINS.index(row["train"])][others]
-        y = np.asarray(row[shots][outcome])[others]
-        found["signed"].append(pearson(x, y))
-        found["size"].append(pearson(np.abs(x), np.abs(y)))
-        found["auc"].append(auc(x, y))
-        z = np.asarray(row[shots].get(f"z_{outcome}", row[shots]["z_dP"]))[others]
-        distinct = np.abs(z) > Z_95
-        found["auc_distinct"].append(auc(x[distinct], y[distinct]))
-    return {name: rounded(values) for name, values in found.items()}
-
-
-def pearson(x: Any, y: Any) -> float | None:
-    x, y = x - x.mean(), y - y.mean()
-    norm = np.sqrt((x * x).sum() * (y * y).sum())
-    return float((x * y).sum() / norm) if norm > 0 else None
-
-
-def auc(x: Any, y: Any) -> float | None:
-    risen, fallen = x[y > 0][:, None], x[y < 0][None]
-    if not risen.size or not fallen.size:
-        return None
-    return float((risen > fallen).mean() + 0.5 * (risen == fallen).mean())
-
-
-def rounded(values: Any) -> list[float | None]:
-    return [None if value is None else round(float(value), 4) for value in values]
+REGIMES = ("light", "heavy", "lora")
+COLUMNS = {
+    "r, change of P": ("zero-shot dP", "signed"),
+    "r, size of it": ("zero-shot dP", "size"),
+    "AUC, distinct": ("zero-shot dP", "auc_distinct"),
+    "r, fall of loss": ("zero-shot dloss", "signed"),
+    "r, its size": ("zero-shot dloss", "size"),
+    "r, accuracy": ("zero-shot daccuracy", "signed"),
+    "few-shot r, P": ("few-shot dP", "signed"),
+    "few-shot r, size": ("few-shot dP", "size"),
+    "few-shot r, loss": ("few-shot dloss", "signed"),
+}
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: mean [lowest, highest] over trainings, per base model."""
+    """Markdown: mean [lowest, highest] over trainings."""
     sections = []
     for regime in REGIMES:
-        of_regime = [base for base in results if regime in results[base]]
-        for shots, outcome, kind in (
-            ("zero-shot", "dP", "signed"),
-            ("zero-shot", "dP", "size"),
-            ("zero-shot", "dP", "auc_distinct"),
-            ("zero-shot", "dP", "auc"),
-            ("zero-shot", "dloss", "signed"),
-            ("zero-shot", "dloss", "size"),
-            ("zero-shot", "daccuracy", "signed"),
-            ("zero-shot", "daccuracy", "size"),
-            ("few-shot", "dP", "signed"),
-            ("few-shot", "dP", "size"),
-            ("few-shot", "dloss", "signed"),
-            ("few-shot", "dloss", "size"),
-        ):
-            title = f"{regime}, {shots}, {outcome}, {kind}"
-            lines = [["predictor", *of_regime], ["---"] * (1 + len(of_regime))]
-            for name in predictors():
-                cells = [cell(results[base][regime][f"{shots} {outcome}"][name][kind]) for base in of_regime]
-                lines.append([name, *cells])
-            sections.append(f"### {title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines))
+        for base, of_base in results.items():
+            if regime not in of_base:
+                continue
+            found = of_base[regime]
+            lines = [["predictor", *COLUMNS], ["---"] * (1 + len(COLUMNS))]
+            for name in found["zero-shot dP"]:
+                lines.append([name, *(cell(found[outcome][name][kind]) for outcome, kind in COLUMNS.values())])
+            title = f"{base}, {regime}, {len(found['trainings'])} trainings"
+            sections.append(f"## {title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines))
     return "\n".join(sections)
 
 
