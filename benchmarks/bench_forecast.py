@@ -39,7 +39,8 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.cache_utils import DynamicLayer
 
 import sts_fast
 from sts_fast.capture import Decoder
@@ -197,11 +198,14 @@ def run_ours(world: World, recorded: dict[str, list[dict[str, Any]]] | None = No
 
 
 def run_floor(world: World, recorded: dict[str, list[dict[str, Any]]]) -> Clock:
-    """The passes that were recorded, again; what a shared start leaves in a cache is there already."""
-    clock, decoder = Clock({}, {}), Decoder(world.model, world.work.layer)
+    """The passes that were recorded, again; a cache that they filled starts empty, one that they only read is there."""
+    clock, decoder, filled = Clock({}, {}), Decoder(world.model, world.work.layer), {}
     for stage, passes in recorded.items():
         with clock.of(stage):
             for inputs in passes:
+                cache = inputs.get("past_key_values")
+                if cache is not None and any(type(layer) is DynamicLayer for layer in cache.layers):
+                    inputs = {**inputs, "past_key_values": filled.setdefault(id(cache), DynamicCache())}
                 decoder.run(**inputs)
     return clock
 
