@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import emulator
 import pytest
 import tiny as tiny_material
+
+# Models here are so tiny that threads of torch would only wait for each other; set before torch is imported, and for
+# the commands that tests run too, which must compute as this process does to give the same bytes.
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(params=["emulator", "cuda"])

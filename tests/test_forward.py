@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,15 +33,6 @@ STRATEGIES = {name: "packed" for name in FAMILIES} | {
 }
 
 model_of = cache(make_model)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models so tiny are much slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def sequences(n_shared: int = N_SHARED, lengths: tuple[int, ...] = LENGTHS) -> list[np.ndarray]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -161,15 +160,6 @@ def expected_places(family: str, ids: torch.Tensor) -> dict[str, torch.Tensor]:
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert actual.shape == expected.shape
     assert float((actual - expected).abs().max()) <= 1e-5 * max(1.0, float(expected.abs().max()))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    """The models are tiny: threads would only wait for each other."""
-    n_before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_before)
 
 
 IDS = torch.randint(3, VOCABULARY, (1, 11), generator=torch.Generator().manual_seed(1))

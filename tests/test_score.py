@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -60,15 +59,6 @@ EXPLANATIONS = {"promoted_tokens", "neuronpedia", "label"}
 ASSETS = Path(__file__).parents[2] / "shared" / "assets"
 CATEGORIES = ("math", "other", "physics", "chemistry", "philosophy", "engineering")
 needs_assets = pytest.mark.skipif(not ASSETS.is_dir(), reason="the real material is not beside this checkout")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    """Sequences are short, and the command line must compute as this process does to give the same bytes."""
-    n_before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_before)
 
 
 def forecast_tiny(tiny: Tiny, architecture: str, **options: Any) -> sts_fast.Forecast:
@@ -596,7 +586,6 @@ def run_cli(*arguments: str | Path) -> str:
     """Standard output of `sts-fast score`."""
     ran = subprocess.run(
         [sys.executable, "-m", "sts_fast", "score", *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
