@@ -512,6 +512,11 @@ def test_doctor_says_what_was_understood_of_an_sae(run: Callable[..., Ran], mate
     assert facts["missing"].startswith("trained on, hook, mean L0")
 
 
+def test_doctor_prints_long_paths_whole(run: Callable[..., Ran], tmp_path: Path) -> None:
+    sae = write_sae(tmp_path / ("long" * 50))
+    assert str(sae) in "".join(line.strip() for line in run("doctor", "--sae", sae).out.splitlines())
+
+
 def test_doctor_refuses_what_score_refuses(run: Callable[..., Ran], tmp_path: Path) -> None:
     assert "no SAE at" in assert_refused(run("doctor", "--sae", tmp_path / "nothing"))
     odd = write_sae(tmp_path / "odd", architecture="crosscoder")
@@ -644,6 +649,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "layer beyond the model": (with_(layer=3), "has layers 0 to 2, but layer 3 is to be read"),
     "layer below zero": (with_(layer=-1), "layer"),
     "hook beyond the model": (with_(hook="blocks.9.hook_resid_post"), "has layers 0 to 2, but layer 9"),
+    "place of no layer": (with_(hook="resid_mid"), "--hook resid_mid is a place of every layer: say of which"),
     "layer and hook": (with_(layer=1, hook="blocks.1.hook_resid_post"), "--layer and --hook say the same thing"),
     "more features than there are": (with_(top_n=D_SAE + 1), "--top-n is 49, but the SAE"),
     # the model
@@ -677,7 +683,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "tokens of no kind": (with_(tokens="first"), "--tokens"),
     "dtype of no kind": (with_(dtype="int8"), "--dtype"),
     "sae dtype of no kind": (with_(sae_dtype="float16"), "--sae-dtype"),
-    "unknown estimator": (with_(estimators="act,ntk"), "not 'ntk'"),
+    "unknown estimator": (with_(estimators="act,votes"), "not 'votes'"),
     "no estimator": (with_(estimators=""), "estimators"),
     "estimator twice": (with_(estimators="act,act"), "each once"),
     "dims tuned without tuned": (with_(dims="tuned"), "--dims tuned and --tuned MODEL go together"),

@@ -17,6 +17,7 @@ import pytest
 from sts_fast import InputError, encode, load_sae, organism
 from sts_fast.capture import capture, load_decoder, load_tokenizer
 from sts_fast.examples import Example
+from sts_fast.hooks import split_name
 from sts_fast.organism import model as language_model
 from sts_fast.organism import sae as autoencoder
 from sts_fast.organism import training, world
@@ -299,7 +300,7 @@ def test_sae_encodes_as_sae_lens_does(template: PromptTemplate) -> None:
     x = real_rows(template)
     sae = load_sae(organism.sae_folder())
     assert (sae.architecture, sae.k, sae.d_in, sae.d_sae) == ("topk", 16, 96, 1024)
-    assert sae.hook_layer == training.LAYER
+    assert split_name(sae.hook_name)[1] == training.LAYER
     peer = sae_lens.SAE.load_from_disk(organism.sae_folder())
     assert peer.cfg.metadata.hook_name == f"model.layers.{training.LAYER}"
     expected = peer.encode(x).detach().numpy()
@@ -444,7 +445,7 @@ def test_train_writes_what_it_returns(tmp_path: Path, monkeypatch: pytest.Monkey
     assert figures["few_shot_accuracy"] > 0.8
     assert 0 < figures["sae"]["fvu"] < 0.5
     sae = load_sae(tmp_path / "sae")
-    assert (sae.k, sae.d_sae, sae.hook_layer) == (16, 1024, training.LAYER)
+    assert (sae.k, sae.d_sae, split_name(sae.hook_name)[1]) == (16, 1024, training.LAYER)
     again, _ = organism.load_model(tmp_path / "model")
     pairs = itertools.zip_longest(again.state_dict().values(), loaded[0].state_dict().values())
     assert all(bool((a == b).all()) for a, b in pairs)

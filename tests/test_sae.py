@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from sparse_features import check_alike, dense
 
 import sts_fast
+from sts_fast.capture import load_decoder
 from sts_fast.errors import InputError
-from sts_fast.sae import SAE, hook_layer, load_sae
+from sts_fast.hooks import split_name
+from sts_fast.sae import SAE, load_sae
 
 ASSETS = Path(__file__).parents[2] / "shared" / "assets"
 needs_assets = pytest.mark.skipif(not ASSETS.is_dir(), reason="the published SAEs are not beside the checkout")
@@ -134,7 +136,7 @@ def test_published_sae_encodes_as_sae_lens_does(name: str, real_activations: np.
     sae = load_sae(folder)
     theirs = sae_lens.SAE.load_from_disk(folder)
     assert (sae.d_in, sae.d_sae, sae.architecture) == (64, 512, theirs.cfg.architecture())
-    assert (sae.hook_layer, sae.model_name, sae.prepend_bos, sae.notes) == (2, "stories260K", True, ())
+    assert (split_name(sae.hook_name)[1], sae.model_name, sae.prepend_bos, sae.notes) == (2, "stories260K", True, ())
     with torch.no_grad():
         expected = theirs.encode(torch.from_numpy(real_activations)).numpy()
     assert len(real_activations) >= 1000
@@ -147,9 +149,11 @@ def test_published_sae_encodes_as_sae_lens_does(name: str, real_activations: np.
 def test_published_sae_of_pooled_layers_needs_a_layer(sae_lens: Any) -> None:
     folder = ASSETS / "saes" / "toy_router_relu64"
     sae = load_sae(folder, layer=1)
-    assert (sae.hook_layer, sae.d_in, sae.d_sae) == (1, 32, 64)
-    with pytest.raises(InputError, match=r"the hook 'blocks\.\*\.hook_resid .* with --layer"):
-        _ = load_sae(folder).hook_layer
+    assert (split_name(sae.hook_name)[1], sae.d_in, sae.d_sae) == (1, 32, 64)
+    model, tokens = ASSETS / "models" / "toy_router_gpt2", torch.zeros((1, 4), dtype=torch.long)
+    with pytest.raises(InputError, match=r"has no module 'blocks\.\*\.hook_resid .*--hook.*; or --layer"):
+        load_decoder(model, load_sae(folder).hook_name)
+    assert load_decoder(model, sae.hook_name).run(input_ids=tokens)[0].shape == (1, 4, sae.d_in)
     acts = np.random.default_rng(0).normal(size=(200, 32)).astype(np.float32)
     with torch.no_grad():
         expected = sae_lens.SAE.load_from_disk(folder).encode(torch.from_numpy(acts)).numpy()
@@ -186,7 +190,8 @@ def test_what_sae_lens_saves_is_read(architecture: str, tmp_path: Path, sae_lens
             tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(tensor.numel())))
     theirs.save_model(tmp_path / "sae")
     sae = load_sae(tmp_path / "sae")
-    assert (sae.architecture, sae.hook_layer, sae.source) == (architecture, 6, str(tmp_path / "sae"))
+    place = ("resid_pre", 7)
+    assert (sae.architecture, split_name(sae.hook_name), sae.source) == (architecture, place, str(tmp_path / "sae"))
     for field in ("W_enc", "b_dec", *OWN_TENSORS[architecture]):
         assert np.array_equal(np.asarray(getattr(sae, field)), getattr(theirs, field).detach().numpy()), field
 
@@ -198,7 +203,7 @@ def test_fields_of_a_folder(tmp_path: Path) -> None:
     sae = load_sae(write_sae(tmp_path / "sae", "topk", config={"apply_b_dec_to_input": False}))
     assert (sae.architecture, sae.k, sae.d_in, sae.d_sae) == ("topk", 3, D_IN, D_SAE)
     assert sae.apply_b_dec_to_input is False
-    assert (sae.hook_name, sae.hook_layer) == ("blocks.3.hook_resid_post", 3)
+    assert (sae.hook_name, split_name(sae.hook_name)[1]) == ("blocks.3.hook_resid_post", 3)
     assert (sae.model_name, sae.prepend_bos, sae.source) == ("tiny", True, str(tmp_path / "sae"))
     assert sae.W_dec_norm is None
 
@@ -219,7 +224,8 @@ def test_flat_config_of_version_5(tmp_path: Path) -> None:
     folder = write_sae(tmp_path / "sae")
     (folder / "cfg.json").write_text(json.dumps(flat))  # no architecture: it was standard
     sae = load_sae(folder)
-    assert (sae.architecture, sae.hook_layer, sae.model_name, sae.prepend_bos) == ("standard", 4, "old", True)
+    assert (sae.architecture, sae.model_name, sae.prepend_bos) == ("standard", "old", True)
+    assert sae.hook_name == "blocks.5.hook_resid_pre"
     assert sae.apply_b_dec_to_input is False
     (folder / "cfg.json").write_text(
         json.dumps({**flat, "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 4}, "architecture": "standard"})
@@ -231,7 +237,7 @@ def test_flat_config_of_version_5(tmp_path: Path) -> None:
 
 def test_hook_point_of_the_oldest_configs(tmp_path: Path) -> None:
     config = {"metadata": ..., "hook_point": "blocks.2.hook_resid_post"}
-    assert load_sae(write_sae(tmp_path, config=config)).hook_layer == 2
+    assert load_sae(write_sae(tmp_path, config=config)).hook_name == "blocks.2.hook_resid_post"
 
 
 def test_topk_normalises_booleans_of_old_configs(tmp_path: Path) -> None:
@@ -331,55 +337,11 @@ def test_norms_of_many_rows_are_read_in_blocks(tmp_path: Path) -> None:
 # Where an SAE reads ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "layer"),
-    [
-        ("", None),
-        ("blocks.0.hook_resid_post", 0),
-        ("blocks.25.hook_resid_post", 25),
-        ("blocks.25.hook_resid_pre", 24),
-        ("blocks.1.hook_resid_pre", 0),
-        ("model.layers.20", 20),
-        ("layers.20", 20),
-        ("transformer.h.11", 11),
-        ("gpt_neox.layers.3", 3),
-        ("model.language_model.layers.17", 17),
-    ],
-)
-def test_hook_layer(name: str, layer: int | None) -> None:
-    assert hook_layer(name) == layer
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "blocks.0.hook_resid_pre",  # the embedding, which is no layer's output
-        "blocks.3.hook_mlp_out",
-        "blocks.3.attn.hook_z",
-        "blocks.3.hook_resid_mid",
-        "blocks.3.ln2.hook_normalized",
-        "model.layers.3.mlp",
-        "model.layers.x",
-        "model.layers.-1",
-        "blocks.3",
-        "hook_embed",
-        "blocks.3.hook_resid_post.",
-    ],
-)
-def test_other_hooks_are_refused(name: str) -> None:
-    if name == "blocks.3":
-        assert hook_layer(name) == 3
-        return
-    with pytest.raises(InputError, match="is not the residual stream after a decoder layer") as e:
-        hook_layer(name)
-    assert f"'{name}'" in str(e.value)
-
-
 def test_layer_and_hook_override_the_files(tmp_path: Path) -> None:
     folder = write_sae(tmp_path)
-    assert load_sae(folder, layer=9).hook_layer == 9
-    assert load_sae(folder, hook="blocks.4.hook_resid_pre").hook_layer == 3
-    assert load_sae(folder, layer=0).hook_layer == 0
+    assert load_sae(folder, layer=9).hook_name == "blocks.9.hook_resid_post"
+    assert load_sae(folder, hook="blocks.4.hook_resid_pre").hook_name == "blocks.4.hook_resid_pre"
+    assert load_sae(folder, layer=0).hook_name == "blocks.0.hook_resid_post"
     with pytest.raises(InputError, match="--layer counts from 0, and is not -1"):
         load_sae(folder, layer=-1)
     with pytest.raises(InputError, match="--layer and --hook say the same thing"):
@@ -561,7 +523,7 @@ KEYS += ("activation_fn", "activation_fn_kwargs", "rescale_acts_by_decoder_norm"
 
 def refusal(folder: Path) -> str | None:
     try:
-        _ = load_sae(folder).hook_layer
+        load_sae(folder)
     except InputError as error:
         return str(error)
     return None

@@ -17,6 +17,7 @@ from test_sae import D_IN, D_SAE, tensors_of, write_sae
 
 import sts_fast
 from sts_fast.errors import InputError
+from sts_fast.hooks import split_name
 from sts_fast.sae import load_sae
 from sts_fast.sae.saelens import FORGOTTEN_FOLDING
 
@@ -184,7 +185,12 @@ def test_qwen_scope_layout_only(tmp_path: Path) -> None:
     for path in (folder / "layer7.sae.pt", tmp_path / "layer7.sae.pt"):
         torch.save(state, path)
     sae = load_sae(folder)
-    assert (sae.layout, sae.k, sae.hook_layer, sae.model_name) == ("Qwen-Scope", 5, 7, "Qwen/Qwen3-8B-Base")
+    assert (sae.layout, sae.k, split_name(sae.hook_name)[1], sae.model_name) == (
+        "Qwen-Scope",
+        5,
+        7,
+        "Qwen/Qwen3-8B-Base",
+    )
     pre = acts().astype(np.float64) @ numpy_of("topk")["W_enc"] + numpy_of("topk")["b_enc"]
     kth = np.sort(pre, axis=1)[:, [-5]]
     check_alike(dense(sae, acts()), np.where(pre >= kth, np.maximum(pre, 0), 0))
@@ -212,7 +218,7 @@ def test_goodfire_layout_only(name: str, prefix: str, model: str, layer: int | N
     torch.save(state, tmp_path / name)
     for place in (tmp_path, tmp_path / name):
         sae = load_sae(place)
-        assert (sae.layout, sae.model_name, sae.hook_layer) == ("Goodfire", model, layer)
+        assert (sae.layout, sae.model_name, split_name(sae.hook_name)[1]) == ("Goodfire", model, layer)
         check_alike(dense(sae, acts()), relu(numpy_of("standard"), acts(), subtract=False))
 
 
@@ -253,7 +259,7 @@ def test_named_tensors_layout_only(name: str, architecture: str, tmp_path: Path)
     config = {"k": 3} if architecture == "topk" else {}
     expected = load_sae(write_sae(tmp_path / "saelens", architecture, config=config))
     sae = load_sae(tmp_path / name, layer=3)
-    assert (sae.layout, sae.architecture, sae.hook_layer) == ("named tensors", architecture, 3)
+    assert (sae.layout, sae.architecture, split_name(sae.hook_name)[1]) == ("named tensors", architecture, 3)
     assert np.array_equal(dense(sae, acts()), dense(expected, acts()))
     assert "taken to be subtracted" in sae.notes[-1]
     ours, theirs = (s.decoder_rows([3, 17, 0]) for s in (sae, expected))
@@ -344,7 +350,7 @@ def test_published_sae_explains_as_much_as_its_library_says(name: str, residual:
     """FVU and L0 to 1%: those of sae-lens where it reads the layout, and of the library's equations elsewhere."""
     folder = ASSETS / "saes" / name
     sae = load_sae(folder)
-    assert (sae.layout, sae.hook_layer, sae.d_in, sae.d_sae) == (PUBLISHED[name], 2, 64, 512)
+    assert (sae.layout, split_name(sae.hook_name)[1], sae.d_in, sae.d_sae) == (PUBLISHED[name], 2, 64, 512)
     features = sts_fast.encode(sae, residual)
     decoded = sae.reconstruct(residual, features)
     assert decoded is not None

@@ -196,6 +196,7 @@ def test_a_scaling_that_nobody_asked_for_is_refused(tmp_path: Path, sae_lens: An
     made(sae_lens, "StandardSAE").save_model(tmp_path)
     with pytest.raises(InputError, match=r"does not ask for --norm-scaling-factor .*normalize_activations none"):
         load_sae(tmp_path, norm_scaling_factor=2.0)
+    assert load_sae(tmp_path, norm_scaling_factor=1.0).fingerprint == load_sae(tmp_path).fingerprint
     made(sae_lens, "StandardSAE", normalize_activations="expected_average_only_in").save_model(tmp_path)
     for factor in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(InputError, match="--norm-scaling-factor must be a positive number"):

@@ -14,6 +14,7 @@ from sparse_features import check_alike, dense
 
 import sts_fast
 from sts_fast.errors import InputError
+from sts_fast.hooks import split_name
 from sts_fast.sae import load_sae
 
 D_IN, D_SAE, K = 12, 40, 5
@@ -64,7 +65,7 @@ def test_model_of_the_run(tmp_path: Path, sparsify: Any) -> None:
     make(sparsify, tmp_path / "h.3", dtype=torch.bfloat16)
     (tmp_path / "config.json").write_text(json.dumps({"model": "gpt2"}))
     sae = load_sae(tmp_path / "h.3")
-    assert (sae.model_name, sae.hook_layer, str(sae.W_enc.dtype)) == ("gpt2", 3, "torch.bfloat16")
+    assert (sae.model_name, split_name(sae.hook_name)[1], str(sae.W_enc.dtype)) == ("gpt2", 3, "torch.bfloat16")
     with pytest.raises(InputError, match=r"holds no SAE itself, but folders that may \(h\.3\): give one of them"):
         load_sae(tmp_path)
 

@@ -782,8 +782,12 @@ def test_several_saes_forecast_like_each_alone(tiny: Tiny, monkeypatch: pytest.M
     alone = [sts_fast.score(train=tiny.train, sae=sae, **options) for sae in saes]
     n_alone = len(runs)
     runs.clear()
-    together = sts_fast.score(train=tiny.train, sae=saes, **options)
+    said: list[str] = []
+    together = sts_fast.score(train=tiny.train, sae=saes, say=said.append, **options)
     assert len(runs) * len(saes) == n_alone
+    for about in ("of the top", "by STS_act", "by STS_icl"):
+        who = [line.partition(":")[0] for line in said if about in line]
+        assert who == [f"train with {Path(tiny.saes[architecture]).name}" for architecture, _ in places]
     for one, other, (_, hook) in zip(together, alone, places, strict=True):
         assert one.sae["hook_name"] == hook
         deviations = oracle.deviations(as_numbers(other.to_dict()["domains"]), one.to_dict()["domains"])

@@ -428,6 +428,8 @@ def doctor(
         sys.stdout.write(json.dumps(facts, indent=2) + "\n")
         return
     table = Table(show_header=False, box=None)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for name, value in facts.items():
         table.add_row(f"[bold]{name}[/bold]", escape(str(value)))
     out.print(table)
@@ -539,6 +541,8 @@ def _load_saes(
             )
         if layer is not None and layer < 0:
             raise InputError(f"--layer counts from 0, and is not {layer}")
+        if hook is not None and layer is None and hook.removeprefix("hook_") in (*PLACES, "z"):
+            raise InputError(f"--hook {hook} is a place of every layer: say of which, with --layer")
         where = {"hook": place_name(hook, layer)} if both else {"hook": hook, "layer": layer}
         loaded.append(load_sae(source, norm_scaling_factor=factor, dtype=dtype, **where))
     return loaded

@@ -186,7 +186,8 @@ def _find_module(model: torch.nn.Module, path: str, block: str, *, name: str) ->
 
 def _modules(model: torch.nn.Module, block: str) -> str:
     listed = [f"{block}.{name}" for name, _ in model.get_submodule(block).named_children()]
-    return f"give the path of a module, such as {', '.join(listed[:8])}, or its input, as in {listed[0]}.input"
+    some = f"such as {', '.join(listed[:8])}, or its input, as in {listed[0]}.input"
+    return f"give the path of a module with --hook, {some}; or --layer"
 
 
 def _listed(words: str, names: dict[str, Tap]) -> str:

@@ -42,7 +42,16 @@ from sts_fast.prompts import (
     prompts_sha256,
     show_prompt,
 )
-from sts_fast.results import ESTIMATORS, DomainScore, Estimator, Forecast, Interval, PromptLog, ShiftedFeature
+from sts_fast.results import (
+    ESTIMATORS,
+    DomainScore,
+    Estimator,
+    Forecast,
+    Interval,
+    PromptLog,
+    ShiftedFeature,
+    sae_names,
+)
 from sts_fast.sae import SAE, load_sae
 from sts_fast.shift import ShiftStats, top_indices
 from sts_fast.signed import SIGNED_ESTIMATORS, SignedEstimator, hook_layer, measure_signed
@@ -394,9 +403,13 @@ def compare(
     settings.warn(*(fit.warning for fit in fits))
 
     shifts = [_measure_shifts(decoder, saes, train_set, settings, tuned_decoder) for train_set in train_sets]
-    for shift in (shift for of_saes in shifts for shift in of_saes):
-        overlap = float(np.mean(shift.overlaps(settings.top_n)))
-        decoder.passes.say(settle.shift_line(shift.name, settings.top_n, len(shift.prompt_set.prompts), overlap))
+    called = sae_names([(one.source, one.hook_name) for one in saes])
+    with_sae = [f" with {name}" if len(saes) > 1 else "" for name in called]
+    for of_saes in shifts:
+        for shift, suffix in zip(of_saes, with_sae, strict=True):
+            overlap = float(np.mean(shift.overlaps(settings.top_n)))
+            n_prompts = len(shift.prompt_set.prompts)
+            decoder.passes.say(settle.shift_line(shift.name + suffix, settings.top_n, n_prompts, overlap))
     shifts_of = [[of_saes[i] for of_saes in shifts] for i in range(len(saes))]
     reads = [_read_domain(decoder, saes, domain_set, shifts_of, settings) for domain_set in domain_sets]
     language_model = _with_head(model, settings) if answer_sets else None
@@ -453,11 +466,13 @@ def compare(
         )
     if len(domain_sets) > 1:
         n_prompts = round(np.mean([len(domain_set.prompts) for domain_set in domain_sets]))
-        for name, forecast in (item for of_sae in forecasts for item in of_sae.items()):
-            for estimator in settings.estimators:
-                values = [getattr(domain, f"sts_{estimator}") for domain in forecast.domains]
-                intervals = [getattr(domain, f"sts_{estimator}_ci") for domain in forecast.domains]
-                decoder.passes.say(settle.ranking_line(name, estimator, n_prompts, values, intervals))
+        for of_sae, suffix in zip(forecasts, with_sae, strict=True):
+            for name, forecast in of_sae.items():
+                for estimator in settings.estimators:
+                    values = [getattr(domain, f"sts_{estimator}") for domain in forecast.domains]
+                    intervals = [getattr(domain, f"sts_{estimator}_ci") for domain in forecast.domains]
+                    line = settle.ranking_line(name + suffix, estimator, n_prompts, values, intervals)
+                    decoder.passes.say(line)
     return forecasts[0] if isinstance(sae, (str, Path, SAE)) else forecasts
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -136,14 +135,6 @@ class SAE:
                 digest.update(np.ascontiguousarray(as_float).tobytes())
         return digest.hexdigest()
 
-    @cached_property
-    def hook_layer(self) -> int | None:
-        """Index of the decoder layer whose output the SAE reads; None where its hook name does not tell.
-
-        Raises InputError for hooks other than the residual stream at a layer's output.
-        """
-        return hook_layer(self.hook_name)
-
     def decoder_rows(self, features: Sequence[int]) -> torch.Tensor | None:
         """[n_features, d_out] float32 rows of W_dec, gathered from the file; None where the checkpoint has none.
 
@@ -184,7 +175,7 @@ class SAE:
 
         factor: what rows are multiplied by before anything else
         said:   where it comes from
-        Raises InputError where it is not a positive number, or the files ask for none.
+        Raises InputError where it is not a positive number, or the files ask for none and it is not 1.
         """
         from sts_fast.sae.named_tensors import NO_HOOK
         from sts_fast.sae.saelens import FORGOTTEN_FOLDING
@@ -192,6 +183,8 @@ class SAE:
         if not 0 < factor < math.inf:
             raise InputError(f"--norm-scaling-factor must be a positive number, not {factor}")
         if FORGOTTEN_FOLDING not in self.notes and NO_HOOK not in self.notes:
+            if factor == 1:  # beside other SAEs, to which the option gives a factor
+                return self
             why = self.origin.get("input_norm", "no normalisation")
             raise InputError(f"{self.source} does not ask for --norm-scaling-factor ({why}): leave it out")
         is_transcoder = self.decoder is not None and bool(self.target_hook_name)
@@ -212,25 +205,6 @@ class SAE:
         if dtype not in ("float32", "bfloat16"):
             raise InputError(f"an SAE can be held as float32 or bfloat16, not {dtype}")
         return replace(self, W_enc=torch.as_tensor(self.W_enc).to(getattr(torch, dtype)))
-
-
-def hook_layer(hook_name: str) -> int | None:
-    """Layer index of a residual-stream hook: 'blocks.L.hook_resid_post', a resid_pre (L - 1) or a layer's module path.
-
-    Raises InputError for any other place in the model.
-    """
-    if not hook_name:
-        return None
-    if match := re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", hook_name):
-        return int(match[1])
-    if (match := re.fullmatch(r"blocks\.(\d+)\.hook_resid_pre", hook_name)) and int(match[1]) > 0:
-        return int(match[1]) - 1
-    if match := re.fullmatch(r"(?:[a-z_]+\.)*(?:layers|h|blocks)\.(\d+)", hook_name):
-        return int(match[1])
-    raise InputError(
-        f"the hook '{hook_name}' is not the residual stream after a decoder layer, the only place read so far: "
-        "use an SAE of a resid_post hook, or say where it reads with --layer"
-    )
 
 
 def load_sae(

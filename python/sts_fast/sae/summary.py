@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sts_fast.errors import InputError
+from sts_fast.hooks import split_name
 from sts_fast.sae import SAE
 
 MISSING = "not said"
@@ -51,10 +51,10 @@ def _dtype(sae: SAE) -> str:
 
 
 def _layer(sae: SAE) -> str:
-    try:
-        return "" if sae.hook_layer is None else f" (read after layer {sae.hook_layer})"
-    except InputError:  # another place in the model
+    place, layer = split_name(sae.hook_name)
+    if place not in ("resid_pre", "resid_post"):
         return ""
+    return f" (read {'after' if place == 'resid_post' else 'before'} layer {layer})"
 
 
 def _normalisation(sae: SAE) -> str:
