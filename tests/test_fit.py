@@ -158,6 +158,13 @@ def test_several_at_once_and_what_cannot_be_told(tmp_path: Path) -> None:
     assert [fit.fits for fit in fits] == [True, None, False]
     assert fits[1].variance_explained is None
     assert "none of its features fires" in fits[2].warning
+    # A forecast does without what a transcoder predicts, where the model has no such place.
+    [elsewhere] = measure_fit(
+        Decoder(model, LAYER),
+        [replace(right, hook_name="blocks.2.hook_resid_post", target_hook_name="blocks.1.mlp.hook_post_linear")],
+        make_prompts(),
+    )
+    assert (elsewhere.variance_explained, elsewhere.n_tokens) == (None, 1024)
     [few] = measure_fit(
         Decoder(model, LAYER), [replace(right, hook_name="blocks.2.hook_resid_post")], make_prompts()[:1]
     )

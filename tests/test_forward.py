@@ -155,6 +155,21 @@ def test_what_a_model_does_not_heed_is_not_used(family: str, ignored: tuple[str,
     assert "; not packed (" in said[0]
 
 
+class WrongWithoutMask(Decoder):
+    """A model that masks sequences wrongly by itself, and rightly where it is told what each token sees."""
+
+    def run(self, **inputs: Any) -> Any:
+        off = len(inputs["input_ids"]) > 1 and inputs["use_cache"] and "attention_mask" not in inputs
+        return [rows + off for rows in super().run(**inputs)]
+
+
+def test_sequences_in_rows_of_their_own_are_checked_where_they_may_be_packed() -> None:
+    model, ids = model_of("llama"), sequences()
+    passes = ForwardPasses(WrongWithoutMask(model, LAYER), batch_tokens=10_000)
+    assert_reads(passes, ids, own_positions(ids), model)
+    assert passes.strategy == "plain"
+
+
 def test_the_windows_are_as_before() -> None:
     model, ids = model_of("gemma2"), sequences()
     before = model.config.to_dict()
@@ -332,6 +347,20 @@ def test_the_budget_comes_from_the_free_memory(
 def test_free_memory_of_this_machine() -> None:
     free = forward.free_memory(torch.device("cpu"))
     assert free is None or 1_000_000 < free < 10**15
+
+
+def test_files_that_were_read_do_not_count_against_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in {
+        "memory.max": "2000000\n",
+        "memory.current": "1900000\n",
+        "memory.stat": "anon 400000\nfile 1500000\ninactive_file 900000\nactive_file 500000\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(forward, "CONTAINER", tmp_path)
+    assert forward.free_memory(torch.device("cpu")) == 2_000_000 - 1_900_000 + 1_400_000
+    (tmp_path / "memory.max").write_text("max\n")
+    free = forward.free_memory(torch.device("cpu"))
+    assert free is None or free > 2_000_000
 
 
 def test_tokenizer_of_another_model() -> None:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sts_fast.capture import SINK_NORM_RATIO, Decoder, padded_ids
+from sts_fast.capture import SINK_NORM_RATIO, Decoder, batches, padded_ids
 from sts_fast.encode import encode
 from sts_fast.errors import InputError
-from sts_fast.hooks import PLACES, place_name, split_name
+from sts_fast.hooks import PLACES, find_hooks, place_name, split_name
 from sts_fast.prompts import Prompt
 from sts_fast.sae import SAE
 
@@ -111,6 +111,7 @@ def measure_fit(decoder: Decoder, saes: Sequence[SAE], prompts: Sequence[Prompt]
     """
     last = max((hook.layer for hook in decoder.hooks if hook.layer is not None), default=-1)
     targets = {sae.target_hook_name for sae in saes if _layer(sae.target_hook_name, last + 1) <= last}
+    targets = {place for place in targets if _has(decoder, place)}
     places = {sae.hook_name for sae in saes} | targets
     lower = {sae.hook_name: _lower_places(sae) for sae in saes}
     places |= {place for some in lower.values() for place in some}
@@ -125,6 +126,13 @@ def measure_fit(decoder: Decoder, saes: Sequence[SAE], prompts: Sequence[Prompt]
 def _layer(name: str, otherwise: int) -> int:
     layer = split_name(name)[1]
     return otherwise if layer is None else layer
+
+
+def _has(decoder: Decoder, place: str) -> bool:
+    try:
+        return bool(find_hooks(decoder.model, [place], name=decoder.name))
+    except InputError:  # a forecast does without what its transcoder predicts
+        return False
 
 
 def _lower_places(sae: SAE) -> list[str]:
@@ -144,18 +152,19 @@ def _sample(decoder: Decoder, places: list[str], prompts: Sequence[Prompt]) -> d
             break
         chosen.append(prompt)
     reader = Decoder(decoder.model, *places, name=decoder.name)
-    ids = padded_ids(decoder.model, [prompt.base_ids for prompt in chosen], name=decoder.name)
-    seen = dict(zip(places, reader.run(input_ids=ids.to(decoder.device), use_cache=False), strict=True))
-    rows: dict[str, list[torch.Tensor]] = {place: [] for place in places}
-    for i, prompt in enumerate(chosen):
-        read = torch.from_numpy(prompt.positions.astype(np.int64))
-        kept = torch.ones(len(read), dtype=torch.bool)
-        for hook in decoder.hooks:
-            norms = seen[hook.name][i, : len(prompt.base_ids)].float().norm(dim=-1).cpu()
-            kept &= norms[read] <= SINK_NORM_RATIO * norms.median()
-        for place in places:
-            rows[place].append(seen[place][i].cpu()[read[kept]].float())
-    return {place: torch.cat(of_place)[:N_TOKENS] for place, of_place in rows.items()}
+    rows: dict[str, dict[int, torch.Tensor]] = {place: {} for place in places}
+    for batch in batches([len(prompt.base_ids) for prompt in chosen], 2 * N_TOKENS):
+        ids = padded_ids(decoder.model, [chosen[i].base_ids for i in batch], name=decoder.name)
+        seen = dict(zip(places, reader.run(input_ids=ids.to(decoder.device), use_cache=False), strict=True))
+        for row, i in enumerate(batch):
+            read = torch.from_numpy(chosen[i].positions.astype(np.int64))
+            kept = torch.ones(len(read), dtype=torch.bool)
+            for hook in decoder.hooks:
+                norms = seen[hook.name][row, : len(chosen[i].base_ids)].float().norm(dim=-1).cpu()
+                kept &= norms[read] <= SINK_NORM_RATIO * norms.median()
+            for place in places:
+                rows[place][i] = seen[place][row].cpu()[read[kept]].float()
+    return {place: torch.cat([of[i] for i in range(len(chosen))])[:N_TOKENS] for place, of in rows.items()}
 
 
 def _fit(sae: SAE, acts: torch.Tensor, target: torch.Tensor | None, elsewhere: dict[str, torch.Tensor]) -> Fit:

@@ -50,8 +50,8 @@ CHECK_TOLERANCE = {"float64": 1e-8, "float32": 1e-4, "bfloat16": 6e-2, "float16"
 
 # A CPU gains nothing from more tokens than fit into its caches.
 MOST_BATCH_TOKENS, MOST_ON_CPU, LEAST_BATCH_TOKENS = 8192, 2048, 256
-# Of the free memory, what a batch may take.
-MEMORY_SHARE = 0.4
+# Of the free memory, what a batch may take; and where Linux says what a container may use.
+MEMORY_SHARE, CONTAINER = 0.4, Path("/sys/fs/cgroup")
 
 
 class Reader(Protocol):
@@ -108,7 +108,7 @@ class _Launched:
     rows: list[list[torch.Tensor]]
     norms: list[torch.Tensor]
     spans: list[tuple[int, int]]
-    ready: Any
+    ready: list[Any]
 
 
 class ForwardPasses:
@@ -214,18 +214,19 @@ class ForwardPasses:
             flat = activation.flatten(0, 1)
             norms.append(row_norms(flat).to("cpu", non_blocking=True))
             picked.append([flat[_moved(read, flat.device)] for read in reads])
-        ready = None
-        if device.type == "cuda":
-            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            ready.record()
+        # A model may be spread over devices, and none of them need be torch's current one.
+        ready = []
+        for place in {activation.device for activation in activations if activation.is_cuda}:
+            ready.append(torch.cuda.Event())  # type: ignore[no-untyped-call]
+            ready[-1].record(torch.cuda.current_stream(place))
         self.seconds += time.perf_counter() - started
         return _Launched(picked, norms, spans, ready)
 
     def finish(self, sequences: Sequences, launched: _Launched) -> list[Read]:
         """What each sequence of a batch gives, once it is there."""
         started = time.perf_counter()
-        if launched.ready is not None:
-            launched.ready.synchronize()
+        for event in launched.ready:
+            event.synchronize()
         shared = sequences.shared_norms or [np.empty(0)] * len(launched.norms)
         norms = [[before, own.numpy()] for before, own in zip(shared, launched.norms, strict=True)]
         self.seconds += time.perf_counter() - started
@@ -395,10 +396,12 @@ class ForwardPasses:
             return f"because of {unknown[0]} in the model's config"
         self.strategy = strategy
         batch = list(range(len(ids)))
-        layout = [batch] if strategy == "packed" else [[slot] for slot in batch]
+        apart = [[slot] for slot in batch]
+        # Packed sequences may also get a row each, which the model then masks itself.
+        ways = [(n, rows) for n in (CHECK_SHARED, 0) for rows in ([batch], apart)]
         worst = 0.0
         try:
-            for n_shared in (CHECK_SHARED, 0) if strategy == "packed" else (CHECK_SHARED,):
+            for n_shared, layout in ways if strategy == "packed" else [(CHECK_SHARED, apart)]:
                 read = [np.arange(n_shared, len(one), dtype=np.int32) for one in ids]
                 sequences = Sequences(self, ids, read, n_shared)
                 for _ in range(2):  # the second time finds the cache as the first has left it
@@ -499,10 +502,14 @@ def free_memory(device: torch.device) -> int | None:
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+        limit = (CONTAINER / "memory.max").read_text(encoding="ascii").strip()
         if limit != "max":
-            found.append(int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii")))
-    except (OSError, ValueError):
+            used = int((CONTAINER / "memory.current").read_text(encoding="ascii"))
+            lines = (CONTAINER / "memory.stat").read_text(encoding="ascii").splitlines()
+            # Pages of files, such as those of checkpoints just read, are given up when memory is asked for.
+            files = [int(line.split()[1]) for line in lines if line.split()[0] in ("active_file", "inactive_file")]
+            found.append(int(limit) - used + sum(files))
+    except (OSError, ValueError, IndexError):
         pass
     return min(found, default=None)
 

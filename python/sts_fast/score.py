@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, get_args, ove
 
 import numpy as np
 
-from sts_fast import _cpu, controls, explain, results, settle
+from sts_fast import _cpu, controls, cuda, explain, results, settle
 from sts_fast._version import __version__
 from sts_fast.capture import (
     Decoder,
@@ -335,6 +335,8 @@ def compare(
     settings.warn(*names)
     decoder = _decoder(model, saes, settings, name="the model")
     tuned_decoder = None if tuned is None else _decoder(tuned, saes, settings, name="the tuned model")
+    if decoder.device.type == "cuda" and (reason := cuda.missing_reason()) is not None:
+        decoder.passes.say(f"the model runs on {decoder.device}, its features are computed on the CPU: {reason}")
     if settings.controls == "all" and not isinstance(model, (str, Path)) and model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
         raise InputError(
             "the base model's loss and accuracy need its head: give a model with one, or --controls features"
