@@ -186,6 +186,25 @@ def test_files_of_a_repository(hub_cache: Callable[[str], Path]) -> None:
     assert load_sae("owner/one").d_in == D_IN
 
 
+def test_a_hub_that_cannot_be_reached(
+    hub_cache: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The cache serves without the hub too, and what is not in it is told without the hub's retries and log lines."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    write_sae(hub_cache("owner/one"))
+    assert load_sae("owner/one").d_in == D_IN
+    with pytest.raises(
+        InputError, match="cannot get owner/two from the hub: it is not in the cache, and the hub could"
+    ):
+        load_sae("owner/two:layer_3")
+    with pytest.raises(InputError, match="no repository of that name can be had"):
+        load_sae("owner/two")
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -755,6 +755,16 @@ def test_real_prompts_are_sent_word_for_word(real: Real, real_run: Callable[[str
         assert tokenizer.decode(of_answer) == by_id[row["id"]]["answer"]
 
 
+def test_a_single_path_stands_for_a_list_of_one(tiny: Tiny) -> None:
+    path, options = str(tiny.domains["spelling"]), {"model": tiny.model, "train": tiny.train, "top_n": TOP_N}
+    one, listed = (
+        sts_fast.score(sae=tiny.saes["topk"], domains=domains, demos=demos, estimators=("act",), **options)
+        for domains, demos in ((path, f"train={path}"), ([path], [f"train={path}"]))
+    )
+    assert [domain.name for domain in one.domains] == [Path(path).stem]
+    assert one.to_dict()["domains"] == listed.to_dict()["domains"]
+
+
 # --- several SAEs in one pass: always runs ---
 
 

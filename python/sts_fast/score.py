@@ -319,6 +319,8 @@ def compare(
     if not saes:
         raise InputError("there is no SAE to read the model with: give one or more with --sae")
 
+    domains = [str(domains)] if isinstance(domains, (str, Path)) else domains
+    demos = [str(demos)] if isinstance(demos, (str, Path)) else demos
     fields = _Fields(settings.question_fields or {}, settings.answer_fields or {})
     train_examples = {name: fields.read(name, source) for name, source in trains.items()}
     domain_examples = _read_sets(domains, fields, list(trains))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -153,13 +154,16 @@ def _files(repository: str) -> list[str]:
     from huggingface_hub import HfApi, constants
 
     if not constants.HF_HUB_OFFLINE:
-        try:
-            return list(HfApi().list_repo_files(repository))
-        except Exception as error:  # as above
-            raise InputError(f"cannot list {repository} on the hub: {_reason(error)}") from error
+        with suppress(Exception):  # what is wrong with the network, the hub or the name, the snapshot says below
+            return sorted(file.rfilename for file in HfApi().model_info(repository).siblings or [])
     root = _snapshot(repository, [])
     return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
 
 
 def _reason(error: Exception) -> str:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if isinstance(error, LocalEntryNotFoundError):
+        why = str(error.__cause__).partition("\n")[0][:100]
+        return f"it is not in the cache, and the hub could not be asked ({why})"
     return " ".join(str(error).split())[:200] or type(error).__name__
