@@ -11,6 +11,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from families import FAMILIES, make_model
 from numpy.typing import NDArray
 from tiny import D_IN, LAYER, Tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -233,6 +234,21 @@ def test_several_pushes_and_batch_budgets_change_no_number(material: Material, t
         assert close(values[1], pull_alone.values[name][0]), name
     assert close(pull.contributions[1], pull_alone.contributions[0])
     assert close(pull.nll, pull_alone.nll)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_of_every_family_run_on_from_the_hook_as_they_were(family: str) -> None:
+    rng, none = np.random.default_rng(0), np.zeros(0, np.int32)
+    prompts = [
+        Prompt(str(n), rng.integers(3, 60, n).astype(np.int32), none, np.arange(6, n, dtype=np.int32), none, none, 0)
+        for n in (8, 11, 12)
+    ]
+    hooked = HookedModel(make_model(family), 1)
+    Q = projection(hooked.d_in)
+    for rows in hooked.answer_rows(prompts, Q, batch_tokens=30):
+        nll, g = hooked.from_hook(rows, prompts, torch.zeros(len(rows.at), hooked.d_in, dtype=torch.float64), Q)
+        assert close(nll, rows.nll)
+        assert close(g, rows.g)
 
 
 def test_the_model_is_left_as_it_was(material: Material, tiny: Tiny) -> None:

@@ -85,6 +85,7 @@ class HookedModel:
         self.d_in: int = config.hidden_size
         self._below, self._block = list(layers)[: layer + 1], layers[layer]
         self._bos, self._vocabulary = config.bos_token_id, config.vocab_size
+        self._gives_tuple = False  # whether layers give (hidden states, ...), seen when they are run
 
     def answer_rows(
         self, prompts: Sequence[Prompt], Q: Doubles | None = None, *, batch_tokens: int
@@ -174,7 +175,8 @@ class HookedModel:
     @contextmanager
     def _changing(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
         def hook(module: Any, args: Any, output: Any) -> Any:
-            return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+            self._gives_tuple = isinstance(output, tuple)
+            return (change(output[0]), *output[1:]) if self._gives_tuple else change(output)
 
         handle = self._block.register_forward_hook(hook)
         try:
@@ -197,7 +199,7 @@ class HookedModel:
     @contextmanager
     def _skipping_below(self) -> Iterator[None]:
         def hand_on(hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-            return hidden_states
+            return (hidden_states,) if self._gives_tuple else hidden_states
 
         for block in self._below:
             block.forward = hand_on
