@@ -439,6 +439,8 @@ def test_several_saes_side_by_side(score: Options, run: Callable[..., Ran], tmp_
     assert (one, other, r) == pytest.approx((1, 1, np.corrcoef(*ranks)[0, 1]))
     assert other_r == r
     assert json.loads(run(both.with_(json=True)).out) == comparison
+    for words in (["report", both.output], ["validate", both.output, "--before", tmp_path / "none.csv"]):
+        assert f"folders that do ({', '.join(names)}): give one of them" in assert_refused(run(*words))
 
     sets = replace(both.with_(train=[f"x={score.values['train']}"], output=tmp_path / "sets"), command="compare")
     assert run(sets).code == 0

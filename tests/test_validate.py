@@ -349,7 +349,7 @@ def test_faults_of_a_run(tmp_path: Path) -> None:
         validate({"domains": flat}, outcomes)
     with pytest.raises(InputError, match=r"holds no scores of the estimator 'act_sq': it has act, icl"):
         validate(run, outcomes, estimator="act_sq")
-    with pytest.raises(InputError, match=r"there is no .*scores.json: give the folder"):
+    with pytest.raises(InputError, match=r"has no scores\.json itself, but folders that do \(run\): give one of them"):
         validate(tmp_path, outcomes)
     for text, message in (("{", "not a readable scores.json"), ("[]", "it lists no domains"), ("{}", "lists no dom")):
         (tmp_path / "scores.json").write_text(text)

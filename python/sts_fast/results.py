@@ -294,6 +294,18 @@ def prepare_folder(folder: Path) -> None:
     (folder / ".writable").unlink()
 
 
+def check_has_scores(folder: Path) -> None:
+    """Raises InputError for a folder without scores.json, with those below it: one for each SAE or training set."""
+    if (folder / SCORES_FILE).is_file():
+        return
+    found = [path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{SCORES_FILE}")]
+    below = sorted(path.relative_to(folder).as_posix() for path in found)
+    if below:
+        some = ", ".join(below[:5]) + (", …" if len(below) > 5 else "")
+        raise InputError(f"{folder} has no {SCORES_FILE} itself, but folders that do ({some}): give one of them")
+    raise InputError(f"{folder} has no {SCORES_FILE}: give the --output folder of sts-fast score")
+
+
 def _plain(record: DomainScore | ShiftedFeature) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(record).items()}
 

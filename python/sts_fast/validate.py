@@ -15,7 +15,7 @@ import numpy as np
 
 from sts_fast.errors import InputError
 from sts_fast.outcomes import Outcome, Outcomes, cautions, listed, match_domains, read_outcomes
-from sts_fast.results import SCORES_FILE, Forecast, Interval
+from sts_fast.results import SCORES_FILE, Forecast, Interval, check_has_scores
 from sts_fast.signed import SIGNED_FIELDS
 
 if TYPE_CHECKING:
@@ -321,6 +321,8 @@ def _control_values(control: str, entry: Any, key: str) -> list[tuple[str, Any]]
 
 
 def _read_run(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        check_has_scores(path)
     file = path / SCORES_FILE if path.is_dir() else path
     try:
         document = json.loads(file.read_text(encoding="utf-8"))

@@ -18,6 +18,7 @@ from sts_fast.results import (
     SHIFT_FILE,
     TRAINING_FILE,
     VALIDATION_FILE,
+    check_has_scores,
     scores_schema,
 )
 
@@ -72,8 +73,7 @@ def read_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}: give the --output folder of sts-fast score")
     path = folder / SCORES_FILE
-    if not path.is_file():
-        raise InputError(f"{folder} has no {SCORES_FILE}: give the --output folder of sts-fast score")
+    check_has_scores(folder)
     scores = _read_json(path)
     _check_scores(scores, path)
     top = [feature["index"] for feature in scores["shifted_features"]]
