@@ -58,6 +58,7 @@ from sts_fast.signed import SIGNED_ESTIMATORS, SignedEstimator, hook_layer, meas
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import torch
     from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -757,7 +758,11 @@ class _DomainSums:
         self.weights = {
             (shift.name, control): weight for shift in shifts for control, weight in shift.weights(self.columns).items()
         }
-        self.raw_tops = {(shift.name, controls.RAW_CONTROL): shift.raw_top for shift in shifts}
+        # Of the residual stream only these dimensions are brought to the CPU.
+        self.raw_dims = np.unique(np.concatenate([shift.raw_top for shift in shifts]))
+        self.raw_tops = {
+            (shift.name, controls.RAW_CONTROL): np.searchsorted(self.raw_dims, shift.raw_top) for shift in shifts
+        }
         self.sums: dict[tuple[str, str, str], Doubles] = {
             (*key, name): np.zeros(len(prompt_set.prompts))
             for key in (*self.weights, *self.raw_tops)
@@ -780,7 +785,7 @@ class _DomainSums:
         prompt_of = np.repeat(rows.base_of, np.diff(active.indptr))
         column_of = np.searchsorted(self.columns, active.indices)
         values = active.values.astype(np.float64)
-        residual = rows.base.double().cpu().numpy()
+        residual = self._raw(rows.base)
         for name, term, raw_term in (("act", values, np.abs(residual)), ("act_sq", values**2, residual**2)):
             if name in self.estimators:
                 for key, weight in self.weights.items():
@@ -789,13 +794,20 @@ class _DomainSums:
                     per_token = raw_term[:, dims].sum(axis=1)
                     self.sums[(*key, name)] += np.bincount(rows.base_of, per_token, minlength=n_prompts)
 
+    def _raw(self, rows: torch.Tensor) -> Doubles:
+        """[n_tokens, n_raw_dims]"""
+        import torch
+
+        found: Doubles = rows[:, torch.from_numpy(self.raw_dims).to(rows.device)].double().cpu().numpy()
+        return found
+
     def _add_shifts(self, rows: PairedRows) -> None:
         n_prompts = len(self.prompt_set.prompts)
         # One "replicate" per prompt, so that a single pass over the rows gives each prompt its own sums.
         of_prompt = (rows.paired_of[:, None] == np.asarray(rows.prompts)).astype(np.float64)
         stats = ShiftStats(self.sae, columns=self.columns, n_replicates=len(rows.prompts))
         stats.update(rows.paired, rows.demos, of_prompt)
-        squares = (rows.demos.double() - rows.paired.double()).cpu().numpy() ** 2
+        squares = (self._raw(rows.demos) - self._raw(rows.paired)) ** 2
         for key, weight in self.weights.items():
             self.sums[(*key, "icl")][rows.prompts] = np.einsum("j,jp->p", weight, stats.weighted_sq_shift)
         for key, dims in self.raw_tops.items():
