@@ -18,8 +18,8 @@ PACKAGE = ROOT / "python" / "sts_fast"
 ORDER = [
     *("_version", "_cpu", "_cuda"),
     *("errors", "files", "cuda", "examples", "prompts", "probe", "hooks", "forward", "capture"),
-    *("sae", "backend", "torch_ops", "encode", "fit", "shift", "correlate"),
-    *("controls", "gradients", "ntk", "explain", "results", "settle", "signed", "score"),
+    *("sae", "sets", "backend", "torch_ops", "encode", "fit", "shift", "correlate"),
+    *("controls", "gradients", "ntk", "explain", "results", "settle", "signed", "activations", "score"),
     *("outcomes", "validate", "report", "organism", "demo", "trainer", "cli", "__main__"),
 ]
 HEAVY = {"torch", "transformers", "sae_lens", "pandas", "pyarrow", "matplotlib", "datasets"}

@@ -5,6 +5,7 @@ Importing this loads neither torch nor transformers: they are imported where the
 
 from sts_fast._cpu import get_num_threads, set_num_threads
 from sts_fast._version import __version__
+from sts_fast.activations import Activations, capture_activations
 from sts_fast.backend import set_precision
 from sts_fast.correlate import CorrelationStats
 from sts_fast.encode import SparseFeatures, encode
@@ -20,6 +21,7 @@ from sts_fast.validate import validate
 
 __all__ = [
     "SAE",
+    "Activations",
     "CorrelationStats",
     "Example",
     "Forecast",
@@ -27,6 +29,7 @@ __all__ = [
     "ShiftStats",
     "SparseFeatures",
     "__version__",
+    "capture_activations",
     "compare",
     "encode",
     "get_num_threads",

@@ -71,6 +71,7 @@ class Decoder:
     hooks:   the places as found in the model, in the order asked for
     passes:  its forward passes: how they are run, how large they may be, how many there were
     context_length: most tokens a prompt may have; None where the model's config sets no limit
+    dtype:   of its weights; revision: commit on the hub that it came from, if it did
 
     Raises InputError where the model has no such place.
     """
@@ -79,6 +80,8 @@ class Decoder:
         config = model.config.get_text_config()  # type: ignore[union-attr, operator]
         self.model, self.name = model.eval(), name
         self.context_length: int | None = getattr(config, "max_position_embeddings", None)
+        self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        self.revision: str | None = getattr(model.config, "_commit_hash", None)
         self.device = input_device(model)
         self.hooks: list[Hook] = find_hooks(model, places, name=name)
         self.passes = ForwardPasses(self)
@@ -144,11 +147,14 @@ def padded_ids(model: torch.nn.Module, sequences: Sequence[IntArray], *, name: s
     return ids
 
 
-def capture(decoder: Decoder, prompts: Sequence[Prompt], *, other: Decoder | None = None) -> Iterator[list[PairedRows]]:
+def capture(
+    decoder: Decoder, prompts: Sequence[Prompt], *, other: Decoder | None = None, n_done: int = 0
+) -> Iterator[list[PairedRows]]:
     """Runs prompts through the decoder, shortest first, and yields the rows read, a batch at a time, for each hook.
 
     other: pairs each token with itself in this second model (the true shift after training) instead of with
         demonstrations; demos_ids is not looked at then
+    n_done: how many prompts to leave out, of the first of those that would be yielded
 
     Attention sinks (a norm over 10 times the median of the sequence up to its last token read, at the hook) are left
     out, and so is a pair of which either token is one. How the prompts are run is up to `decoder.passes`. A prompt that
@@ -162,7 +168,7 @@ def capture(decoder: Decoder, prompts: Sequence[Prompt], *, other: Decoder | Non
     elif prompts and all(len(p.demos_ids) for p in prompts):
         sides.append(decoder.passes.prepare([p.demos_ids for p in prompts], [p.paired_demos for p in prompts]))
         partners = [(p.paired, p.paired_demos) for p in prompts]
-    for batch, reads in run_batches(*sides):
+    for batch, reads in run_batches(*sides, n_done=n_done):
         for side, of_side in zip(sides, reads, strict=True):
             _mend(side, batch, of_side, prompts)
         yield [_rows_read(hook, batch, prompts, partners, reads) for hook in range(len(decoder.hooks))]

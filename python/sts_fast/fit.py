@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from sts_fast.capture import SINK_NORM_RATIO, Decoder, batches, padded_ids
 from sts_fast.encode import encode
 from sts_fast.errors import InputError
-from sts_fast.hooks import PLACES, find_hooks, place_name, split_name
+from sts_fast.hooks import PLACES, Hook, find_hooks, place_name, split_name
 from sts_fast.prompts import Prompt
 from sts_fast.sae import SAE
 
@@ -83,6 +83,15 @@ def check_names(sae: SAE, config: Any, name: str) -> str | None:
     return f"{told}: give an SAE of this model, unless it is that one tuned further" if from_hub else None
 
 
+def check_width(sae: SAE, hook: Hook, name: str) -> None:
+    """Raises InputError where an SAE reads another number of dimensions than a hook of the model `name` gives."""
+    if sae.d_in != hook.d_in:
+        raise InputError(
+            f"the SAE {sae.source} reads {sae.d_in} dimensions, but {name} has {hook.d_in} {hook.where}: "
+            "give an SAE that was trained on this place of this model"
+        )
+
+
 def _related(one: str, other: str) -> bool:
     keys = [_key(one), _key(other)]
     return all(keys) and (keys[0] in keys[1] or keys[1] in keys[0])
@@ -113,12 +122,19 @@ def measure_fit(decoder: Decoder, saes: Sequence[SAE], prompts: Sequence[Prompt]
     targets = {sae.target_hook_name for sae in saes if _layer(sae.target_hook_name, last + 1) <= last}
     targets = {place for place in targets if _has(decoder, place)}
     places = {sae.hook_name for sae in saes} | targets
-    lower = {sae.hook_name: _lower_places(sae) for sae in saes}
-    places |= {place for some in lower.values() for place in some}
-    rows = _sample(decoder, sorted(places), prompts)
+    places |= {place for sae in saes for place in _lower_places(sae)}
+    return fit_rows(saes, _sample(decoder, sorted(places), prompts))
+
+
+def fit_rows(saes: Sequence[SAE], rows: Mapping[str, torch.Tensor]) -> list[Fit]:
+    """What each SAE makes of the same tokens at each place.
+
+    rows: [n_tokens, d] float32 by place: where the SAEs read, and, as far as they are at hand, what transcoders predict
+        and lower layers
+    """
     fits = []
     for sae in saes:
-        elsewhere = {place: rows[place] for place in lower[sae.hook_name]}
+        elsewhere = {place: rows[place] for place in _lower_places(sae) if place in rows}
         fits.append(_fit(sae, rows[sae.hook_name], rows.get(sae.target_hook_name), elsewhere))
     return fits
 

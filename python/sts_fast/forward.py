@@ -417,8 +417,8 @@ class ForwardPasses:
         return None if worst <= tolerance else f"(off by {worst:.1g})"
 
 
-def run_batches(*sides: Sequences) -> Iterator[tuple[list[int], list[list[Read]]]]:
-    """Runs the sequences of each side (as without and with demonstrations), shortest first.
+def run_batches(*sides: Sequences, n_done: int = 0) -> Iterator[tuple[list[int], list[list[Read]]]]:
+    """Runs the sequences of each side (as without and with demonstrations), shortest first, less the first n_done.
 
     Yields the indices of a batch and, for each side, what each of them gives. A batch that does not fit into memory is
     run again in halves. On CUDA a batch is on its way while the one before is being used.
@@ -427,7 +427,7 @@ def run_batches(*sides: Sequences) -> Iterator[tuple[list[int], list[list[Read]]
     """
     n_sequences = len(sides[0].ids)
     lengths = np.max([[side.n_own(i) for i in range(n_sequences)] for side in sides], axis=0, initial=0)
-    order = [int(i) for i in np.argsort(lengths, kind="stable")] if n_sequences else []
+    order = [int(i) for i in np.argsort(lengths, kind="stable")][n_done:] if n_sequences else []
     ahead: deque[tuple[list[int], list[_Launched]]] = deque()
     n_ahead = 1 if sides[0].passes.reader.device.type == "cuda" else 0
     while order or ahead:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import platform
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, get_args, overload
@@ -14,6 +14,7 @@ import numpy as np
 
 from sts_fast import _cpu, controls, cuda, explain, results, settle
 from sts_fast._version import __version__
+from sts_fast.activations import MODEL_FOLDER, Activations, is_activations
 from sts_fast.capture import (
     Decoder,
     PairedRows,
@@ -27,21 +28,12 @@ from sts_fast.capture import (
 from sts_fast.correlate import CorrelationStats
 from sts_fast.encode import SparseFeatures, encode
 from sts_fast.errors import InputError
-from sts_fast.examples import Example, load_domains, load_examples
-from sts_fast.fit import Fit, check_names, measure_fit
+from sts_fast.fit import Fit, check_names, check_width, fit_rows, measure_fit
 from sts_fast.forward import MOST_BATCH_TOKENS
 from sts_fast.gradients import HookedModel
 from sts_fast.hooks import Hook, place_name
 from sts_fast.ntk import FeatureKind
-from sts_fast.prompts import (
-    PromptSet,
-    PromptTemplate,
-    TokenClass,
-    build_prompts,
-    choose_demos,
-    prompts_sha256,
-    show_prompt,
-)
+from sts_fast.prompts import PromptSet, TokenClass, prompts_sha256, show_prompt
 from sts_fast.results import (
     ESTIMATORS,
     DomainScore,
@@ -53,6 +45,7 @@ from sts_fast.results import (
     sae_names,
 )
 from sts_fast.sae import SAE, load_sae
+from sts_fast.sets import MIN_PROMPTS, Fields, Kind, Sampling, Sets, Source, check_enough, common_template
 from sts_fast.shift import ShiftStats, top_indices
 from sts_fast.signed import SIGNED_ESTIMATORS, SignedEstimator, hook_layer, measure_signed
 
@@ -67,11 +60,9 @@ if TYPE_CHECKING:
 
 Dims = Literal["icl", "tuned", "active"]
 Controls = Literal["features", "all"]
-Source = str | Path | Sequence[Example]
 SAESource = str | Path | SAE
 Progress = Callable[[str, int, int], None]
 
-MIN_PROMPTS = 8
 N_BOOTSTRAP = 1000
 CONFIDENCE = 0.95
 # Resamplings of the training prompts that tell how settled D_N is; each costs one float64 per feature.
@@ -185,8 +176,15 @@ class Settings:
         for warning in filter(None, warnings):
             if self.strict:
                 raise InputError(f"{warning} (--strict)")
-            if self.say is not None:
-                self.say(f"warning: {warning}")
+            self.tell_line(f"warning: {warning}")
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.shots, self.domain_shots, self.tokens, self.limit, self.seed)
+
+    def tell_line(self, line: str) -> None:
+        if self.say is not None:
+            self.say(line)
 
     def tell(self, stage: str, done: int, total: int) -> None:
         if self.progress is not None:
@@ -234,7 +232,8 @@ def score(
 ) -> Forecast | list[Forecast]:
     """Forecasts how strongly training on `train` will move each domain, before any training.
 
-    model:     folder or hub id of a causal language model, or one in memory (then with its `tokenizer`)
+    model:     folder or hub id of a causal language model, or one in memory (then with its `tokenizer`); or a folder of
+               activations that `capture_activations` wrote of the same sets, and no model is run
     sae:       an SAE of it: folder, 'release/id', or one loaded by load_sae; or several, each of its own place in the
                model, which share every forward pass
     train:     the training set: a file, a folder, or examples
@@ -312,87 +311,80 @@ def compare(
     signed: list[SignedEstimator] = [name for name in settings.estimators if name in SIGNED_ESTIMATORS]  # type: ignore[misc]
     unsigned = [name for name in settings.estimators if name in ESTIMATORS]
     settings = replace(settings, estimators=unsigned or ["act"])
-    if not trains:
-        raise InputError("there is no training set to forecast: give one or more, by name")
     if (settings.dims == "tuned") != (tuned is not None):
         raise InputError("--dims tuned and --tuned MODEL go together: the true shift needs the model after training")
     saes = [_loaded_sae(one, settings) for one in ([sae] if isinstance(sae, (str, Path, SAE)) else sae)]
     if not saes:
         raise InputError("there is no SAE to read the model with: give one or more with --sae")
 
-    domains = [str(domains)] if isinstance(domains, (str, Path)) else domains
-    demos = [str(demos)] if isinstance(demos, (str, Path)) else demos
-    fields = _Fields(settings.question_fields or {}, settings.answer_fields or {})
-    train_examples = {name: fields.read(name, source) for name, source in trains.items()}
-    domain_examples = _read_sets(domains, fields, list(trains))
-    if "train" in domain_examples and "train" in trains:
-        raise InputError("a domain cannot be called 'train', the name of the training set: rename it, as in new=path")
-    demo_examples = _read_demos(demos or {}, fields, [*trains, *domain_examples])
-
-    tokenizer = tokenizer or (load_tokenizer(model) if isinstance(model, (str, Path)) else None)
+    fields = Fields(settings.question_fields or {}, settings.answer_fields or {})
+    sets = Sets.read(trains, domains, demos, fields)
+    sampling = settings.sampling
+    activations = Activations(model, device=settings.device) if is_activations(model) else None
+    if activations is not None:
+        _check_activations(activations, settings, signed, domain_shots=bool(sets.domains))
+    source = model if activations is None else activations.folder / MODEL_FOLDER
+    tokenizer = tokenizer or (load_tokenizer(source) if isinstance(source, (str, Path)) else None)
     if tokenizer is None:
         raise ValueError("a model in memory needs its tokenizer: score(..., tokenizer=...)")
-    config = load_config(model) if isinstance(model, (str, Path)) else model.config
+    config = load_config(source) if isinstance(source, (str, Path)) else source.config
     model_name = str(model) if isinstance(model, (str, Path)) else "the model"
+    model_name = model_name if activations is None else activations.name
     names = [check_names(sae, config, model_name) for sae in saes]
     settings.warn(*names)
-    decoder = _decoder(model, saes, settings, name="the model")
+    template = common_template(tokenizer, saes)
+    reader: Decoder | Activations
+    if activations is not None:
+        activations.check_template(template, saes[0])
+        activations.read_at(saes)
+        reader = activations
+    else:
+        reader = _decoder(model, saes, settings, name="the model")
+        if reader.device.type == "cuda" and (reason := cuda.missing_reason()) is not None:
+            settings.tell_line(f"the model runs on {reader.device}, its features are computed on the CPU: {reason}")
     tuned_decoder = None if tuned is None else _decoder(tuned, saes, settings, name="the tuned model")
-    if decoder.device.type == "cuda" and (reason := cuda.missing_reason()) is not None:
-        decoder.passes.say(f"the model runs on {decoder.device}, its features are computed on the CPU: {reason}")
     if settings.controls == "all" and not isinstance(model, (str, Path)) and model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
         raise InputError(
             "the base model's loss and accuracy need its head: give a model with one, or --controls features"
         )
-    layers = [hook_layer(_hook_of(decoder, one), one) for one in saes if signed]
-    template = _template(tokenizer, saes)
+    layers = [hook_layer(_hook_of(reader, one), one) for one in saes if signed]
 
-    def prompts_of(name: str, examples: list[Example], shots: int, *, show: bool, tokens: TokenClass) -> PromptSet:
-        # Demonstrations are set aside even where they are not shown, so that the same queries are asked either way.
-        demos, queries = choose_demos(name, examples, shots, demo_examples.get(name), required=show)
-        return build_prompts(
+    def prompts_of(kind: Kind, name: str, *, show: bool, tokens: TokenClass | None = None) -> PromptSet:
+        examples = (sets.trains if kind == "train" else sets.domains)[name]
+        if activations is not None:
+            return activations.prompts(kind, name, examples, sets.demos.get(name), show=show)
+        return sampling.prompts(
             name,
-            queries,
+            examples,
+            sets.demos.get(name),
             template,
-            demos=demos if show else (),
+            reader.context_length,
+            kind=kind,
+            show=show,
             tokens=tokens,
-            context_length=decoder.context_length,
-            limit=settings.limit,
-            seed=settings.seed,
         )
 
     # Every set is made ready before the first forward pass, so that bad input is told at once.
-    train_sets = [
-        prompts_of(name, examples, settings.shots, show=settings.dims == "icl", tokens=settings.tokens)
-        for name, examples in train_examples.items()
-    ]
-    domain_sets = [
-        prompts_of(name, examples, settings.domain_shots, show="icl" in settings.estimators, tokens=settings.tokens)
-        for name, examples in domain_examples.items()
-    ]
+    train_sets = [prompts_of("train", name, show=settings.dims == "icl") for name in sets.trains]
+    domain_sets = [prompts_of("domain", name, show="icl" in settings.estimators) for name in sets.domains]
     for prompt_set in train_sets:
-        _check_enough(prompt_set, decoder.context_length, "training set")
+        check_enough(prompt_set, reader.context_length, "train")
     for prompt_set in domain_sets:
-        _check_enough(prompt_set, decoder.context_length, "domain")
+        check_enough(prompt_set, reader.context_length, "domain")
     # The base model's own answers, without demonstrations, where a domain has enough of them.
     answer_sets = [
         answer_set
-        for name, examples in domain_examples.items()
+        for name in sets.domains
         if (settings.controls == "all" or signed)
-        and len((answer_set := prompts_of(name, examples, settings.domain_shots, show=False, tokens="answer")).prompts)
-        >= MIN_PROMPTS
+        and len((answer_set := prompts_of("domain", name, show=False, tokens="answer")).prompts) >= MIN_PROMPTS
     ]
 
     if settings.show is not None:
         for prompt_set in (*train_sets, *domain_sets):
             settings.show(show_prompt(prompt_set, tokenizer))
-    train_answers = [
-        prompts_of(name, examples, settings.shots, show=False, tokens="answer")
-        for name, examples in train_examples.items()
-        if signed
-    ]
+    train_answers = [prompts_of("train", name, show=False, tokens="answer") for name in sets.trains if signed]
     for prompt_set in train_answers:
-        _check_enough(prompt_set, decoder.context_length, "training set")
+        check_enough(prompt_set, reader.context_length, "train")
     if signed and not answer_sets:
         raise InputError(
             f"no domain has the {MIN_PROMPTS} answered questions that signed estimators need: add answers, or leave "
@@ -401,27 +393,29 @@ def compare(
 
     labels = {} if settings.labels is None else explain.read_labels(settings.labels)
 
-    fits = [
-        replace(fit, names=name)
-        for fit, name in zip(measure_fit(decoder, saes, train_sets[0].prompts), names, strict=True)
-    ]
+    of_saes = (
+        measure_fit(reader, saes, train_sets[0].prompts)
+        if isinstance(reader, Decoder)
+        else fit_rows(saes, reader.sample(train_sets[0]))
+    )
+    fits = [replace(fit, names=name) for fit, name in zip(of_saes, names, strict=True)]
     settings.warn(*(fit.warning for fit in fits))
 
-    shifts = [_measure_shifts(decoder, saes, train_set, settings, tuned_decoder) for train_set in train_sets]
+    shifts = [_measure_shifts(reader, saes, train_set, settings, tuned_decoder) for train_set in train_sets]
     called = sae_names([(one.source, one.hook_name) for one in saes])
     with_sae = [f" with {name}" if len(saes) > 1 else "" for name in called]
     for of_saes in shifts:
         for shift, suffix in zip(of_saes, with_sae, strict=True):
             overlap = float(np.mean(shift.overlaps(settings.top_n)))
             n_prompts = len(shift.prompt_set.prompts)
-            decoder.passes.say(settle.shift_line(shift.name + suffix, settings.top_n, n_prompts, overlap))
+            settings.tell_line(settle.shift_line(shift.name + suffix, settings.top_n, n_prompts, overlap))
     shifts_of = [[of_saes[i] for of_saes in shifts] for i in range(len(saes))]
-    reads = [_read_domain(decoder, saes, domain_set, shifts_of, settings) for domain_set in domain_sets]
+    reads = [_read_domain(reader, saes, domain_set, shifts_of, settings) for domain_set in domain_sets]
     language_model = _with_head(model, settings) if answer_sets else None
     answer_reads = _read_answers(language_model, answer_sets if settings.controls == "all" else [], settings)
     signed_of = [
         measure_signed(
-            HookedModel(language_model, layer, name=decoder.name),
+            HookedModel(language_model, layer, name=reader.name),
             one,
             train_answers,
             answer_sets,
@@ -434,21 +428,27 @@ def compare(
         for layer, one in zip(layers, saes, strict=bool(signed))
     ]
 
-    decoder.passes.say_summary()
+    passes = {}
+    if isinstance(reader, Decoder):
+        reader.passes.say_summary()
+        passes = {"forward_passes": reader.passes.summary()}
     provenance = {
         **{"model": model, "tuned": tuned, "labels": settings.labels},
         **{"domains": domains, "demos": demos or {}},
     }
+    loaded_from = model if isinstance(model, (str, Path)) else None
     forecasts: list[dict[str, Forecast]] = []
     for i, one in enumerate(saes):
         shown = sorted({int(j) for shift in shifts_of[i] for j in shift.top[: explain.N_FEATURES]})
-        promoted = _promoted_tokens(decoder, one, shown, tokenizer, model if isinstance(model, (str, Path)) else None)
+        promoted: dict[int, list[str]] = {}
+        if isinstance(reader, Decoder):
+            promoted = _promoted_tokens(reader, one, shown, tokenizer, loaded_from)
         forecasts.append(
             {
                 shift.name: _with_signed(
                     signed_of[i][shift.name] if signed else None,
                     _forecast(
-                        decoder,
+                        reader,
                         one,
                         fits[i],
                         shift,
@@ -462,7 +462,7 @@ def compare(
                         {
                             **_provenance({**provenance, "sae": one.source, "train": trains[shift.name]}, settings),
                             "prompts_sha256": prompts_sha256([shift.prompt_set, *domain_sets]),
-                            "forward_passes": decoder.passes.summary(),
+                            **passes,
                         },
                     ),
                 )
@@ -477,7 +477,7 @@ def compare(
                     values = [getattr(domain, f"sts_{estimator}") for domain in forecast.domains]
                     intervals = [getattr(domain, f"sts_{estimator}_ci") for domain in forecast.domains]
                     line = settle.ranking_line(name + suffix, estimator, n_prompts, values, intervals)
-                    decoder.passes.say(line)
+                    settings.tell_line(line)
     return forecasts[0] if isinstance(sae, (str, Path, SAE)) else forecasts
 
 
@@ -494,17 +494,6 @@ def _loaded_sae(source: SAESource, settings: Settings) -> SAE:
     return sae
 
 
-def _template(tokenizer: PreTrainedTokenizerBase, saes: Sequence[SAE]) -> PromptTemplate:
-    """How prompts are written; SAEs that were trained with another start of text cannot share them."""
-    templates = {sae.prepend_bos: PromptTemplate(tokenizer, prepend_bos=sae.prepend_bos) for sae in saes}
-    if len({tuple(template.token_ids([("user", "?")])) for template in templates.values()}) > 1:
-        one, other = (next(sae.source for sae in saes if sae.prepend_bos == start) for start in (True, False))
-        raise InputError(
-            f"the SAE {one} was trained on texts that start with BOS, but {other} was not: forecast with each apart"
-        )
-    return next(iter(templates.values()))
-
-
 def _decoder(model: str | Path | PreTrainedModel, saes: Sequence[SAE], settings: Settings, *, name: str) -> Decoder:
     """The model, to be read where the SAEs read."""
     places = list(dict.fromkeys(sae.hook_name for sae in saes))
@@ -513,81 +502,39 @@ def _decoder(model: str | Path | PreTrainedModel, saes: Sequence[SAE], settings:
     else:
         decoder = Decoder(model, *places, name=name)
     for sae in saes:
-        hook = _hook_of(decoder, sae)
-        if sae.d_in != hook.d_in:
-            raise InputError(
-                f"the SAE {sae.source} reads {sae.d_in} dimensions, but {decoder.name} has {hook.d_in} {hook.where}: "
-                "give an SAE that was trained on this place of this model"
-            )
+        check_width(sae, _hook_of(decoder, sae), decoder.name)
     decoder.passes.batch_tokens = settings.batch_tokens
     decoder.passes.say = settings.say or decoder.passes.say
     return decoder
 
 
-def _hook_of(decoder: Decoder, sae: SAE) -> Hook:
-    return next(hook for hook in decoder.hooks if hook.name == sae.hook_name)
+def _check_activations(
+    activations: Activations, settings: Settings, signed: Sequence[SignedEstimator], *, domain_shots: bool
+) -> None:
+    """Raises InputError for settings that need the model itself, or that differ from those captured with."""
+    for option, chosen, needs in (
+        ("--dims tuned", settings.dims == "tuned", "the model before and after training"),
+        ("--controls all", settings.controls == "all", "the whole model"),
+        (f"--estimators {','.join(signed)}", bool(signed), "the whole model, and its gradients"),
+    ):
+        if chosen:
+            raise InputError(
+                f"{option} needs {needs}, but {activations.folder} holds activations: give a folder or hub id of a "
+                "model with --model"
+            )
+    activations.check_sampling(settings.sampling, domain_shots=domain_shots)
 
 
-def _check_enough(prompt_set: PromptSet, context_length: int | None, kind: str) -> None:
-    n = len(prompt_set.prompts)
-    if n >= MIN_PROMPTS:
-        return
-    reasons = []
-    if prompt_set.n_too_long:
-        reasons.append(
-            f"{prompt_set.n_too_long} overran the model's context of {context_length} tokens: show fewer or shorter "
-            "demonstrations, or add shorter questions"
-        )
-    if prompt_set.n_unanswered:
-        reasons.append(f"{prompt_set.n_unanswered} have no answer to read: add answers, or use --tokens query")
-    reason = "; ".join(reasons) or "add examples, or raise --limit"
-    name = "the training set" if prompt_set.name == "train" else f"{kind} '{prompt_set.name}'"
-    raise InputError(f"{name} keeps {n} prompts, but at least {MIN_PROMPTS} are needed ({reason})")
+def _hook_of(reader: Decoder | Activations, sae: SAE) -> Hook:
+    return next(hook for hook in reader.hooks if hook.name == sae.hook_name)
 
 
-@dataclass(frozen=True)
-class _Fields:
-    """Which columns hold questions and answers, by set name; '' for all sets not named."""
-
-    question: Mapping[str, str]
-    answer: Mapping[str, str]
-
-    def read(self, name: str, source: Source) -> list[Example]:
-        if not isinstance(source, (str, Path)):
-            return list(source)
-        return load_examples(
-            source,
-            question_field=self.question.get(name, self.question.get("")),
-            answer_field=self.answer.get(name, self.answer.get("")),
-        )
-
-
-def _read_sets(
-    sets: Mapping[str, Source] | Sequence[str], fields: _Fields, other_names: Sequence[str]
-) -> dict[str, list[Example]]:
-    if isinstance(sets, Mapping):
-        return {name: fields.read(name, source) for name, source in sets.items()}
-    if not sets:
-        for name in (*fields.question, *fields.answer):
-            if name and name not in other_names:
-                raise InputError(f"a field is named for '{name}', but the sets are {', '.join(other_names)}")
-        return {}
-    return load_domains(sets, question_fields=fields.question, answer_fields=fields.answer, other_names=other_names)
-
-
-def _read_demos(
-    demos: Mapping[str, Source] | Sequence[str], fields: _Fields, names: Sequence[str]
-) -> dict[str, list[Example]]:
-    """Demonstrations by set; a file split by category may hold more categories than there are domains."""
-    groups = [demos] if isinstance(demos, Mapping) else [[source] for source in demos]
-    found: dict[str, list[Example]] = {}
-    for group in groups:
-        examples = _read_sets(group, fields, [*fields.question, *fields.answer])
-        unknown = [name for name in examples if name not in names]
-        if unknown and (isinstance(group, Mapping) or len(unknown) == len(examples)):
-            raise InputError(f"demonstrations are given for '{unknown[0]}', but the sets are {', '.join(names)}")
-        found |= {name: examples[name] for name in examples if name in names}
-    return found
+def _rows(
+    reader: Decoder | Activations, kind: Kind, prompt_set: PromptSet, tuned: Decoder | None = None
+) -> Iterator[list[PairedRows]]:
+    if isinstance(reader, Decoder):
+        return capture(reader, prompt_set.prompts, other=tuned)
+    return reader.rows(kind, prompt_set)
 
 
 @dataclass(frozen=True)
@@ -641,13 +588,17 @@ class _Shift:
 
 
 def _measure_shifts(
-    decoder: Decoder, saes: Sequence[SAE], prompt_set: PromptSet, settings: Settings, tuned: Decoder | None
+    reader: Decoder | Activations,
+    saes: Sequence[SAE],
+    prompt_set: PromptSet,
+    settings: Settings,
+    tuned: Decoder | None,
 ) -> list[_Shift]:
     """One pass over a training set, for all SAEs."""
     sums = [_ShiftSums(sae, prompt_set, settings) for sae in saes]
-    at = [decoder.hooks.index(_hook_of(decoder, sae)) for sae in saes]
+    at = [reader.hooks.index(_hook_of(reader, sae)) for sae in saes]
     done = 0
-    for of_hooks in capture(decoder, prompt_set.prompts, other=tuned):
+    for of_hooks in _rows(reader, "train", prompt_set, tuned):
         for one, hook in zip(sums, at, strict=True):
             one.update(of_hooks[hook])
         done += len(of_hooks[0].prompts)
@@ -729,7 +680,7 @@ class _DomainRead:
 
 
 def _read_domain(
-    decoder: Decoder,
+    reader: Decoder | Activations,
     saes: Sequence[SAE],
     prompt_set: PromptSet,
     shifts_of: Sequence[Sequence[_Shift]],
@@ -737,9 +688,9 @@ def _read_domain(
 ) -> list[_DomainRead]:
     """One pass over a domain, for all SAEs, training sets, controls and estimators."""
     sums = [_DomainSums(sae, prompt_set, shifts, settings) for sae, shifts in zip(saes, shifts_of, strict=True)]
-    at = [decoder.hooks.index(_hook_of(decoder, sae)) for sae in saes]
+    at = [reader.hooks.index(_hook_of(reader, sae)) for sae in saes]
     done = 0
-    for of_hooks in capture(decoder, prompt_set.prompts):
+    for of_hooks in _rows(reader, "domain", prompt_set):
         for one, hook in zip(sums, at, strict=True):
             one.update(of_hooks[hook])
         done += len(of_hooks[0].prompts)
@@ -894,7 +845,7 @@ def _domain_score(
 
 
 def _forecast(
-    decoder: Decoder,
+    reader: Decoder | Activations,
     sae: SAE,
     fit: Fit,
     shift: _Shift,
@@ -909,7 +860,7 @@ def _forecast(
 ) -> Forecast:
     import pyarrow as pa
 
-    top_n, stats, hook = settings.top_n, shift.stats, _hook_of(decoder, sae)
+    top_n, stats, hook = settings.top_n, shift.stats, _hook_of(reader, sae)
     n_moved = int((shift.importance > 0).sum())
     warnings = [*filter(None, (fit.warning, fit.names)), *(f"SAE: {note}" for note in sae.notes)]
     prompt_sets = [shift.prompt_set, *(read.prompt_set for read in domain_reads)]
@@ -936,14 +887,14 @@ def _forecast(
     tables += [answers.table() for answers in answer_reads.values()]
     return Forecast(
         model={
-            "name": decoder.name,
+            "name": reader.name,
             "layer": hook.layer,
             "module": hook.path,
             "side": hook.side,
             "d_in": hook.d_in,
-            "dtype": str(next(decoder.model.parameters()).dtype).removeprefix("torch."),
-            "context_length": decoder.context_length,
-            "revision": getattr(decoder.model.config, "_commit_hash", None),
+            "dtype": reader.dtype,
+            "context_length": reader.context_length,
+            "revision": reader.revision,
         },
         sae={
             "source": sae.source,
