@@ -106,7 +106,7 @@ def test_scores_of_a_folder_are_those_of_the_model(
         assert expected.prompts[column].equals(found.prompts[column])
     same = ("layer", "module", "side", "d_in", "dtype", "context_length", "revision")
     assert {key: found.model[key] for key in same} == {key: expected.model[key] for key in same}
-    assert "forward_passes" not in found.provenance
+    assert found.provenance["forward_passes"]["n_passes"] == 0
 
 
 def test_several_saes_and_training_sets(tiny: Tiny, captured: Path, tmp_path: Path) -> None:

@@ -33,6 +33,11 @@ PROMPT_COLUMNS = ("base_ids", "demos_ids", "positions", "paired", "paired_demos"
 STORED_DTYPES = ("bfloat16", "float32")
 # A shard is closed behind the batch that brings it to so many prompts: what a killed run loses at most.
 SHARD_PROMPTS = 32
+# What a forecast from a folder records in the place of ForwardPasses.summary().
+NO_PASSES: dict[str, Any] = {
+    **{"strategy": None, "why": "activations were read from files", "batch_tokens": None},
+    **{"n_passes": 0, "n_tokens": 0, "seconds": 0.0, "tokens_per_second": None},
+}
 
 
 def is_activations(source: object) -> TypeGuard[str | Path]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from sts_fast import _cpu, controls, cuda, explain, results, settle
 from sts_fast._version import __version__
-from sts_fast.activations import MODEL_FOLDER, Activations, is_activations
+from sts_fast.activations import MODEL_FOLDER, NO_PASSES, Activations, is_activations
 from sts_fast.capture import (
     Decoder,
     PairedRows,
@@ -393,12 +393,12 @@ def compare(
 
     labels = {} if settings.labels is None else explain.read_labels(settings.labels)
 
-    of_saes = (
+    measured = (
         measure_fit(reader, saes, train_sets[0].prompts)
         if isinstance(reader, Decoder)
         else fit_rows(saes, reader.sample(train_sets[0]))
     )
-    fits = [replace(fit, names=name) for fit, name in zip(of_saes, names, strict=True)]
+    fits = [replace(fit, names=name) for fit, name in zip(measured, names, strict=True)]
     settings.warn(*(fit.warning for fit in fits))
 
     shifts = [_measure_shifts(reader, saes, train_set, settings, tuned_decoder) for train_set in train_sets]
@@ -428,10 +428,8 @@ def compare(
         for layer, one in zip(layers, saes, strict=bool(signed))
     ]
 
-    passes = {}
     if isinstance(reader, Decoder):
         reader.passes.say_summary()
-        passes = {"forward_passes": reader.passes.summary()}
     provenance = {
         **{"model": model, "tuned": tuned, "labels": settings.labels},
         **{"domains": domains, "demos": demos or {}},
@@ -462,7 +460,7 @@ def compare(
                         {
                             **_provenance({**provenance, "sae": one.source, "train": trains[shift.name]}, settings),
                             "prompts_sha256": prompts_sha256([shift.prompt_set, *domain_sets]),
-                            **passes,
+                            "forward_passes": reader.passes.summary() if isinstance(reader, Decoder) else NO_PASSES,
                         },
                     ),
                 )
