@@ -439,7 +439,8 @@ def test_several_saes_side_by_side(score: Options, run: Callable[..., Ran], tmp_
     assert (one, other, r) == pytest.approx((1, 1, np.corrcoef(*ranks)[0, 1]))
     assert other_r == r
     assert json.loads(run(both.with_(json=True)).out) == comparison
-    for words in (["report", both.output], ["validate", both.output, "--before", tmp_path / "none.csv"]):
+    (tmp_path / "changes.csv").write_text("domain,change\ngreen,0.1\nlaw,0.2\n")
+    for words in (["report", both.output], ["validate", both.output, "--before", tmp_path / "changes.csv"]):
         assert f"folders that do ({', '.join(names)}): give one of them" in assert_refused(run(*words))
 
     sets = replace(both.with_(train=[f"x={score.values['train']}"], output=tmp_path / "sets"), command="compare")
@@ -656,7 +657,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "more features than there are": (with_(top_n=D_SAE + 1), "--top-n is 49, but the SAE"),
     # the model
     "training file with a name too long": (with_(train="x" * 5000), "File name too long"),
-    "SAE with a name too long": (with_(sae="x" * 5000), "File name too long"),
+    "SAE with a name too long": (with_(sae="x" * 5000), "there is no SAE at xxx"),
     "no model": (with_(model="./nowhere"), "there is no model folder ./nowhere"),
     "model weights cut off": (with_broken_model(cut_off("model.safetensors")), "cannot load the model"),
     "model of unknown type": (
