@@ -94,6 +94,21 @@ def test_every_token_is_that_of_its_sequence_alone(family: str, batch_tokens: in
     assert passes.n_tokens == prepared.n_shared + sum(len(one) - prepared.n_shared for one in ids)
 
 
+@pytest.mark.parametrize("family", ["llama", "falcon_h1"])
+def test_sequences_of_which_nothing_is_read(family: str) -> None:
+    """The first among them, whose start would have been run for all."""
+    model, ids = model_of(family), sequences()
+    positions = own_positions(ids)
+    positions[0] = positions[3] = positions[0][:0]
+    passes = ForwardPasses(Decoder(model, LAYER), batch_tokens=60)
+    prepared = passes.prepare(ids, positions)
+    assert prepared.n_shared == N_SHARED
+    for batch, (reads,) in run_batches(prepared):
+        for index, read in zip(batch, reads, strict=True):
+            assert_close(read.rows[0], whole_model(model, ids[index])[positions[index].astype(np.int64)])
+            assert len(read.norms[0]) == (0 if index in (0, 3) else len(ids[index]))
+
+
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "gpt2", "llama4"])
 @pytest.mark.parametrize("n_rows", [1, 2, 4])
 def test_rows_of_several_sequences_with_nothing_shared(

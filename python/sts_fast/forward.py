@@ -249,7 +249,8 @@ class ForwardPasses:
         import torch
         from transformers import DynamicCache
 
-        ids = torch.from_numpy(sequences.ids[0][: sequences.n_shared].astype(np.int64))[None]
+        one = next(one for one in sequences.ids if len(one))  # nothing is run of the others
+        ids = torch.from_numpy(one[: sequences.n_shared].astype(np.int64))[None]
         # Without its config a cache keeps all keys of sliding windows, so that the model's own masks stay right.
         cache = DynamicCache(config=self.config) if self.strategy == "copied" else DynamicCache()
         parts: list[list[Doubles]] = []
