@@ -345,6 +345,12 @@ def fvu(x: np.ndarray, decoded: np.ndarray) -> float:
 
 
 @needs_assets
+@pytest.mark.parametrize("name", sorted(path.name for path in (ASSETS / "saes").glob("*") if path.is_dir()))
+def test_every_published_folder_loads_as_it_lies(name: str) -> None:
+    assert load_sae(ASSETS / "saes" / name).d_sae in (64, 512)
+
+
+@needs_assets
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sae_explains_as_much_as_its_library_says(name: str, residual: np.ndarray) -> None:
     """FVU and L0 to 1%: those of sae-lens where it reads the layout, and of the library's equations elsewhere."""

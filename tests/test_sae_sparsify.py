@@ -66,7 +66,10 @@ def test_model_of_the_run(tmp_path: Path, sparsify: Any) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model": "gpt2"}))
     sae = load_sae(tmp_path / "h.3")
     assert (sae.model_name, split_name(sae.hook_name)[1], str(sae.W_enc.dtype)) == ("gpt2", 3, "torch.bfloat16")
-    with pytest.raises(InputError, match=r"holds no SAE itself, but folders that may \(h\.3\): give one of them"):
+    # A folder with one SAE further down stands for it; with two it does not say which.
+    assert load_sae(tmp_path).source == str(tmp_path / "h.3")
+    make(sparsify, tmp_path / "h.4", dtype=torch.bfloat16)
+    with pytest.raises(InputError, match=r"holds no SAE itself, but folders that may \(h\.3, h\.4\): give one of them"):
         load_sae(tmp_path)
 
 

@@ -235,7 +235,7 @@ def load_sae(
     except OSError:  # a name that is too long
         exists = False
     if exists:
-        sae = detect.read(path, dtype=dtype)
+        sae = detect.read(path, dtype=dtype, below=True)
     elif "/" in str(source) and not path.is_absolute() and not str(source).startswith("."):
         sae = hub.read(str(source), dtype=dtype)
     else:

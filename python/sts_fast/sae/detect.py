@@ -31,18 +31,20 @@ LOOKED_FOR = (
 )
 
 
-def read(path: Path, *, dtype: str | None = None) -> SAE:
+def read(path: Path, *, dtype: str | None = None, below: bool = False) -> SAE:
     """The SAE in a folder or file, whatever its layout.
+
+    below: a folder that holds no SAE itself stands for the only one further down, if there is but one
 
     Raises InputError where no layout fits, with what was looked for, or more than one, and as the layout's reader.
     """
     try:
-        return _read_folder(path, dtype) if path.is_dir() else _read_file(path, dtype)
+        return _read_folder(path, dtype, below) if path.is_dir() else _read_file(path, dtype)
     except PermissionError as error:
         raise InputError(f"{error.filename or path} may not be read: change its permissions") from error
 
 
-def _read_folder(folder: Path, dtype: str | None) -> SAE:
+def _read_folder(folder: Path, dtype: str | None, below: bool = False) -> SAE:
     names = {path.name for path in folder.iterdir() if path.is_file()}
     readers: dict[str, Callable[..., SAE]] = {}
     if saelens.WEIGHTS_FILE in names:
@@ -71,9 +73,11 @@ def _read_folder(folder: Path, dtype: str | None) -> SAE:
             "copy the SAE's whole folder"
         )
     found = islice(folder.glob("**/*"), MOST_LISTED)
-    below = sorted({path.parent.relative_to(folder).as_posix() for path in found if _is_weights(path)})
-    if below:
-        raise InputError(f"{folder} holds no SAE itself, but folders that may ({_some(below)}): give one of them")
+    deeper = sorted({path.parent.relative_to(folder).as_posix() for path in found if _is_weights(path)})
+    if below and len(deeper) == 1:
+        return _read_folder(folder / deeper[0], dtype)
+    if deeper:
+        raise InputError(f"{folder} holds no SAE itself, but folders that may ({_some(deeper)}): give one of them")
     raise InputError(f"{folder} holds no SAE: looked for {LOOKED_FOR}")
 
 
