@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import D_IN, LAYER, Tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import sts_fast
@@ -36,8 +37,14 @@ def one_torch_thread() -> Iterator[None]:
 
 
 def capture_tiny(tiny: Tiny, output: Path, **options: Any) -> activations.Activations:
-    defaults = {"trains": {"train": tiny.train}, "domains": tiny.domains, "hooks": HOOKS, "batch_tokens": 512}
-    return capture_activations(model=tiny.model, output=output, **{**defaults, **SAMPLING, **options})
+    defaults = {
+        "model": tiny.model,
+        "trains": {"train": tiny.train},
+        "domains": tiny.domains,
+        "hooks": HOOKS,
+        "batch_tokens": 512,
+    }
+    return capture_activations(output=output, **{**defaults, **SAMPLING, **options})
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +135,8 @@ def test_several_saes_and_training_sets(tiny: Tiny, captured: Path, tmp_path: Pa
 
 
 def test_bfloat16_is_close(tiny: Tiny, tmp_path: Path) -> None:
-    capture_tiny(tiny, tmp_path / "bfloat16")
+    model = AutoModelForCausalLM.from_pretrained(tiny.model)
+    capture_tiny(tiny, tmp_path / "bfloat16", model=model, tokenizer=AutoTokenizer.from_pretrained(tiny.model))
     given = {"sae": tiny.saes["standard"], "train": tiny.train, "domains": tiny.domains, "top_n": 24, **SAMPLING}
     expected = sts_fast.score(model=tiny.model, **given)
     found = sts_fast.score(model=tmp_path / "bfloat16", **given)
@@ -140,8 +148,6 @@ def test_bfloat16_is_close(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_rows_are_what_the_model_gives(tiny: Tiny, captured: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
     index = json.loads((captured / "activations.json").read_text())
     one = next(one for one in index["sets"] if one["name"] == "days")
     prompts = pq.read_table(captured / one["folder"] / "prompts.parquet").to_pylist()
@@ -206,6 +212,14 @@ def test_a_killed_run_resumes(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Mo
     assert not list((tmp_path / "killed").rglob(".*.tmp"))
     with pytest.raises(InputError, match=r"holds other activations \(not the same settings, sets\): choose another"):
         capture_tiny(tiny, tmp_path / "killed", seed=1, limit=9)
+
+
+def test_nothing_else_is_overwritten(tiny: Tiny, tmp_path: Path) -> None:
+    """A folder that holds a model as 'model' is no place to put another one's config."""
+    shutil.copytree(tiny.model, tmp_path / "model")
+    with pytest.raises(InputError, match="holds a 'model' that is not of activations: choose another --output"):
+        capture_tiny(tiny, tmp_path, model=tmp_path / "model")
+    assert (tmp_path / "model" / "model.safetensors").is_file()
 
 
 def score_tiny(tiny: Tiny, folder: Path, **options: Any) -> sts_fast.Forecast:

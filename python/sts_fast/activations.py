@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FORMAT, VERSION = "sts-fast activations", 1
-INDEX_FILE, MODEL_FOLDER, PROMPTS_FILE = "activations.json", "model", "prompts.parquet"
+INDEX_FILE, MODEL_FOLDER, SETS_FOLDER, PROMPTS_FILE = "activations.json", "model", "sets", "prompts.parquet"
 PROMPT_COLUMNS = ("base_ids", "demos_ids", "positions", "paired", "paired_demos")
 STORED_DTYPES = ("bfloat16", "float32")
 # A shard is closed behind the batch that brings it to so many prompts: what a killed run loses at most.
@@ -422,7 +422,7 @@ def capture_activations(
                 _Set(
                     name=name,
                     kind=kind,
-                    folder=f"sets/{len(described)}",
+                    folder=f"{SETS_FOLDER}/{len(described)}",
                     n_prompts=len(prompt_set.prompts),
                     n_too_long=prompt_set.n_too_long,
                     n_unanswered=prompt_set.n_unanswered,
@@ -464,13 +464,18 @@ def _begin(
             )
         for one in index.sets:
             one.shards = list(_whole(output, one.shards or []))
+    else:
+        for name in (MODEL_FOLDER, SETS_FOLDER):
+            if (output / name).exists():
+                raise InputError(f"{output} holds a '{name}' that is not of activations: choose another --output")
+    results.prepare_folder(output)
+    index.save(output)  # first of all: what lies beside an index may be written again
     for one, prompt_set in zip(index.sets, prompt_sets, strict=True):
         (output / one.folder).mkdir(parents=True, exist_ok=True)
         _write_prompts(output / one.folder / PROMPTS_FILE, prompt_set.prompts)
     with files.atomic_folder(output / MODEL_FOLDER) as folder:
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    index.save(output)
 
 
 def _whole(folder: Path, shards: Sequence[_Shard]) -> Iterator[_Shard]:

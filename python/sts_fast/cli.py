@@ -385,7 +385,6 @@ def capture(
     seed: SeedOption = 0,
 ) -> None:
     """Write what a forecast reads of a model to files, for other SAEs and settings without the model."""
-    results.prepare_folder(output)
     if dims == DimsChoice.tuned:
         raise InputError("--dims tuned needs the model after training, whose activations are not captured")
     trains = {"train": Path(train[0])} if len(train) == 1 and Path(train[0]).exists() else _named_trains(train)
