@@ -134,10 +134,14 @@ def error(got: Any, bounds: Bounds, scale: Any = None) -> float:
 
 
 def check(case: Case, contestant: str, errors: Iterator[tuple[str, float]]) -> float:
-    """The largest of the errors of a contestant's results; raises WrongResult where one exceeds the tolerance."""
+    """The largest of the errors of a contestant's results; raises WrongResult where one exceeds the tolerance.
+
+    Peers, which sum in float32, may be off by five times as much.
+    """
     largest = 0.0
+    tolerance = case.tolerance * (1 if contestant.startswith("sts_fast") else 5)
     for name, relative in errors:
-        if relative > case.tolerance:
+        if relative > tolerance:
             raise WrongResult(f"{contestant}: {name} differs from float64 by {relative:.1e}, relative")
         largest = max(largest, relative)
     return largest
