@@ -275,6 +275,16 @@ def test_what_cannot_be_watched_is_told_at_once(run: Path, tmp_path: Path, optio
         TransferMonitor(run, output=tmp_path / "watch", **options)
 
 
+def test_sharded_parameters_are_refused(
+    run: Path, questions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = sft(tmp_path / "out", questions)
+    TransferMonitor(run, output=tmp_path / "watch").attach(trainer)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match="sharded over processes"):
+        trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+
+
 def test_damaged_forecasts_are_told(run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has no scores\.json"):
         TransferMonitor(tmp_path / "nothing", output=tmp_path / "watch")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -137,19 +138,22 @@ class TransferMonitor(TrainerCallback):
         return self
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        import torch
+
         self._began = time.perf_counter()
         if not state.is_world_process_zero:
             return
-        for parameter in model.parameters():
-            if hasattr(parameter, "ds_id") or hasattr(parameter, "device_mesh"):
-                raise InputError("TransferMonitor cannot read parameters that are sharded over processes")
+        # FSDP leaves no mark on the parameters; ZeRO 3 and distributed tensors do.
+        is_fsdp = getattr(args, "fsdp", None) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        if is_fsdp or any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in model.parameters()):
+            raise InputError("TransferMonitor cannot read parameters that are sharded over processes: train without it")
         path = self.output / BASE_FILE
         if state.global_step:
             self._resume(path, model, state.global_step)
         else:
             self._base = self._residuals(model)
             self._check_model()
-            files.save_arrays(path, {"base": self._base.view(_int16()).numpy()}, {"kind": "base", "of": self._key()})
+            files.save_arrays(path, {"base": self._base.view(torch.int16).numpy()}, {"kind": "base", "of": self._key()})
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step % self.every == 0 and state.is_world_process_zero:
@@ -384,9 +388,3 @@ def _read_history(path: Path) -> list[Measurement]:
         return []
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error}): remove it") from error
-
-
-def _int16() -> torch.dtype:
-    import torch
-
-    return torch.int16
