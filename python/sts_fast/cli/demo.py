@@ -1,0 +1,77 @@
+"""sts-fast demo."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from sts_fast import organism, results
+from sts_fast.cli.console import err, out, progress
+from sts_fast.cli.options import JsonOption, OutputOption
+from sts_fast.demo import PREDICTORS, PRIMARY, SCORE, Demo, run_demo
+from sts_fast.report import REPORT_FILE
+from sts_fast.validate import Z_95
+
+
+def demo(
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Fine-tunings on each training set.")] = 1,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the first fine-tuning, and of --retrain.")] = 0,
+    heavy: Annotated[bool, typer.Option("--heavy", help="Train five times as long at a higher rate.")] = False,
+    retrain: Annotated[bool, typer.Option("--retrain", help="Make the model and SAE again first: minutes.")] = False,
+    output: OutputOption = Path("sts-fast-demo"),
+    as_json: JsonOption = False,
+) -> None:
+    """Forecast, really fine-tune and compare, on a small model that comes with the package."""
+    results.prepare_folder(output)
+    folder = output / "organism" if retrain else None
+    with progress("steps") as tell:
+        if folder is not None:
+            organism.train(seed, folder, tell)
+        result = run_demo(n_seeds=seeds, seed=seed, heavy=heavy, folder=folder, progress=tell)
+    result.save(output)
+    if as_json:
+        sys.stdout.write(results.to_json(result.to_dict()))
+    else:
+        _print_demo(result)
+    err.print(f"Open {output / REPORT_FILE}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_demo(demo: Demo) -> None:
+    trial = demo.trials[0]
+    rows = sorted(trial.validation.domains, key=lambda row: -row.score)
+    table = Table(title=f"Trained on {trial.train}: forecast, made before, and outcome", title_justify="left", width=79)
+    for name in ("domain", f"{SCORE} [95%]", "change of P(correct) ± 95%"):
+        table.add_column(name, justify="left" if name == "domain" else "right", no_wrap=True)
+    for row in (*rows[:7], None, *rows[-3:]):
+        if row is None:
+            table.add_row(f"... {len(rows) - 10} more", "...", "...")
+            continue
+        low, high = row.score_ci or (row.score, row.score)
+        noise = "" if row.outcome.stderr is None else f" ± {Z_95 * row.outcome.stderr:.3f}"
+        table.add_row(row.name, f"{row.score:.3g} [{low:.3g}, {high:.3g}]", f"{row.outcome.change:+.3f}{noise}")
+    out.print(table)
+    table = Table(title=f"Correlation with {PRIMARY}, over domains", title_justify="left", width=79)
+    for name in ("number", "mean r", "lowest", "highest", "above zero"):
+        table.add_column(name, justify="left" if name == "number" else "right", no_wrap=True)
+    for predictor in PREDICTORS:
+        spread = demo.spread(PRIMARY, predictor)
+        cells = (f"{value:.2f}" for value in (spread.mean, spread.low, spread.high))
+        table.add_row(predictor, *cells, f"{spread.n_above_zero} of {spread.n}")
+    out.print(table)
+    table = Table(title=f"{SCORE} in each training", title_justify="left", width=79)
+    for name in ("trained on", "own change", "r [95%]", "domains moved"):
+        table.add_column(name, justify="left" if name == "trained on" else "right", no_wrap=True)
+    for trial in demo.trials:
+        pearson, limits = trial.validation.size.pearson, trial.validation.limits
+        name = trial.train if len(demo.trials) == len(demo.forecasts) else f"{trial.train}, seed {trial.seed}"
+        interval = "" if pearson.ci_domains is None else " [{:.2f}, {:.2f}]".format(*pearson.ci_domains)
+        moved = f"{limits.n_distinguishable} of {len(trial.validation.domains)}"
+        table.add_row(name, f"{trial.own_change:+.2f}", f"{pearson.value:.2f}{interval}", moved)
+    out.print(table)
+    for finding in demo.findings():
+        out.print("\n".join(textwrap.wrap(finding, 77, initial_indent="- ", subsequent_indent="  ")), highlight=False)
