@@ -14,7 +14,9 @@ from scipy import special, stats
 from sts_fast.errors import InputError
 from sts_fast.outcomes import Outcome, Outcomes
 from sts_fast.results import DomainScore, Forecast
-from sts_fast.validate import Association, Limits, Validation, _ranks, outcome_limits, validate
+from sts_fast.validate import Validation, outcome_limits, validate
+from sts_fast.validate.record import Association, Limits
+from sts_fast.validate.statistics import mean_ranks
 
 ASSETS = Path(__file__).parents[2] / "shared" / "assets"
 needs_assets = pytest.mark.skipif(not ASSETS.is_dir(), reason="the real evaluation results are not on this machine")
@@ -63,7 +65,7 @@ def test_statistics_equal_scipy(n: int) -> None:
 
 def test_ties_get_their_mean_rank() -> None:
     values = np.random.default_rng(0).integers(0, 4, (50, 9)).astype(float)
-    assert _ranks(values).tolist() == stats.rankdata(values, axis=1).tolist()
+    assert mean_ranks(values).tolist() == stats.rankdata(values, axis=1).tolist()
     s, d = [1.0, 2, 2, 3, 5, 5], [0.1, 0.2, 0.3, 0.3, 0.1, 0.4]
     result = validate(dict(enumerate_names(s)), {k: Outcome(v) for k, v in enumerate_names(d)})
     assert result.size.spearman.value == pytest.approx(stats.spearmanr(s, d).statistic)
