@@ -19,7 +19,8 @@ ORDER = [
     *("_version", "_cpu", "_cuda"),
     *("errors", "files", "cuda", "examples", "prompts", "probe", "hooks", "forward", "capture"),
     *("sae", "sets", "backend", "torch_ops", "encode", "fit", "shift", "correlate"),
-    *("controls", "gradients", "ntk", "explain", "results", "settle", "signed", "activations", "score"),
+    *("controls", "gradients", "ntk", "explain", "results", "settle", "signed"),
+    *("settings", "activations", "shifted", "domains", "forecast", "score"),
     *("outcomes", "validate", "report", "organism", "demo", "trainer", "cli", "__main__"),
 ]
 HEAVY = {"torch", "transformers", "sae_lens", "pandas", "pyarrow", "matplotlib", "datasets"}

@@ -1,0 +1,209 @@
+"""The forecast put together of what was measured, with what it rests on."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sts_fast import _cpu, explain, results
+from sts_fast._version import __version__
+from sts_fast.activations import Activations
+from sts_fast.capture import Decoder, unembedding
+from sts_fast.domains import CONFIDENCE, N_BOOTSTRAP, DomainRead, domain_score, percentile_interval, skipped
+from sts_fast.fit import Fit
+from sts_fast.results import Forecast, ShiftedFeature
+from sts_fast.sae import SAE
+from sts_fast.settings import Settings
+from sts_fast.shift import ShiftStats
+from sts_fast.shifted import N_REPLICATES, Shift, hook_of
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from transformers import PreTrainedTokenizerBase
+
+
+def forecast_of(
+    reader: Decoder | Activations,
+    sae: SAE,
+    fit: Fit,
+    shift: Shift,
+    domain_reads: Sequence[DomainRead],
+    answer_reads: Mapping[str, results.AnswerLog],
+    settings: Settings,
+    tuned: str | None,
+    firings: pa.Table,
+    promoted: Mapping[int, list[str]],
+    labels: Mapping[int, str],
+    provenance: dict[str, Any],
+) -> Forecast:
+    import pyarrow as pa
+
+    top_n, stats, hook = settings.top_n, shift.stats, hook_of(reader, sae)
+    n_moved = int((shift.importance > 0).sum())
+    warnings = [*filter(None, (fit.warning, fit.names)), *(f"SAE: {note}" for note in sae.notes)]
+    prompt_sets = [shift.prompt_set, *(read.prompt_set for read in domain_reads)]
+    warnings += [warning for prompt_set in prompt_sets for warning in prompt_set.warnings]
+    if settings.controls == "all":
+        unanswered = [read.prompt_set.name for read in domain_reads if read.prompt_set.name not in answer_reads]
+        if unanswered:
+            warnings.append(f"too few answers to measure the base model on {', '.join(unanswered)}")
+    if n_moved < top_n:
+        warnings.append(
+            f"only {n_moved} features shift at all, so {top_n - n_moved} of the {top_n} in D_N stand there by their "
+            "index alone: lower --top-n"
+        )
+    stability = shift.overlaps(top_n)
+    total = float(shift.importance.sum())
+    tables = [shift.log.table({})]
+    for read in domain_reads:
+        values = {
+            f"{control}_{estimator}_sum".removeprefix("_"): sums
+            for (train, control, estimator), sums in read.sums.items()
+            if train == shift.name
+        }
+        tables.append(read.log.table(values))
+    tables += [answers.table() for answers in answer_reads.values()]
+    return Forecast(
+        model={
+            "name": reader.name,
+            "layer": hook.layer,
+            "module": hook.path,
+            "side": hook.side,
+            "d_in": hook.d_in,
+            "dtype": reader.dtype,
+            "context_length": reader.context_length,
+            "revision": reader.revision,
+        },
+        sae={
+            "source": sae.source,
+            "architecture": sae.architecture,
+            "d_in": sae.d_in,
+            "d_sae": sae.d_sae,
+            "k": sae.k or None,
+            "hook_name": sae.hook_name,
+            "mean_l0": shift.mean_l0,
+            "fit": asdict(fit),
+        },
+        train={
+            "name": shift.name,
+            "n_prompts": len(shift.prompt_set.prompts),
+            **skipped(shift.prompt_set),
+            **shift.log.counts(),
+        },
+        settings={
+            "dims": settings.dims,
+            "estimators": list(settings.estimators),
+            "controls": settings.controls,
+            "top_n": top_n,
+            "tokens": settings.tokens,
+            "shots": settings.shots,
+            "domain_shots": settings.domain_shots,
+            "limit": settings.limit,
+            "n_bootstrap": N_BOOTSTRAP,
+            "confidence": CONFIDENCE,
+            "tuned": tuned,
+        },
+        shift={
+            "share_of_top_n": float(shift.importance[shift.top].sum() / total) if total else 0.0,
+            "n_features_shifted": n_moved,
+            "stability": {
+                "n_replicates": N_REPLICATES,
+                "mean_overlap": float(np.mean(stability)),
+                "overlap_ci": list(percentile_interval(stability)),
+            },
+        },
+        domains=[domain_score(read, shift, answer_reads.get(read.prompt_set.name), settings) for read in domain_reads],
+        shifted_features=[
+            ShiftedFeature(
+                index=int(j),
+                mean_squared_shift=float(shift.importance[j]) if isinstance(stats, ShiftStats) else None,
+                mean_activation=float(shift.mean_activation[j]),
+                share=float(shift.importance[j] / total) if total else 0.0,
+                promoted_tokens=promoted.get(int(j)) if rank < explain.N_FEATURES else None,
+                neuronpedia=link,
+                label=labels.get(int(j)),
+            )
+            for rank, (j, link) in enumerate(
+                zip(
+                    shift.top,
+                    explain.neuronpedia_links(sae.metadata.get("neuronpedia_id"), shift.top.tolist()),
+                    strict=True,
+                )
+            )
+        ],
+        warnings=warnings,
+        provenance=provenance,
+        stats=stats,
+        controls={
+            "random_features": shift.random,
+            "low_shift_features": shift.low_shift,
+            "most_active_features": shift.most_active,
+            "raw_dimensions": shift.raw_top,
+            "mean_residual": shift.raw.mean,
+            "domain_mean_residuals": np.stack([read.mean for read in domain_reads] or [np.zeros(sae.d_in)]),
+        },
+        prompts=pa.concat_tables(tables),
+        firings=firings,
+    )
+
+
+def with_signed(signed: dict[str, Any] | None, forecast: Forecast) -> Forecast:
+    if signed is None:
+        return forecast
+    block = {name: value for name, value in signed.items() if name != "warnings"}
+    unanswered = [domain.name for domain in forecast.domains if domain.name not in signed["domains"]]
+    more = [f"too few answers for a signed forecast of {', '.join(unanswered)}"] if unanswered else []
+    return replace(forecast, signed=block, warnings=[*forecast.warnings, *signed["warnings"], *more])
+
+
+def promoted_tokens(
+    decoder: Decoder, sae: SAE, features: list[int], tokenizer: PreTrainedTokenizerBase, source: str | Path | None
+) -> dict[int, list[str]]:
+    """The output tokens that each feature promotes; none where W_dec or the unembedding is not at hand."""
+    try:
+        directions, matrix = sae.decoder_rows(features), unembedding(decoder.model, source)
+        if directions is None or matrix is None or matrix.shape[1] != directions.shape[1]:
+            return {}
+        return dict(zip(features, explain.promoted_tokens(directions, matrix, tokenizer), strict=True))
+    except Exception:  # an ornament of the report: a damaged head must not cost the forecast
+        return {}
+
+
+def provenance_of(sources: Mapping[str, object], settings: Settings) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    inputs = []
+    for role, source in sources.items():
+        several = role in ("domains", "demos") and not isinstance(source, (str, Path))
+        for one in (list(source.values()) if isinstance(source, Mapping) else source) if several else [source]:  # type: ignore[attr-defined]
+            path = _existing_path(one)
+            inputs += results.hashed_inputs(role, [path]) if path else []
+    return {
+        "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": settings.command,
+        "seed": settings.seed,
+        "versions": {
+            "sts_fast": __version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "instruction_set": _cpu.instruction_set(),
+        "inputs": inputs,
+    }
+
+
+def _existing_path(source: object) -> Path | None:
+    """The file or folder behind a path or 'name=path'; None for hub ids and for what is in memory."""
+    if not isinstance(source, (str, Path)):
+        return None
+    candidates = [Path(source), Path(str(source).partition("=")[2] or source)]
+    return next((path for path in candidates if path.exists()), None)
