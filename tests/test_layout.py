@@ -19,7 +19,7 @@ ORDER = [
     *("_version", "_cpu", "_cuda"),
     *("errors", "files", "cuda", "examples", "prompts", "probe", "hooks", "forward", "capture"),
     *("sae", "sets", "backend", "torch_ops", "encode", "fit", "shift", "correlate"),
-    *("controls", "gradients", "ntk", "explain", "results", "settle", "signed"),
+    *("controls", "gradients", "policy", "ntk", "explain", "results", "settle", "signed"),
     *("settings", "activations", "shifted", "domains", "forecast", "score"),
     *("outcomes", "validate", "report", "organism", "demo", "trainer", "cli", "__main__"),
 ]

@@ -29,6 +29,7 @@ from sts_fast.ntk import (
     pull_warnings,
     push_warnings,
 )
+from sts_fast.policy import PolicyLoss, group_advantages
 from sts_fast.prompts import Prompt, PromptTemplate, build_prompts
 from sts_fast.sae import load_sae
 
@@ -212,6 +213,52 @@ def test_adapter_is_gradient_descent_on_the_map(material: Material, tiny: Tiny) 
         M = torch.from_numpy(literal.gradient(train, literal.nll, W))
         W = W - push.loss / push.norm / 8 * M / M.norm()
     assert close(push.maps["adapter"].W, W.numpy(), 1e-4)
+
+
+def test_the_push_of_rollouts_is_their_policy_gradient(material: Material, tiny: Tiny) -> None:
+    """M_S, and a step along it, of completions weighted by advantage; groups of 4, 1, 3 and 2."""
+    model, completions = material.model, material.prompts["train"]
+    group_of = np.repeat([0, 1, 2, 3], [4, 1, 3, 2])
+    advantages = group_advantages(np.random.default_rng(0).random(len(completions)), group_of)
+    literal = Literal(model, sae_features(tiny.saes["topk"]))
+    no_map = torch.zeros(256, D_IN, dtype=torch.float64)
+    base = literal.values(completions, literal.nll, no_map)
+
+    def loss(W: torch.Tensor) -> torch.Tensor:
+        lacking = []
+        for group in range(4):
+            at = np.flatnonzero(group_of == group)
+            ratio = torch.stack([torch.exp(float(base[i]) - literal.nll(completions[i], W)) for i in at])
+            A = torch.from_numpy(advantages[at])
+            lacking.append(A.max() - (ratio * A).sum() / ratio.sum())
+        return torch.stack(lacking).mean()
+
+    push = measure_push(
+        HookedModel(model, LAYER), Features(load_sae(tiny.saes["topk"])), projection(D_IN), "rollouts", completions,
+        objective=PolicyLoss(advantages, group_of), maps=("step", "adapter"), n_folds=3, batch_tokens=BATCH_TOKENS,
+    )  # fmt: skip
+    W = no_map.clone().requires_grad_()
+    start = loss(W)
+    M = torch.autograd.grad(start, W)[0].numpy()
+    assert push.loss == pytest.approx(start.item(), rel=1e-6)
+    assert close(push.direction * push.norm, M)
+    for name, share in (("step", 0.25), ("adapter", 0.05)):
+        found = push.maps[name]
+        assert found.loss_left == pytest.approx(loss(torch.from_numpy(found.W)).item() / push.loss, rel=1e-5)
+        assert found.loss_left <= share * 1.0001
+    # Folds are whole groups: fold 0 has the groups 0 and 3.
+    assert push.folds is not None
+    assert close(push.folds.sum(axis=0), M)
+    alone = [0, 1, 2, 3, 8, 9]
+    M_0 = literal.gradient(
+        [completions[i] for i in alone],
+        lambda prompt, W: literal.nll(prompt, W) * policy_slope(advantages, group_of, completions.index(prompt)) * 6,
+    )
+    assert close(push.folds[0], M_0)
+
+
+def policy_slope(advantages: Doubles, group_of: NDArray[np.int64], i: int) -> float:
+    return float(advantages[i] / (group_of == group_of[i]).sum() / len(np.unique(group_of)))
 
 
 def test_several_pushes_and_batch_budgets_change_no_number(material: Material, tiny: Tiny) -> None:

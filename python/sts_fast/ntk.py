@@ -18,7 +18,7 @@ one forward pass and one backward pass that ends at the hook. A step -η M_S / |
 
 with m_prompt one prompt's part of M_T, n the tokens of its answer and P the probability of all of them; η of `step` is
 such that S's own loss falls to a quarter, and W is trained until it falls to a twentieth. `<M_S, M_T>` is the neural
-tangent kernel of W, averaged over both sets.
+tangent kernel of W, averaged over both sets. For RL, S's loss is that of its own completions, `policy.PolicyLoss`.
 
 At 7B shape (d_in 3584, d_sae 131,072, hook at layer 25 of 32) M costs a set one forward pass and the upper fifth of a
 backward pass, 1.4 forward passes in all, and 67 MB, since g is projected to 64 dimensions; `step` and `adapter` cost
@@ -37,6 +37,7 @@ from sts_fast import _cpu, backend
 from sts_fast.encode import encode
 from sts_fast.errors import InputError
 from sts_fast.gradients import AnswerRows, HookedModel
+from sts_fast.policy import AnswerLoss, PolicyLoss
 from sts_fast.prompts import Prompt
 from sts_fast.sae import SAE
 
@@ -148,7 +149,8 @@ class Push:
 
     direction: [n_features, r] float64 M_S / ||M_S||, gradients projected; training moves W against it
     norm:      ||M_S||, fall of the set's own loss per unit of η
-    loss:      mean loss of the set's answers before training, in nats per token
+    loss:      the set's loss before training: of answers, in nats per token; of a policy, in advantages
+    folds:     [n_folds, n_features, r] parts of M_S that add up to it, from every n_folds-th prompt or group; or none
     maps:      W after a virtual training, by estimator: 'step', 'adapter', or none
     """
 
@@ -157,6 +159,7 @@ class Push:
     norm: float
     loss: float
     maps: dict[MapKind, LinearMap]
+    folds: Doubles | None = None
 
 
 @dataclass(frozen=True)
@@ -188,35 +191,50 @@ def measure_push(
     name: str,
     prompts: Sequence[Prompt],
     *,
+    objective: AnswerLoss | PolicyLoss | None = None,
     maps: Sequence[MapKind] = (),
+    n_folds: int = 0,
     batch_tokens: int,
     tell: Tell | None = None,
 ) -> Push:
     """The push of a training set, from one forward and one backward pass down to the hook.
 
-    Q:    [d_in, r] of `projection`
-    maps: also seek these, on at most 64 of the prompts
+    Q:         [d_in, r] of `projection`
+    objective: what training lowers, by default AnswerLoss; of a PolicyLoss, `prompts` are the completions
+    maps:      also seek these, on at most 64 of the prompts (or groups of at most 64 completions in all)
+    n_folds:   also keep M_S in so many parts
 
     Raises InputError where the loss has no gradient at the hook.
     """
-    M = np.zeros((features.n, Q.shape[1]))
-    losses = np.zeros(len(prompts))
+    n, objective = len(prompts), objective or AnswerLoss()
+    slopes = objective.slopes(np.zeros(n), np.zeros(n))  # at the base model they do not depend on the likelihoods
+    folds = np.zeros((max(n_folds, 1), features.n, Q.shape[1]))
+    fold_of = np.zeros(n, np.int64)
+    if n_folds:
+        fold_of = (objective.group_of if isinstance(objective, PolicyLoss) else np.arange(n)) % n_folds
+    losses = np.zeros(n)
     done = 0
     for rows in model.answer_rows(prompts, Q, batch_tokens=batch_tokens):
-        features.accumulate(M, rows.x, rows.g / len(prompts))
+        prompt_of = np.asarray(rows.prompts)[rows.prompt_of]
+        g = rows.g * slopes[prompt_of, None]
+        for fold in np.unique(fold_of[rows.prompts]):
+            of_fold = np.flatnonzero(fold_of[prompt_of] == fold)
+            whole = len(of_fold) == len(g)
+            features.accumulate(folds[fold], *((rows.x, g) if whole else (rows.x[of_fold], g[of_fold])))
         losses[rows.prompts] = rows.nll
         done += len(rows.prompts)
         if tell is not None:
-            tell(done, len(prompts))
-    norm, loss = _norm(M), float(losses.mean())
+            tell(done, n)
+    M: Doubles = folds.sum(axis=0) if n_folds else folds[0]
+    norm, loss = _norm(M), objective.loss(losses, losses)
     if norm == 0:
         raise InputError(
             f"the answers of '{name}' pull at no feature: no feature fires on its tokens, or the loss is exactly zero"
         )
     seek = {"step": _seek_step, "adapter": _train_adapter}
-    asked = _Asked.of(model, features, Q, prompts[:MAP_PROMPTS], batch_tokens) if maps else None
+    asked = _Asked.of(model, features, Q, prompts, objective, batch_tokens) if maps else None
     found = {kind: seek[kind](asked, M / norm, loss / norm) for kind in maps if asked is not None}
-    return Push(name, M / norm, norm, loss, found)
+    return Push(name, M / norm, norm, loss, found, folds if n_folds else None)
 
 
 @dataclass(frozen=True)
@@ -227,26 +245,39 @@ class _Asked:
     features: Features
     Q: Doubles
     prompts: Sequence[Prompt]
+    objective: AnswerLoss | PolicyLoss
     rows: list[AnswerRows]
-    loss: float
+    nll: Doubles
 
     @classmethod
     def of(
-        cls, model: HookedModel, features: Features, Q: Doubles, prompts: Sequence[Prompt], batch_tokens: int
+        cls,
+        model: HookedModel,
+        features: Features,
+        Q: Doubles,
+        prompts: Sequence[Prompt],
+        objective: AnswerLoss | PolicyLoss,
+        batch_tokens: int,
     ) -> _Asked:
-        rows = list(model.answer_rows(prompts, batch_tokens=batch_tokens))
-        return cls(model, features, Q, prompts, rows, sum(float(batch.nll.sum()) for batch in rows) / len(prompts))
+        n, objective = objective.first(MAP_PROMPTS)
+        rows = list(model.answer_rows(prompts[:n], batch_tokens=batch_tokens))
+        nll = np.zeros(len(prompts[:n]))
+        for batch in rows:
+            nll[batch.prompts] = batch.nll
+        return cls(model, features, Q, prompts[:n], objective, rows, nll)
 
     def share_left(self, W: Doubles, M: Doubles | None = None) -> float:
         """What W leaves of the loss; the gradient with respect to W is added to M."""
-        total = 0.0
+        nll, gradients = np.zeros_like(self.nll), []
         for rows in self.rows:
             moved = _project_back(self.features.times(rows.x, W), self.Q)
-            nll, g = self.model.from_hook(rows, self.prompts, moved, None if M is None else self.Q)
-            total += float(nll.sum()) / len(self.prompts)
-            if M is not None:
-                self.features.accumulate(M, rows.x, g / len(self.prompts))
-        return total / self.loss
+            nll[rows.prompts], g = self.model.from_hook(rows, self.prompts, moved, None if M is None else self.Q)
+            gradients.append(g)
+        if M is not None:
+            slopes = self.objective.slopes(nll, self.nll)  # of a policy, they depend on all completions of a prompt
+            for rows, g in zip(self.rows, gradients, strict=True):
+                self.features.accumulate(M, rows.x, g * slopes[np.asarray(rows.prompts)[rows.prompt_of], None])
+        return self.objective.loss(nll, self.nll) / self.objective.loss(self.nll, self.nll)
 
 
 def _seek_step(asked: _Asked, direction: Doubles, full_step: float) -> LinearMap:
