@@ -371,7 +371,7 @@ def test_weak_forecasts_carry_a_warning() -> None:
     direction = np.ones((1, 1))
 
     def push(loss: float, loss_left: float) -> Push:
-        return Push("s", direction, 1.0, loss, {"step": LinearMap(direction, loss_left, 0.25)})
+        return Push("s", direction, 1.0, loss, np.full(4, loss), {"step": LinearMap(direction, loss_left, 0.25)})
 
     assert push_warnings(push(0.5, 0.25)) == []
     [solved] = push_warnings(push(0.002, 0.25))

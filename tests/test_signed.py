@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import runpy
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tiny import D_IN, LAYER, Tiny
@@ -80,6 +82,79 @@ def test_block_holds_the_mean_over_prompts_of_each_estimator(tiny: Tiny, run: Pa
         top = found["top_features"]
         assert [entry["index"] for entry in top] == np.argsort(-np.abs(contributions))[: len(top)].tolist()
         assert top[0]["contribution"] == pytest.approx(contributions[top[0]["index"]], rel=1e-3)
+
+
+def test_every_number_follows_from_the_files(tiny: Tiny, run: Path) -> None:
+    """prompts.parquet alone gives the signed forecasts and their intervals, and the scores beside them."""
+    scores, rows = scores_of(run), pq.read_table(run / "prompts.parquet").to_pylist()
+
+    def column(stage: str, domain: str, name: str) -> Any:
+        return np.asarray([row[name] for row in rows if (row["stage"], row["domain"]) == (stage, domain)])
+
+    def n_answer(domain: str) -> Any:
+        return np.asarray(
+            [len(row["positions"]) for row in rows if (row["stage"], row["domain"]) == ("signed", domain)]
+        )
+
+    train_loss = column("signed", "train", "answer_nll_sum") / n_answer("train")
+    assert scores["signed"]["train_loss"] == pytest.approx(train_loss.mean(), rel=1e-12)
+    for domain in scores["domains"]:
+        name, found = domain["name"], scores["signed"]["domains"][domain["name"]]
+        nll, n = column("signed", name, "answer_nll_sum"), n_answer(name)
+        assert found["base_loss"] == pytest.approx((nll / n).mean(), rel=1e-12)
+        assert found["p_answer"] == pytest.approx(np.exp(-nll).mean(), rel=1e-12)
+        draws = np.random.default_rng([scores["provenance"]["seed"], zlib.crc32(name.encode())]).multinomial(
+            len(nll), [1 / len(nll)] * len(nll), size=scores["settings"]["n_bootstrap"]
+        )
+        for field in ("ntk", "ntk_loss", "step", "step_loss"):
+            values = column("signed", name, field)
+            assert found[field]["value"] == pytest.approx(values.mean(), rel=1e-12)
+            ci = np.percentile((draws * values).sum(axis=1) / len(values), [2.5, 97.5])
+            assert found[field]["ci"] == pytest.approx(ci, rel=1e-9)
+        assert set(column("signed", name, "adapter")) == {None}
+        n_read = sum(len(row["positions"]) for row in rows if (row["stage"], row["domain"]) == ("score", name))
+        assert domain["sts_act"] == pytest.approx(column("score", name, "act_sum").sum() / n_read, rel=1e-12)
+    for row in rows:  # what a stage has no value for is null
+        assert (row["act_sum"] is not None) == (row["stage"] == "score")
+        assert (row["step"] is not None) == (row["stage"] == "signed" and row["domain"] != "train")
+
+
+def test_features_that_carry_a_forecast_are_explained(tiny: Tiny, run: Path) -> None:
+    signed = scores_of(run)["signed"]
+    features = {feature["index"]: feature for feature in signed["top_features"]}
+    listed = {top["index"] for found in signed["domains"].values() for top in found["top_features"]}
+    assert set(features) == listed
+    shares = [feature["share"] for feature in signed["top_features"]]
+    assert shares == sorted(shares, reverse=True)
+    # The share of a feature that every domain lists.
+    totals = {
+        name: sum(abs(top["contribution"]) for top in found["top_features"]) / found["share_of_top_features"]
+        for name, found in signed["domains"].items()
+    }
+    everywhere = set.intersection(*({top["index"] for top in f["top_features"]} for f in signed["domains"].values()))
+    assert everywhere
+    every_part = [top for found in signed["domains"].values() for top in found["top_features"]]
+    for j in everywhere:
+        size = sum(abs(top["contribution"]) for top in every_part if top["index"] == j)
+        assert features[j]["share"] == pytest.approx(size / sum(totals.values()), rel=1e-9)
+    assert all(feature["promoted_tokens"] for feature in signed["top_features"][:20])
+
+    # Where they fire: the token named, in the prompt named, has that activation in a plain forward pass.
+    firings = [row for row in pq.read_table(run / "features.parquet").to_pylist() if row["stage"] == "signed"]
+    assert {row["feature"] for row in firings} <= {feature["index"] for feature in signed["top_features"][:20]}
+    prompts = {(row["domain"], row["id"]): row for row in pq.read_table(run / "prompts.parquet").to_pylist()
+               if row["stage"] == "signed"}  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(tiny.model)
+    model, sae = AutoModelForCausalLM.from_pretrained(tiny.model), load_sae(tiny.saes["topk"])
+    for row in firings[:12]:
+        ids = torch.tensor([prompts[row["domain"], row["id"]]["base_ids"]])
+        with torch.no_grad():
+            x = model(ids, output_hidden_states=True).hidden_states[LAYER + 1][0]
+        features_of = sts_fast.encode(sae, x[:-1])
+        at = np.repeat(np.arange(len(x) - 1), np.diff(features_of.indptr))[features_of.indices == row["feature"]]
+        values = features_of.values[features_of.indices == row["feature"]]
+        found = at[np.isclose(values, row["value"], rtol=1e-4)]
+        assert any(tokenizer.decode(ids[0, i]).strip() == row["token"].strip() for i in found)
 
 
 def test_a_run_without_signed_estimators_has_no_such_block(tiny: Tiny) -> None:

@@ -85,8 +85,11 @@ class _DomainSums:
     def update(self, rows: PairedRows) -> None:
         self.raw.update(rows.base, rows.paired[:0], rows.demos[:0])
         active = encode(self.sae, rows.base, self.columns).on_cpu()
+        positions = np.concatenate(
+            [self.prompt_set.prompts[i].positions[kept] for i, kept in zip(rows.prompts, rows.kept, strict=True)]
+        )
         for shift in self.shifts:
-            shift.firings.add(self.prompt_set, rows, active)
+            shift.firings.add(self.prompt_set, rows.base_of, positions, active)
         if "act" in self.estimators or "act_sq" in self.estimators:
             self._add_activations(rows, active)
         if "icl" in self.estimators:

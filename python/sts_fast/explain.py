@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sts_fast.capture import PairedRows
 from sts_fast.encode import SparseFeatures
 from sts_fast.errors import InputError
 from sts_fast.prompts import PromptSet
@@ -43,25 +42,27 @@ class Firings:
     """The strongest firings of some features, at most one of each prompt.
 
     features: [n_features] features of the SAE
+    stage:    in which pass they are looked for, as in prompts.parquet
     """
 
-    def __init__(self, features: Indices) -> None:
-        self.features = features
+    def __init__(self, features: Indices, stage: str) -> None:
+        self.features, self.stage = features, stage
         self._best: dict[int, list[_Firing]] = {int(feature): [] for feature in features}
         self._sets: dict[str, PromptSet] = {}
 
-    def add(self, prompt_set: PromptSet, rows: PairedRows, active: SparseFeatures) -> None:
-        """Adds a batch: `active` are the features of the rows of `rows.base`, these features among them."""
+    def add(self, prompt_set: PromptSet, prompt_of: Indices, positions: Indices, active: SparseFeatures) -> None:
+        """Adds a batch of tokens.
+
+        prompt_of, positions: [n_tokens] which of the set's prompts each token stands in, and where in its base_ids
+        active: the tokens' features, these features among them
+        """
         n_set = len(self._sets) if prompt_set.name not in self._sets else list(self._sets).index(prompt_set.name)
         self._sets[prompt_set.name] = prompt_set
-        positions = np.concatenate(
-            [prompt_set.prompts[i].positions[kept] for i, kept in zip(rows.prompts, rows.kept, strict=True)]
-        )
         row_of = np.repeat(np.arange(len(positions)), np.diff(active.indptr))
         for feature, best in self._best.items():
             entries = np.flatnonzero(active.indices == feature)
             for entry in entries[np.argsort(-active.values[entries], kind="stable")]:
-                prompt, position = int(rows.base_of[row_of[entry]]), int(positions[row_of[entry]])
+                prompt, position = int(prompt_of[row_of[entry]]), int(positions[row_of[entry]])
                 key = (-float(active.values[entry]), n_set, prompt, position)
                 if len(best) == N_EXAMPLES and key >= best[-1].rank_key:
                     break
@@ -85,7 +86,7 @@ class Firings:
                         "feature": feature,
                         "rank": rank,
                         "value": -firing.rank_key[0],
-                        "stage": "score",
+                        "stage": self.stage,
                         "domain": firing.prompt_set,
                         "id": prompt.id,
                         "before": before,

@@ -22,6 +22,7 @@ from sts_fast.sae import SAE
 from sts_fast.settings import Settings
 from sts_fast.shift import ShiftStats
 from sts_fast.shifted import N_REPLICATES, Shift, hook_of
+from sts_fast.signed import SignedForecast
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -153,13 +154,39 @@ def forecast_of(
     )
 
 
-def with_signed(signed: dict[str, Any] | None, forecast: Forecast) -> Forecast:
+def with_signed(
+    signed: SignedForecast | None,
+    forecast: Forecast,
+    sae: SAE,
+    tokenizer: PreTrainedTokenizerBase,
+    promoted: Mapping[int, list[str]],
+    labels: Mapping[int, str],
+) -> Forecast:
+    import pyarrow as pa
+
     if signed is None:
         return forecast
-    block = {name: value for name, value in signed.items() if name != "warnings"}
-    unanswered = [domain.name for domain in forecast.domains if domain.name not in signed["domains"]]
+    top = signed.block["top_features"]
+    links = explain.neuronpedia_links(sae.metadata.get("neuronpedia_id"), [feature["index"] for feature in top])
+    described = [
+        {
+            **feature,
+            "promoted_tokens": promoted.get(feature["index"]) if rank < explain.N_FEATURES else None,
+            "neuronpedia": link,
+            "label": labels.get(feature["index"]),
+        }
+        for rank, (feature, link) in enumerate(zip(top, links, strict=True))
+    ]
+    unanswered = [domain.name for domain in forecast.domains if domain.name not in signed.block["domains"]]
     more = [f"too few answers for a signed forecast of {', '.join(unanswered)}"] if unanswered else []
-    return replace(forecast, signed=block, warnings=[*forecast.warnings, *signed["warnings"], *more])
+    return replace(
+        forecast,
+        signed={**signed.block, "top_features": described},
+        warnings=[*forecast.warnings, *signed.warnings, *more],
+        # Runs without signed estimators have no columns for their values.
+        prompts=pa.concat_tables([forecast.prompts, signed.prompts], promote_options="default"),
+        firings=pa.concat_tables([forecast.firings, signed.firings.table(tokenizer)]),
+    )
 
 
 def promoted_tokens(

@@ -150,6 +150,7 @@ class Push:
     direction: [n_features, r] float64 M_S / ||M_S||, gradients projected; training moves W against it
     norm:      ||M_S||, fall of the set's own loss per unit of η
     loss:      the set's loss before training: of answers, in nats per token; of a policy, in advantages
+    nll:       [n_prompts] loss per token of each answer (or completion) before training, in nats
     folds:     [n_folds, n_features, r] parts of M_S that add up to it, from every n_folds-th prompt or group; or none
     maps:      W after a virtual training, by estimator: 'step', 'adapter', or none
     """
@@ -158,6 +159,7 @@ class Push:
     direction: Doubles
     norm: float
     loss: float
+    nll: Doubles
     maps: dict[MapKind, LinearMap]
     folds: Doubles | None = None
 
@@ -212,7 +214,7 @@ def measure_push(
     fold_of = np.zeros(n, np.int64)
     if n_folds:
         fold_of = (objective.group_of if isinstance(objective, PolicyLoss) else np.arange(n)) % n_folds
-    losses = np.zeros(n)
+    nll = np.zeros(n)
     done = 0
     for rows in model.answer_rows(prompts, Q, batch_tokens=batch_tokens):
         prompt_of = np.asarray(rows.prompts)[rows.prompt_of]
@@ -221,12 +223,12 @@ def measure_push(
             of_fold = np.flatnonzero(fold_of[prompt_of] == fold)
             whole = len(of_fold) == len(g)
             features.accumulate(folds[fold], *((rows.x, g) if whole else (rows.x[of_fold], g[of_fold])))
-        losses[rows.prompts] = rows.nll
+        nll[rows.prompts] = rows.nll
         done += len(rows.prompts)
         if tell is not None:
             tell(done, n)
     M: Doubles = folds.sum(axis=0) if n_folds else folds[0]
-    norm, loss = _norm(M), objective.loss(losses, losses)
+    norm, loss = _norm(M), objective.loss(nll, nll)
     if norm == 0:
         raise InputError(
             f"the answers of '{name}' pull at no feature: no feature fires on its tokens, or the loss is exactly zero"
@@ -234,7 +236,7 @@ def measure_push(
     seek = {"step": _seek_step, "adapter": _train_adapter}
     asked = _Asked.of(model, features, Q, prompts, objective, batch_tokens) if maps else None
     found = {kind: seek[kind](asked, M / norm, loss / norm) for kind in maps if asked is not None}
-    return Push(name, M / norm, norm, loss, found, folds if n_folds else None)
+    return Push(name, M / norm, norm, loss, nll, found, folds if n_folds else None)
 
 
 @dataclass(frozen=True)

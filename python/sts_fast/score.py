@@ -280,14 +280,16 @@ def compare(
     loaded_from = model if isinstance(model, (str, Path)) else None
     forecasts: list[dict[str, Forecast]] = []
     for i, one in enumerate(saes):
-        shown = sorted({int(j) for shift in shifts_of[i] for j in shift.top[: explain.N_FEATURES]})
+        signed_by = signed_of[i] if signed else {}
+        explained = [*(shift.firings for shift in shifts_of[i]), *(found.firings for found in signed_by.values())]
+        shown = sorted({int(j) for firings in explained for j in firings.features})
         promoted: dict[int, list[str]] = {}
         if isinstance(reader, Decoder):
             promoted = promoted_tokens(reader, one, shown, tokenizer, loaded_from)
         forecasts.append(
             {
                 shift.name: with_signed(
-                    signed_of[i][shift.name] if signed else None,
+                    signed_by.get(shift.name),
                     forecast_of(
                         reader,
                         one,
@@ -306,6 +308,10 @@ def compare(
                             "forward_passes": reader.passes.summary() if isinstance(reader, Decoder) else NO_PASSES,
                         },
                     ),
+                    one,
+                    tokenizer,
+                    promoted,
+                    labels,
                 )
                 for shift in shifts_of[i]
             }

@@ -172,5 +172,5 @@ def _shift(sums: _ShiftSums, settings: Settings) -> Shift:
         raw=raw,
         raw_top=raw.top(settings.top_n),
         log=sums.log,
-        firings=explain.Firings(top[: explain.N_FEATURES]),
+        firings=explain.Firings(top[: explain.N_FEATURES], "score"),
     )

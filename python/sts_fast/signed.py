@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
+from sts_fast.encode import encode
 from sts_fast.errors import InputError
+from sts_fast.explain import N_FEATURES, Firings
 from sts_fast.gradients import HookedModel, projection
 from sts_fast.hooks import Hook, split_name
 from sts_fast.ntk import (
@@ -23,9 +26,11 @@ from sts_fast.ntk import (
     push_warnings,
 )
 from sts_fast.prompts import Prompt, PromptSet
+from sts_fast.results import PromptLog
 from sts_fast.sae import SAE
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from numpy.typing import NDArray
 
     Doubles = NDArray[np.float64]
@@ -39,8 +44,26 @@ N_TOP_FEATURES = 20
 N_BOOTSTRAP = 1000
 INTERVAL = (2.5, 97.5)
 BATCH_TOKENS = 8192
+# Prompts of each domain in which the features that carry a forecast are looked for.
+EXAMPLE_PROMPTS = 64
 
 Tell = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class SignedForecast:
+    """The signed forecasts of one training set.
+
+    block:    `signed` in scores.json
+    warnings: what a reader should know
+    prompts:  rows of prompts.parquet, one for each answered prompt of the training set and of the domains
+    firings:  where the features that carry the forecasts fire in the domains' prompts
+    """
+
+    block: dict[str, Any]
+    warnings: list[str]
+    prompts: pa.Table
+    firings: Firings
 
 
 def hook_layer(hook: Hook, sae: SAE) -> int:
@@ -67,8 +90,8 @@ def measure_signed(
     batch_tokens: int | None = None,
     seed: int = 0,
     tell: Tell | None = None,
-) -> dict[str, dict[str, Any]]:
-    """By training set, what stands under `signed` in its scores.json; see ntk for the equations.
+) -> dict[str, SignedForecast]:
+    """By training set, which way each domain moves; see ntk for the equations.
 
     trains, domains: prompts that read their answers; each is passed through the model, and back to the hook, once
     """
@@ -92,7 +115,58 @@ def measure_signed(
         )
         for domain in domains
     ]
-    return {push.name: _block(i, push, pulls, features, estimators, seed) for i, push in enumerate(pushes)}
+    blocks = [_block(i, push, pulls, features, estimators, seed) for i, push in enumerate(pushes)]
+    carriers = [[found["index"] for found in block["top_features"][:N_FEATURES]] for block in blocks]
+    firings = [Firings(np.asarray(indices, np.int64), "signed") for indices in carriers]
+    for domain in domains:
+        _find_firings(model, sae, domain, firings, budget)
+    return {
+        push.name: SignedForecast(
+            block,
+            [*push_warnings(push), *(warning for pull in pulls for warning in pull_warnings(pull))],
+            _prompt_table(i, train, push, domains, pulls),
+            found,
+        )
+        for i, (train, push, block, found) in enumerate(zip(trains, pushes, blocks, firings, strict=True))
+    }
+
+
+def _find_firings(
+    model: HookedModel, sae: SAE, domain: PromptSet, firings: Sequence[Firings], batch_tokens: int
+) -> None:
+    columns = np.unique(np.concatenate([one.features for one in firings]))
+    if not len(columns):
+        return
+    for rows in model.answer_rows(domain.prompts[:EXAMPLE_PROMPTS], batch_tokens=batch_tokens):
+        active = encode(sae, rows.x, columns)
+        prompt_of = np.asarray(rows.prompts)[rows.prompt_of]
+        positions = rows.at.cpu().numpy() % rows.ids.shape[1]
+        for one in firings:
+            one.add(domain, prompt_of, positions, active)
+
+
+def _prompt_table(
+    i: int, train: PromptSet, push: Push, domains: Sequence[PromptSet], pulls: Sequence[Pull]
+) -> pa.Table:
+    """Rows of stage 'signed': answer_nll_sum, and each estimator's part of a prompt; `positions` are the answer's."""
+    import pyarrow as pa
+
+    tables = []
+    parts: list[tuple[PromptSet, Doubles, dict[str, Doubles]]] = [(train, push.nll, {})]
+    parts += [
+        (domain, pull.nll, {field: values[i] for field, values in pull.values.items()})
+        for domain, pull in zip(domains, pulls, strict=True)
+    ]
+    for prompt_set, nll, values in parts:
+        n_answer = np.asarray([len(prompt.positions) for prompt in prompt_set.prompts])
+        log = PromptLog("signed", prompt_set)
+        log.kept = [np.ones(len(prompt.positions), bool) for prompt in prompt_set.prompts]
+        table = log.table({"answer_nll_sum": nll * n_answer})
+        for field in SIGNED_FIELDS:
+            column = pa.array(values[field]) if field in values else pa.nulls(len(nll), pa.float64())
+            table = table.append_column(field, column)
+        tables.append(table)
+    return pa.concat_tables(tables)
 
 
 def _centre(model: HookedModel, domains: Sequence[PromptSet], batch_tokens: int) -> Doubles:
@@ -112,12 +186,17 @@ def _centre(model: HookedModel, domains: Sequence[PromptSet], batch_tokens: int)
 def _block(
     i: int, push: Push, pulls: Sequence[Pull], features: Features, estimators: Sequence[str], seed: int
 ) -> dict[str, Any]:
+    found = {pull.name: _domain(i, pull, features, estimators, seed) for pull in pulls}
+    sizes = np.sum([np.abs(pull.contributions[i]) for pull in pulls], axis=0)
+    listed = {top["index"] for domain in found.values() for top in domain["top_features"] or []}
+    shares = {j: float(sizes[j] / sizes.sum()) for j in listed}
     return {
         "features": features.kind,
         "train_loss": push.loss,
         "loss_left": {kind: found.loss_left for kind, found in push.maps.items()},
-        "domains": {pull.name: _domain(i, pull, features, estimators, seed) for pull in pulls},
-        "warnings": [*push_warnings(push), *(warning for pull in pulls for warning in pull_warnings(pull))],
+        "domains": found,
+        # Over all domains, those that carry most first.
+        "top_features": [{"index": j, "share": shares[j]} for j in sorted(shares, key=lambda j: (-shares[j], j))],
     }
 
 
