@@ -111,16 +111,16 @@ def score_arrays(scores: Mapping[str, Number], names: Mapping[str, Any]) -> tupl
     values, deviations = np.zeros(len(names)), np.zeros(len(names))
     for i, name in enumerate(names):
         interval = interval_of(scores[name])
-        values[i] = _finite(f"the score of '{name}'", _value_of(scores[name]))
+        values[i] = finite(f"the score of '{name}'", value_of(scores[name]))
         if interval is not None:
-            low, high = (_finite(f"the interval of '{name}'", bound) for bound in interval)
+            low, high = (finite(f"the interval of '{name}'", bound) for bound in interval)
             if high < low:
                 raise InputError(f"the interval of '{name}' ends before it begins")
             deviations[i] = (high - low) / (2 * Z_95)
     return values, deviations
 
 
-def _value_of(number: Number) -> Any:
+def value_of(number: Number) -> Any:
     return number[0] if isinstance(number, (tuple, list)) else number
 
 
@@ -133,15 +133,15 @@ def outcome_arrays(outcomes: Mapping[str, Outcome]) -> tuple[Doubles, Doubles]:
     if len(outcomes) < MIN_DOMAINS:
         raise InputError(f"{MIN_DOMAINS} domains are needed, not {len(outcomes)}")
     for name, outcome in outcomes.items():
-        _finite(f"the change of '{name}'", outcome.change)
-        if outcome.stderr is not None and _finite(f"the standard error of '{name}'", outcome.stderr) < 0:
+        finite(f"the change of '{name}'", outcome.change)
+        if outcome.stderr is not None and finite(f"the standard error of '{name}'", outcome.stderr) < 0:
             raise InputError(f"the standard error of '{name}' is negative")
     change = np.asarray([outcome.change for outcome in outcomes.values()], np.float64)
     stderr = [math.nan if outcome.stderr is None else outcome.stderr for outcome in outcomes.values()]
     return change, np.asarray(stderr, np.float64)
 
 
-def _finite(what: str, value: Any) -> float:
+def finite(what: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not math.fabs(value) < LARGEST:
         raise InputError(f"{what} is {value}, not a number")
     return float(value)
