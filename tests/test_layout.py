@@ -21,7 +21,7 @@ ORDER = [
     *("sae", "sets", "backend", "torch_ops", "encode", "fit", "shift", "correlate"),
     *("controls", "gradients", "policy", "ntk", "explain", "results", "settle", "signed"),
     *("settings", "activations", "shifted", "domains", "forecast", "score"),
-    *("outcomes", "validate", "report", "organism", "demo", "trainer", "cli", "__main__"),
+    *("outcomes", "validate", "calibration", "report", "organism", "demo", "trainer", "cli", "__main__"),
 ]
 HEAVY = {"torch", "transformers", "sae_lens", "pandas", "pyarrow", "matplotlib", "datasets"}
 SUBCLASSES_OF_HEAVY = {"trainer.py"}  # whoever imports it has imported transformers

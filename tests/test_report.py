@@ -158,6 +158,8 @@ def make_scores(n: int = 6, seed: int = 0) -> dict[str, Any]:
                     "base_loss": {"nll": float(rng.uniform(1, 3))},
                     "base_accuracy": {"accuracy": 0.25},
                 },
+                "change": None,
+                "change_interval": None,
             }
         )
     importance = make_importance(seed)
@@ -204,6 +206,7 @@ def make_scores(n: int = 6, seed: int = 0) -> dict[str, Any]:
             for j in top
         ],
         "signed": None,
+        "calibration": None,
         "warnings": [],
         "provenance": {
             "created_at": "2026-01-02T03:04:05+00:00",

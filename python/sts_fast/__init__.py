@@ -7,6 +7,7 @@ from sts_fast._cpu import get_num_threads, set_num_threads
 from sts_fast._version import __version__
 from sts_fast.activations import Activations, capture_activations
 from sts_fast.backend import set_precision
+from sts_fast.calibration import Calibration, fit_calibration
 from sts_fast.correlate import CorrelationStats
 from sts_fast.encode import SparseFeatures, encode
 from sts_fast.errors import InputError
@@ -22,6 +23,7 @@ from sts_fast.validate import validate
 __all__ = [
     "SAE",
     "Activations",
+    "Calibration",
     "CorrelationStats",
     "Example",
     "Forecast",
@@ -32,6 +34,7 @@ __all__ = [
     "capture_activations",
     "compare",
     "encode",
+    "fit_calibration",
     "get_num_threads",
     "load_domains",
     "load_examples",

@@ -177,6 +177,8 @@ def domain_score(read: DomainRead, shift: Shift, answers: results.AnswerLog | No
         **skipped(read.prompt_set),
         **log.counts(),
         controls=found,
+        change=None,
+        change_interval=None,
     )
 
 

@@ -58,6 +58,7 @@ class DomainScore:
     n_skipped:  examples looked at and left out: n_too_long for the model's context, n_unanswered where answers are read
     n_special, n_sinks: tokens left out because they are special, because they are attention sinks
     controls:   the same estimators with other features in the place of D_N, by control and estimator
+    change, change_interval: what a calibration makes of the score; None without one, or where it does not reach
     """
 
     name: str
@@ -76,6 +77,8 @@ class DomainScore:
     n_special: int
     n_sinks: int
     controls: dict[str, dict[str, float]]
+    change: float | None = None
+    change_interval: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,7 @@ class Forecast:
     prompts: one row per prompt and stage, as in prompts.parquet
     firings: where the most shifted features fire in the domains, as in features.parquet
     signed: which way each domain moves, where such estimators were asked for; see signed.measure_signed
+    calibration: what `change` of the domains was made with; None without it
     """
 
     model: dict[str, Any]
@@ -124,6 +128,7 @@ class Forecast:
     prompts: pa.Table
     firings: pa.Table
     signed: dict[str, Any] | None = None
+    calibration: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """What scores.json holds."""
@@ -137,6 +142,7 @@ class Forecast:
             "domains": [_plain(domain) for domain in self.domains],
             "shifted_features": [_plain(feature) for feature in self.shifted_features],
             "signed": self.signed,
+            "calibration": self.calibration,
             "warnings": self.warnings,
             "provenance": self.provenance,
         }
@@ -278,7 +284,7 @@ def validate_scores(scores: dict[str, Any]) -> None:
     """Raises jsonschema.ValidationError where a document is not a valid scores.json."""
     import jsonschema
 
-    jsonschema.validate(json.loads(to_json(scores)), scores_schema())
+    jsonschema.Draft202012Validator(scores_schema()).validate(json.loads(to_json(scores)))
 
 
 def prepare_folder(folder: Path) -> None:

@@ -74,18 +74,18 @@ class Calibration:
 
     def change(self, score: float) -> float:
         """The change forecast for a score."""
-        return float(self.line.change(np.float64(score)))
+        return float(self.line.change(np.asarray(score)))
 
     def interval(self, score: float) -> Interval | None:
         """Where the change lies with probability `level`; None for a score beyond all that were learned from."""
         if abs(score) > self.largest:
             return None
-        half = self.multiplier * float(self.line.scale(np.float64(score)))
+        half = self.multiplier * float(self.line.scale(np.asarray(score)))
         low, high = self.change(score) - half, self.change(score) + half
         return (low if self.signed else max(low, 0.0)), high
 
     def check(self, conditions: dict[str, Any]) -> None:
-        """Raises InputError where the conditions of a forecast, as far as they are given, are not those learned under."""
+        """Raises InputError where the conditions of a forecast, as far as given, differ from those learned under."""
         learned = {name: value for name, value in self.conditions.items() if name in conditions}
         if differ := past.differences(learned, conditions):
             raise InputError(
@@ -111,18 +111,16 @@ class Calibration:
         if 2 * len(beyond) > len(scores):
             raise InputError(
                 f"{len(beyond)} of {len(scores)} scores lie beyond the largest that the calibration was learned from "
-                f"({self.largest:.3g}), the median {np.median(list(beyond.values())):.1f} times as far out: learn it from "
-                "runs like this one"
+                f"({self.largest:.3g}), the median {np.median(list(beyond.values())):.1f} times as far out: learn it "
+                "from runs like this one"
             )
         warnings = list(self.warnings)
         if beyond:
             shown = listed(f"{name} ({ratio:.2f} times)" for name, ratio in beyond.items())
-            warnings.append(
-                f"no interval for scores beyond the largest that the calibration was learned from: {shown}"
-            )
+            warnings.append(f"no interval for scores beyond the largest that the calibration was learned from: {shown}")
         if new := [name for name in scores if name not in self.domains]:
             warnings.append(
-                f"the calibration was learned without {listed(new)}: their intervals hold if they move like other domains"
+                f"the calibration was learned without {listed(new)}: their intervals hold if they move like the others"
             )
         domains = [
             replace(
@@ -139,7 +137,9 @@ class Calibration:
             "level": self.level,
             "n_trains": self.n_trains,
             "n_runs": len(self.runs),
-            "assessment": None if self.assessment is None else json.loads(json.dumps(asdict(self.assessment))),
+            "coverage": self.assessment and self.assessment.coverage,
+            "width": self.assessment and self.assessment.width,
+            "constant_width": self.assessment and self.assessment.constant_width,
             "warnings": warnings,
         }
         return replace(forecast, domains=domains, calibration=said)
@@ -239,4 +239,4 @@ def _validate(document: Any) -> None:
     import jsonschema
 
     text = resources.files("sts_fast").joinpath("calibration/calibration.schema.json").read_text(encoding="utf-8")
-    jsonschema.validate(document, json.loads(text))
+    jsonschema.Draft202012Validator(json.loads(text)).validate(document)

@@ -9,12 +9,12 @@ The interval line(s) +- multiplier * sigma(s). The multiplier comes from residua
              Barber et al. 2021, with whole training sets left out).
 
 Domains of one training move together, so that only training sets are exchangeable, not domains. One domain drawn from
-each of K training sets, and one from the next, are: the m-th smallest of the K residuals, m = ceil(level (K + 1)), covers
-the next with probability m / (K + 1) (Dunn, Wasserman and Ramdas 2022, subsampling once). To be rid of the draw, the
-multiplier is the one residual below which, averaged over training sets, lies the share of residuals that lies below that
-m-th smallest on average over all draws; this average has a closed form (a Poisson-binomial sum). With one domain per
-training set it is the m-th smallest itself, with training sets all alike the m / (K + 1) quantile. The probability is
-exact for the drawn residual alone; simulations in the tests hold the multiplier to it.
+each of K training sets, and one from the next, are: the m-th smallest of the K residuals, m = ceil(level (K + 1)),
+covers the next with probability m / (K + 1) (Dunn, Wasserman and Ramdas 2022, subsampling once). To be rid of the draw,
+the multiplier is the residual below which, averaged over training sets, lies the share of residuals that lies below
+that m-th smallest on average over all draws; this average has a closed form (a Poisson-binomial sum). With one domain
+per training set it is the m-th smallest itself, with training sets all alike the m / (K + 1) quantile. The probability
+is exact for the drawn residual alone; simulations in the tests hold the multiplier to it.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def multiplier(residuals: Doubles, train: Integers, level: float = LEVEL) -> flo
     at_most = drawn[:, rank:].sum(axis=1)  # P(the rank-th smallest does not exceed the value)
     share = shares.mean(axis=1)
     inside = float((np.diff(at_most, prepend=0.0) * share).sum())
-    return float(values[min(np.searchsorted(share, inside - 1e-12), len(values) - 1)])
+    return float(values[min(int(np.searchsorted(share, inside - 1e-12)), len(values) - 1)])
 
 
 def assess(points: Points, level: float = LEVEL) -> Assessment | None:
@@ -200,6 +200,4 @@ def assess(points: Points, level: float = LEVEL) -> Assessment | None:
     line_figures, constant_figures = np.asarray(found["line"]), np.asarray(found["constant"])
     coverage, width, interval_score, error = line_figures.mean(axis=0).tolist()
     low, high = float(line_figures[:, 0].min()), float(line_figures[:, 0].max())
-    return Assessment(
-        coverage, (low, high), width, interval_score, error, *constant_figures.mean(axis=0).tolist()
-    )
+    return Assessment(coverage, (low, high), width, interval_score, error, *constant_figures.mean(axis=0).tolist())

@@ -72,13 +72,14 @@ def _read_one(folder: Path) -> PastRun:
         what = error.message if isinstance(error, jsonschema.ValidationError) else error
         raise InputError(f"{folder / SCORES_FILE} cannot be learned from: {what}: make the run again") from error
     path = folder / VALIDATION_FILE
-    outcomes = {}
     try:
-        for domain in json.loads(path.read_text(encoding="utf-8"))["domains"]:
-            name, outcome = str(domain["name"]), domain["outcome"]
-            outcomes[name] = finite(f"the change of '{name}' in {path}", outcome["change"]), str(outcome["metric"])
+        domains = json.loads(path.read_text(encoding="utf-8"))["domains"]
+        found = {str(one["name"]): (one["outcome"]["change"], str(one["outcome"]["metric"])) for one in domains}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is not what sts-fast validate wrote: validate the run again") from error
+    outcomes = {
+        name: (finite(f"the change of '{name}' in {path}", change), metric) for name, (change, metric) in found.items()
+    }
     return PastRun(folder, scores, outcomes)
 
 
@@ -150,7 +151,7 @@ def unit_of(runs: Sequence[PastRun]) -> str:
 
 
 def conditions(scores: dict[str, Any], estimator: str) -> dict[str, Any]:
-    """What the scores of an estimator depend on beside the training set: past runs and new ones must have it in common."""
+    """What scores depend on beside the training set, which past runs and new ones must have in common."""
     model, sae, settings = scores["model"], scores["sae"], scores["settings"]
     found = {
         "model": _identity(scores, "model", model["name"], model["revision"]),
