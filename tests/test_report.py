@@ -227,6 +227,34 @@ def make_scores(n: int = 6, seed: int = 0) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def make_signed(scores: dict[str, Any], seed: int = 0) -> dict[str, Any]:
+    """A block of signed forecasts for every domain of a run, by adapter and ntk."""
+    rng = np.random.default_rng([seed, 2])
+    domains: dict[str, Any] = {}
+    for domain in scores["domains"]:
+        found: dict[str, Any] = {"n_prompts": 40, "base_loss": 0.7, "p_answer": 0.4, "step": None, "step_loss": None}
+        for number in ("adapter", "adapter_loss", "ntk", "ntk_loss"):
+            value = float(rng.normal(0, 0.3))
+            found[number] = {"value": value, "ci": [value - 0.15, value + 0.1]}
+        parts = rng.normal(0, 0.1, 8)
+        found["top_features"] = [
+            {"index": int(j), "contribution": float(parts[j])} for j in np.argsort(-np.abs(parts), kind="stable")
+        ]
+        domains[domain["name"]] = found | {"share_of_top_features": float(rng.uniform(0.5, 0.9))}
+    shares = np.sort(rng.uniform(0.01, 0.1, 8))[::-1]
+    features = [
+        {
+            "index": j, "share": float(shares[j]), "promoted_tokens": [" up"], "neuronpedia": f"https://n.org/{j}",
+            "label": f"signed label {j}",
+        }
+        for j in range(8)
+    ]  # fmt: skip
+    return {
+        "features": "sae", "train_loss": 0.5, "loss_left": {"adapter": 0.04}, "domains": domains,
+        "top_features": features,
+    }  # fmt: skip
+
+
 def make_importance(seed: int = 0) -> np.ndarray[Any, np.dtype[np.float64]]:
     return np.random.default_rng([seed, 1]).pareto(1.2, D_SAE)
 
@@ -253,6 +281,9 @@ def write_firings(folder: Path, scores: dict[str, Any], text: str = "") -> list[
         for feature in scores["shifted_features"][:25]
         for rank in (3, 0, 2, 1, 4)
     ]  # fmt: skip
+    carriers = (scores["signed"] or {"top_features": []})["top_features"]
+    signed = [row | {"stage": "signed", "feature": feature["index"]} for feature in carriers[:3] for row in rows[:5]]
+    rows += [row | {"token": f" carries{text}"} for row in signed]
     pq.write_table(pa.Table.from_pylist(rows), folder / results.FEATURES_FILE)
     return rows
 
@@ -273,6 +304,7 @@ def write_full_run(folder: Path, scores: dict[str, Any] | None = None) -> dict[s
         feature["neuronpedia"] = f"https://neuronpedia.org/a/b/{feature['index']}"
         feature["label"] = f"label {i}" if i % 2 else None
     scores["warnings"] = ["a warning of the run"]
+    scores["signed"] = make_signed(scores)
     write_scores(folder, scores)
     write_shift(folder, scores)
     write_firings(folder, scores)
@@ -339,6 +371,104 @@ def test_bars_are_as_long_as_scores_are_large(full: tuple[dict[str, Any], Node, 
     )
     ticks = {float(text.text().replace("−", "-")): text.attrs["x"] for text in svg.all("text", class_="tick")}
     assert all(float(x.rstrip("%")) == pytest.approx(unit * tick, abs=0.02) for tick, x in ticks.items())
+
+
+@pytest.mark.parametrize("field", ["adapter", "adapter_loss", "ntk", "ntk_loss"])
+def test_signed_bars_lie_on_their_side_of_zero(full: tuple[dict[str, Any], Node, Path], field: str) -> None:
+    scores, page, _ = full
+    factor = 100 if field == "adapter" else 1  # points
+    found = {name: domain[field] for name, domain in scores["signed"]["domains"].items()}
+    wanted = sorted(found, key=lambda name: -found[name]["value"])
+    rows = rows_of(page.one("table", id=f"table-{field}"))
+    assert [cells[0].text() for cells in rows] == wanted
+    for cells, name in zip(rows, wanted, strict=True):
+        low, high = (factor * bound for bound in found[name]["ci"])
+        assert values_of(cells[1]) == pytest.approx([factor * found[name]["value"]])
+        assert values_of(cells[2]) == pytest.approx([low, high])
+        assert cells[3].text() == ("better" if low > 0 else "worse" if high < 0 else "open")
+
+    [svg] = [node for node in page.all("svg") if node.attrs.get("aria-labelledby", "").startswith(f"signed-{field}-f")]
+    ticks = {float(text.text().replace("−", "-")): text.attrs["x"] for text in svg.all("text", class_="tick")}
+    low, high = min(ticks), max(ticks)
+    zero, unit = -100 * low / (high - low), 100 / (high - low)
+    for bar, name in zip(svg.all("rect", class_="bar"), wanted, strict=True):
+        left, width = (float(bar.attrs[key].rstrip("%")) for key in ("x", "width"))
+        value = factor * found[name]["value"]
+        assert ("falling" in bar.attrs["class"]) == (value < 0)
+        assert [left, left + width] == pytest.approx(sorted([zero, zero + unit * value]), abs=0.02)
+    assert [text.text() for text in svg.all("text", class_="axis")][::2] == ["← worse", "better →"]
+
+
+def test_signed_section_in_plain_words(full: tuple[dict[str, Any], Node, Path]) -> None:
+    scores, page, _ = full
+    section = page.one("section", **{"aria-labelledby": "signed"})
+    text = plain(section.text())
+    values = {name: 100 * found["adapter"]["value"] for name, found in scores["signed"]["domains"].items()}
+    best, worst = max(values, key=lambda name: values[name]), min(values, key=lambda name: values[name])
+    shown = {name: f"{values[name]:+.1f}".replace("-", "−") for name in (best, worst)}
+    lead = plain(page.all("p", class_="lead")[1].text())
+    assert lead == (
+        f"By adapter training makes {best} better most ({shown[best]} points) and {worst} worse most "
+        f"({shown[worst]} points)."
+    )
+    assert "it is not where the accuracy comes from" in text
+    assert "adapter leaves 4.0%" in text
+    headings = [heading.text() for heading in section.all("h3")]
+    assert headings[0] == "By adapter: change of P(answer), points"
+    assert headings[1].startswith("By ntk")
+
+
+def test_features_that_carry_signed_forecasts(full: tuple[dict[str, Any], Node, Path]) -> None:
+    scores, page, _ = full
+    section = page.one("section", **{"aria-labelledby": "signed"})
+    rows = rows_of(section.one("table", class_="feature-table"))
+    domains = scores["signed"]["domains"]
+    for cells, feature in zip(rows, scores["signed"]["top_features"], strict=True):
+        j = feature["index"]
+        parts = {
+            name: top["contribution"]
+            for name, found in domains.items()
+            for top in found["top_features"]
+            if top["index"] == j
+        }
+        largest = sorted(parts, key=lambda name: -abs(parts[name]))[:3]
+        assert values_of(cells[1]) == [feature["share"]]
+        assert values_of(cells[2]) == [parts[name] for name in largest]
+        assert [bdi.text() for bdi in cells[2].all("bdi")] == largest
+        assert cells[3].one("bdi").text() == feature["label"]
+        assert cells[3].one("a").attrs["href"] == feature["neuronpedia"]
+        assert [mark.text() for mark in cells[5].all("mark")] == ["␣carries"] * (5 if j < 3 else 0)
+    carried = rows_of(section.one("table", id="table-carried"))
+    for cells, (name, found) in zip(carried, domains.items(), strict=True):
+        assert cells[0].text() == name
+        assert values_of(cells[2]) == [found["share_of_top_features"]]
+        up = [top["index"] for top in found["top_features"] if top["contribution"] > 0][:5]
+        assert [int(link.text()) for link in cells[3].all("a")] == up
+
+
+def test_signed_forecasts_of_long_answers_and_solved_sets_say_so(tmp_path: Path) -> None:
+    scores = make_scores(5)
+    scores["signed"] = make_signed(scores)
+    found = list(scores["signed"]["domains"].values())
+    found[1]["p_answer"] = 1e-9
+    text = plain(page_of(tmp_path, scores).text())
+    assert "The answers of domain 1 are too long or too unlikely" in text
+    assert "domain 1 (answers too long)" in text
+    for domain in found[1:4]:
+        domain["p_answer"] = 1e-9
+    scores["signed"]["train_loss"] = 0.002
+    page = page_of(tmp_path, scores)
+    text = plain(page.text())
+    assert "Weak: the model answers the training set already" in text
+    # Then the fall of the loss comes first, and the change of P behind a click.
+    assert [heading.text() for heading in page.all("h3") if "adapter" in heading.text()] == [
+        "By adapter: fall of the loss, nats per token"
+    ]
+    scores["signed"]["features"] = "raw"
+    scores["signed"]["top_features"] = []
+    for domain in found:
+        domain["top_features"] = domain["share_of_top_features"] = None
+    assert "there are no features to show" in plain(page_of(tmp_path, scores).text())
 
 
 def test_summary_says_who_is_first_and_how_clearly(tmp_path: Path) -> None:
@@ -471,7 +601,7 @@ def test_most_active_features_have_a_curve_too(tmp_path: Path) -> None:
 
 def test_features_and_where_they_fire(full: tuple[dict[str, Any], Node, Path]) -> None:
     scores, page, _ = full
-    first, rest = page.all("table", class_="feature-table")
+    first, rest = page.one("section", **{"aria-labelledby": "features"}).all("table", class_="feature-table")
     rows = rows_of(first)
     assert (len(rows), len(rows_of(rest))) == (20, TOP_N - 20)
     for rank, (cells, feature) in enumerate(zip(rows + rows_of(rest), scores["shifted_features"], strict=True), 1):
@@ -699,6 +829,9 @@ def test_hostile_text_is_shown_as_text(tmp_path: Path) -> None:
     scores["shifted_features"][0]["neuronpedia"] = 'https://x.org/"><script>'
     scores["domains"][0]["controls"][bad] = {HOSTILE[1]: 1.0}
     scores["warnings"] = HOSTILE
+    scores["signed"] = make_signed(scores)
+    for feature, text in zip(scores["signed"]["top_features"], HOSTILE, strict=False):
+        feature |= {"promoted_tokens": [text], "label": text, "neuronpedia": "javascript:alert(1)"}
     write_scores(tmp_path, scores)
     write_firings(tmp_path, scores, text=HOSTILE[1])
     write_validation(tmp_path, scores)
@@ -829,7 +962,7 @@ def test_the_page_is_built_for_everyone(full: tuple[dict[str, Any], Node, Path])
     assert len(ids) == len(set(ids))
     by_id = {node.attrs["id"]: node for node in page.walk() if "id" in node.attrs}
     outer = [node for node in page.all("svg") if "viewbox" not in node.attrs]
-    assert len(outer) == 7
+    assert len(outer) == 11
     for svg in outer:
         assert svg.attrs["role"] == "img"
         title, description = (by_id[name] for name in svg.attrs["aria-labelledby"].split())

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sts_fast import files
-from sts_fast.report import controls, features, outcome, ranking, training
+from sts_fast.report import controls, features, outcome, ranking, signed, training
 from sts_fast.report.demo import DEMO_FILE, REPORT_FILE, build_demo_report
 from sts_fast.report.page import render
 from sts_fast.report.run import Run, read_run
@@ -53,6 +53,7 @@ def _content(run: Run) -> dict[str, Any]:
         "agreement_figure": ranking.agreement_figure(scores),
         "controls": controls.control_section(scores),
         "outcome": None if run.validation is None else outcome.outcome_section(run.validation),
+        "signed": signed.signed_section(run),
         "training": None if run.training is None else training.training_section(run.training, scores),
         "concentration": features.concentration(run),
         "features": features.feature_section(run),

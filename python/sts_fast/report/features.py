@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,23 +35,35 @@ SHIFT_WORDS = {
 
 @dataclass(frozen=True)
 class Feature:
+    """moves: domains and the feature's part in their signed forecasts."""
+
     rank: int
     index: int
     share: float
-    mean_activation: float
+    mean_activation: float | None
     label: str | None
     url: str | None
     promoted: list[str]
     firings: list[Firing]
     more_firings: list[Firing]
+    moves: tuple[tuple[str, float], ...] = ()
+
+    def moving(self, moves: Sequence[tuple[str, float]]) -> Feature:
+        return replace(self, moves=tuple(moves))
 
 
 @dataclass(frozen=True)
 class FeatureSection:
-    """The features of D_N; a has_ is False where no feature has anything to show in that column."""
+    """Features with what is known of them; a has_ is False where none has anything to show in that column.
 
+    share_of: what their shares are parts of
+    """
+
+    share_of: str
     first: list[Feature]
     rest: list[Feature]
+    has_mean: bool
+    has_moves: bool
     has_label: bool
     has_promoted: bool
     has_firings: bool
@@ -63,10 +76,19 @@ class Concentration:
 
 
 def feature_section(run: Run) -> FeatureSection:
-    features = [_feature(rank, entry, run) for rank, entry in enumerate(run.scores["shifted_features"], 1)]
+    """The features of D_N."""
+    entries = run.scores["shifted_features"]
+    measure = "activity" if run.scores["settings"]["dims"] == "active" else "shift"
+    return section_of([feature_of(rank, entry, run.firings) for rank, entry in enumerate(entries, 1)], measure)
+
+
+def section_of(features: Sequence[Feature], share_of: str) -> FeatureSection:
     return FeatureSection(
-        first=features[:FIRST_FEATURES],
-        rest=features[FIRST_FEATURES:],
+        share_of=share_of,
+        first=list(features[:FIRST_FEATURES]),
+        rest=list(features[FIRST_FEATURES:]),
+        has_mean=any(feature.mean_activation is not None for feature in features),
+        has_moves=any(feature.moves for feature in features),
         has_label=any(feature.label or feature.url for feature in features),
         has_promoted=any(feature.promoted for feature in features),
         has_firings=any(feature.firings for feature in features),
@@ -110,14 +132,15 @@ def concentration(run: Run) -> Concentration:
     return Concentration(figure, said)
 
 
-def _feature(rank: int, entry: dict[str, Any], run: Run) -> Feature:
+def feature_of(rank: int, entry: dict[str, Any], firings_of: Mapping[int, list[Firing]]) -> Feature:
+    """A feature as scores.json describes it, with its firings."""
     url, promoted, label = entry.get("neuronpedia"), entry.get("promoted_tokens"), entry.get("label")
-    firings = [_trimmed(firing) for firing in run.firings.get(entry["index"], [])[:MOST_FIRINGS]]
+    firings = [_trimmed(firing) for firing in firings_of.get(entry["index"], [])[:MOST_FIRINGS]]
     return Feature(
         rank=rank,
         index=entry["index"],
         share=entry["share"],
-        mean_activation=entry["mean_activation"],
+        mean_activation=entry.get("mean_activation"),
         label=label if isinstance(label, str) and label.strip() else None,
         # Nothing but a web address becomes a link.
         url=url if isinstance(url, str) and url.startswith(("https://", "http://")) else None,

@@ -80,21 +80,37 @@ class Scale:
         return min(max(100 * (value - self.low) / (self.high - self.low), 0.0), 100.0)
 
 
-def bars(name: str, rows: Sequence[Bar], scale: Scale, *, title: str, description: str) -> Markup:
-    """One bar per row from zero to its value, with a whisker for its interval and a mark for its control."""
+def bars(
+    name: str,
+    rows: Sequence[Bar],
+    scale: Scale,
+    *,
+    title: str,
+    description: str,
+    axis: tuple[str, str, str] | None = None,
+) -> Markup:
+    """One bar per row from zero to its value, with a whisker for its interval and a mark for its control.
+
+    axis: words under the axis: at its left end, in the middle, at its right end
+    """
     height = ROW * len(rows)
     parts = [_grid(scale, height)]
     for i, row in enumerate(rows):
         middle = i * ROW + 28
         zero, end = sorted((scale.at(0.0), scale.at(row.value)))
         parts.append(_row_text(row.name, row.text, i * ROW + 15))
-        parts.append(_tag("rect", x=_pc(zero), y=middle - 7, width=_pc(end - zero), height=14, rx=2, class_="bar"))
+        kind = "bar falling" if row.value < 0 else "bar"
+        parts.append(_tag("rect", x=_pc(zero), y=middle - 7, width=_pc(end - zero), height=14, rx=2, class_=kind))
         parts.append(_whisker(scale, row.interval, middle))
         if row.control is not None:
             x = _pc(scale.at(row.control))
             for kind in ("halo", "control"):
                 parts.append(_tag("line", x1=x, x2=x, y1=middle - 10, y2=middle + 10, class_=kind))
-    return _svg(name, height, title, description, parts, class_="rows")
+    if axis is None:
+        return _svg(name, height, title, description, parts, class_="rows")
+    for x, text, anchor in zip(("0%", "50%", "100%"), axis, ("axis", "axis middle", "axis end"), strict=True):
+        parts.append(_tag("text", text, x=x, y=height + 38, class_=anchor))
+    return _svg(name, height, title, description, parts, class_="rows named")
 
 
 def dots(

@@ -42,6 +42,11 @@ def significant(value: float | None) -> str:
     return text.replace("-", "−")
 
 
+def with_sign(value: float) -> str:
+    """As `significant`, with a plus before what is above zero."""
+    return f"+{significant(value)}" if value > 0 else significant(value)
+
+
 def interval(bounds: Sequence[float] | None) -> str:
     return NOT_THERE if bounds is None else f"{significant(bounds[0])} to {significant(bounds[1])}"
 

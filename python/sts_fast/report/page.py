@@ -29,7 +29,7 @@ def render(template: str, **content: Any) -> str:
         name: getattr(numbers, name)
         for name in (
             "significant", "interval", "correlation", "correlations", "chance", "percent", "count", "counted",
-            "visible_token", "visible_context",
+            "visible_token", "visible_context", "with_sign",
         )
     }  # fmt: skip
     style = source.joinpath(STYLE).read_text(encoding="utf-8")

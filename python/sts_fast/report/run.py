@@ -54,7 +54,8 @@ class Run:
 
     scores:     scores.json
     importance: [d_sae] what D_N is ranked by, in any unit; None without shift.safetensors
-    firings:    feature -> where it fires, strongest first; empty without features.parquet
+    firings:    feature of D_N -> where it fires, strongest first; empty without features.parquet
+    signed_firings: the same of the features that carry signed forecasts
     validation: validation.json; None without it
     training:   training.json, what TransferMonitor measured; None without it
     warnings:   files that belong to another run, and were left aside
@@ -63,6 +64,7 @@ class Run:
     scores: dict[str, Any]
     importance: Doubles | None
     firings: dict[int, list[Firing]]
+    signed_firings: dict[int, list[Firing]]
     validation: dict[str, Any] | None
     training: dict[str, Any] | None
     warnings: list[str]
@@ -79,7 +81,8 @@ def read_run(folder: Path) -> Run:
     top = [feature["index"] for feature in scores["shifted_features"]]
     warnings: list[str] = []
     importance = _read_importance(folder / SHIFT_FILE, scores["settings"]["dims"], top, warnings)
-    firings = _read_firings(folder / FEATURES_FILE, top)
+    carriers = [feature["index"] for feature in (scores["signed"] or {}).get("top_features", [])]
+    firings = _read_firings(folder / FEATURES_FILE, {"score": top, "signed": carriers})
     validation = None
     if (folder / VALIDATION_FILE).is_file():
         validation = _read_json(folder / VALIDATION_FILE)
@@ -89,7 +92,7 @@ def read_run(folder: Path) -> Run:
                 "run sts-fast validate again"
             )
     training = _read_json(folder / TRAINING_FILE) if (folder / TRAINING_FILE).is_file() else None
-    return Run(scores, importance, firings, validation, training, warnings)
+    return Run(scores, importance, firings["score"], firings["signed"], validation, training, warnings)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -162,9 +165,10 @@ def _read_importance(path: Path, dims: str, top: list[int], warnings: list[str])
     return arrays[name].astype("float64")
 
 
-def _read_firings(path: Path, top: list[int]) -> dict[int, list[Firing]]:
+def _read_firings(path: Path, wanted: dict[str, list[int]]) -> dict[str, dict[int, list[Firing]]]:
+    """By stage and feature; what has another stage, or none, is of 'score'."""
     if not path.is_file():
-        return {}
+        return {stage: {} for stage in wanted}
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -172,22 +176,28 @@ def _read_firings(path: Path, top: list[int]) -> dict[int, list[Firing]]:
         rows = pq.read_table(path).to_pylist()
     except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{path} is not a readable parquet file: {_one_line(error)}") from error
-    found: dict[int, list[tuple[int, Firing]]] = {feature: [] for feature in top}
+    found: dict[str, dict[int, list[tuple[int, Firing]]]] = {
+        stage: {feature: [] for feature in features} for stage, features in wanted.items()
+    }
     for row in rows:
         try:
             feature, rank, value = int(row["feature"]), int(row["rank"]), float(row["value"])
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} has no numbers in feature, rank and value: make the run again") from error
-        if feature in found and math.isfinite(value):
+        of_stage = found[row["stage"] if row.get("stage") in found else "score"]
+        if feature in of_stage and math.isfinite(value):
             texts = {
                 key: _clean_text("" if row.get(key) is None else str(row[key]))
                 for key in ("before", "token", "after", "stage", "domain", "id")
             }
-            found[feature].append((rank, Firing(value=value, **texts)))
+            of_stage[feature].append((rank, Firing(value=value, **texts)))
     return {
-        feature: [firing for _, firing in sorted(ranked, key=lambda item: item[0])]
-        for feature, ranked in found.items()
-        if ranked
+        stage: {
+            feature: [firing for _, firing in sorted(ranked, key=lambda item: item[0])]
+            for feature, ranked in features.items()
+            if ranked
+        }
+        for stage, features in found.items()
     }
 
 

@@ -1,0 +1,315 @@
+"""What the report says about which way each domain moves, and which features carry that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from sts_fast.ntk import SMALLEST_P, SOLVED_LOSS
+from sts_fast.report import figures
+from sts_fast.report.features import FIRST_FEATURES, Feature, FeatureSection, feature_of, section_of
+from sts_fast.report.numbers import counted, isolated, listed, percent, significant, with_sign
+from sts_fast.report.ranking import FIRST_BARS, MOST_BARS
+from sts_fast.report.run import Run
+
+Interval = tuple[float, float]
+
+# The one that came closest to what training did (docs/signed.md) first.
+ESTIMATORS = ("adapter", "step", "ntk")
+HOW = {
+    "adapter": "a linear map at the SAE's hook is trained on the training set, the model itself left as it is, and the "
+    "domain's questions are asked again",
+    "step": "one long step of that map, and the domain's questions are asked again",
+    "ntk": "to first order: how far the gradients of the training set and of the domain point the same way",
+}
+MOST_PARTS = 5
+MOST_DOMAINS = 3
+
+
+@dataclass(frozen=True)
+class SignedRow:
+    """One domain's forecast, better is positive; unlikely: its answers are too long for a change of P to say much.
+
+    direction: 'better' or 'worse' where the whole interval is, else 'open'
+    """
+
+    name: str
+    value: float
+    interval: Interval
+    direction: str
+    unlikely: bool
+    p_answer: float
+    base_loss: float
+    n_prompts: int
+
+
+@dataclass(frozen=True)
+class SignedRanking:
+    """All domains by one number, the best first. field: as in scores.json, such as 'adapter_loss'."""
+
+    field: str
+    title: str
+    unit: str
+    rows: list[SignedRow]
+    figure: Markup
+    more: Markup | None
+    n_first: int
+    sentences: list[str]
+
+
+@dataclass(frozen=True)
+class Estimated:
+    """One estimator: what it does, its main number, and the other one."""
+
+    name: str
+    how: str
+    main: SignedRanking
+    other: SignedRanking
+
+
+@dataclass(frozen=True)
+class Part:
+    """A feature's part in the forecast of a domain. is_explained: whether a row of the table says what it is."""
+
+    index: int
+    domain: str
+    contribution: float
+    label: str | None
+    is_explained: bool
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What carries one domain's forecast: features that push it up, and down, largest parts first."""
+
+    name: str
+    n_features: int
+    share: float
+    better: list[Part]
+    worse: list[Part]
+
+
+@dataclass(frozen=True)
+class SignedSection:
+    """summary: the section in a sentence; sentences: what the numbers rest on; carriers: None without features."""
+
+    summary: Markup
+    sentences: list[str]
+    estimators: list[Estimated]
+    carriers: FeatureSection | None
+    domains: list[Carried]
+    carrier_sentences: list[str]
+
+
+def signed_section(run: Run) -> SignedSection | None:
+    """None where the run has no signed forecast."""
+    signed = run.scores.get("signed")
+    if not signed or not signed["domains"]:
+        return None
+    domains = signed["domains"]
+    known = [name for name in ESTIMATORS if all(found[name] is not None for found in domains.values())]
+    if not known:
+        return None
+    # Where most answers are too long, a change of their probability is shown after that of their loss.
+    unlikely = sum(found["p_answer"] < SMALLEST_P for found in domains.values()) > len(domains) / 2
+    estimators = []
+    for name in known:
+        of_p, of_loss = _ranking(domains, name), _ranking(domains, f"{name}_loss")
+        main, other = (of_loss, of_p) if unlikely else (of_p, of_loss)
+        estimators.append(Estimated(name, HOW[name], main, other))
+    carriers, carried = _carriers(run)
+    return SignedSection(
+        summary=_summary(estimators[0]),
+        sentences=_sentences(run.scores),
+        estimators=estimators,
+        carriers=carriers,
+        domains=carried,
+        carrier_sentences=_carrier_sentences(signed, carried),
+    )
+
+
+def _unit(field: str) -> tuple[float, str, str]:
+    """What a value is multiplied by, its unit, and the title of its axis."""
+    if field.endswith("_loss"):
+        if field == "ntk_loss":
+            return 1.0, "", "fall of the loss (no scale)"
+        return 1.0, "nats per token", "fall of the loss, nats per token"
+    if field == "ntk":
+        return 1.0, "", "change of P(answer) (no scale)"
+    return 100.0, "points", "change of P(answer), points"
+
+
+def _number(field: str, value: float) -> str:
+    if _unit(field)[1] != "points":
+        return with_sign(value)
+    return "0.0" if abs(value) < 0.05 else f"{value:+.1f}".replace("-", "−")
+
+
+def _ranking(domains: dict[str, Any], field: str) -> SignedRanking:
+    factor, unit, title = _unit(field)
+    rows = []
+    for name, found in domains.items():
+        low, high = (factor * bound for bound in found[field]["ci"])
+        rows.append(
+            SignedRow(
+                name=name,
+                value=factor * found[field]["value"],
+                interval=(low, high),
+                direction="better" if low > 0 else "worse" if high < 0 else "open",
+                unlikely=found["p_answer"] < SMALLEST_P and not field.endswith("_loss"),
+                p_answer=found["p_answer"],
+                base_loss=found["base_loss"],
+                n_prompts=found["n_prompts"],
+            )
+        )
+    rows.sort(key=lambda row: (-row.value, row.name))
+    first = rows
+    if len(rows) > MOST_BARS:
+        largest = sorted(rows, key=lambda row: -abs(row.value))[:FIRST_BARS]
+        first = [row for row in rows if row in largest]
+    more = [row for row in rows if row not in first]
+    return SignedRanking(
+        field=field,
+        title=title,
+        unit=unit,
+        rows=rows,
+        figure=_bars(field, title, first, rows),
+        more=_bars(field, title, more, rows, part="more") if more else None,
+        n_first=len(first),
+        sentences=_ranking_sentences(rows),
+    )
+
+
+def _bars(
+    field: str, title: str, shown: Sequence[SignedRow], rows: Sequence[SignedRow], *, part: str = "first"
+) -> Markup:
+    scale = figures.Scale.over([0.0, *(v for row in rows for v in (row.value, *row.interval))], most_ticks=5)
+    bars = [
+        figures.Bar(
+            row.name + (" (answers too long)" if row.unlikely else ""),
+            row.value,
+            row.interval,
+            None,
+            f"{_number(field, row.value)} [{_number(field, row.interval[0])}, {_number(field, row.interval[1])}]",
+        )
+        for row in shown
+    ]
+    return figures.bars(
+        f"signed-{field}-{part}",
+        bars,
+        scale,
+        title=f"Forecast {title}, of {counted(len(shown), 'domain')}, best first",
+        description=f"Best: {bars[0].name} with {bars[0].text}; worst: {bars[-1].name} with {bars[-1].text}. In "
+        "brackets 95% intervals. Bars to the left of zero mean worse, to the right better.",
+        axis=("← worse", title, "better →"),
+    )
+
+
+def _ranking_sentences(rows: Sequence[SignedRow]) -> list[str]:
+    n = {kind: sum(row.direction == kind for row in rows) for kind in ("better", "worse", "open")}
+    said = (
+        f"Of {counted(len(rows), 'domain')}, {n['better']} {'is' if n['better'] == 1 else 'are'} forecast to get "
+        f"better and {n['worse']} to get worse with the whole 95% interval"
+    )
+    return [said + (f"; {n['open']} may go either way." if n["open"] else ".")]
+
+
+def _summary(estimated: Estimated) -> Markup:
+    """The first estimator in one sentence."""
+    ranking = estimated.main
+    best, worst = ranking.rows[0], ranking.rows[-1]
+    unit = f" {ranking.unit}" if ranking.unit else ""
+    parts = [
+        Markup("<strong><bdi>{}</bdi></strong> {} most ({}{})").format(
+            row.name, word, _number(ranking.field, row.value), unit
+        )
+        for row, word, is_so in ((best, "better", best.value > 0), (worst, "worse", worst.value < 0))
+        if is_so
+    ]
+    if not parts:
+        return Markup("By {} no domain moves.").format(ranking.field)
+    return Markup("By {} training makes {}.").format(ranking.field, Markup(" and ").join(parts))
+
+
+def _sentences(scores: dict[str, Any]) -> list[str]:
+    signed = scores["signed"]
+    said = []
+    if signed["train_loss"] < SOLVED_LOSS:
+        said.append(
+            f"Weak: the model answers the training set already (loss {signed['train_loss']:.2g} nats per token), so "
+            "there is little left to pull at."
+        )
+    else:
+        said.append(
+            f"Before training the model's loss on the training set's answers is {significant(signed['train_loss'])} "
+            "nats per token."
+        )
+    left = ", ".join(f"{name} leaves {percent(share)}" for name, share in sorted(signed["loss_left"].items()))
+    if left:
+        said[-1] = said[-1].rstrip(".") + f"; of it {left}."
+    unlikely = [name for name, found in signed["domains"].items() if found["p_answer"] < SMALLEST_P]
+    if unlikely:
+        said.append(
+            f"The answers of {listed(unlikely)} are too long or too unlikely for a change of their probability to say "
+            "much: read the fall of the loss there."
+        )
+    absent = [domain["name"] for domain in scores["domains"] if domain["name"] not in signed["domains"]]
+    if absent:
+        said.append(f"Too few answers for {listed(absent)}.")
+    return said
+
+
+def _carriers(run: Run) -> tuple[FeatureSection | None, list[Carried]]:
+    signed = run.scores["signed"]
+    known = {entry["index"]: entry for entry in signed["top_features"]}
+    explained = list(known)[:FIRST_FEATURES]
+    parts: dict[int, list[Part]] = {}
+    carried = []
+    for name, found in signed["domains"].items():
+        of_domain = [
+            Part(
+                top["index"],
+                name,
+                top["contribution"],
+                (known.get(top["index"]) or {}).get("label"),
+                top["index"] in explained,
+            )
+            for top in found["top_features"] or []
+        ]
+        for part in of_domain:
+            parts.setdefault(part.index, []).append(part)
+        if of_domain:
+            better = [part for part in of_domain if part.contribution > 0]
+            worse = [part for part in of_domain if part.contribution < 0]
+            share = found["share_of_top_features"]
+            carried.append(Carried(name, len(of_domain), share, better[:MOST_PARTS], worse[:MOST_PARTS]))
+    if not known:
+        return None, carried
+    features: list[Feature] = []
+    for rank, index in enumerate(explained, 1):
+        moved = sorted(parts.get(index, []), key=lambda part: -abs(part.contribution))
+        feature = feature_of(rank, known[index], run.signed_firings)
+        features.append(feature.moving([(part.domain, part.contribution) for part in moved[:MOST_DOMAINS]]))
+    return section_of(features, "all parts"), carried
+
+
+def _carrier_sentences(signed: dict[str, Any], carried: Sequence[Carried]) -> list[str]:
+    explains = (
+        "The SAE says what carries a forecast; it is not where the accuracy comes from: written in the residual stream "
+        "itself, without any SAE, the same estimators did about as well."
+    )
+    if signed["features"] == "raw":
+        return ["This forecast is written in the residual stream itself, so there are no features to show.", explains]
+    if not carried:
+        return ["No feature carries any part of these forecasts.", explains]
+    most, least = max(carried, key=lambda one: one.share), min(carried, key=lambda one: one.share)
+    said = (
+        f"The {most.n_features} features with the largest parts carry {percent(most.share)} of the forecast of "
+        f"{isolated(most.name)}"
+    )
+    if most is not least:
+        said += f" and {percent(least.share)} of that of {isolated(least.name)}"
+    return [f"{said}, by the sizes of the parts.", explains]
