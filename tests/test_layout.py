@@ -20,7 +20,7 @@ ORDER = [
     *("errors", "files", "cuda", "examples", "prompts", "probe", "hooks", "forward", "capture"),
     *("sae", "sets", "backend", "torch_ops", "encode", "fit", "shift", "correlate"),
     *("controls", "gradients", "policy", "ntk", "explain", "results", "settle", "signed"),
-    *("settings", "activations", "shifted", "domains", "forecast", "score"),
+    *("settings", "activations", "shifted", "domains", "forecast", "score", "rollouts"),
     *("outcomes", "validate", "calibration", "report", "organism", "demo", "trainer", "cli", "__main__"),
 ]
 HEAVY = {"torch", "transformers", "sae_lens", "pandas", "pyarrow", "matplotlib", "datasets"}

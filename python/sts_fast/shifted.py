@@ -137,25 +137,55 @@ class _ShiftSums:
 
 
 def _shift(sums: _ShiftSums, settings: Settings) -> Shift:
-    sae, prompt_set = sums.sae, sums.prompt_set
-    shift_stats, active_stats, raw = sums.shift, sums.active, sums.raw
     stats: ShiftStats | CorrelationStats
     if settings.dims == "active":
-        stats, importance, sum_base = active_stats, active_stats.sum_h, active_stats.sum_h
-        n_fired = active_stats.n_fired
-        replicates = active_stats.sum_hy + np.outer(active_stats.sum_h, active_stats.origin)
+        active = sums.active
+        stats, importance, sum_base, n_fired = active, active.sum_h, active.sum_h, active.n_fired
+        replicates = active.sum_hy + np.outer(active.sum_h, active.origin)
     else:
-        stats, importance, sum_base = shift_stats, shift_stats.sum_sq_shift, shift_stats.sum_base
-        n_fired = shift_stats.n_fired_base
-        replicates = shift_stats.weighted_sq_shift
+        shift = sums.shift
+        stats, importance, sum_base, n_fired = shift, shift.sum_sq_shift, shift.sum_base, shift.n_fired_base
+        replicates = shift.weighted_sq_shift
     if stats.n_tokens == 0:
         raise InputError(
-            f"'{prompt_set.name}' has no token in common between its prompts without and with demonstrations: "
+            f"'{sums.prompt_set.name}' has no token in common between its prompts without and with demonstrations: "
             "use --tokens all or --dims active"
         )
+    return shift_of(
+        sums.sae,
+        settings,
+        stats=stats,
+        importance=importance / stats.n_tokens,
+        replicates=replicates,
+        mean_activation=sum_base / stats.n_tokens,
+        n_fired=n_fired,
+        raw=sums.raw,
+        log=sums.log,
+        prompt_set=sums.prompt_set,
+    )
+
+
+def shift_of(
+    sae: SAE,
+    settings: Settings,
+    *,
+    prompt_set: PromptSet,
+    stats: ShiftStats | CorrelationStats,
+    importance: Doubles,
+    replicates: Doubles,
+    mean_activation: Doubles,
+    n_fired: NDArray[np.int64],
+    raw: controls.RawShift,
+    log: PromptLog,
+) -> Shift:
+    """D_N, the top of what features are ranked by, and the features of its controls.
+
+    n_fired: [d_sae] on how many of the `stats.n_tokens` tokens each feature fires; everything else as in Shift
+
+    Raises InputError where features are too large for their sums.
+    """
     if not np.isfinite(importance).all():
         raise InputError(f"the SAE {sae.source} gives features too large to add up: is it the SAE of this model?")
-    importance, mean_activation = importance / stats.n_tokens, sum_base / stats.n_tokens
     top = top_indices(importance, settings.top_n)
     random_rng = np.random.default_rng([settings.seed, zlib.crc32(b"random features")])
     return Shift(
@@ -171,6 +201,6 @@ def _shift(sums: _ShiftSums, settings: Settings) -> Shift:
         most_active=controls.most_active(mean_activation, settings.top_n),
         raw=raw,
         raw_top=raw.top(settings.top_n),
-        log=sums.log,
+        log=log,
         firings=explain.Firings(top[: explain.N_FEATURES], "score"),
     )

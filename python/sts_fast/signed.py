@@ -100,18 +100,41 @@ def measure_signed(
     Q = projection(sae.d_in, seed=seed)
     maps: list[MapKind] = [name for name in estimators if name != "ntk"]
 
-    def told(name: str) -> Callable[[int, int], None]:
-        return lambda done, total: None if tell is None else tell(f"gradients of {name}", done, total)
-
     pushes = [
         measure_push(
-            model, features, Q, train.name, train.prompts, maps=maps, batch_tokens=budget, tell=told(train.name)
+            model, features, Q, train.name, train.prompts, maps=maps, batch_tokens=budget, tell=_told(tell, train.name)
         )
         for train in trains
     ]
+    return signed_forecasts(
+        model, features, Q, pushes, trains, domains, estimators, batch_tokens=budget, seed=seed, tell=tell
+    )
+
+
+def signed_forecasts(
+    model: HookedModel,
+    features: Features,
+    Q: Doubles,
+    pushes: Sequence[Push],
+    trains: Sequence[PromptSet],
+    domains: Sequence[PromptSet],
+    estimators: Sequence[SignedEstimator],
+    *,
+    batch_tokens: int,
+    seed: int = 0,
+    tell: Tell | None = None,
+) -> dict[str, SignedForecast]:
+    """By training set, which way each domain moves, from its push and one pass over each domain."""
     pulls = [
         measure_pull(
-            model, features, Q, domain.name, domain.prompts, pushes, batch_tokens=budget, tell=told(domain.name)
+            model,
+            features,
+            Q,
+            domain.name,
+            domain.prompts,
+            pushes,
+            batch_tokens=batch_tokens,
+            tell=_told(tell, domain.name),
         )
         for domain in domains
     ]
@@ -119,7 +142,7 @@ def measure_signed(
     carriers = [[found["index"] for found in block["top_features"][:N_FEATURES]] for block in blocks]
     firings = [Firings(np.asarray(indices, np.int64), "signed") for indices in carriers]
     for domain in domains:
-        _find_firings(model, sae, domain, firings, budget)
+        _find_firings(model, features.sae, domain, firings, batch_tokens)
     return {
         push.name: SignedForecast(
             block,
@@ -167,6 +190,10 @@ def _prompt_table(
             table = table.append_column(field, column)
         tables.append(table)
     return pa.concat_tables(tables)
+
+
+def _told(tell: Tell | None, name: str) -> Callable[[int, int], None] | None:
+    return None if tell is None else lambda done, total: tell(f"gradients of {name}", done, total)
 
 
 def _centre(model: HookedModel, domains: Sequence[PromptSet], batch_tokens: int) -> Doubles:

@@ -1,0 +1,1 @@
+"""The forecast before RL, from completions of the model and their rewards."""
