@@ -91,16 +91,14 @@ def test_every_number_follows_from_the_files(tiny: Tiny, run: Path) -> None:
     def column(stage: str, domain: str, name: str) -> Any:
         return np.asarray([row[name] for row in rows if (row["stage"], row["domain"]) == (stage, domain)])
 
-    def n_answer(domain: str) -> Any:
-        return np.asarray(
-            [len(row["positions"]) for row in rows if (row["stage"], row["domain"]) == ("signed", domain)]
-        )
+    def n_answer(stage: str, domain: str) -> Any:
+        return np.asarray([len(row["positions"]) for row in rows if (row["stage"], row["domain"]) == (stage, domain)])
 
-    train_loss = column("signed", "train", "answer_nll_sum") / n_answer("train")
+    train_loss = column("signed_train", "train", "answer_nll_sum") / n_answer("signed_train", "train")
     assert scores["signed"]["train_loss"] == pytest.approx(train_loss.mean(), rel=1e-12)
     for domain in scores["domains"]:
         name, found = domain["name"], scores["signed"]["domains"][domain["name"]]
-        nll, n = column("signed", name, "answer_nll_sum"), n_answer(name)
+        nll, n = column("signed", name, "answer_nll_sum"), n_answer("signed", name)
         assert found["base_loss"] == pytest.approx((nll / n).mean(), rel=1e-12)
         assert found["p_answer"] == pytest.approx(np.exp(-nll).mean(), rel=1e-12)
         draws = np.random.default_rng([scores["provenance"]["seed"], zlib.crc32(name.encode())]).multinomial(
@@ -116,7 +114,7 @@ def test_every_number_follows_from_the_files(tiny: Tiny, run: Path) -> None:
         assert domain["sts_act"] == pytest.approx(column("score", name, "act_sum").sum() / n_read, rel=1e-12)
     for row in rows:  # what a stage has no value for is null
         assert (row["act_sum"] is not None) == (row["stage"] == "score")
-        assert (row["step"] is not None) == (row["stage"] == "signed" and row["domain"] != "train")
+        assert (row["step"] is not None) == (row["stage"] == "signed")
 
 
 def test_features_that_carry_a_forecast_are_explained(tiny: Tiny, run: Path) -> None:
@@ -229,6 +227,33 @@ def test_command_line_prints_both_directions(tiny: Tiny, tmp_path: Path, capsys:
         asked = {"ntk", "ntk_loss", "adapter", "adapter_loss"}
         assert all((found[name] is not None) == (name in asked) for name in (*asked, "step", "step_loss"))
         assert found["top_features"] is None
+
+
+def test_several_training_sets_side_by_side(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions = [{"question": f"Where is the river number {i}?"} for i in range(12)]
+    (tmp_path / "unanswered.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    days, spelling = tiny.domains["days"], tiny.domains["spelling"]
+    words = ["sts-fast", "compare", "--model", tiny.model, "--sae", tiny.saes["topk"], "--train", f"sums={tiny.train}"]
+    words += ["--train", f"letters={spelling}", "--domains", f"days={days}"]
+    words += ["--domains", f"rivers={tmp_path / 'unanswered.jsonl'}", "--shots", 1, "--limit", 8, "--top-n", 8]
+    words += ["--estimators", "act,step", "--output", tmp_path / "run"]
+    monkeypatch.setattr("sys.argv", [str(word) for word in words])
+    main()
+    compared = json.loads((tmp_path / "run" / "compare.json").read_text(encoding="utf-8"))
+    assert compared["domains"] == ["days", "rivers"]
+    assert set(compared["signed"]) == {"step", "step_loss"}
+    printed = capsys.readouterr().out
+    for field, of_trains in compared["signed"].items():
+        assert list(of_trains) == ["sums", "letters"]
+        for train, found in of_trains.items():
+            alone = scores_of(tmp_path / "run" / train)["signed"]["domains"]["days"][field]
+            assert found == {"value": [alone["value"], None], "ci": [alone["ci"], None]}
+            shown = f"{100 * alone['value']:+.1f}" if field == "step" else f"{alone['value']:+.3g}"
+            assert f" {shown} [" in printed
+    assert printed.count("no answers") == 4
+    assert "Forecast change of P(answer), by step, in points" in printed
 
 
 def test_the_written_tables_are_those_of_the_results() -> None:

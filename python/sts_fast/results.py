@@ -180,6 +180,7 @@ def comparison(forecasts: Sequence[Forecast]) -> dict[str, Any]:
     """What compare.json holds: the scores of several training sets over the same domains, and how alike they are.
 
     scores: by estimator and training set, `value` and `ci` in the order of `domains`
+    signed: the same of signed estimators, null for a domain without answers; null where none was asked for
     shared_features: [n_trains][n_trains] part of D_N that two training sets have in common
     """
     tops = [{feature.index for feature in forecast.shifted_features} for forecast in forecasts]
@@ -197,7 +198,27 @@ def comparison(forecasts: Sequence[Forecast]) -> dict[str, Any]:
             }
             for estimator in forecasts[0].settings["estimators"]
         },
+        "signed": _signed_comparison(forecasts),
         "shared_features": [[len(one & other) / len(one) for other in tops] for one in tops],
+    }
+
+
+def _signed_comparison(forecasts: Sequence[Forecast]) -> dict[str, Any] | None:
+    domains_of = {forecast.train["name"]: forecast.signed["domains"] for forecast in forecasts if forecast.signed}
+    if not domains_of:
+        return None
+    # Which fields there are is the same for all training sets and domains.
+    some = next(iter(next(iter(domains_of.values())).values()))
+    names = [domain.name for domain in forecasts[0].domains]
+    return {
+        field: {
+            train: {
+                key: [found[name][field][key] if name in found else None for name in names] for key in ("value", "ci")
+            }
+            for train, found in domains_of.items()
+        }
+        for field, value in some.items()
+        if isinstance(value, dict)
     }
 
 

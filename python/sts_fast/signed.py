@@ -171,7 +171,7 @@ def _find_firings(
 def _prompt_table(
     i: int, train: PromptSet, push: Push, domains: Sequence[PromptSet], pulls: Sequence[Pull]
 ) -> pa.Table:
-    """Rows of stage 'signed': answer_nll_sum, and each estimator's part of a prompt; `positions` are the answer's."""
+    """Rows of the stages 'signed_train' and 'signed'; `positions` are those of the answer, the values the prompt's."""
     import pyarrow as pa
 
     tables = []
@@ -182,7 +182,7 @@ def _prompt_table(
     ]
     for prompt_set, nll, values in parts:
         n_answer = np.asarray([len(prompt.positions) for prompt in prompt_set.prompts])
-        log = PromptLog("signed", prompt_set)
+        log = PromptLog("signed" if values else "signed_train", prompt_set)
         log.kept = [np.ones(len(prompt.positions), bool) for prompt in prompt_set.prompts]
         table = log.table({"answer_nll_sum": nll * n_answer})
         for field in SIGNED_FIELDS:

@@ -68,23 +68,35 @@ def print_scores(forecast: Forecast) -> None:
     )
 
 
+def _signed_title(field: str) -> str:
+    if field.endswith("_loss"):
+        return f"Forecast fall of the loss, by {field}" + ("" if field == "ntk_loss" else ", nats per token")
+    return f"Forecast change of P(answer), by {field}" + ("" if field == "ntk" else ", in points")
+
+
+def _signed_text(field: str, value: float, ci: tuple[float, float]) -> str:
+    """'+12.3 [+10.1, +14.5]', better above zero; changes of P(answer) in points, but for ntk, which has no scale."""
+    in_points = not field.endswith("_loss") and field != "ntk"
+    texts = [f"{100 * one:+.1f}" if in_points else f"{one:+.3g}" for one in (value, *ci)]
+    return "{} [{}, {}]".format(*texts)
+
+
 def print_signed(forecast: Forecast) -> None:
     if forecast.signed is None:
         return
     domains = forecast.signed["domains"]
     for estimator in (name for name in SIGNED_FIELDS if next(iter(domains.values()))[name] is not None):
-        of = "fall of the loss" if estimator.endswith("_loss") else "change of P(answer)"
-        table = Table(title=f"Forecast {of}, by {estimator}", title_justify="left", width=79)
+        table = Table(title=_signed_title(estimator), title_justify="left", width=79)
         table.add_column("domain", ratio=1)
         for column in ("worse", "better"):
             table.add_column(column, width=BAR_WIDTH, justify="right" if column == "worse" else "left")
         table.add_column("forecast [95%]", justify="right", no_wrap=True)
         largest = max(abs(found[estimator]["value"]) for found in domains.values()) or 1.0
         for name, found in sorted(domains.items(), key=lambda item: -item[1][estimator]["value"]):
-            value, (low, high) = found[estimator]["value"], found[estimator]["ci"]
+            value = found[estimator]["value"]
             bar = "█" * round(BAR_WIDTH * abs(value) / largest)
             sides = (bar, "") if value < 0 else ("", bar)
-            table.add_row(escape(name), *sides, f"{value:+.3g} [{low:+.3g}, {high:+.3g}]")
+            table.add_row(escape(name), *sides, _signed_text(estimator, value, found[estimator]["ci"]))
         out.print(table)
 
 
@@ -104,6 +116,16 @@ def print_comparison(comparison: dict[str, Any]) -> None:
         "where the training sets shift the same kind of features. Scores say how much, not for better or worse.",
         highlight=False,
     )
+    for field, of_trains in (comparison["signed"] or {}).items():
+        table = Table(title=_signed_title(field), title_justify="left")
+        table.add_column("domain")
+        for name in names:
+            table.add_column(escape(name), justify="right")
+        for i, domain in enumerate(comparison["domains"]):
+            found = [(of_trains[name]["value"][i], of_trains[name]["ci"][i]) for name in names]
+            texts = ["no answers" if value is None else _signed_text(field, value, ci) for value, ci in found]
+            table.add_row(escape(domain), *texts)
+        out.print(table)
 
 
 def print_sae(forecast: Forecast, forecasts: list[Forecast]) -> None:
