@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from test_report import make_scores
+from tiny import Tiny
 
 import sts_fast
 from sts_fast import Calibration, InputError, fit_calibration
@@ -25,6 +26,7 @@ from sts_fast.calibration.conformal import (
     multiplier,
     trains_needed,
 )
+from sts_fast.cli import main
 from sts_fast.results import DomainScore, Forecast, validate_scores
 
 
@@ -408,3 +410,119 @@ def test_a_file_that_is_no_calibration_is_refused(past: Path, tmp_path: Path, ed
     (tmp_path / "bad.json").write_text(json.dumps(document))
     with pytest.raises(InputError, match=r"bad\.json is not a calibration"):
         Calibration.load(tmp_path / "bad.json")
+
+
+# ---- on the command line, and in the report
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    monkeypatch.setattr("sys.argv", ["sts-fast", *map(str, words)])
+    try:
+        main()
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    return 0
+
+
+def test_the_command_line_learns(
+    past: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "cal.json"
+    assert run_main(monkeypatch, "validate", "--fit", past, "--output", file) == 0
+    printed = capsys.readouterr().out
+    calibration = Calibration.load(file)
+    assert printed.rstrip("\n") == calibration.to_text()
+    assert "Learned from 11 runs on 11 training sets: 66 changes, in points of accuracy" in printed
+    assert f"{calibration.assessment.coverage:.0%}" in printed  # type: ignore[union-attr]
+    runs = sorted(past.iterdir())
+    assert run_main(monkeypatch, "validate", "--fit", *runs, "--output", file, "--json") == 0
+    assert Calibration.load(file) == calibration
+    assert json.loads(capsys.readouterr().out) == calibration.to_dict()
+    for words, message in (
+        (("--fit", *runs[:5]), "on 9 different training sets, and only 5"),
+        (("--fit", past, "--before", "x.csv"), "validate each run first"),
+        ((*runs[:2], "--before", "x.csv"), "one run, or --fit"),
+        ((runs[0],), "--before is missing"),
+    ):
+        assert run_main(monkeypatch, "validate", *words) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        assert message in line
+
+
+def learned_for(tiny: Tiny, run: Path, tmp_path: Path, edit: Any = None) -> Path:
+    """A calibration as if learned from ten runs like the one in `run`, with other training sets."""
+    scores = json.loads((run / "scores.json").read_text())
+    for number in range(10):
+        rng = np.random.default_rng(number)
+        one = copy.deepcopy(scores)
+        for entry in one["provenance"]["inputs"]:
+            if entry["role"] == "train":
+                entry["sha256"] = f"{number:064x}"
+        for domain in one["domains"]:
+            domain["sts_act"] *= float(rng.uniform(0.2, 3))
+        if edit is not None:
+            edit(one)
+        folder = tmp_path / "past" / str(number)
+        folder.mkdir(parents=True)
+        (folder / "scores.json").write_text(json.dumps(one))
+        domains = [
+            {"name": d["name"], "outcome": {"change": -0.1 * d["sts_act"] + rng.normal() * 0.001, "metric": "acc"}}
+            for d in one["domains"]
+        ]
+        (folder / "validation.json").write_text(json.dumps({"domains": domains}))
+    fit_calibration(tmp_path / "past").save(tmp_path / "cal.json")
+    return tmp_path / "cal.json"
+
+
+def test_score_and_compare_apply_it(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words: list[object] = ["--model", tiny.model, "--sae", tiny.saes["topk"]]
+    for name, path in tiny.domains.items():
+        words += ["--domains", f"{name}={path}"]
+    words += ["--shots", 1, "--domain-shots", 1, "--limit", 8, "--top-n", 8, "--estimators", "act"]
+    run = tmp_path / "run"
+    assert run_main(monkeypatch, "score", *words, "--train", tiny.train, "--output", run) == 0
+    file = learned_for(tiny, run, tmp_path)
+    calibration = Calibration.load(file)
+    words += ["--calibration", file]
+    capsys.readouterr()
+    assert run_main(monkeypatch, "score", *words, "--train", tiny.train, "--output", run) == 0
+    printed = capsys.readouterr().out
+    assert "Forecast size of change (its direction is not known), in points of accuracy" in printed
+    scores = json.loads((run / "scores.json").read_text())
+    validate_scores(scores)
+    page = (run / "report.html").read_text()
+    for domain in scores["domains"]:
+        assert domain["change"] == pytest.approx(calibration.change(domain["sts_act"]))
+        assert domain["change_interval"] == pytest.approx(calibration.interval(domain["sts_act"]))
+        shown = f"{100 * domain['change']:.1f}"
+        assert shown in printed
+        assert f">{shown}</data>" in page
+    assert [entry["path"] for entry in scores["provenance"]["inputs"] if entry["role"] == "calibration"] == [str(file)]
+
+    both = [*words, "--train", f"a={tiny.train}", "--train", f"b={tiny.domains['days']}", "--output", tmp_path / "both"]
+    assert run_main(monkeypatch, "compare", *both) == 0
+    comparison = json.loads((tmp_path / "both" / "compare.json").read_text())
+    changes = comparison["changes"]["trains"]
+    assert changes["a"]["value"] == pytest.approx([domain["change"] for domain in scores["domains"]])
+    assert set(changes) == {"a", "b"}
+    capsys.readouterr()
+
+    for changed, message in (
+        ({"--top-n": 9}, "--top-n 9 instead of 8"),
+        ({"--estimators": "icl"}, "was learned from 'act': add act to --estimators"),
+        ({"--calibration": tmp_path / "none.json"}, "there is no calibration"),
+    ):
+        asked = list(words)
+        for option, value in changed.items():
+            asked[asked.index(option) + 1] = value
+        assert run_main(monkeypatch, "score", *asked, "--train", tiny.train, "--output", tmp_path / "no") == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "no" / "scores.json").exists()  # told before any work
+    asked = list(words)
+    asked[asked.index("--sae") + 1] = tiny.saes["jumprelu"]
+    assert run_main(monkeypatch, "score", *asked, "--train", tiny.train, "--output", tmp_path / "no") == 2
+    assert "the scores without changes are in" in capsys.readouterr().err
+    assert json.loads((tmp_path / "no" / "scores.json").read_text())["calibration"] is None

@@ -181,6 +181,7 @@ def comparison(forecasts: Sequence[Forecast]) -> dict[str, Any]:
 
     scores: by estimator and training set, `value` and `ci` in the order of `domains`
     signed: the same of signed estimators, null for a domain without answers; null where none was asked for
+    changes: unit, sign and level, and by training set `value` and `interval`; null without a calibration
     shared_features: [n_trains][n_trains] part of D_N that two training sets have in common
     """
     tops = [{feature.index for feature in forecast.shifted_features} for forecast in forecasts]
@@ -199,6 +200,7 @@ def comparison(forecasts: Sequence[Forecast]) -> dict[str, Any]:
             for estimator in forecasts[0].settings["estimators"]
         },
         "signed": _signed_comparison(forecasts),
+        "changes": _changes(forecasts),
         "shared_features": [[len(one & other) / len(one) for other in tops] for one in tops],
     }
 
@@ -219,6 +221,22 @@ def _signed_comparison(forecasts: Sequence[Forecast]) -> dict[str, Any] | None:
         }
         for field, value in some.items()
         if isinstance(value, dict)
+    }
+
+
+def _changes(forecasts: Sequence[Forecast]) -> dict[str, Any] | None:
+    said = next((forecast.calibration for forecast in forecasts if forecast.calibration), None)
+    if said is None:
+        return None
+    return {
+        **{key: said[key] for key in ("unit", "signed", "level")},
+        "trains": {
+            forecast.train["name"]: {
+                "value": [domain.change for domain in forecast.domains],
+                "interval": [domain.change_interval and list(domain.change_interval) for domain in forecast.domains],
+            }
+            for forecast in forecasts
+        },
     }
 
 

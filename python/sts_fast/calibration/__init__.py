@@ -23,6 +23,7 @@ from sts_fast.calibration.conformal import (
     multiplier,
     trains_needed,
 )
+from sts_fast.calibration.words import text_of
 from sts_fast.errors import InputError
 from sts_fast.outcomes import listed
 from sts_fast.results import Forecast, Interval, to_json
@@ -148,6 +149,10 @@ class Calibration:
         """What the file holds."""
         document: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
         return {"schema_version": CALIBRATION_SCHEMA_VERSION, **document}
+
+    def to_text(self) -> str:
+        """What was learned, as lines of text."""
+        return text_of(self)
 
     def save(self, path: str | Path) -> None:
         """Writes it as JSON. Raises InputError where that cannot be done."""

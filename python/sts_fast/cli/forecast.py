@@ -10,10 +10,18 @@ import typer
 
 from sts_fast import _cpu, backend, files, results
 from sts_fast.cli.arguments import fields, load_saes, named_trains, plain_value, typed_command
+from sts_fast.cli.calibration import (
+    calibrated,
+    print_change_comparison,
+    print_changes,
+    print_warnings,
+    read_calibration,
+)
 from sts_fast.cli.console import progress, say, show
 from sts_fast.cli.options import (
     AnswerFieldOption,
     BatchTokensOption,
+    CalibrationOption,
     ControlsChoice,
     ControlsOption,
     DemosOption,
@@ -95,6 +103,7 @@ def score(
     device: DeviceOption = "auto",
     batch_tokens: BatchTokensOption = None,
     labels: LabelsOption = None,
+    calibration: CalibrationOption = None,
     precision: PrecisionOption = None,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
@@ -110,7 +119,7 @@ def score(
         domain_shots=domain_shots, top_n=top_n, tokens=tokens, limit=limit, question_field=question_field,
         answer_field=answer_field, hook=hook, layer=layer,
         norm_scaling_factor=norm_scaling_factor, strict=strict, dtype=dtype, sae_dtype=sae_dtype, device=device,
-        batch_tokens=batch_tokens, labels=labels, precision=precision, threads=threads,
+        batch_tokens=batch_tokens, labels=labels, calibration=calibration, precision=precision, threads=threads,
         seed=seed, show_prompts=show_prompts,
     )  # fmt: skip
     if as_json:
@@ -121,6 +130,7 @@ def score(
         print_shift(forecast, n_features=5)
         print_scores(forecast)
         print_signed(forecast)
+        print_changes(forecast)
     print_agreement(forecasts)
     print_end(forecasts, output)
 
@@ -153,6 +163,7 @@ def compare(
     device: DeviceOption = "auto",
     batch_tokens: BatchTokensOption = None,
     labels: LabelsOption = None,
+    calibration: CalibrationOption = None,
     precision: PrecisionOption = None,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
@@ -169,7 +180,7 @@ def compare(
         domain_shots=domain_shots, top_n=top_n, tokens=tokens, limit=limit, question_field=question_field,
         answer_field=answer_field, hook=hook, layer=layer,
         norm_scaling_factor=norm_scaling_factor, strict=strict, dtype=dtype, sae_dtype=sae_dtype, device=device,
-        batch_tokens=batch_tokens, labels=labels, precision=precision, threads=threads,
+        batch_tokens=batch_tokens, labels=labels, calibration=calibration, precision=precision, threads=threads,
         seed=seed, show_prompts=show_prompts,
     )  # fmt: skip
     if as_json:
@@ -177,7 +188,9 @@ def compare(
         return
     for of_sae in by_sae(forecasts):
         print_sae(of_sae[0], forecasts)
-        print_comparison(results.comparison(of_sae))
+        comparison = results.comparison(of_sae)
+        print_comparison(comparison)
+        print_change_comparison(comparison)
     print_agreement(forecasts)
     print_end(forecasts, output)
 
@@ -239,6 +252,8 @@ def _forecasts(
     threads, precision = options.pop("threads"), options.pop("precision")
     sae_dtype, limit = options.pop("sae_dtype"), options.pop("limit")
     estimators = [name.strip() for name in options.pop("estimators").split(",")]
+    calibration_file = options.pop("calibration", None)
+    calibration = calibration_file and read_calibration(calibration_file, estimators, len(saes), options)
     results.prepare_folder(output)
     if threads is not None:
         if not 1 <= threads <= MOST_THREADS:
@@ -271,10 +286,16 @@ def _forecasts(
             **{name: plain_value(value) for name, value in options.items()},
         )
     names = results.sae_names([(sae.source, sae.hook_name) for sae in loaded])
+    refused: str | None = None
     for sae_name, forecasts in zip(names, of_saes, strict=True):
         of_sae = output / sae_name if len(loaded) > 1 else output
         for name, forecast in forecasts.items():
             folder = of_sae / name if by_train else of_sae
+            if calibration is not None:
+                try:
+                    forecasts[name] = forecast = calibrated(forecast, calibration, calibration_file)
+                except InputError as error:  # the scores are good all the same
+                    refused = f"{error}; the scores without changes are in {output}"
             forecast.save(folder)
             build_report(folder)
         if by_train:
@@ -282,6 +303,9 @@ def _forecasts(
     everything = [forecast for forecasts in of_saes for forecast in forecasts.values()]
     if len(loaded) > 1:
         _save_comparison(results.sae_comparison(everything), output)
+    if refused is not None:
+        raise InputError(refused)
+    print_warnings(everything)
     return everything
 
 

@@ -121,6 +121,10 @@ PrecisionOption = Annotated[
     str | None,
     typer.Option("--precision", help="Of the SAE on CUDA: bf16, bf16x2 or fp32; default: by its weights."),
 ]
+CalibrationOption = Annotated[
+    Path | None,
+    typer.Option("--calibration", help="Forecast changes, with intervals: what sts-fast validate --fit learned."),
+]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", help="Threads of the core; default: all cores.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Of the sample of prompts and the intervals.")]
 OutputOption = Annotated[Path, typer.Option("--output", help="Folder for the results.")]

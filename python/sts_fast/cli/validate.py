@@ -9,25 +9,45 @@ from typing import Annotated
 import typer
 
 from sts_fast import files, results
+from sts_fast.calibration import CALIBRATION_FILE, fit_calibration
 from sts_fast.cli.console import err, out
 from sts_fast.cli.options import JsonOption, SeedOption
+from sts_fast.errors import InputError
 from sts_fast.report import build_report
 from sts_fast.validate import validate as run_validate
 
 
 def validate(
-    run: Annotated[Path, typer.Argument(help="Folder that sts-fast score wrote, or its scores.json.")],
-    before: Annotated[Path, typer.Option("--before", help="Evaluation before training; or a CSV with the changes.")],
+    runs: Annotated[list[Path], typer.Argument(help="Folder that sts-fast score wrote; several, or theirs, to --fit.")],
+    before: Annotated[
+        Path | None, typer.Option("--before", help="Evaluation before training; or a CSV with the changes.")
+    ] = None,
     after: Annotated[Path | None, typer.Option("--after", help="Evaluation after training.")] = None,
     metric: Annotated[str | None, typer.Option("--metric", help="Such as acc, or exact_match,strict-match.")] = None,
     estimator: Annotated[
-        str, typer.Option("--estimator", help="act, icl, act_sq; ntk, step, adapter, or ntk_loss and so on.")
-    ] = "act",
+        str | None, typer.Option("--estimator", help="act, icl, act_sq; ntk, step, adapter, or ntk_loss and so on.")
+    ] = None,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="Learn from past runs, each validated, to forecast changes with intervals.")
+    ] = False,
+    output: Annotated[Path, typer.Option("--output", help="Of --fit: file for score --calibration.")] = Path(
+        CALIBRATION_FILE
+    ),
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Hold a forecast against what really changed, and say how much that can tell."""
-    result = run_validate(run, before=before, after=after, metric=metric, estimator=estimator, seed=seed)
+    """Hold a forecast against what really changed, and say how much that can tell; or learn from many such runs."""
+    if fit:
+        if before is not None or after is not None:
+            raise InputError("--fit reads the outcomes beside past runs: validate each run first, without --fit")
+        _fit(runs, estimator, output, as_json=as_json)
+        return
+    if len(runs) > 1:
+        raise InputError("a forecast is validated alone: give one run, or --fit to learn from several")
+    if before is None:
+        raise InputError("--before is missing: give the evaluation before training, or a CSV with the changes")
+    run = runs[0]
+    result = run_validate(run, before=before, after=after, metric=metric, estimator=estimator or "act", seed=seed)
     text = results.to_json(result.to_dict())
     if run.is_dir():
         with files.atomic_path(run / results.VALIDATION_FILE) as path:
@@ -36,6 +56,15 @@ def validate(
     sys.stdout.write(text if as_json else result.to_text() + "\n")
     for warning in result.warnings:
         err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
+
+
+def _fit(runs: list[Path], estimator: str | None, output: Path, *, as_json: bool) -> None:
+    calibration = fit_calibration(runs, estimator=estimator)
+    calibration.save(output)
+    sys.stdout.write(results.to_json(calibration.to_dict()) if as_json else calibration.to_text() + "\n")
+    for warning in calibration.warnings:
+        err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
+    err.print(f"{output}: give it to sts-fast score --calibration", highlight=False, markup=False, soft_wrap=True)
 
 
 def report(run: Annotated[Path, typer.Argument(help="Folder that sts-fast score wrote.")]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sts_fast import files
-from sts_fast.report import controls, features, outcome, ranking, signed, training
+from sts_fast.report import changes, controls, features, outcome, ranking, signed, training
 from sts_fast.report.demo import DEMO_FILE, REPORT_FILE, build_demo_report
 from sts_fast.report.page import render
 from sts_fast.report.run import Run, read_run
@@ -41,6 +41,8 @@ def _content(run: Run) -> dict[str, Any]:
     warnings = [*scores["warnings"], *run.warnings]
     if run.validation is not None:
         warnings += outcome.outcome_warnings(run.validation)
+    if scores["calibration"] is not None:
+        warnings += scores["calibration"]["warnings"]
     return {
         "scores": scores,
         "model": model,
@@ -49,6 +51,7 @@ def _content(run: Run) -> dict[str, Any]:
         "summary": ranking.summary(scores, ranked, train, model),
         "warnings": warnings + ranking.cautions(scores, ranked),
         "rankings": ranked,
+        "changes": changes.change_section(scores),
         "agreements": ranking.agreements(scores),
         "agreement_figure": ranking.agreement_figure(scores),
         "controls": controls.control_section(scores),

@@ -1,0 +1,95 @@
+"""Calibrations on the command line: read before a forecast, applied after it, printed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from sts_fast import results
+from sts_fast.calibration import Calibration
+from sts_fast.calibration.words import shown_change, shown_interval, unit_name
+from sts_fast.cli.console import BAR_WIDTH, err, out
+from sts_fast.errors import InputError
+from sts_fast.results import Forecast
+
+OPTIONS = ("dims", "top_n", "tokens", "shots", "domain_shots", "signed_features")
+
+
+def read_calibration(path: Path, estimators: list[str], n_saes: int, options: dict[str, Any]) -> Calibration:
+    """Raises InputError where it cannot serve a forecast with these options, before that is made."""
+    calibration = Calibration.load(path)
+    if n_saes > 1:
+        raise InputError("a calibration is of one SAE: give --calibration with one --sae")
+    estimator = calibration.estimator.removesuffix("_loss")
+    if estimator not in estimators:
+        raise InputError(f"{path} was learned from '{calibration.estimator}': add {estimator} to --estimators")
+    calibration.check({f"--{name.replace('_', '-')}": options[name] for name in OPTIONS if name in options})
+    return calibration
+
+
+def calibrated(forecast: Forecast, calibration: Calibration, path: Path) -> Forecast:
+    """The forecast with its changes, and with the calibration's file in its provenance."""
+    inputs = [*forecast.provenance["inputs"], *results.hashed_inputs("calibration", [path])]
+    return calibration.apply(replace(forecast, provenance={**forecast.provenance, "inputs": inputs}))
+
+
+def print_changes(forecast: Forecast) -> None:
+    """The change of each domain, the largest rise first."""
+    said = forecast.calibration
+    if said is None:
+        return
+    unit, signed = said["unit"], said["signed"]
+    what = "Forecast change" if signed else "Forecast size of change (its direction is not known)"
+    table = Table(title=f"{what}, in {unit_name(unit)}", title_justify="left", width=79)
+    table.add_column("domain", ratio=1)
+    for column in ("worse", "better") if signed else ("",):
+        table.add_column(column, width=BAR_WIDTH, justify="right" if column == "worse" else "left")
+    table.add_column("change", justify="right", no_wrap=True)
+    table.add_column(f"[{said['level']:.0%}]", justify="right", no_wrap=True)
+    known = [(domain.change, domain) for domain in forecast.domains if domain.change is not None]
+    largest = max(abs(change) for change, _ in known) or 1.0
+    for change, domain in sorted(known, key=lambda row: -row[0]):
+        bar = "█" * round(BAR_WIDTH * abs(change) / largest)
+        bars = ((bar, "") if change < 0 else ("", bar)) if signed else (bar,)
+        cells = shown_change(change, unit, signed=signed), shown_interval(domain.change_interval, unit, signed=signed)
+        table.add_row(escape(domain.name), *bars, cells[0], escape(cells[1]))
+    out.print(table)
+    learned = f"Learned from {said['n_runs']} trainings on {said['n_trains']} sets, by '{said['estimator']}'."
+    if said["coverage"] is not None:
+        ratio = said["width"] / said["constant_width"]
+        learned += (
+            f" Of sets held out, {said['coverage']:.0%} of the changes lay inside;\n"
+            f"intervals there were {ratio:.0%} as wide as those around the mean change."
+        )
+    out.print(learned, highlight=False, markup=False)
+
+
+def print_change_comparison(comparison: dict[str, Any]) -> None:
+    """The change of each domain by training set."""
+    changes = comparison["changes"]
+    if changes is None:
+        return
+    unit, signed = changes["unit"], changes["signed"]
+    what = "change" if signed else "size of change (its direction is not known)"
+    table = Table(title=f"Forecast {what}, in {unit_name(unit)} [{changes['level']:.0%}]", title_justify="left")
+    table.add_column("domain")
+    for name in changes["trains"]:
+        table.add_column(escape(name), justify="right")
+    for i, domain in enumerate(comparison["domains"]):
+        cells = []
+        for of_train in changes["trains"].values():
+            change, interval = of_train["value"][i], of_train["interval"][i]
+            text = "" if change is None else f"{shown_change(change, unit, signed=signed)} "
+            cells.append(escape(text + ("" if change is None else shown_interval(interval, unit, signed=signed))))
+        table.add_row(escape(domain), *cells)
+    out.print(table)
+
+
+def print_warnings(forecasts: list[Forecast]) -> None:
+    said = (forecast.calibration["warnings"] for forecast in forecasts if forecast.calibration is not None)
+    for warning in dict.fromkeys(one for of_forecast in said for one in of_forecast):
+        err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
