@@ -246,9 +246,11 @@ def run_authors(world: World, folder: Path) -> tuple[Any, Clock]:
                 made.append(torch.relu(x @ W_enc + b_enc))
             with clock.of("decode", times):
                 made[-1] @ world.W_dec
+        rows_per_prompt = len(getattr(prompts[0], positions_of))
         for start in range(0, len(prompts), batch):
+            rows = made[start // batch % len(made)][: rows_per_prompt * (len(prompts) - start)]
             with clock.of("cat"):
-                features = torch.cat([features, made[start // batch % len(made)]])
+                features = torch.cat([features, rows])
         with clock.of("disk"):
             torch.save(features, folder / f"{name} {ids_of}.pt")
         return folder / f"{name} {ids_of}.pt"
@@ -361,6 +363,7 @@ def main() -> None:
     for _ in range(arguments.rounds):
         ours.append(run_ours(world)[1])
         floor.append(run_floor(world, recorded))
+        print(json.dumps({"ours": asdict(ours[-1]), "floor": asdict(floor[-1])}), flush=True)
     alone = run_alone(world)
     with tempfile.TemporaryDirectory() as folder:
         _, authors = run_authors(world, Path(folder))
