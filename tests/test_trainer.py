@@ -172,6 +172,17 @@ def test_it_logs_where_the_trainer_logs(run: Path, questions: Any, tmp_path: Pat
     assert sum("loss" in logs for logs in seen) == 3  # the trainer's own, undisturbed
 
 
+def test_a_bare_callback_says_where_its_numbers_go(
+    run: Path, questions: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = sft(tmp_path / "out", questions, max_steps=1)
+    trainer.add_callback(TransferMonitor(run, output=tmp_path / "watch"))
+    with caplog.at_level(logging.WARNING, "sts_fast.trainer"):
+        trainer.train()
+    assert "monitor.attach(trainer) does both" in caplog.text
+    assert len(json.loads((tmp_path / "watch" / "training.json").read_text())["history"]) == 1
+
+
 def test_it_stops_at_a_budget(run: Path, questions: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = sft(tmp_path / "out", questions)
     monitor = TransferMonitor(run, output=tmp_path / "watch", every=2, stop_when={DOMAINS[0]: 1e-6}).attach(trainer)
@@ -180,6 +191,39 @@ def test_it_stops_at_a_budget(run: Path, questions: Any, tmp_path: Path, caplog:
     assert trainer.state.global_step == 2
     assert [found.step for found in monitor.history] == [2]
     assert f"the exposure of '{DOMAINS[0]}'" in caplog.text
+
+
+def test_all_processes_stop_together(run: Path, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(f"""
+import torch
+from transformers import Trainer, TrainingArguments
+from sts_fast import organism
+from sts_fast.trainer import TransferMonitor
+
+model, _ = organism.load_model()
+rows = organism.model.document_ids(32, 2, __import__("numpy").random.default_rng(0))
+trainer = Trainer(
+    model=model,
+    args=TrainingArguments(
+        output_dir={str(tmp_path / "out")!r}, max_steps=6, per_device_train_batch_size=2, learning_rate=1e-3,
+        save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True,
+    ),
+    train_dataset=[{{"input_ids": row, "labels": row}} for row in rows],
+)
+budget = {{{DOMAINS[0]!r}: 1e-6}}
+TransferMonitor({str(run)!r}, output={str(tmp_path / "watch")!r}, every=2, stop_when=budget).attach(trainer)
+trainer.train()
+print("stopped at", trainer.state.global_step, flush=True)
+""")  # fmt: skip
+    ran = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert ran.stdout.count("stopped at 2") == 2, ran.stderr[-2000:]
 
 
 def test_the_run_it_leaves_is_reported_and_validated(run: Path, questions: Any, tmp_path: Path) -> None:

@@ -120,7 +120,8 @@ class TransferMonitor(TrainerCallback):
                 f"but they are {every} and {n_probes}"
             )
         self.sae = sae or load_sae(self.scores["sae"]["source"])
-        kind = "CorrelationStats" if self.scores["settings"]["dims"] == "active" else "ShiftStats"
+        shifts = [feature["mean_squared_shift"] for feature in self.scores["shifted_features"]]
+        kind = "CorrelationStats" if None in shifts else "ShiftStats"
         if files.load_arrays(self.folder / SHIFT_FILE, kind)[1].get("sae_fingerprint") != self.sae.fingerprint:
             raise InputError(f"{self.sae.source} is not the SAE that {self.folder} was made with: give that as sae")
         self.features = np.sort([feature["index"] for feature in self.scores["shifted_features"]])
@@ -147,6 +148,12 @@ class TransferMonitor(TrainerCallback):
         is_fsdp = getattr(args, "fsdp", None) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
         if is_fsdp or any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in model.parameters()):
             raise InputError("TransferMonitor cannot read parameters that are sharded over processes: train without it")
+        if self._trainer is None:
+            logger.warning(
+                "TransferMonitor was given as a bare callback: its numbers go to %s, but not to the trainer's log; "
+                "monitor.attach(trainer) does both",
+                self.output / TRAINING_FILE,
+            )
         path = self.output / BASE_FILE
         if state.global_step:
             self._resume(path, model, state.global_step)
@@ -156,8 +163,12 @@ class TransferMonitor(TrainerCallback):
             files.save_arrays(path, {"base": self._base.view(torch.int16).numpy()}, {"kind": "base", "of": self._key()})
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if state.global_step % self.every == 0 and state.is_world_process_zero:
+        if state.global_step % self.every:
+            return
+        if state.is_world_process_zero:
             self._measure(state.global_step, model, control)
+        if self.stop_when:
+            _stop_together(control)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
@@ -354,6 +365,16 @@ def _choose_probes(folder: Path, train: str, domains: Sequence[str], n_probes: i
     )
 
 
+def _stop_together(control: Any) -> None:
+    """Stops every process where the first one stops: those that went on would wait for it for ever."""
+    import torch.distributed as processes
+
+    if processes.is_available() and processes.is_initialized() and processes.get_world_size() > 1:
+        decision = [control.should_training_stop]
+        processes.broadcast_object_list(decision, src=0)
+        control.should_training_stop = control.should_training_stop or decision[0]
+
+
 @contextmanager
 def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode and random numbers of its own; afterwards everything is as it was."""
@@ -373,7 +394,8 @@ def _read_scores(folder: Path) -> dict[str, Any]:
     path = folder / SCORES_FILE
     try:
         scores: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        scores["domains"], scores["shifted_features"], scores["sae"]["source"], scores["sae"]["hook_name"]
+        scores["domains"], scores["sae"]["source"], scores["sae"]["hook_name"]
+        [(feature["index"], feature["mean_squared_shift"]) for feature in scores["shifted_features"]]
     except FileNotFoundError as error:
         raise InputError(f"{folder} has no {SCORES_FILE}: give the --output folder of sts-fast score") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
