@@ -1,8 +1,9 @@
-"""Runs the study on one base model, or prints the table of all that have been run.
+"""Runs the study on one base model, prints the table of all that have been run, or calibrates their forecasts.
 
 python -m benchmarks.study run package                   # the model that comes with the package
 python -m benchmarks.study run base-3 --train-seed 3     # one that is trained first, into build/study/base-3
 python -m benchmarks.study table
+python -m benchmarks.study calibrate                     # intervals of the change, from the runs in build/study
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.study.calibrate import TABLES, calibrate
 from benchmarks.study.correlations import compact
 from benchmarks.study.predictors import predict
 from benchmarks.study.table import RESULTS, table
@@ -25,10 +27,14 @@ WORK = Path("build") / "study"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "table"))
+    parser.add_argument("what", choices=("run", "table", "calibrate"))
     parser.add_argument("base", nargs="?", default="package")
     parser.add_argument("--train-seed", type=int, help="train this base model first")
     arguments = parser.parse_args()
+    if arguments.what == "calibrate":
+        calibrate(WORK)
+        sys.stdout.write(TABLES.read_text(encoding="utf-8"))
+        return
     if arguments.what == "run":
         run(arguments.base, arguments.train_seed)
     sys.stdout.write(table(json.loads(RESULTS.read_text(encoding="utf-8"))))

@@ -182,22 +182,23 @@ def multiplier(residuals: Doubles, train: Integers, level: float = LEVEL) -> flo
     return float(values[min(int(np.searchsorted(share, inside - 1e-12)), len(values) - 1)])
 
 
+def judge(past: Points, new: Points, fit: Lines = fit_line, level: float = LEVEL) -> tuple[float, float, float, float]:
+    """Coverage, mean width, interval score and error (see Assessment) on points whose training sets are not in past."""
+    line = fit(past)
+    half = multiplier(held_out_residuals(past, fit), past.train, level) * line.scale(new.score)
+    off = np.abs(new.change - line.change(new.score))
+    missed = 2 / (1 - level) * np.maximum(off - half, 0)
+    return float(np.mean(off <= half)), float(2 * half.mean()), float((2 * half + missed).mean()), float(off.mean())
+
+
 def assess(points: Points, level: float = LEVEL) -> Assessment | None:
     """How the intervals do on training sets that they were not learned from; None where too few would be left."""
     trains = np.unique(points.train)
     if len(trains) - 1 < trains_needed(level):
         return None
-    found: dict[str, list[list[float]]] = {"line": [], "constant": []}
-    for train in trains:
-        own = points.train == train
-        past, new = points.only(~own), points.only(own)
-        for name, fit in (("line", fit_line), ("constant", fit_constant)):
-            line = fit(past)
-            half = multiplier(held_out_residuals(past, fit), past.train, level) * line.scale(new.score)
-            off = np.abs(new.change - line.change(new.score))
-            score = 2 * half + 2 / (1 - level) * np.maximum(off - half, 0)
-            found[name].append([float(np.mean(values)) for values in (off <= half, 2 * half, score, off)])
-    line_figures, constant_figures = np.asarray(found["line"]), np.asarray(found["constant"])
-    coverage, width, interval_score, error = line_figures.mean(axis=0).tolist()
-    low, high = float(line_figures[:, 0].min()), float(line_figures[:, 0].max())
-    return Assessment(coverage, (low, high), width, interval_score, error, *constant_figures.mean(axis=0).tolist())
+    held_out = [(points.only(points.train != one), points.only(points.train == one)) for one in trains]
+    by_line = np.asarray([judge(past, new, fit_line, level) for past, new in held_out])
+    by_constant = np.asarray([judge(past, new, fit_constant, level) for past, new in held_out])
+    coverage, *figures = by_line.mean(axis=0).tolist()
+    spread = float(by_line[:, 0].min()), float(by_line[:, 0].max())
+    return Assessment(coverage, spread, *figures, *by_constant.mean(axis=0).tolist())
