@@ -13,7 +13,7 @@ import torch
 from families import D_MODEL, FAMILIES, N_LAYERS, VOCABULARY, make_model
 from transformers import AutoModelForCausalLM
 
-from sts_fast import forward
+from sts_fast import memory, packing
 from sts_fast.capture import Decoder
 from sts_fast.errors import InputError
 from sts_fast.forward import ForwardPasses, Sequences, run_batches
@@ -118,7 +118,7 @@ def test_rows_of_several_sequences_with_nothing_shared(
     ids = [one[i:] for i, one in enumerate(sequences(0, (12, 25, 7, 31, 18, 40)))]
     passes = ForwardPasses(Decoder(model, LAYER), batch_tokens=10_000)
     monkeypatch.setattr(
-        passes, "_layout", lambda lengths, n_shared: forward._packed(lengths, -(-sum(lengths) // n_rows))
+        passes, "_layout", lambda lengths, n_shared: packing.packed_rows(lengths, -(-sum(lengths) // n_rows))
     )
     positions = [np.arange(0, len(one), 2, dtype=np.int32) for one in ids]
     assert assert_reads(passes, ids, positions, model).n_shared == 0
@@ -279,7 +279,7 @@ def test_two_sides_go_through_together() -> None:
 @pytest.mark.parametrize("row_length", [1, 10, 25, 1000])
 def test_packed_rows_hold_each_sequence_once(row_length: int) -> None:
     lengths = [3, 3, 4, 5, 7, 7, 8, 12]
-    rows = forward._packed(lengths, row_length)
+    rows = packing.packed_rows(lengths, row_length)
     assert [slot for row in rows for slot in row] == list(range(8))
     assert all(rows)
     assert max(sum(lengths[slot] for slot in row) for row in rows) <= row_length + max(lengths)
@@ -351,7 +351,7 @@ def test_other_errors_are_not_taken_for_memory() -> None:
 def test_the_budget_comes_from_the_free_memory(
     free: int | None, expected: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forward, "free_memory", lambda device: free)
+    monkeypatch.setattr(memory, "free_memory", lambda device: free)
     ids = sequences()
     passes = ForwardPasses(Decoder(model_of("llama"), LAYER))
     assert passes.batch_tokens is None
@@ -360,7 +360,7 @@ def test_the_budget_comes_from_the_free_memory(
 
 
 def test_free_memory_of_this_machine() -> None:
-    free = forward.free_memory(torch.device("cpu"))
+    free = memory.free_memory(torch.device("cpu"))
     assert free is None or 1_000_000 < free < 10**15
 
 
@@ -371,10 +371,10 @@ def test_files_that_were_read_do_not_count_against_a_container(tmp_path: Path, m
         "memory.stat": "anon 400000\nfile 1500000\ninactive_file 900000\nactive_file 500000\n",
     }.items():
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(forward, "CONTAINER", tmp_path)
-    assert forward.free_memory(torch.device("cpu")) == 2_000_000 - 1_900_000 + 1_400_000
+    monkeypatch.setattr(memory, "CONTAINER", tmp_path)
+    assert memory.free_memory(torch.device("cpu")) == 2_000_000 - 1_900_000 + 1_400_000
     (tmp_path / "memory.max").write_text("max\n")
-    free = forward.free_memory(torch.device("cpu"))
+    free = memory.free_memory(torch.device("cpu"))
     assert free is None or free > 2_000_000
 
 

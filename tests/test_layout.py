@@ -17,7 +17,7 @@ PACKAGE = ROOT / "python" / "sts_fast"
 # A module imports only from modules before it. A new module gets its place here.
 ORDER = [
     *("_version", "_cpu", "_cuda"),
-    *("errors", "files", "cuda", "examples", "prompts", "probe", "hooks", "forward", "capture"),
+    *("errors", "files", "cuda", "examples", "prompts", "probe", "hooks", "memory", "packing", "forward", "capture"),
     *("sae", "sets", "backend", "torch_ops", "encode", "fit", "shift", "correlate"),
     *("controls", "gradients", "policy", "ntk", "explain", "results", "settle", "signed"),
     *("settings", "activations", "shifted", "domains", "forecast", "score", "rollouts"),

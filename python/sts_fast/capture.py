@@ -18,6 +18,7 @@ from sts_fast import cuda
 from sts_fast.errors import InputError
 from sts_fast.forward import ForwardPasses, Read, Sequences, run_batches
 from sts_fast.hooks import Hook, find_hooks, layer_of
+from sts_fast.packing import check_vocabulary, moved
 from sts_fast.probe import input_device
 from sts_fast.prompts import Prompt
 
@@ -134,13 +135,7 @@ def padded_ids(model: torch.nn.Module, sequences: Sequence[IntArray], *, name: s
     """
     import torch
 
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    largest = max((int(sequence.max(initial=0)) for sequence in sequences), default=0)
-    if embedding is not None and largest >= embedding.weight.shape[0]:
-        raise InputError(
-            f"{name} knows {embedding.weight.shape[0]} tokens, but its tokenizer gives token id {largest}: "
-            "the tokenizer belongs to another model"
-        )
+    check_vocabulary(model, sequences, name=name)
     ids = torch.zeros((len(sequences), max(map(len, sequences))), dtype=torch.long)
     for row, sequence in enumerate(sequences):
         ids[row, : len(sequence)] = torch.from_numpy(sequence.astype(np.int64))
@@ -200,8 +195,6 @@ def _rows_read(
     reads: list[list[Read]],
 ) -> PairedRows:
     """One hook's rows at the tokens that are read, less the attention sinks."""
-    import torch
-
     base, paired, demos, kept, kept_paired = [], [], [], [], []
     for index, *of_sides in zip(batch, *reads, strict=True):
         positions, (here, there) = prompts[index].positions, partners[index]
@@ -209,9 +202,9 @@ def _rows_read(
         sinks, other_sinks = (attention_sinks(read.norms[hook]) for read in (of_sides[0], of_sides[-1]))
         kept.append(~sinks[positions])
         kept_paired.append(~(sinks[here] | other_sinks[there]))
-        base.append(rows[torch.from_numpy(kept[-1])])
-        paired.append(rows[torch.from_numpy(np.flatnonzero(np.isin(positions, here))[kept_paired[-1]])])
-        demos.append(others[torch.from_numpy(np.flatnonzero(kept_paired[-1]))])
+        base.append(_rows_at(rows, np.flatnonzero(kept[-1])))
+        paired.append(_rows_at(rows, np.flatnonzero(np.isin(positions, here))[kept_paired[-1]]))
+        demos.append(_rows_at(others, np.flatnonzero(kept_paired[-1])))
     return PairedRows(
         prompts=batch,
         base=_for_core(base),
@@ -227,6 +220,12 @@ def _rows_read(
 def attention_sinks(norms: Doubles) -> NDArray[np.bool_]:
     """[n_tokens] which tokens of one sequence have a norm [n_tokens] over 10 times the sequence's median."""
     return norms > SINK_NORM_RATIO * np.median(norms) if len(norms) else np.zeros(0, bool)
+
+
+def _rows_at(rows: torch.Tensor, at: NDArray[np.int64]) -> torch.Tensor:
+    import torch
+
+    return rows[moved(torch.from_numpy(at), rows.device)]
 
 
 def _for_core(rows: list[torch.Tensor]) -> torch.Tensor:

@@ -16,9 +16,9 @@ from sts_fast.domains import read_domain
 from sts_fast.errors import InputError
 from sts_fast.fit import check_names, check_width, fit_rows, measure_fit
 from sts_fast.forecast import forecast_of, promoted_tokens, provenance_of, with_signed
-from sts_fast.forward import MOST_BATCH_TOKENS
 from sts_fast.gradients import HookedModel
 from sts_fast.hooks import place_name
+from sts_fast.memory import MOST_BATCH_TOKENS
 from sts_fast.prompts import PromptSet, TokenClass, prompts_sha256, show_prompt
 from sts_fast.results import ESTIMATORS, Forecast, sae_names
 from sts_fast.sae import SAE, load_sae
