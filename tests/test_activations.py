@@ -214,6 +214,16 @@ def test_a_killed_run_resumes(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Mo
         capture_tiny(tiny, tmp_path / "killed", seed=1, limit=9)
 
 
+def test_other_weights_under_the_same_name_do_not_finish_a_folder(tiny: Tiny, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny.model, tmp_path / "model")
+    found = capture_tiny(tiny, tmp_path / "acts", model=model).weights_sha256
+    assert capture_tiny(tiny, tmp_path / "acts", model=model).weights_sha256 == found
+    assert score_tiny(tiny, tmp_path / "acts").model["weights_sha256"] == found
+    shutil.copy(tiny.tuned / "model.safetensors", model)
+    with pytest.raises(InputError, match=r"holds other activations \(not the same model\): choose another --output"):
+        capture_tiny(tiny, tmp_path / "acts", model=model)
+
+
 def test_nothing_else_is_overwritten(tiny: Tiny, tmp_path: Path) -> None:
     """A folder that holds a model as 'model' is no place to put another one's config."""
     shutil.copytree(tiny.model, tmp_path / "model")
@@ -271,8 +281,16 @@ def edit_shard(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[
         tensors = load_file(path)
         change(tensors)
         save_file(tensors, path)
+        edit_index(lambda index: [shard.pop("sha256") for one in index["sets"] for shard in one["shards"]])(folder)
 
     return edit
+
+
+def flip_bit(folder: Path) -> None:
+    """Of one of the numbers in a shard."""
+    content = bytearray((folder / SHARD).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / SHARD).write_bytes(content)
 
 
 def truncate(name: str) -> Callable[[Path], None]:
@@ -291,6 +309,7 @@ SHARD = "sets/0/00000.safetensors"
     [
         (lambda folder: (folder / SHARD).unlink(), rf"there is no shard .*{SHARD}: run the same sts-fast capture"),
         (truncate(SHARD), rf"shard .*{SHARD} is damaged"),
+        (flip_bit, rf"shard .*{SHARD} is damaged: its SHA-256 is not the one in activations.json; delete it"),
         (edit_shard(lambda of: of.update({"base.0": of["base.0"][:, 1:].clone()})), rf"base.0 is .* not .*{D_IN}\]"),
         (edit_shard(lambda of: of.update({"demos.0": of["demos.0"][1:].clone()})), r"demos.0 is \["),
         (edit_shard(lambda of: of.update({"kept.0": of["kept.0"].int()})), r"kept.0 is .* int32, not .* bool"),
@@ -327,6 +346,8 @@ def test_other_tools_need_not_say_how_they_sampled(tiny: Tiny, captured: Path, t
     for one in index["sets"]:
         for key in ("n_too_long", "n_unanswered", "warnings", "examples_sha256", "demos_sha256", "prompts_sha256"):
             del one[key]
+        for shard in one["shards"]:
+            del shard["sha256"]
         if one["name"] == "sums":
             one["name"] = "train"
     index["hooks"] = [{"name": hook["name"], "d_in": hook["d_in"]} for hook in index["hooks"]]

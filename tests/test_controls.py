@@ -349,6 +349,23 @@ def test_a_model_that_gives_nan_is_refused(tiny: Tiny, answer_prompts: list[Prom
         controls.answer_outcomes(model, answer_prompts, batch_tokens=batch_tokens)
 
 
+def test_a_batch_of_answers_that_does_not_fit_is_halved(tiny: Tiny, answer_prompts: list[Prompt]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float32).eval()
+    expected = controls.answer_outcomes(model, answer_prompts, batch_tokens=10**6)
+
+    def holds_few(module: Any, args: Any, options: Any) -> None:
+        if options["input_ids"].numel() > 300:
+            raise MemoryError
+
+    model.register_forward_pre_hook(holds_few, with_kwargs=True)
+    said: list[str] = []
+    found = controls.answer_outcomes(model, answer_prompts, batch_tokens=10**6, say=said.append)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    assert found[2].tolist() == expected[2].tolist()
+    assert said
+    assert all(line.startswith("out of memory with ") and line.endswith("(--batch-tokens)") for line in said)
+
+
 def test_one_nan_among_the_answers_is_enough() -> None:
     table = np.zeros((4, 4))
     table[3, 0] = np.nan

@@ -309,6 +309,8 @@ def test_a_layer_that_cannot_be_understood_is_refused_with_its_modules() -> None
         ("model.language_model.layers.7.input", "resid_pre", 7),
         ("model.layers.2.mlp", "model.layers.2.mlp", 2),
         ("model.layers.2.mlp.experts.3", "model.layers.2.mlp.experts.3", 2),
+        ("model.vision_tower.encoder.layers.3", "model.vision_tower.encoder.layers.3", None),
+        ("model.audio_tower.layers.3.input", "model.audio_tower.layers.3.input", None),
         ("model.norm", "model.norm", None),
         ("", "", None),
     ],

@@ -17,9 +17,10 @@ PACKAGE = ROOT / "python" / "sts_fast"
 # A module imports only from modules before it. A new module gets its place here.
 ORDER = [
     *("_version", "_cpu", "_cuda"),
-    *("errors", "files", "cuda", "examples", "prompts", "probe", "hooks", "memory", "packing", "forward", "capture"),
+    *("errors", "files", "cuda", "examples", "prompts", "probe", "hooks"),
+    *("weights", "memory", "packing", "forward", "capture"),
     *("sae", "sets", "backend", "torch_ops", "encode", "fit", "shift", "correlate"),
-    *("controls", "gradients", "policy", "ntk", "explain", "results", "settle", "signed"),
+    *("controls", "gradients", "policy", "ntk", "explain", "settle", "results", "signed"),
     *("settings", "activations", "shifted", "domains", "forecast", "score", "rollouts"),
     *("outcomes", "validate", "calibration", "report", "organism", "demo", "trainer", "cli", "__main__"),
 ]

@@ -169,7 +169,7 @@ def make_scores(n: int = 6, seed: int = 0) -> dict[str, Any]:
         "model": {
             "name": "models/deep/a-model", "layer": 3, "module": "layers.3", "side": "output",
             "d_in": 64, "dtype": "float32", "context_length": 512,
-            "revision": None,
+            "revision": None, "weights_sha256": "ab" * 32,
         },
         "sae": {
             "source": "saes/of/the-sae", "architecture": "topk", "d_in": 64, "d_sae": D_SAE, "k": 8,
@@ -191,6 +191,10 @@ def make_scores(n: int = 6, seed: int = 0) -> dict[str, Any]:
             "share_of_top_n": float(importance[top].sum() / importance.sum()),
             "n_features_shifted": D_SAE,
             "stability": {"n_replicates": 32, "mean_overlap": 0.9, "overlap_ci": [0.85, 0.95]},
+        },
+        "settled": {
+            "shifted_features": {"kept": 0.9, "more_prompts": 0},
+            "ranking": {"act": {"pairs_apart": 0.5, "more_prompts": None}},
         },
         "domains": domains,
         "shifted_features": [

@@ -521,6 +521,7 @@ def recomputed(run: Path) -> dict[str, Any]:
                 "overlap_ci": [number(oracle.percentile(kept, q)) for q in oracle.percentages(settings)],
             },
         },
+        "settled": {"shifted_features": {"kept": number(np.mean(kept))}},
         "shifted_features": [
             {
                 "index": j,

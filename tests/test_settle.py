@@ -54,6 +54,11 @@ def test_domains_without_error_or_without_difference() -> None:
     assert (apart, times) == (0.0, float("inf"))
 
 
+def test_a_forecast_tells_what_would_settle_it() -> None:
+    """0 where it is settled, nothing beyond the rule."""
+    assert [settle.n_more(64, times) for times in (1.0, 2.5, 100.0, 100.1, float("inf"))] == [0, 96, 6336, None, None]
+
+
 def test_lines_say_what_it_takes() -> None:
     assert settle.shift_line("train", 100, 64, 0.95) == (
         "train: resampling its 64 prompts keeps 95% of the top 100 features; settled (90% kept)"

@@ -21,6 +21,7 @@ from sts_fast.hooks import Hook, split_name
 from sts_fast.prompts import Prompt, PromptSet, PromptTemplate, TokenClass, prompts_sha256
 from sts_fast.sae import SAE
 from sts_fast.sets import Fields, Kind, Sampling, Sets, Source, check_enough, common_template
+from sts_fast.weights import DeviceMap
 
 if TYPE_CHECKING:
     import torch
@@ -47,10 +48,22 @@ def is_activations(source: object) -> TypeGuard[str | Path]:
 
 @dataclass(frozen=True)
 class _Shard:
-    """A file of rows, and the prompts (by their row in prompts.parquet) that they are of, in the order of the rows."""
+    """A file of rows, and the prompts (by their row in prompts.parquet) that they are of, in the order of the rows.
+
+    sha256: of the file; None where another tool wrote it without
+    """
 
     file: str
     prompts: list[int]
+    sha256: str | None = None
+
+    def check(self, folder: Path) -> None:
+        """Raises InputError where the file is missing or not what was written."""
+        path = folder / self.file
+        if not path.is_file():
+            raise InputError(f"there is no shard {path}: run the same sts-fast capture again to write it")
+        if self.sha256 is not None and files.sha256(path) != self.sha256:
+            raise _damaged(path, f"its SHA-256 is not the one in {INDEX_FILE}")
 
 
 @dataclass
@@ -102,7 +115,7 @@ class _Index:
             read = json.loads(path.read_text(encoding="utf-8"))
             written = read["format"], read["version"]
             index = cls(
-                model={"revision": None, **read["model"]},
+                model={"revision": None, "weights_sha256": None, **read["model"]},
                 hooks=[_hook(one) for one in read["hooks"]],
                 dtype=str(read.get("dtype")),
                 settings=dict(read.get("settings", {})),
@@ -141,14 +154,17 @@ def _set(one: Mapping[str, Any]) -> _Set:
         examples_sha256=one.get("examples_sha256"),
         demos_sha256=one.get("demos_sha256"),
         prompts_sha256=one.get("prompts_sha256"),
-        shards=[_Shard(str(shard["file"]), [int(i) for i in shard["prompts"]]) for shard in one["shards"]],
+        shards=[
+            _Shard(str(shard["file"]), [int(i) for i in shard["prompts"]], shard.get("sha256"))
+            for shard in one["shards"]
+        ],
     )
 
 
 class Activations:
     """A folder of captured activations, which stands in for the model that they are of.
 
-    name, dtype, revision: of the model; context_length: most tokens of a prompt of it
+    name, dtype, revision, weights_sha256: of the model; context_length: most tokens of a prompt of it
     hooks: the places that are read, in the order of the SAEs given to `read_at`; before that, all that were captured
     device: where the rows go, as `load_decoder` has it
 
@@ -161,6 +177,7 @@ class Activations:
         self.hooks, self._stored = self._index.hooks, list(range(len(self._index.hooks)))
         self.name, self.dtype = str(self._index.model["name"]), str(self._index.model["dtype"])
         self.revision: str | None = self._index.model.get("revision")
+        self.weights_sha256: str | None = self._index.model.get("weights_sha256")
         if not (self.folder / MODEL_FOLDER).is_dir():
             raise InputError(
                 f"{self.folder} lacks the folder {MODEL_FOLDER} with the model's config and tokenizer: put them there, "
@@ -294,6 +311,7 @@ class Activations:
     def _read_shard(
         self, shard: _Shard, prompt_set: PromptSet, stored: Sequence[int], hooks: Sequence[Hook]
     ) -> list[PairedRows]:
+        shard.check(self.folder)
         path = self.folder / shard.file
         prompts = [prompt_set.prompts[i] for i in shard.prompts]
         shows = bool(prompts) and all(len(prompt.demos_ids) for prompt in prompts)
@@ -363,6 +381,7 @@ def capture_activations(
     dtype: str = "auto",
     activation_dtype: str = "bfloat16",
     device: str = "auto",
+    device_map: DeviceMap | None = None,
     batch_tokens: int | None = None,
     question_fields: Mapping[str, str] | None = None,
     answer_fields: Mapping[str, str] | None = None,
@@ -396,7 +415,7 @@ def capture_activations(
             say(f"warning: {warning}")
     template = common_template(tokenizer, saes) if saes else PromptTemplate(tokenizer, prepend_bos=True)
     decoder = (
-        load_decoder(model, *places, dtype=dtype, device=device)
+        load_decoder(model, *places, dtype=dtype, device=device, device_map=device_map)
         if isinstance(model, (str, Path))
         else Decoder(model, *places)
     )
@@ -435,7 +454,10 @@ def capture_activations(
             )
             prompt_sets.append(prompt_set)
     index = _Index(
-        model={"name": decoder.name, "dtype": decoder.dtype, "revision": decoder.revision},
+        model={
+            **{"name": decoder.name, "dtype": decoder.dtype, "revision": decoder.revision},
+            "weights_sha256": decoder.weights_sha256,
+        },
         hooks=decoder.hooks,
         dtype=activation_dtype,
         settings={**asdict(sampling), "starts_with_bos": starts_with_bos(template)},
@@ -482,6 +504,7 @@ def _whole(folder: Path, shards: Sequence[_Shard]) -> Iterator[_Shard]:
     """The shards up to the first whose file is missing or cut: the ones behind it are captured again."""
     for shard in shards:
         try:
+            shard.check(folder)
             _load_tensors(folder / shard.file, [])
         except InputError:
             return
@@ -507,14 +530,15 @@ def _capture_set(
         n_pending += len(of_hooks[0].prompts)
         if n_pending >= SHARD_PROMPTS or one.n_captured + n_pending == n_prompts:
             file = f"{one.folder}/{len(shards):05d}.safetensors"
-            _write_shard(output / file, pending, index.dtype)
-            shards.append(_Shard(file, [int(i) for batch in pending for i in batch[0].prompts]))
+            digest = _write_shard(output / file, pending, index.dtype)
+            shards.append(_Shard(file, [int(i) for batch in pending for i in batch[0].prompts], digest))
             index.save(output)
             pending, n_pending = [], 0
             tell(prompt_set.name, one.n_captured, n_prompts)
 
 
-def _write_shard(path: Path, batches: Sequence[Sequence[PairedRows]], dtype: str) -> None:
+def _write_shard(path: Path, batches: Sequence[Sequence[PairedRows]], dtype: str) -> str:
+    """Returns the SHA-256 of the file."""
     import torch
     from safetensors.torch import save
 
@@ -527,8 +551,10 @@ def _write_shard(path: Path, batches: Sequence[Sequence[PairedRows]], dtype: str
             ("kept_paired", [some for one in of_hook for some in one.kept_paired]),
         ):
             tensors[f"{name}.{i}"] = torch.from_numpy(np.concatenate(kept))
+    content = save(tensors)
     with files.atomic_path(path) as temporary:
-        temporary.write_bytes(save(tensors))
+        temporary.write_bytes(content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def _load_tensors(path: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from sts_fast.hooks import Hook, find_hooks, layer_of
 from sts_fast.packing import check_vocabulary, moved
 from sts_fast.probe import input_device
 from sts_fast.prompts import Prompt
+from sts_fast.weights import DeviceMap, Placement, weights_sha256
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +86,12 @@ class Decoder:
         self.device = input_device(model)
         self.hooks: list[Hook] = find_hooks(model, places, name=name)
         self.passes = ForwardPasses(self)
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Of the layers that are run; see weights.weights_sha256."""
+        layers = [hook.layer for hook in self.hooks if hook.layer is not None]
+        return weights_sha256(self.model, max(layers) if len(layers) == len(self.hooks) else None)
 
     def residuals(self, sequences: Sequence[IntArray]) -> list[list[torch.Tensor]]:
         """What each hook sees of each sequence, from one forward pass with padding on the right.
@@ -250,7 +256,13 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         yield batch
 
 
-def load_decoder(source: str | Path, *places: str | int, dtype: str = "auto", device: str = "auto") -> Decoder:
+def load_decoder(
+    source: str | Path,
+    *places: str | int,
+    dtype: str = "auto",
+    device: str = "auto",
+    device_map: DeviceMap | None = None,
+) -> Decoder:
     """Loads a model up to the last layer that is read; what lies above it, and the head, is never read into memory.
 
     The few architectures whose layers depend on how many there are (DEPTH_OPTIONS) are loaded whole, and so is a model
@@ -260,6 +272,7 @@ def load_decoder(source: str | Path, *places: str | int, dtype: str = "auto", de
     places: where to read; see Decoder
     dtype:  'float32', 'bfloat16', 'float16', or 'auto': float32 on the CPU, the checkpoint's own elsewhere
     device: 'cpu', 'cuda', 'cuda:1', ..., or 'auto': CUDA where there is one
+    device_map: spreads the model instead; see weights.Placement
 
     Raises InputError where the model cannot be loaded, lacks weights, or has no such place.
     """
@@ -271,71 +284,53 @@ def load_decoder(source: str | Path, *places: str | int, dtype: str = "auto", de
     last = max((layer for layer in layers if layer is not None), default=-1)
     if None not in layers and not any(getattr(text_config, name, None) for name in DEPTH_OPTIONS):
         _truncate(text_config, last + 1)
-    model = _load(AutoModel, source, config, dtype, device)
+    model = _load(AutoModel, source, config, dtype, device, device_map)
     return Decoder(model, *places, name=str(source))
 
 
-def load_language_model(source: str | Path, *, dtype: str = "auto", device: str = "auto") -> torch.nn.Module:
+def load_language_model(
+    source: str | Path, *, dtype: str = "auto", device: str = "auto", device_map: DeviceMap | None = None
+) -> torch.nn.Module:
     """Loads a whole causal language model, with its head; options and errors as for `load_decoder`."""
     from transformers import AutoModelForCausalLM
 
-    return _load(AutoModelForCausalLM, source, load_config(source), dtype, device)
+    return _load(AutoModelForCausalLM, source, load_config(source), dtype, device, device_map)
 
 
-def _load(auto_class: Any, source: str | Path, config: PretrainedConfig, dtype: str, device: str) -> torch.nn.Module:
+def _load(
+    auto_class: Any, source: str | Path, config: PretrainedConfig, dtype: str, device: str, device_map: DeviceMap | None
+) -> torch.nn.Module:
     import torch
 
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise InputError(f"--device is auto, cpu, cuda or cuda:N, not '{device}'")
+    if device != "auto" and device_map not in (None, "disk"):
+        raise InputError("--device and --device-map both say where the model goes: give one of them")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto" and device == "cpu":
         dtype = "float32"
+    placement = None if device_map is None else Placement(device_map, device)
     with _loading(source):
         model, info = auto_class.from_pretrained(
-            source, config=config, dtype=dtype if dtype == "auto" else getattr(torch, dtype), output_loading_info=True
+            source,
+            config=config,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            output_loading_info=True,
+            **({} if placement is None else placement.options(auto_class, config)),
         )
+    if placement is not None:
+        placement.keep_for(model)
     if info["missing_keys"]:
         raise InputError(
             f"{source} lacks the weights {', '.join(sorted(info['missing_keys'])[:3])}: the checkpoint is incomplete"
         )
     try:
-        model = model.to(device)
+        model = model.to(device) if placement is None else model
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"{source} cannot be moved to the device '{device}': {_first_line(error)}") from error
     loaded: torch.nn.Module = model.eval()
     return loaded
-
-
-def unembedding(model: torch.nn.Module, source: str | Path | None) -> torch.Tensor | None:
-    """[vocabulary, d_in] the matrix that turns residuals into logits; None where it cannot be found.
-
-    model: a model in memory, whole or truncated; source: the folder or hub id that a truncated one was loaded from
-    """
-    from safetensors import safe_open
-    from transformers.utils.hub import cached_file
-
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    if head is None and model.config.get_text_config().tie_word_embeddings:  # type: ignore[union-attr, operator]
-        head = model.get_input_embeddings()  # type: ignore[operator]
-    if head is not None:
-        return head.weight.detach().cpu()  # type: ignore[no-any-return]
-    if source is None:
-        return None
-
-    def find(name: str) -> str | None:
-        found: str | None = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-        return found
-
-    index = find("model.safetensors.index.json")
-    shards = json.loads(Path(index).read_text())["weight_map"] if index else {}
-    for name in ("lm_head.weight", "embed_out.weight"):
-        file = find(shards.get(name, "model.safetensors")) if not shards or name in shards else None
-        if file is not None:
-            with safe_open(file, framework="pt") as weights:
-                if name in weights.keys():  # noqa: SIM118
-                    return weights.get_tensor(name)  # type: ignore[no-any-return]
-    return None
 
 
 def load_config(source: str | Path) -> PretrainedConfig:
@@ -362,15 +357,18 @@ def _loading(source: str | Path) -> Iterator[None]:
 
     if str(source).startswith(("/", ".", "~")) and not Path(source).is_dir():
         raise InputError(f"there is no model folder {source}: give a folder with config.json, or a hub id")
-    verbosity = transformers_logging.get_verbosity()
+    verbosity, accelerate = transformers_logging.get_verbosity(), logging.getLogger("accelerate")
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    saved_level = accelerate.level
+    accelerate.setLevel(logging.ERROR)
     try:
         yield
     except Exception as error:  # OSError, ValueError, SafetensorError, RuntimeError, pickle errors, ...
         raise InputError(f"cannot load the model {source}: {_first_line(error)}") from error
     finally:
+        accelerate.setLevel(saved_level)
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -272,7 +272,7 @@ def _low_variance(
     if explained < TOO_LOW:
         return (
             f"it explains {_percent(explained)} of the variance: is it of another model or layer, or trained on inputs "
-            "that were normalised?"
+            "that were normalised (give --norm-scaling-factor then)?"
         )
     return None
 

@@ -14,7 +14,7 @@ import numpy as np
 from sts_fast import _cpu, explain, results
 from sts_fast._version import __version__
 from sts_fast.activations import Activations
-from sts_fast.capture import Decoder, unembedding
+from sts_fast.capture import Decoder
 from sts_fast.domains import CONFIDENCE, N_BOOTSTRAP, DomainRead, domain_score, percentile_interval, skipped
 from sts_fast.fit import Fit
 from sts_fast.results import Forecast, ShiftedFeature
@@ -23,6 +23,7 @@ from sts_fast.settings import Settings
 from sts_fast.shift import ShiftStats
 from sts_fast.shifted import N_REPLICATES, Shift, hook_of
 from sts_fast.signed import SignedForecast
+from sts_fast.weights import unembedding
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -80,6 +81,7 @@ def forecast_of(
             "dtype": reader.dtype,
             "context_length": reader.context_length,
             "revision": reader.revision,
+            "weights_sha256": reader.weights_sha256,
         },
         sae={
             "source": sae.source,

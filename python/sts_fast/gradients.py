@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sts_fast.capture import attention_sinks, batches, padded_ids
+from sts_fast.capture import attention_sinks, padded_ids
 from sts_fast.controls import MOST_LOGITS
 from sts_fast.errors import InputError
 from sts_fast.forward import row_norms
 from sts_fast.hooks import decoder_layers, layer_of
+from sts_fast.memory import TokenBudget
+from sts_fast.probe import input_device
 from sts_fast.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -69,19 +71,22 @@ class HookedModel:
     """A whole causal language model that can be differentiated at, and started from, the output of one of its layers.
 
     model: a Hugging Face decoder in memory; layer: whose output, the residual stream, is meant
-    name:  how errors call it
+    name:  how errors call it; say: is told where a batch did not fit into memory and smaller ones follow
 
     Raises InputError where the model has no such layer or no head.
     """
 
-    def __init__(self, model: Any, layer: int, *, name: str = "the model") -> None:
+    def __init__(
+        self, model: Any, layer: int, *, name: str = "the model", say: Callable[[str], None] | None = None
+    ) -> None:
         config = model.config.get_text_config()
         layers = model.get_submodule(decoder_layers(model, config.num_hidden_layers))
         layer_of(layer, len(layers), name=name)
         if model.get_output_embeddings() is None:
             raise InputError("signed estimators need the model's head: give a causal language model with one")
         self.model, self.layer, self.name = model.eval(), layer, name
-        self.device = next(model.parameters()).device
+        self.device = input_device(model)
+        self.memory = TokenBudget(self.device, name, say=say)
         self.d_in: int = config.hidden_size
         self._below, self._block = list(layers)[: layer + 1], layers[layer]
         self._bos, self._vocabulary = config.bos_token_id, config.vocab_size
@@ -95,42 +100,44 @@ class HookedModel:
         Q: [d_in, r] of `projection`, where gradients are wanted. The backward pass ends at the hook: no weight gets a
             gradient.
 
-        Raises InputError where the model gives NaN.
+        Raises InputError where the model gives NaN, or a single prompt does not fit into memory.
         """
-        import torch
-
         lengths = [int(prompt.positions[-1]) + 1 for prompt in prompts]  # what follows the answer is not needed
         most = min(batch_tokens, max(1, MOST_LOGITS // self._vocabulary))
-        for batch in batches(lengths, most):
-            chosen = [prompts[i] for i in batch]
-            ids = padded_ids(self.model, [p.base_ids[: lengths[i]] for i, p in zip(batch, chosen, strict=True)])
-            ids = ids.to(self.device)
-            leaf: list[torch.Tensor] = []
+        for _, rows in self.memory.in_batches(lengths, most, lambda batch: self._rows(batch, prompts, lengths, Q)):
+            yield rows
 
-            def at_hook(hidden: torch.Tensor, leaf: list[torch.Tensor] = leaf) -> torch.Tensor:
-                leaf.append(hidden.detach().requires_grad_(Q is not None))
-                return leaf[0]
+    def _rows(self, batch: list[int], prompts: Sequence[Prompt], lengths: list[int], Q: Doubles | None) -> AnswerRows:
+        import torch
 
-            with self._frozen(), self._changing(at_hook), torch.set_grad_enabled(Q is not None):
-                nll = answer_nll(self._logits(ids), ids, chosen)
-                # Each prompt's loss depends on its own row of the batch alone.
-                gradient = torch.zeros_like(leaf[0]) if Q is None else torch.autograd.grad(nll.sum(), leaf[0])[0]
-            x = leaf[0].detach()
-            kept = [self._kept(p, x[row, : lengths[i]]) for row, (i, p) in enumerate(zip(batch, chosen, strict=True))]
-            at = torch.from_numpy(np.concatenate([row * ids.shape[1] + where for row, where in enumerate(kept)]))
-            at = at.to(self.device)
-            g = np.zeros((0, 0)) if Q is None else self._projected(gradient, at, Q)
-            yield AnswerRows(
-                prompts=batch,
-                padded=x,
-                ids=ids,
-                at=at,
-                prompt_of=np.repeat(np.arange(len(batch)), [len(where) for where in kept]),
-                x=_for_core(x.flatten(0, 1)[at]),
-                g=g,
-                nll=_finite(nll.detach(), self.name),
-                n_answer=np.asarray([len(p.positions) for p in chosen]),
-            )
+        chosen = [prompts[i] for i in batch]
+        ids = padded_ids(self.model, [p.base_ids[: lengths[i]] for i, p in zip(batch, chosen, strict=True)])
+        ids = ids.to(self.device)
+        leaf: list[torch.Tensor] = []
+
+        def at_hook(hidden: torch.Tensor) -> torch.Tensor:
+            leaf.append(hidden.detach().requires_grad_(Q is not None))
+            return leaf[0]
+
+        with self._frozen(), self._changing(at_hook), torch.set_grad_enabled(Q is not None):
+            nll = answer_nll(self._logits(ids), ids, chosen)
+            # Each prompt's loss depends on its own row of the batch alone.
+            gradient = torch.zeros_like(leaf[0]) if Q is None else torch.autograd.grad(nll.sum(), leaf[0])[0]
+        x = leaf[0].detach()
+        kept = [self._kept(p, x[row, : lengths[i]]) for row, (i, p) in enumerate(zip(batch, chosen, strict=True))]
+        at = torch.from_numpy(np.concatenate([row * ids.shape[1] + where for row, where in enumerate(kept)]))
+        at = at.to(x.device)
+        return AnswerRows(
+            prompts=batch,
+            padded=x,
+            ids=ids,
+            at=at,
+            prompt_of=np.repeat(np.arange(len(batch)), [len(where) for where in kept]),
+            x=_for_core(x.flatten(0, 1)[at]),
+            g=np.zeros((0, 0)) if Q is None else self._projected(gradient, at, Q),
+            nll=_finite(nll.detach(), self.name),
+            n_answer=np.asarray([len(p.positions) for p in chosen]),
+        )
 
     def from_hook(
         self, rows: AnswerRows, prompts: Sequence[Prompt], moved: torch.Tensor, Q: Doubles | None = None
@@ -143,7 +150,7 @@ class HookedModel:
         import torch
 
         x = rows.padded.clone()
-        x.flatten(0, 1)[rows.at] += moved.to(x.dtype).to(self.device)
+        x.flatten(0, 1)[rows.at] += moved.to(x.dtype).to(x.device)
         x.requires_grad_(Q is not None)
         chosen = [prompts[i] for i in rows.prompts]
         with (
@@ -159,7 +166,7 @@ class HookedModel:
     def _projected(self, gradient: torch.Tensor, at: torch.Tensor, Q: Doubles) -> Doubles:
         import torch
 
-        return _finite(gradient.flatten(0, 1)[at].double() @ torch.from_numpy(Q).to(self.device), self.name)
+        return _finite(gradient.flatten(0, 1)[at].double() @ torch.from_numpy(Q).to(gradient.device), self.name)
 
     def _logits(self, ids: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
@@ -194,20 +201,26 @@ class HookedModel:
             yield
         finally:
             for parameter in trainable:
-                parameter.requires_grad_(True)
+                if not parameter.is_inference():  # a weight left on disk may be the trace of a pass in inference mode
+                    parameter.requires_grad_(True)
 
     @contextmanager
     def _skipping_below(self) -> Iterator[None]:
         def hand_on(hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
             return (hidden_states,) if self._gives_tuple else hidden_states
 
+        # A model that is spread over devices has a forward of its own on each module.
+        saved = [vars(block).get("forward") for block in self._below]
         for block in self._below:
             block.forward = hand_on
         try:
             yield
         finally:
-            for block in self._below:
-                del block.forward
+            for block, forward in zip(self._below, saved, strict=True):
+                if forward is None:
+                    del block.forward
+                else:
+                    block.forward = forward
 
 
 def answer_nll(logits: torch.Tensor, ids: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
@@ -217,7 +230,7 @@ def answer_nll(logits: torch.Tensor, ids: torch.Tensor, prompts: Sequence[Prompt
     """
     import torch
 
-    losses = []
+    losses, ids = [], ids.to(logits.device)
     for row, prompt in enumerate(prompts):
         at = torch.from_numpy(prompt.positions.astype(np.int64)).to(logits.device)
         # In float64, because the loss of an answer that is nearly certain is the difference of near equals.

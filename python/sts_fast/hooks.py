@@ -82,13 +82,18 @@ def place_name(place: str, layer: int) -> str:
 
 
 def split_name(name: str) -> tuple[str, int | None]:
-    """A hook's place and layer: ('mlp_out', 25) for 'blocks.25.hook_mlp_out'; for a module, its path and layer."""
+    """A hook's place and layer: ('mlp_out', 25) for 'blocks.25.hook_mlp_out'; for a module, its path and layer.
+
+    A layer of a vision or audio tower is none of the decoder's.
+    """
     match = re.fullmatch(r"blocks\.(\d+)\.([\w.]+)", name)
     if match and match[2] in SPELLINGS:
         return SPELLINGS[match[2]], int(match[1])
+    number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    if number and any(tower in name[: number.start()] for tower in OTHER_TOWERS):
+        return name, None
     if match := re.fullmatch(r"(?:[a-z_]+\.)*(?:layers|h|blocks)\.(\d+)(\.output|\.input)?", name):
         return "resid_pre" if match[2] == ".input" else "resid_post", int(match[1])
-    number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     return name, int(number[1]) if number else None
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from sts_fast import files
+from sts_fast import files, settle
 from sts_fast.capture import PairedRows
 from sts_fast.controls import FEATURE_CONTROLS, RAW_CONTROL
 from sts_fast.correlate import CorrelationStats
@@ -130,6 +130,34 @@ class Forecast:
     signed: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = None
 
+    @property
+    def settled(self) -> dict[str, Any]:
+        """How settled D_N and the ranking are, and how many more prompts would settle them; see settle.
+
+        shifted_features: share of D_N that resampling the training prompts keeps; ranking: by estimator, share of the
+        pairs of domains that are apart, empty for fewer than two domains; more_prompts: of the training set, of each
+        domain, until that share is 90%: 0 where it is, None for more than 100 times those that there are
+        """
+        kept, n_train = self.shift["stability"]["mean_overlap"], self.train["n_prompts"]
+        times = settle.times_for_overlap(kept)
+        ranking = {}
+        for estimator in self.settings["estimators"] if len(self.domains) > 1 else ():
+            values = [getattr(domain, f"sts_{estimator}") for domain in self.domains]
+            apart, times_apart = settle.pairs_apart(values, [getattr(d, f"sts_{estimator}_ci") for d in self.domains])
+            ranking[estimator] = {
+                "pairs_apart": apart,
+                "more_prompts": settle.n_more(self.prompts_per_domain, times_apart),
+            }
+        return {
+            "shifted_features": {"kept": kept, "more_prompts": settle.n_more(n_train, times)},
+            "ranking": ranking,
+        }
+
+    @property
+    def prompts_per_domain(self) -> int:
+        """In the mean."""
+        return round(np.mean([domain.n_prompts for domain in self.domains])) if self.domains else 0
+
     def to_dict(self) -> dict[str, Any]:
         """What scores.json holds."""
         return {
@@ -139,6 +167,7 @@ class Forecast:
             "train": self.train,
             "settings": self.settings,
             "shift": self.shift,
+            "settled": self.settled,
             "domains": [_plain(domain) for domain in self.domains],
             "shifted_features": [_plain(feature) for feature in self.shifted_features],
             "signed": self.signed,

@@ -185,7 +185,12 @@ def compare(
         reader = _decoder(model, saes, settings, name="the model")
         if reader.device.type == "cuda" and (reason := cuda.missing_reason()) is not None:
             settings.tell_line(f"the model runs on {reader.device}, its features are computed on the CPU: {reason}")
-    tuned_decoder = None if tuned is None else _decoder(tuned, saes, settings, name="the tuned model")
+    tuned_decoder = None
+    if tuned is not None:
+        beside = settings
+        if isinstance(reader, Decoder) and not isinstance(model, (str, Path)) and settings.device == "auto":
+            beside = replace(settings, device=str(reader.device))  # one read from files joins the one in memory
+        tuned_decoder = _decoder(tuned, saes, beside, name="the tuned model")
     if settings.controls == "all" and not isinstance(model, (str, Path)) and model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
         raise InputError(
             "the base model's loss and accuracy need its head: give a model with one, or --controls features"
@@ -258,7 +263,7 @@ def compare(
     answer_reads = _read_answers(language_model, answer_sets if settings.controls == "all" else [], settings)
     signed_of = [
         measure_signed(
-            HookedModel(language_model, layer, name=reader.name),
+            HookedModel(language_model, layer, name=reader.name, say=settings.tell_line),
             one,
             train_answers,
             answer_sets,
@@ -317,14 +322,14 @@ def compare(
             }
         )
     if len(domain_sets) > 1:
-        n_prompts = round(np.mean([len(domain_set.prompts) for domain_set in domain_sets]))
         for of_sae, suffix in zip(forecasts, with_sae, strict=True):
             for name, forecast in of_sae.items():
                 for estimator in settings.estimators:
                     values = [getattr(domain, f"sts_{estimator}") for domain in forecast.domains]
                     intervals = [getattr(domain, f"sts_{estimator}_ci") for domain in forecast.domains]
-                    line = settle.ranking_line(name + suffix, estimator, n_prompts, values, intervals)
-                    settings.tell_line(line)
+                    settings.tell_line(
+                        settle.ranking_line(name + suffix, estimator, forecast.prompts_per_domain, values, intervals)
+                    )
     return forecasts[0] if isinstance(sae, (str, Path, SAE)) else forecasts
 
 
@@ -345,7 +350,9 @@ def _decoder(model: str | Path | PreTrainedModel, saes: Sequence[SAE], settings:
     """The model, to be read where the SAEs read."""
     places = list(dict.fromkeys(sae.hook_name for sae in saes))
     if isinstance(model, (str, Path)):
-        decoder = load_decoder(model, *places, dtype=settings.dtype, device=settings.device)
+        decoder = load_decoder(
+            model, *places, dtype=settings.dtype, device=settings.device, device_map=settings.device_map
+        )
     else:
         decoder = Decoder(model, *places, name=name)
     for sae in saes:
@@ -375,7 +382,7 @@ def _check_activations(
 def _with_head(model: str | Path | PreTrainedModel, settings: Settings) -> Any:
     """The whole model."""
     if isinstance(model, (str, Path)):
-        return load_language_model(model, dtype=settings.dtype, device=settings.device)
+        return load_language_model(model, dtype=settings.dtype, device=settings.device, device_map=settings.device_map)
     return model
 
 
@@ -384,7 +391,9 @@ def _read_answers(whole: Any, answer_sets: Sequence[PromptSet], settings: Settin
     batch_tokens = settings.batch_tokens or MOST_BATCH_TOKENS
     reads = {}
     for done, answer_set in enumerate(answer_sets):
-        outcomes = controls.answer_outcomes(whole, answer_set.prompts, batch_tokens=batch_tokens)
+        outcomes = controls.answer_outcomes(
+            whole, answer_set.prompts, batch_tokens=batch_tokens, say=settings.tell_line
+        )
         reads[answer_set.name] = results.AnswerLog(answer_set, *outcomes)
         settings.tell("base loss and accuracy", done + 1, len(answer_sets))
     return reads

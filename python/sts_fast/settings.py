@@ -13,6 +13,7 @@ from sts_fast.prompts import TokenClass
 from sts_fast.results import ESTIMATORS, Estimator
 from sts_fast.sets import Sampling
 from sts_fast.signed import SIGNED_ESTIMATORS, SignedEstimator
+from sts_fast.weights import DeviceMap
 
 Dims = Literal["icl", "tuned", "active"]
 Controls = Literal["features", "all"]
@@ -35,6 +36,7 @@ class Options(TypedDict, total=False):
     dtype: str
     sae_dtype: str | None
     device: str
+    device_map: DeviceMap | None
     batch_tokens: int | None
     seed: int
     question_fields: Mapping[str, str]
@@ -64,6 +66,8 @@ class Settings:
     limit:     most prompts of a set, drawn at random; None for all
     layer:     reads the residual stream after this layer, whatever the SAE's files say
     dtype, device: of the model, see load_decoder; sae_dtype: 'float32' or 'bfloat16', by default as stored
+    device_map: spreads the model over devices, memory and disk: 'auto', 'balanced', 'cpu', 'disk', ...; see
+        weights.Placement
     batch_tokens: most tokens of one forward pass; None: as many as the free memory allows
     question_fields, answer_fields: columns to read, by set name ('train', a domain's), '' for all others
     labels:    file of feature labels, as Neuronpedia exports them
@@ -90,6 +94,7 @@ class Settings:
     dtype: str = "auto"
     sae_dtype: str | None = None
     device: str = "auto"
+    device_map: DeviceMap | None = None
     batch_tokens: int | None = None
     seed: int = 0
     question_fields: Mapping[str, str] | None = None

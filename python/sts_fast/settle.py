@@ -44,13 +44,17 @@ def pairs_apart(values: Sequence[float], intervals: Sequence[Sequence[float]]) -
     return float(np.mean(needed < 1)), max(1.0, times)
 
 
+def n_more(n_prompts: int, times: float) -> int | None:
+    """How many more prompts it takes from n_prompts now, 0 where it is settled; None where that is beyond the rule."""
+    return None if times > MOST_TIMES else math.ceil(n_prompts * (times - 1))
+
+
 def more(n_prompts: int, times: float) -> str:
-    """What it takes, in words, from n_prompts now."""
-    if times <= 1:
-        return "settled"
-    if times > MOST_TIMES:
+    """The same in words."""
+    needed = n_more(n_prompts, times)
+    if needed is None:
         return f"more than {MOST_TIMES} times the prompts would be needed"
-    return f"about {math.ceil(n_prompts * (times - 1)):,} more prompts would settle it"
+    return f"about {needed:,} more prompts would settle it" if needed else "settled"
 
 
 def shift_line(name: str, top_n: int, n_prompts: int, overlap: float) -> str:

@@ -14,6 +14,7 @@ from sts_fast.cli.options import (
     AnswerFieldOption,
     BatchTokensOption,
     DemosOption,
+    DeviceMapOption,
     DeviceOption,
     DimsChoice,
     DomainShotsOption,
@@ -59,6 +60,7 @@ def capture(
         SaeDtypeChoice, typer.Option("--activation-dtype", help="Of the files; float32 rounds nothing.")
     ] = SaeDtypeChoice.bfloat16,
     device: DeviceOption = "auto",
+    device_map: DeviceMapOption = None,
     batch_tokens: BatchTokensOption = None,
     seed: SeedOption = 0,
 ) -> None:
@@ -89,6 +91,7 @@ def capture(
             dtype=str(dtype),
             activation_dtype=str(activation_dtype),
             device=device,
+            device_map=device_map,
             batch_tokens=batch_tokens,
             question_fields=fields("--question-field", question_field),
             answer_fields=fields("--answer-field", answer_field),

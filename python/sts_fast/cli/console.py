@@ -29,9 +29,8 @@ def show(text: str) -> None:
 
 
 def say(line: str) -> None:
-    warns = line.startswith("warning: ")
-    if warns or err.is_terminal:  # like the progress: a log holds results, warnings and errors alone
-        err.print(line, style="yellow" if warns else "dim", highlight=False, markup=False, soft_wrap=True)
+    style = "yellow" if line.startswith("warning: ") else "dim"
+    err.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager

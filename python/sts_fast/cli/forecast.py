@@ -25,6 +25,7 @@ from sts_fast.cli.options import (
     ControlsChoice,
     ControlsOption,
     DemosOption,
+    DeviceMapOption,
     DeviceOption,
     DimsChoice,
     DimsOption,
@@ -101,6 +102,7 @@ def score(
     dtype: DtypeOption = DtypeChoice.auto,
     sae_dtype: SaeDtypeOption = None,
     device: DeviceOption = "auto",
+    device_map: DeviceMapOption = None,
     batch_tokens: BatchTokensOption = None,
     labels: LabelsOption = None,
     calibration: CalibrationOption = None,
@@ -119,7 +121,8 @@ def score(
         domain_shots=domain_shots, top_n=top_n, tokens=tokens, limit=limit, question_field=question_field,
         answer_field=answer_field, hook=hook, layer=layer,
         norm_scaling_factor=norm_scaling_factor, strict=strict, dtype=dtype, sae_dtype=sae_dtype, device=device,
-        batch_tokens=batch_tokens, labels=labels, calibration=calibration, precision=precision, threads=threads,
+        device_map=device_map, batch_tokens=batch_tokens, labels=labels, calibration=calibration,
+        precision=precision, threads=threads,
         seed=seed, show_prompts=show_prompts,
     )  # fmt: skip
     if as_json:
@@ -161,6 +164,7 @@ def compare(
     dtype: DtypeOption = DtypeChoice.auto,
     sae_dtype: SaeDtypeOption = None,
     device: DeviceOption = "auto",
+    device_map: DeviceMapOption = None,
     batch_tokens: BatchTokensOption = None,
     labels: LabelsOption = None,
     calibration: CalibrationOption = None,
@@ -180,7 +184,8 @@ def compare(
         domain_shots=domain_shots, top_n=top_n, tokens=tokens, limit=limit, question_field=question_field,
         answer_field=answer_field, hook=hook, layer=layer,
         norm_scaling_factor=norm_scaling_factor, strict=strict, dtype=dtype, sae_dtype=sae_dtype, device=device,
-        batch_tokens=batch_tokens, labels=labels, calibration=calibration, precision=precision, threads=threads,
+        device_map=device_map, batch_tokens=batch_tokens, labels=labels, calibration=calibration,
+        precision=precision, threads=threads,
         seed=seed, show_prompts=show_prompts,
     )  # fmt: skip
     if as_json:
@@ -215,6 +220,7 @@ def shift(
     dtype: DtypeOption = DtypeChoice.auto,
     sae_dtype: SaeDtypeOption = None,
     device: DeviceOption = "auto",
+    device_map: DeviceMapOption = None,
     batch_tokens: BatchTokensOption = None,
     precision: PrecisionOption = None,
     threads: ThreadsOption = None,
@@ -229,8 +235,8 @@ def shift(
         domains=[], demos=demos, tuned=tuned, dims=dims, estimators="act", shots=shots, domain_shots=1, top_n=top_n,
         tokens=tokens, limit=limit, question_field=question_field, answer_field=answer_field, hook=hook, layer=layer,
         norm_scaling_factor=norm_scaling_factor, strict=strict,
-        dtype=dtype, sae_dtype=sae_dtype, device=device, batch_tokens=batch_tokens, precision=precision,
-        threads=threads, seed=seed, show_prompts=show_prompts,
+        dtype=dtype, sae_dtype=sae_dtype, device=device, device_map=device_map, batch_tokens=batch_tokens,
+        precision=precision, threads=threads, seed=seed, show_prompts=show_prompts,
     )  # fmt: skip
     if as_json:
         _write_json(forecasts, output, compared=len(forecasts) > 1)

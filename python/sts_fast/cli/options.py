@@ -114,6 +114,14 @@ ScalingOption = Annotated[
 DtypeOption = Annotated[DtypeChoice, typer.Option("--dtype", help="Of the model; auto is float32 on the CPU.")]
 SaeDtypeOption = Annotated[SaeDtypeChoice | None, typer.Option("--sae-dtype", help="Of the SAE; default: as stored.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto takes CUDA if present.")]
+DeviceMapOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device-map",
+        help="Spread the model: auto, balanced, balanced_low_0 or sequential (GPUs, then memory, then disk), cpu, or "
+        "disk (layers stay there).",
+    ),
+]
 BatchTokensOption = Annotated[
     int | None, typer.Option("--batch-tokens", help="Most tokens of one forward pass; default: what memory allows.")
 ]
