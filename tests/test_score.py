@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny as tiny_material
 import torch
+import transformers
 from safetensors import safe_open
 from tiny import ARCHITECTURES, Tiny
 from transformers import AutoTokenizer
@@ -865,3 +866,13 @@ def test_saes_that_cannot_share_a_pass(tiny: Tiny) -> None:
     for saes, message in refused:
         with pytest.raises(sts_fast.InputError, match=message):
             sts_fast.score(sae=saes, **options)
+
+
+def test_a_tuned_model_from_files_joins_the_one_in_memory(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever that is, and whatever device would be taken by itself."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny.model)
+    options: dict[str, Any] = {"sae": tiny.saes["standard"], "train": tiny.train, "domains": {}, "top_n": TOP_N}
+    forecast = sts_fast.score(model=model, tokenizer=tokenizer, tuned=tiny.tuned, dims="tuned", **options)
+    assert forecast.stats.n_tokens > 0
