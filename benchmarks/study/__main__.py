@@ -4,6 +4,9 @@ python -m benchmarks.study run package                   # the model that comes 
 python -m benchmarks.study run base-3 --train-seed 3     # one that is trained first, into build/study/base-3
 python -m benchmarks.study table
 python -m benchmarks.study calibrate                     # intervals of the change, from the runs in build/study
+
+python -m benchmarks.study rl package                    # reinforcement learning in the place of fine-tuning
+python -m benchmarks.study rl                            # its tables
 """
 
 from __future__ import annotations
@@ -12,9 +15,11 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.study import rl, rl_table
 from benchmarks.study.calibrate import TABLES, calibrate
 from benchmarks.study.correlations import compact
 from benchmarks.study.predictors import predict
@@ -27,32 +32,48 @@ WORK = Path("build") / "study"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "table", "calibrate"))
-    parser.add_argument("base", nargs="?", default="package")
+    parser.add_argument("what", choices=("run", "table", "calibrate", "rl"))
+    parser.add_argument("base", nargs="?")
     parser.add_argument("--train-seed", type=int, help="train this base model first")
     arguments = parser.parse_args()
     if arguments.what == "calibrate":
         calibrate(WORK)
         sys.stdout.write(TABLES.read_text(encoding="utf-8"))
         return
+    if arguments.what == "rl":
+        if arguments.base is not None:
+            tell = teller(arguments.base)
+            rl.run(arguments.base, base_folder(arguments.base, arguments.train_seed, tell), WORK, tell)
+        sys.stdout.write(rl_table.table(json.loads(rl.RESULTS.read_text(encoding="utf-8"))))
+        return
     if arguments.what == "run":
-        run(arguments.base, arguments.train_seed)
+        run(arguments.base or "package", arguments.train_seed)
     sys.stdout.write(table(json.loads(RESULTS.read_text(encoding="utf-8"))))
 
 
-def run(base: str, train_seed: int | None) -> None:
+def teller(base: str) -> Callable[[str], None]:
     start = time.process_time()
 
     def tell(stage: str) -> None:
         sys.stderr.write(f"{time.process_time() - start:7.0f} s  {base}: {stage}\n")
         sys.stderr.flush()
 
+    return tell
+
+
+def base_folder(base: str, train_seed: int | None, tell: Callable[[str], None]) -> Path:
+    WORK.mkdir(parents=True, exist_ok=True)
     folder = organism.weights_folder() if base == "package" else WORK / base
     if train_seed is not None and not folder.exists():
         organism.train(train_seed, folder)
         tell("trained")
+    return folder
+
+
+def run(base: str, train_seed: int | None) -> None:
+    start, tell = time.process_time(), teller(base)
+    folder = base_folder(base, train_seed, tell)
     figures = json.loads((folder / organism.FIGURES_FILE).read_text(encoding="utf-8"))
-    WORK.mkdir(parents=True, exist_ok=True)
     with organism.one_thread():
         predicted = predict(folder, tell)
         model, tokenizer = organism.load_model(folder / "model")

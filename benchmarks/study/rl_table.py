@@ -1,0 +1,131 @@
+"""results/rl.json as tables: over all held-out base models together, then for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.study import grpo
+from benchmarks.study.rl import ESTIMATORS, OTHERS, TRUE
+from benchmarks.study.rl_forecasts import DIMS, TOP_N
+
+DESIGN = "package"
+N_BOOTSTRAP = 10_000
+
+Lists = dict[str, Any]
+
+
+def table(results: Lists) -> str:
+    """Markdown; each cell is mean [lowest, highest] over runs, a difference mean [95% interval]."""
+    judged = {name: of_base for name, of_base in results.items() if name != DESIGN}
+    sections = []
+    for regime in grpo.REGIMES:
+        for title, bases in (
+            (" and ".join(judged), judged),
+            *(((name, {name: of_base}) for name, of_base in results.items())),
+        ):
+            chosen = [of_base[regime] for of_base in bases.values() if regime in of_base]
+            if chosen:
+                sections.append(section(title, regime, chosen))
+    return "\n".join(sections)
+
+
+def section(title: str, regime: str, bases: Sequence[Lists]) -> str:
+    n = sum(len(of_base["trainings"]) for of_base in bases)
+    left_out = sum(len(of_base["not_counted"]) for of_base in bases)
+    rewards = np.asarray([pair for of_base in bases for pair in of_base["rewards"]])
+    share = [one for of_base in bases for one in of_base["share_of_top_n"]]
+    lines = [
+        f"## {title}, {regime}: {n} runs\n",
+        f"Mean reward {rewards[:, 0].mean():.2f} in the first five steps, {rewards[:, 1].mean():.2f} in the last ten; "
+        f"{left_out} runs whose reward did not rise are not counted. The {TOP_N} features that a run shifts most hold "
+        f"{cell(share)} of its shift.\n",
+        "### Which features\n",
+        rows_of(
+            "D_N from",
+            {name: name for name in (*DIMS, OTHERS, TRUE)},
+            {
+                f"overlap, of {TOP_N}": lambda name: cell(merged(bases, "overlap", name)),
+                **{
+                    f"{estimator}: {shown}": lambda name, estimator=estimator, outcome=outcome: cell(
+                        merged(bases, outcome, f"{estimator}, {name}", "size")
+                    )
+                    for estimator in ESTIMATORS
+                    for shown, outcome in (("r, size of change of P", "zero-shot dP"), ("of loss", "zero-shot dloss"))
+                },
+                "STS_act: few-shot P": lambda name: cell(merged(bases, "few-shot dP", f"STS_act, {name}", "size")),
+                "STS_act: less that of the true": lambda name: difference(bases, "zero-shot dP", f"STS_act, {name}"),
+            },
+        ),
+        "### Which way\n",
+        rows_of(
+            "forecast",
+            {name: name for name in signed_names(bases)},
+            {
+                "r, change of P": lambda name: cell(merged(bases, "zero-shot dP", name, "signed")),
+                "r, size of it": lambda name: cell(merged(bases, "zero-shot dP", name, "size")),
+                "AUC, distinct": lambda name: cell(merged(bases, "zero-shot dP", name, "auc_distinct")),
+                "r, fall of loss": lambda name: cell(merged(bases, "zero-shot dloss", of_loss(name), "signed")),
+                "r, accuracy": lambda name: cell(merged(bases, "zero-shot daccuracy", name, "signed")),
+                "few-shot r, P": lambda name: cell(merged(bases, "few-shot dP", name, "signed")),
+                "few-shot r, loss": lambda name: cell(merged(bases, "few-shot dloss", of_loss(name), "signed")),
+            },
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def rows_of(what: str, names: dict[str, str], columns: dict[str, Callable[[str], str]]) -> str:
+    lines = [[what, *columns], ["---"] * (1 + len(columns))]
+    lines += [[shown, *(of_column(name) for of_column in columns.values())] for name, shown in names.items()]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def signed_names(bases: Sequence[Lists]) -> list[str]:
+    names = bases[0]["zero-shot dP"]
+    return [name for name in names if "signed" in names[name] and "_loss," not in name and not name.endswith("dloss")]
+
+
+def of_loss(name: str) -> str:
+    """The predictor of the loss that belongs to one of P."""
+    if name.endswith(", dP"):
+        return name.removesuffix("dP") + "dloss"
+    estimator, comma, rest = name.partition(", ")
+    return f"{estimator}_loss, {rest}" if comma else name
+
+
+def merged(bases: Sequence[Lists], *keys: str) -> list[float | None]:
+    found: list[float | None] = []
+    for of_base in bases:
+        values: Any = of_base
+        for key in keys:
+            values = values.get(key, {})
+        found += values or []
+    return found
+
+
+def difference(bases: Sequence[Lists], outcome: str, name: str) -> str:
+    """Mean over runs of r less r of the true dimensions, with its interval over training sets of base models."""
+    clusters: dict[tuple[int, str], list[float]] = {}
+    for i, of_base in enumerate(bases):
+        found = of_base[outcome]
+        if name not in found:
+            return ""
+        for (train, _), r, true in zip(
+            of_base["trainings"], found[name]["size"], found[f"STS_act, {TRUE}"]["size"], strict=True
+        ):
+            clusters.setdefault((i, train), []).append(r - true)
+    sums = np.asarray([[sum(values), len(values)] for values in clusters.values()])
+    drawn = sums[np.random.default_rng(0).integers(len(sums), size=(N_BOOTSTRAP, len(sums)))].sum(axis=1)
+    low, high = np.percentile(drawn[:, 0] / drawn[:, 1], [2.5, 97.5])
+    return f"{sums[:, 0].sum() / sums[:, 1].sum():+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def cell(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    digits = 1 if max(known) > 1.5 else 2
+    return f"{np.mean(known):.{digits}f} [{min(known):.{digits}f}, {max(known):.{digits}f}]"
