@@ -21,7 +21,8 @@ ORDER = [
     *("weights", "memory", "packing", "forward", "capture"),
     *("sae", "sets", "backend", "torch_ops", "encode", "fit", "shift", "correlate"),
     *("controls", "gradients", "policy", "ntk", "explain", "settle", "results", "signed"),
-    *("settings", "activations", "shifted", "domains", "forecast", "score", "rollouts"),
+    *("kernel", "gradient_flow", "allot"),
+    *("settings", "activations", "shifted", "domains", "forecast", "score", "rollouts", "mix"),
     *("outcomes", "validate", "calibration", "report", "organism", "demo", "trainer", "cli", "__main__"),
 ]
 HEAVY = {"torch", "transformers", "sae_lens", "pandas", "pyarrow", "matplotlib", "datasets"}

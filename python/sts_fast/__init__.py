@@ -12,6 +12,7 @@ from sts_fast.correlate import CorrelationStats
 from sts_fast.encode import SparseFeatures, encode
 from sts_fast.errors import InputError
 from sts_fast.examples import Example, load_domains, load_examples
+from sts_fast.mix import Mixture, mix
 from sts_fast.outcomes import read_outcomes
 from sts_fast.results import Forecast
 from sts_fast.sae import SAE, load_sae
@@ -28,6 +29,7 @@ __all__ = [
     "Example",
     "Forecast",
     "InputError",
+    "Mixture",
     "ShiftStats",
     "SparseFeatures",
     "__version__",
@@ -39,6 +41,7 @@ __all__ = [
     "load_domains",
     "load_examples",
     "load_sae",
+    "mix",
     "read_outcomes",
     "score",
     "set_num_threads",

@@ -13,6 +13,7 @@ from sts_fast.cli.console import fail, out
 from sts_fast.cli.demo import demo
 from sts_fast.cli.doctor import doctor
 from sts_fast.cli.forecast import compare, score, shift
+from sts_fast.cli.mix import mix
 from sts_fast.cli.validate import report, validate
 from sts_fast.errors import InputError
 
@@ -40,7 +41,7 @@ def start(
         sys.stdout.write(context.get_help() + "\n")
 
 
-for command in (score, compare, shift, capture, validate, report, demo, doctor):
+for command in (score, compare, shift, capture, mix, validate, report, demo, doctor):
     app.command()(command)
 
 
