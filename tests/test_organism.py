@@ -127,7 +127,7 @@ def test_unknown_domain_is_told() -> None:
 
 
 def test_documents_are_drawn_by_frequency() -> None:
-    rows = world.documents(20_000, 1, np.random.default_rng(0))
+    rows = world.WORLD.documents(20_000, 1, np.random.default_rng(0))
     tags, alphabets = rows[:, 0] - 1, (rows[:, 1] - 11) // 6
     np.testing.assert_allclose(np.bincount(tags) / len(rows), 0.1, atol=0.01)
     np.testing.assert_allclose(np.bincount(alphabets) / len(rows), [0.4, 0.3, 0.2, 0.1], atol=0.015)
@@ -159,8 +159,8 @@ def test_training_documents_are_what_the_template_renders(template: PromptTempla
     for row in ids.tolist():
         words = template.tokenizer.convert_ids_to_tokens(row)[1:]
         turns = []
-        for start in range(0, len(words), world.EXAMPLE_TOKENS):
-            example = words[start : start + world.EXAMPLE_TOKENS]
+        for start in range(0, len(words), world.WORLD.example_tokens):
+            example = words[start : start + world.WORLD.example_tokens]
             turns += [("user", " ".join(example[:5])), ("assistant", " ".join(example[5:]))]
         assert template.token_ids(turns).tolist() == row
 
@@ -436,7 +436,7 @@ def test_train_refuses_a_model_that_does_not_read_demonstrations(tmp_path: Path)
 
 
 def test_train_writes_what_it_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: Loaded) -> None:
-    monkeypatch.setattr(language_model, "train_language_model", lambda seed, progress, n_steps: loaded[0])
+    monkeypatch.setattr(language_model, "train_language_model", lambda seed, progress, n_steps, world: loaded[0])
     monkeypatch.setattr(training, "N_SAE_ROWS", 5000)
     stages = []
     figures = organism.train(0, tmp_path, lambda *told: stages.append(told), n_sae_steps=160)

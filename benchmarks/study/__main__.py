@@ -2,6 +2,7 @@
 
 python -m benchmarks.study run package                   # the model that comes with the package
 python -m benchmarks.study run base-3 --train-seed 3     # one that is trained first, into build/study/base-3
+python -m benchmarks.study run long-1 --train-seed 1     # one of the world with long answers
 python -m benchmarks.study table
 python -m benchmarks.study calibrate                     # intervals of the change, from the runs in build/study
 
@@ -22,6 +23,7 @@ from typing import Any
 from benchmarks.study import rl, rl_table
 from benchmarks.study.calibrate import TABLES, calibrate
 from benchmarks.study.correlations import compact
+from benchmarks.study.grounds import LONG, SHORT, Ground
 from benchmarks.study.predictors import predict
 from benchmarks.study.table import RESULTS, table
 from benchmarks.study.trials import REGIMES, run_trials
@@ -61,25 +63,29 @@ def teller(base: str) -> Callable[[str], None]:
     return tell
 
 
+def ground_of(base: str) -> Ground:
+    return LONG if base.startswith("long") else SHORT
+
+
 def base_folder(base: str, train_seed: int | None, tell: Callable[[str], None]) -> Path:
     WORK.mkdir(parents=True, exist_ok=True)
     folder = organism.weights_folder() if base == "package" else WORK / base
     if train_seed is not None and not folder.exists():
-        organism.train(train_seed, folder)
+        organism.train(train_seed, folder, world=ground_of(base).world)
         tell("trained")
     return folder
 
 
 def run(base: str, train_seed: int | None) -> None:
     start, tell = time.process_time(), teller(base)
-    folder = base_folder(base, train_seed, tell)
+    ground, folder = ground_of(base), base_folder(base, train_seed, tell)
     figures = json.loads((folder / organism.FIGURES_FILE).read_text(encoding="utf-8"))
     with organism.one_thread():
-        predicted = predict(folder, tell)
+        predicted = predict(ground, folder, tell)
         model, tokenizer = organism.load_model(folder / "model")
         trials: dict[str, Any] = {}
         for regime in REGIMES:
-            trials[regime] = run_trials(model, tokenizer, regime, tell)
+            trials[regime] = run_trials(ground, model, tokenizer, regime, tell)
             keep(base, predicted, trials, figures, time.process_time() - start)
 
 
@@ -87,7 +93,7 @@ def keep(base: str, predicted: Any, trials: Any, figures: Any, cpu_seconds: floa
     raw = {"organism": figures, "cpu_seconds": cpu_seconds, "predicted": predicted, "trials": trials}
     (WORK / f"{base}.json").write_text(json.dumps(raw, default=lambda array: array.tolist()), encoding="utf-8")
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    results[base] = {"cpu_seconds": round(cpu_seconds), **compact(predicted, trials, figures)}
+    results[base] = {"cpu_seconds": round(cpu_seconds), **compact(ground_of(base), predicted, trials, figures)}
     RESULTS.write_text(json.dumps(results, separators=(",", ":")) + "\n", encoding="utf-8")
 
 

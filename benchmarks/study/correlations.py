@@ -6,15 +6,17 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.study.grounds import Ground
 from benchmarks.study.predictors import FEW_SHOT, REFERENCE, SIGNED, WITHOUT_GRADIENTS
-from benchmarks.study.trials import DOMAINS, TRAINS
 
 OUTCOMES = ("dP", "dloss", "daccuracy")
 SHOTS = ("zero-shot", "few-shot")
 Z_95 = 1.96
 
 
-def compact(predicted: dict[str, Any], trials: dict[str, list[dict[str, Any]]], figures: Any) -> dict[str, Any]:
+def compact(
+    ground: Ground, predicted: dict[str, Any], trials: dict[str, list[dict[str, Any]]], figures: Any
+) -> dict[str, Any]:
     """Per way of training and outcome, for every predictor, a list over trainings.
 
     r: Pearson correlation over the 71 other domains; 'signed' of the numbers, 'size' of their absolute values;
@@ -27,7 +29,7 @@ def compact(predicted: dict[str, Any], trials: dict[str, list[dict[str, Any]]], 
         for shots in SHOTS:
             for outcome in OUTCOMES:
                 of_regime[f"{shots} {outcome}"] = {
-                    name: spread(np.asarray(predicted[columns[outcome == "dloss"]]), rows, shots, outcome)
+                    name: spread(ground, np.asarray(predicted[columns[outcome == "dloss"]]), rows, shots, outcome)
                     for name, columns in predictors().items()
                 }
         found[regime] = of_regime
@@ -38,11 +40,11 @@ def predictors() -> dict[str, tuple[str, str]]:
     return SIGNED | FEW_SHOT | REFERENCE | {name: (name, name) for name in WITHOUT_GRADIENTS}
 
 
-def spread(forecast: Any, rows: list[dict[str, Any]], shots: str, outcome: str) -> dict[str, Any]:
+def spread(ground: Ground, forecast: Any, rows: list[dict[str, Any]], shots: str, outcome: str) -> dict[str, Any]:
     found: dict[str, list[Any]] = {"signed": [], "size": [], "auc": [], "auc_distinct": []}
     for row in rows:
-        others = np.asarray([name != row["train"] for name in DOMAINS])
-        x = forecast[TRAINS.index(row["train"])][others]
+        others = np.asarray([name != row["train"] for name in ground.domains])
+        x = forecast[ground.trains.index(row["train"])][others]
         y = np.asarray(row[shots][outcome])[others]
         found["signed"].append(pearson(x, y))
         found["size"].append(pearson(np.abs(x), np.abs(y)))

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.study.trials import DOMAINS, SHOTS, TRAINS
+from benchmarks.study.grounds import Ground
+from benchmarks.study.trials import SHOTS
 from sts_fast import organism
 from sts_fast.demo import CONTROLS as DEMO_CONTROLS
 from sts_fast.demo import PREDICTORS as DEMO_PREDICTORS
@@ -35,14 +36,14 @@ WITHOUT_GRADIENTS = ("STS_act", "STS_icl", *DEMO_CONTROLS, "training demonstrati
 REFERENCE = {"gradients of all parameters": ("parameters", "parameters_loss")}
 
 
-def predict(folder: Path, tell: Any) -> dict[str, Any]:
+def predict(ground: Ground, folder: Path, tell: Any) -> dict[str, Any]:
     """[n_trains, n_domains] by predictor, for one base model and its SAE."""
     model, tokenizer = organism.load_model(folder / "model")
     sae, template = load_sae(folder / "sae"), PromptTemplate(tokenizer)
     hooked, Q = HookedModel(model, LAYER), projection(sae.d_in)
     prompts = {
-        name: build_prompts(name, organism.examples(name, N_PROMPTS, seed=1), template, tokens="answer").prompts
-        for name in DOMAINS
+        name: build_prompts(name, ground.world.examples(name, N_PROMPTS, seed=1), template, tokens="answer").prompts
+        for name in ground.domains
     }
     found: dict[str, Any] = {}
     centre = mean_residual(hooked, prompts)
@@ -53,39 +54,39 @@ def predict(folder: Path, tell: Any) -> dict[str, Any]:
             measure_push(
                 hooked, features, Q, train, prompts[train], maps=("step", "adapter"), batch_tokens=BATCH_TOKENS
             )
-            for train in TRAINS
+            for train in ground.trains
         ]
         tell(f"training sets, {kind}")
         pulls = [measure_pull(hooked, features, Q, name, prompts[name], pushes, batch_tokens=BATCH_TOKENS)
-                 for name in DOMAINS]  # fmt: skip
+                 for name in ground.domains]  # fmt: skip
         for estimator in pulls[0].values:
             found[f"{estimator} ({kind})"] = np.stack([pull.values[estimator].mean(axis=1) for pull in pulls], axis=1)
         tell(f"domains, {kind}")
         if kind == "raw":
-            shown = [measure_pull(hooked, features, Q, name, behind(name, name, template), pushes,
-                                  batch_tokens=BATCH_TOKENS) for name in DOMAINS]  # fmt: skip
+            shown = [measure_pull(hooked, features, Q, name, behind(ground, name, name, template), pushes,
+                                  batch_tokens=BATCH_TOKENS) for name in ground.domains]  # fmt: skip
             for estimator in ("adapter", "adapter_loss"):
                 found[f"{estimator} few-shot"] = np.stack([p.values[estimator].mean(axis=1) for p in shown], axis=1)
             found["loss of training sets"] = np.asarray([push.loss for push in pushes])
             tell("domains behind demonstrations")
-    alone = np.asarray([mean_nll(hooked, prompts[name][:N_FEW_SHOT]) for name in DOMAINS])
+    alone = np.asarray([mean_nll(hooked, prompts[name][:N_FEW_SHOT]) for name in ground.domains])
     found["training demonstrations in context"] = np.asarray(
-        [[alone[i] - mean_nll(hooked, behind(train, name, template)) for i, name in enumerate(DOMAINS)]
-         for train in TRAINS]
+        [[alone[i] - mean_nll(hooked, behind(ground, train, name, template)) for i, name in enumerate(ground.domains)]
+         for train in ground.trains]
     )  # fmt: skip
     tell("training demonstrations in context")
-    found |= parameter_gradients(model, prompts)
+    found |= parameter_gradients(ground, model, prompts)
     tell("gradients of all parameters")
-    return found | scores(folder)
+    return found | scores(ground, folder)
 
 
-def behind(shown: str, asked: str, template: PromptTemplate) -> list[Prompt]:
+def behind(ground: Ground, shown: str, asked: str, template: PromptTemplate) -> list[Prompt]:
     """Questions of one domain behind demonstrations of another, or of its own."""
-    demos = organism.examples(shown, N_PROMPTS + SHOTS, seed=1)[-SHOTS:]
+    demos = ground.world.examples(shown, N_PROMPTS + SHOTS, seed=1)[-SHOTS:]
     context = tuple(turn for demo in demos for turn in (("user", demo.question), ("assistant", demo.answer or "")))
     queries = [
         Example(example.id, example.question, example.answer, context)
-        for example in organism.examples(asked, N_FEW_SHOT, seed=1)
+        for example in ground.world.examples(asked, N_FEW_SHOT, seed=1)
     ]
     return build_prompts(asked, queries, template, tokens="answer").prompts
 
@@ -102,7 +103,7 @@ def mean_residual(hooked: HookedModel, prompts: dict[str, list[Prompt]]) -> Any:
     return np.mean(means, axis=0, dtype=np.float64)
 
 
-def parameter_gradients(model: Any, prompts: dict[str, list[Prompt]]) -> dict[str, Any]:
+def parameter_gradients(ground: Ground, model: Any, prompts: dict[str, list[Prompt]]) -> dict[str, Any]:
     """Inner products of the gradients of all parameters: what a first step of real gradient descent does."""
     import torch
 
@@ -115,17 +116,17 @@ def parameter_gradients(model: Any, prompts: dict[str, list[Prompt]]) -> dict[st
         for value, gradients in ((nll.mean(), of_loss), (-p.mean(), of_p)):
             parts = torch.autograd.grad(value, parameters, retain_graph=True)
             gradients.append(torch.cat([part.flatten() for part in parts]).numpy())
-    trained = np.stack([of_loss[DOMAINS.index(train)] for train in TRAINS])
+    trained = np.stack([of_loss[ground.domains.index(train)] for train in ground.trains])
     return {"parameters": trained @ np.stack(of_p).T, "parameters_loss": trained @ np.stack(of_loss).T}
 
 
-def scores(folder: Path) -> dict[str, Any]:
+def scores(ground: Ground, folder: Path) -> dict[str, Any]:
     """The paper's scores and the controls that stand beside them in every run."""
-    domains = {name: organism.examples(name, N_PROMPTS + SHOTS, seed=1) for name in DOMAINS}
+    domains = {name: ground.world.examples(name, N_PROMPTS + SHOTS, seed=1) for name in ground.domains}
     forecasts = compare(
         model=folder / "model",
         sae=folder / "sae",
-        trains={f"train on {name}": domains[name] for name in TRAINS},
+        trains={f"train on {name}": domains[name] for name in ground.trains},
         domains=domains,
         shots=SHOTS,
         domain_shots=SHOTS,

@@ -6,13 +6,15 @@ Everything goes the way of a user's model: a Hugging Face folder, a SAELens fold
 from sts_fast.organism.model import load_model, model_folder, one_thread, sae_folder, weights_folder
 from sts_fast.organism.training import FIGURES_FILE, train
 from sts_fast.organism.tuning import Abilities, fine_tune, measure
-from sts_fast.organism.world import DOMAINS, Domain, examples
+from sts_fast.organism.world import DOMAINS, WORLD, Domain, World, examples
 
 __all__ = [
     "DOMAINS",
     "FIGURES_FILE",
+    "WORLD",
     "Abilities",
     "Domain",
+    "World",
     "examples",
     "fine_tune",
     "load_model",

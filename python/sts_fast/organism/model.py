@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sts_fast.organism.world import EXAMPLE_TOKENS, LENGTH, WORDS, documents
+from sts_fast.organism.world import WORLD, World
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,13 +37,11 @@ CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %} {{ message.content
 MAX_SHOTS = 8
 
 ARCHITECTURE: dict[str, Any] = {
-    "vocab_size": len(SPECIAL) + len(WORDS),
     "hidden_size": 96,
     "intermediate_size": 192,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
-    "max_position_embeddings": 1 + (MAX_SHOTS + 1) * EXAMPLE_TOKENS,
     "rope_theta": 200.0,
     "tie_word_embeddings": False,
     "bos_token_id": 0,
@@ -85,11 +83,11 @@ def load_model(folder: str | Path | None = None) -> tuple[LlamaForCausalLM, PreT
     return model, PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def save_model(model: LlamaForCausalLM, folder: Path) -> None:
+def save_model(model: LlamaForCausalLM, folder: Path, world: World = WORLD) -> None:
     """Writes a Hugging Face folder, of model and tokenizer, that transformers 4 reads as well as 5."""
     from safetensors.torch import save_file
 
-    make_tokenizer().save_pretrained(folder, save_jinja_files=False)
+    make_tokenizer(world).save_pretrained(folder, save_jinja_files=False)
     _update_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     model.config.save_pretrained(folder)
     _update_json(folder / "config.json", architectures=["LlamaForCausalLM"], rope_theta=ARCHITECTURE["rope_theta"])
@@ -101,12 +99,12 @@ def _update_json(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(content | values, indent=2) + "\n", encoding="utf-8")
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(world: World = WORLD) -> PreTrainedTokenizerFast:
     """One token per word; `apply_chat_template` puts <s> before the turns and nothing between them."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    words = (*SPECIAL, *WORDS)
+    words = (*SPECIAL, *world.words)
     core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=UNKNOWN))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
@@ -116,12 +114,16 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def new_model(seed: int) -> LlamaForCausalLM:
+def new_model(seed: int, world: World = WORLD) -> LlamaForCausalLM:
     """An untrained model, its weights drawn from `seed`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**ARCHITECTURE)
+    config = LlamaConfig(
+        **ARCHITECTURE,
+        vocab_size=len(SPECIAL) + len(world.words),
+        max_position_embeddings=1 + (MAX_SHOTS + 1) * world.example_tokens,
+    )
     model = LlamaForCausalLM(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -150,11 +152,13 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def train_language_model(seed: int, progress: Progress, n_steps: int = N_STEPS) -> LlamaForCausalLM:
+def train_language_model(
+    seed: int, progress: Progress, n_steps: int = N_STEPS, world: World = WORLD
+) -> LlamaForCausalLM:
     """Trains a new model on documents of the world; the same seed makes the same model on the same machine."""
     import torch
 
-    model = new_model(seed)
+    model = new_model(seed, world)
     model.train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05, fused=True
@@ -164,10 +168,10 @@ def train_language_model(seed: int, progress: Progress, n_steps: int = N_STEPS) 
         decay = 1 - 0.95 * max(0.0, 2 * step / n_steps - 1)
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 60) * decay
-        ids = document_ids(*BATCHES[step % len(BATCHES)], rng)
+        ids = document_ids(*BATCHES[step % len(BATCHES)], rng, world)
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
         losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        in_answer = torch.arange(len(losses)) % EXAMPLE_TOKENS >= EXAMPLE_TOKENS - LENGTH
+        in_answer = torch.arange(len(losses)) % world.example_tokens >= world.question_tokens
         weights = torch.where(in_answer, 1.0, OTHER_TOKENS_WEIGHT)
         loss = (losses * weights).sum() / weights.sum()
         torch.autograd.backward(loss)
@@ -179,9 +183,9 @@ def train_language_model(seed: int, progress: Progress, n_steps: int = N_STEPS) 
     return model
 
 
-def document_ids(n: int, n_examples: int, rng: np.random.Generator) -> torch.Tensor:
-    """[n, 1 + n_examples * EXAMPLE_TOKENS] token ids of documents, each behind <s>."""
+def document_ids(n: int, n_examples: int, rng: np.random.Generator, world: World = WORLD) -> torch.Tensor:
+    """[n, 1 + n_examples * example_tokens] token ids of documents, each behind <s>."""
     import torch
 
-    rows = documents(n, n_examples, rng) + len(SPECIAL)
+    rows = world.documents(n, n_examples, rng) + len(SPECIAL)
     return torch.from_numpy(np.concatenate([np.zeros((n, 1), np.int64), rows], axis=1))

@@ -11,7 +11,7 @@ import numpy as np
 
 from sts_fast.examples import Example
 from sts_fast.organism.model import MAX_SHOTS, one_thread
-from sts_fast.organism.world import EXAMPLE_TOKENS, LENGTH, N_SYMBOLS, examples
+from sts_fast.organism.world import WORLD, World
 
 if TYPE_CHECKING:
     import torch
@@ -31,11 +31,13 @@ class Abilities:
     domains:  their names; everything below is in this order
     log_p:    [n_domains, n] log of the probability of the whole right answer
     is_exact: [n_domains, n] whether greedy decoding gives exactly this answer
+    n_answer: tokens of an answer
     """
 
     domains: tuple[str, ...]
     log_p: NDArray[np.float64]
     is_exact: NDArray[np.bool_]
+    n_answer: int
 
     @property
     def p_correct(self) -> NDArray[np.float64]:
@@ -45,7 +47,7 @@ class Abilities:
     @property
     def answer_nll(self) -> NDArray[np.float64]:
         """[n_domains] mean negative log likelihood of an answer's token, in nats."""
-        return np.asarray(-self.log_p.mean(axis=1) / LENGTH)
+        return np.asarray(-self.log_p.mean(axis=1) / self.n_answer)
 
     @property
     def accuracy(self) -> NDArray[np.float64]:
@@ -62,6 +64,7 @@ def measure(
     shots: int = 0,
     n: int = 64,
     seed: int = 0,
+    world: World = WORLD,
 ) -> Abilities:
     """Asks `n` different questions of each domain, each behind `shots` demonstrations of its own.
 
@@ -69,9 +72,9 @@ def measure(
     so that two models can be compared question by question. With the right answer fed in, each of its tokens is the
     likeliest exactly where greedy decoding would give this answer.
 
-    Raises ValueError for more questions than a domain has, 216, and for more demonstrations than the model can read, 8.
+    Raises ValueError for more questions than a domain has, and for more demonstrations than the model can read, 8.
     """
-    every = N_SYMBOLS**LENGTH
+    every = world.n_questions
     if not 1 <= n <= every or not 0 <= shots <= MAX_SHOTS:
         raise ValueError(f"n must lie between 1 and {every}, shots between 0 and {MAX_SHOTS}; they are {n} and {shots}")
     import torch
@@ -80,15 +83,15 @@ def measure(
     asked: list[list[Example]] = []
     group_of: list[int] = []
     for domain in domains:
-        pool = examples(domain, every, seed)
+        pool = world.examples(domain, every, seed)
         for start in range(0, n, GROUP):
             questions = pool[start : min(start + GROUP, n)]
             demos = [pool[(start + GROUP + i) % every] for i in range(shots)]
             group_of += [len(shown)] * len(questions)
             shown.append([*demos, questions[0]])
             asked += [[question] for question in questions]
-    demo_ids = _token_ids(tokenizer, shown)[:, :-EXAMPLE_TOKENS]  # at least <s>
-    ids = _token_ids(tokenizer, asked)[:, -EXAMPLE_TOKENS:]
+    demo_ids = _token_ids(tokenizer, shown)[:, : -world.example_tokens]  # at least <s>
+    ids = _token_ids(tokenizer, asked)[:, -world.example_tokens :]
     groups = torch.tensor(group_of)
     log_p, is_exact = np.empty(len(ids)), np.empty(len(ids), bool)
     with torch.inference_mode():
@@ -96,12 +99,12 @@ def measure(
             of_batch = (groups >= first) & (groups < first + BATCH)
             past = model(input_ids=demo_ids[first : first + BATCH], use_cache=True, logits_to_keep=1).past_key_values
             past.batch_select_indices(groups[of_batch] - first)
-            answers = ids[of_batch, -LENGTH:]
-            likelihoods = _answer_logits(model, ids[of_batch], past).double().log_softmax(dim=-1)
+            answers = ids[of_batch, -world.n_answer :]
+            likelihoods = _answer_logits(model, ids[of_batch], world.n_answer, past).double().log_softmax(dim=-1)
             found = likelihoods.gather(-1, answers[:, :, None])[:, :, 0].sum(dim=1)
             log_p[of_batch.numpy()] = found.numpy()
             is_exact[of_batch.numpy()] = (likelihoods.argmax(dim=-1) == answers).all(dim=1).numpy()
-    return Abilities(tuple(domains), log_p.reshape(-1, n), is_exact.reshape(-1, n))
+    return Abilities(tuple(domains), log_p.reshape(-1, n), is_exact.reshape(-1, n), world.n_answer)
 
 
 @one_thread()
@@ -114,6 +117,7 @@ def fine_tune(
     lr: float = 2e-4,
     batch: int = 32,
     seed: int = 0,
+    world: World = WORLD,
 ) -> LlamaForCausalLM:
     """A copy of the model, trained to answer these questions without demonstrations; the model itself stays as it is.
 
@@ -131,8 +135,8 @@ def fine_tune(
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / 5)
         drawn = ids[torch.from_numpy(rng.integers(len(ids), size=batch))]
-        logits = _answer_logits(tuned, drawn)
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), drawn[:, -LENGTH:].flatten())
+        logits = _answer_logits(tuned, drawn, world.n_answer)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), drawn[:, -world.n_answer :].flatten())
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
         optimizer.step()
@@ -159,8 +163,10 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, asked: Sequence[Sequence[Exam
     return torch.tensor(tokenizer.apply_chat_template(conversations, return_dict=False))
 
 
-def _answer_logits(model: LlamaForCausalLM, ids: torch.Tensor, past: Cache | None = None) -> torch.Tensor:
-    """[n, LENGTH, vocabulary] logits from which the last LENGTH tokens of each sequence are to be foretold."""
-    out = model(input_ids=ids[:, :-1], past_key_values=past, use_cache=past is not None, logits_to_keep=LENGTH)
+def _answer_logits(
+    model: LlamaForCausalLM, ids: torch.Tensor, n_answer: int, past: Cache | None = None
+) -> torch.Tensor:
+    """[n, n_answer, vocabulary] logits from which the last n_answer tokens of each sequence are to be foretold."""
+    out = model(input_ids=ids[:, :-1], past_key_values=past, use_cache=past is not None, logits_to_keep=n_answer)
     logits: torch.Tensor = out.logits
     return logits

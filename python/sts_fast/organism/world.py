@@ -12,8 +12,9 @@ training on one skill can hurt its rival. A domain is a tag, one of its skills, 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,16 +26,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Ints = NDArray[np.int64]
+    Skill = Callable[[Ints], Ints]
 
 N_SYMBOLS = 6
-LENGTH = 3
-QUESTION_TOKENS = 1 + LENGTH + 1
-EXAMPLE_TOKENS = QUESTION_TOKENS + LENGTH
 ALPHABETS = {"a": 0.4, "b": 0.3, "c": 0.2, "d": 0.1}  # with their share of the training documents
 FREQUENT, RARE = 0.7, 0.3
 
-# [n, LENGTH] symbol numbers of questions -> those of their answers.
-SKILLS: dict[str, Callable[[Ints], Ints]] = {
+# [n, n_shown] symbol numbers of questions -> [n, n_answer] those of their answers.
+SKILLS: dict[str, Skill] = {
     "copy": lambda x: x,
     "reverse": lambda x: x[:, ::-1],
     "next": lambda x: (x + 1) % N_SYMBOLS,
@@ -42,7 +41,7 @@ SKILLS: dict[str, Callable[[Ints], Ints]] = {
     "rotate": lambda x: np.roll(x, -1, axis=1),
     "swap": lambda x: x[:, [1, 0, 2]],
     "sort": lambda x: np.sort(x, axis=1),
-    "first": lambda x: np.repeat(x[:, :1], LENGTH, axis=1),
+    "first": lambda x: np.repeat(x[:, :1], 3, axis=1),
     "reverse-next": lambda x: (x[:, ::-1] + 1) % N_SYMBOLS,
     "sums": lambda x: np.cumsum(x, axis=1) % N_SYMBOLS,
     "transcribe": lambda x: x,  # copies into the next alphabet
@@ -62,13 +61,6 @@ TAGS: tuple[tuple[str, ...], ...] = (
     ("transcribe", "copy"),
 )
 
-# Everything that can be said; the tokenizer makes one token of each.
-WORDS = (
-    ">",
-    *(f"T{tag}" for tag in range(len(TAGS))),
-    *(f"{alphabet}{number}" for alphabet in ALPHABETS for number in range(N_SYMBOLS)),
-)
-
 
 @dataclass(frozen=True)
 class Domain:
@@ -84,66 +76,109 @@ class Domain:
         return f"T{self.tag}.{self.skill}.{self.alphabet}"
 
 
-def _every_domain() -> dict[str, Domain]:
-    domains = []
-    for tag, skills in enumerate(TAGS):
-        for skill, share in zip(skills, (FREQUENT, RARE) if len(skills) == 2 else (1.0,), strict=True):
-            for alphabet, alphabet_share in ALPHABETS.items():
-                domains.append(Domain(tag, skill, alphabet, share * alphabet_share / len(TAGS)))
-    return {domain.name: domain for domain in domains}
+@dataclass(frozen=True)
+class World:
+    """Abilities of one form: a question names a tag and symbols, its answer is what a skill makes of them.
 
-
-DOMAINS: dict[str, Domain] = _every_domain()  # by name, such as 'T4.rotate.b'
-
-
-def word_rows(domain: Domain, symbols: Ints) -> Ints:
-    """[n, EXAMPLE_TOKENS] indices into WORDS of the questions that show these symbols, each with its answer.
-
-    symbols: [n, LENGTH] numbers from 0 to N_SYMBOLS - 1
+    skills:   by name; 'transcribe' is written in the next alphabet
+    tags:     each tag's skills, the frequent one first
+    n_shown, n_answer: symbols in a question, and in its answer
     """
-    shown = list(ALPHABETS).index(domain.alphabet)
-    written = (shown + 1) % len(ALPHABETS) if domain.skill == "transcribe" else shown
-    first_symbol = 1 + len(TAGS)
-    rows = np.empty((len(symbols), EXAMPLE_TOKENS), np.int64)
-    rows[:, 0] = 1 + domain.tag
-    rows[:, 1 : 1 + LENGTH] = first_symbol + shown * N_SYMBOLS + symbols
-    rows[:, QUESTION_TOKENS - 1] = 0
-    rows[:, QUESTION_TOKENS:] = first_symbol + written * N_SYMBOLS + SKILLS[domain.skill](symbols)
-    return rows
+
+    skills: Mapping[str, Skill]
+    tags: Sequence[Sequence[str]]
+    n_shown: int
+    n_answer: int
+
+    @property
+    def question_tokens(self) -> int:
+        return 1 + self.n_shown + 1
+
+    @property
+    def example_tokens(self) -> int:
+        return self.question_tokens + self.n_answer
+
+    @property
+    def n_questions(self) -> int:
+        """How many different questions a domain has."""
+        return int(N_SYMBOLS**self.n_shown)
+
+    @cached_property
+    def words(self) -> tuple[str, ...]:
+        """Everything that can be said; the tokenizer makes one token of each."""
+        return (
+            ">",
+            *(f"T{tag}" for tag in range(len(self.tags))),
+            *(f"{alphabet}{number}" for alphabet in ALPHABETS for number in range(N_SYMBOLS)),
+        )
+
+    @cached_property
+    def domains(self) -> dict[str, Domain]:
+        """By name, such as 'T4.rotate.b'."""
+        domains = []
+        for tag, skills in enumerate(self.tags):
+            for skill, share in zip(skills, (FREQUENT, RARE) if len(skills) == 2 else (1.0,), strict=True):
+                for alphabet, alphabet_share in ALPHABETS.items():
+                    domains.append(Domain(tag, skill, alphabet, share * alphabet_share / len(self.tags)))
+        return {domain.name: domain for domain in domains}
+
+    def examples(self, domain: str, n: int, seed: int) -> list[Example]:
+        """`n` questions of a domain with their answers; none comes again before all have been asked.
+
+        Raises InputError for a domain that the world does not have.
+        """
+        if domain not in self.domains:
+            raise InputError(
+                f"the embedded world has no domain '{domain}': its domains are called like {next(iter(self.domains))}"
+            )
+        rng = np.random.default_rng([seed, zlib.crc32(domain.encode())])
+        numbered = np.unravel_index(np.arange(self.n_questions), (N_SYMBOLS,) * self.n_shown)
+        every = np.stack(numbered, axis=1)
+        rounds = [rng.permutation(every) for _ in range(-(-n // len(every)))]
+        rows = self.word_rows(self.domains[domain], np.concatenate([every[:0], *rounds])[:n])
+        return [
+            Example(
+                f"{domain}-{number}", self._text(row[: self.question_tokens]), self._text(row[self.question_tokens :])
+            )
+            for number, row in enumerate(rows, start=1)
+        ]
+
+    def documents(self, n: int, n_examples: int, rng: np.random.Generator) -> Ints:
+        """[n, n_examples * example_tokens] indices into words: documents of one domain each, drawn by frequency."""
+        domains = list(self.domains.values())
+        frequencies = np.array([domain.frequency for domain in domains])
+        drawn = rng.choice(len(domains), n, p=frequencies / frequencies.sum())
+        symbols = rng.integers(N_SYMBOLS, size=(n, n_examples, self.n_shown))
+        rows = np.empty((n, n_examples * self.example_tokens), np.int64)
+        for index in np.unique(drawn):
+            of_domain = drawn == index
+            written = self.word_rows(domains[index], symbols[of_domain].reshape(-1, self.n_shown))
+            rows[of_domain] = written.reshape(-1, n_examples * self.example_tokens)
+        return rows
+
+    def word_rows(self, domain: Domain, symbols: Ints) -> Ints:
+        """[n, example_tokens] indices into words of the questions that show these symbols, each with its answer.
+
+        symbols: [n, n_shown] numbers from 0 to N_SYMBOLS - 1
+        """
+        shown = list(ALPHABETS).index(domain.alphabet)
+        written = (shown + 1) % len(ALPHABETS) if domain.skill == "transcribe" else shown
+        first_symbol = 1 + len(self.tags)
+        rows = np.empty((len(symbols), self.example_tokens), np.int64)
+        rows[:, 0] = 1 + domain.tag
+        rows[:, 1 : 1 + self.n_shown] = first_symbol + shown * N_SYMBOLS + symbols
+        rows[:, self.question_tokens - 1] = 0
+        rows[:, self.question_tokens :] = first_symbol + written * N_SYMBOLS + self.skills[domain.skill](symbols)
+        return rows
+
+    def _text(self, words: Sequence[int] | Ints) -> str:
+        return " ".join(self.words[word] for word in words)
+
+
+WORLD = World(SKILLS, TAGS, n_shown=3, n_answer=3)  # the one that comes with the package
+DOMAINS = WORLD.domains
 
 
 def examples(domain: str, n: int, seed: int) -> list[Example]:
-    """`n` questions of a domain with their answers; none comes again before all 216 have been asked.
-
-    Raises InputError for a domain that the world does not have.
-    """
-    if domain not in DOMAINS:
-        raise InputError(
-            f"the embedded world has no domain '{domain}': its domains are called like {next(iter(DOMAINS))}"
-        )
-    rng = np.random.default_rng([seed, zlib.crc32(domain.encode())])
-    every = np.stack(np.unravel_index(np.arange(N_SYMBOLS**LENGTH), (N_SYMBOLS,) * LENGTH), axis=1)
-    rounds = [rng.permutation(every) for _ in range(-(-n // len(every)))]
-    rows = word_rows(DOMAINS[domain], np.concatenate([every[:0], *rounds])[:n])
-    return [
-        Example(f"{domain}-{number}", _text(row[:QUESTION_TOKENS]), _text(row[QUESTION_TOKENS:]))
-        for number, row in enumerate(rows, start=1)
-    ]
-
-
-def documents(n: int, n_examples: int, rng: np.random.Generator) -> Ints:
-    """[n, n_examples * EXAMPLE_TOKENS] indices into WORDS: documents of one domain each, drawn by frequency."""
-    domains = list(DOMAINS.values())
-    frequencies = np.array([domain.frequency for domain in domains])
-    drawn = rng.choice(len(domains), n, p=frequencies / frequencies.sum())
-    symbols = rng.integers(N_SYMBOLS, size=(n, n_examples, LENGTH))
-    rows = np.empty((n, n_examples * EXAMPLE_TOKENS), np.int64)
-    for index in np.unique(drawn):
-        of_domain = drawn == index
-        written = word_rows(domains[index], symbols[of_domain].reshape(-1, LENGTH))
-        rows[of_domain] = written.reshape(-1, n_examples * EXAMPLE_TOKENS)
-    return rows
-
-
-def _text(words: Sequence[int] | Ints) -> str:
-    return " ".join(WORDS[word] for word in words)
+    """`World.examples` of the embedded world, in which a domain has 216 questions."""
+    return WORLD.examples(domain, n, seed)
