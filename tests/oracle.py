@@ -185,6 +185,7 @@ class Sums:
     sq_shift:     squared difference with and without demonstrations, over the paired tokens
     raw, sq_raw, raw_sq_shift: [n_prompts, d_in] sums of |x|, of x^2 and of squared differences of the residual stream
     residual:     [n_prompts, d_in] sum of x over the tokens read
+    outer:        [d_in, d_in] sum of x x^T over all of them
     n_read, n_pairs: [n_prompts]
     n_flips:      features, over all rows, that lie so near their threshold that either is right
     n_features_read: all features of all rows
@@ -200,6 +201,7 @@ class Sums:
     sq_raw: Doubles
     raw_sq_shift: Doubles
     residual: Doubles
+    outer: Doubles
     n_read: Doubles
     n_pairs: Doubles
     n_flips: int
@@ -220,6 +222,7 @@ def sums_of(
     of_residuals = ("raw", "sq_raw", "raw_sq_shift", "residual")
     parts: dict[str, list[Any]] = {name: [] for name in (*of_features, *of_residuals)}
     n_flips = n_features_read = 0
+    outer: Any = 0.0
     for row in rows:
         here = residual(model, layer, tuple(row["base_ids"]), dtype)
         if tuned is not None:
@@ -244,10 +247,12 @@ def sums_of(
         parts["raw"].append(np.abs(x).sum(axis=0))
         parts["sq_raw"].append((x**2).sum(axis=0))
         parts["residual"].append(x.sum(axis=0))
+        outer = outer + x.T @ x
         parts["raw_sq_shift"].append(((there[row["paired_demos"]] - here[row["paired"]]) ** 2).sum(axis=0))
     return Sums(
         **{name: np.stack(parts[name], axis=1) for name in of_features},
         **{name: np.stack(parts[name]) for name in of_residuals},
+        outer=np.asarray(outer),
         n_read=np.asarray([float(len(row["positions"])) for row in rows]),
         n_pairs=np.asarray([float(len(row["paired"])) for row in rows]),
         n_flips=n_flips,
@@ -372,6 +377,7 @@ def expect(
             "shift": {
                 "share_of_top_n": share(importance, claimed),
                 "n_features_shifted": (importance > 0).sum(axis=1).astype(np.float64),
+                "concentration": concentration(importance),
                 "stability": {
                     "n_replicates": 32,
                     "mean_overlap": overlaps.mean(axis=1),
@@ -393,10 +399,12 @@ def expect(
         n_features_read=train.n_features_read,
         n_ties=n_ties,
     )
+    of_domains: list[Sums] = []
     for domain, mean_residual in zip(actual["domains"], saved["domain_mean_residuals"], strict=True):
         name = domain["name"]
         rows = [row for row in table if row["stage"] == "score" and row["domain"] == name]
         sums = sums_of(rows, layer, model, sae, None, special_ids, settings["tokens"], dtype)
+        of_domains.append(sums)
         expected.n_flips += sums.n_flips
         expected.n_features_read += sums.n_features_read
         entry: dict[str, Any] = {"name": name, **counts_of(rows)}
@@ -442,7 +450,58 @@ def expect(
         expected.prompts[name] = values
         entry["controls"] = controls
         expected.scores["domains"].append(entry)
+    for entry, more in zip(expected.scores["domains"], set_controls(train, of_domains, claimed), strict=True):
+        if "act" in settings["estimators"] and len(of_domains) > 2:
+            entry["controls"]["z_scored"] = {"sts_act": more.pop("z_scored")}
+        else:
+            assert entry["controls"].setdefault("z_scored", {}) == {}
+        entry["controls"] |= {"cka": {"cka": more["cka"]}, "probe": {"logit": more["logit"]}}
     return expected
+
+
+def concentration(importance: Doubles) -> list[dict[str, Any]]:
+    """What the 1, 2, 5, 10, 20, 50, ... most shifted features hold of it all, and all of them."""
+    ranked = -np.sort(-importance, axis=1)
+    sizes = [n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if n < ranked.shape[1]] + [ranked.shape[1]]
+    # The most that n features can hold of the smallest total, and the least of the largest.
+    totals = ranked.sum(axis=1)[::-1]
+    return [{"n": n, "share": ranked[:, :n].sum(axis=1) / totals} for n in sizes]
+
+
+def set_controls(train: Sums, domains: list[Sums], members: list[int]) -> list[dict[str, Any]]:
+    """For each domain, against all others: z-scored activations of D_N, and two likenesses of the residual stream.
+
+    The last two stand for the residual stream itself where it is no wider than 64, as in the tests.
+    """
+    if not domains:
+        return []
+    means = [sums.residual.sum(axis=0) / sums.n_read.sum() for sums in (train, *domains)]
+    spreads = [
+        sums.outer / sums.n_read.sum() - np.outer(mean, mean)
+        for sums, mean in zip((train, *domains), means, strict=True)
+    ]
+    pooled = np.mean(spreads, axis=0)
+    pooled += 1e-3 * np.mean(np.diag(pooled)) * np.eye(len(pooled))
+    everywhere = np.mean(means[1:], axis=0)
+    direction = np.linalg.inv(pooled) @ (means[0] - everywhere)
+    activations = np.stack([sums.h[:, :, members].sum(axis=1) / sums.n_read.sum() for sums in domains], axis=1)
+    found = []
+    for i, (mean, spread) in enumerate(zip(means[1:], spreads[1:], strict=True)):
+        z = np.zeros(3)
+        for j in range(len(members)):
+            of_feature = activations[:, :, j]
+            deviation = of_feature[VALUE].std()
+            if (of_feature[LOW] != of_feature[HIGH]).any():  # as far as a number can lie from the mean of so many
+                most = np.sqrt(len(domains) - 1)
+                z += [-most, 0.0, most]
+            if deviation > 1e-5 * np.abs(of_feature).max():
+                z[VALUE] += (of_feature[VALUE, i] - of_feature[VALUE].mean()) / deviation
+                if (of_feature[LOW] == of_feature[HIGH]).all():
+                    z[[LOW, HIGH]] += (of_feature[VALUE, i] - of_feature[VALUE].mean()) / deviation
+        alike = np.sum(spreads[0] * spread) / np.sqrt(np.sum(spreads[0] ** 2) * np.sum(spread**2))
+        logit = direction @ (mean - (means[0] + everywhere) / 2)
+        found.append({"z_scored": z, "cka": np.full(3, alike), "logit": np.full(3, logit)})
+    return found
 
 
 def counts_of(rows: list[dict[str, Any]]) -> dict[str, int]:

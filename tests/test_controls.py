@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from scipy import special, stats
+from scipy import linalg, special, stats
 from scipy.spatial import distance
 from tiny import SINK, Tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -383,3 +383,51 @@ def test_token_that_the_model_does_not_know() -> None:
     )
     with pytest.raises(InputError, match="knows 8 tokens, but its tokenizer gives token id 8"):
         controls.answer_outcomes(model, [prompt([0, 8], [1])], batch_tokens=8)
+
+
+# --- likenesses of whole sets ---
+
+
+@pytest.mark.parametrize("splits", [[], [7], [1, 1, 200]])
+def test_second_moments_are_those_of_the_projected_rows(splits: list[int]) -> None:
+    rng = np.random.default_rng(0)
+    Q = rng.standard_normal((6, 4))
+    x = torch.from_numpy(3 + rng.standard_normal((300, 6)) @ rng.standard_normal((6, 6))).float()
+    moments = controls.SecondMoments(Q)
+    assert not moments.mean.any()
+    assert not moments.covariance.any()
+    for part in np.split(x, splits):
+        moments.update(part)
+    y = x.double().numpy() @ Q
+    np.testing.assert_allclose(moments.mean, y.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(moments.covariance, np.cov(y.T, ddof=0), rtol=1e-9)
+    assert controls.cka(moments.covariance, 3 * moments.covariance) == pytest.approx(1)
+
+
+def test_probe_is_the_direction_that_separates_best() -> None:
+    rng = np.random.default_rng(1)
+    sets = [rng.standard_normal((400, 5)) @ rng.standard_normal((5, 5)) + rng.standard_normal(5) for _ in range(4)]
+    means, covariances = np.stack([x.mean(axis=0) for x in sets]), np.stack([np.cov(x.T, ddof=0) for x in sets])
+    logits = controls.probe_logits(means[0], means[1:], covariances)
+    pooled = covariances.mean(axis=0) + 1e-3 * np.trace(covariances.mean(axis=0)) / 5 * np.eye(5)
+    apart = means[0] - means[1:].mean(axis=0)
+
+    def ratio(w: Any) -> float:
+        return float((w @ apart) ** 2 / (w @ pooled @ w))
+
+    w = linalg.solve(pooled, apart, assume_a="pos")
+    assert all(ratio(w) >= ratio(w + 0.1 * rng.standard_normal(5)) for _ in range(50))
+    np.testing.assert_allclose(logits, (means[1:] - (means[0] + means[1:].mean(axis=0)) / 2) @ w, rtol=1e-9)
+    # Domains lie on the other side of the boundary, on average as far from it as the training set.
+    assert logits.mean() == pytest.approx(-(w @ apart) / 2)
+
+
+def test_sets_without_spread_or_difference_say_nothing() -> None:
+    zero = np.zeros((3, 3))
+    assert controls.cka(zero, np.eye(3)) == 0
+    assert controls.probe_logits(np.ones(3), np.zeros((2, 3)), np.stack([zero, zero])).tolist() == [0, 0]
+    # One domain, and a feature that all domains have alike.
+    assert controls.z_scored(np.asarray([[1.0, 2.0]])).tolist() == [0]
+    assert controls.z_scored(np.asarray([[1.0, 0.1], [3.0, 0.1], [5.0, 0.1]])) == pytest.approx(
+        np.asarray([-1, 0, 1]) * 1.5**0.5
+    )

@@ -20,7 +20,7 @@ ORDER = [
     *("errors", "files", "cuda", "examples", "prompts", "probe", "hooks"),
     *("weights", "memory", "packing", "forward", "capture"),
     *("sae", "sets", "backend", "torch_ops", "encode", "fit", "shift", "correlate"),
-    *("controls", "gradients", "policy", "ntk", "explain", "settle", "results", "signed"),
+    *("projection", "controls", "gradients", "policy", "ntk", "explain", "settle", "results", "signed"),
     *("kernel", "gradient_flow", "allot"),
     *("settings", "activations", "shifted", "domains", "forecast", "score", "rollouts", "mix"),
     *("outcomes", "validate", "calibration", "report", "organism", "demo", "trainer", "cli", "__main__"),

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sts_fast.errors import InputError
 from sts_fast.examples import Example, load_examples
-from sts_fast.gradients import HookedModel, projection
+from sts_fast.gradients import HookedModel
 from sts_fast.ntk import (
     Features,
     LinearMap,
@@ -30,6 +30,7 @@ from sts_fast.ntk import (
     push_warnings,
 )
 from sts_fast.policy import PolicyLoss, group_advantages
+from sts_fast.projection import projection
 from sts_fast.prompts import Prompt, PromptTemplate, build_prompts
 from sts_fast.sae import load_sae
 

@@ -38,7 +38,7 @@ REPEATED_TOLERANCE = 1e-12  # of a number, computed again from the float64 sums 
 MOST_FLIPS = 3e-4  # of all features of all rows
 
 TOP_N, SHOTS, DOMAIN_SHOTS = 24, 1, 2
-CONTROLS = {"random", "low_shift", "most_active", "raw", "cosine_of_means"}
+CONTROLS = {"random", "low_shift", "most_active", "raw", "z_scored", "cosine_of_means", "cka", "probe"}
 ANSWER_CONTROLS = {"base_loss", "base_accuracy"}
 # Each way of choosing D_N, each estimator and each token class, though not all of their combinations.
 READINGS = [
@@ -504,18 +504,38 @@ def recomputed(run: Path) -> dict[str, Any]:
     assert n_tokens == sum(len(row["positions" if settings["dims"] == "active" else "paired"]) for row in rows)
     domains = []
     names = dict.fromkeys(row["domain"] for row in table if row["stage"] == "score")
-    for name, mean_residual in zip(names, sums["domain_mean_residuals"], strict=True):
+    activations = sums["domain_mean_activations"]
+    means, covariances = sums["domain_projected_means"], sums["domain_projected_covariances"]
+    pooled = np.mean([sums["projected_covariance"], *covariances], axis=0)
+    pooled += 1e-3 * np.trace(pooled) / len(pooled) * np.eye(len(pooled))
+    direction = np.linalg.solve(pooled, sums["projected_mean"] - means.mean(axis=0))
+    middle = (sums["projected_mean"] + means.mean(axis=0)) / 2
+    for i, (name, mean_residual) in enumerate(zip(names, sums["domain_mean_residuals"], strict=True)):
         of_domain = [row for row in table if row["stage"] != "shift" and row["domain"] == name]
         domains.append(recomputed_domain(name, of_domain, settings, seed, sums))
         a, b = sums["mean_residual"], mean_residual
         cosine = np.sum(a * b) / np.sqrt(np.sum(a * a) * np.sum(b * b))
-        domains[-1]["controls"]["cosine_of_means"] = {"cosine": number(cosine)}
+        a, b = sums["projected_covariance"], covariances[i]
+        alike = np.sum(a * b) / np.sqrt(np.sum(a * a) * np.sum(b * b))
+        spread = activations.std(axis=0)
+        varies = spread > 1e-5 * np.abs(activations).max(axis=0)
+        z = ((activations[i] - activations.mean(axis=0))[varies] / spread[varies]).sum()
+        domains[-1]["controls"] |= {
+            "cosine_of_means": {"cosine": number(cosine)},
+            "z_scored": {"sts_act": number(z)} if "act" in settings["estimators"] and len(activations) > 2 else {},
+            "cka": {"cka": number(alike)},
+            "probe": {"logit": number(direction @ (means[i] - middle))},
+        }
     return {
         "sae": {"mean_l0": number(fired.sum() / n_tokens)},
         "train": {"name": "train", **oracle.counts_of(rows)},
         "shift": {
             "share_of_top_n": number(importance[members].sum() / importance.sum()),
             "n_features_shifted": int((importance > 0).sum()),
+            "concentration": [
+                {"n": int(one["n"]), "share": number(one["share"][oracle.VALUE])}
+                for one in oracle.concentration(np.stack([importance] * 3))
+            ],
             "stability": {
                 "n_replicates": replicates.shape[1],
                 "mean_overlap": number(np.mean(kept)),

@@ -4,6 +4,7 @@ python -m benchmarks.study run package                   # the model that comes 
 python -m benchmarks.study run base-3 --train-seed 3     # one that is trained first, into build/study/base-3
 python -m benchmarks.study run long-1 --train-seed 1     # one of the world with long answers
 python -m benchmarks.study table
+python -m benchmarks.study analyses base-3               # the paper's analyses, beside the outcomes of a run
 python -m benchmarks.study calibrate                     # intervals of the change, from the runs in build/study
 
 python -m benchmarks.study rl package                    # reinforcement learning in the place of fine-tuning
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study import rl, rl_table
+from benchmarks.study.analyses import analyse
+from benchmarks.study.analyses_table import analyses_table, write
 from benchmarks.study.calibrate import TABLES, calibrate
 from benchmarks.study.correlations import compact
 from benchmarks.study.grounds import LONG, SHORT, Ground
@@ -34,7 +37,7 @@ WORK = Path("build") / "study"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "table", "calibrate", "rl"))
+    parser.add_argument("what", choices=("run", "table", "calibrate", "rl", "analyses"))
     parser.add_argument("base", nargs="?")
     parser.add_argument("--train-seed", type=int, help="train this base model first")
     arguments = parser.parse_args()
@@ -50,7 +53,17 @@ def main() -> None:
         return
     if arguments.what == "run":
         run(arguments.base or "package", arguments.train_seed)
+    if arguments.what == "analyses":
+        sys.stdout.write(analyses(arguments.base or "package"))
+        return
     sys.stdout.write(table(json.loads(RESULTS.read_text(encoding="utf-8"))))
+
+
+def analyses(base: str) -> str:
+    raw, tell = json.loads((WORK / f"{base}.json").read_text(encoding="utf-8")), teller(base)
+    with organism.one_thread():
+        found = analyse(ground_of(base), base_folder(base, None, tell), raw, tell)
+    return analyses_table(write(base, found))
 
 
 def teller(base: str) -> Callable[[str], None]:

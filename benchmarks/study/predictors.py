@@ -14,8 +14,9 @@ from sts_fast.demo import CONTROLS as DEMO_CONTROLS
 from sts_fast.demo import PREDICTORS as DEMO_PREDICTORS
 from sts_fast.demo import TOP_N
 from sts_fast.examples import Example
-from sts_fast.gradients import HookedModel, answer_nll, projection
+from sts_fast.gradients import HookedModel, answer_nll
 from sts_fast.ntk import Features, measure_pull, measure_push
+from sts_fast.projection import projection
 from sts_fast.prompts import Prompt, PromptTemplate, build_prompts
 from sts_fast.sae import load_sae
 from sts_fast.score import compare

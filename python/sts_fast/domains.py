@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Doubles = NDArray[np.float64]
+    Indices = NDArray[np.int64]
 
 N_BOOTSTRAP = 1000
 CONFIDENCE = 0.95
@@ -33,12 +34,23 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class DomainRead:
-    """Sums over a domain's tokens: sums[training set, control, estimator] is [n_prompts]; mean: [d_in] residual."""
+    """Sums over a domain's tokens: sums[training set, control, estimator] is [n_prompts].
+
+    raw:     sums over the residual stream itself
+    columns: features that were looked at; mean_activation: [n_columns] E_x h_j(x), zero where no estimator asks for it
+    """
 
     prompt_set: PromptSet
     log: PromptLog
     sums: dict[tuple[str, str, str], Doubles]
-    mean: Doubles
+    raw: controls.RawShift
+    columns: Indices
+    mean_activation: Doubles
+
+    def activations(self, features: Indices) -> Doubles:
+        """E_x h_j(x) of some of the columns."""
+        found: Doubles = self.mean_activation[np.searchsorted(self.columns, features)]
+        return found
 
 
 def read_domain(
@@ -57,17 +69,18 @@ def read_domain(
             one.update(of_hooks[hook])
         done += len(of_hooks[0].prompts)
         settings.tell(prompt_set.name, done, len(prompt_set.prompts))
-    return [DomainRead(prompt_set, one.log, one.sums, one.raw.mean) for one in sums]
+    return [one.read() for one in sums]
 
 
 class _DomainSums:
-    """Sums over a domain's tokens, for one SAE; see _DomainRead."""
+    """Sums over a domain's tokens, for one SAE; see DomainRead."""
 
     def __init__(self, sae: SAE, prompt_set: PromptSet, shifts: Sequence[Shift], settings: Settings) -> None:
         self.sae, self.prompt_set, self.shifts, self.estimators = sae, prompt_set, shifts, settings.estimators
         self.columns = np.unique(np.concatenate([features for shift in shifts for features in shift.feature_sets()]))
         self.log = PromptLog("score", prompt_set)
         self.raw = controls.RawShift(sae.d_in)
+        self.sum_h: Doubles = np.zeros(len(self.columns))
         self.weights = {
             (shift.name, control): weight for shift in shifts for control, weight in shift.weights(self.columns).items()
         }
@@ -96,11 +109,16 @@ class _DomainSums:
             self._add_shifts(rows)
         self.log.record(rows)
 
+    def read(self) -> DomainRead:
+        mean_activation = self.sum_h / max(self.raw.n_tokens, 1)
+        return DomainRead(self.prompt_set, self.log, self.sums, self.raw, self.columns, mean_activation)
+
     def _add_activations(self, rows: PairedRows, active: SparseFeatures) -> None:
         n_prompts = len(self.prompt_set.prompts)
         prompt_of = np.repeat(rows.base_of, np.diff(active.indptr))
         column_of = np.searchsorted(self.columns, active.indices)
         values = active.values.astype(np.float64)
+        self.sum_h += np.bincount(column_of, values, minlength=len(self.columns))
         residual = self._raw(rows.base)
         for name, term, raw_term in (("act", values, np.abs(residual)), ("act_sq", values**2, residual**2)):
             if name in self.estimators:
@@ -131,7 +149,36 @@ class _DomainSums:
             self.sums[(*key, "icl")] += np.bincount(rows.paired_of, per_token, minlength=n_prompts)
 
 
-def domain_score(read: DomainRead, shift: Shift, answers: results.AnswerLog | None, settings: Settings) -> DomainScore:
+def domain_scores(
+    reads: Sequence[DomainRead], shift: Shift, answers: Mapping[str, results.AnswerLog], settings: Settings
+) -> list[DomainScore]:
+    if not reads:
+        return []
+    means = np.stack([read.raw.moments.mean for read in reads])
+    covariances = np.stack([shift.raw.moments.covariance, *(read.raw.moments.covariance for read in reads)])
+    logits = controls.probe_logits(shift.raw.moments.mean, means, covariances)
+    z_scores = controls.z_scored(np.stack([read.activations(shift.top) for read in reads]))
+    # Of two domains each feature would say no more than which is ahead.
+    judged = "act" in settings.estimators and len(reads) > 2
+    scores = []
+    for read, z_score, logit in zip(reads, z_scores, logits, strict=True):
+        more = {
+            "z_scored": {"sts_act": float(z_score)} if judged else {},
+            "cosine_of_means": {"cosine": controls.cosine(shift.raw.mean, read.raw.mean)},
+            "cka": {"cka": controls.cka(shift.raw.moments.covariance, read.raw.moments.covariance)},
+            "probe": {"logit": float(logit)},
+        }
+        scores.append(_domain_score(read, shift, more, answers.get(read.prompt_set.name), settings))
+    return scores
+
+
+def _domain_score(
+    read: DomainRead,
+    shift: Shift,
+    more: dict[str, dict[str, float]],
+    answers: results.AnswerLog | None,
+    settings: Settings,
+) -> DomainScore:
     name, log, n_prompts = read.prompt_set.name, read.log, len(read.prompt_set.prompts)
     rng = np.random.default_rng([settings.seed, zlib.crc32(name.encode())])
     resamples = rng.multinomial(n_prompts, [1 / n_prompts] * n_prompts, size=N_BOOTSTRAP).astype(np.float64)
@@ -161,7 +208,7 @@ def domain_score(read: DomainRead, shift: Shift, answers: results.AnswerLog | No
             else:
                 value[estimator] = ratio
                 interval[estimator] = bootstrap_interval(numerator, denominator, resamples)
-    found["cosine_of_means"] = {"cosine": controls.cosine(shift.raw.mean, read.mean)}
+    found |= more
     if answers is not None:
         found["base_loss"] = {"nll": float(answers.nll.sum() / answers.n_tokens.sum())}
         found["base_accuracy"] = {"accuracy": float(answers.exact.mean())}

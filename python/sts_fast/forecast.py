@@ -15,7 +15,7 @@ from sts_fast import _cpu, explain, results
 from sts_fast._version import __version__
 from sts_fast.activations import Activations
 from sts_fast.capture import Decoder
-from sts_fast.domains import CONFIDENCE, N_BOOTSTRAP, DomainRead, domain_score, percentile_interval, skipped
+from sts_fast.domains import CONFIDENCE, N_BOOTSTRAP, DomainRead, domain_scores, percentile_interval, skipped
 from sts_fast.fit import Fit
 from sts_fast.results import Forecast, ShiftedFeature
 from sts_fast.sae import SAE
@@ -27,7 +27,10 @@ from sts_fast.weights import unembedding
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
+
+    Doubles = NDArray[np.float64]
 
 
 def forecast_of(
@@ -61,6 +64,7 @@ def forecast_of(
             "index alone: lower --top-n"
         )
     stability = shift.overlaps(top_n)
+    moments = [read.raw.moments for read in domain_reads]
     total = float(shift.importance.sum())
     tables = [shift.log.table({})]
     for read in domain_reads:
@@ -115,13 +119,14 @@ def forecast_of(
         shift={
             "share_of_top_n": float(shift.importance[shift.top].sum() / total) if total else 0.0,
             "n_features_shifted": n_moved,
+            "concentration": concentration(shift.importance),
             "stability": {
                 "n_replicates": N_REPLICATES,
                 "mean_overlap": float(np.mean(stability)),
                 "overlap_ci": list(percentile_interval(stability)),
             },
         },
-        domains=[domain_score(read, shift, answer_reads.get(read.prompt_set.name), settings) for read in domain_reads],
+        domains=domain_scores(domain_reads, shift, answer_reads, settings),
         shifted_features=[
             ShiftedFeature(
                 index=int(j),
@@ -149,11 +154,29 @@ def forecast_of(
             "most_active_features": shift.most_active,
             "raw_dimensions": shift.raw_top,
             "mean_residual": shift.raw.mean,
-            "domain_mean_residuals": np.stack([read.mean for read in domain_reads] or [np.zeros(sae.d_in)]),
+            "domain_mean_residuals": np.stack([read.raw.mean for read in domain_reads] or [np.zeros(sae.d_in)]),
+            "projected_mean": shift.raw.moments.mean,
+            "projected_covariance": shift.raw.moments.covariance,
+            "domain_projected_means": np.stack([one.mean for one in moments] or [shift.raw.moments.mean[:0]]),
+            "domain_projected_covariances": np.stack([one.covariance for one in moments] or [np.zeros((0, 0))]),
+            "domain_mean_activations": np.stack(
+                [read.activations(shift.top) for read in domain_reads] or [np.zeros(0)]
+            ),
         },
         prompts=pa.concat_tables(tables),
         firings=firings,
     )
+
+
+def concentration(importance: Doubles) -> list[dict[str, float | int]]:
+    """Share of the whole shift that the most shifted features hold: of the first, the first 2, 5, 10, 20, 50 and so on.
+
+    importance: [d_sae] E_x ||h_j(x) - h_j(demos, x)||^2, or what else D_N is ranked by
+    """
+    held = np.cumsum(np.sort(importance)[::-1])
+    steps = [digit * 10**power for power in range(9) for digit in (1, 2, 5)]
+    sizes = [n for n in steps if n < len(held)] + [len(held)]
+    return [{"n": n, "share": float(held[n - 1] / held[-1]) if held[-1] else 0.0} for n in sizes]
 
 
 def with_signed(

@@ -18,9 +18,10 @@ from sts_fast.errors import InputError
 from sts_fast.examples import Example
 from sts_fast.fit import check_names, check_width, measure_fit
 from sts_fast.gradient_flow import Flow
-from sts_fast.gradients import HookedModel, projection
+from sts_fast.gradients import HookedModel
 from sts_fast.kernel import Kernel, measure_kernel
 from sts_fast.ntk import Features
+from sts_fast.projection import projection
 from sts_fast.prompts import build_prompts
 from sts_fast.sae import SAE, load_sae
 from sts_fast.sets import Fields, Sets, Source, check_enough, common_template

@@ -14,11 +14,20 @@ CONTROLS = {
     "low_shift": "least shifted features",
     "most_active": "most active features",
     "raw": "raw activations (no SAE)",
+    "z_scored": "shifted features, z-scored over the domains",
     "cosine_of_means": "cosine of the mean activations",
+    "cka": "alignment of the covariances (CKA)",
+    "probe": "linear probe for the training set",
     "base_loss": "loss of the model before training",
     "base_accuracy": "accuracy of the model before training",
 }
-QUANTITIES = {"cosine": "cosine", "nll": "nats per answer token", "accuracy": "share of exact answers"}
+QUANTITIES = {
+    "cosine": "cosine",
+    "cka": "CKA",
+    "logit": "logit",
+    "nll": "nats per answer token",
+    "accuracy": "share of exact answers",
+}
 
 
 @dataclass(frozen=True)
