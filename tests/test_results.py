@@ -296,7 +296,13 @@ def test_to_pandas_has_a_row_per_domain(forecast: sts_fast.Forecast) -> None:
     assert table["n_tokens"].tolist() == [domain.n_tokens for domain in forecast.domains]
     columns = [
         *itertools.product(("random", "low_shift", "most_active", "raw"), ("sts_act", "sts_icl")),
-        *(("cosine_of_means", "cosine"), ("base_loss", "nll"), ("base_accuracy", "accuracy")),
+        *(
+            ("cosine_of_means", "cosine"),
+            ("cka", "cka"),
+            ("probe", "logit"),
+            ("base_loss", "nll"),
+            ("base_accuracy", "accuracy"),
+        ),
     ]
     for control, name in columns:
         assert table[f"{control}_{name}"].tolist() == [domain.controls[control][name] for domain in forecast.domains]
