@@ -259,6 +259,36 @@ def make_signed(scores: dict[str, Any], seed: int = 0) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def make_ablation(scores: dict[str, Any], seed: int = 0) -> dict[str, Any]:
+    """An ablation.json of a run, with the training set and every domain."""
+    rng = np.random.default_rng([seed, 3])
+
+    def change(n: int) -> dict[str, Any]:
+        draws = rng.normal(-0.1, 0.1, n)
+        return {"value": float(draws.mean()), "ci": [float(draws.mean() - 0.1), float(draws.mean() + 0.05)],
+                "draws": draws.tolist()}  # fmt: skip
+
+    def condition(n: int) -> dict[str, Any]:
+        found: dict[str, Any] = {"removed": 0.1} | {name: change(n) for name in ("loss", "p_answer", "accuracy")}
+        if n > 1:
+            for name in ("loss", "p_answer", "accuracy"):
+                less = float(rng.normal(-0.1, 0.1))
+                found[name]["top_less_this"] = {"value": less, "ci": [less - 0.08, less + 0.08]}
+        return found
+
+    top = sorted(feature["index"] for feature in scores["shifted_features"])
+    return {
+        "schema_version": "1.0", "model": "m", "forecast_of": "m", "sae": "s", "hook_name": "h", "top_n": len(top),
+        "n_draws": 3, "features": {"top": [top], "random": [[1]] * 3, "low_shift": [[2]] * 3},
+        "sets": [
+            {"name": name, "kind": kind, "n_prompts": 40, "before": {"loss": 0.7, "p_answer": 0.5, "accuracy": 0.5},
+             "conditions": {"top": condition(1), "random": condition(3), "low_shift": condition(3)}}
+            for kind, name in [("train", "train"), *(("domain", domain["name"]) for domain in scores["domains"])]
+        ],
+        "provenance": {"created_at": "2026-01-02T03:04:05+00:00", "command": None, "seed": 0, "version": "0.0.test"},
+    }  # fmt: skip
+
+
 def make_importance(seed: int = 0) -> np.ndarray[Any, np.dtype[np.float64]]:
     return np.random.default_rng([seed, 1]).pareto(1.2, D_SAE)
 
@@ -313,6 +343,7 @@ def write_full_run(folder: Path, scores: dict[str, Any] | None = None) -> dict[s
     write_shift(folder, scores)
     write_firings(folder, scores)
     write_validation(folder, scores)
+    (folder / "ablation.json").write_text(json.dumps(make_ablation(scores)), encoding="utf-8")
     return scores
 
 
@@ -473,6 +504,39 @@ def test_signed_forecasts_of_long_answers_and_solved_sets_say_so(tmp_path: Path)
     for domain in found:
         domain["top_features"] = domain["share_of_top_features"] = None
     assert "there are no features to show" in plain(page_of(tmp_path, scores).text())
+
+
+def test_features_zeroed_beside_random_ones(full: tuple[dict[str, Any], Node, Path], tmp_path: Path) -> None:
+    scores, page, _ = full
+    document = make_ablation(scores)
+    section = page.one("section", **{"aria-labelledby": "ablation"})
+    train, *domains = document["sets"]
+    domains.sort(key=lambda one: one["conditions"]["top"]["p_answer"]["value"])
+    rows = rows_of(section.one("table", id="table-ablation"))
+    assert [cells[0].text() for cells in rows] == ["training set", *(one["name"] for one in domains)]
+    for cells, one in zip(rows, [train, *domains], strict=True):
+        top, random = (one["conditions"][name]["p_answer"] for name in ("top", "random"))
+        assert values_of(cells[2]) == pytest.approx([100 * top["value"]])
+        assert values_of(cells[3]) == pytest.approx([100 * bound for bound in top["ci"]])
+        assert values_of(cells[4]) == pytest.approx([100 * random["value"]])
+        assert values_of(cells[5]) == pytest.approx([100 * min(random["draws"]), 100 * max(random["draws"])])
+        assert values_of(cells[7]) == pytest.approx([100 * random["top_less_this"]["value"]])
+        assert cells[9].text() == ("yes" if random["top_less_this"]["ci"][1] < 0 else "no")
+    own = 100 * train["conditions"]["top"]["p_answer"]["value"]
+    assert f"Zeroing the {TOP_N} features of D_N changes P(answer) on the training set by {own:+.1f}".replace(
+        "-", "−"
+    ) in plain(section.text())
+    # An ablation of other features is none of this run, and one that is not whole is told.
+    write_full_run(tmp_path, make_scores())
+    document["features"]["top"] = [[D_SAE + 1]]
+    (tmp_path / "ablation.json").write_text(json.dumps(document))
+    page = read_page(build_report(tmp_path))
+    assert "ablation.json belongs to another run" in page.one("section", class_="warnings").text()
+    assert not page.all("section", **{"aria-labelledby": "ablation"})
+    del document["sets"][0]["before"]["loss"]
+    (tmp_path / "ablation.json").write_text(json.dumps(document))
+    with pytest.raises(InputError, match=r"ablation\.json is not an ablation\.json"):
+        build_report(tmp_path)
 
 
 def test_summary_says_who_is_first_and_how_clearly(tmp_path: Path) -> None:
@@ -844,6 +908,7 @@ def test_hostile_text_is_shown_as_text(tmp_path: Path) -> None:
         "html", "head", "meta", "link", "title", "style", "body", "header", "main", "nav", "section", "h1", "h2", "h3",
         "p", "strong", "ul", "li", "a", "dl", "div", "dt", "dd", "details", "summary", "figure", "figcaption", "table",
         "caption", "thead", "tbody", "tr", "th", "td", "data", "bdi", "span", "code", "pre", "mark", "svg", "desc", "g",
+        "sub",
         "rect", "line", "circle", "text", "polyline",
     }  # fmt: skip
     assert {node.tag for node in page.walk()} <= allowed
@@ -966,7 +1031,7 @@ def test_the_page_is_built_for_everyone(full: tuple[dict[str, Any], Node, Path])
     assert len(ids) == len(set(ids))
     by_id = {node.attrs["id"]: node for node in page.walk() if "id" in node.attrs}
     outer = [node for node in page.all("svg") if "viewbox" not in node.attrs]
-    assert len(outer) == 11
+    assert len(outer) == 12
     for svg in outer:
         assert svg.attrs["role"] == "img"
         title, description = (by_id[name] for name in svg.attrs["aria-labelledby"].split())

@@ -231,7 +231,7 @@ def test_figures_have_names(page: Page, reports: dict[str, Path]) -> None:
     page.show(reports["full"], width=1200)
     nodes = page.call("Accessibility.getFullAXTree")["nodes"]
     images = [node for node in nodes if node.get("role", {}).get("value") in ("image", "img")]
-    assert len(images) == page.value("document.querySelectorAll('svg[role=img]').length") == 11
+    assert len(images) == page.value("document.querySelectorAll('svg[role=img]').length") == 12
     assert all(len(node["name"]["value"]) > 20 for node in images)
 
 

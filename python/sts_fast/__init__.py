@@ -5,6 +5,7 @@ Importing this loads neither torch nor transformers: they are imported where the
 
 from sts_fast._cpu import get_num_threads, set_num_threads
 from sts_fast._version import __version__
+from sts_fast.ablate import Ablation, ablate
 from sts_fast.activations import Activations, capture_activations
 from sts_fast.backend import set_precision
 from sts_fast.calibration import Calibration, fit_calibration
@@ -23,6 +24,7 @@ from sts_fast.validate import validate
 
 __all__ = [
     "SAE",
+    "Ablation",
     "Activations",
     "Calibration",
     "CorrelationStats",
@@ -33,6 +35,7 @@ __all__ = [
     "ShiftStats",
     "SparseFeatures",
     "__version__",
+    "ablate",
     "capture_activations",
     "compare",
     "encode",

@@ -37,6 +37,8 @@ PROBE_RIDGE = 1e-3
 
 # Sets of random features that the control averages over: one set alone would be as noisy as what it is to judge.
 N_RANDOM_SETS = 10
+# A feature of like activity is one of so many whose mean activation is nearest.
+N_NEAREST = 10
 
 
 def random_sets(d_sae: int, top: Indices, rng: np.random.Generator) -> Indices:
@@ -44,6 +46,19 @@ def random_sets(d_sae: int, top: Indices, rng: np.random.Generator) -> Indices:
     outside = np.setdiff1d(np.arange(d_sae), top)
     pool = outside if len(outside) >= len(top) else np.arange(d_sae)
     return np.stack([np.sort(rng.choice(pool, len(top), replace=False)) for _ in range(N_RANDOM_SETS)])
+
+
+def like_activity(mean_activation: Doubles, top: Indices, rng: np.random.Generator) -> Indices:
+    """[top_n] for each feature of D_N another outside it: one of the ten, not taken yet, that are about as active."""
+    free = np.ones(len(mean_activation), bool)
+    free[top] = False
+    chosen = []
+    for j in top:
+        candidates = np.flatnonzero(free)
+        distance = np.abs(mean_activation[candidates] - mean_activation[j])
+        chosen.append(int(rng.choice(candidates[np.argsort(distance, kind="stable")[:N_NEAREST]])))
+        free[chosen[-1]] = False
+    return np.sort(np.asarray(chosen))
 
 
 def low_shift(importance: Doubles, n_fired: NDArray[np.int64], top: Indices) -> Indices:

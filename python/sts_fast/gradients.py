@@ -144,6 +144,24 @@ class HookedModel:
             g = np.zeros((0, 0)) if Q is None else self._projected(torch.autograd.grad(nll.sum(), x)[0], rows.at, Q)
         return _finite(nll.detach(), self.name), g
 
+    def answers_from_hook(
+        self, rows: AnswerRows, prompts: Sequence[Prompt], moved: torch.Tensor
+    ) -> tuple[Doubles, NDArray[np.bool_]]:
+        """As `from_hook`, without gradients: [n_prompts] the loss, and whether the whole answer is the first choice."""
+        import torch
+
+        x = rows.padded.clone()
+        x.flatten(0, 1)[rows.at] += moved.to(x.dtype).to(x.device)
+        chosen = [prompts[i] for i in rows.prompts]
+        with torch.inference_mode(), self._skipping_below(), self._changing(lambda hidden: x):
+            logits = self._logits(rows.ids)
+            nll = answer_nll(logits, rows.ids, chosen)
+            exact = [
+                bool((logits[row, at - 1].argmax(dim=-1).cpu() == rows.ids[row, at].cpu()).all())
+                for row, at in enumerate(torch.from_numpy(prompt.positions.astype(np.int64)) for prompt in chosen)
+            ]
+        return _finite(nll, self.name), np.asarray(exact)
+
     def _projected(self, gradient: torch.Tensor, at: torch.Tensor, Q: Doubles) -> Doubles:
         import torch
 

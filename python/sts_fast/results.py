@@ -380,6 +380,25 @@ def check_has_scores(folder: Path) -> None:
     raise InputError(f"{folder} has no {SCORES_FILE}: give the --output folder of sts-fast score")
 
 
+def read_scores(folder: Path) -> dict[str, Any]:
+    """What scores.json of a run's folder holds.
+
+    Raises InputError where it is missing, damaged or of another version.
+    """
+    check_has_scores(folder)
+    path = folder / SCORES_FILE
+    try:
+        scores = json.loads(path.read_text(encoding="utf-8"))
+        version = scores["schema_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not a readable {SCORES_FILE}: make the run again") from error
+    if str(version).partition(".")[0] != SCHEMA_VERSION.partition(".")[0]:
+        raise InputError(
+            f"{path} has schema version {version}, and this sts-fast reads {SCHEMA_VERSION}: make the run again"
+        )
+    return dict(scores)
+
+
 def _plain(record: DomainScore | ShiftedFeature) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(record).items()}
 

@@ -75,8 +75,8 @@ def hook_layer(hook: Hook, sae: SAE) -> int:
     if place == "resid_pre" and layer:
         return layer - 1
     raise InputError(
-        f"signed estimators add to the residual stream after a layer, but the SAE {sae.source} reads {hook.where}: "
-        "use an SAE of a resid_post hook, or leave out ntk, step and adapter"
+        f"signed estimators and ablations change the residual stream after a layer, but the SAE {sae.source} reads "
+        f"{hook.where}: use an SAE of a resid_post hook, or leave out ntk, step and adapter"
     )
 
 

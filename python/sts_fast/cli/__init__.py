@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sts_fast import __version__
+from sts_fast.cli.ablate import ablate
 from sts_fast.cli.capture import capture
 from sts_fast.cli.console import fail, out
 from sts_fast.cli.demo import demo
@@ -41,7 +42,7 @@ def start(
         sys.stdout.write(context.get_help() + "\n")
 
 
-for command in (score, compare, shift, capture, mix, validate, report, demo, doctor):
+for command in (score, compare, shift, capture, mix, validate, ablate, report, demo, doctor):
     app.command()(command)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sts_fast import files
-from sts_fast.report import changes, controls, features, outcome, ranking, signed, training
+from sts_fast.report import ablation, changes, controls, features, outcome, ranking, signed, training
 from sts_fast.report.demo import DEMO_FILE, REPORT_FILE, build_demo_report
 from sts_fast.report.page import render
 from sts_fast.report.run import Run, read_run
@@ -21,8 +21,8 @@ def build_report(folder: str | Path) -> Path:
     """Writes report.html into a run's folder, from the files that lie there, and returns its path.
 
     Reads scores.json and, where they are there, shift.safetensors (concentration curve), features.parquet (where the
-    shifted features fire), validation.json (forecast against outcome) and training.json (what TransferMonitor
-    measured). The same files give the same bytes.
+    shifted features fire), validation.json (forecast against outcome), ablation.json (what zeroing features did) and
+    training.json (what TransferMonitor measured). The same files give the same bytes.
 
     Raises InputError where the folder holds no run, a file is damaged or of another version, or nothing can be written.
     """
@@ -57,6 +57,7 @@ def _content(run: Run) -> dict[str, Any]:
         "controls": controls.control_section(scores),
         "outcome": None if run.validation is None else outcome.outcome_section(run.validation),
         "signed": signed.signed_section(run),
+        "ablation": None if run.ablation is None else ablation.ablation_section(run.ablation),
         "training": None if run.training is None else training.training_section(run.training, scores),
         "concentration": features.concentration(run),
         "features": features.feature_section(run),

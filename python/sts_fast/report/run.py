@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sts_fast import files
+from sts_fast.ablate import ABLATION_FILE
+from sts_fast.ablate.record import ablation_schema
 from sts_fast.errors import InputError
 from sts_fast.results import (
     FEATURES_FILE,
@@ -58,6 +60,7 @@ class Run:
     signed_firings: the same of the features that carry signed forecasts
     validation: validation.json; None without it
     training:   training.json, what TransferMonitor measured; None without it
+    ablation:   ablation.json, what zeroing features did; None without it
     warnings:   files that belong to another run, and were left aside
     """
 
@@ -67,6 +70,7 @@ class Run:
     signed_firings: dict[int, list[Firing]]
     validation: dict[str, Any] | None
     training: dict[str, Any] | None
+    ablation: dict[str, Any] | None
     warnings: list[str]
 
 
@@ -92,7 +96,22 @@ def read_run(folder: Path) -> Run:
                 "run sts-fast validate again"
             )
     training = _read_json(folder / TRAINING_FILE) if (folder / TRAINING_FILE).is_file() else None
-    return Run(scores, importance, firings["score"], firings["signed"], validation, training, warnings)
+    ablation = _read_ablation(folder / ABLATION_FILE, top, warnings)
+    return Run(scores, importance, firings["score"], firings["signed"], validation, training, ablation, warnings)
+
+
+def _read_ablation(path: Path, top: list[int], warnings: list[str]) -> dict[str, Any] | None:
+    import jsonschema
+
+    if not path.is_file():
+        return None
+    ablation = _read_json(path)
+    for error in jsonschema.Draft202012Validator(ablation_schema()).iter_errors(ablation):
+        raise InputError(f"{path} is not an {ABLATION_FILE}: {_one_line(error.json_path)}: {_one_line(error.message)}")
+    if not set(ablation["features"]["top"][0]) <= set(top):
+        warnings.append(f"{path.name} belongs to another run than {SCORES_FILE}, and is left out")
+        return None
+    return ablation
 
 
 def _read_json(path: Path) -> dict[str, Any]:

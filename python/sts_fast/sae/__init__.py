@@ -164,11 +164,31 @@ class SAE:
             decoded += x @ self.decoder.W_skip.whole("float32")
         if self.target_hook_name or self.decoder.scale != 1:
             return decoded / self.decoder.scale
+        decoded = decoded * self._size(x)
+        return decoded + x.mean(dim=1, keepdim=True) if self.input_norm == "layer_norm" else decoded
+
+    def written(self, acts: Any, features: tuple[Any, Any, Any]) -> torch.Tensor:
+        """[n, d_in] float32: what features write into the reconstruction, sum_j h_j W_dec[j], in the model's units.
+
+        acts, features: as for `reconstruct`, some of the features or all, of any number of rows
+
+        For an SAE with a decoder, that predicts what it reads. Raises InputError as `decoder_rows`.
+        """
+        import torch
+
+        if self.decoder is None or self.target_hook_name:
+            raise ValueError("only an SAE with a decoder writes into what it reads")
+        x = torch.as_tensor(acts).float().reshape(len(acts), -1)
+        decoded = self.decoder.decode(*features, divisor=self.W_dec_norm, bias=False)
+        return decoded / self.decoder.scale if self.decoder.scale != 1 else decoded * self._size(x)
+
+    def _size(self, x: torch.Tensor) -> torch.Tensor:
+        """What decoded rows are multiplied by to have the size that x [n, d_in] had before it was normalised."""
         if self.input_norm == "layer_norm":
-            decoded = decoded * x.std(dim=1, keepdim=True) + x.mean(dim=1, keepdim=True)
-        elif self.input_norm == "constant_norm_rescale":
-            decoded = decoded * x.norm(dim=1, keepdim=True) / math.sqrt(self.d_in)
-        return decoded / self.input_scale
+            return x.std(dim=1, keepdim=True)
+        if self.input_norm == "constant_norm_rescale":
+            return x.norm(dim=1, keepdim=True) / math.sqrt(self.d_in)  # type: ignore[no-any-return]
+        return x.new_tensor(1 / self.input_scale)
 
     def scaled(self, factor: float, said: str = "--norm-scaling-factor") -> SAE:
         """The SAE with the scaling of its input that its files ask for but do not carry.

@@ -45,16 +45,19 @@ class Decoder:
         indices: NDArray[np.int32],
         values: NDArray[np.float32],
         divisor: NDArray[np.float32] | None = None,
+        *,
+        bias: bool = True,
     ) -> torch.Tensor:
         """[n, d_out] float32 h W_dec + b_dec of sparse rows of features.
 
         divisor: [d_sae] float32, what each feature is divided by first
+        bias:    whether b_dec is added
         """
         import torch
 
         n = len(indptr) - 1
         row_of = np.repeat(np.arange(n), np.diff(indptr))
-        decoded = torch.from_numpy(self.b_dec).float().repeat(n, 1)
+        decoded = torch.from_numpy(self.b_dec).float().repeat(n, 1) * bias
         active = np.unique(indices)
         for start in range(0, len(active), CHUNK):
             chosen = active[start : start + CHUNK]

@@ -1,0 +1,206 @@
+"""Zeroing features in the running model: does the trained ability go with them, and do the others stay?
+
+At the SAE's hook, for a set D of features,
+
+    x_t  ->  x_t - sum_{j in D} h_j(x_t) W_dec[j]
+
+so that the SAE's reconstruction loses what these features write, and what it does not explain of x_t stays as it is.
+This happens on every token that leads to an answer, but BOS and attention sinks. (The masking of top dimensions of the
+STS paper.) Beside D_N other sets of as many features are zeroed, each drawn several times:
+
+    random     features outside D_N, each about as active on the training set as one of D_N
+    low_shift  features among those that shift least of all that fire
+
+Cost, for a hook at layer 25 of 32: one forward pass of each set, and a fifth of one for every set of features zeroed.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sts_fast import results
+from sts_fast._version import __version__
+from sts_fast.ablate.measure import draw_features, measure
+from sts_fast.ablate.record import ABLATION_FILE, SCHEMA_VERSION, Ablation, answers_table, outcome_of
+from sts_fast.ablate.words import findings, main_outcome
+from sts_fast.capture import load_language_model, load_tokenizer
+from sts_fast.correlate import CorrelationStats
+from sts_fast.errors import InputError
+from sts_fast.gradients import HookedModel
+from sts_fast.hooks import find_hooks
+from sts_fast.prompts import Prompt, PromptSet
+from sts_fast.results import Forecast
+from sts_fast.sae import SAE, load_sae
+from sts_fast.sets import Fields, Sampling, Sets, Source, check_enough, common_template
+from sts_fast.shift import ShiftStats
+from sts_fast.signed import hook_layer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["ABLATION_FILE", "Ablation", "ablate", "findings", "main_outcome"]
+
+Progress = Callable[[str, int, int], None]
+
+N_DRAWS = 5
+BATCH_TOKENS = 8192
+
+
+def ablate(
+    run: Forecast | str | Path,
+    *,
+    model: str | Path | PreTrainedModel | None = None,
+    sae: str | Path | SAE | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    train: Source | None = None,
+    domains: Mapping[str, Source] | Sequence[str] | None = None,
+    top_n: int | None = None,
+    n_draws: int = N_DRAWS,
+    question_fields: Mapping[str, str] | None = None,
+    answer_fields: Mapping[str, str] | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    batch_tokens: int | None = None,
+    seed: int = 0,
+    command: str | None = None,
+    progress: Progress | None = None,
+) -> Ablation:
+    """Zeroes the shifted features of a run in the running model, and others beside them; see the module's equation.
+
+    run:     a forecast, or the folder that it was saved in: D_N, and how far and how often every feature shifts
+    model:   where to zero them: by default the run's model; the model after training may be given instead
+    sae:     the run's, unless its place has changed
+    train, domains: answered questions, as for `score`; by default those of the run, if it has signed forecasts
+    top_n:   how many of the most shifted features; by default all of D_N
+    n_draws: sets of random and of least shifted features
+
+    Raises InputError where the run, the model or the SAE cannot be used together, answers are missing, or the SAE's
+    files have no decoder.
+    """
+    scores, stats, rows = _read_run(run)
+    if n_draws < 1 or (top_n is not None and top_n < 1):
+        raise InputError("--draws and --top-n must be at least 1")
+    source = scores["model"]["name"] if model is None else model
+    loaded = sae if isinstance(sae, SAE) else load_sae(scores["sae"]["source"] if sae is None else sae)
+    loaded = replace(loaded, hook_name=scores["sae"]["hook_name"])
+    _check_sae(loaded, stats)
+    whole: Any = source
+    if isinstance(source, (str, Path)):
+        whole = load_language_model(source, dtype=dtype, device=device)
+    name = str(source) if isinstance(source, (str, Path)) else "the model"
+    [hook] = find_hooks(whole, [loaded.hook_name], name=name)
+    hooked = HookedModel(whole, hook_layer(hook, loaded), name=name)
+
+    if train is None and domains is None:
+        sets = _stored_sets(rows)
+    else:
+        if isinstance(source, (str, Path)):
+            tokenizer = tokenizer or load_tokenizer(source)
+        if tokenizer is None:
+            raise ValueError("a model in memory needs its tokenizer: ablate(..., tokenizer=...)")
+        fields = Fields(question_fields or {}, answer_fields or {})
+        context_length = getattr(whole.config.get_text_config(), "max_position_embeddings", None)
+        sets = _read_sets(scores, train, domains, fields, tokenizer, loaded, context_length)
+
+    top = np.asarray([feature["index"] for feature in scores["shifted_features"]][:top_n], np.int64)
+    drawn = draw_features(stats, top, n_draws, seed)
+    measured = []
+    for n_done, prompt_set in enumerate(sets):
+        measured.append(measure(hooked, loaded, prompt_set, drawn, min(batch_tokens or BATCH_TOKENS, BATCH_TOKENS)))
+        if progress is not None:
+            progress("answers with features zeroed", n_done + 1, len(sets))
+    kinds = ["domain" if i else "train" for i in range(len(measured))]
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "model": name,
+        "forecast_of": scores["model"]["name"],
+        "sae": loaded.source,
+        "hook_name": loaded.hook_name,
+        "top_n": len(top),
+        "n_draws": n_draws,
+        "features": {condition: [features.tolist() for features in draws] for condition, draws in drawn.items()},
+        "sets": [outcome_of(one, kind, seed) for one, kind in zip(measured, kinds, strict=True)],
+        "provenance": {
+            "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": command,
+            "seed": seed,
+            "version": __version__,
+        },
+    }
+    return Ablation(document, answers_table(measured, kinds))
+
+
+def _read_run(run: Forecast | str | Path) -> tuple[dict[str, Any], ShiftStats | CorrelationStats, list[dict[str, Any]]]:
+    """What scores.json holds, the statistics that D_N was taken from, and the rows of prompts.parquet."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if isinstance(run, Forecast):
+        return run.to_dict(), run.stats, run.prompts.to_pylist()
+    folder = Path(run)
+    scores = results.read_scores(folder)
+    try:
+        prompts = pq.read_table(folder / results.PROMPTS_FILE).to_pylist()
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise InputError(f"{folder / results.PROMPTS_FILE} cannot be read ({error}): make the run again") from error
+    kind = CorrelationStats if scores["settings"]["dims"] == "active" else ShiftStats
+    return scores, kind.load(folder / results.SHIFT_FILE), prompts
+
+
+def _check_sae(sae: SAE, stats: ShiftStats | CorrelationStats) -> None:
+    if sae.fingerprint != stats.sae_fingerprint:
+        raise InputError(f"{sae.source or 'the SAE'} is not the SAE of this run: give the one it was made with (--sae)")
+    if sae.decoder is None:
+        raise InputError(f"the files of {sae.source} have no W_dec, which says what a feature writes: give them whole")
+    if sae.target_hook_name:
+        raise InputError(
+            f"{sae.source} is a transcoder, whose features are not written where it reads: give an SAE of a resid_post "
+            "hook"
+        )
+
+
+def _stored_sets(rows: Sequence[dict[str, Any]]) -> list[PromptSet]:
+    """The answered prompts that a run with signed forecasts sent, the training set first."""
+    empty = np.empty(0, np.int32)
+    found: dict[tuple[str, str], list[Prompt]] = {}
+    for row in rows:
+        if row["stage"] in ("signed_train", "signed"):
+            ids, positions = (np.asarray(row[name], np.int32) for name in ("base_ids", "positions"))
+            prompts = found.setdefault((row["stage"], row["domain"]), [])
+            prompts.append(Prompt(row["id"], ids, empty, positions, empty, empty, 0))
+    if not found:
+        raise InputError("this run holds no answers (it has no signed forecast): give --train and --domains")
+    return [PromptSet(name, prompts, 0, 0) for (_, name), prompts in found.items()]
+
+
+def _read_sets(
+    scores: dict[str, Any],
+    train: Source | None,
+    domains: Mapping[str, Source] | Sequence[str] | None,
+    fields: Fields,
+    tokenizer: PreTrainedTokenizerBase,
+    sae: SAE,
+    context_length: int | None,
+) -> list[PromptSet]:
+    """Answered prompts of the training set and the domains: those that a signed forecast asks."""
+    if train is None or domains is None:
+        raise InputError("--train and --domains go together: both are asked, or neither is given")
+    name, settings = scores["train"]["name"], scores["settings"]
+    sets = Sets.read({name: train}, domains, None, fields)
+    sampling = Sampling(
+        settings["shots"], settings["domain_shots"], "answer", settings["limit"], scores["provenance"]["seed"]
+    )
+    template = common_template(tokenizer, [sae])
+    prompt_sets = []
+    for kind, given in (("train", sets.trains), ("domain", sets.domains)):
+        for of, examples in given.items():
+            prompt_set = sampling.prompts(of, examples, None, template, context_length, kind=kind, show=False)  # type: ignore[arg-type]
+            check_enough(prompt_set, context_length, kind)  # type: ignore[arg-type]
+            prompt_sets.append(prompt_set)
+    return prompt_sets

@@ -1,0 +1,107 @@
+"""Features zeroed at the hook, and the answers that are left."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sts_fast.controls import N_NEAREST, like_activity, low_shift
+from sts_fast.correlate import CorrelationStats
+from sts_fast.encode import SparseFeatures, encode
+from sts_fast.errors import InputError
+from sts_fast.gradients import AnswerRows, HookedModel
+from sts_fast.prompts import PromptSet
+from sts_fast.sae import SAE
+from sts_fast.shift import ShiftStats
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Doubles = NDArray[np.float64]
+    Indices = NDArray[np.int64]
+
+NOTHING, TOP, CONTROLS = "none", "top", ("random", "low_shift")
+OUTCOMES = ("loss", "p_answer", "accuracy")
+# The least shifted features are drawn from so many times as many.
+LOW_SHIFT_POOL = 4
+
+
+def draw_features(
+    stats: ShiftStats | CorrelationStats, top: Indices, n_draws: int, seed: int
+) -> dict[str, list[Indices]]:
+    """Sets of features to be zeroed, ascending, by condition: D_N itself, and n_draws sets of each control.
+
+    Raises InputError where too few features lie outside D_N.
+    """
+    if isinstance(stats, CorrelationStats):
+        importance, activity, n_fired = stats.sum_h, stats.sum_h, stats.n_fired
+    else:
+        importance, activity, n_fired = stats.sum_sq_shift, stats.sum_base, stats.n_fired_base
+    if len(importance) < 2 * len(top) + N_NEAREST:
+        raise InputError(
+            f"{len(top)} of the SAE's {len(importance)} features leave too few others to compare with: lower --top-n"
+        )
+    rng = np.random.default_rng([seed, zlib.crc32(b"ablation")])
+    # It gives as many as `top` holds, so that stands there several times.
+    least = low_shift(importance, n_fired, np.resize(top, LOW_SHIFT_POOL * len(top)))
+    return {
+        TOP: [np.sort(top)],
+        "random": [like_activity(activity, top, rng) for _ in range(n_draws)],
+        "low_shift": [np.sort(rng.choice(least, min(len(top), len(least)), replace=False)) for _ in range(n_draws)],
+    }
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Answers of a set: [n_draws, n_prompts] by condition, NOTHING among them.
+
+    nll: nats per token of the answer; exact: whether each token is the model's first choice
+    removed: by condition [n_draws], the squared length of what was taken away over that of the residuals
+    """
+
+    prompt_set: PromptSet
+    n_answer: NDArray[np.int64]
+    nll: dict[str, Doubles]
+    exact: dict[str, Doubles]
+    removed: dict[str, Doubles]
+
+    def outcomes(self, condition: str = NOTHING) -> dict[str, Doubles]:
+        nll = self.nll[condition]
+        return {"loss": nll, "p_answer": np.exp(-nll * self.n_answer), "accuracy": self.exact[condition]}
+
+
+def measure(
+    model: HookedModel, sae: SAE, prompt_set: PromptSet, drawn: Mapping[str, list[Indices]], batch_tokens: int
+) -> Measured:
+    prompts = prompt_set.prompts
+    conditions = {NOTHING: [np.empty(0, np.int64)], **drawn}
+    nll = {name: np.zeros((len(draws), len(prompts))) for name, draws in conditions.items()}
+    exact = {name: np.zeros((len(draws), len(prompts))) for name, draws in conditions.items()}
+    removed = {name: np.zeros(len(draws)) for name, draws in drawn.items()}
+    columns = np.unique(np.concatenate([features for draws in drawn.values() for features in draws]))
+    n_answer, total = np.zeros(len(prompts), np.int64), 0.0
+    for rows in model.answer_rows(prompts, batch_tokens=batch_tokens):
+        active = encode(sae, rows.x, columns)
+        n_answer[rows.prompts] = rows.n_answer
+        total += float((rows.x.double() ** 2).sum())
+        for name, draws in conditions.items():
+            for i, features in enumerate(draws):
+                written = _written(sae, rows, active, features)
+                of_batch = model.answers_from_hook(rows, prompts, -written)
+                nll[name][i, rows.prompts], exact[name][i, rows.prompts] = of_batch
+                if name in removed:
+                    removed[name][i] += float((written**2).sum())
+    removed = {name: sums / total if total else sums for name, sums in removed.items()}
+    return Measured(prompt_set, n_answer, nll, exact, removed)
+
+
+def _written(sae: SAE, rows: AnswerRows, active: SparseFeatures, features: Indices) -> Any:
+    """[n_tokens, d_in] float64 sum_{j in features} h_j(x) W_dec[j]."""
+    chosen = np.isin(active.indices, features)
+    row_of = np.repeat(np.arange(len(rows.x)), np.diff(active.indptr))[chosen]
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=len(rows.x)))])
+    return sae.written(rows.x, (indptr, active.indices[chosen], active.values[chosen])).double()

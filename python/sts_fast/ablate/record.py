@@ -1,0 +1,138 @@
+"""What an ablation gives: ablation.json and ablation.parquet."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sts_fast import files, results
+from sts_fast.ablate.measure import CONTROLS, OUTCOMES, TOP, Measured
+from sts_fast.ablate.words import findings
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
+    Doubles = NDArray[np.float64]
+
+SCHEMA_VERSION = "1.0"
+ABLATION_FILE = "ablation.json"
+ANSWERS_FILE = "ablation.parquet"
+SCHEMA = "ablation.schema.json"
+
+N_BOOTSTRAP = 1000
+INTERVAL = (2.5, 97.5)
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What zeroing features did to each set's answers.
+
+    document: what ablation.json holds
+    answers:  rows of ablation.parquet: per condition, draw, set and prompt the answer's loss (nats, summed over its
+        n_answer tokens) and whether each of its tokens is the model's first choice
+    """
+
+    document: dict[str, Any]
+    answers: pa.Table
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.document
+
+    def findings(self) -> list[str]:
+        """What came out, in sentences."""
+        return findings(self.document)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes ablation.parquet and ablation.json, each whole or not at all. Raises InputError where it cannot."""
+        import pyarrow.parquet as pq
+
+        folder = Path(folder)
+        results.prepare_folder(folder)
+        validate_ablation(self.document)
+        with files.atomic_path(folder / ANSWERS_FILE) as path:
+            pq.write_table(self.answers, path, compression="zstd")
+        with files.atomic_path(folder / ABLATION_FILE) as path:
+            path.write_text(results.to_json(self.document), encoding="utf-8")
+
+
+def outcome_of(measured: Measured, kind: str, seed: int) -> dict[str, Any]:
+    """A set's part of the document; every interval is a bootstrap over its prompts, the same for all numbers."""
+    prompt_set = measured.prompt_set
+    n = len(prompt_set.prompts)
+    rng = np.random.default_rng([seed, zlib.crc32(prompt_set.name.encode())])
+    resamples = rng.multinomial(n, [1 / n] * n, size=N_BOOTSTRAP) / n
+    before = measured.outcomes()
+    changes = {}
+    for name in (TOP, *CONTROLS):
+        after = measured.outcomes(name)
+        changes[name] = {outcome: after[outcome] - before[outcome] for outcome in OUTCOMES}
+
+    def summed_up(values: Doubles) -> dict[str, Any]:
+        """values: [n_prompts]"""
+        means = np.einsum("rp,p->r", resamples, values)
+        return {"value": float(values.mean()), "ci": np.percentile(means, INTERVAL).tolist()}
+
+    conditions: dict[str, Any] = {}
+    for name, change in changes.items():
+        conditions[name] = {"removed": float(measured.removed[name].mean())}
+        for outcome in OUTCOMES:
+            found = summed_up(change[outcome].mean(axis=0))
+            found["draws"] = change[outcome].mean(axis=1).tolist()
+            if name != TOP:
+                found["top_less_this"] = summed_up(changes[TOP][outcome][0] - change[outcome].mean(axis=0))
+            conditions[name][outcome] = found
+    return {
+        "name": prompt_set.name,
+        "kind": kind,
+        "n_prompts": n,
+        "before": {outcome: float(before[outcome].mean()) for outcome in OUTCOMES},
+        "conditions": conditions,
+    }
+
+
+def answers_table(measured: Sequence[Measured], kinds: Sequence[str]) -> pa.Table:
+    """One row per condition, draw, set and prompt."""
+    import pyarrow as pa
+
+    tables = []
+    for one, kind in zip(measured, kinds, strict=True):
+        n = len(one.prompt_set.prompts)
+        for condition, nll in one.nll.items():
+            for i in range(len(nll)):
+                tables.append(
+                    pa.table(
+                        {
+                            "condition": [condition] * n,
+                            "draw": pa.array([i] * n, pa.int64()),
+                            "kind": [kind] * n,
+                            "set": [one.prompt_set.name] * n,
+                            "id": [prompt.id for prompt in one.prompt_set.prompts],
+                            "answer_nll_sum": nll[i] * one.n_answer,
+                            "n_answer": one.n_answer,
+                            "answer_exact": one.exact[condition][i],
+                        }
+                    )
+                )
+    return pa.concat_tables(tables)
+
+
+def ablation_schema() -> dict[str, Any]:
+    """The JSON schema of ablation.json."""
+    text = resources.files("sts_fast.ablate").joinpath(SCHEMA).read_text(encoding="utf-8")
+    schema: dict[str, Any] = json.loads(text)
+    return schema
+
+
+def validate_ablation(document: dict[str, Any]) -> None:
+    """Raises jsonschema.ValidationError where a document is not a valid ablation.json."""
+    import jsonschema
+
+    jsonschema.validate(json.loads(results.to_json(document)), ablation_schema())

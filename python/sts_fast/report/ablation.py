@@ -1,0 +1,109 @@
+"""What the report says about zeroing features in the running model, from ablation.json."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from sts_fast.ablate import findings, main_outcome
+from sts_fast.ablate.words import is_loss
+from sts_fast.report import figures
+from sts_fast.report.numbers import with_sign
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Zeroed:
+    """One set: how its answers change with D_N zeroed, with random features (lowest and highest draw), and others.
+
+    Better is positive. difference: D_N less random; clear: whether D_N loses clearly more.
+    """
+
+    name: str
+    before: float
+    top: float
+    interval: Interval
+    random: float
+    draws: Interval
+    low_shift: float
+    difference: float
+    difference_interval: Interval
+    clear: bool
+    accuracy: float
+    accuracy_random: float
+
+
+@dataclass(frozen=True)
+class AblationSection:
+    sentences: list[str]
+    title: str
+    top_n: int
+    rows: list[Zeroed]
+    figure: Markup
+
+
+def ablation_section(document: dict[str, Any]) -> AblationSection:
+    outcome = main_outcome(document)
+    # A loss is turned round, so that what is worse stands at the left in either case.
+    factor = -1.0 if outcome == "loss" else 100.0
+    title = "fall of the loss, nats per token" if outcome == "loss" else "change of P(answer), points"
+    rows = [_row(one, outcome, factor) for one in document["sets"]]
+    rows[1:] = sorted(rows[1:], key=lambda row: (row.top, row.name))
+    return AblationSection(findings(document), title, document["top_n"], rows, _figure(rows, title, outcome))
+
+
+def _row(one: dict[str, Any], outcome: str, factor: float) -> Zeroed:
+    found = {name: condition[outcome] for name, condition in one["conditions"].items()}
+    accuracy = {name: 100 * condition["accuracy"]["value"] for name, condition in one["conditions"].items()}
+    less = found["random"]["top_less_this"]
+
+    def ends(values: list[float]) -> Interval:
+        scaled = [factor * value for value in values]
+        return min(scaled), max(scaled)
+
+    return Zeroed(
+        name="training set" if one["kind"] == "train" else one["name"],
+        before=abs(factor) * one["before"][outcome],
+        top=factor * found["top"]["value"],
+        interval=ends(found["top"]["ci"]),
+        random=factor * found["random"]["value"],
+        draws=ends(found["random"]["draws"]),
+        low_shift=factor * found["low_shift"]["value"],
+        difference=factor * less["value"],
+        difference_interval=ends(less["ci"]),
+        clear=is_loss(outcome, less),
+        accuracy=accuracy["top"],
+        accuracy_random=accuracy["random"],
+    )
+
+
+def _figure(rows: list[Zeroed], title: str, outcome: str) -> Markup:
+    scale = figures.Scale.over(
+        [0.0, *(value for row in rows for value in (row.top, *row.interval, row.random))], most_ticks=5
+    )
+
+    def text(value: float) -> str:
+        return with_sign(value) if outcome == "loss" else f"{value:+.1f}".replace("-", "−")
+
+    bars = [
+        figures.Bar(
+            row.name,
+            row.top,
+            row.interval,
+            row.random,
+            f"{text(row.top)} [{text(row.interval[0])}, {text(row.interval[1])}]",
+        )
+        for row in rows
+    ]
+    return figures.bars(
+        "ablation",
+        bars,
+        scale,
+        title=f"With the features of D_N zeroed: {title}, the training set first",
+        description=f"Training set: {bars[0].text}. In brackets 95% intervals; the mark on each row is the same with "
+        "random features zeroed. The table below the figure has all numbers.",
+        axis=("← worse", title, "better →"),
+    )
