@@ -3,6 +3,7 @@
 python -m benchmarks.study run package                   # the model that comes with the package
 python -m benchmarks.study run base-3 --train-seed 3     # one that is trained first, into build/study/base-3
 python -m benchmarks.study run long-1 --train-seed 1     # one of the world with long answers
+python -m benchmarks.study again base-3                  # from build/study/base-3.json, with forecasts made of others
 python -m benchmarks.study table
 python -m benchmarks.study analyses base-3               # the paper's analyses, beside the outcomes of a run
 python -m benchmarks.study calibrate                     # intervals of the change, from the runs in build/study
@@ -27,7 +28,7 @@ from benchmarks.study.analyses_table import analyses_table, write
 from benchmarks.study.calibrate import TABLES, calibrate
 from benchmarks.study.correlations import compact
 from benchmarks.study.grounds import LONG, SHORT, Ground
-from benchmarks.study.predictors import predict
+from benchmarks.study.predictors import N_PROMPTS, predict, together
 from benchmarks.study.table import RESULTS, table
 from benchmarks.study.trials import REGIMES, run_trials
 from sts_fast import organism
@@ -37,7 +38,7 @@ WORK = Path("build") / "study"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "table", "calibrate", "rl", "analyses"))
+    parser.add_argument("what", choices=("run", "again", "table", "calibrate", "rl", "analyses"))
     parser.add_argument("base", nargs="?")
     parser.add_argument("--train-seed", type=int, help="train this base model first")
     arguments = parser.parse_args()
@@ -53,6 +54,8 @@ def main() -> None:
         return
     if arguments.what == "run":
         run(arguments.base or "package", arguments.train_seed)
+    if arguments.what == "again":
+        again(arguments.base or "package")
     if arguments.what == "analyses":
         sys.stdout.write(analyses(arguments.base or "package"))
         return
@@ -100,6 +103,16 @@ def run(base: str, train_seed: int | None) -> None:
         for regime in REGIMES:
             trials[regime] = run_trials(ground, model, tokenizer, regime, tell)
             keep(base, predicted, trials, figures, time.process_time() - start)
+
+
+def again(base: str) -> None:
+    """Forecasts that are made of others, for a run in which they were not thought of yet."""
+    ground, raw = ground_of(base), json.loads((WORK / f"{base}.json").read_text(encoding="utf-8"))
+    model, tokenizer = organism.load_model(base_folder(base, None, teller(base)) / "model")
+    asked = organism.measure(model, tokenizer, ground.domains, n=N_PROMPTS, seed=1, world=ground.world)
+    predicted = {**raw["predicted"], "P": asked.p_correct}
+    predicted |= together(predicted)
+    keep(base, predicted, raw["trials"], raw["organism"], raw["cpu_seconds"])
 
 
 def keep(base: str, predicted: Any, trials: Any, figures: Any, cpu_seconds: float) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.study.grounds import Ground
-from benchmarks.study.predictors import FEW_SHOT, REFERENCE, SIGNED, WITHOUT_GRADIENTS
+from benchmarks.study.predictors import FEW_SHOT, REFERENCE, SIGNED, TOGETHER, WITHOUT_GRADIENTS
 
 OUTCOMES = ("dP", "dloss", "daccuracy")
 SHOTS = ("zero-shot", "few-shot")
@@ -37,7 +37,7 @@ def compact(
 
 
 def predictors() -> dict[str, tuple[str, str]]:
-    return SIGNED | FEW_SHOT | REFERENCE | {name: (name, name) for name in WITHOUT_GRADIENTS}
+    return TOGETHER | SIGNED | FEW_SHOT | REFERENCE | {name: (name, name) for name in WITHOUT_GRADIENTS}
 
 
 def spread(ground: Ground, forecast: Any, rows: list[dict[str, Any]], shots: str, outcome: str) -> dict[str, Any]:

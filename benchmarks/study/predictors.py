@@ -32,6 +32,9 @@ SIGNED = {
     for kind in ("raw", "sae")
     for estimator in ("adapter", "step", "ntk")
 }
+# Frozen after a look at `package` alone, see README.md.
+EXTENTS = (4, 8)
+TOGETHER = {f"both adapters, {extent} times as far": (f"adapters x{extent}", "adapters_loss") for extent in EXTENTS}
 FEW_SHOT = {"adapter behind demonstrations (raw)": ("adapter few-shot", "adapter_loss few-shot")}
 WITHOUT_GRADIENTS = ("STS_act", "STS_icl", *DEMO_CONTROLS, "training demonstrations in context")
 REFERENCE = {"gradients of all parameters": ("parameters", "parameters_loss")}
@@ -62,6 +65,7 @@ def predict(ground: Ground, folder: Path, tell: Any) -> dict[str, Any]:
                  for name in ground.domains]  # fmt: skip
         for estimator in pulls[0].values:
             found[f"{estimator} ({kind})"] = np.stack([pull.values[estimator].mean(axis=1) for pull in pulls], axis=1)
+        found["P"] = np.asarray([pull.p_answer.mean() for pull in pulls])
         tell(f"domains, {kind}")
         if kind == "raw":
             shown = [measure_pull(hooked, features, Q, name, behind(ground, name, name, template), pushes,
@@ -78,7 +82,27 @@ def predict(ground: Ground, folder: Path, tell: Any) -> dict[str, Any]:
     tell("training demonstrations in context")
     found |= parameter_gradients(ground, model, prompts)
     tell("gradients of all parameters")
-    return found | scores(ground, folder)
+    return found | together(found) | scores(ground, folder)
+
+
+def together(found: dict[str, Any]) -> dict[str, Any]:
+    """Both adapters' changes of P, averaged in log-odds and moved on there: training goes further than a map does.
+
+        l(P) = log P / (1 - P),    dP = l^-1(l(P) + extent * mean_k (l(P + dP_k) - l(P))) - P
+
+    for P the mean probability of a domain's answers and k the two kinds of features. The loss: their mean.
+    """
+    P = np.asarray(found["P"])
+    changes = [np.asarray(found[f"adapter ({kind})"]) for kind in ("raw", "sae")]
+    step = np.mean([log_odds(P + change) - log_odds(P) for change in changes], axis=0)
+    losses = [np.asarray(found[f"adapter_loss ({kind})"]) for kind in ("raw", "sae")]
+    moved = {f"adapters x{extent}": 1 / (1 + np.exp(-log_odds(P) - extent * step)) - P for extent in EXTENTS}
+    return {**moved, "adapters_loss": np.mean(losses, axis=0)}
+
+
+def log_odds(P: Any) -> Any:
+    P = np.clip(P, 1e-4, 1 - 1e-4)
+    return np.log(P / (1 - P))
 
 
 def behind(ground: Ground, shown: str, asked: str, template: PromptTemplate) -> list[Prompt]:
