@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study import rl, rl_table
-from benchmarks.study.analyses import analyse
+from benchmarks.study.analyses import analyse, analyse_saes
 from benchmarks.study.analyses_table import analyses_table, write
 from benchmarks.study.calibrate import TABLES, calibrate
 from benchmarks.study.correlations import compact
@@ -64,9 +64,14 @@ def main() -> None:
 
 def analyses(base: str) -> str:
     raw, tell = json.loads((WORK / f"{base}.json").read_text(encoding="utf-8")), teller(base)
+    ground, folder = ground_of(base), base_folder(base, None, tell)
     with organism.one_thread():
-        found = analyse(ground_of(base), base_folder(base, None, tell), raw, tell)
-    return analyses_table(write(base, found))
+        found = analyse(ground, folder, raw, tell)
+        write(base, found)
+        more = analyse_saes(ground, folder, raw, tell)
+    for regime, of_regime in more["r_with_size_of_dP"].items():
+        found["r_with_size_of_dP"][regime] |= of_regime
+    return analyses_table(write(base, {**found, "saes": more["saes"]}))
 
 
 def teller(base: str) -> Callable[[str], None]:

@@ -130,18 +130,6 @@ def analyse(ground: Ground, folder: Path, raw: dict[str, Any], tell: Callable[[s
     )], (len(at), 1))  # fmt: skip
     tell("controls")
 
-    quality = {}
-    samples = residual_rows(ground, model)
-    for name, variant in VARIANTS.items():
-        trained = variant.train(samples[LAYER], seed=0)
-        quality[name] = {"fvu": round(trained.fvu, 4), "l0": round(trained.l0, 2)}
-        add_sae(rows, f"SAE {name}", trained.encode, base[LAYER], shown[LAYER], question, at)
-    for layer in range(reader.layers):
-        trained = Variant().train(samples[layer], seed=0)
-        quality[f"layer {layer}"] = {"fvu": round(trained.fvu, 4), "l0": round(trained.l0, 2)}
-        add_sae(rows, f"layer {layer}", trained.encode, base[layer], shown[layer], question, at)
-    tell("SAEs")
-
     overlaps: dict[str, dict[str, list[float]]] = {}
     held = {"demonstrations": np.mean([concentration(one) for one in icl[at]], axis=0)}
     per_regime: dict[str, dict[str, Doubles]] = {}
@@ -177,15 +165,38 @@ def analyse(ground: Ground, folder: Path, raw: dict[str, Any], tell: Callable[[s
         overlaps[regime] |= {"predicted for other sets": rounded(others), "chance": [round(TOP_N / act.shape[1], 4)]}
         held[f"{regime} training"] = np.mean([concentration(one) for one in true_shift], axis=0)
     tell("trainings")
-    found_r = {}
-    for regime, trials in raw["trials"].items():
-        of_regime = rows | per_regime.get(regime, {})
-        found_r[regime] = {name: correlations(ground, values, trials) for name, values in of_regime.items()}
     return {
         "n_prompts": N_PROMPTS,
-        "r_with_size_of_dP": found_r,
+        "r_with_size_of_dP": {
+            regime: correlations(ground, rows | per_regime.get(regime, {}), trials)
+            for regime, trials in raw["trials"].items()
+        },
         "overlap_with_true": overlaps,
         "share_held_by_top_n": {name: rounded(values) for name, values in held.items()},
+    }
+
+
+def analyse_saes(ground: Ground, folder: Path, raw: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
+    """The same correlations with SAEs of other widths, sparsities and kinds, and after other layers."""
+    model, tokenizer = organism.load_model(folder / "model")
+    reader = Reader(ground, model, tokenizer)
+    base, shown = reader.read(model, ground.domains), reader.read(model, ground.domains, SHOTS)
+    question = slice(0, ground.world.question_tokens)
+    at = [ground.domains.index(train) for train in ground.trains]
+    samples = residual_rows(ground, model)
+    rows: dict[str, Doubles] = {}
+    quality = {}
+    kinds = {f"SAE {name}": (variant, LAYER) for name, variant in VARIANTS.items()}
+    for name, (variant, layer) in (kinds | {f"layer {i}": (Variant(), i) for i in range(reader.layers)}).items():
+        trained = variant.train(samples[layer], seed=0)
+        quality[name] = {"fvu": round(trained.fvu, 4), "l0": round(trained.l0, 2)}
+        act, icl = means(trained.encode, base[layer], shown[layer], question)
+        top = top_of(icl[at], TOP_N)
+        rows[f"STS_act, {name}"], rows[f"STS_icl, {name}"] = picked(act, top), picked(icl, top)
+        rows[f"most active, {name}"] = picked(act, top_of(act[at], TOP_N))
+        tell(name)
+    return {
+        "r_with_size_of_dP": {regime: correlations(ground, rows, trials) for regime, trials in raw["trials"].items()},
         "saes": quality,
     }
 
@@ -220,15 +231,6 @@ def top_of(shift: Doubles, n: int) -> NDArray[np.int64]:
 def picked(values: Doubles, top: NDArray[np.int64]) -> Doubles:
     """[n_trains, n_domains] sum over each training set's features."""
     return np.stack([values[:, one].sum(axis=1) for one in top])
-
-
-def add_sae(
-    rows: dict[str, Doubles], name: str, encode: Any, base: Any, shown: Any, tokens: slice, at: list[int]
-) -> None:
-    act, icl = means(encode, base, shown, tokens)
-    top = top_of(icl[at], TOP_N)
-    rows[f"STS_act, {name}"], rows[f"STS_icl, {name}"] = picked(act, top), picked(icl, top)
-    rows[f"most active, {name}"] = picked(act, top_of(act[at], TOP_N))
 
 
 def likenesses(base: torch.Tensor, shown: torch.Tensor, at: list[int]) -> dict[str, Doubles]:
@@ -306,10 +308,14 @@ def overlap(top: NDArray[np.int64], truth: NDArray[np.int64]) -> list[float]:
     return [len(np.intersect1d(one, other)) / len(one) for one, other in zip(top, truth, strict=True)]
 
 
-def correlations(ground: Ground, values: Doubles, trials: list[dict[str, Any]]) -> list[float | None]:
-    found = []
+def correlations(
+    ground: Ground, rows: dict[str, Doubles], trials: list[dict[str, Any]]
+) -> dict[str, list[float | None]]:
+    """By predictor, Pearson's r with the size of the zero-shot change of P in each training."""
+    found: dict[str, list[float | None]] = {name: [] for name in rows}
     for row in trials:
         others = np.asarray([name != row["train"] for name in ground.domains])
         change = np.abs(np.asarray(row["zero-shot"]["dP"]))[others]
-        found.append(pearson(values[ground.trains.index(row["train"])][others], change))
-    return rounded(found)
+        for name, values in rows.items():
+            found[name].append(pearson(values[ground.trains.index(row["train"])][others], change))
+    return {name: rounded(values) for name, values in found.items()}

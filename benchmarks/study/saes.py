@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["topk", "jumprelu", "standard", "untrained"]
 
-N_STEPS, BATCH, LEARNING_RATE = 400, 512, 2e-3
+N_STEPS, BATCH, LEARNING_RATE = 250, 256, 2e-3
 # Weight of the sum of activations in a standard SAE's loss, such that about 16 fire on a row.
 SPARSITY = 0.02
 
