@@ -192,6 +192,33 @@ def test_answers_of_a_run_without_any_are_read_from_their_files(
     assert again.to_dict()["model"] == "the model"
 
 
+def test_questions_behind_demonstrations(tiny: Tiny, forecasts: Any) -> None:
+    forecast = forecasts["topk"]
+    with pytest.raises(InputError, match="--few-shot needs --train and --domains"):
+        sts_fast.ablate(forecast, few_shot=True)
+    found = sts_fast.ablate(
+        forecast, train=tiny.train, domains=tiny.domains, few_shot=True, n_draws=1, batch_tokens=600
+    )  # fmt: skip
+    document = found.to_dict()
+    validate_ablation(document)
+    sets = {"train": tiny.train, **tiny.domains}
+    tokenizer = AutoTokenizer.from_pretrained(tiny.model)
+    n_checked = 0
+    for row in found.answers.to_pylist():
+        if row["condition"] in ("none", "top") and row["draw"] == 0:
+            asked = {q["id"]: q for q in map(json.loads, sets[row["set"]].read_text().splitlines())}
+            demo, query = next(iter(asked.values())), asked[row["id"]]
+            text = "".join(f"Question: {q['question']}\nAnswer: {q['answer']}\n\n" for q in (demo, query)).rstrip("\n")
+            ids = tokenizer(text).input_ids
+            n_before = len(tokenizer(text[: -len(query["answer"]) - 1]).input_ids)
+            prompt = {"base_ids": ids, "positions": list(range(n_before, len(ids)))}
+            features = [] if row["condition"] == "none" else document["features"]["top"][0]
+            nll, _, _ = answer_without(tiny, tiny.saes["topk"], prompt, features)
+            assert row["answer_nll_sum"] == pytest.approx(nll, rel=2e-5)
+            n_checked += 1
+    assert n_checked == 2 * 3 * LIMIT
+
+
 def test_what_cannot_be_zeroed_is_told(tiny: Tiny, forecasts: Any) -> None:
     forecast = forecasts["topk"]
     sae = sts_fast.load_sae(tiny.saes["topk"])

@@ -279,7 +279,7 @@ def make_ablation(scores: dict[str, Any], seed: int = 0) -> dict[str, Any]:
     top = sorted(feature["index"] for feature in scores["shifted_features"])
     return {
         "schema_version": "1.0", "model": "m", "forecast_of": "m", "sae": "s", "hook_name": "h", "top_n": len(top),
-        "n_draws": 3, "features": {"top": [top], "random": [[1]] * 3, "low_shift": [[2]] * 3},
+        "few_shot": False, "n_draws": 3, "features": {"top": [top], "random": [[1]] * 3, "low_shift": [[2]] * 3},
         "sets": [
             {"name": name, "kind": kind, "n_prompts": 40, "before": {"loss": 0.7, "p_answer": 0.5, "accuracy": 0.5},
              "conditions": {"top": condition(1), "random": condition(3), "low_shift": condition(3)}}

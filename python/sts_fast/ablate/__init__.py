@@ -32,12 +32,13 @@ from sts_fast.ablate.words import findings, main_outcome
 from sts_fast.capture import load_language_model, load_tokenizer
 from sts_fast.correlate import CorrelationStats
 from sts_fast.errors import InputError
+from sts_fast.examples import Example
 from sts_fast.gradients import HookedModel
 from sts_fast.hooks import find_hooks
-from sts_fast.prompts import Prompt, PromptSet
+from sts_fast.prompts import Prompt, PromptSet, PromptTemplate
 from sts_fast.results import Forecast
 from sts_fast.sae import SAE, load_sae
-from sts_fast.sets import Fields, Sampling, Sets, Source, check_enough, common_template
+from sts_fast.sets import Fields, Kind, Sampling, Sets, Source, check_enough, common_template
 from sts_fast.shift import ShiftStats
 from sts_fast.signed import hook_layer
 
@@ -60,6 +61,8 @@ def ablate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     train: Source | None = None,
     domains: Mapping[str, Source] | Sequence[str] | None = None,
+    demos: Mapping[str, Source] | Sequence[str] | None = None,
+    few_shot: bool = False,
     top_n: int | None = None,
     n_draws: int = N_DRAWS,
     question_fields: Mapping[str, str] | None = None,
@@ -77,6 +80,7 @@ def ablate(
     model:   where to zero them: by default the run's model; the model after training may be given instead
     sae:     the run's, unless its place has changed
     train, domains: answered questions, as for `score`; by default those of the run, if it has signed forecasts
+    few_shot: asks behind demonstrations (`demos`, as for `score`), as many as the run shows; needs train and domains
     top_n:   how many of the most shifted features; by default all of D_N
     n_draws: sets of random and of least shifted features
 
@@ -97,6 +101,8 @@ def ablate(
     [hook] = find_hooks(whole, [loaded.hook_name], name=name)
     hooked = HookedModel(whole, hook_layer(hook, loaded), name=name)
 
+    if few_shot and train is None:
+        raise InputError("--few-shot needs --train and --domains, which demonstrations are taken from")
     if train is None and domains is None:
         sets = _stored_sets(rows)
     else:
@@ -106,10 +112,13 @@ def ablate(
             raise ValueError("a model in memory needs its tokenizer: ablate(..., tokenizer=...)")
         fields = Fields(question_fields or {}, answer_fields or {})
         context_length = getattr(whole.config.get_text_config(), "max_position_embeddings", None)
-        sets = _read_sets(scores, train, domains, fields, tokenizer, loaded, context_length)
+        if train is None or domains is None:
+            raise InputError("--train and --domains go together: both are asked, or neither is given")
+        examples = Sets.read({scores["train"]["name"]: train}, domains, demos, fields)
+        sets = _asked_sets(examples, scores, common_template(tokenizer, [loaded]), context_length, few_shot=few_shot)
 
     top = np.asarray([feature["index"] for feature in scores["shifted_features"]][:top_n], np.int64)
-    drawn = draw_features(stats, top, n_draws, seed)
+    drawn = draw_features(stats, top, n_draws, seed, few_shot=few_shot)
     measured = []
     for n_done, prompt_set in enumerate(sets):
         measured.append(measure(hooked, loaded, prompt_set, drawn, min(batch_tokens or BATCH_TOKENS, BATCH_TOKENS)))
@@ -122,6 +131,7 @@ def ablate(
         "forecast_of": scores["model"]["name"],
         "sae": loaded.source,
         "hook_name": loaded.hook_name,
+        "few_shot": few_shot,
         "top_n": len(top),
         "n_draws": n_draws,
         "features": {condition: [features.tolist() for features in draws] for condition, draws in drawn.items()},
@@ -179,28 +189,23 @@ def _stored_sets(rows: Sequence[dict[str, Any]]) -> list[PromptSet]:
     return [PromptSet(name, prompts, 0, 0) for (_, name), prompts in found.items()]
 
 
-def _read_sets(
-    scores: dict[str, Any],
-    train: Source | None,
-    domains: Mapping[str, Source] | Sequence[str] | None,
-    fields: Fields,
-    tokenizer: PreTrainedTokenizerBase,
-    sae: SAE,
-    context_length: int | None,
+def _asked_sets(
+    examples: Sets, scores: dict[str, Any], template: PromptTemplate, context_length: int | None, *, few_shot: bool
 ) -> list[PromptSet]:
-    """Answered prompts of the training set and the domains: those that a signed forecast asks."""
-    if train is None or domains is None:
-        raise InputError("--train and --domains go together: both are asked, or neither is given")
-    name, settings = scores["train"]["name"], scores["settings"]
-    sets = Sets.read({name: train}, domains, None, fields)
+    """Answered prompts of the training set and the domains: without demonstrations those of a signed forecast."""
+    settings = scores["settings"]
     sampling = Sampling(
         settings["shots"], settings["domain_shots"], "answer", settings["limit"], scores["provenance"]["seed"]
     )
-    template = common_template(tokenizer, [sae])
-    prompt_sets = []
-    for kind, given in (("train", sets.trains), ("domain", sets.domains)):
-        for of, examples in given.items():
-            prompt_set = sampling.prompts(of, examples, None, template, context_length, kind=kind, show=False)  # type: ignore[arg-type]
-            check_enough(prompt_set, context_length, kind)  # type: ignore[arg-type]
-            prompt_sets.append(prompt_set)
-    return prompt_sets
+    given: list[tuple[Kind, str, list[Example]]] = [("train", name, rows) for name, rows in examples.trains.items()]
+    given += [("domain", name, rows) for name, rows in examples.domains.items()]
+    asked = []
+    for kind, name, rows in given:
+        demos = examples.demos.get(name)
+        found = sampling.prompts(name, rows, demos, template, context_length, kind=kind, show=few_shot)
+        check_enough(found, context_length, kind)
+        if few_shot:
+            behind = [replace(one, base_ids=one.demos_ids, positions=one.paired_demos) for one in found.prompts]
+            found = replace(found, prompts=behind)
+        asked.append(found)
+    return asked

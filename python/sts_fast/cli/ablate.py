@@ -19,6 +19,7 @@ from sts_fast.cli.console import err, out, progress, say
 from sts_fast.cli.options import (
     AnswerFieldOption,
     BatchTokensOption,
+    DemosOption,
     DeviceOption,
     DtypeChoice,
     DtypeOption,
@@ -44,6 +45,10 @@ def ablate(
         Path | None, typer.Option("--train", help="Training set; by default the run's, if it has signed forecasts.")
     ] = None,
     domains: Annotated[list[str] | None, typer.Option("--domains", help="As for score; repeatable.")] = None,
+    demos: DemosOption = None,
+    few_shot: Annotated[
+        bool, typer.Option("--few-shot", help="Ask behind the run's number of demonstrations.")
+    ] = False,
     top_n: Annotated[int | None, typer.Option("--top-n", help="How many of the most shifted features.")] = None,
     draws: Annotated[int, typer.Option("--draws", help="Sets of random and of least shifted features.")] = 5,
     shots: Annotated[int | None, typer.Option("--shots", help="Without a run: demonstrations for D_N.")] = None,
@@ -84,11 +89,11 @@ def ablate(
                 raise InputError("without the folder of a run, ablate needs --model, --sae, --train and --domains")
             asked: dict[str, Any] = {"train": train, "domains": domains, "estimators": ("act",), "seed": seed}
             asked |= {name: n for name, n in (("shots", shots), ("limit", limit), ("top_n", top_n)) if n is not None}
-            forecast = score(model=model, sae=loaded, say=say, **asked, **read)
+            forecast = score(model=model, sae=loaded, demos=demos, say=say, **asked, **read)
             forecast.save(folder)
         ablation = run_ablate(
-            forecast, model=tuned or model, sae=loaded, train=train, domains=domains, top_n=top_n, n_draws=draws,
-            seed=seed, progress=tell, **read,
+            forecast, model=tuned or model, sae=loaded, train=train, domains=domains, demos=demos, few_shot=few_shot,
+            top_n=top_n, n_draws=draws, seed=seed, progress=tell, **read,
         )  # fmt: skip
     ablation.save(folder)
     if (folder / results.SCORES_FILE).is_file():
@@ -105,7 +110,8 @@ def _print_ablation(ablation: Ablation) -> None:
     main = main_outcome(document)
     for outcome in (main, "accuracy"):
         what = WORDS[outcome].removeprefix("the ")
-        table = Table(title=f"Change of {what} when features are zeroed", title_justify="left", width=79)
+        asked = ", asked behind demonstrations" if document["few_shot"] else ""
+        table = Table(title=f"Change of {what} when features are zeroed{asked}", title_justify="left", width=79)
         table.add_column("set", ratio=1)
         for column in ("before", f"D_N ({document['top_n']})", "random (its draws)", "low shift"):
             table.add_column(column, justify="right")

@@ -41,6 +41,7 @@ class AblationSection:
     sentences: list[str]
     title: str
     top_n: int
+    few_shot: bool
     rows: list[Zeroed]
     figure: Markup
 
@@ -52,7 +53,9 @@ def ablation_section(document: dict[str, Any]) -> AblationSection:
     title = "fall of the loss, nats per token" if outcome == "loss" else "change of P(answer), points"
     rows = [_row(one, outcome, factor) for one in document["sets"]]
     rows[1:] = sorted(rows[1:], key=lambda row: (row.top, row.name))
-    return AblationSection(findings(document), title, document["top_n"], rows, _figure(rows, title, outcome))
+    return AblationSection(
+        findings(document), title, document["top_n"], document["few_shot"], rows, _figure(rows, title, outcome)
+    )
 
 
 def _row(one: dict[str, Any], outcome: str, factor: float) -> Zeroed:
