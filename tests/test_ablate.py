@@ -23,7 +23,7 @@ from sts_fast.controls import like_activity
 from sts_fast.errors import InputError
 
 LIMIT, TOP_N, DRAWS = 8, 12, 2
-CONDITIONS = ("top", "random", "low_shift")
+CONDITIONS = ("top", "random", "like_activity", "low_shift")
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_answers_are_those_of_a_forward_pass_by_hand(tiny: Tiny, run: tuple[str,
     prompts = [row for row in pq.read_table(folder / "prompts.parquet").to_pylist() if "signed" in row["stage"]]
     sent = {(row["stage"] == "signed_train", row["domain"], row["id"]): row for row in prompts}
     answers = pq.read_table(folder / "ablation.parquet").to_pylist()
-    assert len(answers) == 3 * LIMIT * (2 + 2 * DRAWS)
+    assert len(answers) == 3 * LIMIT * (2 + 3 * DRAWS)
     energies: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for answer in answers:
         row = sent[answer["kind"] == "train", answer["set"], answer["id"]]
@@ -155,12 +155,13 @@ def test_features_zeroed_beside_those_of_the_forecast(forecasts: Any, run: tuple
     fired = np.flatnonzero(stats.n_fired_base > 0)
     outside = [j for j in fired if j not in top]
     least = sorted(outside, key=lambda j: stats.sum_sq_shift[j])[: 4 * TOP_N]
-    for name in ("random", "low_shift"):
+    for name in CONDITIONS[1:]:
         assert len(features[name]) == DRAWS
         for draw in features[name]:
             assert len(set(draw)) == TOP_N
             assert not set(draw) & set(top)
     assert features["random"][0] != features["random"][1]
+    assert features["like_activity"][0] != features["like_activity"][1]
     assert all(set(draw) <= set(least) for draw in features["low_shift"])
 
 

@@ -279,10 +279,12 @@ def make_ablation(scores: dict[str, Any], seed: int = 0) -> dict[str, Any]:
     top = sorted(feature["index"] for feature in scores["shifted_features"])
     return {
         "schema_version": "1.0", "model": "m", "forecast_of": "m", "sae": "s", "hook_name": "h", "top_n": len(top),
-        "few_shot": False, "n_draws": 3, "features": {"top": [top], "random": [[1]] * 3, "low_shift": [[2]] * 3},
+        "few_shot": False, "n_draws": 3, "features": {"top": [top], "random": [[1]] * 3, "low_shift": [[2]] * 3,
+                                            "like_activity": [[3]] * 3},
         "sets": [
             {"name": name, "kind": kind, "n_prompts": 40, "before": {"loss": 0.7, "p_answer": 0.5, "accuracy": 0.5},
-             "conditions": {"top": condition(1), "random": condition(3), "low_shift": condition(3)}}
+             "conditions": {"top": condition(1)} | {
+                 name: condition(3) for name in ("random", "like_activity", "low_shift")}}
             for kind, name in [("train", "train"), *(("domain", domain["name"]) for domain in scores["domains"])]
         ],
         "provenance": {"created_at": "2026-01-02T03:04:05+00:00", "command": None, "seed": 0, "version": "0.0.test"},
@@ -515,13 +517,14 @@ def test_features_zeroed_beside_random_ones(full: tuple[dict[str, Any], Node, Pa
     rows = rows_of(section.one("table", id="table-ablation"))
     assert [cells[0].text() for cells in rows] == ["training set", *(one["name"] for one in domains)]
     for cells, one in zip(rows, [train, *domains], strict=True):
-        top, random = (one["conditions"][name]["p_answer"] for name in ("top", "random"))
+        top, like, random = (one["conditions"][name]["p_answer"] for name in ("top", "like_activity", "random"))
         assert values_of(cells[2]) == pytest.approx([100 * top["value"]])
         assert values_of(cells[3]) == pytest.approx([100 * bound for bound in top["ci"]])
-        assert values_of(cells[4]) == pytest.approx([100 * random["value"]])
-        assert values_of(cells[5]) == pytest.approx([100 * min(random["draws"]), 100 * max(random["draws"])])
-        assert values_of(cells[7]) == pytest.approx([100 * random["top_less_this"]["value"]])
-        assert cells[9].text() == ("yes" if random["top_less_this"]["ci"][1] < 0 else "no")
+        assert values_of(cells[4]) == pytest.approx([100 * like["value"]])
+        assert values_of(cells[5]) == pytest.approx([100 * min(like["draws"]), 100 * max(like["draws"])])
+        assert values_of(cells[6]) == pytest.approx([100 * random["value"]])
+        assert values_of(cells[8]) == pytest.approx([100 * like["top_less_this"]["value"]])
+        assert cells[10].text() == ("yes" if like["top_less_this"]["ci"][1] < 0 else "no")
     own = 100 * train["conditions"]["top"]["p_answer"]["value"]
     assert f"Zeroing the {TOP_N} features of D_N changes P(answer) on the training set by {own:+.1f}".replace(
         "-", "−"

@@ -41,11 +41,11 @@ N_RANDOM_SETS = 10
 N_NEAREST = 10
 
 
-def random_sets(d_sae: int, top: Indices, rng: np.random.Generator) -> Indices:
-    """[N_RANDOM_SETS, top_n] features drawn outside D_N (or from all of them where too few lie outside)."""
+def random_sets(d_sae: int, top: Indices, rng: np.random.Generator, n_sets: int = N_RANDOM_SETS) -> Indices:
+    """[n_sets, top_n] features drawn outside D_N (or from all of them where too few lie outside)."""
     outside = np.setdiff1d(np.arange(d_sae), top)
     pool = outside if len(outside) >= len(top) else np.arange(d_sae)
-    return np.stack([np.sort(rng.choice(pool, len(top), replace=False)) for _ in range(N_RANDOM_SETS)])
+    return np.stack([np.sort(rng.choice(pool, len(top), replace=False)) for _ in range(n_sets)])
 
 
 def like_activity(mean_activation: Doubles, top: Indices, rng: np.random.Generator) -> Indices:

@@ -8,8 +8,9 @@ so that the SAE's reconstruction loses what these features write, and what it do
 This happens on every token that leads to an answer, but BOS and attention sinks. (The masking of top dimensions of the
 STS paper.) Beside D_N other sets of as many features are zeroed, each drawn several times:
 
-    random     features outside D_N, each about as active on the training set as one of D_N
-    low_shift  features among those that shift least of all that fire
+    random         any features outside D_N, most of which hardly fire
+    like_activity  features outside D_N, each about as active on the training set as one of D_N
+    low_shift      features among those that shift least of all that fire
 
 Cost, for a hook at layer 25 of 32: one forward pass of each set, and a fifth of one for every set of features zeroed.
 """
@@ -82,7 +83,7 @@ def ablate(
     train, domains: answered questions, as for `score`; by default those of the run, if it has signed forecasts
     few_shot: asks behind demonstrations (`demos`, as for `score`), as many as the run shows; needs train and domains
     top_n:   how many of the most shifted features; by default all of D_N
-    n_draws: sets of random and of least shifted features
+    n_draws: sets of features of each control
 
     Raises InputError where the run, the model or the SAE cannot be used together, answers are missing, or the SAE's
     files have no decoder.

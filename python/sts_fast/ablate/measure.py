@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sts_fast.controls import N_NEAREST, like_activity, low_shift
+from sts_fast.controls import N_NEAREST, like_activity, low_shift, random_sets
 from sts_fast.correlate import CorrelationStats
 from sts_fast.encode import SparseFeatures, encode
 from sts_fast.errors import InputError
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     Doubles = NDArray[np.float64]
     Indices = NDArray[np.int64]
 
-NOTHING, TOP, CONTROLS = "none", "top", ("random", "low_shift")
+NOTHING, TOP, CONTROLS = "none", "top", ("random", "like_activity", "low_shift")
 OUTCOMES = ("loss", "p_answer", "accuracy")
 # The least shifted features are drawn from so many times as many.
 LOW_SHIFT_POOL = 4
@@ -53,7 +53,8 @@ def draw_features(
     least = low_shift(importance, n_fired, np.resize(top, LOW_SHIFT_POOL * len(top)))
     return {
         TOP: [np.sort(top)],
-        "random": [like_activity(activity, top, rng) for _ in range(n_draws)],
+        "random": list(random_sets(len(importance), top, rng, n_draws)),
+        "like_activity": [like_activity(activity, top, rng) for _ in range(n_draws)],
         "low_shift": [np.sort(rng.choice(least, min(len(top), len(least)), replace=False)) for _ in range(n_draws)],
     }
 

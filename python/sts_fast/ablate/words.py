@@ -20,23 +20,24 @@ def findings(document: Mapping[str, Any]) -> list[str]:
     train, *domains = document["sets"]
     of = main_outcome(document)
     found = {name: condition[of] for name, condition in train["conditions"].items()}
-    more, draws = found["random"]["top_less_this"], found["random"]["draws"]
+    more, draws = found["like_activity"]["top_less_this"], found["like_activity"]["draws"]
     clearly = "It loses" if is_loss(of, more) else "It does not clearly lose"
     said = [
         f"Zeroing the {document['top_n']} features of D_N changes {WORDS[of]} on the training set by "
-        f"{with_ci(of, found['top'])}; as many random features of like activity by "
-        f"{amount(of, found['random']['value'])} ({amount(of, min(draws))} to {amount(of, max(draws))} in "
-        f"{document['n_draws']} draws), the least shifted by {amount(of, found['low_shift']['value'])}.",
-        f"{clearly} more than with random features: the difference is {with_ci(of, more)}.",
+        f"{with_ci(of, found['top'])}; as many random features by {amount(of, found['random']['value'])}, the least "
+        f"shifted by {amount(of, found['low_shift']['value'])}, features of like activity by "
+        f"{amount(of, found['like_activity']['value'])} ({amount(of, min(draws))} to {amount(of, max(draws))} in "
+        f"{document['n_draws']} draws).",
+        f"{clearly} more than with features of like activity: the difference is {with_ci(of, more)}.",
     ]
     if domains:
         changes = [one["conditions"]["top"][of]["value"] for one in domains]
-        worse = sum(is_loss(of, one["conditions"]["random"][of]["top_less_this"]) for one in domains)
+        worse = sum(is_loss(of, one["conditions"]["like_activity"][of]["top_less_this"]) for one in domains)
         own = found["top"]["value"]
         less_hurt = sum(change < own if of == "loss" else change > own for change in changes)
         said.append(
-            f"Of {len(domains)} domains {worse} clearly lose{'s' if worse == 1 else ''} more than with random "
-            f"features, and {less_hurt} lose{'s' if less_hurt == 1 else ''} less than the training set does."
+            f"Of {len(domains)} domains {worse} clearly lose{'s' if worse == 1 else ''} more than with features of "
+            f"like activity, and {less_hurt} lose{'s' if less_hurt == 1 else ''} less than the training set does."
         )
     return said
 

@@ -113,17 +113,19 @@ def _print_ablation(ablation: Ablation) -> None:
         asked = ", asked behind demonstrations" if document["few_shot"] else ""
         table = Table(title=f"Change of {what} when features are zeroed{asked}", title_justify="left", width=79)
         table.add_column("set", ratio=1)
-        for column in ("before", f"D_N ({document['top_n']})", "random (its draws)", "low shift"):
+        for column in ("before", f"D_N ({document['top_n']})", "like activity (draws)", "random", "low shift"):
             table.add_column(column, justify="right")
         for one in document["sets"]:
             found = {name: condition[outcome] for name, condition in one["conditions"].items()}
             before = one["before"][outcome]
-            draws = [_short(outcome, draw) for draw in (min(found["random"]["draws"]), max(found["random"]["draws"]))]
+            of_draws = found["like_activity"]["draws"]
+            draws = ", ".join(_short(outcome, draw) for draw in (min(of_draws), max(of_draws)))
             table.add_row(
                 "training set" if one["kind"] == "train" else escape(one["name"]),
                 f"{before:.3g}" if outcome == "loss" else f"{before:.1%}",
                 _short(outcome, found["top"]["value"]),
-                f"{_short(outcome, found['random']['value'])} ({', '.join(draws)})",
+                f"{_short(outcome, found['like_activity']['value'])} ({draws})",
+                _short(outcome, found["random"]["value"]),
                 _short(outcome, found["low_shift"]["value"]),
             )
         out.print(table)

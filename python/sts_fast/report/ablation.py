@@ -17,23 +17,24 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Zeroed:
-    """One set: how its answers change with D_N zeroed, with random features (lowest and highest draw), and others.
+    """One set: how its answers change with D_N zeroed, with features of like activity, and with others.
 
-    Better is positive. difference: D_N less random; clear: whether D_N loses clearly more.
+    Better is positive. draws: lowest and highest of like; difference: D_N less like; clear: D_N loses clearly more.
     """
 
     name: str
     before: float
     top: float
     interval: Interval
-    random: float
+    like: float
     draws: Interval
+    random: float
     low_shift: float
     difference: float
     difference_interval: Interval
     clear: bool
     accuracy: float
-    accuracy_random: float
+    accuracy_like: float
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def ablation_section(document: dict[str, Any]) -> AblationSection:
 def _row(one: dict[str, Any], outcome: str, factor: float) -> Zeroed:
     found = {name: condition[outcome] for name, condition in one["conditions"].items()}
     accuracy = {name: 100 * condition["accuracy"]["value"] for name, condition in one["conditions"].items()}
-    less = found["random"]["top_less_this"]
+    less = found["like_activity"]["top_less_this"]
 
     def ends(values: list[float]) -> Interval:
         scaled = [factor * value for value in values]
@@ -72,20 +73,21 @@ def _row(one: dict[str, Any], outcome: str, factor: float) -> Zeroed:
         before=abs(factor) * one["before"][outcome],
         top=factor * found["top"]["value"],
         interval=ends(found["top"]["ci"]),
+        like=factor * found["like_activity"]["value"],
+        draws=ends(found["like_activity"]["draws"]),
         random=factor * found["random"]["value"],
-        draws=ends(found["random"]["draws"]),
         low_shift=factor * found["low_shift"]["value"],
         difference=factor * less["value"],
         difference_interval=ends(less["ci"]),
         clear=is_loss(outcome, less),
         accuracy=accuracy["top"],
-        accuracy_random=accuracy["random"],
+        accuracy_like=accuracy["like_activity"],
     )
 
 
 def _figure(rows: list[Zeroed], title: str, outcome: str) -> Markup:
     scale = figures.Scale.over(
-        [0.0, *(value for row in rows for value in (row.top, *row.interval, row.random))], most_ticks=5
+        [0.0, *(value for row in rows for value in (row.top, *row.interval, row.like))], most_ticks=5
     )
 
     def text(value: float) -> str:
@@ -96,7 +98,7 @@ def _figure(rows: list[Zeroed], title: str, outcome: str) -> Markup:
             row.name,
             row.top,
             row.interval,
-            row.random,
+            row.like,
             f"{text(row.top)} [{text(row.interval[0])}, {text(row.interval[1])}]",
         )
         for row in rows
@@ -107,6 +109,6 @@ def _figure(rows: list[Zeroed], title: str, outcome: str) -> Markup:
         scale,
         title=f"With the features of D_N zeroed: {title}, the training set first",
         description=f"Training set: {bars[0].text}. In brackets 95% intervals; the mark on each row is the same with "
-        "random features zeroed. The table below the figure has all numbers.",
+        "features of like activity zeroed. The table below the figure has all numbers.",
         axis=("← worse", title, "better →"),
     )
