@@ -469,7 +469,8 @@ def test_every_number_follows_from_the_files(
     ).save(tmp_path)
     scores = written(tmp_path)
     again = recomputed(tmp_path)
-    assert set(again["domains"][0]) | {"n_skipped", "n_too_long", "n_unanswered"} == set(scores["domains"][0])
+    elsewhere = {"n_skipped", "n_too_long", "n_unanswered", "change", "change_interval"}
+    assert set(again["domains"][0]) | elsewhere == set(scores["domains"][0])
     assert again["domains"][0]["controls"].keys() == scores["domains"][0]["controls"].keys()
     assert set(again["shift"]) == set(scores["shift"])
     assert set(again["shifted_features"][0]) | EXPLANATIONS == set(scores["shifted_features"][0])
