@@ -21,7 +21,7 @@ help:
 	@echo 'make demo     forecasts on a small embedded model, beside real fine-tuning'
 	@echo '              MODEL= SAE= TRAIN= DOMAINS="a.jsonl b=c.jsonl": a forecast on these instead'
 	@echo 'make gpu      builds, checks and times the CUDA core on this machine, with its own torch; no network'
-	@echo '              STAGES="build check sanitize bench forecast": these alone'
+	@echo '              STAGES="build check sanitize bench forecast table": these alone'
 	@echo 'make clean    remove the environment and what was built'
 
 install: $(VENV)/installed

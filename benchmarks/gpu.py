@@ -12,6 +12,8 @@ stage finds is saved at once in benchmarks/results/<gpu>.json. Each stage takes 
     sanitize  compute-sanitizer's memcheck and racecheck over every kernel, on small shapes
     bench     ours in each precision beside the bare product, eager and compiled torch, in turns, checked first
     forecast  a language model's forward passes with and without the statistics of what they compute
+    table     a whole forecast with a Qwen2.5-7B-shaped model and an SAE 131,072 wide, beside its bare passes, queries
+              run alone and the published way (see bench_forecast)
 """
 
 from __future__ import annotations
@@ -30,15 +32,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_problem import TARGETS, TOP_K, Problem
+
 ROOT = Path(__file__).parents[1]
 BUILT = ROOT / "build" / "gpu"
-STAGES = ("build", "check", "sanitize", "bench", "forecast")
+STAGES = ("build", "check", "sanitize", "bench", "forecast", "table")
 LIMIT = 590  # seconds of a stage
 N_ROWS = 32_768
 SHIFT_SIZES = ((3584, 65_536), (4096, 131_072), (2304, 16_384))
 TOP_K_SIZES = ((3584, 65_536), (3584, 131_072))
-TOP_K = 64
-TARGETS = 16
 CHUNK = 4096  # rows of a dense peer's chunk
 ROUNDS = 7
 
@@ -176,131 +178,6 @@ def random_problems(loop: str) -> Iterator[tuple[str, float]]:
         values.zero_()
     graph.replay()
     yield "graph shift", problem.shift_error(sums)
-
-
-class Problem:
-    """Random weights and rows on the device, and what float64 says of them."""
-
-    def __init__(
-        self, d_in: int, d_sae: int, rows: int, activation: str, precision: str, seed: int = 0, dtype: Any = None
-    ) -> None:
-        import torch
-
-        from sts_fast import cuda
-
-        self.activation, self.d_sae, self.precision = activation, d_sae, precision
-        generator = torch.Generator("cuda").manual_seed(seed)
-        normal = lambda *shape: torch.randn(*shape, device="cuda", generator=generator)  # noqa: E731
-        self.W_enc = normal(d_in, d_sae) / d_in**0.5
-        if precision == "bf16":
-            self.W_enc = self.W_enc.bfloat16()
-        dtype = dtype or torch.float32
-        self.base = normal(rows, d_in).to(dtype)
-        self.other = (self.base.float() + 0.3 * normal(rows, d_in)).to(dtype)
-        self.targets = normal(rows, TARGETS).double()
-        border = statistics.NormalDist().inv_cdf(1 - 64 / d_sae)  # about 64 features fire in a row
-        self.threshold = torch.full((d_sae,), border, device="cuda")
-        self.bias = 0.1 * normal(d_sae)
-        topk = activation == "topk"
-        self.encoder = cuda.Encoder(
-            cuda.prepare_weights(self.W_enc, torch.zeros(d_in).numpy(), torch.device("cuda", 0), precision),
-            self.bias.cpu().numpy(),
-            d_in=d_in,
-            precision=precision,
-            activation=activation,
-            scale=torch.ones(d_sae).numpy(),
-            threshold=None if topk else self.threshold.cpu().numpy(),
-            k=TOP_K if topk else 0,
-        )
-
-    def new_sums(self) -> dict[str, Any]:
-        import torch
-
-        sums = ("sum_sq_shift", "sum_base", "sum_other", "sum_sq_base", "sum_sq_other")
-        found = {name: torch.zeros(self.d_sae, dtype=torch.float64, device="cuda") for name in sums}
-        counts = ("n_fired_base", "n_fired_other")
-        return found | {name: torch.zeros(self.d_sae, dtype=torch.int64, device="cuda") for name in counts}
-
-    def shift(self, sums: dict[str, Any] | None = None) -> dict[str, Any]:
-        from sts_fast import cuda
-
-        sums = sums or self.new_sums()
-        cuda.accumulate_shift(self.encoder, self.base, self.other, **sums)
-        return sums
-
-    def moments(self) -> dict[str, Any]:
-        import torch
-
-        from sts_fast import cuda
-
-        sums = {name: torch.zeros(self.d_sae, dtype=torch.float64, device="cuda") for name in ("sum_h", "sum_sq_h")}
-        sums["n_fired"] = torch.zeros(self.d_sae, dtype=torch.int64, device="cuda")
-        sums["sum_hy"] = torch.zeros((self.d_sae, TARGETS), dtype=torch.float64, device="cuda")
-        cuda.accumulate_moments(self.encoder, self.base, self.targets, **sums)
-        return sums
-
-    def sparse(self) -> Any:
-        from sts_fast import cuda
-
-        return cuda.encode_sparse(self.encoder, self.base)
-
-    def features(self, acts: Any, columns: Any) -> tuple[Any, Any]:
-        """(features, distance of each from its threshold) in float64; of jumprelu."""
-        pre = acts.double() @ self.W_enc[:, columns].double() + self.bias[columns].double()
-        threshold = self.threshold[columns].double()
-        return pre * (pre > threshold), (pre - threshold).abs()
-
-    def columns(self) -> Any:
-        import torch
-
-        return torch.randperm(self.d_sae, device="cuda")[:1024].sort().values
-
-    def shift_error(self, sums: dict[str, Any]) -> float:
-        columns = self.columns()
-        (a, near_a), (b, near_b) = (self.features(acts, columns) for acts in (self.base, self.other))
-        firm = (near_a.amin(0) > self.margin()) & (near_b.amin(0) > self.margin())
-        wanted = {"sum_sq_shift": (b - a).square(), "sum_base": a, "sum_other": b, "sum_sq_base": a.square()}
-        wanted |= {"sum_sq_other": b.square(), "n_fired_base": a != 0, "n_fired_other": b != 0}
-        return worst((sums[name][columns][firm], values.double().sum(0)[firm]) for name, values in wanted.items())
-
-    def moments_error(self) -> float:
-        columns, sums = self.columns(), self.moments()
-        h, near = self.features(self.base, columns)
-        firm = near.amin(0) > self.margin()
-        pairs = [(sums["sum_h"], h.sum(0)), (sums["sum_sq_h"], h.square().sum(0)), (sums["n_fired"], (h != 0).sum(0))]
-        found = worst((got[columns][firm], values[firm]) for got, values in pairs)
-        size = h.abs().T @ self.targets.abs() + 1e-3
-        off = (sums["sum_hy"][columns] - h.T @ self.targets).abs() / size
-        return max(found, float(off[firm].max()))
-
-    def margin(self) -> float:
-        """What products may be off by; weights of "bf16" are bfloat16 here, so that nothing is rounded."""
-        return 1e-5 if self.precision == "fp32" else 1e-4
-
-    def top_k_error(self) -> float:
-        """Of a sample of rows; a row whose k-th and next value lie within the margin is left out."""
-        import torch
-
-        indptr, indices, values = self.sparse()
-        rows = torch.randperm(len(self.base), device="cuda")[:256]
-        pre = self.base[rows].double() @ self.W_enc.double() + self.bias.double()
-        top = pre.topk(TOP_K + 1, dim=1)
-        firm = (top.values[:, TOP_K - 1] - top.values[:, TOP_K]) > self.margin()
-        found = torch.zeros_like(pre)
-        for place, row in enumerate(rows.tolist()):
-            part = slice(int(indptr[row]), int(indptr[row + 1]))
-            found[place, indices[part].long()] = values[part].double()
-        wanted = torch.zeros_like(pre).scatter_(1, top.indices[:, :TOP_K], top.values[:, :TOP_K].relu())
-        return float(((found - wanted).abs().amax(1) / wanted.amax(1))[firm].max())
-
-
-def worst(pairs: Iterator[tuple[Any, Any]]) -> float:
-    """The largest error, relative to a column's own sum, or to a hundredth of the largest where that is more."""
-    found = 0.0
-    for got, wanted in pairs:
-        size = wanted.abs().clamp(min=0.01 * float(wanted.abs().max()) + 1e-30)
-        found = max(found, float(((got.double() - wanted.double()).abs() / size).max()))
-    return found
 
 
 def stage_sanitize() -> Record:
@@ -504,6 +381,13 @@ def stage_forecast() -> Record:
     return {"timings": timed(("forecast", stages), {"d_in": 3584, "d_sae": 65_536, "rows": 16_384}, "forward")}
 
 
+def stage_table() -> Record:
+    """A whole forecast; its checked and timed parts, and memory on the device, as bench_forecast has them."""
+    from benchmarks.bench_forecast import SEVEN_B, measured
+
+    return measured(SEVEN_B, rounds=3, threads=os.cpu_count() or 1)
+
+
 def print_table(document: Record) -> None:
     for stage in STAGES:
         found = document.get(stage, {})
@@ -516,6 +400,14 @@ def print_table(document: Record) -> None:
             f"{row['op']:20} {size:12} {row['contestant']:30} {row['median']:9.2f} ms "
             f"{row['of_floor']:7.3f} {row['bytes'] / 1e6:9.0f} MB"
         )
+    table = document.get("table", {})
+    if "wall" in table:
+        wall, memory = table["wall"], table["memory_bytes"]
+        shift, score = (wall["over_floor"][stage] for stage in ("shift", "score"))
+        print(f"forecast over bare passes: shift {shift:.3f}, score {score:.3f}")
+        print(f"each query alone over ours, shift: {wall['alone_over_ours']:.1f}")
+        print(f"published way over ours: {wall['authors_over_ours']:.1f} in time, ", end="")
+        print(f"{memory['authors'] / memory['ours']:.1f} in memory ({memory['ours'] / 1e6:.0f} MB ours)")
 
 
 if __name__ == "__main__":
