@@ -284,6 +284,22 @@ def test_compare_puts_training_sets_side_by_side(score: Options, run: Callable[.
     assert json.loads(run(single).out)["domains"][0]["sts_act"] == pytest.approx(of_first["sts_act"], rel=1e-12)
 
 
+def test_the_same_output_again_holds_the_new_results_alone(
+    score: Options, run: Callable[..., Ran], tmp_path: Path
+) -> None:
+    """Folders of candidates that are no longer compared go, files that others put there stay."""
+    [folder] = score.values["domains"]
+    first = [f"first={score.values['train']}", f"second={folder}/red.jsonl"]
+    options = score.with_(domains=f"blue={folder}/blue.jsonl", output=tmp_path / "out")
+    assert run(replace(options.with_(train=first), command="compare")).code == 0
+    (tmp_path / "out" / "second" / "notes.txt").write_text("mine")
+    assert run(replace(options.with_(train=[first[0], f"third={folder}/red.jsonl"]), command="compare")).code == 0
+    assert sorted(contents(tmp_path / "out" / "second")) == ["notes.txt"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["compare.json", "first", "second", "third"]
+    assert run(options).code == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*FILES, "second"])
+
+
 @pytest.mark.parametrize("train", ["..={}", "a/b={}", ["x={}", "x={}"]])
 def test_candidates_need_names_of_their_own(score: Options, run: Callable[..., Ran], train: str | list[str]) -> None:
     named = [one.format(score.values["train"]) for one in ([train] if isinstance(train, str) else train)]

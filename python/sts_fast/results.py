@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -35,6 +35,11 @@ FEATURES_FILE = "features.parquet"
 VALIDATION_FILE = "validation.json"
 TRAINING_FILE = "training.json"
 COMPARISON_FILE = "compare.json"
+REPORT_FILE = "report.html"
+RUN_FILES = (
+    *(SCORES_FILE, SHIFT_FILE, PROMPTS_FILE, FEATURES_FILE, VALIDATION_FILE, TRAINING_FILE, REPORT_FILE),
+    *("ablation.json", "ablation.parquet"),
+)
 
 Interval = tuple[float, float]
 Estimator = Literal["act", "icl", "act_sq"]
@@ -366,6 +371,31 @@ def prepare_folder(folder: Path) -> None:
     with files.atomic_path(folder / ".writable") as path:
         path.touch()
     (folder / ".writable").unlink()
+
+
+def clear_earlier(folder: Path, written: Collection[Path]) -> None:
+    """Removes what an earlier command with the same --output wrote below it, or in it, and the new one does not.
+
+    folder: the --output; written: the folders that get a scores.json now
+
+    Only folders that an earlier comparison lists are looked into, and only files of a run's names are removed.
+    """
+    comparison = folder / COMPARISON_FILE
+    if comparison.is_file():
+        try:
+            document = json.loads(comparison.read_text(encoding="utf-8"))
+            names = [str(one["name"]) for one in document.get("saes", document.get("trains", []))]
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            names = []  # another program's file: it is written over, as ever
+        for name in names:
+            if name not in ("", ".", "..") and "/" not in name:
+                clear_earlier(folder / name, written)
+        comparison.unlink()
+    if folder not in written and folder.is_dir():
+        for name in RUN_FILES if (folder / SCORES_FILE).is_file() else ():
+            (folder / name).unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def check_has_scores(folder: Path) -> None:

@@ -293,8 +293,9 @@ def _forecasts(
         )
     names = results.sae_names([(sae.source, sae.hook_name) for sae in loaded])
     refused: str | None = None
-    for sae_name, forecasts in zip(names, of_saes, strict=True):
-        of_sae = output / sae_name if len(loaded) > 1 else output
+    folders = [output / name if len(loaded) > 1 else output for name in names]
+    results.clear_earlier(output, [folder / name if by_train else folder for folder in folders for name in trains])
+    for of_sae, forecasts in zip(folders, of_saes, strict=True):
         for name, forecast in forecasts.items():
             folder = of_sae / name if by_train else of_sae
             if calibration is not None:

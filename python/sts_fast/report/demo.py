@@ -13,9 +13,9 @@ from sts_fast.errors import InputError
 from sts_fast.report import figures
 from sts_fast.report.numbers import correlation
 from sts_fast.report.page import render
+from sts_fast.results import REPORT_FILE
 
 DEMO_FILE = "demo.json"
-REPORT_FILE = "report.html"
 TEMPLATE = "demo.html.j2"
 SCALE = figures.Scale(-1, 1, (-1, -0.5, 0, 0.5, 1))
 
