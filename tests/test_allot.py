@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from sts_fast.allot import fill, least_loss, whole_examples
+from sts_fast.allot import EVENLY, fill, least_loss, whole_examples
 from sts_fast.gradient_flow import Flow
 
 
@@ -63,8 +63,10 @@ def test_best_shares_are_those_of_a_general_solver(seed: int) -> None:
     assert found.sum() == pytest.approx(1)
     assert (found >= 0).all()
     assert (found <= most + 1e-12).all()
+    start = fill((most > 0).astype(np.float64), most)
+    bounds = list(zip(EVENLY * start, most, strict=True))
     solver = minimize(
-        value, fill((most > 0).astype(np.float64), most), method="SLSQP", bounds=[(0, one) for one in most],
+        value, start, method="SLSQP", bounds=bounds,
         constraints={"type": "eq", "fun": lambda x: x.sum() - 1}, options={"ftol": 1e-12, "maxiter": 500},
     )  # fmt: skip
     assert value(found) <= solver.fun + 1e-4 * abs(solver.fun)

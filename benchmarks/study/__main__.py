@@ -10,6 +10,9 @@ python -m benchmarks.study calibrate                     # intervals of the chan
 
 python -m benchmarks.study rl package                    # reinforcement learning in the place of fine-tuning
 python -m benchmarks.study rl                            # its tables
+
+python -m benchmarks.study mix base-3                    # data mixing: really trained with, after `run` of the same
+python -m benchmarks.study mix                           # its tables
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study import rl, rl_table
+from benchmarks.study import mixing, rl, rl_table
 from benchmarks.study.analyses import analyse, analyse_saes
 from benchmarks.study.analyses_table import analyses_table, write
 from benchmarks.study.calibrate import TABLES, calibrate
@@ -38,7 +41,7 @@ WORK = Path("build") / "study"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "again", "table", "calibrate", "rl", "analyses"))
+    parser.add_argument("what", choices=("run", "again", "table", "calibrate", "rl", "analyses", "mix"))
     parser.add_argument("base", nargs="?")
     parser.add_argument("--train-seed", type=int, help="train this base model first")
     arguments = parser.parse_args()
@@ -51,6 +54,12 @@ def main() -> None:
             tell = teller(arguments.base)
             rl.run(arguments.base, base_folder(arguments.base, arguments.train_seed, tell), WORK, tell)
         sys.stdout.write(rl_table.table(json.loads(rl.RESULTS.read_text(encoding="utf-8"))))
+        return
+    if arguments.what == "mix":
+        if arguments.base is not None:
+            tell = teller(arguments.base)
+            mixing.run(arguments.base, base_folder(arguments.base, arguments.train_seed, tell), WORK, tell)
+        sys.stdout.write(mixing.table(json.loads(mixing.RESULTS.read_text(encoding="utf-8"))))
         return
     if arguments.what == "run":
         run(arguments.base or "package", arguments.train_seed)

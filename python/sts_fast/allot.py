@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     Doubles = NDArray[np.float64]
     Counts = NDArray[np.int64]
 
+# What no forecast decides: gradients before training do not foresee all that long training forgets.
+EVENLY = 0.5
 MOST_STEPS = 400
 # Stops when a step gains less than this part of what is to be minimised.
 TOLERANCE = 1e-7
@@ -56,23 +58,29 @@ def least_loss(flow: Flow, train: int, train_share: float, weights: Doubles, mos
     train_share: of the training set in the mixture; the budget is the rest
     weights:     [n] what each set's loss counts; most: [n] largest share of each, 0 for `train`
 
-    By exponentiated gradient from shares as even as `most` allows, each step halved until it does not make things
-    worse: the same input gives the same shares. The losses are not convex in the shares, so this is a local minimum.
+    The part EVENLY of the budget goes to all sets that count, whatever is forecast. The rest is sought by exponentiated
+    gradient from even shares, each step halved until it does not make things worse: the same input gives the same
+    shares. The losses are not convex in the shares, so this is a local minimum.
     """
-    own = np.where(np.arange(len(most)) == train, train_share, 0.0)
+    in_train = np.where(np.arange(len(most)) == train, train_share, 0.0)
+    floor = EVENLY * fill(((weights > 0) & (most > 0)).astype(np.float64), most)
+    most_free = (most - floor) / (1 - EVENLY)
 
-    def value_and_gradient(shares: Doubles) -> tuple[float, Doubles]:
-        return flow.value_and_gradient(own + (1 - train_share) * shares, weights)
+    def shares(free: Doubles) -> Doubles:
+        return floor + (1 - EVENLY) * free
 
-    shares = fill((most > 0).astype(np.float64), most)
-    value, gradient = value_and_gradient(shares)
+    def value_and_gradient(free: Doubles) -> tuple[float, Doubles]:
+        return flow.value_and_gradient(in_train + (1 - train_share) * shares(free), weights)
+
+    free = fill((most_free > 0).astype(np.float64), most_free)
+    value, gradient = value_and_gradient(free)
     length = 1.0
     for _ in range(MOST_STEPS):
-        centred = gradient - float(np.einsum("a,a->", shares, gradient))
-        scale = np.abs(centred[most > 0]).max(initial=0)
+        centred = gradient - float(np.einsum("a,a->", free, gradient))
+        scale = np.abs(centred[most_free > 0]).max(initial=0)
         if scale == 0:
             break
-        trial = fill(shares * np.exp(-length * centred / scale), most)
+        trial = fill(free * np.exp(-length * centred / scale), most_free)
         trial_value, trial_gradient = value_and_gradient(trial)
         if trial_value > value:
             length /= 2
@@ -80,7 +88,7 @@ def least_loss(flow: Flow, train: int, train_share: float, weights: Doubles, mos
                 break
             continue
         gain = value - trial_value
-        shares, value, gradient, length = trial, trial_value, trial_gradient, length * 1.5
+        free, value, gradient, length = trial, trial_value, trial_gradient, length * 1.5
         if gain < TOLERANCE * abs(value):
             break
-    return shares
+    return shares(free)

@@ -40,7 +40,7 @@ Interval = tuple[float, float]
 SCHEMA_VERSION = "1.0"
 MIX_FILE, MIXED_FILE = "mix.json", "mixed.jsonl"
 TRAIN = "train"
-LOSS_LEFT = 0.02
+LOSS_LEFT = 0.01
 N_BOOTSTRAP = 200
 INTERVAL = (2.5, 97.5)
 
