@@ -162,6 +162,7 @@ def test_first_order_forecasts_are_the_derivatives_of_loss_and_probability(
     assert close(pull.values["ntk_loss"][0].mean(), (M * M_T).sum() / norm)
     assert close(pull.values["ntk"][0].mean(), -(M * literal.gradient(domain, literal.p_answer)).sum() / norm)
     assert close(pull.contributions[0], (M * M_T).sum(axis=1) / norm)
+    assert close(pull.norm, np.sqrt((M_T**2).sum()))
     assert close(pull.contributions[0].sum(), pull.values["ntk_loss"][0].mean())
     assert close(pull.p_answer, literal.values(domain, literal.p_answer, zero))
     assert set(pull.values) == {"ntk", "ntk_loss"}
@@ -381,7 +382,7 @@ def test_weak_forecasts_carry_a_warning() -> None:
     assert "leaves 60%" in stuck
 
     def pull(nll: float, n_answer: int) -> Pull:
-        return Pull("t", {}, np.zeros((1, 1)), np.asarray([nll]), np.asarray([n_answer]))
+        return Pull("t", {}, np.zeros((1, 1)), np.asarray([nll]), np.asarray([n_answer]), 1.0)
 
     assert pull_warnings(pull(0.5, 3)) == []
     [long] = pull_warnings(pull(0.5, 40))

@@ -79,6 +79,9 @@ def test_block_holds_the_mean_over_prompts_of_each_estimator(tiny: Tiny, run: Pa
             assert low <= found[estimator]["value"] <= high
             # A mean over prompts has about this spread.
             assert high - low == pytest.approx(3.92 * values.std() / np.sqrt(LIMIT), rel=0.35)
+        along = pull.contributions[0].sum()  # <M_S, M_T> / ||M_S||
+        assert found["gradient_cosine"] == pytest.approx(along / pull.norm, rel=1e-3, abs=1e-6)
+        assert abs(found["gradient_cosine"]) <= 1
         contributions = pull.contributions[0]
         top = found["top_features"]
         assert [entry["index"] for entry in top] == np.argsort(-np.abs(contributions))[: len(top)].tolist()

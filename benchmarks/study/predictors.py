@@ -65,6 +65,9 @@ def predict(ground: Ground, folder: Path, tell: Any) -> dict[str, Any]:
                  for name in ground.domains]  # fmt: skip
         for estimator in pulls[0].values:
             found[f"{estimator} ({kind})"] = np.stack([pull.values[estimator].mean(axis=1) for pull in pulls], axis=1)
+        for i in range(len(pushes)):
+            cosines = [pull.values["ntk_loss"][i].mean() / pull.norm for pull in pulls]
+            found.setdefault(f"cosine of gradients in features ({kind})", []).append(cosines)
         found["P"] = np.asarray([pull.p_answer.mean() for pull in pulls])
         tell(f"domains, {kind}")
         if kind == "raw":

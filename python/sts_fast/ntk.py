@@ -172,6 +172,7 @@ class Pull:
         equations: a domain's forecast is the mean over its prompts
     contributions: [n_pushes, n_features] <direction[j], M_T[j]>: each feature's part of the domain's ntk_loss
     nll, n_answer: [n_prompts] loss per token of the answer, in nats, and its number of tokens
+    norm:   ||M_T||: <direction, M_T> / ||M_T|| is the cosine of both sets' gradients in features, from -1 to 1
     """
 
     name: str
@@ -179,6 +180,7 @@ class Pull:
     contributions: Doubles
     nll: Doubles
     n_answer: NDArray[np.int64]
+    norm: float
 
     @property
     def p_answer(self) -> Doubles:
@@ -359,7 +361,7 @@ def measure_pull(
     for kind, after in moved_nll.items():
         values |= {kind: np.exp(-after * n_answer) - p_answer, f"{kind}_loss": nll - after}
     contributions = np.stack([np.einsum("jr,jr->j", push.direction, M) for push in pushes])
-    return Pull(name, values, contributions, nll, n_answer)
+    return Pull(name, values, contributions, nll, n_answer, _norm(M))
 
 
 def push_warnings(push: Push) -> list[str]:

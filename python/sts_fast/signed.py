@@ -236,6 +236,7 @@ def _domain(i: int, pull: Pull, features: Features, estimators: Sequence[str], s
         "n_prompts": n,
         "base_loss": float(pull.nll.mean()),
         "p_answer": float(pull.p_answer.mean()),
+        "gradient_cosine": float(pull.values["ntk_loss"][i].mean() / pull.norm) if pull.norm else 0.0,
     }
     for field in SIGNED_FIELDS:
         found[field] = None
