@@ -15,6 +15,7 @@ from sts_fast.errors import InputError
 from sts_fast.examples import Example, load_domains, load_examples
 from sts_fast.mix import Mixture, mix
 from sts_fast.outcomes import read_outcomes
+from sts_fast.overlap import Overlap, overlap
 from sts_fast.results import Forecast
 from sts_fast.sae import SAE, load_sae
 from sts_fast.score import compare, score
@@ -32,6 +33,7 @@ __all__ = [
     "Forecast",
     "InputError",
     "Mixture",
+    "Overlap",
     "ShiftStats",
     "SparseFeatures",
     "__version__",
@@ -45,6 +47,7 @@ __all__ = [
     "load_examples",
     "load_sae",
     "mix",
+    "overlap",
     "read_outcomes",
     "score",
     "set_num_threads",
