@@ -384,6 +384,6 @@ def test_weak_forecasts_carry_a_warning() -> None:
     def pull(nll: float, n_answer: int) -> Pull:
         return Pull("t", {}, np.zeros((1, 1)), np.asarray([nll]), np.asarray([n_answer]), 1.0)
 
-    assert pull_warnings(pull(0.5, 3)) == []
-    [long] = pull_warnings(pull(0.5, 40))
-    assert "read the forecasts of its loss" in long
+    assert pull_warnings([pull(0.5, 3)]) == []
+    [long] = pull_warnings([pull(0.5, 3), pull(0.5, 40)])
+    assert "in t (2e-09): read the forecasts of the loss" in long

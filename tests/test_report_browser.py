@@ -229,6 +229,7 @@ def test_the_keyboard_reaches_and_opens_everything(page: Page, reports: dict[str
 
 def test_figures_have_names(page: Page, reports: dict[str, Path]) -> None:
     page.show(reports["full"], width=1200)
+    page.value("document.querySelectorAll('details').forEach(details => details.open = true)")
     nodes = page.call("Accessibility.getFullAXTree")["nodes"]
     images = [node for node in nodes if node.get("role", {}).get("value") in ("image", "img")]
     assert len(images) == page.value("document.querySelectorAll('svg[role=img]').length") == 12

@@ -381,14 +381,15 @@ def push_warnings(push: Push) -> list[str]:
     return warnings
 
 
-def pull_warnings(pull: Pull) -> list[str]:
-    """What a reader should know about a domain's answers."""
-    p = float(pull.p_answer.mean())
-    if p >= SMALLEST_P:
+def pull_warnings(pulls: Sequence[Pull]) -> list[str]:
+    """What a reader should know about the domains' answers."""
+    unlikely = {pull.name: p for pull in pulls if (p := float(pull.p_answer.mean())) < SMALLEST_P}
+    if not unlikely:
         return []
+    named = ", ".join(f"{name} ({p:.1g})" for name, p in unlikely.items())
     return [
-        f"the answers of '{pull.name}' have a probability of {p:.1g} on average, too long or too unlikely for a change "
-        "of it to say much: read the forecasts of its loss"
+        f"answers too long or too unlikely for a change of their probability to say much, in {named}: read the "
+        "forecasts of the loss there"
     ]
 
 

@@ -147,7 +147,7 @@ def signed_forecasts(
     return {
         push.name: SignedForecast(
             block,
-            [*push_warnings(push), *(warning for pull in pulls for warning in pull_warnings(pull))],
+            [*push_warnings(push), *pull_warnings(pulls)],
             _prompt_table(i, train, push, domains, pulls),
             found,
         )

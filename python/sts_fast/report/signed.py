@@ -211,8 +211,8 @@ def _bars(
 def _ranking_sentences(rows: Sequence[SignedRow]) -> list[str]:
     n = {kind: sum(row.direction == kind for row in rows) for kind in ("better", "worse", "open")}
     said = (
-        f"Of {counted(len(rows), 'domain')}, {n['better']} {'is' if n['better'] == 1 else 'are'} forecast to get "
-        f"better and {n['worse']} to get worse with the whole 95% interval"
+        f"Of {counted(len(rows), 'domain')}, {n['better'] or 'none'} {'is' if n['better'] == 1 else 'are'} forecast to "
+        f"get better and {n['worse'] or 'none'} to get worse with the whole 95% interval"
     )
     return [said + (f"; {n['open']} may go either way." if n["open"] else ".")]
 
