@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import sts_fast
-from sts_fast import activations, capture_activations
+from sts_fast import capture_activations
+from sts_fast.activations import Activations, writing
+from sts_fast.activations.index import Index
 from sts_fast.cli import app
 from sts_fast.errors import InputError
 
@@ -36,7 +38,7 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(n_before)
 
 
-def capture_tiny(tiny: Tiny, output: Path, **options: Any) -> activations.Activations:
+def capture_tiny(tiny: Tiny, output: Path, **options: Any) -> Activations:
     defaults = {
         "model": tiny.model,
         "trains": {"train": tiny.train},
@@ -173,7 +175,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("moment", ["behind the index", "before the index"])
 def test_a_killed_run_resumes(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
-    monkeypatch.setattr(activations, "SHARD_PROMPTS", 5)
+    monkeypatch.setattr(writing, "SHARD_PROMPTS", 5)
     capture_tiny(tiny, tmp_path / "whole")
     shards = sorted((tmp_path / "whole").rglob("*.safetensors"))
     assert len(shards) >= 6
@@ -191,8 +193,8 @@ def test_a_killed_run_resumes(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Mo
             with pytest.raises(Killed):
                 capture_tiny(tiny, tmp_path / "killed", progress=die)
         else:
-            save = activations._Index.save
-            patched.setattr(activations._Index, "save", lambda index, folder: (die(), save(index, folder)))
+            save = Index.save
+            patched.setattr(Index, "save", lambda index, folder: (die(), save(index, folder)))
             with pytest.raises(Killed):
                 capture_tiny(tiny, tmp_path / "killed")
     with pytest.raises(InputError, match=r"holds \d+ of the \d+ prompts .* run the same sts-fast capture again"):
