@@ -32,9 +32,9 @@ from sts_fast.trainer import TransferMonitor
 
 N_WORDS = 8000
 LAYER, N_LAYERS, D_MODEL, D_SAE = 5, 8, 512, 16384
-PROBE_TOKENS, N_PROBES, N_DOMAINS = 100, 64, 4
-SEQUENCES, SEQUENCE_TOKENS = 8, 512
-WARM_UP = 2  # steps that are not counted
+PROBE_TOKENS, N_PROBES, N_DOMAINS = 64, 64, 4
+SEQUENCES, SEQUENCE_TOKENS = 4, 512
+WARM_UP = 2  # steps that are not counted; an even number
 LARGEST_ERROR = 1e-4
 
 
@@ -113,7 +113,7 @@ def check(monitor: TransferMonitor, before: LlamaForCausalLM, after: LlamaForCau
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measurements", type=int, default=12)
+    parser.add_argument("--measurements", type=int, default=10)
     parser.add_argument("--every", type=int, default=50, help="steps from one measurement to the next")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

@@ -15,6 +15,7 @@ import torch
 from benchmarks import memory, oracle, records, tables, timing
 from benchmarks.__main__ import OPS, main, make_bench
 from benchmarks.cases import Bench, Case, Size
+from benchmarks.study import grpo, rl
 
 SIZE = Size(d_in=40, d_sae=640, rows=30)
 
@@ -139,3 +140,38 @@ def test_pages_show_the_committed_results() -> None:
     for page, text in tables.pages():
         shown = page.read_text(encoding="utf-8")
         assert shown == tables.between_markers(shown, text), "python -m benchmarks --write-tables brings it up to date"
+
+
+def test_rl_runs_are_counted_and_their_features_compared() -> None:
+    """Two runs by hand: one whose reward rises and whose features are known, one whose reward does not."""
+    n, d_sae = len(rl.DOMAINS), 40
+    shift = np.tile(np.arange(d_sae, 0, -1.0), (n, 1))  # demonstrations of every domain shift features 0 to 31 most
+    dims = {name: [[list(range(rl.TOP_N))]] * len(grpo.TRAINS) for name in rl.DIMS}
+    row = {
+        "regime": "rising", "train": grpo.TRAINS[0], "seed": 0, "rewards": [0.2] * 5 + [0.9] * 10,
+        "dims": list(range(8, 40)), "share_of_top_n": 0.5,
+        **{shots: {o: np.arange(float(n)) for o in ("dP", "dloss", "daccuracy", "z_dP", "z_dloss")}
+           for shots in ("zero-shot", "few-shot")},
+    }  # fmt: skip
+    raw = {
+        "act": shift, "icl": shift, "trials": [row, {**row, "seed": 1, "rewards": [0.5] * 15}],
+        "before": {shots: {"P": np.arange(float(n)), "loss": -np.arange(float(n))} for shots in row if "shot" in shots},
+        "forecast": {"dims": dims, "direct": {"one": np.tile(-np.arange(float(n)), (len(grpo.TRAINS), 1))}},
+    }  # fmt: skip
+    found = rl.compact(raw)["rising"]
+    assert found["trainings"] == [[grpo.TRAINS[0], 0]]
+    assert found["not_counted"] == [[grpo.TRAINS[0], 1]]
+    assert found["rewards"] == [[0.2, 0.9]]
+    assert set(map(tuple, found["overlap"].values())) == {(24.0,)}
+    assert found["zero-shot dP"]["one"] == {"signed": [-1.0], "size": [1.0], "auc_distinct": [None]}
+    assert found["zero-shot dP"]["base P(answer)"]["signed"] == [1.0]
+
+
+def test_the_cost_of_watching_a_training_is_what_was_measured() -> None:
+    measured = json.loads((records.RESULTS / "monitor.json").read_text(encoding="utf-8"))
+    cost, docs = measured["cost"], (records.RESULTS.parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    assert len(measured["measurement_cpu_seconds"]) >= 10
+    assert cost["highest"] <= 0.02
+    assert f"{cost['median']:.1%} of the training's" in docs
+    assert f"{cost['lowest']:.1%} to {cost['highest']:.1%}" in docs
+    assert f"{measured['tokens_per_step']:,} tokens a step, probes of {measured['tokens_per_probe']:.0f} tokens" in docs

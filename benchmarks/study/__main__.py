@@ -53,7 +53,9 @@ def main() -> None:
         if arguments.base is not None:
             tell = teller(arguments.base)
             rl.run(arguments.base, base_folder(arguments.base, arguments.train_seed, tell), WORK, tell)
-        sys.stdout.write(rl_table.table(json.loads(rl.RESULTS.read_text(encoding="utf-8"))))
+        for page, text in rl_table.pages():
+            page.write_text(text, encoding="utf-8")
+        sys.stdout.write(rl_table.PAGE.read_text(encoding="utf-8"))
         return
     if arguments.what == "mix":
         if arguments.base is not None:

@@ -55,9 +55,9 @@ def run(name: str, folder: Path, work: Path, tell: Tell) -> None:
                         raw["trials"].append(trial(base, before, asking, regime, train, seed, lr))
                         keep()
                         tell(f"{regime}: {train}, seed {seed}")
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    results[name] = {"organism": figures, **compact(json.loads(path.read_text(encoding="utf-8")))}
-    RESULTS.write_text(json.dumps(results, separators=(",", ":")) + "\n", encoding="utf-8")
+                results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+                results[name] = {"organism": figures, **compact(json.loads(path.read_text(encoding="utf-8")))}
+                RESULTS.write_text(json.dumps(results, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
 def trial(

@@ -1,30 +1,93 @@
-"""results/rl.json as tables: over all held-out base models together, then for each."""
+"""results/rl.json as pages: all tables in results/rl.md, a few of their columns in docs/rl.md."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.study import grpo
-from benchmarks.study.rl import ESTIMATORS, OTHERS, TRUE
+from benchmarks.study.rl import ESTIMATORS, OTHERS, RESULTS, TRUE
 from benchmarks.study.rl_forecasts import DIMS, TOP_N
+from benchmarks.tables import between_markers
 
+PAGE, DOCS = RESULTS.with_suffix(".md"), Path(__file__).parents[2] / "docs" / "rl.md"
+HEAD = """# Results of the RL study
+
+`python -m benchmarks.study rl` writes this page, and the tables of [docs/rl.md](../../docs/rl.md), from rl.json. What
+they mean: [study/rl.md](../study/rl.md). A cell is mean [lowest, highest] over runs; a difference mean [95% interval].
+
+"""
 DESIGN = "package"
 N_BOOTSTRAP = 10_000
 
 Lists = dict[str, Any]
 
 
+def pages() -> list[tuple[Path, str]]:
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    docs = between_markers(DOCS.read_text(encoding="utf-8"), summary(results))
+    return [(PAGE, HEAD + table(results)), (DOCS, docs)]
+
+
+def judged_bases(results: Lists) -> Lists:
+    """Those that the forecasts were not designed on."""
+    return {name: results[name] for name in sorted(results) if name != DESIGN} or results
+
+
+def summary(results: Lists) -> str:
+    """The held-out base models together."""
+    judged = judged_bases(results)
+    of_regime = {
+        regime: [of_base[regime] for of_base in judged.values() if regime in of_base] for regime in grpo.REGIMES
+    }
+    rising = of_regime["rising"]
+    counts = [
+        f"{sum(len(of_base['trainings']) for of_base in bases)} runs *{regime}*" for regime, bases in of_regime.items()
+    ]
+    return "\n".join(
+        [
+            f"On {' and '.join(judged)}: {', '.join(counts)}. Mean [lowest, highest] over runs.\n",
+            rows_of(
+                "`D_N` from",
+                {name: name for name in (TRUE, *DIMS, OTHERS)},
+                {
+                    f"overlap, of {TOP_N}": lambda name: cell(merged(rising, "overlap", name)),
+                    "r of STS_act": lambda name: cell(merged(rising, "zero-shot dP", f"STS_act, {name}", "size")),
+                    "less that of the true [95%]": lambda name: difference(rising, "zero-shot dP", f"STS_act, {name}"),
+                    "*saturated*: r": lambda name: cell(
+                        merged(of_regime["saturated"], "zero-shot dP", f"STS_act, {name}", "size")
+                    ),
+                },
+            ),
+            rows_of(
+                "forecast",
+                {name: name for name in signed_names(rising)},
+                {
+                    "r, change of P": lambda name: cell(merged(rising, "zero-shot dP", name, "signed")),
+                    "AUC": lambda name: cell(merged(rising, "zero-shot dP", name, "auc_distinct")),
+                    "r, fall of loss": lambda name: cell(merged(rising, "zero-shot dloss", of_loss(name), "signed")),
+                    "few-shot, P": lambda name: cell(merged(rising, "few-shot dP", name, "signed")),
+                    "*saturated*: r, P": lambda name: cell(
+                        merged(of_regime["saturated"], "zero-shot dP", name, "signed")
+                    ),
+                },
+            ),
+        ]
+    )
+
+
 def table(results: Lists) -> str:
-    """Markdown; each cell is mean [lowest, highest] over runs, a difference mean [95% interval]."""
-    judged = {name: of_base for name, of_base in results.items() if name != DESIGN}
+    """Markdown, the held-out base models together and then each."""
+    judged = judged_bases(results)
     sections = []
     for regime in grpo.REGIMES:
         for title, bases in (
             (" and ".join(judged), judged),
-            *(((name, {name: of_base}) for name, of_base in results.items())),
+            *((name, {name: results[name]}) for name in sorted(results)),
         ):
             chosen = [of_base[regime] for of_base in bases.values() if regime in of_base]
             if chosen:
