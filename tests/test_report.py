@@ -22,7 +22,7 @@ from scipy import stats
 import sts_fast
 from sts_fast import InputError, files, results
 from sts_fast.outcomes import Outcome
-from sts_fast.report import build_report, figures, numbers, short_name
+from sts_fast.report import build_comparison_report, build_report, figures, numbers, short_name
 from sts_fast.report.outcome import outcome_section, outcome_warnings
 from sts_fast.validate import validate
 
@@ -1182,6 +1182,48 @@ def test_later_minor_versions_may_add_keys(tmp_path: Path) -> None:
 
 
 # ---- a real forecast
+
+
+def test_training_sets_side_by_side(tmp_path: Path) -> None:
+    trains, domains = ["a set", 'b"><script>'], ["maths", HOSTILE[0], "law"]
+
+    def found(factor: float) -> dict[str, Any]:
+        values = {"a set": [0.4, -0.2, 0.01], trains[1]: [-0.4, 0.1, None]}
+        return {
+            name: {
+                "value": [value and factor * value for value in of],
+                "ci": [value and [factor * value - 0.1, factor * value + 0.1] for value in of],
+            }
+            for name, of in values.items()
+        }
+
+    scores = {name: {"value": [3.0, 1.0, 0.1], "ci": [[2.0, 4.0], [0.5, 1.5], [0.0, 0.2]]} for name in trains}
+    document = {
+        "trains": [{"name": name} for name in trains], "domains": domains, "scores": {"sts_act": scores},
+        "signed": {"adapter": found(1.0), "ntk_loss": found(2.0)}, "shared_features": [[1.0, 0.25], [0.25, 1.0]],
+    }  # fmt: skip
+    (tmp_path / results.COMPARISON_FILE).write_text(json.dumps(document), encoding="utf-8")
+    page = read_page(build_comparison_report(tmp_path))
+    assert [node.attrs["id"] for node in page.all("h2")] == ["adapter", "ntk_loss", "sts_act", "shared"]
+    rows = rows_of(page.one("table", id="table-adapter"))
+    assert [cells[0].text() for cells in rows] == domains
+    assert [[values_of(cell) for cell in cells[1:]] for cells in rows] == [
+        [[pytest.approx(40)], [pytest.approx(-40)]], [[pytest.approx(-20)], [pytest.approx(10)]],
+        [[pytest.approx(1)], []],
+    ]  # fmt: skip
+    assert [[cell.attrs["class"] for cell in cells[1:]] for cells in rows] == [
+        ["num better3", "num worse3"], ["num worse2", "num better1"], ["num", "num muted"],
+    ]  # fmt: skip
+    assert rows[0][1].text() == "+40.030.0 to +50.0".replace("30.0", "+30.0")
+    assert rows[2][2].text() == "no answers"
+    sizes = rows_of(page.one("table", id="table-sts_act"))
+    assert [values_of(cells[1]) for cells in sizes] == [[3.0], [1.0], [0.1]]
+    assert [cell.text() for cell in rows_of(page.one("table", id="table-shared"))[0][1:]] == ["100.0%", "25.0%"]
+    links = [link.attrs["href"] for link in page.one("table", id="table-adapter").all("a")]
+    assert links == ["a%20set/report.html", "b%22%3E%3Cscript%3E/report.html"]
+    (tmp_path / results.COMPARISON_FILE).write_text("{}")
+    with pytest.raises(InputError, match=r"compare\.json is not a readable"):
+        build_comparison_report(tmp_path)
 
 
 def test_report_of_a_real_forecast(tiny: tiny_material.Tiny, tmp_path: Path) -> None:

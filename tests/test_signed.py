@@ -257,6 +257,9 @@ def test_several_training_sets_side_by_side(
             shown = f"{100 * alone['value']:+.1f}" if field == "step" else f"{alone['value']:+.3g}"
             assert f" {shown} [" in printed
     assert printed.count("no answers") == 4
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert page.count("no answers") == 4
+    assert 'href="sums/report.html"' in page
     assert "Forecast change of P(answer), by step, in points" in printed
 
 

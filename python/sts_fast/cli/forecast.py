@@ -70,7 +70,7 @@ from sts_fast.cli.tables import (
     print_signed,
 )
 from sts_fast.errors import InputError
-from sts_fast.report import build_report
+from sts_fast.report import build_comparison_report, build_report
 from sts_fast.results import Forecast
 from sts_fast.score import compare as run_compare
 
@@ -307,6 +307,7 @@ def _forecasts(
             build_report(folder)
         if by_train:
             _save_comparison(results.comparison(list(forecasts.values())), of_sae)
+            build_comparison_report(of_sae)
     everything = [forecast for forecasts in of_saes for forecast in forecasts.values()]
     if len(loaded) > 1:
         _save_comparison(results.sae_comparison(everything), output)

@@ -131,7 +131,7 @@ def signed_section(run: Run) -> SignedSection | None:
     )
 
 
-def _unit(field: str) -> tuple[float, str, str]:
+def unit_of(field: str) -> tuple[float, str, str]:
     """What a value is multiplied by, its unit, and the title of its axis."""
     if field.endswith("_loss"):
         if field == "ntk_loss":
@@ -142,14 +142,14 @@ def _unit(field: str) -> tuple[float, str, str]:
     return 100.0, "points", "change of P(answer), points"
 
 
-def _number(field: str, value: float) -> str:
-    if _unit(field)[1] != "points":
+def number_text(field: str, value: float) -> str:
+    if unit_of(field)[1] != "points":
         return with_sign(value)
     return "0.0" if abs(value) < 0.05 else f"{value:+.1f}".replace("-", "−")
 
 
 def _ranking(domains: dict[str, Any], field: str) -> SignedRanking:
-    factor, unit, title = _unit(field)
+    factor, unit, title = unit_of(field)
     rows = []
     for name, found in domains.items():
         low, high = (factor * bound for bound in found[field]["ci"])
@@ -193,7 +193,7 @@ def _bars(
             row.value,
             row.interval,
             None,
-            f"{_number(field, row.value)} [{_number(field, row.interval[0])}, {_number(field, row.interval[1])}]",
+            "{} [{}, {}]".format(*(number_text(field, one) for one in (row.value, *row.interval))),
         )
         for row in shown
     ]
@@ -224,7 +224,7 @@ def _summary(estimated: Estimated) -> Markup:
     unit = f" {ranking.unit}" if ranking.unit else ""
     parts = [
         Markup("<strong><bdi>{}</bdi></strong> {} most ({}{})").format(
-            row.name, word, _number(ranking.field, row.value), unit
+            row.name, word, number_text(ranking.field, row.value), unit
         )
         for row, word, is_so in ((best, "better", best.value > 0), (worst, "worse", worst.value < 0))
         if is_so

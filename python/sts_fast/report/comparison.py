@@ -1,0 +1,123 @@
+"""The page over the reports of several training sets: what each of them moves, side by side."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from sts_fast import files
+from sts_fast.errors import InputError
+from sts_fast.report.numbers import counted, percent, significant
+from sts_fast.report.page import render
+from sts_fast.report.ranking import MEANINGS, label_of
+from sts_fast.report.signed import ESTIMATORS, HOW, number_text, unit_of
+from sts_fast.results import COMPARISON_FILE, REPORT_FILE
+
+TEMPLATE = "comparison.html.j2"
+N_SHADES = 3
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A domain's forecast for one training set. shade: its colour, such as 'better2', by its size among all cells."""
+
+    value: float
+    text: str
+    interval: str
+    shade: str
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One estimator: domains down, training sets across; a cell is None where a domain has no answers."""
+
+    id: str
+    title: str
+    meaning: str
+    rows: list[tuple[str, list[Cell | None]]]
+
+
+def build_comparison_report(folder: str | Path) -> Path:
+    """Writes report.html beside the compare.json of several training sets, and returns its path.
+
+    Raises InputError where compare.json cannot be read, or nothing can be written.
+    """
+    folder = Path(folder)
+    path = folder / COMPARISON_FILE
+    try:
+        compared = json.loads(path.read_text(encoding="utf-8"))
+        trains = [train["name"] for train in compared["trains"]]
+        content = {
+            "trains": [(name, f"{quote(name)}/{REPORT_FILE}") for name in trains],
+            "domains": compared["domains"],
+            "grids": [*_signed_grids(compared, trains), *_size_grids(compared, trains)],
+            "shared": [
+                (name, [percent(share) for share in row])
+                for name, row in zip(trains, compared["shared_features"], strict=True)
+            ],
+            "sentence": f"{counted(len(trains), 'training set')} over {counted(len(compared['domains']), 'domain')}",
+        }
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise InputError(f"{path} is not a readable {COMPARISON_FILE}: run sts-fast compare again") from error
+    page = render(TEMPLATE, **content)
+    with files.atomic_path(folder / REPORT_FILE) as written:
+        written.write_text(page, encoding="utf-8", newline="\n")
+    return folder / REPORT_FILE
+
+
+def _signed_grids(compared: dict[str, Any], trains: list[str]) -> list[Grid]:
+    grids = []
+    for name in ESTIMATORS:
+        for field in (name, f"{name}_loss"):
+            if field in (compared.get("signed") or {}):
+                factor, _, title = unit_of(field)
+                grids.append(
+                    _grid(compared, compared["signed"][field], trains, field, f"{field}: {title}", HOW[name], factor)
+                )
+    return grids
+
+
+def _size_grids(compared: dict[str, Any], trains: list[str]) -> list[Grid]:
+    grids = []
+    for key, found in compared["scores"].items():
+        estimator = key.removeprefix("sts_")
+        title = f"{label_of(estimator)}: size of the change, for better or worse"
+        grids.append(_grid(compared, found, trains, key, title, MEANINGS.get(estimator, "see the documentation"), None))
+    return grids
+
+
+def _grid(
+    compared: dict[str, Any],
+    found: dict[str, Any],
+    trains: list[str],
+    field: str,
+    title: str,
+    meaning: str,
+    factor: float | None,
+) -> Grid:
+    """factor: what signed values are multiplied by; None for sizes, which have one colour."""
+    known = [abs(value) for name in trains for value in found[name]["value"] if value is not None]
+    largest = max(known, default=0.0) or 1.0
+    rows = []
+    for i, domain in enumerate(compared["domains"]):
+        cells: list[Cell | None] = []
+        for name in trains:
+            value, ci = found[name]["value"][i], found[name]["ci"][i]
+            if value is None:
+                cells.append(None)
+                continue
+            size = min(N_SHADES, int((N_SHADES + 1) * abs(value) / largest))
+            kind = "size" if factor is None else "better" if value > 0 else "worse"
+            scale = 1.0 if factor is None else factor
+
+            def text(number: float, is_size: bool = factor is None, scale: float = scale) -> str:
+                return significant(number) if is_size else number_text(field, scale * number)
+
+            cells.append(
+                Cell(scale * value, text(value), f"{text(ci[0])} to {text(ci[1])}", f"{kind}{size}" if size else "")
+            )
+        rows.append((domain, cells))
+    return Grid(field, title, meaning, rows)
