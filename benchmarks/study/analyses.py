@@ -108,7 +108,7 @@ def analyse(ground: Ground, folder: Path, raw: dict[str, Any], tell: Callable[[s
         rows[f"STS_act, N = {n}"], rows[f"STS_icl, N = {n}"] = picked(act, of_n), picked(icl, of_n)
     for shots, behind in few.items():
         of_shots = top_of(means(encode, base[LAYER][at], behind, question)[1], TOP_N)
-        rows[f"STS_act, {shots} demonstrations"] = picked(act, of_shots)
+        rows[f"STS_act, demonstrations: {shots}"] = picked(act, of_shots)
     for name, tokens in {"last token of the question": last, "answer": answer, "both": slice(None)}.items():
         of_tokens, shift = means(encode, base[LAYER], shown[LAYER], tokens)
         rows[f"STS_act, tokens: {name}"] = picked(of_tokens, top_of(shift[at], TOP_N))

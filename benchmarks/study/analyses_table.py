@@ -39,11 +39,15 @@ def analyses_table(results: dict[str, Any]) -> str:
     for base, found in results.items():
         for name, shares in found["share_held_by_top_n"].items():
             sections += lines([f"{base}, {name}", *(f"{share:.2f}" for share in shares)], head=False)
-    sections += ["", "## The SAEs", ""]
-    sections += lines(["SAE", *(f"{base}, {what}" for base in results for what in ("unexplained", "features a row"))])
-    for name in next(iter(results.values()))["saes"]:
-        cells = [f"{found['saes'][name][what]:.3g}" for found in results.values() for what in ("fvu", "l0")]
-        sections += lines([name, *cells], head=False)
+    trained = {base: found["saes"] for base, found in results.items() if "saes" in found}
+    if trained:
+        sections += ["", "## The SAEs", ""]
+        sections += lines(
+            ["SAE", *(f"{base}, {what}" for base in trained for what in ("unexplained", "features a row"))]
+        )
+        for name in next(iter(trained.values())):
+            cells = [f"{saes[name][what]:.3g}" for saes in trained.values() for what in ("fvu", "l0")]
+            sections += lines([name, *cells], head=False)
     return "\n".join(sections) + "\n"
 
 
