@@ -213,7 +213,7 @@ def test_a_forecast_tells_and_strict_stops(tiny: Tiny, monkeypatch: pytest.Monke
     with pytest.raises(InputError, match=r"may not belong to .*\(--strict\)"):
         score(sae=tiny.saes["standard"], strict=True, **options)
 
-    monkeypatch.setattr(sys.modules["sts_fast.score"], "load_decoder", None)
+    monkeypatch.setattr(sys.modules["sts_fast.opened"], "load_decoder", None)
     other = replace(load_sae(tiny.saes["standard"]), model_name="google/gemma-2-9b")
     with pytest.raises(InputError, match=r"was trained on google/gemma-2-9b, not on .*\(--strict\)"):
         score(sae=other, strict=True, **options)

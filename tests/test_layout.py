@@ -22,7 +22,8 @@ ORDER = [
     *("sae", "sets", "backend", "torch_ops", "encode", "fit", "shift", "correlate"),
     *("projection", "controls", "gradients", "policy", "ntk", "explain", "settle", "results", "signed"),
     *("kernel", "gradient_flow", "allot"),
-    *("settings", "activations", "shifted", "domains", "forecast", "score", "overlap", "ablate", "rollouts", "mix"),
+    *("settings", "activations", "shifted", "opened", "domains", "forecast", "score"),
+    *("overlap", "ablate", "rollouts", "mix"),
     *("outcomes", "validate", "calibration", "report", "organism", "demo", "trainer", "cli", "__main__"),
 ]
 HEAVY = {"torch", "transformers", "sae_lens", "pandas", "pyarrow", "matplotlib", "datasets"}

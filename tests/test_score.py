@@ -275,7 +275,7 @@ def test_accuracy_is_the_share_of_answers_that_the_model_gives(tiny: Tiny, monke
         def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
             return SimpleNamespace(logits=self.logits[input_ids])
 
-    monkeypatch.setattr(sys.modules["sts_fast.score"], "load_language_model", lambda source, **options: Parrot())
+    monkeypatch.setattr(sys.modules["sts_fast.opened"], "load_language_model", lambda source, **options: Parrot())
     spelling = sts_fast.load_examples(tiny.domains["spelling"])
     domains = {
         str(n): [replace(e, answer="It is green." if i < n else "It is a river.") for i, e in enumerate(spelling)]

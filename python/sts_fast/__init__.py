@@ -17,6 +17,7 @@ from sts_fast.mix import Mixture, mix
 from sts_fast.outcomes import read_outcomes
 from sts_fast.overlap import Overlap, overlap
 from sts_fast.results import Forecast
+from sts_fast.rollouts import load_rollouts, rollouts, sample_rollouts
 from sts_fast.sae import SAE, load_sae
 from sts_fast.score import compare, score
 from sts_fast.shift import ShiftStats
@@ -45,10 +46,13 @@ __all__ = [
     "get_num_threads",
     "load_domains",
     "load_examples",
+    "load_rollouts",
     "load_sae",
     "mix",
     "overlap",
     "read_outcomes",
+    "rollouts",
+    "sample_rollouts",
     "score",
     "set_num_threads",
     "set_precision",

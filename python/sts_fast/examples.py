@@ -58,7 +58,7 @@ TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv")
 SUFFIXES = (*TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in TEXT_SUFFIXES), ".parquet")
 KINDS = "a .jsonl, .json or .csv file (each also .gz), a .parquet file, or a folder written by datasets.save_to_disk"
 
-_ABSENT = object()
+ABSENT = object()
 _SHARD = re.compile(r"-\d+-of-\d+$")
 _CHATML_TURN = re.compile(r"<\|im_start\|>(\w+)\r?\n(.*?)(<\|im_end\|>|\Z)", re.DOTALL)
 _EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*")
@@ -138,7 +138,7 @@ def load_domains(
     allowed = {*names, *other_names}
     for name in (*question_fields, *answer_fields):
         if name not in allowed:
-            raise InputError(f"a field is named for {name!r}, but the sources are {_listed(names[1:])}")
+            raise InputError(f"a field is named for {name!r}, but the sources are {listed(names[1:])}")
     return domains
 
 
@@ -147,7 +147,7 @@ def load_domains(
 
 def _train_files(path: Path) -> list[Path]:
     """The files of a training set: the file itself, or the split `train` (or the only split) of a folder."""
-    if not _exists(path):
+    if not exists(path):
         raise InputError(f"{path} does not exist; give {KINDS}")
     if not path.is_dir():
         return [path]
@@ -162,7 +162,7 @@ def _train_files(path: Path) -> list[Path]:
 def _domain_files(source: str) -> Iterator[tuple[str, list[Path], bool]]:
     """(name, files, whether a category column splits it) of each domain that a source stands for."""
     path = Path(source)
-    if not _exists(path) and "=" in source:
+    if not exists(path) and "=" in source:
         name, _, rest = source.partition("=")
         if not name.strip() or not rest.strip():
             raise InputError(f"domain {source!r} lacks its name or its path; write NAME=PATH")
@@ -177,7 +177,7 @@ def _domain_files(source: str) -> Iterator[tuple[str, list[Path], bool]]:
         yield _stem(path.resolve() if path.name in ("", "..") else path), _train_files(path), True
 
 
-def _exists(path: Path) -> bool:
+def exists(path: Path) -> bool:
     try:
         return path.exists()
     except (OSError, ValueError):  # a name that is too long, or that holds a NUL
@@ -185,11 +185,11 @@ def _exists(path: Path) -> bool:
 
 
 def _stem(path: Path) -> str:
-    suffix = _suffix(path)
+    suffix = suffix_of(path)
     return path.name[: -len(suffix)] if suffix and not path.is_dir() else path.name
 
 
-def _suffix(path: Path) -> str | None:
+def suffix_of(path: Path) -> str | None:
     """The suffix by which a file is read, `.gz` included; None where it is not an example file."""
     fitting = [suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)]
     return max(fitting, key=len, default=None)
@@ -198,18 +198,18 @@ def _suffix(path: Path) -> str | None:
 def _file_groups(folder: Path) -> dict[str, list[Path]]:
     """Stem -> files of a folder, by name; shards `x-00000-of-00002` are one, and so is a saved dataset."""
     groups: dict[str, list[Path]] = {}
-    for path in sorted(_listdir(folder)):
+    for path in sorted(listdir(folder)):
         if path.name.startswith("."):
             continue
         if path.is_dir():
             if _is_saved_dataset(path):
                 groups.setdefault(path.name, []).extend(_saved_files(path))
-        elif _suffix(path):
+        elif suffix_of(path):
             groups.setdefault(_SHARD.sub("", _stem(path)), []).append(path)
     return groups
 
 
-def _listdir(folder: Path) -> list[Path]:
+def listdir(folder: Path) -> list[Path]:
     try:
         return list(folder.iterdir())
     except OSError as error:
@@ -240,7 +240,7 @@ def _split_name(folder: Path, names: Iterable[str]) -> str:
     if len(found) == 1:
         return found[0]
     if "train" not in found:
-        raise InputError(f"{folder} holds {_listed(found)} and none is called train; give the path of one of them")
+        raise InputError(f"{folder} holds {listed(found)} and none is called train; give the path of one of them")
     return "train"
 
 
@@ -255,19 +255,21 @@ def _read(
     for path in files:
         reader = _RowReader(path, question_field, answer_field, by_category=by_category)
         number = 0
-        for number, key, row in _rows(path):
+        for number, key, row in file_rows(path):
             if not isinstance(row, dict):
-                raise InputError(f"{path}: row {number} is {_kind(row)}; every row must be an object with named fields")
+                raise InputError(
+                    f"{path}: row {number} is {kind_of(row)}; every row must be an object with named fields"
+                )
             yield reader.read(row, f"{path}: row {number}", key or str(n_before + number))
         reader.check_answer_field()
         n_before += number
     if not n_before:
-        raise InputError(f"{_listed(files)} holds no examples; give a file with at least one row")
+        raise InputError(f"{listed(files)} holds no examples; give a file with at least one row")
 
 
-def _rows(path: Path) -> Iterator[tuple[int, str | None, Any]]:
+def file_rows(path: Path) -> Iterator[tuple[int, str | None, Any]]:
     """(row number from 1, key where the rows have keys, row) of one file."""
-    suffix = _suffix(path)
+    suffix = suffix_of(path)
     if path.suffix == ".arrow":
         read = _arrow_rows
     elif suffix == ".parquet":
@@ -438,18 +440,18 @@ class _RowReader:
 
     def check_answer_field(self) -> None:
         if self.columns is not None and self.answer_field is not None and not self.has_answer_field:
-            raise InputError(f"{self.path} has no field {self.answer_field!r}; its columns are {_listed(self.columns)}")
+            raise InputError(f"{self.path} has no field {self.answer_field!r}; its columns are {listed(self.columns)}")
 
     def _choose_columns(self, row: Row, fields: Row) -> None:
         if self.by_category:
             self.category_column = next((name for name in CATEGORY_COLUMNS if name in fields), None)
         if self.question_field is None:
-            known = [name for name in TURN_COLUMNS if _is_turns(fields.get(name))]
+            known = [name for name in TURN_COLUMNS if is_turns(fields.get(name))]
             known += [name for name in QUESTION_COLUMNS if name in fields]
-            known += ["chosen"] if _is_turns(fields.get("chosen")) else []
+            known += ["chosen"] if is_turns(fields.get("chosen")) else []
             if not known:
                 raise InputError(
-                    f"{self.path} has no column known to hold questions among {_listed(row)}; "
+                    f"{self.path} has no column known to hold questions among {listed(row)}; "
                     "name one with --question-field, and its answers with --answer-field"
                 )
             self.question_column = known[0]
@@ -458,9 +460,9 @@ class _RowReader:
         if self.category_column is None:
             return None
         value = fields.get(self.category_column)
-        if _is_missing(value) or not isinstance(value, (str, int, float)):
+        if is_missing(value) or not isinstance(value, (str, int, float)):
             raise InputError(f"{where} has no {self.category_column}; fill it in, or give the file as NAME=PATH")
-        return _text(value, where, self.category_column).strip()
+        return encodable(value, where, self.category_column).strip()
 
     def _example(self, row: Row, fields: Row, where: str, default_id: str) -> Example:
         turns, begun = self._turns(row, fields, where)
@@ -475,7 +477,7 @@ class _RowReader:
         if fields.get("label") is False or answer is None or not answer.strip():
             answer = None
         return Example(
-            id=_own_id(fields, where) or _text(default_id, where, "id"),
+            id=_own_id(fields, where) or encodable(default_id, where, "id"),
             question=question.strip(),
             answer=None if answer is None else _without_margin(begun + answer),
             context=tuple(_earlier_turns(fields, where, context) + context),
@@ -484,21 +486,21 @@ class _RowReader:
     def _turns(self, row: Row, fields: Row, where: str) -> tuple[list[Turn], str]:
         """The conversation that the question column holds, and how it makes the reply begin, which is rare."""
         name = self.question_field or self.question_column
-        value = fields.get(name) if self.question_field is None else _lookup(row, name)
-        if value is _ABSENT:
-            raise InputError(f"{where} has no field {name!r}; its columns are {_listed(row)}")
-        if _is_missing(value):
+        value = fields.get(name) if self.question_field is None else lookup(row, name)
+        if value is ABSENT:
+            raise InputError(f"{where} has no field {name!r}; its columns are {listed(row)}")
+        if is_missing(value):
             raise InputError(f"{where} has no question in {name!r}; fill it in or remove the row")
-        if _is_turns(value):
-            return _parsed_turns(value, where), ""
+        if is_turns(value):
+            return parsed_turns(value, where), ""
         if not isinstance(value, str):
-            raise InputError(f"{where} holds {_kind(value)} in {name!r}; name a column of text with --question-field")
-        question = _text(value, where, name).strip()
+            raise InputError(f"{where} holds {kind_of(value)} in {name!r}; name a column of text with --question-field")
+        question = encodable(value, where, name).strip()
         if question.startswith("<|im_start|>"):
-            return _chatml_turns(question, where)
+            return chatml_turns(question, where)
         if name.lower() == "instruction":
             added = [fields[column] for column in INPUT_COLUMNS if _is_text(fields.get(column))]
-            question = "\n\n".join([question, *(_text(text, where, "input").strip() for text in added)])
+            question = "\n\n".join([question, *(encodable(text, where, "input").strip() for text in added)])
         lines = _option_lines(fields, where)
         if not all(line in question for line in lines):
             question = "\n".join([question, *lines])
@@ -507,35 +509,35 @@ class _RowReader:
     def _reply(self, row: Row, fields: Row, where: str) -> list[Turn]:
         """The answer column's turns: usually one of the assistant, none where the row has no answer."""
         if self.answer_field is not None:
-            name, value = self.answer_field, _lookup(row, self.answer_field)
-            self.has_answer_field |= value is not _ABSENT
+            name, value = self.answer_field, lookup(row, self.answer_field)
+            self.has_answer_field |= value is not ABSENT
         else:
-            name = next((name for name in ANSWER_COLUMNS if not _is_missing(fields.get(name))), "")
+            name = next((name for name in ANSWER_COLUMNS if not is_missing(fields.get(name))), "")
             value = fields.get(name)
         turns = [value] if isinstance(value, dict) else value
-        if _is_turns(turns):
-            return _parsed_turns(turns, where)
+        if is_turns(turns):
+            return parsed_turns(turns, where)
         if isinstance(value, list):
-            value = next((item for item in value if not _is_missing(item)), None)  # alternatives: the first
-        if value is _ABSENT or _is_missing(value):
+            value = next((item for item in value if not is_missing(item)), None)  # alternatives: the first
+        if value is ABSENT or is_missing(value):
             return []
         if type(value) is int:
             is_index = 0 <= value < len(_option_lines(fields, where))
             value = ascii_uppercase[value] if is_index else value
         if not isinstance(value, (str, int, float)):
-            raise InputError(f"{where} holds {_kind(value)} in {name!r}; name a column of text with --answer-field")
-        text = _text(value, where, name)
+            raise InputError(f"{where} holds {kind_of(value)} in {name!r}; name a column of text with --answer-field")
+        text = encodable(value, where, name)
         return [("assistant", text.removeprefix("A: ") if name == "cot_content" else text)]
 
 
-def _lookup(row: Row, field: str) -> Any:
-    """A column, or a field inside a struct column by dotted name; `_ABSENT` where there is none."""
+def lookup(row: Row, field: str) -> Any:
+    """A column, or a field inside a struct column by dotted name; `ABSENT` where there is none."""
     value: Any = row
     if field in row:
         return row[field]
     for part in field.split("."):
         if not isinstance(value, dict) or part not in value:
-            return _ABSENT
+            return ABSENT
         value = value[part]
     return value
 
@@ -544,15 +546,15 @@ def _own_id(fields: Row, where: str) -> str | None:
     for name in ID_COLUMNS:
         value = fields.get(name)
         if type(value) in (str, int) and str(value).strip():
-            return _text(value, where, name).strip()
+            return encodable(value, where, name).strip()
     return None
 
 
-def _parsed_turns(value: Any, where: str) -> list[Turn]:
+def parsed_turns(value: Any, where: str) -> list[Turn]:
     turns: list[Turn] = []
     for item in value:
-        if not _is_turns([item]):
-            raise InputError(f"{where} has a turn that is {_kind(item)}; write turns as role and content")
+        if not is_turns([item]):
+            raise InputError(f"{where} has a turn that is {kind_of(item)}; write turns as role and content")
         name = item.get("role") if "role" in item else item["from"]
         role = ROLES.get(str(name).strip().lower())
         if role is None:
@@ -560,7 +562,7 @@ def _parsed_turns(value: Any, where: str) -> list[Turn]:
         content = item["content"] if "content" in item else item.get("value")
         text = _turn_text(content, where)
         if not text.strip() and item.get("tool_calls"):
-            text = _text(json.dumps(item["tool_calls"], ensure_ascii=False, default=str), where, "tool_calls")
+            text = encodable(json.dumps(item["tool_calls"], ensure_ascii=False, default=str), where, "tool_calls")
         if text.strip() or role in ("user", "tool"):
             turns.append((role, text))
     return turns
@@ -572,13 +574,13 @@ def _turn_text(content: Any, where: str) -> str:
     if isinstance(content, list):  # parts, as of a multimodal chat
         if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
             raise InputError(f"{where} has a turn with parts that are not text; keep only text")
-        return "\n".join(_text(part["text"], where, "content") for part in content)
+        return "\n".join(encodable(part["text"], where, "content") for part in content)
     if not isinstance(content, str):
-        raise InputError(f"{where} has a turn whose content is {_kind(content)}; write it as text")
-    return _text(content, where, "content")
+        raise InputError(f"{where} has a turn whose content is {kind_of(content)}; write it as text")
+    return encodable(content, where, "content")
 
 
-def _chatml_turns(text: str, where: str) -> tuple[list[Turn], str]:
+def chatml_turns(text: str, where: str) -> tuple[list[Turn], str]:
     """Turns of a prompt that was rendered already: the model's own template will render it again.
 
     The second value is what the open last turn makes the assistant begin with; a thought left empty does not count.
@@ -587,7 +589,7 @@ def _chatml_turns(text: str, where: str) -> tuple[list[Turn], str]:
     prefill = ""
     if found and found[-1][0] == "assistant" and not found[-1][2]:
         prefill = _EMPTY_THOUGHT.sub("", found.pop()[1])
-    return _parsed_turns([{"role": role, "content": content} for role, content, _ in found], where), prefill
+    return parsed_turns([{"role": role, "content": content} for role, content, _ in found], where), prefill
 
 
 def _split_turns(turns: list[Turn], where: str) -> tuple[list[Turn], str, str | None]:
@@ -605,35 +607,35 @@ def _earlier_turns(fields: Row, where: str, context: list[Turn]) -> list[Turn]:
     turns: list[Turn] = []
     system = next((fields[name] for name in SYSTEM_COLUMNS if _is_text(fields.get(name))), None)
     if system is not None and not (context and context[0][0] == "system"):
-        turns.append(("system", _text(system, where, "system")))
+        turns.append(("system", encodable(system, where, "system")))
     for pair in fields.get("history") or ():
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise InputError(f"{where} has a history that is no list of [question, answer] pairs; correct it")
-        turns += [("user", _text(pair[0], where, "history")), ("assistant", _text(pair[1], where, "history"))]
+        turns += [("user", encodable(pair[0], where, "history")), ("assistant", encodable(pair[1], where, "history"))]
     return turns
 
 
 def _option_lines(fields: Row, where: str) -> list[str]:
     """`A. ...` a line, of a list, of {label: text}, or of {"label": [...], "text": [...]}; empty without options."""
-    options = next((fields[name] for name in OPTION_COLUMNS if not _is_missing(fields.get(name))), None)
+    options = next((fields[name] for name in OPTION_COLUMNS if not is_missing(fields.get(name))), None)
     if options is None:
         return []
     if isinstance(options, dict) and isinstance(options.get("text"), list) and isinstance(options.get("label"), list):
         options = dict(zip(options["label"], options["text"], strict=False))
     if isinstance(options, dict):
-        return [f"{label}. {_text(text, where, 'options').strip()}" for label, text in options.items()]
+        return [f"{label}. {encodable(text, where, 'options').strip()}" for label, text in options.items()]
     if isinstance(options, str):
         return [options.strip()]
     if not isinstance(options, list) or len(options) > len(ascii_uppercase):
         raise InputError(f"{where} has options that are not a list of at most 26; correct it")
-    texts = [_text(text, where, "options").strip() for text in options]
+    texts = [encodable(text, where, "options").strip() for text in options]
     lettered = [*zip(ascii_uppercase, texts, strict=False)]
     if all(re.match(rf"\(?{letter}[).:]", text) for letter, text in lettered):
         return texts
     return [f"{letter}. {text}" for letter, text in lettered]
 
 
-def _text(value: object, where: str, name: str) -> str:
+def encodable(value: object, where: str, name: str) -> str:
     text = str(value)
     try:
         text.encode()
@@ -648,7 +650,7 @@ def _without_margin(text: str) -> str:
     return text[1:] if re.match(r" \S", text) else text
 
 
-def _is_missing(value: Any) -> bool:
+def is_missing(value: Any) -> bool:
     if isinstance(value, float):
         return math.isnan(value)
     return value is None or value == [] or (isinstance(value, str) and not value.strip())
@@ -658,18 +660,18 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _is_turns(value: Any) -> bool:
+def is_turns(value: Any) -> bool:
     return (
         isinstance(value, list) and bool(value) and isinstance(value[0], dict) and bool({"role", "from"} & {*value[0]})
     )
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     if value is None:
         return "empty"
     return {dict: "an object", list: "a list", str: "a text", bool: "a truth value"}.get(type(value), "a number")
 
 
-def _listed(names: Iterable[object], limit: int = 20) -> str:
+def listed(names: Iterable[object], limit: int = 20) -> str:
     found = [str(name) for name in names]
     return ", ".join(found[:limit]) + (f" and {len(found) - limit} more" if len(found) > limit else "")

@@ -97,14 +97,18 @@ class PromptTemplate:
 
         Raises InputError where the model's chat template refuses the turns.
         """
-        if self.is_chat:
-            ids = self.tokenizer(self.text(turns), add_special_tokens=False, verbose=False).input_ids
-        else:
-            ids = self.tokenizer(plain_text(turns), verbose=False).input_ids
-            if self.prepend_bos and ids[:1] != [self.tokenizer.bos_token_id]:
-                ids = [self.tokenizer.bos_token_id, *ids]
-            if ids[-1:] == [self.tokenizer.eos_token_id] and len(ids) > 1:
-                ids = ids[:-1]  # some tokenizers close every text, but the model is to go on from here
+        if not self.is_chat:
+            return self.plain_ids(plain_text(turns))
+        ids = self.tokenizer(self.text(turns), add_special_tokens=False, verbose=False).input_ids
+        return np.asarray(ids, dtype=np.int32)
+
+    def plain_ids(self, text: str) -> IntArray:
+        """[n] int32 token ids of a text as it stands, with BOS where there is to be one."""
+        ids = self.tokenizer(text, verbose=False).input_ids
+        if self.prepend_bos and ids[:1] != [self.tokenizer.bos_token_id]:
+            ids = [self.tokenizer.bos_token_id, *ids]
+        if ids[-1:] == [self.tokenizer.eos_token_id] and len(ids) > 1:
+            ids = ids[:-1]  # some tokenizers close every text, but the model is to go on from here
         return np.asarray(ids, dtype=np.int32)
 
     def text(self, turns: Sequence[Turn]) -> str:

@@ -41,6 +41,9 @@ RUN_FILES = (
     *("ablation.json", "ablation.parquet"),
 )
 
+# D_N that holds features by what they do on the tokens read; of all others, shift.safetensors has sums of shifts.
+DIMS_OF_ACTIVITY = ("active", "correlation", "gradient")
+
 Interval = tuple[float, float]
 Estimator = Literal["act", "icl", "act_sq"]
 ESTIMATORS = get_args(Estimator)
@@ -48,7 +51,7 @@ VALUE_COLUMNS = [
     f"{control}_{estimator}_sum".removeprefix("_")
     for control in ("", *FEATURE_CONTROLS, RAW_CONTROL)
     for estimator in ESTIMATORS
-] + ["answer_nll_sum", "answer_exact"]
+] + ["answer_nll_sum", "answer_exact", "advantage"]
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class DomainScore:
 class ShiftedFeature:
     """One feature of D_N.
 
-    mean_squared_shift: E_x ||h_j(x) - h_j(demos, x)||^2; None where D_N holds the most active features
+    mean_squared_shift: E_x ||h_j(x) - h_j(demos, x)||^2; None where no shift was measured
     mean_activation:    E_x h_j(x)
     share:              its part of the total, over all features, of what D_N is ranked by
     promoted_tokens:    the output tokens that its decoder direction raises most; None where not looked up
@@ -111,11 +114,12 @@ class Forecast:
     """A whole forecast: numbers, the statistics they come from, and every prompt that was sent.
 
     model, sae, train, settings, shift, provenance: plain values, as in scores.json
-    stats:   per-feature sums over the training set: ShiftStats, or CorrelationStats where D_N holds active features
+    stats:   per-feature sums over the training set: ShiftStats, or CorrelationStats for DIMS_OF_ACTIVITY
     controls: what the controls were computed from: feature sets, raw dimensions and mean residuals, by name
     prompts: one row per prompt and stage, as in prompts.parquet
     firings: where the most shifted features fire in the domains, as in features.parquet
     signed: which way each domain moves, where such estimators were asked for; see signed.measure_signed
+    rollouts: the completions and rewards that it rests on, where it is one of RL; see rollouts.forecast
     calibration: what `change` of the domains was made with; None without it
     """
 
@@ -133,6 +137,7 @@ class Forecast:
     prompts: pa.Table
     firings: pa.Table
     signed: dict[str, Any] | None = None
+    rollouts: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = None
 
     @property
@@ -176,6 +181,7 @@ class Forecast:
             "domains": [_plain(domain) for domain in self.domains],
             "shifted_features": [_plain(feature) for feature in self.shifted_features],
             "signed": self.signed,
+            "rollouts": self.rollouts,
             "calibration": self.calibration,
             "warnings": self.warnings,
             "provenance": self.provenance,
@@ -457,6 +463,7 @@ class PromptLog:
         self.kept_paired: list[NDArray[np.bool_]] = [np.zeros(0, bool)] * n
         self.n_read = np.zeros(n, np.int64)
         self.n_pairs = np.zeros(n, np.int64)
+        self.values: dict[str, Doubles] = {}  # columns of prompts.parquet that were known beforehand
 
     def record(self, rows: PairedRows) -> None:
         for index, kept, kept_paired in zip(rows.prompts, rows.kept, rows.kept_paired, strict=True):
@@ -473,6 +480,8 @@ class PromptLog:
 
     def table(self, values: dict[str, Doubles]) -> pa.Table:
         import pyarrow as pa
+
+        values = {**self.values, **values}
 
         def tokens(read: Callable[[int, Prompt], NDArray[np.int32]]) -> pa.Array:
             return pa.array([read(i, prompt) for i, prompt in enumerate(self.prompts)], pa.list_(pa.int32()))

@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import numpy as np
 
-from sts_fast import controls, cuda, explain, results, settle
-from sts_fast.activations import MODEL_FOLDER, NO_PASSES, Activations, is_activations
-from sts_fast.capture import Decoder, load_config, load_decoder, load_language_model, load_tokenizer
+from sts_fast import controls, explain, results, settle
+from sts_fast.activations import NO_PASSES, Activations, is_activations
+from sts_fast.capture import Decoder
 from sts_fast.domains import read_domain
 from sts_fast.errors import InputError
-from sts_fast.fit import check_names, check_width, fit_rows, measure_fit
+from sts_fast.fit import Fit, fit_rows, measure_fit
 from sts_fast.forecast import forecast_of, promoted_tokens, provenance_of, with_signed
 from sts_fast.gradients import HookedModel
-from sts_fast.hooks import place_name
 from sts_fast.memory import MOST_BATCH_TOKENS
+from sts_fast.opened import Opened, SAESource, loaded_sae, open_model, with_head
 from sts_fast.prompts import PromptSet, TokenClass, prompts_sha256, show_prompt
 from sts_fast.results import ESTIMATORS, Forecast, sae_names
-from sts_fast.sae import SAE, load_sae
-from sts_fast.sets import MIN_PROMPTS, Fields, Kind, Sets, Source, check_enough, common_template
+from sts_fast.sae import SAE
+from sts_fast.sets import MIN_PROMPTS, Fields, Kind, Sets, Source, check_enough
 from sts_fast.settings import Options, Settings
 from sts_fast.settings import Progress as Progress
-from sts_fast.shifted import hook_of, measure_shifts
-from sts_fast.signed import SIGNED_ESTIMATORS, SignedEstimator, hook_layer, measure_signed
+from sts_fast.shifted import Shift, hook_of, measure_shifts
+from sts_fast.signed import SIGNED_ESTIMATORS, SignedEstimator, SignedForecast, hook_layer, measure_signed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-SAESource = str | Path | SAE
 
 
 @overload  # a string is a sequence of strings too, but never several SAEs
@@ -156,7 +154,7 @@ def compare(
     settings = replace(settings, estimators=unsigned or ["act"])
     if (settings.dims == "tuned") != (tuned is not None):
         raise InputError("--dims tuned and --tuned MODEL go together: the true shift needs the model after training")
-    saes = [_loaded_sae(one, settings) for one in ([sae] if isinstance(sae, (str, Path, SAE)) else sae)]
+    saes = [loaded_sae(one, settings) for one in ([sae] if isinstance(sae, (str, Path, SAE)) else sae)]
     if not saes:
         raise InputError("there is no SAE to read the model with: give one or more with --sae")
 
@@ -166,31 +164,8 @@ def compare(
     activations = Activations(model, device=settings.device) if is_activations(model) else None
     if activations is not None:
         _check_activations(activations, settings, signed, domain_shots=bool(sets.domains))
-    source = model if activations is None else activations.folder / MODEL_FOLDER
-    tokenizer = tokenizer or (load_tokenizer(source) if isinstance(source, (str, Path)) else None)
-    if tokenizer is None:
-        raise ValueError("a model in memory needs its tokenizer: score(..., tokenizer=...)")
-    config = load_config(source) if isinstance(source, (str, Path)) else source.config
-    model_name = str(model) if isinstance(model, (str, Path)) else "the model"
-    model_name = model_name if activations is None else activations.name
-    names = [check_names(sae, config, model_name) for sae in saes]
-    settings.warn(*names)
-    template = common_template(tokenizer, saes)
-    reader: Decoder | Activations
-    if activations is not None:
-        activations.check_template(template, saes[0])
-        activations.read_at(saes)
-        reader = activations
-    else:
-        reader = _decoder(model, saes, settings, name="the model")
-        if reader.device.type == "cuda" and (reason := cuda.missing_reason()) is not None:
-            settings.tell_line(f"the model runs on {reader.device}, its features are computed on the CPU: {reason}")
-    tuned_decoder = None
-    if tuned is not None:
-        beside = settings
-        if isinstance(reader, Decoder) and not isinstance(model, (str, Path)) and settings.device == "auto":
-            beside = replace(settings, device=str(reader.device))  # one read from files joins the one in memory
-        tuned_decoder = _decoder(tuned, saes, beside, name="the tuned model")
+    opened = open_model(model, saes, tuned, tokenizer, settings, activations)
+    reader, template = opened.reader, opened.template
     if settings.controls == "all" and not isinstance(model, (str, Path)) and model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
         raise InputError(
             "the base model's loss and accuracy need its head: give a model with one, or --controls features"
@@ -229,7 +204,7 @@ def compare(
 
     if settings.show is not None:
         for prompt_set in (*train_sets, *domain_sets):
-            settings.show(show_prompt(prompt_set, tokenizer))
+            settings.show(show_prompt(prompt_set, opened.tokenizer))
     train_answers = [prompts_of("train", name, show=False, tokens="answer") for name in sets.trains if signed]
     for prompt_set in train_answers:
         check_enough(prompt_set, reader.context_length, "train")
@@ -246,46 +221,79 @@ def compare(
         if isinstance(reader, Decoder)
         else fit_rows(saes, reader.sample(train_sets[0]))
     )
-    fits = [replace(fit, names=name) for fit, name in zip(measured, names, strict=True)]
+    fits = [replace(fit, names=name) for fit, name in zip(measured, opened.names, strict=True)]
     settings.warn(*(fit.warning for fit in fits))
 
-    shifts = [measure_shifts(reader, saes, train_set, settings, tuned_decoder) for train_set in train_sets]
+    shifts = [measure_shifts(reader, saes, train_set, settings, opened.tuned) for train_set in train_sets]
+    forecasts = forecasts_of(
+        opened,
+        [[of_saes[i] for of_saes in shifts] for i in range(len(saes))],
+        fits,
+        domain_sets,
+        answer_sets,
+        lambda: with_head(model, settings),
+        lambda language_model: [
+            measure_signed(
+                HookedModel(language_model, layer, name=reader.name, say=settings.tell_line),
+                one,
+                train_answers,
+                answer_sets,
+                signed,
+                kind=settings.signed_features,
+                batch_tokens=settings.batch_tokens,
+                seed=settings.seed,
+                tell=settings.tell,
+            )
+            for layer, one in zip(layers, saes, strict=bool(signed))
+        ],
+        trains,
+        {"model": model, "tuned": tuned, "labels": settings.labels, "domains": domains, "demos": demos or {}},
+        labels,
+        settings,
+    )
+    return forecasts[0] if isinstance(sae, (str, Path, SAE)) else forecasts
+
+
+def forecasts_of(
+    opened: Opened,
+    shifts_of: Sequence[Sequence[Shift]],
+    fits: Sequence[Fit],
+    domain_sets: Sequence[PromptSet],
+    answer_sets: Sequence[PromptSet],
+    load_whole: Callable[[], Any],
+    measure: Callable[[Any], list[dict[str, SignedForecast]]],
+    trains: Mapping[str, object],
+    inputs: Mapping[str, object],
+    labels: Mapping[int, str],
+    settings: Settings,
+) -> list[dict[str, Forecast]]:
+    """By SAE and training set, its forecast, each domain passed through the model once.
+
+    shifts_of: by SAE, the shift of each training set
+    answer_sets: the domains with answers enough, where the whole model is asked for them
+    load_whole: gives the whole model; called only where it is needed
+    measure: the signed forecasts by SAE and training set, if any, given the whole model
+    trains, inputs: what the training sets, and everything else, were read from, for the provenance
+    """
+    reader, saes, tokenizer = opened.reader, opened.saes, opened.tokenizer
     called = sae_names([(one.source, one.hook_name) for one in saes])
     with_sae = [f" with {name}" if len(saes) > 1 else "" for name in called]
-    for of_saes in shifts:
-        for shift, suffix in zip(of_saes, with_sae, strict=True):
+    for of_sae, suffix in zip(shifts_of, with_sae, strict=True):
+        for shift in of_sae:
             overlap = float(np.mean(shift.overlaps(settings.top_n)))
             n_prompts = len(shift.prompt_set.prompts)
             settings.tell_line(settle.shift_line(shift.name + suffix, settings.top_n, n_prompts, overlap))
-    shifts_of = [[of_saes[i] for of_saes in shifts] for i in range(len(saes))]
     reads = [read_domain(reader, saes, domain_set, shifts_of, settings) for domain_set in domain_sets]
-    language_model = _with_head(model, settings) if answer_sets else None
+    language_model = load_whole() if answer_sets else None
     answer_reads = _read_answers(language_model, answer_sets if settings.controls == "all" else [], settings)
-    signed_of = [
-        measure_signed(
-            HookedModel(language_model, layer, name=reader.name, say=settings.tell_line),
-            one,
-            train_answers,
-            answer_sets,
-            signed,
-            kind=settings.signed_features,
-            batch_tokens=settings.batch_tokens,
-            seed=settings.seed,
-            tell=settings.tell,
-        )
-        for layer, one in zip(layers, saes, strict=bool(signed))
-    ]
+    signed_of = measure(language_model)
 
     if isinstance(reader, Decoder):
         reader.passes.say_summary()
-    provenance = {
-        **{"model": model, "tuned": tuned, "labels": settings.labels},
-        **{"domains": domains, "demos": demos or {}},
-    }
-    loaded_from = model if isinstance(model, (str, Path)) else None
+    loaded_from = opened.source if isinstance(opened.source, (str, Path)) else None
     forecasts: list[dict[str, Forecast]] = []
     for i, one in enumerate(saes):
-        signed_by = signed_of[i] if signed else {}
+        signed_by = signed_of[i] if signed_of else {}
         explained = [*(shift.firings for shift in shifts_of[i]), *(found.firings for found in signed_by.values())]
         shown = sorted({int(j) for firings in explained for j in firings.features})
         promoted: dict[int, list[str]] = {}
@@ -303,12 +311,12 @@ def compare(
                         [of_saes[i] for of_saes in reads],
                         answer_reads,
                         settings,
-                        None if tuned_decoder is None else tuned_decoder.name,
+                        None if opened.tuned is None else opened.tuned.name,
                         shift.firings.table(tokenizer),
                         promoted,
                         labels,
                         {
-                            **provenance_of({**provenance, "sae": one.source, "train": trains[shift.name]}, settings),
+                            **provenance_of({**inputs, "sae": one.source, "train": trains[shift.name]}, settings),
                             "prompts_sha256": prompts_sha256([shift.prompt_set, *domain_sets]),
                             "forward_passes": reader.passes.summary() if isinstance(reader, Decoder) else NO_PASSES,
                         },
@@ -322,44 +330,15 @@ def compare(
             }
         )
     if len(domain_sets) > 1:
-        for of_sae, suffix in zip(forecasts, with_sae, strict=True):
-            for name, forecast in of_sae.items():
+        for by_train, suffix in zip(forecasts, with_sae, strict=True):
+            for name, forecast in by_train.items():
                 for estimator in settings.estimators:
                     values = [getattr(domain, f"sts_{estimator}") for domain in forecast.domains]
                     intervals = [getattr(domain, f"sts_{estimator}_ci") for domain in forecast.domains]
                     settings.tell_line(
                         settle.ranking_line(name + suffix, estimator, forecast.prompts_per_domain, values, intervals)
                     )
-    return forecasts[0] if isinstance(sae, (str, Path, SAE)) else forecasts
-
-
-def _loaded_sae(source: SAESource, settings: Settings) -> SAE:
-    sae = source if isinstance(source, SAE) else load_sae(source, layer=settings.layer, dtype=settings.sae_dtype)
-    if isinstance(source, SAE) and settings.layer is not None:
-        sae = replace(sae, hook_name=place_name("resid_post", settings.layer))
-    if settings.sae_dtype is not None:
-        sae = sae.with_dtype(settings.sae_dtype)
-    if settings.top_n > sae.d_sae:
-        raise InputError(f"--top-n is {settings.top_n}, but the SAE {sae.source} has {sae.d_sae} features")
-    if not sae.hook_name:
-        raise InputError(f"the SAE {sae.source} does not say which layer it reads: give --layer, or --hook")
-    return sae
-
-
-def _decoder(model: str | Path | PreTrainedModel, saes: Sequence[SAE], settings: Settings, *, name: str) -> Decoder:
-    """The model, to be read where the SAEs read."""
-    places = list(dict.fromkeys(sae.hook_name for sae in saes))
-    if isinstance(model, (str, Path)):
-        decoder = load_decoder(
-            model, *places, dtype=settings.dtype, device=settings.device, device_map=settings.device_map
-        )
-    else:
-        decoder = Decoder(model, *places, name=name)
-    for sae in saes:
-        check_width(sae, hook_of(decoder, sae), decoder.name)
-    decoder.passes.batch_tokens = settings.batch_tokens
-    decoder.passes.say = settings.say or decoder.passes.say
-    return decoder
+    return forecasts
 
 
 def _check_activations(
@@ -377,13 +356,6 @@ def _check_activations(
                 "model with --model"
             )
     activations.check_sampling(settings.sampling, domain_shots=domain_shots)
-
-
-def _with_head(model: str | Path | PreTrainedModel, settings: Settings) -> Any:
-    """The whole model."""
-    if isinstance(model, (str, Path)):
-        return load_language_model(model, dtype=settings.dtype, device=settings.device, device_map=settings.device_map)
-    return model
 
 
 def _read_answers(whole: Any, answer_sets: Sequence[PromptSet], settings: Settings) -> dict[str, results.AnswerLog]:

@@ -63,7 +63,7 @@ def _content(run: Run) -> dict[str, Any]:
         "training": None if run.training is None else training.training_section(run.training, scores),
         "concentration": features.concentration(run),
         "features": features.feature_section(run),
-        "measure": "activity" if scores["settings"]["dims"] == "active" else "shift",
+        "measure": features.MEASURES.get(scores["settings"]["dims"], "shift"),
         "sets": [scores["train"] | {"name": "training set"}, *scores["domains"]],
     }
 

@@ -26,10 +26,15 @@ MOST_FIRINGS = 10
 MOST_BEFORE = 70
 MOST_AFTER = 40
 
+MEASURES = {"active": "activity", "correlation": "correlation", "gradient": "gradient"}
 SHIFT_WORDS = {
     "icl": "the shift that demonstrations of the training set cause",
     "tuned": "the shift that training has caused",
     "active": "the activity on the training set (no shift was measured)",
+    "verified": "the shift that the model's own verified completions cause as demonstrations",
+    "correlation": "the correlation with the advantage (no shift was measured)",
+    "gradient": "the policy gradient (no shift was measured)",
+    "step": "the shift that a step along the policy gradient causes",
 }
 
 
@@ -78,7 +83,7 @@ class Concentration:
 def feature_section(run: Run) -> FeatureSection:
     """The features of D_N."""
     entries = run.scores["shifted_features"]
-    measure = "activity" if run.scores["settings"]["dims"] == "active" else "shift"
+    measure = MEASURES.get(run.scores["settings"]["dims"], "shift")
     return section_of([feature_of(rank, entry, run.firings) for rank, entry in enumerate(entries, 1)], measure)
 
 

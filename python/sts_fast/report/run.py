@@ -14,6 +14,7 @@ from sts_fast.ablate import ABLATION_FILE
 from sts_fast.ablate.record import ablation_schema
 from sts_fast.errors import InputError
 from sts_fast.results import (
+    DIMS_OF_ACTIVITY,
     FEATURES_FILE,
     SCHEMA_VERSION,
     SCORES_FILE,
@@ -174,8 +175,9 @@ def _is_extension(error: ValidationError) -> bool:
 def _read_importance(path: Path, dims: str, top: list[int], warnings: list[str]) -> Doubles | None:
     if not path.is_file():
         return None
-    kind, name = ("CorrelationStats", "sum_h") if dims == "active" else ("ShiftStats", "sum_sq_shift")
+    kind, name = ("CorrelationStats", "sum_h") if dims in DIMS_OF_ACTIVITY else ("ShiftStats", "sum_sq_shift")
     arrays, _ = files.load_arrays(path, kind)
+    name = "importance" if "importance" in arrays else name
     if name not in arrays or arrays[name].ndim != 1 or arrays[name].dtype.kind != "f":
         raise InputError(f"{path} has no '{name}': it is damaged, make the run again")
     if "shifted_features" in arrays and arrays["shifted_features"].tolist() != top:

@@ -80,6 +80,8 @@ def correlation_shifts(
     sums = [CorrelationStats(sae, targets.shape[1]) for sae in saes]
     raws = [controls.RawShift(sae.d_in) for sae in saes]
     logs = [PromptLog("shift", prompt_set) for _ in saes]
+    for log in logs:
+        log.values["advantage"] = completions.advantages
     at = [reader.hooks.index(hook_of(reader, sae)) for sae in saes]
     done = 0
     for of_hooks in rows_of(reader, "train", prompt_set):

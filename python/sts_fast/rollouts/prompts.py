@@ -1,0 +1,204 @@
+"""From rollouts to what the model reads: each completion behind its prompt, and the verified ones as demonstrations."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sts_fast.errors import InputError
+from sts_fast.examples import Example
+from sts_fast.prompts import SIGN, Prompt, PromptSet, PromptTemplate, Turn, plain_text
+from sts_fast.rollouts.dims import Completions
+from sts_fast.rollouts.read import Rollout, Rollouts
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    IntArray = NDArray[np.int32]
+
+SIGN_OF_SYSTEM = SIGN * 2
+
+
+class Rendering:
+    """How prompts are sent, and what of a prompt that was logged as text is the template's and what the user's.
+
+    Trainers log what they sent with the template's marks, without its special tokens, or unrendered.
+    """
+
+    def __init__(self, template: PromptTemplate) -> None:
+        self.template = template
+        tokenizer = template.tokenizer
+        marks = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self.marks = sorted((marks | set(tokenizer.all_special_tokens)) - {""}, key=len, reverse=True)
+        shapes: list[list[Turn]] = [[("user", SIGN)], [("system", SIGN_OF_SYSTEM), ("user", SIGN)]]
+        rendered = [text for turns in shapes if (text := self._rendered(turns))]
+        forms = [form(text) for of in (rendered, map(self._unmarked, rendered)) for text in of]
+        self._forms = [one for one in forms if one is not None]
+
+    def turns(self, prompt: str | tuple[Turn, ...]) -> tuple[Turn, ...] | None:
+        """The conversation of a prompt; None for a text that is to be sent as it stands, where there is no template."""
+        if not isinstance(prompt, str):
+            return prompt
+        for text in (prompt.strip(), self._unmarked(prompt).strip()):
+            for one in self._forms:
+                if (match := one.fullmatch(text)) and match["user"]:
+                    said = match.groupdict()
+                    system = [("system", said["system"])] if said.get("system") else []
+                    return (*system, ("user", said["user"]))
+        return (("user", prompt.strip()),) if self.template.is_chat else None
+
+    def prompt_ids(self, prompt: str | tuple[Turn, ...]) -> IntArray:
+        """[n] int32 token ids of a prompt, open to be gone on with. Raises InputError as PromptTemplate.token_ids."""
+        turns = self.turns(prompt)
+        return self.template.plain_ids(str(prompt)) if turns is None else self.template.token_ids(turns)
+
+    def ended(self, completion: str) -> tuple[str, bool]:
+        """A completion without the special tokens at its end, and whether there were any."""
+        text, n = completion, -1
+        while n != len(text):
+            n, text = len(text), text.rstrip()
+            text = next((text.removesuffix(mark) for mark in self.marks if text.endswith(mark)), text)
+        return (text, True) if len(text) < len(completion.rstrip()) else (completion, False)
+
+    def _rendered(self, turns: list[Turn]) -> str:
+        try:
+            return self.template.text(turns) if self.template.is_chat else plain_text(turns)
+        except InputError:  # a template may refuse system turns
+            return ""
+
+    def _unmarked(self, text: str) -> str:
+        for mark in self.marks:
+            text = text.replace(mark, "")
+        return text
+
+
+def form(rendered: str) -> re.Pattern[str] | None:
+    """What matches any text that was rendered like this one of signs; None where a sign does not appear."""
+    text = re.escape(rendered.strip())
+    if text.replace(SIGN_OF_SYSTEM, "").count(SIGN) != 1 or text.count(SIGN_OF_SYSTEM) > 1:
+        return None
+    text = text.replace(SIGN_OF_SYSTEM, "(?P<system>.*?)").replace(SIGN, r"\s*(?P<user>.*?)\s*")
+    return re.compile(text, re.DOTALL)
+
+
+def with_endings(rollouts: Rollouts, rendering: Rendering) -> Rollouts:
+    """Completions without end marks; where any has one, and nothing else tells, those without were cut off."""
+    ended = [rendering.ended(row.completion) for row in rollouts.rows]
+    tells = any(end for _, end in ended)
+    rows = [
+        replace(row, completion=text, truncated=not end if row.truncated is None and tells else row.truncated)
+        for row, (text, end) in zip(rollouts.rows, ended, strict=True)
+    ]
+    return replace(rollouts, rows=rows)
+
+
+def read_completions(
+    rollouts: Rollouts, rendering: Rendering, *, context_length: int | None, limit: int | None, seed: int
+) -> Completions:
+    """The completions of a random sample of `limit` prompts whose completions differ in advantage, in their order.
+
+    Prompt and completion are tokenised apart, as they were when the completion was sampled, and read are the
+    completion's tokens but special ones. Left out, after advantages were taken: empty completions, and those that
+    overrun the model's context.
+
+    Raises InputError where no prompt has completions of different advantage, or none of these can be read.
+    """
+    advantages, group_of = rollouts.advantages, rollouts.group_of
+    apart = np.flatnonzero(np.bincount(group_of, advantages != 0))
+    if not len(apart):
+        sizes = np.bincount(group_of)
+        why = (
+            "every prompt has one completion only: sample several of each"
+            if sizes.max() == 1
+            else "all completions of a prompt have the same reward: take prompts that are neither too easy nor too hard"
+        )
+        raise InputError(f"the rewards say nothing about which completions are better, because {why}")
+    rows_of: dict[int, list[int]] = {}
+    for i, group in enumerate(group_of.tolist()):
+        rows_of.setdefault(group, []).append(i)
+    chosen: dict[int, list[tuple[int, Prompt]]] = {}
+    n_too_long = n_empty = 0
+    for group in np.random.default_rng(seed).permutation(apart).tolist():
+        if len(chosen) == limit:
+            break
+        found: list[tuple[int, Prompt]] = []
+        for place, i in enumerate(rows_of[group]):
+            prompt = _completion_prompt(rollouts.rows[i], f"{group + 1}.{place + 1}", rendering)
+            if prompt is None:
+                n_empty += 1
+            elif context_length is not None and len(prompt.base_ids) > context_length:
+                n_too_long += 1
+            else:
+                found.append((i, prompt))
+        if len({float(advantages[i]) for i, _ in found}) > 1:
+            chosen[group] = found
+    if not chosen:
+        raise InputError(
+            f"no prompt has two readable completions of different reward: {n_empty} are empty, and {n_too_long} "
+            f"overrun the model's context of {context_length} tokens: give shorter rollouts, or a model of longer "
+            "context"
+        )
+    kept = [chosen[group] for group in sorted(chosen)]
+    rows = [i for found in kept for i, _ in found]
+    return Completions(
+        PromptSet("correlation", [prompt for found in kept for _, prompt in found], n_too_long, n_empty),
+        advantages[rows],
+        np.repeat(np.arange(len(kept)), [len(found) for found in kept]),
+    )
+
+
+def _completion_prompt(row: Rollout, name: str, rendering: Rendering) -> Prompt | None:
+    """A prompt with its completion; None where the completion has no token to read."""
+    template, none = rendering.template, np.empty(0, np.int32)
+    ids = template.tokenizer(row.completion, add_special_tokens=False, verbose=False).input_ids
+    completion = np.asarray(ids, dtype=np.int32)
+    is_special = np.isin(completion, template.special_ids)
+    if not row.completion.strip() or is_special.all():
+        return None
+    before = rendering.prompt_ids(row.prompt)
+    positions = (len(before) + np.flatnonzero(~is_special)).astype(np.int32)
+    return Prompt(name, np.concatenate([before, completion]), none, positions, none, none, int(is_special.sum()))
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A policy's own verified completions.
+
+    queries: every prompt, in order; demos: the best verified completion of each prompt that has one, best first
+    lowest:  reward from which on a completion counts as verified
+    """
+
+    queries: list[Example]
+    demos: list[Example]
+    lowest: float
+
+
+def verified_demos(rollouts: Rollouts, rendering: Rendering, lowest: float | None) -> Verified:
+    """Verified are completions of a reward of at least `lowest`.
+
+    lowest: by default the middle between the smallest reward and the largest; none, where these are the same
+    """
+    rewards = rollouts.rewards
+    none_is_better = lowest is None and rewards.min() == rewards.max()
+    lowest = float(rewards.min() + rewards.max()) / 2 if lowest is None else lowest
+    queries: dict[int, Example] = {}
+    best: dict[int, tuple[float, Example]] = {}
+    for row in rollouts.rows:
+        turns = rendering.turns(row.prompt) or (("user", str(row.prompt).strip()),)
+        at = max(i for i, (role, _) in enumerate(turns) if role == "user")
+        example = Example(str(row.group + 1), turns[at][1], row.completion, tuple(turns[:at]))
+        queries.setdefault(row.group, replace(example, answer=None))
+        verified = row.reward >= lowest and not none_is_better
+        if verified and row.completion.strip() and row.reward > best.get(row.group, (-np.inf, None))[0]:
+            best[row.group] = row.reward, example
+    demos = [example for _, example in sorted(best.values(), key=lambda found: -found[0])]
+    return Verified(_distinct(list(queries.values())), demos, lowest)
+
+
+def _distinct(examples: Sequence[Example]) -> list[Example]:
+    """Each question once: a prompt may have been asked at several steps."""
+    return list({(example.context, example.question): example for example in reversed(examples)}.values())[::-1]

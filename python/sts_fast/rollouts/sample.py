@@ -1,0 +1,187 @@
+"""Rollouts from the model itself: completions sampled for each question, and a checker that rewards them."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import sys
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sts_fast.capture import load_language_model, load_tokenizer
+from sts_fast.errors import InputError
+from sts_fast.examples import Example, Turn, load_examples
+from sts_fast.prompts import PromptTemplate
+from sts_fast.rollouts.read import Rollout, Rollouts
+from sts_fast.weights import DeviceMap
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Checker = Callable[[str, str, str | None], float]
+Tell = Callable[[int, int], None]
+
+# GSM8K writes its result behind this mark.
+RESULT_MARK = "####"
+# Models without a chat template go on with a question of their own.
+NEXT_QUESTION = "\nQuestion:"
+
+
+def sample_rollouts(
+    *,
+    model: str | Path | PreTrainedModel,
+    questions: str | Path | Sequence[Example],
+    check: str | Checker,
+    n_samples: int = 8,
+    temperature: float = 1.0,
+    max_new_tokens: int = 256,
+    limit: int | None = 256,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str = "auto",
+    device_map: DeviceMap | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    question_field: str | None = None,
+    answer_field: str | None = None,
+    progress: Tell | None = None,
+) -> Rollouts:
+    """Samples completions of questions and rewards them.
+
+    questions: a file, a folder, or examples; check: see load_checker, or a function of (question, completion, answer)
+    n_samples: completions of each question, from the whole distribution at `temperature`, each of at most
+               `max_new_tokens` tokens; those that reach it without an end are truncated
+    limit:     most questions, the first ones; None for all
+    dtype, device, device_map: of the model, see load_language_model
+
+    A question's completions depend on `seed` and the question alone, not on the others.
+
+    Raises InputError for a checker that cannot be used, and for questions without the answers that it needs.
+    """
+    import torch
+
+    for name, value in (("--sample", n_samples), ("--max-new-tokens", max_new_tokens)):
+        if value < 1:
+            raise InputError(f"{name} must be at least 1, not {value}")
+    if not temperature > 0 or not math.isfinite(temperature):
+        raise InputError(f"--temperature must be above 0, not {temperature:g}")
+    checker = load_checker(check) if isinstance(check, str) else check
+    if isinstance(questions, (str, Path)):
+        questions = load_examples(questions, question_field=question_field, answer_field=answer_field)
+    examples = list(questions)[:limit]
+    if check in ("exact", "math") and (lacking := [one.id for one in examples if one.answer is None]):
+        raise InputError(
+            f"--check {check} compares with the answer, but question {lacking[0]} has none: fill it in, name its "
+            "column with --answer-field, or give a checker of your own"
+        )
+    if tokenizer is None and not isinstance(model, (str, Path)):
+        raise ValueError("a model in memory needs its tokenizer: give tokenizer=...")
+    template = PromptTemplate(tokenizer or load_tokenizer(model))  # type: ignore[arg-type]
+    whole: Any = model
+    if isinstance(model, (str, Path)):
+        whole = load_language_model(model, dtype=dtype, device=device, device_map=device_map)
+    rows: list[Rollout] = []
+    for group, example in enumerate(examples):
+        turns: tuple[Turn, ...] = (*example.context, ("user", example.question))
+        with torch.random.fork_rng():
+            torch.manual_seed(zlib.crc32(f"{seed} {turns}".encode()))
+            sampled = _sample(whole, template, turns, n_samples, temperature, max_new_tokens)
+        for text, truncated in sampled:
+            reward = _checked(checker, example, text)
+            rows.append(Rollout(turns, text, reward, group, None, truncated))
+        if progress is not None:
+            progress(group + 1, len(examples))
+    return Rollouts(rows, {"prompt": "questions", "completion": f"{n_samples} samples", "reward": str(check)})
+
+
+def _sample(
+    model: Any, template: PromptTemplate, turns: Sequence[Turn], n: int, temperature: float, max_new_tokens: int
+) -> list[tuple[str, bool]]:
+    """(text, whether it was cut off) of n completions."""
+    import torch
+
+    tokenizer = template.tokenizer
+    device = next(model.parameters()).device
+    ids = torch.from_numpy(template.token_ids(turns).astype("int64"))[None].to(device)
+    ends = _end_ids(model, tokenizer)
+    with torch.inference_mode():
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
+            num_return_sequences=n, max_new_tokens=max_new_tokens, eos_token_id=ends or None,
+            pad_token_id=ends[0] if ends else 0,
+        )  # fmt: skip
+    found = []
+    for row in out[:, ids.shape[1] :].tolist():
+        at = next((i for i, token in enumerate(row) if token in ends), None)
+        text = str(tokenizer.decode(row[:at], skip_special_tokens=True))
+        text, _, more = text.partition(NEXT_QUESTION) if not template.is_chat else (text, "", "")
+        found.append((text, at is None and not more))
+    return found
+
+
+def _end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = ends if isinstance(ends, list) else [ends]
+    return list(dict.fromkeys(int(end) for end in (*ends, tokenizer.eos_token_id) if end is not None))
+
+
+def load_checker(name: str) -> Checker:
+    """A function (question, completion, answer) -> reward, by name.
+
+    'exact': 1 where completion and answer are the same text, but for space around them
+    'math':  1 where math-verify finds both equivalent
+    'package.module:function': any function of the user's, found as Python finds modules, or in the current folder
+
+    Raises InputError where there is no such function, or math-verify is not installed.
+    """
+    if name == "exact":
+        return lambda question, completion, answer: float(completion.strip() == (answer or "").strip())
+    if name == "math":
+        return _math_checker()
+    module_name, colon, function_name = name.partition(":")
+    if not colon or not module_name or not function_name:
+        raise InputError(f"--check must be exact, math, or package.module:function, not '{name}'")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # a module of the user's may raise anything
+        raise InputError(f"--check {name}: {module_name} cannot be imported ({_said(error)})") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise InputError(f"--check {name}: {module_name} has no function {function_name}")
+    checker: Checker = function
+    return checker
+
+
+def _math_checker() -> Checker:
+    try:
+        from math_verify import parse, verify
+    except ImportError as error:
+        raise InputError(
+            "--check math needs math-verify, which is not installed: pip install 'sts-fast[math]', or take --check "
+            "exact"
+        ) from error
+
+    def check(question: str, completion: str, answer: str | None) -> float:
+        gold = (answer or "").rpartition(RESULT_MARK)[2].strip()
+        # A bare result such as \frac{1}{2} is only seen as mathematics between dollars.
+        return float(any(verify(parse(form), parse(completion)) for form in (gold, f"${gold}$")))
+
+    return check
+
+
+def _checked(checker: Checker, example: Example, completion: str) -> float:
+    try:
+        reward = float(checker(example.question, completion, example.answer))
+    except Exception as error:  # a function of the user's may raise anything
+        raise InputError(f"the checker failed on question {example.id} ({_said(error)}): correct it") from error
+    if not math.isfinite(reward):
+        raise InputError(f"the checker gave {reward} on question {example.id}: rewards must be finite numbers")
+    return reward
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().partition("\n")[0]
