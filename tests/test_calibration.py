@@ -6,13 +6,14 @@ import copy
 import itertools
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from test_report import make_scores
+from benchmarks.study import calibrate
+from test_report import make_scores, make_signed
 from tiny import Tiny
 
 import sts_fast
@@ -190,11 +191,11 @@ def made_forecast(seed: int, edit: Any = None) -> Forecast:
         DomainScore(**{key: tuple(value) if isinstance(value, list) else value for key, value in domain.items()})
         for domain in scores.pop("domains")
     ]
-    del scores["schema_version"]
     features = [sts_fast.results.ShiftedFeature(**one) for one in scores.pop("shifted_features")]
     nothing: Any = None
+    plain = {field.name: scores[field.name] for field in fields(Forecast) if field.name in scores}
     return Forecast(
-        **scores, domains=domains, shifted_features=features, stats=nothing, controls={}, prompts=nothing,
+        **plain, domains=domains, shifted_features=features, stats=nothing, controls={}, prompts=nothing,
         firings=nothing,
     )  # fmt: skip
 
@@ -229,17 +230,9 @@ def test_trainings_on_one_set_are_one_training_set(past: Path) -> None:
 def test_signed_scores_give_changes_with_a_sign(tmp_path: Path) -> None:
     def signed(scores: dict[str, Any]) -> None:
         rng = np.random.default_rng(len(str(scores["shifted_features"])))
-        fields = {f"{name}{of}": None for name in ("ntk", "step", "adapter") for of in ("", "_loss")}
-        entry = {"n_prompts": 9, "base_loss": 1.0, "p_answer": 0.5, "top_features": None, "share_of_top_features": None}
-        values = rng.normal(size=len(scores["domains"])).tolist()
-        scores["signed"] = {
-            "features": "raw", "train_loss": 1.0, "loss_left": {},
-            "domains": {
-                domain["name"]: {**entry, **fields, "adapter": {"value": value, "ci": [value - 0.1, value + 0.1]}}
-                for domain, value in zip(scores["domains"], values, strict=True)
-            },
-        }  # fmt: skip
-        for domain, value in zip(scores["domains"], values, strict=True):
+        scores["signed"] = make_signed(scores)
+        for domain, value in zip(scores["domains"], rng.normal(size=len(scores["domains"])).tolist(), strict=True):
+            scores["signed"]["domains"][domain["name"]]["adapter"] = {"value": value, "ci": [value - 0.1, value + 0.1]}
             domain["sts_act"] = value  # what put_run makes changes from
 
     def repaired(scores: dict[str, Any]) -> None:
@@ -365,7 +358,13 @@ def test_a_forecast_without_the_estimator_is_refused(past: Path) -> None:
             ),
             "the change of 'a' in .* is nan",
         ),
-        (lambda past: (past / "run-0" / "scores.json").write_text('{"domains": []}'), "cannot be learned from"),
+        (lambda past: (past / "run-0" / "scores.json").write_text('{"domains": []}'), "lacks 'provenance'"),
+        (
+            lambda past: (past / "run-0" / "scores.json").write_text(
+                (past / "run-0" / "scores.json").read_text().replace('"sts_act": ', '"sts_act": "much", "was": ')
+            ),
+            "the score of 'domain 0' in .* is much, not a number",
+        ),
         (lambda past: [one.unlink() for one in past.glob("*/validation.json")], "none of 11 past runs has an outcome"),
         (lambda past: [one.unlink() for one in past.glob("*/scores.json")], "holds no past run"),
     ],
@@ -410,6 +409,11 @@ def test_a_file_that_is_no_calibration_is_refused(past: Path, tmp_path: Path, ed
     (tmp_path / "bad.json").write_text(json.dumps(document))
     with pytest.raises(InputError, match=r"bad\.json is not a calibration"):
         Calibration.load(tmp_path / "bad.json")
+
+
+def test_the_written_tables_are_those_of_the_results() -> None:
+    results = json.loads(calibrate.RESULTS.read_text(encoding="utf-8"))
+    assert calibrate.TABLES.read_text(encoding="utf-8") == calibrate.tables(results)
 
 
 # ---- on the command line, and in the report

@@ -32,6 +32,15 @@ PREDICTORS = {
     "cosine of means": ("cosine of means", "cosine of means", False),
 }
 OUTCOMES = {"dP": "change of P(answer)", "daccuracy": "change of accuracy", "dloss": "fall of the loss"}
+SETS, MODELS = "Training sets held out", "Base models held out, and training sets"
+SKILLS = "Training sets held out, and half of the tags"
+REGIME = "Training sets held out, learned from light trainings"
+HEADER = """# Calibration: intervals of 90%, learned from past trainings
+
+Written by `python -m benchmarks.study calibrate`; what was primary, and what was chosen on `package`, is in
+[the study's README](../study/README.md). In each cell: changes inside, mean [lowest, highest] over the twelve training
+sets held out; width, and interval score (smaller is better), as shares of those of a constant: the mean past change
+with an interval of the same making. Predictors without a sign forecast the size of the change."""
 FIGURES = ("coverage", "width", "interval_score", "error")
 
 
@@ -44,7 +53,7 @@ class Trial:
 
 
 def calibrate(work: Path) -> dict[str, Any]:
-    """By question and way of training: outcome -> predictor -> figures, each a list over held-out training sets."""
+    """Question -> way of training -> outcome -> predictor -> base model -> figures (see figures_of)."""
     raw = {
         path.stem: json.loads(path.read_text(encoding="utf-8"))
         for base in (DESIGNED_ON, *JUDGED_ON)
@@ -54,20 +63,16 @@ def calibrate(work: Path) -> dict[str, Any]:
         raise SystemExit(f"{work} holds no results: python -m benchmarks.study run package first")
     found: dict[str, Any] = {}
     for base, regime, outcome, name in cases(raw):
-        points = {one: points_of(raw[one], regime, name, outcome) for one in raw if regime in raw[one]["trials"]}
-        questions = {
-            f"{base}, {regime}": held_out_sets(points[base]),
-            f"{base} from the other models, {regime}": held_out_models(points, base),
-        }
-        if regime != "light":
-            light = points_of(raw[base], "light", name, outcome)
-            questions[f"{base}, {regime} from light"] = other_regime(light, points[base])
+        studies = {one: points_of(raw[one], regime, name, outcome) for one in raw if regime in raw[one]["trials"]}
+        questions = {SETS: held_out_sets(studies[base]), MODELS: held_out_models(studies, base)}
+        if regime == "light":
+            questions[SKILLS] = new_skills(studies[base])
         else:
-            questions[f"{base}, {regime}, new skills"] = new_skills(points[base])
+            questions[REGIME] = other_regime(points_of(raw[base], "light", name, outcome), studies[base])
         for question, trials in questions.items():
-            of_question = found.setdefault(question, {}).setdefault(outcome, {})
             if figures := figures_of(trials):
-                of_question[name] = figures
+                of_regime = found.setdefault(question, {}).setdefault(regime, {})
+                of_regime.setdefault(outcome, {}).setdefault(name, {})[base] = figures
     RESULTS.write_text(json.dumps(found, separators=(",", ":")) + "\n", encoding="utf-8")
     TABLES.write_text(tables(found), encoding="utf-8")
     return found
@@ -146,43 +151,41 @@ def other_regime(light: Study, other: Study) -> Iterator[Trial]:
         yield Trial(light.points.only(light.points.train != train), other.points.only(other.points.train == train))
 
 
-def figures_of(trials: Iterator[Trial]) -> dict[str, list[float]]:
+def figures_of(trials: Iterator[Trial]) -> dict[str, Any]:
+    """Means over the held-out training sets, and the coverage of each.
+
+    width, interval_score, error: see sts_fast.calibration.conformal.Assessment; constant_*: of the constant; spread:
+    from the 5th to the 95th percentile of the changes.
+    """
     rows = []
     for trial in trials:
         line, constant = judge(trial.past, trial.new, fit_line), judge(trial.past, trial.new, fit_constant)
         low, high = np.percentile(trial.new.change, (5, 95))
         rows.append([*line, *constant, high - low])
-    columns = list(zip(*rows, strict=True))
+    if not rows:
+        return {}
+    columns = np.asarray(rows).T
     names = (*FIGURES, *(f"constant_{name}" for name in FIGURES), "spread")
-    return {name: [round(float(value), 4) for value in column] for name, column in zip(names, columns, strict=False)}
+    found = {name: round(float(column.mean()), 4) for name, column in zip(names, columns, strict=True)}
+    return {**found, "coverage_of_each": [round(float(value), 3) for value in columns[0]]}
 
 
 def tables(found: dict[str, Any]) -> str:
-    """Markdown: means over held-out training sets, and the range of the coverage."""
-    sections = []
-    for question, outcomes in found.items():
-        for outcome, predictors in outcomes.items():
-            if not predictors:
-                continue
-            lines = [
-                ["predictor", "inside", "width", "of a constant's", "of the spread", "interval score, of a constant's",
-                 "error, of a constant's"],
-                ["---"] * 7,
-            ]  # fmt: skip
-            lines += [[name, *cells(figures)] for name, figures in predictors.items()]
+    """Markdown: a table for each question and way of training, a row for each outcome and predictor."""
+    sections = [f"{HEADER}\n"]
+    for question, regimes in found.items():
+        for regime, outcomes in regimes.items():
+            bases = list(next(iter(next(iter(outcomes.values())).values())))
+            lines = [["outcome", "predictor", *bases], ["---"] * (2 + len(bases))]
+            for outcome, predictors in outcomes.items():
+                for name, of_bases in predictors.items():
+                    lines.append([OUTCOMES[outcome], name, *(cell(of_bases[base]) for base in bases)])
             rows = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-            sections.append(f"## {question}: {OUTCOMES[outcome]}\n\n{rows}")
+            sections.append(f"## {question}: {regime}\n\n{rows}")
     return "\n".join(sections)
 
 
-def cells(figures: dict[str, list[float]]) -> list[str]:
-    mean = {name: float(np.mean(values)) for name, values in figures.items()}
-    inside = figures["coverage"]
-    return [
-        f"{mean['coverage']:.0%} [{min(inside):.0%}, {max(inside):.0%}]",
-        f"{mean['width']:.3f}",
-        f"{mean['width'] / mean['constant_width']:.2f}",
-        f"{mean['width'] / mean['spread']:.2f}",
-        f"{mean['interval_score'] / mean['constant_interval_score']:.2f}",
-        f"{mean['error'] / mean['constant_error']:.2f}",
-    ]
+def cell(figures: dict[str, Any]) -> str:
+    each = figures["coverage_of_each"]
+    width, score = (figures[name] / figures[f"constant_{name}"] for name in ("width", "interval_score"))
+    return f"{figures['coverage']:.0%} [{min(each):.0%}, {max(each):.0%}]; {width:.2f}; {score:.2f}"

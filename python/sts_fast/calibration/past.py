@@ -15,7 +15,7 @@ from sts_fast import files
 from sts_fast.calibration.conformal import Points
 from sts_fast.errors import InputError
 from sts_fast.outcomes import METRICS, listed
-from sts_fast.results import ESTIMATORS, SCORES_FILE, VALIDATION_FILE, validate_scores
+from sts_fast.results import ESTIMATORS, SCORES_FILE, VALIDATION_FILE
 from sts_fast.signed import SIGNED_ESTIMATORS, SIGNED_FIELDS
 from sts_fast.validate.reading import finite, read_run_scores
 
@@ -63,15 +63,18 @@ def read_past(sources: Iterable[str | Path]) -> tuple[list[PastRun], list[Path]]
 
 
 def _read_one(folder: Path) -> PastRun:
-    import jsonschema
-
-    scores = read_run_scores(folder)
-    try:
-        validate_scores(scores)
-    except (jsonschema.ValidationError, ValueError) as error:
-        what = error.message if isinstance(error, jsonschema.ValidationError) else error
-        raise InputError(f"{folder / SCORES_FILE} cannot be learned from: {what}: make the run again") from error
-    path = folder / VALIDATION_FILE
+    scores, path = read_run_scores(folder), folder / VALIDATION_FILE
+    try:  # leniently: other versions may have written other keys
+        train_key(scores)
+        for estimator in PREFERRED:
+            conditions(scores, estimator)
+            for name, score in forecasts_of(scores, estimator).items():
+                finite(f"the score of '{name}' in {folder / SCORES_FILE}", score)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise InputError(
+            f"{folder / SCORES_FILE} cannot be learned from: it lacks {error}, or holds something else there; make the "
+            "run again"
+        ) from error
     try:
         domains = json.loads(path.read_text(encoding="utf-8"))["domains"]
         found = {str(one["name"]): (one["outcome"]["change"], str(one["outcome"]["metric"])) for one in domains}
@@ -86,8 +89,8 @@ def _read_one(folder: Path) -> PastRun:
 def forecasts_of(scores: dict[str, Any], estimator: str) -> dict[str, float]:
     """Score by domain, of those that have one; empty where the run was made without the estimator."""
     if estimator in SIGNED_FIELDS:
-        of_domains = (scores["signed"] or {"domains": {}})["domains"]
-        return {name: entry[estimator]["value"] for name, entry in of_domains.items() if entry[estimator] is not None}
+        of_domains = (scores.get("signed") or {"domains": {}})["domains"]
+        return {name: entry[estimator]["value"] for name, entry in of_domains.items() if entry.get(estimator)}
     if any(domain[f"sts_{estimator}"] is None for domain in scores["domains"]):
         return {}
     return {domain["name"]: domain[f"sts_{estimator}"] for domain in scores["domains"]}
@@ -159,7 +162,7 @@ def conditions(scores: dict[str, Any], estimator: str) -> dict[str, Any]:
         "place": f"{model['side']} of {model['module']}",
     }
     if estimator in SIGNED_FIELDS:
-        return found | {"--signed-features": (scores["signed"] or {"features": None})["features"]}
+        return found | {"--signed-features": (scores.get("signed") or {"features": None})["features"]}
     found |= {"--dims": settings["dims"], "--top-n": settings["top_n"], "--tokens": settings["tokens"]}
     if settings["dims"] == "icl":
         found["--shots"] = settings["shots"]

@@ -58,12 +58,15 @@ def print_changes(forecast: Forecast) -> None:
         cells = shown_change(change, unit, signed=signed), shown_interval(domain.change_interval, unit, signed=signed)
         table.add_row(escape(domain.name), *bars, cells[0], escape(cells[1]))
     out.print(table)
-    learned = f"Learned from {said['n_runs']} trainings on {said['n_trains']} sets, by '{said['estimator']}'."
+    learned = (
+        f"Learned from {said['n_runs']} trainings on {said['n_trains']} sets, by '{said['estimator']}': holds for a "
+        "training like those."
+    )
     if said["coverage"] is not None:
         ratio = said["width"] / said["constant_width"]
         learned += (
-            f" Of sets held out, {said['coverage']:.0%} of the changes lay inside;\n"
-            f"intervals there were {ratio:.0%} as wide as those around the mean change."
+            f"\nOf sets held out, {said['coverage']:.0%} of the changes lay inside; "
+            f"intervals were {ratio:.0%} as wide as those around the mean change."
         )
     out.print(learned, highlight=False, markup=False)
 

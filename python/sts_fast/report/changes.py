@@ -67,7 +67,8 @@ def change_section(scores: dict[str, Any]) -> ChangeSection | None:
 def _sentences(rows: list[ChangeRow], said: dict[str, Any]) -> list[str]:
     sentences = [
         f"Learned from {counted(said['n_runs'], 'past training')} on {counted(said['n_trains'], 'training set')}, by "
-        f"{said['estimator']}: how its scores became changes."
+        f"{said['estimator']}: how its scores became changes. It holds for a training like those: as many steps, the "
+        "same rate and method."
     ]
     if said["coverage"] is not None:
         sentences.append(
