@@ -21,14 +21,16 @@ def findings(document: Mapping[str, Any]) -> list[str]:
     of = main_outcome(document)
     found = {name: condition[of] for name, condition in train["conditions"].items()}
     more, draws = found["like_activity"]["top_less_this"], found["like_activity"]["draws"]
-    clearly = "It loses" if is_loss(of, more) else "It does not clearly lose"
+    less = {"value": -more["value"], "ci": [-bound for bound in reversed(more["ci"])]}
+    clearly = "It loses clearly more than" if is_loss(of, more) else "It loses neither clearly more nor less than"
+    clearly = "It loses clearly less than" if is_loss(of, less) else clearly
     said = [
         f"Zeroing the {document['top_n']} features of D_N changes {WORDS[of]} on the training set by "
         f"{with_ci(of, found['top'])}; as many random features by {amount(of, found['random']['value'])}, the least "
         f"shifted by {amount(of, found['low_shift']['value'])}, features of like activity by "
-        f"{amount(of, found['like_activity']['value'])} ({amount(of, min(draws))} to {amount(of, max(draws))} in "
-        f"{document['n_draws']} draws).",
-        f"{clearly} more than with features of like activity: the difference is {with_ci(of, more)}.",
+        f"{amount(of, found['like_activity']['value'])} ({short_amount(of, min(draws))} to "
+        f"{short_amount(of, max(draws))} in {document['n_draws']} draws).",
+        f"{clearly} with features of like activity: the difference is {with_ci(of, more)}.",
     ]
     if domains:
         changes = [one["conditions"]["top"][of]["value"] for one in domains]
@@ -44,13 +46,19 @@ def findings(document: Mapping[str, Any]) -> list[str]:
 
 def amount(outcome: str, value: float) -> str:
     """A change, in points, or in nats where it is one of the loss."""
-    text = f"{value:+.3g} nats" if outcome == "loss" else f"{100 * value:+.1f} points"
-    return text.replace("-", "−")
+    return f"{short_amount(outcome, value)} {'nats' if outcome == 'loss' else 'points'}"
+
+
+def short_amount(outcome: str, value: float) -> str:
+    """The same without its unit."""
+    if outcome != "loss" and abs(value) < 5e-4:
+        return "0.0"
+    return (f"{value:+.3g}" if outcome == "loss" else f"{100 * value:+.1f}").replace("-", "−")
 
 
 def with_ci(outcome: str, found: Mapping[str, Any]) -> str:
     """A change with its interval, as in '+1.0 points [−0.5, +2.5]'."""
-    low, high = (amount(outcome, bound).partition(" ")[0] for bound in found["ci"])
+    low, high = (short_amount(outcome, bound) for bound in found["ci"])
     return f"{amount(outcome, found['value'])} [{low}, {high}]"
 
 

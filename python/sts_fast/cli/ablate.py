@@ -13,7 +13,7 @@ from rich.table import Table
 from sts_fast import results
 from sts_fast.ablate import Ablation, main_outcome
 from sts_fast.ablate import ablate as run_ablate
-from sts_fast.ablate.words import WORDS, amount
+from sts_fast.ablate.words import WORDS, short_amount
 from sts_fast.cli.arguments import fields, typed_command
 from sts_fast.cli.console import err, out, progress, say
 from sts_fast.cli.options import (
@@ -112,26 +112,22 @@ def _print_ablation(ablation: Ablation) -> None:
         what = WORDS[outcome].removeprefix("the ")
         asked = ", asked behind demonstrations" if document["few_shot"] else ""
         table = Table(title=f"Change of {what} when features are zeroed{asked}", title_justify="left", width=79)
-        table.add_column("set", ratio=1)
+        table.add_column("set", ratio=1, overflow="fold")
         for column in ("before", f"D_N ({document['top_n']})", "like activity (draws)", "random", "low shift"):
             table.add_column(column, justify="right")
         for one in document["sets"]:
             found = {name: condition[outcome] for name, condition in one["conditions"].items()}
             before = one["before"][outcome]
             of_draws = found["like_activity"]["draws"]
-            draws = ", ".join(_short(outcome, draw) for draw in (min(of_draws), max(of_draws)))
+            draws = ", ".join(short_amount(outcome, draw) for draw in (min(of_draws), max(of_draws)))
             table.add_row(
                 "training set" if one["kind"] == "train" else escape(one["name"]),
                 f"{before:.3g}" if outcome == "loss" else f"{before:.1%}",
-                _short(outcome, found["top"]["value"]),
-                f"{_short(outcome, found['like_activity']['value'])} ({draws})",
-                _short(outcome, found["random"]["value"]),
-                _short(outcome, found["low_shift"]["value"]),
+                short_amount(outcome, found["top"]["value"]),
+                f"{short_amount(outcome, found['like_activity']['value'])} ({draws})",
+                short_amount(outcome, found["random"]["value"]),
+                short_amount(outcome, found["low_shift"]["value"]),
             )
         out.print(table)
     for finding in ablation.findings():
         out.print(finding, highlight=False, markup=False)
-
-
-def _short(outcome: str, value: float) -> str:
-    return amount(outcome, value).partition(" ")[0]

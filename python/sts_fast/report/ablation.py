@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from sts_fast.ablate import findings, main_outcome
-from sts_fast.ablate.words import is_loss
+from sts_fast.ablate.words import is_loss, short_amount
 from sts_fast.report import figures
 from sts_fast.report.numbers import with_sign
 
@@ -91,7 +91,7 @@ def _figure(rows: list[Zeroed], title: str, outcome: str) -> Markup:
     )
 
     def text(value: float) -> str:
-        return with_sign(value) if outcome == "loss" else f"{value:+.1f}".replace("-", "−")
+        return with_sign(value) if outcome == "loss" else short_amount(outcome, value / 100)
 
     bars = [
         figures.Bar(
