@@ -285,6 +285,24 @@ def test_packed_rows_hold_each_sequence_once(row_length: int) -> None:
     assert max(sum(lengths[slot] for slot in row) for row in rows) <= row_length + max(lengths)
 
 
+def test_on_a_gpu_the_caller_and_the_model_do_not_disturb_each_other() -> None:
+    """The model has a stream of its own, where the next batch is under way while the caller works on this one."""
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+    model, ids = make_model("llama"), sequences(lengths=(9, 4, 13, 30, 1, 22) * 8)
+    expected = [whole_model(model, one)[N_SHARED:] for one in ids]
+    passes = ForwardPasses(Decoder(model.to("cuda"), LAYER), batch_tokens=60)
+    busy = torch.randn(2000, 2000, device="cuda")
+    kept = {}
+    for batch, (reads,) in run_batches(passes.prepare(ids, own_positions(ids))):
+        for index, read in zip(batch, reads, strict=True):
+            busy = (busy @ busy).tanh()  # so that the rows are read long after they have been let go
+            kept[index] = read.rows[0] + 0 * busy[0, 0]
+        del reads
+    for index, rows in kept.items():
+        assert float((rows.cpu() - expected[index]).abs().max()) <= 1e-4 * max(1.0, float(expected[index].abs().max()))
+
+
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 

@@ -73,7 +73,8 @@ def open_model(
     opened_tuned = None
     if tuned is not None:
         beside = settings
-        if isinstance(reader, Decoder) and not isinstance(model, (str, Path)) and settings.device == "auto":
+        anywhere = settings.device == "auto" and settings.device_map is None
+        if anywhere and isinstance(reader, Decoder) and not isinstance(model, (str, Path)):
             beside = replace(settings, device=str(reader.device))  # one read from files joins the one in memory
         opened_tuned = _decoder(tuned, saes, beside, name="the tuned model")
     return Opened(model, reader, opened_tuned, saes, names, tokenizer, template)

@@ -95,4 +95,4 @@ def print_change_comparison(comparison: dict[str, Any]) -> None:
 def print_warnings(forecasts: list[Forecast]) -> None:
     said = (forecast.calibration["warnings"] for forecast in forecasts if forecast.calibration is not None)
     for warning in dict.fromkeys(one for of_forecast in said for one in of_forecast):
-        err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
+        err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)

@@ -112,7 +112,7 @@ def mix(
     else:
         _print_mixture(mixture)
     for warning in mixture.warnings:
-        err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
+        err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     err.print(f"Train on {output / MIXED_FILE}", highlight=False, markup=False, soft_wrap=True)
 
 

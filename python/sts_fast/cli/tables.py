@@ -158,7 +158,7 @@ def print_end(forecasts: list[Forecast], output: Path) -> None:
     for warning in dict.fromkeys(warning for forecast in forecasts for warning in forecast.warnings):
         if warning in told:
             continue
-        err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
+        err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     err.print(f"Results are in {output}", highlight=False, markup=False, soft_wrap=True)
 
 

@@ -55,7 +55,7 @@ def validate(
         build_report(run)
     sys.stdout.write(text if as_json else result.to_text() + "\n")
     for warning in result.warnings:
-        err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
+        err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def _fit(runs: list[Path], estimator: str | None, output: Path, *, as_json: bool) -> None:
@@ -63,7 +63,7 @@ def _fit(runs: list[Path], estimator: str | None, output: Path, *, as_json: bool
     calibration.save(output)
     sys.stdout.write(results.to_json(calibration.to_dict()) if as_json else calibration.to_text() + "\n")
     for warning in calibration.warnings:
-        err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
+        err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     err.print(f"{output}: give it to sts-fast score --calibration", highlight=False, markup=False, soft_wrap=True)
 
 
