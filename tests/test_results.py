@@ -283,6 +283,24 @@ def test_nothing_half_written_where_writing_fails(
     assert {path.name for path in folder.iterdir()} >= set(older)
 
 
+def test_every_score_follows_from_the_prompts(forecast: sts_fast.Forecast) -> None:
+    """STS = sum over a domain's prompts / number of its tokens, or pairs; of D_N, of every control, of the answers."""
+    rows = [row for row in forecast.prompts.to_pylist() if row["stage"] in ("score", "answer")]
+    for domain in forecast.domains:
+        of = [row for row in rows if row["domain"] == domain.name and row["stage"] == "score"]
+        n = {"act": sum(len(row["positions"]) for row in of), "icl": sum(len(row["paired"]) for row in of)}
+        for estimator, n_read in n.items():
+            for control in ("", "random", "low_shift", "most_active", "raw"):
+                column = f"{control}_{estimator}_sum".removeprefix("_")
+                score = getattr(domain, f"sts_{estimator}")
+                wanted = domain.controls[control][f"sts_{estimator}"] if control else score
+                assert wanted == pytest.approx(sum(row[column] for row in of) / n_read, rel=1e-12)
+        answers = [row for row in rows if row["domain"] == domain.name and row["stage"] == "answer"]
+        n_answer = sum(len(row["positions"]) for row in answers)
+        nll = sum(row["answer_nll_sum"] for row in answers) / n_answer
+        assert domain.controls["base_loss"]["nll"] == pytest.approx(nll, rel=1e-12)
+
+
 # --- the table ---
 
 

@@ -96,12 +96,12 @@ def ablate(
             top_n=top_n, n_draws=draws, seed=seed, progress=tell, **read,
         )  # fmt: skip
     ablation.save(folder)
-    if (folder / results.SCORES_FILE).is_file():
-        build_report(folder)
     if as_json:
         sys.stdout.write(results.to_json(ablation.to_dict()))
     else:
         _print_ablation(ablation)
+    if (folder / results.SCORES_FILE).is_file():
+        build_report(folder)
     err.print(f"Results are in {folder}", highlight=False, markup=False, soft_wrap=True)
 
 
