@@ -270,7 +270,7 @@ def test_compare_puts_training_sets_side_by_side(score: Options, run: Callable[.
     both = replace(score.with_(train=candidates, domains=f"blue={folder}/blue.jsonl"), command="compare")
     ran = run(both)
     assert ran.code == 0
-    assert sorted(path.name for path in both.output.iterdir()) == ["compare.json", "first", "red"]
+    assert sorted(path.name for path in both.output.iterdir()) == ["compare.json", "first", "red", "report.html"]
     comparison = json.loads((both.output / "compare.json").read_text())
     assert [train["name"] for train in comparison["trains"]] == ["first", "red"]
     assert comparison["domains"] == ["blue"]
@@ -295,7 +295,8 @@ def test_the_same_output_again_holds_the_new_results_alone(
     (tmp_path / "out" / "second" / "notes.txt").write_text("mine")
     assert run(replace(options.with_(train=[first[0], f"third={folder}/red.jsonl"]), command="compare")).code == 0
     assert sorted(contents(tmp_path / "out" / "second")) == ["notes.txt"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["compare.json", "first", "second", "third"]
+    held = ["compare.json", "first", "report.html", "second", "third"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == held
     assert run(options).code == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*FILES, "second"])
 
@@ -471,7 +472,7 @@ def test_several_saes_side_by_side(score: Options, run: Callable[..., Ran], tmp_
 
     sets = replace(both.with_(train=[f"x={score.values['train']}"], output=tmp_path / "sets"), command="compare")
     assert run(sets).code == 0
-    assert sorted(path.name for path in (sets.output / names[0]).iterdir()) == ["compare.json", "x"]
+    assert sorted(path.name for path in (sets.output / names[0]).iterdir()) == ["compare.json", "report.html", "x"]
     assert "--hook is given 3 times for 2 SAEs" in assert_refused(run(both.with_(hook=["a", "b", "c"])))
 
 

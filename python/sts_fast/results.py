@@ -397,6 +397,8 @@ def clear_earlier(folder: Path, written: Collection[Path]) -> None:
             if name not in ("", ".", "..") and "/" not in name:
                 clear_earlier(folder / name, written)
         comparison.unlink()
+        if names:  # the page over their reports
+            (folder / REPORT_FILE).unlink(missing_ok=True)
     if folder not in written and folder.is_dir():
         for name in RUN_FILES if (folder / SCORES_FILE).is_file() else ():
             (folder / name).unlink(missing_ok=True)
