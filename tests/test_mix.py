@@ -12,6 +12,7 @@ import pytest
 from tiny import N_QUESTIONS, N_TOO_LONG, Tiny
 
 import sts_fast
+from sts_fast.activations import INDEX_FILE
 from sts_fast.cli import main
 from sts_fast.errors import InputError
 from sts_fast.examples import load_examples
@@ -128,6 +129,32 @@ def test_command_writes_a_valid_file_and_the_mixed_set(
     assert [row["set"] for row in rows] != sorted(row["set"] for row in rows)
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--weight", "days"], "--weight takes SET=NUMBER, not 'days'"),
+        (["--weight", "days=much"], "--weight takes SET=NUMBER, not 'days=much'"),
+        (["--limit", "-1"], "--limit must be at least 1, or 0 for all, not -1"),
+        (["--batch-tokens", "0"], "--batch-tokens must be at least 1, not 0"),
+    ],
+)
+def test_wrong_option_is_told_in_a_line(
+    tiny: Tiny,
+    words: list[str],
+    told: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = ["mix", "--train", tiny.train, "--domains", f"days={tiny.domains['days']}", "--budget", 5]
+    given += ["--rule", "uniform", "--output", tmp_path, *words]
+    monkeypatch.setattr("sys.argv", ["sts-fast", *map(str, given)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: {told}\n"
+
+
 def test_json_is_what_the_file_holds(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,6 +207,12 @@ def test_scores_of_other_domains_or_of_another_kind_are_refused(tiny: Tiny, run:
         mixed(tiny, rule="proportional", scores=tmp_path)
     with pytest.raises(InputError, match="has no score of 'law'"):
         mixed(tiny, rule="proportional", scores=run, domains={"law": tiny.domains["days"]})
+
+
+def test_activations_are_not_enough(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / INDEX_FILE).write_text("{}")
+    with pytest.raises(InputError, match=r"needs the whole model, and its gradients, but .* holds activations"):
+        mixed(tiny, model=tmp_path, sae=tiny.saes["topk"])
 
 
 def test_schema_is_closed(best: sts_fast.Mixture) -> None:

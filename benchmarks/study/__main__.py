@@ -61,7 +61,7 @@ def main() -> None:
         if arguments.base is not None:
             tell = teller(arguments.base)
             mixing.run(arguments.base, base_folder(arguments.base, arguments.train_seed, tell), WORK, tell)
-        sys.stdout.write(mixing.table(json.loads(mixing.RESULTS.read_text(encoding="utf-8"))))
+        sys.stdout.write(mixing.table(mixing.results()))
         return
     if arguments.what == "run":
         run(arguments.base or "package", arguments.train_seed)

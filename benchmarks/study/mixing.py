@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import t
 
 from benchmarks.study.trials import DOMAINS, REGIMES, TRAINS, Remembering
 from sts_fast import organism
@@ -36,7 +37,7 @@ N_WORST = 5
 
 
 def run(base: str, folder: Path, work: Path, tell: Callable[[str], None]) -> None:
-    """Adds a base model's trials to the results, rule by rule, so that what is done is kept."""
+    """Adds a base model's trials to the results, rule by rule; those that are there already are not run again."""
     with organism.one_thread():
         model, tokenizer = organism.load_model(folder / "model")
         asking = Remembering(tokenizer)
@@ -49,10 +50,12 @@ def run(base: str, folder: Path, work: Path, tell: Callable[[str], None]) -> Non
         before = ask(model, asking)
         for rule in RULES:
             for way in WAYS:
+                if rule in results().get(base, {}).get(way, {}):
+                    continue
                 rows = [trial(model, asking, pools, train, shares[train][rule], way, before) for train in TRAINS]
                 keep(base, way, rule, rows)
                 tell(f"{rule}, {way}")
-    TABLES.write_text(table(json.loads(RESULTS.read_text(encoding="utf-8"))), encoding="utf-8")
+    TABLES.write_text(table(results()), encoding="utf-8")
 
 
 def kernel_flows(folder: Path, model: Any, tokenizer: Any, pools: dict[str, Any]) -> Callable[[int], Flow]:
@@ -125,28 +128,34 @@ def ask(model: Any, tokenizer: Any) -> organism.Abilities:
 
 
 def keep(base: str, way: str, rule: str, rows: list[dict[str, Any]]) -> None:
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    of_way = results.setdefault(base, {}).setdefault(way, {})
+    found = results()
+    of_way = found.setdefault(base, {}).setdefault(way, {})
     of_way[rule] = {name: [round(row[name], 4) for row in rows] for name in rows[0]}
-    RESULTS.write_text(json.dumps(results, separators=(",", ":")) + "\n", encoding="utf-8")
+    RESULTS.write_text(json.dumps(found, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
-def table(results: dict[str, Any]) -> str:
-    """Markdown: means over the trials of each way of training, and paired differences from uniform mixing."""
+def results() -> dict[str, Any]:
+    """By base model, way of training and rule: what `trial` gives, a list over the training sets."""
+    found: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown: means over trials, and the paired difference from uniform mixing with its 95% interval."""
     sections = []
     for way in WAYS:
-        for bases in ([base] for base in results):
-            sections.append(section(f"{way}, {bases[0]}", [results[base][way] for base in bases]))
-        held_out = [base for base in results if base != "package"]
+        bases = [base for base in found if "uniform" in found[base].get(way, {})]
+        held_out = [base for base in bases if base != "package"]
+        sections += [section(f"{way}, {base}", [found[base][way]]) for base in bases]
         if len(held_out) > 1:
-            sections.append(section(f"{way}, all of {', '.join(held_out)}", [results[base][way] for base in held_out]))
+            sections.append(section(f"{way}, {' and '.join(held_out)}", [found[base][way] for base in held_out]))
     return "\n".join(sections)
 
 
 def section(title: str, of_bases: list[dict[str, Any]]) -> str:
-    rules = [rule for rule in RULES if all(rule in found for found in of_bases)]
+    rules = [rule for rule in RULES if all(rule in one for one in of_bases)]
     values = {
-        rule: {name: np.concatenate([found[rule][name] for found in of_bases]) for name in of_bases[0][rule]}
+        rule: {name: np.concatenate([one[rule][name] for one in of_bases]) for name in of_bases[0][rule]}
         for rule in rules
     }
     n = len(values["uniform"]["loss"])
@@ -158,7 +167,7 @@ def section(title: str, of_bases: list[dict[str, Any]]) -> str:
         means = [f"{values[rule][name].mean():+.3f}" for name in columns]
         paired = ["", ""]
         if rule != "uniform":
-            half = 1.96 * less.std(ddof=1) / np.sqrt(n)
+            half = t.ppf(0.975, n - 1) * less.std(ddof=1) / np.sqrt(n)
             paired = [f"{less.mean():+.3f} ± {half:.3f}", f"{int((less < 0).sum())} of {n}"]
         lines.append([rule, *means, f"{values[rule]['n_domains'].mean():.0f}", *paired])
     return f"## {title}, {n} trials\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from sts_fast import files, results
+from sts_fast.activations import is_activations
 from sts_fast.allot import fill, least_loss, whole_examples
 from sts_fast.capture import Decoder, load_config, load_language_model, load_tokenizer
 from sts_fast.errors import InputError
@@ -150,8 +151,9 @@ def mix(
 
     The rules, where the training set makes up n / (n + budget) of the mixture:
 
-    forecast      the shares w of the budget that minimise the forecast loss after training,
-                      L_train(w) + sum_T v_T L_T(w) / sum_T v_T,
+    forecast      half of the budget evenly from all domains that count, for what no forecast foresees; the other half
+                  so that the shares w of the whole minimise the forecast loss after training,
+                      v_train L_train(w) + sum_T v_T L_T(w) / sum_T v_T,
                   with v the weights; see gradient_flow for L(w), and kernel for the passes over model and data
     proportional  w_T in proportion to STS, as in the paper: from the run `scores`
     uniform       the same from every domain
@@ -281,9 +283,11 @@ def _measure(
 ) -> Kernel:
     if limit is not None and limit < 1:
         raise InputError(f"--limit must be at least 1, not {limit}")
+    if is_activations(model):
+        raise InputError(f"mix needs the whole model, and its gradients, but {model} holds activations: give the model")
     one = sae if isinstance(sae, SAE) else load_sae(sae)
     if not one.hook_name:
-        raise InputError(f"the SAE {one.source} does not say which layer it reads: give --layer, or --hook")
+        raise InputError(f"the SAE {one.source} does not say which layer it reads: give --layer")
     name = str(model) if isinstance(model, (str, Path)) else "the model"
     told_apart = check_names(one, load_config(model) if isinstance(model, (str, Path)) else model.config, name)
     tokenizer = tokenizer or (load_tokenizer(model) if isinstance(model, (str, Path)) else None)
