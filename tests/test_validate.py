@@ -303,7 +303,8 @@ def test_a_forecast_is_read_like_its_run() -> None:
         for domain in run_domains()
     ]
     nothing: Any = None
-    forecast = Forecast({}, {}, {}, {}, {}, domains, [], [], {}, nothing, nothing, nothing, nothing)
+    train, settings, shift = {"n_prompts": 9}, {"estimators": ["act"]}, {"stability": {"mean_overlap": 1.0}}
+    forecast = Forecast({}, {}, train, settings, shift, domains, [], [], {}, nothing, nothing, nothing, nothing)
     assert validate(forecast, published()) == validate({"domains": run_domains()}, published())
 
 
