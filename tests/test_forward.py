@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 from families import D_MODEL, FAMILIES, N_LAYERS, VOCABULARY, make_model
 from transformers import AutoModelForCausalLM
 
-from sts_fast import memory, packing
+from sts_fast import forward, memory, packing
 from sts_fast.capture import Decoder
 from sts_fast.errors import InputError
 from sts_fast.forward import ForwardPasses, Sequences, run_batches
@@ -283,6 +285,48 @@ def test_packed_rows_hold_each_sequence_once(row_length: int) -> None:
     assert [slot for row in rows for slot in row] == list(range(8))
     assert all(rows)
     assert max(sum(lengths[slot] for slot in row) for row in rows) <= row_length + max(lengths)
+
+
+def test_with_a_stream_of_its_own_the_model_is_one_batch_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs where, and when, with a stream that only takes notes in the place of CUDA's."""
+    current, happened = ["caller"], []
+
+    class Stream:
+        def __init__(self, device: Any) -> None:
+            happened.append(("new stream", current[0]))
+
+        def wait_stream(self, other: str) -> None:
+            happened.append(("waits for the weights", other))
+
+    @contextmanager
+    def stream(one: Stream) -> Iterator[None]:
+        current[0] = "model"
+        yield
+        current[0] = "caller"
+
+    class Watched(Decoder):
+        def run(self, **inputs: Any) -> Any:
+            happened.append(("pass", current[0]))
+            return super().run(**inputs)
+
+    model, ids = model_of("llama"), sequences()
+    passes = ForwardPasses(Watched(model, LAYER), batch_tokens=30)
+    prepared = passes.prepare(ids, own_positions(ids))
+    happened.clear()
+    monkeypatch.setattr(passes.reader, "device", SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(forward, "moved", lambda tensor, device: tensor)
+    for name, fake in (("Stream", Stream), ("stream", stream), ("current_stream", lambda device: "caller's")):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    for batch, (reads,) in run_batches(prepared):
+        happened.append(("used", current[0]))
+        for index, read in zip(batch, reads, strict=True):
+            assert_close(read.rows[0], whole_model(model, ids[index])[N_SHARED:])
+    started, passed, used = ("waits for the weights", "caller's"), ("pass", "model"), ("used", "caller")
+    n_batches = happened.count(used)
+    assert n_batches >= 3
+    # The shared start (in two pieces) and two batches are on their way before the first is used; then always one more.
+    between = [used, passed] * (n_batches - 2)
+    assert happened == [("new stream", "caller"), started, *[passed] * 4, *between, used, used]
 
 
 def test_on_a_gpu_the_caller_and_the_model_do_not_disturb_each_other() -> None:

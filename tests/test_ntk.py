@@ -67,6 +67,35 @@ def material(tiny: Tiny) -> Material:
     return Material(model, prompts)
 
 
+def test_answers_and_gradients_that_do_not_fit_are_run_in_halves(material: Material) -> None:
+    prompts, said = material.prompts["train"], []
+    Q = projection(D_IN)
+
+    def rows_by_prompt(model: HookedModel) -> dict[int, tuple[float, Doubles]]:
+        found = {}
+        for rows in model.answer_rows(prompts, Q, batch_tokens=10_000):
+            for slot, index in enumerate(rows.prompts):
+                found[index] = float(rows.nll[slot]), rows.g[rows.prompt_of == slot]
+        return found
+
+    expected = rows_by_prompt(HookedModel(material.model, LAYER))
+
+    def holds_few(module: Any, args: Any, options: Any) -> None:
+        if options["input_ids"].numel() > 200:
+            raise MemoryError
+
+    handle = material.model.register_forward_pre_hook(holds_few, with_kwargs=True)
+    try:
+        found = rows_by_prompt(HookedModel(material.model, LAYER, say=said.append))
+    finally:
+        handle.remove()
+    assert len(said) >= 1
+    assert found.keys() == expected.keys()
+    for index, (nll, g) in expected.items():
+        assert found[index][0] == pytest.approx(nll, rel=1e-9)
+        np.testing.assert_allclose(found[index][1], g, rtol=0, atol=1e-9 * np.abs(g).max())
+
+
 class Literal:
     """The equations, one prompt at a time: x -> x + h(x) W at the hook, differentiated with respect to W.
 
