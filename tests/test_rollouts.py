@@ -94,8 +94,9 @@ def test_each_way_gives_a_whole_forecast(forecasts: dict[str, Forecast], tmp_pat
         # Signed forecasts do not depend on D_N.
         assert scores["signed"] == forecasts["verified"].to_dict()["signed"]
         forecast.save(tmp_path / way)
-        build_report(tmp_path / way)
-        assert (tmp_path / way / "report.html").stat().st_size > 10_000
+        page = build_report(tmp_path / way).read_text(encoding="utf-8")
+        assert "48 completions of 12 prompts" in page
+        assert "empty completions (1), prompts whose completions all have the same reward (1)" in page
     signed = forecasts["step"].signed
     assert signed is not None
     assert signed["domains"]["days"]["ntk"] is not None
@@ -227,7 +228,5 @@ def test_rollouts_that_say_nothing_are_answered_by_one_clear_line(tiny: Tiny, tm
 def test_much_that_says_little_carries_a_warning(tiny: Tiny, path: Path) -> None:
     rollouts = load_rollouts(path)
     cut = Rollouts([Rollout(row.prompt, row.completion, row.reward, row.group, None, True) for row in rollouts.rows])
-    said: list[str] = []
-    [forecast] = forecasts_of(tiny, cut, ways=["correlation"], estimators=["act"], say=said.append).values()
+    [forecast] = forecasts_of(tiny, cut, ways=["correlation"], estimators=["act"]).values()
     assert any("48 of 48 completions were cut off" in warning for warning in forecast.warnings)
-    assert any(line.startswith("warning: 48 of 48") for line in said)

@@ -137,6 +137,7 @@ def test_the_command_samples_forecasts_and_writes_every_way(tiny: Tiny, tmp_path
         assert scores["signed"] is not None
         assert [entry["role"] for entry in scores["provenance"]["inputs"]].count("train") == 1
         assert (output / way / "report.html").is_file()
+    assert (output / "report.html").is_file()
     assert len(load_rollouts(output / "rollouts.jsonl").rows) == 40
     # What was sampled can be forecast from again, to the same numbers.
     again = run(*shared, "--rollouts", output / "rollouts.jsonl", "--limit", 10, "--ways", "correlation",

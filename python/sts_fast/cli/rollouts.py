@@ -49,10 +49,11 @@ from sts_fast.cli.options import (
 )
 from sts_fast.cli.tables import print_comparison, print_end, print_signed
 from sts_fast.errors import InputError
-from sts_fast.report import build_report
+from sts_fast.report import build_comparison_report, build_report
 from sts_fast.results import Forecast
 from sts_fast.rollouts import WAYS, Columns, sample_rollouts
 from sts_fast.rollouts import rollouts as forecast_rollouts
+from sts_fast.rollouts.words import counts_in_words
 
 ROLLOUTS_FILE = "rollouts.jsonl"
 
@@ -159,41 +160,23 @@ def rollouts(
             device=device, device_map=plain_value(device_map), batch_tokens=batch_tokens, labels=labels, seed=seed,
             command=typed_command(), progress=tell, say=say, show=show if show_prompts else None,
         )  # fmt: skip
+    results.clear_earlier(output, [output / way for way in forecasts])
     for way, forecast in forecasts.items():
         forecast.save(output / way)
         build_report(output / way)
     comparison = results.comparison(list(forecasts.values()))
     with files.atomic_path(output / results.COMPARISON_FILE) as path:
         path.write_text(results.to_json(comparison), encoding="utf-8")
+    build_comparison_report(output)
     if as_json:
         sys.stdout.write(results.to_json(comparison))
         return
-    _print_counts(next(iter(forecasts.values())))
-    print_comparison(comparison)
+    one = next(iter(forecasts.values()))
+    out.print(counts_in_words(one.rollouts or {}), highlight=False, markup=False)
+    print_comparison({**comparison, "signed": None})
     _print_overlaps(forecasts)
-    print_signed(next(iter(forecasts.values())))
+    print_signed(one)  # the same whatever the way
     print_end(list(forecasts.values()), output)
-
-
-def _print_counts(forecast: Forecast) -> None:
-    """What the rollouts are, in words."""
-    counts = forecast.rollouts or {}
-    said = [
-        f"{counts['n_completions']:,} completions of {counts['n_groups']:,} prompts, mean reward "
-        f"{counts['mean_reward']:.3g}; {counts['n_verified']:,} prompts have one of "
-        f"{counts['verified_reward']:.3g} or more."
-    ]
-    left = {
-        "without a reward": counts["n_unrewarded"],
-        "empty": counts["n_empty"],
-        "cut off": counts["n_truncated"],
-        "too long for the context": counts["n_too_long"],
-        "prompts with one completion": counts["n_lone"],
-        "prompts with one reward": counts["n_settled"],
-    }
-    said += [f"{', '.join(f'{n:,} {what}' for what, n in left.items() if n)}." if any(left.values()) else ""]
-    columns = ", ".join(f"{what} from {column}" for what, column in counts["columns"].items())
-    out.print(" ".join([*filter(None, said), f"Read: {columns}." if columns else ""]), highlight=False, markup=False)
 
 
 def _print_overlaps(forecasts: dict[str, Forecast]) -> None:

@@ -13,6 +13,7 @@ from sts_fast.report.demo import DEMO_FILE, build_demo_report
 from sts_fast.report.page import render
 from sts_fast.report.run import Run, read_run
 from sts_fast.results import REPORT_FILE
+from sts_fast.rollouts.words import counts_in_words, overlaps_in_words
 
 __all__ = ["DEMO_FILE", "REPORT_FILE", "build_comparison_report", "build_demo_report", "build_report", "short_name"]
 
@@ -38,6 +39,7 @@ def build_report(folder: str | Path) -> Path:
 def _content(run: Run) -> dict[str, Any]:
     """Everything that the template names."""
     scores = run.scores
+    block = scores.get("rollouts")
     ranked = ranking.rankings(scores)
     model, train = short_name(scores["model"]["name"]), _train_name(scores)
     warnings = [*scores["warnings"], *run.warnings]
@@ -64,6 +66,7 @@ def _content(run: Run) -> dict[str, Any]:
         "concentration": features.concentration(run),
         "features": features.feature_section(run),
         "measure": features.MEASURES.get(scores["settings"]["dims"], "shift"),
+        "rollouts": [] if block is None else [counts_in_words(block), overlaps_in_words(block)],
         "sets": [scores["train"] | {"name": "training set"}, *scores["domains"]],
     }
 

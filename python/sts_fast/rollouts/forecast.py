@@ -144,8 +144,6 @@ def rollouts(
     fit = replace(measured, names=opened.names[0])
     settings.warn(fit.warning)
     warnings = _warnings(data)
-    for warning in warnings:
-        settings.tell_line(f"warning: {warning}")
 
     load_whole = cache(lambda: with_head(model, settings))
     shifts: dict[str, Shift] = {}
