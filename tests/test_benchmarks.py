@@ -15,7 +15,7 @@ import torch
 from benchmarks import memory, oracle, records, tables, timing
 from benchmarks.__main__ import OPS, main, make_bench
 from benchmarks.cases import Bench, Case, Size
-from benchmarks.study import grpo, rl
+from benchmarks.study import grpo, rl, rl_table
 
 SIZE = Size(d_in=40, d_sae=640, rows=30)
 
@@ -175,3 +175,8 @@ def test_the_cost_of_watching_a_training_is_what_was_measured() -> None:
     assert f"{cost['median']:.1%} of the training's" in docs
     assert f"{cost['lowest']:.1%} to {cost['highest']:.1%}" in docs
     assert f"{measured['tokens_per_step']:,} tokens a step, probes of {measured['tokens_per_probe']:.0f} tokens" in docs
+
+
+def test_pages_of_the_rl_study_show_its_results() -> None:
+    for page, text in rl_table.pages():
+        assert page.read_text(encoding="utf-8") == text, "python -m benchmarks.study rl brings it up to date"

@@ -65,7 +65,7 @@ def summary(results: Lists) -> str:
             ),
             rows_of(
                 "forecast",
-                {name: name for name in signed_names(rising)},
+                {name: name.removesuffix(", dP") for name in signed_names(rising)},
                 {
                     "r, change of P": lambda name: cell(merged(rising, "zero-shot dP", name, "signed")),
                     "AUC": lambda name: cell(merged(rising, "zero-shot dP", name, "auc_distinct")),
@@ -125,7 +125,7 @@ def section(title: str, regime: str, bases: Sequence[Lists]) -> str:
         "### Which way\n",
         rows_of(
             "forecast",
-            {name: name for name in signed_names(bases)},
+            {name: name.removesuffix(", dP") for name in signed_names(bases)},
             {
                 "r, change of P": lambda name: cell(merged(bases, "zero-shot dP", name, "signed")),
                 "r, size of it": lambda name: cell(merged(bases, "zero-shot dP", name, "size")),
@@ -174,7 +174,7 @@ def difference(bases: Sequence[Lists], outcome: str, name: str) -> str:
     clusters: dict[tuple[int, str], list[float]] = {}
     for i, of_base in enumerate(bases):
         found = of_base[outcome]
-        if name not in found:
+        if name not in found or name.endswith(TRUE):
             return ""
         for (train, _), r, true in zip(
             of_base["trainings"], found[name]["size"], found[f"STS_act, {TRUE}"]["size"], strict=True
