@@ -235,7 +235,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 def test_command_prints_forecast_outcome_and_controls(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], done: demo.Demo, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(cli, "run_demo", lambda **options: done)
+    monkeypatch.setattr(sys.modules["sts_fast.cli.demo"], "run_demo", lambda **options: done)
     code, out, err = command(monkeypatch, capsys, "--output", str(tmp_path / "run"))
     assert code == 0
     trial = done.trials[0]
@@ -252,7 +252,7 @@ def test_command_prints_forecast_outcome_and_controls(
 def test_command_gives_json(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], done: demo.Demo, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(cli, "run_demo", lambda **options: done)
+    monkeypatch.setattr(sys.modules["sts_fast.cli.demo"], "run_demo", lambda **options: done)
     code, out, _ = command(monkeypatch, capsys, "--json", "--output", str(tmp_path / "run"))
     assert code == 0
     assert json.loads(out) == written(tmp_path / "run" / "demo.json")
@@ -262,8 +262,8 @@ def test_retrain_makes_the_organism_in_the_output_and_uses_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], done: demo.Demo, tmp_path: Path
 ) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(cli.organism, "train", lambda seed, folder, tell: seen.append((seed, folder)))
-    monkeypatch.setattr(cli, "run_demo", lambda **options: seen.append(options) or done)
+    monkeypatch.setattr(organism, "train", lambda seed, folder, tell: seen.append((seed, folder)))
+    monkeypatch.setattr(sys.modules["sts_fast.cli.demo"], "run_demo", lambda **options: seen.append(options) or done)
     code, _, _ = command(monkeypatch, capsys, "--retrain", "--seed", "3", "--heavy", "--output", str(tmp_path / "run"))
     assert code == 0
     assert seen[0] == (3, tmp_path / "run" / "organism")
@@ -276,7 +276,7 @@ def test_an_organism_that_has_not_learnt_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     train = organism.train
-    monkeypatch.setattr(cli.organism, "train", lambda seed, folder, tell: train(seed, folder, tell, n_steps=2))
+    monkeypatch.setattr(organism, "train", lambda seed, folder, tell: train(seed, folder, tell, n_steps=2))
     code, out, err = command(monkeypatch, capsys, "--retrain", "--output", str(tmp_path / "run"))
     assert (code, out) == (2, "")
     assert err.startswith("error: the model of seed 0 answers ")
