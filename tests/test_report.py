@@ -210,6 +210,7 @@ def make_scores(n: int = 6, seed: int = 0) -> dict[str, Any]:
             for j in top
         ],
         "signed": None,
+        "rollouts": None,
         "calibration": None,
         "warnings": [],
         "provenance": {
