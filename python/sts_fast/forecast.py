@@ -23,7 +23,7 @@ from sts_fast.settings import Settings
 from sts_fast.shift import ShiftStats
 from sts_fast.shifted import N_REPLICATES, Shift, hook_of
 from sts_fast.signed import SignedForecast
-from sts_fast.weights import unembedding
+from sts_fast.weights import unembedding, weights_sha256
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -85,7 +85,9 @@ def forecast_of(
             "dtype": reader.dtype,
             "context_length": reader.context_length,
             "revision": reader.revision,
-            "weights_sha256": reader.weights_sha256,
+            "weights_sha256": weights_sha256(reader.model, hook.layer)
+            if isinstance(reader, Decoder)
+            else reader.weights_sha256,
         },
         sae={
             "source": sae.source,
