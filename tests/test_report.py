@@ -190,6 +190,7 @@ def make_scores(n: int = 6, seed: int = 0) -> dict[str, Any]:
         "shift": {
             "share_of_top_n": float(importance[top].sum() / importance.sum()),
             "n_features_shifted": D_SAE,
+            "concentration": [{"n": D_SAE, "share": 1.0}],
             "stability": {"n_replicates": 32, "mean_overlap": 0.9, "overlap_ci": [0.85, 0.95]},
         },
         "settled": {
@@ -237,7 +238,9 @@ def make_signed(scores: dict[str, Any], seed: int = 0) -> dict[str, Any]:
     rng = np.random.default_rng([seed, 2])
     domains: dict[str, Any] = {}
     for domain in scores["domains"]:
-        found: dict[str, Any] = {"n_prompts": 40, "base_loss": 0.7, "p_answer": 0.4, "step": None, "step_loss": None}
+        found: dict[str, Any] = {
+            "n_prompts": 40, "base_loss": 0.7, "p_answer": 0.4, "gradient_cosine": 0.2, "step": None, "step_loss": None
+        }  # fmt: skip
         for number in ("adapter", "adapter_loss", "ntk", "ntk_loss"):
             value = float(rng.normal(0, 0.3))
             found[number] = {"value": value, "ci": [value - 0.15, value + 0.1]}
