@@ -123,6 +123,25 @@ def test_scores_are_those_of_d_n_on_the_domains_tokens(
         assert all(row["advantage"] is not None for row in shift)
 
 
+def test_runs_of_every_way_are_taken_by_overlap_and_ablate(
+    tiny: Tiny, forecasts: dict[str, Forecast], tmp_path: Path
+) -> None:
+    tops = {way: {f.index for f in forecast.shifted_features} for way, forecast in forecasts.items()}
+    for way, forecast in forecasts.items():
+        forecast.save(tmp_path / way)
+    found = sts_fast.overlap(tmp_path / "tuned", [tmp_path / way for way in WAYS]).found
+    shares = {Path(one.run).name: one.share for one in found if one.features == "shifted"}
+    assert shares == {way: len(tops[way] & tops["tuned"]) / TOP_N for way in WAYS}
+    document = sts_fast.ablate(
+        tmp_path / "correlation", train=tiny.train, domains={**tiny.domains}, top_n=3, n_draws=1
+    ).to_dict()
+    importance = forecasts["correlation"].controls["importance"]
+    [least] = document["features"]["low_shift"]
+    fires = np.flatnonzero(forecasts["correlation"].stats.n_fired)  # type: ignore[union-attr]
+    others = np.sort(importance[np.setdiff1d(fires, document["features"]["top"][0])])
+    assert (importance[least] <= others[4 * 3 - 1]).all()
+
+
 def test_verified_and_tuned_are_the_forecasts_of_the_same_prompts(
     tiny: Tiny, path: Path, forecasts: dict[str, Forecast]
 ) -> None:
@@ -207,6 +226,8 @@ def test_rollouts_that_say_nothing_are_answered_by_one_clear_line(tiny: Tiny, tm
     cases: list[tuple[list[dict[str, Any]], dict[str, Any], str]] = [
         (changed(rows, reward=1), {"ways": ["gradient"]}, "all completions of a prompt have the same reward"),
         (rows[::4], {"ways": ["step"]}, "one completion only: sample several"),
+        ([{**row, "advantage": 0.5} for row in rows[::4]], {"ways": ["step"]}, "one completion only: sample several"),
+        (changed(rows, advantage=0.5), {"ways": ["step"]}, "all completions of a prompt have the same advantage"),
         (changed(rows, completion=" "), {"ways": ["correlation"]}, "no prompt has two readable completions"),
         (changed(rows, completion="x " * 600), {"ways": ["correlation"]}, "overrun the model's context of 512"),
         (rows[8:36], {"ways": ["correlation"]}, "7 prompts have readable completions .* at least 8"),

@@ -150,6 +150,10 @@ class ForwardPasses:
         check_vocabulary(self.reader.model, needed, name=self.reader.name)
         if self.strategy is None:
             self._choose([sequence for sequence in ids if len(sequence)])
+        if self._stream is not None:
+            import torch
+
+            self._stream.wait_stream(torch.cuda.current_stream(self.reader.device))  # it may have changed the weights
         sequences = Sequences(self, needed, list(positions))
         if self.strategy != "plain":
             sequences.n_shared = shared_length(sequences.ids, sequences.positions)

@@ -75,7 +75,7 @@ class _Run:
     def read(cls, folder: Path) -> _Run:
         scores = results.read_scores(folder)
         dims = scores["settings"]["dims"]
-        kind = "ShiftStats" if dims in ("icl", "tuned") else "CorrelationStats"
+        kind = "CorrelationStats" if dims in results.DIMS_OF_ACTIVITY else "ShiftStats"
         arrays, metadata = files.load_arrays(folder / results.SHIFT_FILE, kind)
         return cls(
             train=scores["train"]["name"],

@@ -29,11 +29,19 @@ def group_advantages(rewards: Doubles, group_of: Indices) -> Doubles:
     mean = np.bincount(group_of, rewards) / np.maximum(n, 1)
     apart = rewards - mean[group_of]
     spread = np.sqrt(np.bincount(group_of, apart**2) / np.maximum(n - 1, 1))
-    lowest, highest = np.full(len(n), np.inf), np.full(len(n), -np.inf)
-    np.minimum.at(lowest, group_of, rewards)
-    np.maximum.at(highest, group_of, rewards)
-    advantages: Doubles = np.where((highest > lowest)[group_of], apart / (spread + EPSILON)[group_of], 0.0)
+    advantages: Doubles = np.where(
+        group_spread(rewards, group_of)[group_of] > 0, apart / (spread + EPSILON)[group_of], 0.0
+    )
     return advantages
+
+
+def group_spread(values: Doubles, group_of: Indices) -> Doubles:
+    """[n_groups] largest less smallest of each group's values [n]; group_of as in group_advantages."""
+    lowest, highest = np.full(int(group_of.max()) + 1, np.inf), np.full(int(group_of.max()) + 1, -np.inf)
+    np.minimum.at(lowest, group_of, values)
+    np.maximum.at(highest, group_of, values)
+    spread: Doubles = highest - lowest
+    return spread
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sts_fast import results
+from sts_fast import files, results
 from sts_fast._version import __version__
 from sts_fast.ablate.measure import draw_features, measure
 from sts_fast.ablate.record import ABLATION_FILE, SCHEMA_VERSION, Ablation, answers_table, outcome_of
@@ -44,7 +44,10 @@ from sts_fast.shift import ShiftStats
 from sts_fast.signed import hook_layer
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    Doubles = NDArray[np.float64]
 
 __all__ = ["ABLATION_FILE", "Ablation", "ablate", "findings", "main_outcome"]
 
@@ -88,7 +91,7 @@ def ablate(
     Raises InputError where the run, the model or the SAE cannot be used together, answers are missing, or the SAE's
     files have no decoder.
     """
-    scores, stats, rows = _read_run(run)
+    scores, stats, importance, rows = _read_run(run)
     if n_draws < 1 or (top_n is not None and top_n < 1):
         raise InputError("--draws and --top-n must be at least 1")
     source = scores["model"]["name"] if model is None else model
@@ -119,7 +122,7 @@ def ablate(
         sets = _asked_sets(examples, scores, common_template(tokenizer, [loaded]), context_length, few_shot=few_shot)
 
     top = np.asarray([feature["index"] for feature in scores["shifted_features"]][:top_n], np.int64)
-    drawn = draw_features(stats, top, n_draws, seed, few_shot=few_shot)
+    drawn = draw_features(stats, top, n_draws, seed, importance=importance, few_shot=few_shot)
     measured = []
     for n_done, prompt_set in enumerate(sets):
         measured.append(measure(hooked, loaded, prompt_set, drawn, min(batch_tokens or BATCH_TOKENS, BATCH_TOKENS)))
@@ -147,21 +150,25 @@ def ablate(
     return Ablation(document, answers_table(measured, kinds))
 
 
-def _read_run(run: Forecast | str | Path) -> tuple[dict[str, Any], ShiftStats | CorrelationStats, list[dict[str, Any]]]:
-    """What scores.json holds, the statistics that D_N was taken from, and the rows of prompts.parquet."""
+def _read_run(
+    run: Forecast | str | Path,
+) -> tuple[dict[str, Any], ShiftStats | CorrelationStats, Doubles | None, list[dict[str, Any]]]:
+    """What scores.json holds, the statistics that D_N was taken from, what else it was ranked by, and the prompts."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if isinstance(run, Forecast):
-        return run.to_dict(), run.stats, run.prompts.to_pylist()
+        return run.to_dict(), run.stats, run.controls.get("importance"), run.prompts.to_pylist()
     folder = Path(run)
     scores = results.read_scores(folder)
     try:
         prompts = pq.read_table(folder / results.PROMPTS_FILE).to_pylist()
     except (OSError, ValueError, pa.ArrowException) as error:
         raise InputError(f"{folder / results.PROMPTS_FILE} cannot be read ({error}): make the run again") from error
-    kind = CorrelationStats if scores["settings"]["dims"] == "active" else ShiftStats
-    return scores, kind.load(folder / results.SHIFT_FILE), prompts
+    kind = CorrelationStats if scores["settings"]["dims"] in results.DIMS_OF_ACTIVITY else ShiftStats
+    arrays, _ = files.load_arrays(folder / results.SHIFT_FILE, kind.__name__)
+    importance: Any = arrays.get("importance")
+    return scores, kind.load(folder / results.SHIFT_FILE), importance, prompts
 
 
 def _check_sae(sae: SAE, stats: ShiftStats | CorrelationStats) -> None:

@@ -31,19 +31,27 @@ LOW_SHIFT_POOL = 4
 
 
 def draw_features(
-    stats: ShiftStats | CorrelationStats, top: Indices, n_draws: int, seed: int, *, few_shot: bool = False
+    stats: ShiftStats | CorrelationStats,
+    top: Indices,
+    n_draws: int,
+    seed: int,
+    *,
+    importance: Doubles | None = None,
+    few_shot: bool = False,
 ) -> dict[str, list[Indices]]:
     """Sets of features to be zeroed, ascending, by condition: D_N itself, and n_draws sets of each control.
 
+    importance: [d_sae] what D_N was ranked by, where that is not in the statistics
     few_shot: features are as active as D_N behind demonstrations, not without them
     Raises InputError where too few features lie outside D_N.
     """
     if isinstance(stats, CorrelationStats):
-        importance, activity, n_fired = stats.sum_h, stats.sum_h, stats.n_fired
+        ranked_by, activity, n_fired = stats.sum_h, stats.sum_h, stats.n_fired
     else:
-        importance, activity, n_fired = stats.sum_sq_shift, stats.sum_base, stats.n_fired_base
+        ranked_by, activity, n_fired = stats.sum_sq_shift, stats.sum_base, stats.n_fired_base
         if few_shot:
             activity, n_fired = stats.sum_other, stats.n_fired_other
+    importance = ranked_by if importance is None else importance
     if len(importance) < 2 * len(top) + N_NEAREST:
         raise InputError(
             f"{len(top)} of the SAE's {len(importance)} features leave too few others to compare with: lower --top-n"

@@ -11,6 +11,7 @@ import numpy as np
 
 from sts_fast.errors import InputError
 from sts_fast.examples import Example
+from sts_fast.policy import group_spread
 from sts_fast.prompts import SIGN, Prompt, PromptSet, PromptTemplate, Turn, plain_text
 from sts_fast.rollouts.dims import Completions
 from sts_fast.rollouts.read import Rollout, Rollouts
@@ -108,13 +109,13 @@ def read_completions(
     Raises InputError where no prompt has completions of different advantage, or none of these can be read.
     """
     advantages, group_of = rollouts.advantages, rollouts.group_of
-    apart = np.flatnonzero(np.bincount(group_of, advantages != 0))
+    apart = np.flatnonzero(group_spread(advantages, group_of) > 0)
     if not len(apart):
-        sizes = np.bincount(group_of)
+        what = "reward" if rollouts.rows[0].advantage is None else "advantage"
         why = (
             "every prompt has one completion only: sample several of each"
-            if sizes.max() == 1
-            else "all completions of a prompt have the same reward: take prompts that are neither too easy nor too hard"
+            if np.bincount(group_of).max() == 1
+            else f"all completions of a prompt have the same {what}: take prompts that are neither too easy nor too hard"
         )
         raise InputError(f"the rewards say nothing about which completions are better, because {why}")
     rows_of: dict[int, list[int]] = {}

@@ -45,7 +45,7 @@ from sts_fast.examples import (
     parsed_turns,
     suffix_of,
 )
-from sts_fast.policy import group_advantages
+from sts_fast.policy import group_advantages, group_spread
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -143,15 +143,14 @@ class Rollouts:
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def counts(self) -> dict[str, int]:
-        """What is known before the model reads them; a prompt is settled where all of its rewards are the same."""
+        """What is known before the model reads them; a prompt is settled where all of its advantages are the same."""
         sizes = np.bincount(self.group_of)
-        apart = np.bincount(self.group_of, self.advantages != 0)
         return {
             "n_completions": len(self.rows),
             "n_unrewarded": self.n_unrewarded,
             "n_groups": len(sizes),
             "n_lone": int((sizes == 1).sum()),
-            "n_settled": int(((apart == 0) & (sizes > 1)).sum()),
+            "n_settled": int(((group_spread(self.advantages, self.group_of) == 0) & (sizes > 1)).sum()),
             "n_empty": sum(not row.completion.strip() for row in self.rows),
             "n_truncated": sum(row.truncated is True for row in self.rows),
         }
