@@ -327,6 +327,9 @@ def test_with_a_stream_of_its_own_the_model_is_one_batch_ahead(monkeypatch: pyte
     # The shared start (in two pieces) and two batches are on their way before the first is used; then always one more.
     between = [used, passed] * (n_batches - 2)
     assert happened == [("new stream", "caller"), started, *[passed] * 4, *between, used, used]
+    happened.clear()
+    passes.prepare(ids, own_positions(ids))
+    assert happened == [started]  # the caller may have trained the model since
 
 
 def test_on_a_gpu_the_caller_and_the_model_do_not_disturb_each_other() -> None:

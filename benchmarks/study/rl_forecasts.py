@@ -214,7 +214,7 @@ def by_map(base: World, features: Features, prompts: list[Prompt], found: Linear
 
     stats = ShiftStats(base.sae)
     for rows in base.hooked.answer_rows(prompts, batch_tokens=BATCH_TOKENS):
-        moved = torch.from_numpy(features.times(rows.x, found.W) @ base.Q.T).float()
+        moved = torch.from_numpy(features.times(rows.x, found.W)[0] @ base.Q.T).float()
         keep = torch.from_numpy(on_questions(rows, prompts))
         stats.update(rows.x[keep], (rows.x + moved)[keep])
     return stats.mean_squared_shift

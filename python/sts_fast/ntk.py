@@ -101,25 +101,25 @@ class Features:
                 features = torch.from_numpy(active.indices.astype(np.int64))
                 torch.from_numpy(M).index_add_(0, features, torch.from_numpy(g[rows][row_of]))
 
-    def times(self, x: torch.Tensor, M: Doubles) -> Doubles:
-        """[n_tokens, r] h(x) M."""
+    def times(self, x: torch.Tensor, *Ms: Doubles) -> list[Doubles]:
+        """[n_tokens, r] h(x) M for each M [n_features, r]; x is encoded once for all."""
         import torch
 
         if self.kind == "raw":
-            of_raw: Doubles = np.einsum("ti,ir->tr", self._centred(x), M)
-            return of_raw
-        product: Doubles = np.empty((len(x), M.shape[1]))
+            centred = self._centred(x)
+            return [np.einsum("ti,ir->tr", centred, M) for M in Ms]
+        products: list[Doubles] = [np.empty((len(x), M.shape[1])) for M in Ms]
         for rows in _chunks(len(x)):
             active = encode(self.sae, x[rows])
+            indices, starts = torch.from_numpy(active.indices.astype(np.int64)), torch.from_numpy(active.indptr[:-1])
             values = torch.from_numpy(active.values.astype(np.float64))
-            product[rows] = torch.nn.functional.embedding_bag(
-                torch.from_numpy(active.indices.astype(np.int64)),
-                torch.from_numpy(M),
-                torch.from_numpy(active.indptr[:-1]),
-                mode="sum",
-                per_sample_weights=torch.ones_like(values) if self.kind == "fired" else values,
-            ).numpy()
-        return product
+            if self.kind == "fired":
+                values = torch.ones_like(values)
+            for product, M in zip(products, Ms, strict=True):
+                product[rows] = torch.nn.functional.embedding_bag(
+                    indices, torch.from_numpy(M), starts, mode="sum", per_sample_weights=values
+                ).numpy()
+        return products
 
     def _centred(self, x: torch.Tensor) -> Doubles:
         residual: Doubles = x.double().numpy()
@@ -274,7 +274,7 @@ class _Asked:
         """What W leaves of the loss; the gradient with respect to W is added to M."""
         nll, gradients = np.zeros_like(self.nll), []
         for rows in self.rows:
-            moved = _project_back(self.features.times(rows.x, W), self.Q)
+            moved = _project_back(self.features.times(rows.x, W)[0], self.Q)
             nll[rows.prompts], g = self.model.from_hook(rows, self.prompts, moved, None if M is None else self.Q)
             gradients.append(g)
         if M is not None:
@@ -341,18 +341,19 @@ def measure_pull(
     n = len(prompts)
     M = np.zeros((features.n, Q.shape[1]))
     aligned = np.zeros((len(pushes), n))
+    directions = [M for push in pushes for M in (push.direction, *(found.W for found in push.maps.values()))]
     moved_nll = {kind: np.zeros((len(pushes), n)) for push in pushes for kind in push.maps}
     nll, n_answer = np.zeros(n), np.zeros(n, np.int64)
     done = 0
     for rows in model.answer_rows(prompts, Q, batch_tokens=batch_tokens):
         features.accumulate(M, rows.x, rows.g / n)
         nll[rows.prompts], n_answer[rows.prompts] = rows.nll, rows.n_answer
+        along = iter(features.times(rows.x, *directions))
         for i, push in enumerate(pushes):
-            per_token = np.einsum("tr,tr->t", features.times(rows.x, push.direction), rows.g)
+            per_token = np.einsum("tr,tr->t", next(along), rows.g)
             aligned[i, rows.prompts] = np.bincount(rows.prompt_of, per_token, minlength=len(rows.prompts))
-            for kind, found in push.maps.items():
-                moved = _project_back(features.times(rows.x, found.W), Q)
-                moved_nll[kind][i, rows.prompts] = model.from_hook(rows, prompts, moved)[0]
+            for kind in push.maps:
+                moved_nll[kind][i, rows.prompts] = model.from_hook(rows, prompts, _project_back(next(along), Q))[0]
         done += len(rows.prompts)
         if tell is not None:
             tell(done, n)

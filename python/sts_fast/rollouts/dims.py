@@ -166,7 +166,7 @@ def step_shift(
     stats, draws = ShiftStats(sae, n_replicates=N_REPLICATES), completions.draws(settings.seed)
     prompts, done = completions.prompt_set.prompts, 0
     for rows in model.answer_rows(prompts, batch_tokens=batch_tokens):
-        moved = torch.from_numpy(features.times(rows.x, W)) @ torch.from_numpy(Q).T
+        moved = torch.from_numpy(features.times(rows.x, W)[0]) @ torch.from_numpy(Q).T
         prompt_of = np.asarray(rows.prompts)[rows.prompt_of]
         stats.update(rows.x, (rows.x.double() + moved).to(rows.x.dtype), draws[prompt_of])
         done += len(rows.prompts)

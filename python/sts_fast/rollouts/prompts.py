@@ -115,7 +115,7 @@ def read_completions(
         why = (
             "every prompt has one completion only: sample several of each"
             if np.bincount(group_of).max() == 1
-            else f"all completions of a prompt have the same {what}: take prompts that are neither too easy nor too hard"
+            else f"all completions of a prompt have the same {what}: take prompts neither too easy nor too hard"
         )
         raise InputError(f"the rewards say nothing about which completions are better, because {why}")
     rows_of: dict[int, list[int]] = {}
