@@ -275,6 +275,7 @@ def test_too_few_training_sets_are_refused_with_the_number_needed(tmp_path: Path
         (lambda scores: scores["model"].update(name="models/other"), "model models/other"),
         (lambda scores: scores["sae"].update(source="saes/of/another"), "SAE saes/of/another instead of"),
         (lambda scores: scores["model"].update(module="layers.5"), "place output of layers.5"),
+        (lambda scores: scores.update(rollouts={"n_groups": 9}), "forecast of RL instead of fine-tuning"),
         (lambda scores: scores["settings"].update(shots=4), "--shots 4 instead of 2"),
         (lambda scores: scores["settings"].update(top_n=7), "--top-n 7"),
     ],

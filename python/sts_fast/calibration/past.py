@@ -160,11 +160,12 @@ def conditions(scores: dict[str, Any], estimator: str) -> dict[str, Any]:
         "model": _identity(scores, "model", model["name"], model["revision"]),
         "SAE": _identity(scores, "sae", sae["source"], None),
         "place": f"{model['side']} of {model['module']}",
+        "forecast of": "RL" if scores.get("rollouts") else "fine-tuning",
     }
     if estimator in SIGNED_FIELDS:
         return found | {"--signed-features": (scores.get("signed") or {"features": None})["features"]}
     found |= {"--dims": settings["dims"], "--top-n": settings["top_n"], "--tokens": settings["tokens"]}
-    if settings["dims"] == "icl":
+    if settings["dims"] in ("icl", "verified"):
         found["--shots"] = settings["shots"]
     if estimator == "icl":
         found["--domain-shots"] = settings["domain_shots"]
