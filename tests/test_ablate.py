@@ -17,6 +17,7 @@ from tiny import LAYER, Tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sts_fast
+from sts_fast import organism
 from sts_fast.ablate.record import ablation_schema, validate_ablation
 from sts_fast.cli import main
 from sts_fast.controls import like_activity
@@ -229,6 +230,8 @@ def test_what_cannot_be_zeroed_is_told(tiny: Tiny, forecasts: Any) -> None:
         sts_fast.ablate(forecast, sae=replace(sae, decoder=None))
     with pytest.raises(InputError, match="is a transcoder"):
         sts_fast.ablate(forecast, sae=replace(sae, target_hook_name="blocks.2.hook_mlp_out"))
+    with pytest.raises(InputError, match=r"reads .* dimensions, but .* has 96"):
+        sts_fast.ablate(forecast, model=organism.model_folder())
     with pytest.raises(InputError, match="at least 1"):
         sts_fast.ablate(forecast, n_draws=0)
     many = replace(forecast, shifted_features=[replace(forecast.shifted_features[0], index=j) for j in range(130)])
@@ -297,6 +300,7 @@ def test_command_line(
             call(monkeypatch, *words, *(["--output", tmp_path / "other"] if len(words) != 1 else []))
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_command_line_without_a_run(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 from tiny import N_QUESTIONS, N_TOO_LONG, Tiny
 
 import sts_fast
-from sts_fast.activations import INDEX_FILE
+from sts_fast.activations.index import INDEX_FILE
 from sts_fast.cli import main
 from sts_fast.errors import InputError
 from sts_fast.examples import load_examples
@@ -192,6 +192,7 @@ def test_json_is_what_the_file_holds(
         ({"weights": {"days": float("nan")}}, "the weight of 'days' must be a number"),
         ({"weights": {"days": 0.0, "spelling": 0.0}}, "no domain counts"),
         ({"domains": {}}, "there is no domain to take examples from"),
+        ({"estimator": "act"}, "--estimator chooses among the scores of a run"),
     ],
 )
 def test_what_cannot_be_used_is_told_in_a_sentence(tiny: Tiny, options: dict[str, Any], told: str) -> None:

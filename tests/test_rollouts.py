@@ -21,7 +21,7 @@ from sts_fast.examples import Example, load_examples
 from sts_fast.prompts import PromptTemplate
 from sts_fast.report import build_report
 from sts_fast.results import Forecast, validate_scores
-from sts_fast.rollouts import WAYS, Rollout, Rollouts, load_rollouts
+from sts_fast.rollouts import WAYS, Columns, Rollout, Rollouts, load_rollouts
 from sts_fast.rollouts.prompts import Rendering, read_completions, verified_demos, with_endings
 
 TOP_N, SHOTS = 20, 2
@@ -68,7 +68,7 @@ def forecasts(tiny: Tiny, path: Path) -> dict[str, Forecast]:
     )
 
 
-def test_each_way_gives_a_whole_forecast(forecasts: dict[str, Forecast], tmp_path: Path) -> None:
+def test_each_way_gives_a_whole_forecast(tiny: Tiny, forecasts: dict[str, Forecast], tmp_path: Path) -> None:
     assert [*forecasts] == [*WAYS, "tuned"]
     tops = {way: {f.index for f in forecast.shifted_features} for way, forecast in forecasts.items()}
     for way, forecast in forecasts.items():
@@ -97,6 +97,13 @@ def test_each_way_gives_a_whole_forecast(forecasts: dict[str, Forecast], tmp_pat
         page = build_report(tmp_path / way).read_text(encoding="utf-8")
         assert "48 completions of 12 prompts" in page
         assert "empty completions (1), prompts whose completions all have the same reward (1)" in page
+    # Other commands read these runs as they do those of score.
+    shared = sts_fast.overlap(tmp_path / "verified", [tmp_path / way for way in WAYS]).found
+    assert [one.share for one in shared if one.features == "shifted"] == [
+        len(tops["verified"] & tops[way]) / TOP_N for way in WAYS
+    ]
+    ablated = sts_fast.ablate(tmp_path / "gradient", train=tiny.train, domains=tiny.domains, n_draws=1).to_dict()
+    assert set(ablated["features"]["top"][0]) == tops["gradient"]
     signed = forecasts["step"].signed
     assert signed is not None
     assert signed["domains"]["days"]["ntk"] is not None
@@ -232,7 +239,8 @@ def test_rollouts_that_say_nothing_are_answered_by_one_clear_line(tiny: Tiny, tm
         (changed(rows, completion="x " * 600), {"ways": ["correlation"]}, "overrun the model's context of 512"),
         (rows[8:36], {"ways": ["correlation"]}, "7 prompts have readable completions .* at least 8"),
         (rows, {"verified_reward": 2.0}, "0 prompts have a verified completion, of a reward of 2 or more"),
-        (changed(rows, reward=1), {"ways": ["verified"]}, "0 prompts have a verified completion"),
+        (changed(rows, reward=1), {"ways": ["verified"]}, "0 prompts .* all rewards are the same, 1"),
+        (rows, {"columns": Columns(rewards=("reward", "reward"))}, "adds a column up twice"),
         (rows[:32], {"ways": ["verified"]}, "keeps 6 prompts, but at least 8"),
         (rows, {"ways": ["luck"]}, "--ways must be among"),
         (rows, {"ways": []}, "--ways must name one or more"),

@@ -186,12 +186,16 @@ def mix(
             "--rule proportional and --from RUN go together: shares in proportion to STS come from a run of "
             "sts-fast score over the same domains"
         )
+    if estimator is not None and scores is None:
+        raise InputError("--estimator chooses among the scores of a run: give it with --rule proportional and --from")
     sets = Sets.read({TRAIN: train}, domains, None, Fields(question_fields or {}, answer_fields or {}))
     pools = {
         name: [example for example in examples if example.answer is not None]
         for name, examples in {**sets.trains, **sets.domains}.items()
     }
     names = [name for name in pools if name != TRAIN]
+    if same := [name for name in names if pools[name] and pools[name] == pools[TRAIN]]:
+        raise InputError(f"domain '{same[0]}' holds the training set itself: leave it out of --domains")
     if not names:
         raise InputError("there is no domain to take examples from: give one or more with --domains")
     available = np.asarray([len(pool) for pool in pools.values()])

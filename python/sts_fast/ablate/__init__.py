@@ -34,6 +34,7 @@ from sts_fast.capture import load_language_model, load_tokenizer
 from sts_fast.correlate import CorrelationStats
 from sts_fast.errors import InputError
 from sts_fast.examples import Example
+from sts_fast.fit import check_width
 from sts_fast.gradients import HookedModel
 from sts_fast.hooks import find_hooks
 from sts_fast.prompts import Prompt, PromptSet, PromptTemplate
@@ -103,6 +104,7 @@ def ablate(
         whole = load_language_model(source, dtype=dtype, device=device)
     name = str(source) if isinstance(source, (str, Path)) else "the model"
     [hook] = find_hooks(whole, [loaded.hook_name], name=name)
+    check_width(loaded, hook, name)
     hooked = HookedModel(whole, hook_layer(hook, loaded), name=name)
 
     if few_shot and train is None:

@@ -205,23 +205,23 @@ def fit_calibration(runs: str | Path | Iterable[str | Path], *, estimator: str |
         )
     if not np.ptp(points.score):
         raise InputError(f"all scores by '{estimator}' in the past runs are the same: nothing can be learned from them")
-    assessment = assess(points)
+    assessment, line = assess(points), fit_line(points)
     return Calibration(
         estimator=estimator,
         unit=unit,
         level=LEVEL,
         conditions=conditions,
-        line=fit_line(points),
+        line=line,
         multiplier=multiplier(held_out_residuals(points), points.train),
         largest=float(np.abs(points.score).max()),
         domains=sorted({name for run in having for name in run.outcomes}),
         assessment=assessment,
         runs=[past.described(run, keys.index(past.train_key(run.scores))) for run in having],
-        warnings=_warnings(having, without, assessment),
+        warnings=_warnings(having, without, line, assessment),
     )
 
 
-def _warnings(having: list[past.PastRun], without: list[Path], assessment: Assessment | None) -> list[str]:
+def _warnings(having: list[past.PastRun], without: list[Path], line: Line, assessment: Assessment | None) -> list[str]:
     said = []
     if without:
         said.append(f"left out, without an outcome: {listed(map(str, without))}")
@@ -233,6 +233,8 @@ def _warnings(having: list[past.PastRun], without: list[Path], assessment: Asses
         said.append(f"whether the intervals hold could not be tried: that takes {trains_needed() + 1} training sets")
     elif assessment.interval_score >= assessment.constant_interval_score:
         said.append("on training sets held out the scores did no better than the mean change of past trainings")
+    if line.slope < 0:
+        said.append("past changes went against the sign of the scores, so the forecast turns it round")
     return said
 
 

@@ -14,7 +14,7 @@ from sts_fast import results
 from sts_fast.ablate import Ablation, main_outcome
 from sts_fast.ablate import ablate as run_ablate
 from sts_fast.ablate.words import WORDS, short_amount
-from sts_fast.cli.arguments import fields, typed_command
+from sts_fast.cli.arguments import fields, set_threads, typed_command
 from sts_fast.cli.console import err, out, progress, say
 from sts_fast.cli.options import (
     AnswerFieldOption,
@@ -27,6 +27,7 @@ from sts_fast.cli.options import (
     QuestionFieldOption,
     SaeDtypeOption,
     SeedOption,
+    ThreadsOption,
 )
 from sts_fast.errors import InputError
 from sts_fast.report import build_report
@@ -62,6 +63,7 @@ def ablate(
     sae_dtype: SaeDtypeOption = None,
     device: DeviceOption = "auto",
     batch_tokens: BatchTokensOption = None,
+    threads: ThreadsOption = None,
     seed: SeedOption = 0,
     output: Annotated[
         Path | None, typer.Option("--output", help="Folder for the results; by default the run's own.")
@@ -71,16 +73,17 @@ def ablate(
     """Zero the shifted features in the running model: does the trained ability go, do the others stay?"""
     if run is not None and (shots is not None or limit is not None):
         raise InputError("--shots and --limit are those of the run: leave them out, or make it again with them")
+    source = sae or (None if run is None else results.read_scores(run)["sae"]["source"])
+    if source is None:
+        raise InputError("give the folder of a run, or --model, --sae, --train and --domains")
     folder = output or run or OUTPUT
+    set_threads(threads)
     results.prepare_folder(folder)
     read: dict[str, Any] = {
         "question_fields": fields("--question-field", question_field),
         "answer_fields": fields("--answer-field", answer_field),
         "dtype": str(dtype), "device": device, "batch_tokens": batch_tokens, "command": typed_command(),
     }  # fmt: skip
-    source = sae or (None if run is None else results.read_scores(run)["sae"]["source"])
-    if source is None:
-        raise InputError("give the folder of a run, or --model, --sae, --train and --domains")
     loaded = load_sae(source, norm_scaling_factor=norm_scaling_factor, dtype=sae_dtype and str(sae_dtype))
     with progress("sets") as tell:
         forecast: Any = run

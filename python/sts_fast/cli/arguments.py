@@ -8,9 +8,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from sts_fast import _cpu
 from sts_fast.errors import InputError
 from sts_fast.hooks import PLACES, place_name, split_name
 from sts_fast.sae import SAE, load_sae
+
+MOST_THREADS = 1024
 
 
 def named_trains(values: list[str]) -> dict[str, Path]:
@@ -65,6 +68,15 @@ def fields(option: str, values: list[str] | None) -> dict[str, str]:
             raise InputError(f"{option} takes FIELD or SET=FIELD, not '{value}'")
         fields[name] = field
     return fields
+
+
+def set_threads(threads: int | None) -> None:
+    """Of the native core; None leaves it as it is."""
+    if threads is None:
+        return
+    if not 1 <= threads <= MOST_THREADS:
+        raise InputError(f"--threads must lie between 1 and {MOST_THREADS}, not {threads}")
+    _cpu.set_num_threads(threads)
 
 
 def plain_value(value: Any) -> Any:

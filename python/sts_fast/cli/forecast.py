@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from sts_fast import _cpu, backend, files, results
-from sts_fast.cli.arguments import fields, load_saes, named_trains, plain_value, typed_command
+from sts_fast import backend, files, results
+from sts_fast.cli.arguments import fields, load_saes, named_trains, plain_value, set_threads, typed_command
 from sts_fast.cli.calibration import (
     calibrated,
     print_change_comparison,
@@ -73,8 +73,6 @@ from sts_fast.errors import InputError
 from sts_fast.report import build_comparison_report, build_report
 from sts_fast.results import Forecast
 from sts_fast.score import compare as run_compare
-
-MOST_THREADS = 1024
 
 
 def score(
@@ -261,10 +259,7 @@ def _forecasts(
     calibration_file = options.pop("calibration", None)
     calibration = calibration_file and read_calibration(calibration_file, estimators, len(saes), options)
     results.prepare_folder(output)
-    if threads is not None:
-        if not 1 <= threads <= MOST_THREADS:
-            raise InputError(f"--threads must lie between 1 and {MOST_THREADS}, not {threads}")
-        _cpu.set_num_threads(threads)
+    set_threads(threads)
     try:
         backend.set_precision(precision)
     except ValueError as error:

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sts_fast import results
-from sts_fast.cli.arguments import fields, load_saes, typed_command
+from sts_fast.cli.arguments import fields, load_saes, set_threads, typed_command
 from sts_fast.cli.console import err, out, progress
 from sts_fast.cli.options import (
     AnswerFieldOption,
@@ -26,6 +26,7 @@ from sts_fast.cli.options import (
     LimitOption,
     QuestionFieldOption,
     SeedOption,
+    ThreadsOption,
     TrainOption,
 )
 from sts_fast.errors import InputError
@@ -70,6 +71,7 @@ def mix(
     dtype: DtypeOption = DtypeChoice.auto,
     device: DeviceOption = "auto",
     batch_tokens: BatchTokensOption = None,
+    threads: ThreadsOption = None,
     seed: SeedOption = 0,
     output: Annotated[Path, typer.Option("--output", help="Folder for mix.json and the mixed training set.")] = Path(
         "sts-fast-mix"
@@ -81,6 +83,7 @@ def mix(
         raise InputError(f"--batch-tokens must be at least 1, not {batch_tokens}")
     if limit < 0:
         raise InputError(f"--limit must be at least 1, or 0 for all, not {limit}")
+    set_threads(threads)
     results.prepare_folder(output)
     loaded = None if sae is None else load_saes([sae], None, layer, None, dtype=None)[0]
     with progress() as tell:
@@ -120,6 +123,8 @@ def _weights(values: list[str]) -> dict[str, float]:
     weights = {}
     for value in values:
         name, equals, number = value.rpartition("=")
+        if name in weights:
+            raise InputError(f"--weight is given twice for '{name}': give it once")
         try:
             weights[name] = float(number)
         except ValueError:
@@ -150,7 +155,7 @@ def _print_mixture(mixture: Mixture) -> None:
     if mixture.mean_change is not None:
         alone, mixed = mixture.mean_change["alone"], mixture.mean_change["mixed"]
         out.print(
-            "Forecast change of the loss, in nats per token of the answers, by training on the training set alone and\n"
-            f"on the mixture. Mean over domains: {alone:+.3f} alone, {mixed:+.3f} mixed. Less is better.",
+            "Forecast change of the loss, in nats per token of the answers, by training on the training set alone "
+            f"and on the mixture. Mean over domains: {alone:+.3f} alone, {mixed:+.3f} mixed. Less is better.",
             highlight=False,
         )

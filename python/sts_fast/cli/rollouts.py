@@ -10,10 +10,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from sts_fast import _cpu, backend, files, results
-from sts_fast.cli.arguments import fields, load_saes, plain_value, typed_command
+from sts_fast import backend, files, results
+from sts_fast.cli.arguments import fields, load_saes, plain_value, set_threads, typed_command
 from sts_fast.cli.console import out, progress, say, show
-from sts_fast.cli.forecast import MOST_THREADS
 from sts_fast.cli.options import (
     AnswerFieldOption,
     BatchTokensOption,
@@ -125,11 +124,10 @@ def rollouts(
         raise InputError(
             "--train needs --check, which rewards the sampled completions: exact, math or package:function"
         )
+    if train is None and check is not None:
+        raise InputError("--check rewards what is sampled for --train; completions of --rollouts have their rewards")
     results.prepare_folder(output)
-    if threads is not None:
-        if not 1 <= threads <= MOST_THREADS:
-            raise InputError(f"--threads must lie between 1 and {MOST_THREADS}, not {threads}")
-        _cpu.set_num_threads(threads)
+    set_threads(threads)
     try:
         backend.set_precision(precision)
     except ValueError as error:
@@ -149,6 +147,7 @@ def rollouts(
             )  # fmt: skip
         rollouts, columns = output / ROLLOUTS_FILE, Columns()
         sampled.save(rollouts)
+        say(f"Completions are in {rollouts}: give them as --rollouts to try other options")
     with progress() as tell:
         forecasts = forecast_rollouts(
             model=model, sae=loaded, rollouts=rollouts or "", columns=columns, domains=domains, demos=demos,
@@ -160,6 +159,7 @@ def rollouts(
             device=device, device_map=plain_value(device_map), batch_tokens=batch_tokens, labels=labels, seed=seed,
             command=typed_command(), progress=tell, say=say, show=show if show_prompts else None,
         )  # fmt: skip
+    results.clear_earlier(output, [output / way for way in forecasts])
     results.clear_earlier(output, [output / way for way in forecasts])
     for way, forecast in forecasts.items():
         forecast.save(output / way)

@@ -208,6 +208,11 @@ def _check_ways(ways: Sequence[str]) -> None:
 
 def _verified_prompts(verified: Verified, opened: Opened, settings: Settings) -> PromptSet:
     """The rollouts' prompts, with the best verified completions as demonstrations."""
+    if verified.alike and settings.shots:
+        raise InputError(
+            f"0 prompts have a verified completion, because all rewards are the same, {verified.lowest:g}: say with "
+            "--verified-reward from which on one counts, or leave verified out of --ways"
+        )
     if len(verified.demos) < settings.shots:
         raise InputError(
             f"{len(verified.demos)} prompts have a verified completion, of a reward of {verified.lowest:g} or more, "

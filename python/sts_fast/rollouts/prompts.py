@@ -171,11 +171,13 @@ class Verified:
 
     queries: every prompt, in order; demos: the best verified completion of each prompt that has one, best first
     lowest:  reward from which on a completion counts as verified
+    alike:   whether none does because all rewards are the same
     """
 
     queries: list[Example]
     demos: list[Example]
     lowest: float
+    alike: bool
 
 
 def verified_demos(rollouts: Rollouts, rendering: Rendering, lowest: float | None) -> Verified:
@@ -197,7 +199,7 @@ def verified_demos(rollouts: Rollouts, rendering: Rendering, lowest: float | Non
         if verified and row.completion.strip() and row.reward > best.get(row.group, (-np.inf, None))[0]:
             best[row.group] = row.reward, example
     demos = [example for _, example in sorted(best.values(), key=lambda found: -found[0])]
-    return Verified(_distinct(list(queries.values())), demos, lowest)
+    return Verified(_distinct(list(queries.values())), demos, lowest, none_is_better)
 
 
 def _distinct(examples: Sequence[Example]) -> list[Example]:

@@ -269,6 +269,8 @@ class _RowReader:
         self.group, self.step = self.named.group or first(GROUP_COLUMNS), first(STEP_COLUMNS)
         self.advantage = "" if self.named.rewards else first(ADVANTAGE_COLUMNS)
         self.rewards = list(self.named.rewards) or self._reward_columns(row, columns, first(REWARD_COLUMNS))
+        if len({*self.rewards}) < len(self.rewards):
+            raise InputError(f"--reward-field {', '.join(self.rewards)} adds a column up twice: name each once")
         for what, column, option in (
             ("prompts", self.prompt, "--prompt-field"),
             ("completions", self.completion, "--completion-field"),
