@@ -160,6 +160,7 @@ def rollouts(
             push = _push(hooked, one, Q, completions, ways, signed, settings)
             if "gradient" in ways:
                 shifts["gradient"] = gradient_shift(one, push, read, settings)
+                push = replace(push, folds=None)  # eight times as large as all else of it
             if "step" in ways:
                 shifts["step"] = step_shift(
                     hooked, one, Q, push, read, completions, settings, batch_tokens=_budget(settings)
