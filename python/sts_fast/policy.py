@@ -37,7 +37,8 @@ def group_advantages(rewards: Doubles, group_of: Indices) -> Doubles:
 
 def group_spread(values: Doubles, group_of: Indices) -> Doubles:
     """[n_groups] largest less smallest of each group's values [n]; group_of as in group_advantages."""
-    lowest, highest = np.full(int(group_of.max()) + 1, np.inf), np.full(int(group_of.max()) + 1, -np.inf)
+    n_groups = int(group_of.max(initial=-1)) + 1
+    lowest, highest = np.full(n_groups, np.inf), np.full(n_groups, -np.inf)
     np.minimum.at(lowest, group_of, values)
     np.maximum.at(highest, group_of, values)
     spread: Doubles = highest - lowest
