@@ -1206,9 +1206,20 @@ def test_training_sets_side_by_side(tmp_path: Path) -> None:
         "trains": [{"name": name} for name in trains], "domains": domains, "scores": {"sts_act": scores},
         "signed": {"adapter": found(1.0), "ntk_loss": found(2.0)}, "shared_features": [[1.0, 0.25], [0.25, 1.0]],
     }  # fmt: skip
+    changes = {
+        "a set": {"value": [0.2, -0.1, 0.0], "interval": [[0.1, 0.3], None, [-0.1, 0.1]]},
+        trains[1]: {"value": [-0.2, 0.1, None], "interval": [[-0.3, -0.1], [0.0, 0.2], None]},
+    }
+    document["changes"] = {"unit": "accuracy", "signed": True, "level": 0.9, "trains": changes}
     (tmp_path / results.COMPARISON_FILE).write_text(json.dumps(document), encoding="utf-8")
     page = read_page(build_comparison_report(tmp_path))
-    assert [node.attrs["id"] for node in page.all("h2")] == ["adapter", "ntk_loss", "sts_act", "shared"]
+    calibrated = rows_of(page.one("table", id="table-changes"))
+    assert [[cell.text() for cell in cells[1:]] for cells in calibrated] == [
+        ["+20.0[+10.0, +30.0]", "−20.0[−30.0, −10.0]"], ["−10.0no interval", "+10.0[+0.0, +20.0]"],
+        ["+0.0[−10.0, +10.0]", "no answers"],
+    ]  # fmt: skip
+    assert "its 90% interval" in page.one("table", id="table-changes").text()
+    assert [node.attrs["id"] for node in page.all("h2")] == ["changes", "adapter", "ntk_loss", "sts_act", "shared"]
     rows = rows_of(page.one("table", id="table-adapter"))
     assert [cells[0].text() for cells in rows] == domains
     assert [[values_of(cell) for cell in cells[1:]] for cells in rows] == [

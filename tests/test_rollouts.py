@@ -96,6 +96,7 @@ def test_each_way_gives_a_whole_forecast(tiny: Tiny, forecasts: dict[str, Foreca
         forecast.save(tmp_path / way)
         page = build_report(tmp_path / way).read_text(encoding="utf-8")
         assert "48 completions of 12 prompts" in page
+        assert "Reinforcement learning of" in page
         assert "empty completions (1), prompts whose completions all have the same reward (1)" in page
     # Other commands read these runs as they do those of score.
     shared = sts_fast.overlap(tmp_path / "verified", [tmp_path / way for way in WAYS]).found

@@ -78,12 +78,15 @@ def short_name(name: str) -> str:
 
 
 def _train_name(scores: dict[str, Any]) -> str:
-    """The training set's file with its folder, or the folder of its files; its name where several were compared."""
-    if scores["train"]["name"] != "train":
+    """The training set's file with its folder, or the folder of its files; its name where several were compared.
+
+    Runs of rollouts are called by how D_N was found, and all rest on the same files.
+    """
+    if scores["train"]["name"] != "train" and not scores.get("rollouts"):
         return str(scores["train"]["name"])
     paths = [PurePosixPath(entry["path"]) for entry in scores["provenance"]["inputs"] if entry["role"] == "train"]
     if not paths:
-        return "the training set"
+        return "the rollouts" if scores.get("rollouts") else "the training set"
     if len(paths) == 1:
         return "/".join(part for part in paths[0].parts[-2:] if part != "/")
     return f"{paths[0].parent.name or 'a folder'} ({len(paths)} files)"

@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from sts_fast import files
+from sts_fast.calibration.words import shown_change, shown_interval, unit_name
 from sts_fast.errors import InputError
 from sts_fast.report.numbers import counted, percent, significant
 from sts_fast.report.page import render
@@ -38,6 +39,7 @@ class Grid:
     title: str
     meaning: str
     rows: list[tuple[str, list[Cell | None]]]
+    level: str = "95%"
 
 
 def build_comparison_report(folder: str | Path) -> Path:
@@ -53,7 +55,11 @@ def build_comparison_report(folder: str | Path) -> Path:
         content = {
             "trains": [(name, f"{quote(name)}/{REPORT_FILE}") for name in trains],
             "domains": compared["domains"],
-            "grids": [*_signed_grids(compared, trains), *_size_grids(compared, trains)],
+            "grids": [
+                *_change_grids(compared, trains),
+                *_signed_grids(compared, trains),
+                *_size_grids(compared, trains),
+            ],
             "shared": [
                 (name, [percent(share) for share in row])
                 for name, row in zip(trains, compared["shared_features"], strict=True)
@@ -66,6 +72,37 @@ def build_comparison_report(folder: str | Path) -> Path:
     with files.atomic_path(folder / REPORT_FILE) as written:
         written.write_text(page, encoding="utf-8", newline="\n")
     return folder / REPORT_FILE
+
+
+def _change_grids(compared: dict[str, Any], trains: list[str]) -> list[Grid]:
+    """What a calibration made of the scores; none without one."""
+    found = compared.get("changes")
+    if found is None:
+        return []
+    unit, signed = found["unit"], found["signed"]
+    known = [abs(value) for name in trains for value in found["trains"][name]["value"] if value is not None]
+    largest = max(known, default=0.0) or 1.0
+    rows = []
+    for i, domain in enumerate(compared["domains"]):
+        cells: list[Cell | None] = []
+        for name in trains:
+            value, interval = (found["trains"][name][key][i] for key in ("value", "interval"))
+            if value is None:
+                cells.append(None)
+                continue
+            text = shown_change(value, unit, signed=signed).replace("-", "−")
+            held = shown_interval(interval, unit, signed=signed).replace("-", "−")
+            shade = _shade(value, largest, "better" if value > 0 else "worse") if signed else _shade(value, largest)
+            cells.append(Cell(value, text, held, shade))
+        rows.append((domain, cells))
+    what = "change" if signed else "size of change"
+    meaning = "learned from past trainings, and holds for trainings like them"
+    return [Grid("changes", f"Forecast {what}, in {unit_name(unit)}", meaning, rows, f"{found['level']:.0%}")]
+
+
+def _shade(value: float, largest: float, kind: str = "size") -> str:
+    size = min(N_SHADES, int((N_SHADES + 1) * abs(value) / largest))
+    return f"{kind}{size}" if size else ""
 
 
 def _signed_grids(compared: dict[str, Any], trains: list[str]) -> list[Grid]:
@@ -109,15 +146,13 @@ def _grid(
             if value is None:
                 cells.append(None)
                 continue
-            size = min(N_SHADES, int((N_SHADES + 1) * abs(value) / largest))
             kind = "size" if factor is None else "better" if value > 0 else "worse"
             scale = 1.0 if factor is None else factor
 
             def text(number: float, is_size: bool = factor is None, scale: float = scale) -> str:
                 return significant(number) if is_size else number_text(field, scale * number)
 
-            cells.append(
-                Cell(scale * value, text(value), f"{text(ci[0])} to {text(ci[1])}", f"{kind}{size}" if size else "")
-            )
+            interval = f"{text(ci[0])} to {text(ci[1])}"
+            cells.append(Cell(scale * value, text(value), interval, _shade(value, largest, kind)))
         rows.append((domain, cells))
     return Grid(field, title, meaning, rows)

@@ -101,16 +101,17 @@ def summary(scores: dict[str, Any], ranked: Sequence[Ranking], train: str, model
             "no domain was scored."
         ).format(train, model)
     rows, label = ranked[0].rows, ranked[0].label
+    training = "Reinforcement learning of" if scores.get("rollouts") else "Fine-tuning"
     if len(rows) == 1:
         return Markup(
-            "Fine-tuning <strong>{}</strong> on <strong>{}</strong>: the only domain scored, "
+            "{} <strong>{}</strong> on <strong>{}</strong>: the only domain scored, "
             "<strong><bdi>{}</bdi></strong>, has {} = {}. One score alone ranks nothing."
-        ).format(model, train, rows[0].name, label, significant(rows[0].value))
+        ).format(training, model, train, rows[0].name, label, significant(rows[0].value))
     return Markup(
-        "Fine-tuning <strong>{}</strong> on <strong>{}</strong> is forecast to move "
+        "{} <strong>{}</strong> on <strong>{}</strong> is forecast to move "
         "<strong><bdi>{}</bdi></strong> most and <strong><bdi>{}</bdi></strong> least of {} domains, "
         "for better or worse, by {}. {}"
-    ).format(model, train, rows[0].name, rows[-1].name, len(rows), label, _how_clear(rows))
+    ).format(training, model, train, rows[0].name, rows[-1].name, len(rows), label, _how_clear(rows))
 
 
 def cautions(scores: dict[str, Any], ranked: Sequence[Ranking]) -> list[str]:
