@@ -89,6 +89,10 @@ class Measured:
 def measure(
     model: HookedModel, sae: SAE, prompt_set: PromptSet, drawn: Mapping[str, list[Indices]], batch_tokens: int
 ) -> Measured:
+    """The answers of a set, whole and with each set of features zeroed.
+
+    prompt_set: prompts that read their answers; drawn: by condition, n_draws sets of features [n], as of draw_features
+    """
     prompts = prompt_set.prompts
     conditions = {NOTHING: [np.empty(0, np.int64)], **drawn}
     nll = {name: np.zeros((len(draws), len(prompts))) for name, draws in conditions.items()}
