@@ -50,8 +50,10 @@ def main(folder: Path) -> None:
             num_generations=8,
             max_completion_length=3,
             learning_rate=1e-3,
-            logging_steps=5,
+            logging_steps=1,
             save_strategy="no",
+            log_completions=True,  # sts-fast rollouts reads them: a forecast without answers
+            num_completions_to_print=0,
             report_to=[],
             bf16=False,
         ),

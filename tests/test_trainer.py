@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from sts_fast import InputError, load_sae, organism, score
+from sts_fast import InputError, load_sae, organism, rollouts, score
 from sts_fast.outcomes import read_outcomes
 from sts_fast.report.numbers import percent, significant
 from sts_fast.trainer import TransferMonitor
@@ -352,3 +353,19 @@ def test_the_examples_run(name: str, tmp_path: Path) -> None:
     assert (tmp_path / "training" / "scores.json").is_file()
     if name == "trl_grpo":
         assert "training stops at step 10" in ran.stderr
+        logged = tmp_path / "checkpoints" / "completions"
+        rows = [row for path in sorted(logged.iterdir()) for row in pq.read_table(path).to_pylist()]
+        forecast = rollouts(
+            model=organism.model_folder(),
+            sae=organism.sae_folder(),
+            rollouts=logged,
+            domains={"T0.reverse.a": organism.examples("T0.reverse.a", 16, seed=0)},
+            ways=("gradient",),
+            estimators=("act",),
+            domain_shots=4,
+            top_n=32,
+        )["gradient"]
+        found = forecast.to_dict()["rollouts"]
+        assert (found["n_completions"], found["advantages"]) == (len(rows), "recorded")
+        assert found["n_groups"] == len({(row["step"], row["prompt"]) for row in rows})
+        assert found["mean_reward"] == pytest.approx(np.mean([row["reward"] for row in rows]))
