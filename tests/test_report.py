@@ -447,11 +447,11 @@ def test_signed_section_in_plain_words(full: tuple[dict[str, Any], Node, Path]) 
     values = {name: 100 * found["adapter"]["value"] for name, found in scores["signed"]["domains"].items()}
     best, worst = max(values, key=lambda name: values[name]), min(values, key=lambda name: values[name])
     shown = {name: f"{values[name]:+.1f}".replace("-", "−") for name in (best, worst)}
+    for name in (best, worst):
+        low, high = scores["signed"]["domains"][name]["adapter"]["ci"]
+        shown[name] += " points" + (", with zero inside its interval" if low <= 0 <= high else "")
     lead = plain(page.all("p", class_="lead")[1].text())
-    assert lead == (
-        f"By adapter training makes {best} better most ({shown[best]} points) and {worst} worse most "
-        f"({shown[worst]} points)."
-    )
+    assert lead == f"By adapter training improves {best} most ({shown[best]}) and harms {worst} most ({shown[worst]})."
     assert "it is not where the accuracy comes from" in text
     assert "adapter leaves 4.0%" in text
     headings = [heading.text() for heading in section.all("h3")]

@@ -12,7 +12,7 @@ from rich.table import Table
 from sts_fast import results
 from sts_fast.calibration import Calibration
 from sts_fast.calibration.words import shown_change, shown_interval, unit_name
-from sts_fast.cli.console import BAR_WIDTH, err, out
+from sts_fast.cli.console import SIDE_WIDTH, err, out
 from sts_fast.errors import InputError
 from sts_fast.results import Forecast
 
@@ -47,13 +47,13 @@ def print_changes(forecast: Forecast) -> None:
     table = Table(title=f"{what}, in {unit_name(unit)}", title_justify="left", width=79)
     table.add_column("domain", ratio=1)
     for column in ("worse", "better") if signed else ("",):
-        table.add_column(column, width=BAR_WIDTH, justify="right" if column == "worse" else "left")
+        table.add_column(column, width=SIDE_WIDTH, justify="right" if column == "worse" else "left")
     table.add_column("change", justify="right", no_wrap=True)
     table.add_column(f"[{said['level']:.0%}]", justify="right", no_wrap=True)
     known = [(domain.change, domain) for domain in forecast.domains if domain.change is not None]
     largest = max(abs(change) for change, _ in known) or 1.0
     for change, domain in sorted(known, key=lambda row: -row[0]):
-        bar = "█" * round(BAR_WIDTH * abs(change) / largest)
+        bar = "█" * round(SIDE_WIDTH * abs(change) / largest)
         bars = ((bar, "") if change < 0 else ("", bar)) if signed else (bar,)
         cells = shown_change(change, unit, signed=signed), shown_interval(domain.change_interval, unit, signed=signed)
         table.add_row(escape(domain.name), *bars, cells[0], escape(cells[1]))

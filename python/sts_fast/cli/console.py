@@ -17,6 +17,8 @@ out = Console()
 err = Console(stderr=True)
 
 BAR_WIDTH = 12
+# Where bars go both ways.
+SIDE_WIDTH = 8
 
 
 def fail(message: str) -> None:

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sts_fast import results
-from sts_fast.cli.console import BAR_WIDTH, err, out
+from sts_fast.cli.console import BAR_WIDTH, SIDE_WIDTH, err, out
 from sts_fast.results import ESTIMATORS, Forecast
 from sts_fast.signed import SIGNED_FIELDS
 
@@ -89,12 +89,12 @@ def print_signed(forecast: Forecast) -> None:
         table = Table(title=_signed_title(estimator), title_justify="left", width=79)
         table.add_column("domain", ratio=1)
         for column in ("worse", "better"):
-            table.add_column(column, width=BAR_WIDTH, justify="right" if column == "worse" else "left")
+            table.add_column(column, width=SIDE_WIDTH, justify="right" if column == "worse" else "left")
         table.add_column("forecast [95%]", justify="right", no_wrap=True)
         largest = max(abs(found[estimator]["value"]) for found in domains.values()) or 1.0
         for name, found in sorted(domains.items(), key=lambda item: -item[1][estimator]["value"]):
             value = found[estimator]["value"]
-            bar = "█" * round(BAR_WIDTH * abs(value) / largest)
+            bar = "█" * round(SIDE_WIDTH * abs(value) / largest)
             sides = (bar, "") if value < 0 else ("", bar)
             table.add_row(escape(name), *sides, _signed_text(estimator, value, found[estimator]["ci"]))
         out.print(table)

@@ -223,15 +223,19 @@ def _summary(estimated: Estimated) -> Markup:
     best, worst = ranking.rows[0], ranking.rows[-1]
     unit = f" {ranking.unit}" if ranking.unit else ""
     parts = [
-        Markup("<strong><bdi>{}</bdi></strong> {} most ({}{})").format(
-            row.name, word, number_text(ranking.field, row.value), unit
+        Markup("{} <strong><bdi>{}</bdi></strong> most ({}{}{})").format(
+            verb,
+            row.name,
+            number_text(ranking.field, row.value),
+            unit,
+            ", with zero inside its interval" if row.direction == "open" else "",
         )
-        for row, word, is_so in ((best, "better", best.value > 0), (worst, "worse", worst.value < 0))
+        for row, verb, is_so in ((best, "improves", best.value > 0), (worst, "harms", worst.value < 0))
         if is_so
     ]
     if not parts:
         return Markup("By {} no domain moves.").format(ranking.field)
-    return Markup("By {} training makes {}.").format(ranking.field, Markup(" and ").join(parts))
+    return Markup("By {} training {}.").format(ranking.field, Markup(" and ").join(parts))
 
 
 def _sentences(scores: dict[str, Any]) -> list[str]:
