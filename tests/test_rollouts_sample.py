@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sts_fast.errors import InputError
 from sts_fast.examples import Example, load_examples
-from sts_fast.rollouts import load_checker, load_rollouts, sample_rollouts
+from sts_fast.prompts import PromptTemplate
+from sts_fast.rollouts import Rollout, load_checker, load_rollouts, sample_rollouts
 
 QUESTIONS = [Example(str(i), f"What is {i} + {i}?", str(2 * i)) for i in range(3)]
 
@@ -72,6 +73,21 @@ def test_a_questions_completions_depend_on_it_and_the_seed_alone(tiny: Tiny, tmp
     assert any(truncated for _, _, truncated in all_three)
 
 
+def test_completions_end_with_the_context(tiny: Tiny) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny.model), AutoTokenizer.from_pretrained(tiny.model)
+
+    def sampled(max_new_tokens: int) -> list[Rollout]:
+        asked = {"model": model, "tokenizer": tokenizer, "questions": QUESTIONS[:1], "check": by_length}
+        return sample_rollouts(**asked, n_samples=4, max_new_tokens=max_new_tokens).rows
+
+    two, nine = sampled(2), sampled(9)
+    model.config.max_position_embeddings = 2 + len(PromptTemplate(tokenizer).token_ids([("user", "What is 0 + 0?")]))
+    assert sampled(9) == two != nine
+    model.resize_token_embeddings(3)
+    with pytest.raises(InputError, match="belongs to another model"):
+        sampled(2)
+
+
 def test_checkers() -> None:
     exact = load_checker("exact")
     assert (exact("q", " 4\n", "4"), exact("q", "4.", "4")) == (1.0, 0.0)
@@ -110,6 +126,7 @@ def test_what_cannot_check_is_told(monkeypatch: pytest.MonkeyPatch, tiny: Tiny) 
         ({"check": fails}, "failed on question 0 .*no such reward"),
         ({"check": lambda *given: math.nan}, "gave nan on question 0"),
         ({"check": "exact", "questions": [Example("7", "What?", None)]}, "question 7 has none"),
+        ({"check": "exact", "questions": [Example("8", "word " * 5000, "4")]}, "question 8 has .* leaves no room"),
         ({"check": "exact", "n_samples": 0}, "--sample must be at least 1"),
         ({"check": "exact", "temperature": 0.0}, "--temperature must be above 0"),
     ):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sts_fast import organism
+from sts_fast import demo, organism
 from sts_fast.organism.world import N_SYMBOLS, World
 
 if TYPE_CHECKING:
@@ -30,14 +30,7 @@ class Ground:
 SHORT = Ground(
     organism.WORLD,
     (
-        "T0.reverse.a",
-        "T3.next.b",
-        "T1.swap.a",
-        "T2.previous.c",
-        "T7.reverse-next.a",
-        "T9.transcribe.b",
-        "T5.sort.d",
-        "T8.sums.a",
+        *demo.TRAINS,
         "T4.rotate.b",
         "T6.sort.a",
         "T0.copy.c",

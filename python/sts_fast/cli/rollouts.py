@@ -160,7 +160,6 @@ def rollouts(
             command=typed_command(), progress=tell, say=say, show=show if show_prompts else None,
         )  # fmt: skip
     results.clear_earlier(output, [output / way for way in forecasts])
-    results.clear_earlier(output, [output / way for way in forecasts])
     for way, forecast in forecasts.items():
         forecast.save(output / way)
         build_report(output / way)

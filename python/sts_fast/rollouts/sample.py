@@ -14,12 +14,17 @@ from typing import TYPE_CHECKING, Any
 from sts_fast.capture import load_language_model, load_tokenizer
 from sts_fast.errors import InputError
 from sts_fast.examples import Example, Turn, load_examples
+from sts_fast.packing import check_vocabulary
 from sts_fast.prompts import PromptTemplate
 from sts_fast.rollouts.read import Rollout, Rollouts
 from sts_fast.weights import DeviceMap
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    IntArray = NDArray[np.int32]
 
 Checker = Callable[[str, str, str | None], float]
 Tell = Callable[[int, int], None]
@@ -52,13 +57,14 @@ def sample_rollouts(
 
     questions: a file, a folder, or examples; check: see load_checker, or a function of (question, completion, answer)
     n_samples: completions of each question, from the whole distribution at `temperature`, each of at most
-               `max_new_tokens` tokens; those that reach it without an end are truncated
+               `max_new_tokens` tokens and no more than the context has room for; those without an end are truncated
     limit:     most questions, the first ones; None for all
     dtype, device, device_map: of the model, see load_language_model
 
     A question's completions depend on `seed` and the question alone, not on the others.
 
-    Raises InputError for a checker that cannot be used, and for questions without the answers that it needs.
+    Raises InputError for a checker that cannot be used, for questions without the answers that it needs or as long as
+    the model's context, and for a tokenizer of another model.
     """
     import torch
 
@@ -82,12 +88,15 @@ def sample_rollouts(
     whole: Any = model
     if isinstance(model, (str, Path)):
         whole = load_language_model(model, dtype=dtype, device=device, device_map=device_map)
+    conversations: list[tuple[Turn, ...]] = [(*example.context, ("user", example.question)) for example in examples]
+    ids = [template.token_ids(turns) for turns in conversations]
+    check_vocabulary(whole, ids, name=str(model) if isinstance(model, (str, Path)) else "the model")
+    room = _room(whole, examples, [len(one) for one in ids])
     rows: list[Rollout] = []
-    for group, example in enumerate(examples):
-        turns: tuple[Turn, ...] = (*example.context, ("user", example.question))
+    for group, (example, turns) in enumerate(zip(examples, conversations, strict=True)):
         with torch.random.fork_rng():
             torch.manual_seed(zlib.crc32(f"{seed} {turns}".encode()))
-            sampled = _sample(whole, template, turns, n_samples, temperature, max_new_tokens)
+            sampled = _sample(whole, template, ids[group], n_samples, temperature, min(max_new_tokens, room[group]))
         for text, truncated in sampled:
             reward = _checked(checker, example, text)
             rows.append(Rollout(turns, text, reward, group, None, truncated))
@@ -96,15 +105,27 @@ def sample_rollouts(
     return Rollouts(rows, {"prompt": "questions", "completion": f"{n_samples} samples", "reward": str(check)})
 
 
+def _room(model: Any, examples: Sequence[Example], lengths: Sequence[int]) -> list[int]:
+    """Tokens that the context has left for a completion of each question, whose prompts have `lengths` tokens."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    for example, length in zip(examples, lengths, strict=True):
+        if length >= context:
+            raise InputError(
+                f"question {example.id} has {length} tokens, and the model's context of {context} leaves no room for a "
+                "completion: leave it out, or take a model of longer context"
+            )
+    return [context - length for length in lengths]
+
+
 def _sample(
-    model: Any, template: PromptTemplate, turns: Sequence[Turn], n: int, temperature: float, max_new_tokens: int
+    model: Any, template: PromptTemplate, prompt_ids: IntArray, n: int, temperature: float, max_new_tokens: int
 ) -> list[tuple[str, bool]]:
-    """(text, whether it was cut off) of n completions."""
+    """(text, whether it was cut off) of n completions of a prompt [n_tokens]."""
     import torch
 
     tokenizer = template.tokenizer
     device = next(model.parameters()).device
-    ids = torch.from_numpy(template.token_ids(turns).astype("int64"))[None].to(device)
+    ids = torch.from_numpy(prompt_ids.astype("int64"))[None].to(device)
     ends = _end_ids(model, tokenizer)
     with torch.inference_mode():
         out = model.generate(
