@@ -250,6 +250,7 @@ def score_tiny(tiny: Tiny, folder: Path, **options: Any) -> sts_fast.Forecast:
         ({"controls": "all"}, "--controls all needs the whole model"),
         ({"estimators": ("act", "ntk")}, "--estimators ntk needs the whole model"),
         ({"dims": "tuned", "tuned": "elsewhere"}, "--dims tuned needs the model before and after training"),
+        ({"device_map": "cpu"}, "--device-map needs a model to spread"),
         ({"layer": 3}, r"reads at blocks.3.hook_resid_post, but .* holds .*: capture again with --hook blocks.3"),
         ({"demos": {"days": "days"}}, "the domain 'days' was captured in .* with other demonstrations"),
         ({"domains": {"law": "days"}}, "the domain 'law' was not captured in .*, which holds spelling, days"),

@@ -349,6 +349,7 @@ def _check_activations(
         ("--dims tuned", settings.dims == "tuned", "the model before and after training"),
         ("--controls all", settings.controls == "all", "the whole model"),
         (f"--estimators {','.join(signed)}", bool(signed), "the whole model, and its gradients"),
+        ("--device-map", settings.device_map is not None, "a model to spread"),
     ):
         if chosen:
             raise InputError(
