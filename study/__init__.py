@@ -1,0 +1,1 @@
+"""Studies of what forecasts are worth: their plans, programs and results."""

@@ -1,0 +1,66 @@
+"""The study on a real model.
+
+python -m study.real prepare          # the model, the sets and the SAEs, into build/study/real
+python -m study.real run              # all trainings that have no results yet; may be stopped and started again
+python -m study.real run light        # those of one way of training
+python -m study.real table            # what came out, into results/
+python -m study.real status           # what is done and what is left
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+WORK = Path("build") / "study" / "real"
+
+
+def main() -> None:
+    from study.real import runs
+    from study.real.training import WAYS
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("prepare", "run", "table", "status"))
+    parser.add_argument("ways", nargs="*", choices=[*WAYS, []], help="ways of training, all of them unless named")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder of the model, the sets and the weights")
+    arguments = parser.parse_args()
+    if arguments.what == "prepare":
+        prepare(arguments.work)
+    if arguments.what == "run":
+        runs.run(arguments.work, arguments.ways or [*WAYS], tell)
+    if arguments.what == "status":
+        for job in runs.jobs(arguments.work, [*WAYS]):
+            sys.stdout.write(f"{'done' if job.path.exists() else 'to do'}  {job.name}\n")
+
+
+def prepare(work: Path) -> None:
+    """Makes what is not there yet."""
+    from study.real import runs
+    from study.real.model import load_model, make_model
+    from study.real.sets import make_sets
+    from study.real.split import draw
+
+    made: dict[str, object] = {}
+    if not (work / "model" / "config.json").exists():
+        made["model"] = make_model(work / "model")
+        runs.write_json(runs.RESULTS / "model.json", made["model"])
+        tell("the model is written")
+    if not (work / "texts.jsonl").exists():
+        about = make_sets(work, load_model(work / "model")[1])
+        runs.write_json(runs.RESULTS / "sets.json", about)
+        runs.write_json(runs.RESULTS / "split.json", draw(about["train"], about["domains"]))
+        tell("the sets are written")
+
+
+def tell(text: str) -> None:
+    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    main()

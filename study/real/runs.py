@@ -1,0 +1,194 @@
+"""The trainings of the study, one file of results each: what is there already is not run again."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from study.real.measure import MEASURES, Asking, measure
+from study.real.model import load_model
+from study.real.sets import DEMONSTRATIONS, N_DOMAIN, read_rows
+from study.real.sources import Row
+from study.real.training import N_HELD_OUT, WAYS, Way, held_out_loss, products, train, with_lora
+
+RESULTS = Path(__file__).parent / "results"
+OUTCOMES = RESULTS / "outcomes"
+BASE = "base"
+KEPT = ("gsm8k", "tinystories", "mmlu", "rg algorithms")  # training sets whose light model is kept in the work folder
+DECOY = 5  # the base model is also asked with the answer of the row so many further on
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # options of glibc's mallopt
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training, or the base model alone where `way` is None."""
+
+    train: str = BASE
+    way: Way | None = None
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return BASE if self.way is None else f"{self.way.name} {self.train} {self.seed}"
+
+    @property
+    def path(self) -> Path:
+        return OUTCOMES / f"{self.name}.json"
+
+
+def jobs(work: Path, ways: list[str]) -> Iterator[Job]:
+    """The base model, then the trainings in the order in which they are run: the first seeds of each way first."""
+    yield Job()
+    trains = sorted(path.stem for path in (work / "train").glob("*.jsonl"))
+    listed = [(seed, way, name) for way in ways for seed in WAYS[way].seeds for name in trains]
+    for seed, way, name in sorted(listed, key=lambda job: job[0]):
+        yield Job(name, WAYS[way], seed)
+
+
+def run(work: Path, ways: list[str], tell: Tell) -> None:
+    """Runs the jobs that have no results yet."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    for job in jobs(work, ways):
+        if not job.path.exists():
+            start = time.process_time()
+            result = run_job(work, job, lambda text, job=job: tell(f"{job.name}: {text}"))
+            write_json(job.path, result)
+            tell(f"{job.name}: done in {time.process_time() - start:.0f} s of processor time")
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep what a training step frees: asking the system for it anew takes a third of the step."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def run_job(work: Path, job: Job, tell: Tell) -> dict[str, Any]:
+    """Trains as the job says, measures every domain, and returns both as one record."""
+    model, tokenizer = load_model(work / "model")
+    asking = Asking(tokenizer)
+    record: dict[str, Any] = {"train": job.train, "way": job.way and job.way.name, "seed": job.seed}
+    if job.way is not None:
+        rows = read_rows(work / "train" / f"{job.train}.jsonl")
+        model, about = trained(work, model, asking, rows, job, tell)
+        record |= about
+    start = time.process_time()
+    with products() as precision:
+        record["domains"] = measure_domains(work, model, asking, decoys=job.way is None)
+    record["precision"] = precision
+    record["measure_seconds"] = round(time.process_time() - start, 1)
+    record["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return record
+
+
+def trained(work: Path, base: Any, asking: Asking, rows: list[Row], job: Job, tell: Tell) -> tuple[Any, dict[str, Any]]:
+    """(the trained model, its record); of several learning rates, the one with the least loss on held-out rows."""
+    assert job.way is not None
+    learned, held_out = rows[:-N_HELD_OUT], rows[-N_HELD_OUT:]
+    rates = _rates(job)
+    tried: dict[str, float] = {}
+    best: tuple[float, Any, dict[str, Any]] | None = None
+    seconds = 0.0
+    before = held_out_loss(base, asking, held_out)
+    for rate in rates:
+        model = load_model(work / "model")[0] if len(rates) > 1 else base
+        if job.way.lora:
+            torch.manual_seed(job.seed)
+            model = with_lora(model)
+        about = train(model, asking, learned, job.way, rate=rate, seed=job.seed, tell=tell)
+        seconds += about["train_seconds"]
+        after = held_out_loss(model, asking, held_out)
+        tried[f"{rate:g}"] = round(after, 4)
+        tell(f"rate {rate:g}: held-out loss {before:.3f} to {after:.3f}")
+        if best is None or after < best[0]:
+            best = (after, model, about)
+    assert best is not None
+    _, model, about = best
+    _keep(work, model, job)
+    if job.way.lora:
+        model = model.merge_and_unload()
+    held = {"held_out_before": round(before, 4), "held_out_after": tried, "all_rates_seconds": round(seconds, 1)}
+    return model, {**about, **held, "rows": len(learned)}
+
+
+def _rates(job: Job) -> tuple[float, ...]:
+    """The learning rates to try; those chosen by an earlier job are taken from its results."""
+    assert job.way is not None
+    chosen_by = Job(job.train, job.way if job.way.rates else WAYS["light"], 0)
+    if chosen_by == job:
+        return job.way.rates
+    if not chosen_by.path.exists():
+        raise SystemExit(f"{job.name!r} takes its learning rate from {chosen_by.name!r}, which has not been run yet")
+    return (float(read_json(chosen_by.path)["rate"]),)
+
+
+def _keep(work: Path, model: Any, job: Job) -> None:
+    assert job.way is not None
+    if job.way.lora or (job.way.name == "light" and job.seed == 0 and job.train in KEPT):
+        model.save_pretrained(work / "tuned" / job.name)
+
+
+def measure_domains(work: Path, model: Any, asking: Asking, *, decoys: bool) -> dict[str, dict[str, list[float]]]:
+    """Domain -> measure -> value of every row; with `decoys` the loss of another row's answer too."""
+    found = {}
+    for path in sorted((work / "domains").glob("*.jsonl")):
+        rows = read_rows(path)[DEMONSTRATIONS:][:N_DOMAIN]
+        values = measure(model, asking, rows)
+        if decoys:
+            moved = rows[DECOY:] + rows[:DECOY]
+            others = [{**row, "answer": other["answer"]} for row, other in zip(rows, moved, strict=True)]
+            values["decoy"] = measure(model, asking, others)["loss"]
+        found[path.stem] = {name: [_rounded(value) for value in row] for name, row in values.items()}
+    return found
+
+
+def _rounded(value: float) -> float | None:
+    return None if np.isnan(value) else round(value, 4)
+
+
+def outcomes() -> dict[str, dict[str, Any]]:
+    """Name of a job -> its record, of all jobs that have been run; a missing value is NaN."""
+    found = {}
+    for path in sorted(OUTCOMES.glob("*.json")):
+        record = read_json(path)
+        for values in record["domains"].values():
+            for name in MEASURES:
+                values[name] = np.array([np.nan if value is None else value for value in values[name]])
+        found[path.stem] = record
+    return found
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Puts the file in place as a whole; lists of numbers on one line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(_lines(value) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _lines(value: Any, depth: int = 0) -> str:
+    if not isinstance(value, dict) or not value:
+        return json.dumps(value, ensure_ascii=False)
+    margin = " " * (depth + 1)
+    inner = ",\n".join(f"{margin}{json.dumps(key)}: {_lines(item, depth + 1)}" for key, item in value.items())
+    return f"{{\n{inner}\n{' ' * depth}}}"
