@@ -42,6 +42,7 @@ def prepare(work: Path) -> None:
     """Makes what is not there yet."""
     from study.real import runs
     from study.real.model import load_model, make_model
+    from study.real.saes import LAYERS, make_saes
     from study.real.sets import make_sets
     from study.real.split import draw
 
@@ -55,6 +56,8 @@ def prepare(work: Path) -> None:
         runs.write_json(runs.RESULTS / "sets.json", about)
         runs.write_json(runs.RESULTS / "split.json", draw(about["train"], about["domains"]))
         tell("the sets are written")
+    if not (runs.RESULTS / "saes.json").exists() or not (work / "sae" / str(LAYERS[-1])).exists():
+        runs.write_json(runs.RESULTS / "saes.json", make_saes(work, tell))
 
 
 def tell(text: str) -> None:

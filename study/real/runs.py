@@ -145,12 +145,12 @@ def _keep(work: Path, model: Any, job: Job) -> None:
 
 
 def measure_domains(work: Path, model: Any, asking: Asking, *, decoys: bool) -> dict[str, dict[str, list[float]]]:
-    """Domain -> measure -> value of every row; with `decoys` the loss of another row's answer too."""
+    """Domain -> measure -> value of every row; with `decoys` also the loss of another row's answer, if it is free."""
     found = {}
     for path in sorted((work / "domains").glob("*.jsonl")):
         rows = read_rows(path)[DEMONSTRATIONS:][:N_DOMAIN]
         values = measure(model, asking, rows)
-        if decoys:
+        if decoys and "options" not in rows[0]:
             moved = rows[DECOY:] + rows[:DECOY]
             others = [{**row, "answer": other["answer"]} for row, other in zip(rows, moved, strict=True)]
             values["decoy"] = measure(model, asking, others)["loss"]

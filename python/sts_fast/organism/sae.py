@@ -19,11 +19,12 @@ N_STEPS = 1000
 BATCH = 1024
 LEARNING_RATE = 2e-3
 REVIVE_EVERY = 150
+VARIANCE_ROWS = 200_000
 
 
 @dataclass(frozen=True)
 class TopK:
-    """x ~ b_dec + W_dec^T h, where h keeps the K largest of (x - b_dec) W_enc + b_enc that are positive.
+    """x ~ b_dec + W_dec^T h, where h keeps the k largest of (x - b_dec) W_enc + b_enc that are positive.
 
     W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_in] with rows of norm 1, b_dec [d_in]
     """
@@ -32,13 +33,17 @@ class TopK:
     b_enc: torch.Tensor
     W_dec: torch.Tensor
     b_dec: torch.Tensor
+    k: int = K
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """[n, d_sae] feature activations of rows [n, d_in]."""
         import torch
 
         hidden_pre = (x - self.b_dec) @ self.W_enc + self.b_enc
-        values, indices = hidden_pre.topk(K, dim=-1)
+        values, indices = hidden_pre.topk(self.k, dim=-1)
         return torch.zeros_like(hidden_pre).scatter(-1, indices, values.relu())
 
     def decode(self, h: torch.Tensor) -> torch.Tensor:
@@ -46,7 +51,17 @@ class TopK:
         return h @ self.W_dec + self.b_dec
 
 
-def train_sae(x: torch.Tensor, seed: int, progress: Progress, n_steps: int = N_STEPS) -> TopK:
+def train_sae(
+    x: torch.Tensor,
+    seed: int,
+    progress: Progress,
+    n_steps: int = N_STEPS,
+    *,
+    d_sae: int = D_SAE,
+    k: int = K,
+    batch: int = BATCH,
+    learning_rate: float = LEARNING_RATE,
+) -> TopK:
     """Trains on rows [n, d_in] of the residual stream; features that never fire restart where errors are largest."""
     import torch
 
@@ -54,16 +69,17 @@ def train_sae(x: torch.Tensor, seed: int, progress: Progress, n_steps: int = N_S
     # Trained on rows of norm sqrt(d_in) about, so that the step size suits any model; undone at the end.
     scale = x.shape[1] ** 0.5 / float(x.norm(dim=1).mean())
     x = x * scale
-    variance = (x - x.mean(dim=0)).square().sum(dim=1).mean()
-    directions = torch.nn.functional.normalize(torch.randn(D_SAE, x.shape[1], generator=generator), dim=1)
-    sae = TopK(directions.T.clone(), torch.zeros(D_SAE), directions.clone(), x.mean(dim=0))
-    parameters = [tensor.requires_grad_() for tensor in vars(sae).values()]
-    optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, betas=(0.9, 0.99), fused=True)
-    silent_for = torch.zeros(D_SAE)
+    some = x[:VARIANCE_ROWS]
+    variance = (some - some.mean(dim=0)).square().sum(dim=1).mean()
+    directions = torch.nn.functional.normalize(torch.randn(d_sae, x.shape[1], generator=generator), dim=1)
+    sae = TopK(directions.T.clone(), torch.zeros(d_sae), directions.clone(), x.mean(dim=0), k)
+    parameters = [tensor.requires_grad_() for tensor in sae.tensors().values()]
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate, betas=(0.9, 0.99), fused=True)
+    silent_for = torch.zeros(d_sae)
     for step in range(n_steps):
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 50) * (1 - 0.95 * step / n_steps)
-        rows = x[torch.randint(len(x), (BATCH,), generator=generator)]
+            group["lr"] = learning_rate * min(1.0, (step + 1) / 50) * (1 - 0.95 * step / n_steps)
+        rows = x[torch.randint(len(x), (batch,), generator=generator)]
         h = sae.encode(rows)
         error = rows - sae.decode(h)
         loss = error.square().sum(dim=1).mean() / variance
@@ -82,7 +98,7 @@ def train_sae(x: torch.Tensor, seed: int, progress: Progress, n_steps: int = N_S
                 silent_for[dead] = 0
         progress("SAE", step + 1, n_steps)
     W_enc, b_enc, W_dec, b_dec = (tensor.detach() for tensor in parameters)
-    return TopK(W_enc.contiguous(), b_enc / scale, W_dec.contiguous(), b_dec / scale)
+    return TopK(W_enc.contiguous(), b_enc / scale, W_dec.contiguous(), b_dec / scale, k)
 
 
 def quality(sae: TopK, x: torch.Tensor) -> dict[str, float]:
@@ -97,7 +113,7 @@ def quality(sae: TopK, x: torch.Tensor) -> dict[str, float]:
     }
 
 
-def save_sae(sae: TopK, folder: Path, *, layer: int, model_name: str) -> None:
+def save_sae(sae: TopK, folder: Path, *, layer: int, model_name: str, prepend_bos: bool = True) -> None:
     """Writes the folder as SAELens 6 does: cfg.json and sae_weights.safetensors."""
     from safetensors.torch import save_file
 
@@ -106,7 +122,7 @@ def save_sae(sae: TopK, folder: Path, *, layer: int, model_name: str) -> None:
         "architecture": "topk",
         "d_in": sae.W_enc.shape[0],
         "d_sae": sae.W_enc.shape[1],
-        "k": K,
+        "k": sae.k,
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": True,
@@ -117,8 +133,8 @@ def save_sae(sae: TopK, folder: Path, *, layer: int, model_name: str) -> None:
             "sae_lens_version": "6.0.0",  # whose layout this is
             "model_name": model_name,
             "hook_name": f"model.layers.{layer}",
-            "prepend_bos": True,
+            "prepend_bos": prepend_bos,
         },
     }
     (folder / "cfg.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file(vars(sae), folder / "sae_weights.safetensors")
+    save_file(sae.tensors(), folder / "sae_weights.safetensors")
