@@ -10,11 +10,12 @@ SOURCES = CMakeLists.txt $(CXX_FILES) $(shell find python/sts_fast -type f -not 
 # The CUDA core takes minutes to build: only where there is a GPU, in continuous integration, and for CUDA=AUTO.
 CUDA ?= $(if $(CI)$(wildcard /dev/nvidiactl),AUTO,OFF)
 
-.PHONY: help install test sanitize lint format demo study gpu clean
+.PHONY: help install test test-dispatch sanitize lint format demo study gpu clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make test     lint, then all tests, against the installed package'
+	@echo 'make test-dispatch forecasts on older instruction sets'
 	@echo 'make sanitize the core under the address and undefined behaviour sanitizers'
 	@echo 'make lint     ruff, clang-format and mypy, nothing rewritten'
 	@echo 'make format   rewrite all files in the format that lint asks for'
@@ -41,6 +42,13 @@ $(VENV)/installed: $(VENV)/build_tools pyproject.toml $(SOURCES)
 
 test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/pytest
+
+# Whole forecasts against the oracle, with our products and torch's as on processors with fewer instructions.
+test-dispatch: $(VENV)/installed
+	STS_TEST_INSTRUCTION_SET=portable ATEN_CPU_CAPABILITY=default HF_HUB_OFFLINE=1 $(BIN)/pytest -q tests/test_score.py -k oracle
+	if grep -qw avx2 /proc/cpuinfo; then \
+	  STS_TEST_INSTRUCTION_SET=avx2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 HF_HUB_OFFLINE=1 \
+	  $(BIN)/pytest -q tests/test_score.py -k oracle; fi
 
 # What the core computes is checked by the same program that tests/test_core.py runs on an emulated ARM machine.
 sanitize: $(VENV)/build_tools

@@ -12,6 +12,12 @@ import tiny as tiny_material
 # the commands that tests run too, which must compute as this process does to give the same bytes.
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
+# The core as on a processor with less, for `make test-dispatch`.
+if "STS_TEST_INSTRUCTION_SET" in os.environ:
+    from sts_fast import _cpu
+
+    _cpu.set_instruction_set(os.environ["STS_TEST_INSTRUCTION_SET"])
+
 
 @pytest.fixture(params=["emulator", "cuda"])
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:

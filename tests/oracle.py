@@ -13,9 +13,11 @@ and the same with a control's features in the place of D_N, or with |x_i| and x_
 h comes from one unbatched forward pass of the whole Hugging Face model per sequence and sae-lens' own `encode`;
 `literal_encode` writes each architecture's equation a second time, from the raw tensors.
 
-Activations are discontinuous, so every number is three: (low, value, high). Where a pre-activation lies within MARGIN
-of its threshold (or of the row's k-th value), relative to the largest of its row, the feature may fire or not, and low
-and high hold the two cases; everywhere else the three are the same. Such flips are counted.
+Every number is three: (low, value, high). Float32 rounds a pre-activation by a part of the largest of its row, not of
+its own size: by ROUNDING of it, which is much for a small activation. Low and high are that far from the value.
+Activations are discontinuous, too. Where a pre-activation lies within MARGIN of its threshold (or of the row's k-th
+value), relative to the largest of its row, the feature may fire or not, and low and high are the two cases. Such flips
+are counted.
 
 Which resamples a bootstrap draws is a choice, not an equation: seeds and order of draws mirror the package's.
 """
@@ -42,6 +44,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 Doubles = NDArray[np.float64]
 
 MARGIN = 1e-5
+ROUNDING = 2.0**-20
 TIE = 1e-5
 SINK_RATIO = 10.0
 LOW, VALUE, HIGH = 0, 1, 2
@@ -136,8 +139,16 @@ def literal_encode(folder: Path, x: Doubles) -> Doubles:
     unsure = np.all([condition > -margin for condition in over], axis=0) & np.any(
         [np.abs(condition) <= margin for condition in over], axis=0
     )
-    value = np.where(fires, pre, 0.0)
-    return np.stack([np.where(unsure, 0.0, value), value, np.where(unsure, np.maximum(pre, 0) + margin, value)])
+    return _cases(np.where(fires, pre, 0.0), unsure, pre)
+
+
+def _cases(value: Doubles, unsure: NDArray[np.bool_], pre: Doubles) -> Doubles:
+    """[3, n_tokens, d_sae] low, value and high of features, of which some may fire or not."""
+    largest = np.abs(pre).max(axis=1, keepdims=True, initial=0)
+    rounding = np.where(value > 0, ROUNDING * largest, 0.0)
+    low = np.where(unsure, 0.0, value - rounding)
+    high = np.where(unsure, np.maximum(pre, 0) + MARGIN * largest, value + rounding)
+    return np.stack([low, value, high])
 
 
 def _topk(pre: Doubles, k: int) -> Doubles:
@@ -150,8 +161,12 @@ def _topk(pre: Doubles, k: int) -> Doubles:
     is_tie = last_in - first_out <= margin
     unsure = is_tie & np.where(chosen, pre <= first_out + margin, pre >= last_in - margin) & (pre > -margin)
     unsure |= chosen & (np.abs(pre) <= margin)
-    value = np.where(chosen, np.maximum(pre, 0), 0.0)
-    return np.stack([np.where(unsure, 0.0, value), value, np.where(unsure, np.maximum(pre, 0) + margin, value)])
+    return _cases(np.where(chosen, np.maximum(pre, 0), 0.0), unsure, pre)
+
+
+def is_open(features: Doubles) -> NDArray[np.bool_]:
+    """Whether a feature may fire or not, of features [3, ...]."""
+    return (features[LOW] == 0) & (features[HIGH] > 0)
 
 
 def encode(folder: Path, x: Doubles) -> Doubles:
@@ -161,8 +176,8 @@ def encode(folder: Path, x: Doubles) -> Doubles:
     with torch.no_grad():
         by_sae_lens = load_sae_lens(folder).encode(torch.from_numpy(x)).numpy()
     differs = np.abs(by_sae_lens - value) > 1e-9 * np.abs(value).max(initial=1.0)
-    assert not (differs & (low == high)).any(), "sae-lens and the equation disagree"
-    return np.stack([low, np.where(low == high, by_sae_lens, value), high])
+    assert not (differs & ~is_open(features)).any(), "sae-lens and the equation disagree"
+    return np.stack([low, np.where(is_open(features), value, by_sae_lens), high])
 
 
 def squared_difference(a: Doubles, b: Doubles) -> Doubles:
@@ -235,7 +250,7 @@ def sums_of(
         read = encode(sae, here[row["positions"]])
         paired = encode(sae, here[row["paired"]])
         demos = encode(sae, there[row["paired_demos"]])
-        n_flips += sum(int((features[LOW] != features[HIGH]).sum()) for features in (read, demos))
+        n_flips += sum(int(is_open(features).sum()) for features in (read, demos))
         n_features_read += read[VALUE].size + demos[VALUE].size
         parts["h"].append(read.sum(axis=1))
         parts["sq_h"].append((read**2).sum(axis=1))
@@ -491,13 +506,15 @@ def set_controls(train: Sums, domains: list[Sums], members: list[int]) -> list[d
         for j in range(len(members)):
             of_feature = activations[:, :, j]
             deviation = of_feature[VALUE].std()
-            if (of_feature[LOW] != of_feature[HIGH]).any():  # as far as a number can lie from the mean of so many
+            if deviation <= 1e-5 * np.abs(of_feature).max():
+                continue
+            here = (of_feature[VALUE, i] - of_feature[VALUE].mean()) / deviation
+            doubt = (of_feature[HIGH] - of_feature[LOW]).max() / deviation
+            if doubt < 0.01:  # rounding moves the numerator and the deviation by so much
+                z += [here - doubt * (1 + abs(here)), here, here + doubt * (1 + abs(here))]
+            else:  # a flip: as far as a number can lie from the mean of so many
                 most = np.sqrt(len(domains) - 1)
-                z += [-most, 0.0, most]
-            if deviation > 1e-5 * np.abs(of_feature).max():
-                z[VALUE] += (of_feature[VALUE, i] - of_feature[VALUE].mean()) / deviation
-                if (of_feature[LOW] == of_feature[HIGH]).all():
-                    z[[LOW, HIGH]] += (of_feature[VALUE, i] - of_feature[VALUE].mean()) / deviation
+                z += [-most, here, most]
         alike = np.sum(spreads[0] * spread) / np.sqrt(np.sum(spreads[0] ** 2) * np.sum(spread**2))
         logit = direction @ (mean - (means[0] + everywhere) / 2)
         found.append({"z_scored": z, "cka": np.full(3, alike), "logit": np.full(3, logit)})

@@ -32,7 +32,7 @@ from sts_fast.capture import Decoder
 from sts_fast.forward import ForwardPasses, Sequences
 from sts_fast.score import compare
 
-TOLERANCE = 1e-4  # of a number, relative to the oracle
+TOLERANCE = 2e-5  # of a number, relative to what the oracle allows
 BATCHING_TOLERANCE = 1e-5  # of a number, between two batch budgets
 REPEATED_TOLERANCE = 1e-12  # of a number, computed again from the float64 sums in the files
 MOST_FLIPS = 3e-4  # of all features of all rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -70,7 +69,7 @@ def make_rows(work: Path, tell: Tell) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(work / "model")
-    texts = [json.loads(line)["text"] for line in (work / "texts.jsonl").read_text(encoding="utf-8").splitlines()]
+    texts = [row["text"] for row in read_rows(work / "texts.jsonl")]
     sequences = [tokenizer(text, add_special_tokens=False).input_ids[:LONGEST_TEXT] for text in texts]
     model = AutoModelForCausalLM.from_pretrained(
         work / "model", num_hidden_layers=max(LAYERS) + 1, dtype=torch.float32, attn_implementation=ATTENTION
