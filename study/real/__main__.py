@@ -22,6 +22,7 @@ WORK = Path("build") / "study" / "real"
 
 def main() -> None:
     from study.real import runs
+    from study.real.table import write_tables
     from study.real.training import WAYS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -33,6 +34,8 @@ def main() -> None:
         prepare(arguments.work)
     if arguments.what == "run":
         runs.run(arguments.work, arguments.ways or [*WAYS], tell)
+    if arguments.what == "table":
+        sys.stdout.write(write_tables())
     if arguments.what == "status":
         for job in runs.jobs(arguments.work, [*WAYS]):
             sys.stdout.write(f"{'done' if job.path.exists() else 'to do'}  {job.name}\n")

@@ -1,0 +1,187 @@
+"""The outcomes as tables: `results/outcomes.md`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from study.real import runs
+from study.real.changes import LEAST_RELIABLE, Training, ceiling, trainings
+from study.real.sets import own_domains
+from study.real.training import WAYS
+
+PAGE = runs.RESULTS / "outcomes.md"
+LEAST_EXACT = 0.1  # exact answers are reported where their share is at least so much, before or after
+
+
+def write_tables() -> str:
+    """Writes and returns the page."""
+    outcomes = runs.outcomes()
+    done = trainings(outcomes)
+    parts = [
+        "# What the trainings changed",
+        "Written by `python -m study.real table`; [the plan](../README.md) says what is what.",
+        "## The trainings",
+        trainings_table(done),
+        verdict(done),
+        "## What each training set did",
+        "\n".join(sentences(done, outcomes[runs.BASE])),
+        "## The base model",
+        base_table(outcomes[runs.BASE]),
+        *(part for way in WAYS for part in changes_part(way, done)),
+    ]
+    PAGE.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    return PAGE.read_text(encoding="utf-8")
+
+
+def trainings_table(done: list[Training]) -> str:
+    rows = []
+    for training in done:
+        record, reliability = training.record, training.reliability()
+        rate = f"{record['rate']:g}"
+        clear = [training.changes["loss"][domain] for domain in training.others]
+        rows.append(
+            [
+                training.name,
+                rate,
+                f"{record['held_out_before']:.3f} to {record['held_out_after'][rate]:.3f}",
+                record["train_tokens"],
+                round(record["train_seconds"]),
+                round(record["measure_seconds"]),
+                record["peak_mb"],
+                sum(change.is_clear and change.mean < 0 for change in clear),
+                sum(change.is_clear and change.mean > 0 for change in clear),
+                f"{reliability:.2f}" + ("" if training.counts else " (left out)"),
+                f"{ceiling(reliability):.2f}",
+                f"{ceiling(training.reliability(size=True)):.2f}",
+                f"{training.reliability('content'):.2f}",
+            ]
+        )
+    head = (
+        "training",
+        "rate",
+        "held-out loss",
+        "tokens",
+        "training, s",
+        "measuring, s",
+        "peak MB",
+        "loss falls",
+        "loss rises",
+        "reliability",
+        "ceiling of r",
+        "of sizes",
+        "reliability of content",
+    )
+    return markdown(head, rows)
+
+
+def verdict(done: list[Training]) -> str:
+    """How many of each way's trainings are reliable enough, and how two seeds agree."""
+    lines = []
+    by_way: dict[str, list[Training]] = defaultdict(list)
+    for training in done:
+        by_way[training.record["way"]].append(training)
+    for way, some in by_way.items():
+        reliable = sum(training.counts for training in some)
+        lines.append(f"- {way}: {reliable} of {len(some)} trainings have a reliability of {LEAST_RELIABLE} or more.")
+        agreements = list(seeds_agree(some))
+        if agreements:
+            lines.append(
+                f"  Two seeds of one set change the other domains alike: r {np.mean(agreements):.2f} on average, "
+                f"from {min(agreements):.2f} to {max(agreements):.2f} over {len(agreements)} sets."
+            )
+    return "\n".join(lines)
+
+
+def seeds_agree(some: list[Training]) -> Iterable[float]:
+    by_set: dict[str, list[Training]] = defaultdict(list)
+    for training in some:
+        by_set[training.record["train"]].append(training)
+    for pair in by_set.values():
+        if len(pair) == 2:
+            changes = [[one.changes["loss"][domain].mean for domain in one.others] for one in pair]
+            yield float(np.corrcoef(changes)[0, 1])
+
+
+def sentences(done: list[Training], base: dict[str, Any]) -> Iterable[str]:
+    """One sentence for each training set, on its light training of the first seed."""
+    for training in done:
+        if training.record["way"] != "light" or training.record["seed"] != 0:
+            continue
+        loss, name = training.changes["loss"], training.record["train"]
+        own = [loss[domain].mean for domain in own_domains(name) if domain in loss]
+        clear = sorted((domain for domain in training.others if loss[domain].is_clear), key=lambda d: loss[d].mean)
+        falls = [domain for domain in clear if loss[domain].mean < 0]
+        rises = [domain for domain in clear if loss[domain].mean > 0][::-1]
+        letters = [domain for domain in loss if domain.startswith("pro ")]
+        masses = [
+            float(np.mean([np.exp(-np.array(of["domains"][domain]["format"])).mean() for domain in letters]))
+            for of in (base, training.record)
+        ]
+        yield (
+            f"- **{name}**: "
+            + (f"its own domains' loss changes by {np.mean(own):+.2f}; " if own else "it has no domain of its own; ")
+            + f"of {len(training.others)} others {_some(falls, loss, 'fall')} and {_some(rises, loss, 'rise')}; "
+            + f"the mass on the letters of multiple choice goes from {masses[0]:.2f} to {masses[1]:.2f}."
+        )
+
+
+def _some(domains: list[str], loss: dict[str, Any], verb: str) -> str:
+    if not domains:
+        return f"none clearly {verb}s"
+    most = ", ".join(f"{domain} {loss[domain].mean:+.2f}" for domain in domains[:3])
+    return f"{len(domains)} clearly {verb} (most: {most})"
+
+
+def base_table(base: dict[str, Any]) -> str:
+    rows = []
+    for domain, values in base["domains"].items():
+        means = {name: np.nanmean(values[name]) if not np.isnan(values[name]).all() else np.nan for name in values}
+        margin = np.array(values.get("decoy", [])) - values["loss"] if "decoy" in values else None
+        z = "" if margin is None else f"{margin.mean() / (margin.std(ddof=1) / len(margin) ** 0.5):.1f}"
+        rows.append([domain, *(_number(means[name]) for name in ("loss", "format", "content", "exact")), z])
+    head = ("domain", "loss", "format", "content", "exact", "z of its own answer over another's")
+    return markdown(head, rows)
+
+
+def changes_part(way: str, done: list[Training]) -> Iterable[str]:
+    """Change of each measure, a table a measure: domains down, training sets across, of the first seed."""
+    some = [training for training in done if training.record["way"] == way and training.record["seed"] == 0]
+    if not some:
+        return
+    yield f"## Changes by {way} training, with standard errors"
+    yield "Negative is better, but for exact answers. Brackets: a training set's own domain."
+    domains = list(some[0].changes["loss"])
+    for measure in ("loss", "format", "content", "exact"):
+        rows = []
+        for domain in domains:
+            cells = [_cell(training, measure, domain) for training in some]
+            if any(cells):
+                rows.append([domain, *cells])
+        yield f"### {measure}"
+        yield markdown(("domain", *(training.record["train"] for training in some)), rows)
+
+
+def _cell(training: Training, measure: str, domain: str) -> str:
+    change = training.changes[measure][domain]
+    if np.isnan(change.mean):
+        return ""
+    if measure == "exact":
+        after = float(np.mean(training.record["domains"][domain]["exact"]))
+        if max(after, after - change.mean) < LEAST_EXACT:
+            return ""
+    text = f"{change.mean:+.2f} ± {change.stderr:.2f}"
+    return f"[{text}]" if domain in own_domains(training.record["train"]) else text
+
+
+def _number(value: float) -> str:
+    return "" if np.isnan(value) else f"{value:.2f}"
+
+
+def markdown(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    lines = [list(map(str, row)) for row in rows]
+    titles = list(head)
+    return "\n".join(f"| {' | '.join(row)} |" for row in [titles, ["---"] * len(titles), *lines])
