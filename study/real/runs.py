@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ import numpy as np
 import torch
 
 from study.real.measure import MEASURES, Asking, measure
-from study.real.model import load_model
+from study.real.model import keep_freed_memory, load_model
 from study.real.sets import DEMONSTRATIONS, N_DOMAIN, read_rows
 from study.real.sources import Row
 from study.real.training import N_HELD_OUT, WAYS, Way, held_out_loss, products, train, with_lora
@@ -27,8 +25,6 @@ OUTCOMES = RESULTS / "outcomes"
 BASE = "base"
 KEPT = ("gsm8k", "tinystories", "mmlu", "rg algorithms")  # training sets whose light model is kept in the work folder
 DECOY = 5  # the base model is also asked with the answer of the row so many further on
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # options of glibc's mallopt
 
 Tell = Callable[[str], None]
 
@@ -69,14 +65,6 @@ def run(work: Path, ways: list[str], tell: Tell) -> None:
             result = run_job(work, job, lambda text, job=job: tell(f"{job.name}: {text}"))
             write_json(job.path, result)
             tell(f"{job.name}: done in {time.process_time() - start:.0f} s of processor time")
-
-
-def keep_freed_memory() -> None:
-    """Lets glibc keep what a training step frees: asking the system for it anew takes a third of the step."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def run_job(work: Path, job: Job, tell: Tell) -> dict[str, Any]:

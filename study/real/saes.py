@@ -12,7 +12,7 @@ import torch
 
 from sts_fast.organism.sae import TopK, quality, save_sae, train_sae
 from study.real.measure import Asking, measure
-from study.real.model import ATTENTION, load_model
+from study.real.model import ATTENTION, keep_freed_memory, load_model
 from study.real.sets import DEMONSTRATIONS, LONGEST_TEXT, N_DOMAIN, read_rows
 from study.real.sources import shuffled
 
@@ -30,6 +30,7 @@ Tell = Callable[[str], None]
 def make_saes(work: Path, tell: Tell) -> dict[str, Any]:
     """Trains an SAE a layer, in `sae/LAYER`; returns what each explains of rows that it was not trained on."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     if not rows_path(work, LAYERS[-1]).exists():
         make_rows(work, tell)
     found = {}
