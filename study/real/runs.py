@@ -74,7 +74,10 @@ def run_job(work: Path, job: Job, tell: Tell) -> dict[str, Any]:
     record: dict[str, Any] = {"train": job.train, "way": job.way and job.way.name, "seed": job.seed}
     if job.way is not None:
         rows = read_rows(work / "train" / f"{job.train}.jsonl")
-        model, about = trained(work, model, asking, rows, job, tell)
+        record |= {"rows": len(rows) - N_HELD_OUT}
+        record |= {"held_out_before": round(held_out_loss(model, asking, rows[-N_HELD_OUT:]), 4)}
+        del model  # a training has room for one model beside its own
+        model, about = trained(work, asking, rows, job, tell)
         record |= about
     start = time.process_time()
     with products() as precision:
@@ -85,34 +88,30 @@ def run_job(work: Path, job: Job, tell: Tell) -> dict[str, Any]:
     return record
 
 
-def trained(work: Path, base: Any, asking: Asking, rows: list[Row], job: Job, tell: Tell) -> tuple[Any, dict[str, Any]]:
+def trained(work: Path, asking: Asking, rows: list[Row], job: Job, tell: Tell) -> tuple[Any, dict[str, Any]]:
     """(the trained model, its record); of several learning rates, the one with the least loss on held-out rows."""
     assert job.way is not None
     learned, held_out = rows[:-N_HELD_OUT], rows[-N_HELD_OUT:]
-    rates = _rates(job)
     tried: dict[str, float] = {}
-    best: tuple[float, Any, dict[str, Any]] | None = None
+    best: Any = None
+    about: dict[str, Any] = {}
     seconds = 0.0
-    before = held_out_loss(base, asking, held_out)
-    for rate in rates:
-        model = load_model(work / "model")[0] if len(rates) > 1 else base
+    for rate in _rates(job):
+        model = load_model(work / "model")[0]
         if job.way.lora:
             torch.manual_seed(job.seed)
             model = with_lora(model)
-        about = train(model, asking, learned, job.way, rate=rate, seed=job.seed, tell=tell)
-        seconds += about["train_seconds"]
-        after = held_out_loss(model, asking, held_out)
-        tried[f"{rate:g}"] = round(after, 4)
-        tell(f"rate {rate:g}: held-out loss {before:.3f} to {after:.3f}")
-        if best is None or after < best[0]:
-            best = (after, model, about)
-    assert best is not None
-    _, model, about = best
-    _keep(work, model, job)
+        record = train(model, asking, learned, job.way, rate=rate, seed=job.seed, tell=tell)
+        seconds += record["train_seconds"]
+        loss = held_out_loss(model, asking, held_out)
+        tell(f"rate {rate:g}: held-out loss {loss:.3f}")
+        if best is None or loss < min(tried.values()):
+            best, about = model, record
+        tried[f"{rate:g}"] = round(loss, 4)
+    _keep(work, best, job)
     if job.way.lora:
-        model = model.merge_and_unload()
-    held = {"held_out_before": round(before, 4), "held_out_after": tried, "all_rates_seconds": round(seconds, 1)}
-    return model, {**about, **held, "rows": len(learned)}
+        best = best.merge_and_unload()
+    return best, {**about, "held_out_after": tried, "all_rates_seconds": round(seconds, 1)}
 
 
 def _rates(job: Job) -> tuple[float, ...]:
