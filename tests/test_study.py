@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmarks.study.analyses import h_score, means, overlap, picked, top_of
-from benchmarks.study.grounds import LONG, SHORT, Ground
-from benchmarks.study.predictors import together
-from benchmarks.study.saes import Variant
+from study.world.analyses import h_score, means, overlap, picked, top_of
+from study.world.grounds import LONG, SHORT, Ground
+from study.world.predictors import together
+from study.world.saes import Variant
 from transformers import LlamaForCausalLM
 
 from sts_fast import organism
 from sts_fast.organism import model as language_model
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[1] / "study" / "world" / "results"
 
 # By hand: the answer to 2 5 0 3, of six symbols.
 ANSWERS = {
@@ -109,7 +109,7 @@ def test_analyses_are_sums_over_chosen_features() -> None:
 
 
 def test_tables_are_made_of_the_results() -> None:
-    from benchmarks.study.analyses_table import analyses_table
+    from study.world.analyses_table import analyses_table
 
     results = json.loads((RESULTS / "analyses.json").read_text(encoding="utf-8"))
     assert analyses_table(results) in (RESULTS / "analyses.md").read_text(encoding="utf-8")

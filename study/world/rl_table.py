@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from benchmarks.study import grpo
-from benchmarks.study.rl import ESTIMATORS, OTHERS, RESULTS, TRUE
-from benchmarks.study.rl_forecasts import DIMS, TOP_N
 from benchmarks.tables import between_markers
+
+from study.world import grpo
+from study.world.rl import ESTIMATORS, OTHERS, RESULTS, TRUE
+from study.world.rl_forecasts import DIMS, TOP_N
 
 PAGE, DOCS = RESULTS.with_suffix(".md"), Path(__file__).parents[2] / "docs" / "rl.md"
 HEAD = """# Results of the RL study
 
-`python -m benchmarks.study rl` writes this page, and the tables of [docs/rl.md](../../docs/rl.md), from rl.json. What
-they mean: [study/rl.md](../study/rl.md). A cell is mean [lowest, highest] over runs; a difference mean [95% interval].
+`python -m study.world rl` writes this page, and the tables of [docs/rl.md](../../../docs/rl.md), from rl.json. What
+they mean: [rl_plan.md](../rl_plan.md). A cell is mean [lowest, highest] over runs; a difference mean [95% interval].
 
 """
 DESIGN = "package"
