@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ from transformers import LlamaForCausalLM
 from sts_fast import organism
 from sts_fast.organism import model as language_model
 
-RESULTS = Path(__file__).parents[1] / "study" / "world" / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "study" / "world" / "results"
 
 # By hand: the answer to 2 5 0 3, of six symbols.
 ANSWERS = {
@@ -113,3 +115,30 @@ def test_tables_are_made_of_the_results() -> None:
 
     results = json.loads((RESULTS / "analyses.json").read_text(encoding="utf-8"))
     assert analyses_table(results) in (RESULTS / "analyses.md").read_text(encoding="utf-8")
+
+
+def rows_of(text: str) -> dict[str, set[str]]:
+    """Label of a table's row -> the numbers in all rows with this label."""
+    found: dict[str, set[str]] = {}
+    for line in text.splitlines():
+        if line.startswith("| ") and "---" not in line:
+            label, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+            numbers = re.findall(r"[-+−]?\d[\d.]*", " ".join(cells))
+            found.setdefault(re.sub(r" \(`.*`\)$", "", label), set()).update(numbers)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("manual", "source"),
+    {
+        "ablate": "ablate.md", "analyses": "results/analyses.md", "calibration": "calibration.md", "demo": "demo.md",
+        "mix": "mixing.md", "rollouts": "rl.md", "signed": "signed.md",
+    }.items(),
+)  # fmt: skip
+def test_numbers_in_the_manual_are_those_of_the_study(manual: str, source: str) -> None:
+    page = (ROOT / "docs" / f"{manual}.md").read_text(encoding="utf-8")
+    shown = rows_of(page.partition("## What came out")[2])
+    found = rows_of((ROOT / "study" / "world" / source).read_text(encoding="utf-8"))
+    assert any(shown.values())
+    for label, numbers in shown.items():
+        assert numbers <= found.get(label, set()), label
