@@ -137,7 +137,7 @@ def rows_of(text: str) -> dict[str, set[str]]:
 )  # fmt: skip
 def test_numbers_in_the_manual_are_those_of_the_study(manual: str, source: str) -> None:
     page = (ROOT / "docs" / f"{manual}.md").read_text(encoding="utf-8")
-    shown = rows_of(page.partition("## What came out")[2])
+    shown = rows_of(page.partition("## Results")[2])
     found = rows_of((ROOT / "study" / "world" / source).read_text(encoding="utf-8"))
     assert any(shown.values())
     for label, numbers in shown.items():
