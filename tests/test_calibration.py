@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from benchmarks.study import calibrate
+from study.world import calibrate
 from test_report import make_scores, make_signed
 from tiny import Tiny
 

@@ -212,7 +212,7 @@ def test_a_damaged_demo_is_told(tmp_path: Path) -> None:
 def test_the_documented_tables_are_those_of_the_results() -> None:
     root = Path(__file__).parents[1]
     table = runpy.run_path(str(root / "benchmarks" / "demo_table.py"))["table"]
-    written_down = (root / "docs" / "demo.md").read_text(encoding="utf-8")
+    written_down = (root / "study" / "world" / "demo.md").read_text(encoding="utf-8")
     assert all(
         part in written_down for part in table(written(root / "benchmarks" / "results" / "demo.json")).split("\n\n")
     )

@@ -149,7 +149,7 @@ def test_module_prints_nothing_and_trusts_nobody(path: Path) -> None:
 def test_every_test_file_has_its_module() -> None:
     tested = {name_of(path).removesuffix(".py").removesuffix("/__init__").replace("/", "_") for path in MODULES}
     tested |= {"_cpu", "_cuda"} | {path.stem.removeprefix("sae_") for path in (ROOT / "csrc").rglob("*.*")} | {"layout"}
-    # The report in a browser, the core as machine code, benchmarks/ and benchmarks/study/, load_sae, examples/paper.md.
+    # The report in a browser, the core as machine code, benchmarks/ and study/, load_sae, examples/paper.md.
     tested |= {"report_browser", "core", "benchmarks", "study", "study_real", "hostile_checkpoints", "paper"}
     tested = {name.removeprefix("_") for name in tested}
     files = {path.stem.removeprefix("test_") for path in (ROOT / "tests").rglob("test_*.py")}

@@ -264,7 +264,7 @@ def test_several_training_sets_side_by_side(
 
 
 def test_the_written_tables_are_those_of_the_results() -> None:
-    benchmarks = Path(__file__).parents[1] / "benchmarks"
-    table = runpy.run_path(str(benchmarks / "study" / "table.py"))["table"]
-    results = json.loads((benchmarks / "results" / "study.json").read_text(encoding="utf-8"))
-    assert table(results) in (benchmarks / "results" / "study.md").read_text(encoding="utf-8")
+    world = Path(__file__).parents[1] / "study" / "world"
+    table = runpy.run_path(str(world / "table.py"))["table"]
+    results = json.loads((world / "results" / "study.json").read_text(encoding="utf-8"))
+    assert table(results) in (world / "results" / "study.md").read_text(encoding="utf-8")

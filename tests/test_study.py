@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from benchmarks.study.analyses import h_score, means, overlap, picked, top_of
-from benchmarks.study.grounds import LONG, SHORT, Ground
-from benchmarks.study.predictors import together
-from benchmarks.study.saes import Variant
+from study.world.analyses import h_score, means, overlap, picked, top_of
+from study.world.grounds import LONG, SHORT, Ground
+from study.world.predictors import together
+from study.world.saes import Variant
 from transformers import LlamaForCausalLM
 
 from sts_fast import organism
 from sts_fast.organism import model as language_model
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "study" / "world" / "results"
 
 # By hand: the answer to 2 5 0 3, of six symbols.
 ANSWERS = {
@@ -109,7 +111,34 @@ def test_analyses_are_sums_over_chosen_features() -> None:
 
 
 def test_tables_are_made_of_the_results() -> None:
-    from benchmarks.study.analyses_table import analyses_table
+    from study.world.analyses_table import analyses_table
 
     results = json.loads((RESULTS / "analyses.json").read_text(encoding="utf-8"))
     assert analyses_table(results) in (RESULTS / "analyses.md").read_text(encoding="utf-8")
+
+
+def rows_of(text: str) -> dict[str, set[str]]:
+    """Label of a table's row -> the numbers in all rows with this label."""
+    found: dict[str, set[str]] = {}
+    for line in text.splitlines():
+        if line.startswith("| ") and "---" not in line:
+            label, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+            numbers = re.findall(r"[-+−]?\d[\d.]*", " ".join(cells))
+            found.setdefault(re.sub(r" \(`.*`\)$", "", label), set()).update(numbers)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("manual", "source"),
+    {
+        "ablate": "ablate.md", "analyses": "results/analyses.md", "calibration": "calibration.md", "demo": "demo.md",
+        "mix": "mixing.md", "rollouts": "rl.md", "signed": "signed.md",
+    }.items(),
+)  # fmt: skip
+def test_numbers_in_the_manual_are_those_of_the_study(manual: str, source: str) -> None:
+    page = (ROOT / "docs" / f"{manual}.md").read_text(encoding="utf-8")
+    shown = rows_of(page.partition("## Results")[2])
+    found = rows_of((ROOT / "study" / "world" / source).read_text(encoding="utf-8"))
+    assert any(shown.values())
+    for label, numbers in shown.items():
+        assert numbers <= found.get(label, set()), label

@@ -1,6 +1,6 @@
 """Intervals of the change itself, learned from past trainings: how often they hold, and how wide they are.
 
-python -m benchmarks.study calibrate     # of every base model that `run` has left in build/study
+python -m study.world calibrate     # of every base model that `run` has left in build/study
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.study.trials import DOMAINS, TRAINS
 from sts_fast.calibration.conformal import Points, fit_constant, fit_line, judge
+from study.world.trials import DOMAINS, TRAINS
 
-RESULTS = Path(__file__).parents[1] / "results" / "calibration.json"
+RESULTS = Path(__file__).parent / "results" / "calibration.json"
 TABLES = RESULTS.with_suffix(".md")
 # Base models that the way of calibrating was chosen on, and those that judge it.
 DESIGNED_ON, JUDGED_ON = "package", ("base-3", "base-4", "base-5")
@@ -37,8 +37,8 @@ SKILLS = "Training sets held out, and half of the tags"
 REGIME = "Training sets held out, learned from light trainings"
 HEADER = """# Calibration: intervals of 90%, learned from past trainings
 
-Written by `python -m benchmarks.study calibrate`; what was primary, and what was chosen on `package`, is in
-[the study's README](../study/README.md). In each cell: changes inside, mean [lowest, highest] over the twelve training
+Written by `python -m study.world calibrate`; what was primary, and what was chosen on `package`, is in
+[the study's README](../README.md). In each cell: changes inside, mean [lowest, highest] over the twelve training
 sets held out; width, and interval score (smaller is better), as shares of those of a constant: the mean past change
 with an interval of the same making. Predictors without a sign forecast the size of the change."""
 FIGURES = ("coverage", "width", "interval_score", "error")
@@ -60,7 +60,7 @@ def calibrate(work: Path) -> dict[str, Any]:
         if (path := work / f"{base}.json").is_file()
     }
     if not raw:
-        raise SystemExit(f"{work} holds no results: python -m benchmarks.study run package first")
+        raise SystemExit(f"{work} holds no results: python -m study.world run package first")
     found: dict[str, Any] = {}
     for base, regime, outcome, name in cases(raw):
         studies = {one: points_of(raw[one], regime, name, outcome) for one in raw if regime in raw[one]["trials"]}

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-RESULTS = Path(__file__).parents[1] / "results" / "study.json"
+RESULTS = Path(__file__).parent / "results" / "study.json"
 REGIMES = ("light", "heavy", "lora")
 COLUMNS = {
     "r, change of P": ("zero-shot dP", "signed"),

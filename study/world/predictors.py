@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.study.grounds import Ground
-from benchmarks.study.trials import SHOTS
 from sts_fast import organism
 from sts_fast.demo import CONTROLS as DEMO_CONTROLS
 from sts_fast.demo import PREDICTORS as DEMO_PREDICTORS
@@ -20,6 +18,8 @@ from sts_fast.projection import projection
 from sts_fast.prompts import Prompt, PromptTemplate, build_prompts
 from sts_fast.sae import load_sae
 from sts_fast.score import compare
+from study.world.grounds import Ground
+from study.world.trials import SHOTS
 
 N_PROMPTS = 48
 N_FEW_SHOT = 16

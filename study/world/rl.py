@@ -1,7 +1,7 @@
 """Forecasts before reinforcement learning beside what it really does, on base models of the embedded world.
 
-python -m benchmarks.study rl package     # or base-3, base-4: one base model; what has been run already is kept
-python -m benchmarks.study rl             # the tables of all that have been run
+python -m study.world rl package     # or base-3, base-4: one base model; what has been run already is kept
+python -m study.world rl             # the tables of all that have been run
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.study import grpo
-from benchmarks.study.correlations import OUTCOMES, SHOTS, Z_95, auc, pearson, rounded
-from benchmarks.study.rl_forecasts import DIMS, TOP_N, World, forecast, true_shift, world
-from benchmarks.study.trials import DOMAINS, Remembering, abilities, change
 from sts_fast import files, organism
 from sts_fast.shift import top_indices
+from study.world import grpo
+from study.world.correlations import OUTCOMES, SHOTS, Z_95, auc, pearson, rounded
+from study.world.rl_forecasts import DIMS, TOP_N, World, forecast, true_shift, world
+from study.world.trials import DOMAINS, Remembering, abilities, change
 
-RESULTS = Path(__file__).parents[1] / "results" / "rl.json"
+RESULTS = Path(__file__).parent / "results" / "rl.json"
 TRUE, OTHERS = "true, after the training", "ground-truth demonstrations of other domains"
 ESTIMATORS = ("STS_act", "STS_icl")
 

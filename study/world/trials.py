@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.study.grounds import SHORT, Ground
 from sts_fast import organism
 from sts_fast.examples import Example
 from sts_fast.prompts import PromptTemplate, build_prompts
+from study.world.grounds import SHORT, Ground
 
 TRAINS, DOMAINS = SHORT.trains, SHORT.domains
 

@@ -10,9 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.study import grpo
-from benchmarks.study.predictors import BATCH_TOKENS, LAYER, mean_residual
-from benchmarks.study.trials import DOMAINS, SHOTS
 from sts_fast import organism
 from sts_fast.capture import Decoder, capture
 from sts_fast.controls import cosine
@@ -25,6 +22,9 @@ from sts_fast.projection import projection
 from sts_fast.prompts import Prompt, PromptTemplate, build_prompts
 from sts_fast.sae import SAE, load_sae
 from sts_fast.shift import ShiftStats, top_indices
+from study.world import grpo
+from study.world.predictors import BATCH_TOKENS, LAYER, mean_residual
+from study.world.trials import DOMAINS, SHOTS
 
 N_PROMPTS = 48
 N_ANSWERED = 32  # of them, for the signed forecasts

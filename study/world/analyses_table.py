@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.analyses import TOP_NS
-from benchmarks.study.table import cell
+from study.world.analyses import TOP_NS
+from study.world.table import cell
 
-RESULTS = Path(__file__).parents[1] / "results" / "analyses.json"
+RESULTS = Path(__file__).parent / "results" / "analyses.json"
 
 
 def write(base: str, found: dict[str, Any]) -> dict[str, Any]:

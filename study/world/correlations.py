@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.study.grounds import Ground
-from benchmarks.study.predictors import FEW_SHOT, REFERENCE, SIGNED, TOGETHER, WITHOUT_GRADIENTS
+from study.world.grounds import Ground
+from study.world.predictors import FEW_SHOT, REFERENCE, SIGNED, TOGETHER, WITHOUT_GRADIENTS
 
 OUTCOMES = ("dP", "dloss", "daccuracy")
 SHOTS = ("zero-shot", "few-shot")

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.study.correlations import pearson, rounded
-from benchmarks.study.grounds import Ground
-from benchmarks.study.saes import Variant
-from benchmarks.study.trials import BATCH, N_TRAIN, REGIMES, SHOTS
 from sts_fast import controls, organism
 from sts_fast.demo import TOP_N
 from sts_fast.organism.training import LAYER
 from sts_fast.projection import projection
 from sts_fast.sae import load_sae
+from study.world.correlations import pearson, rounded
+from study.world.grounds import Ground
+from study.world.saes import Variant
+from study.world.trials import BATCH, N_TRAIN, REGIMES, SHOTS
 
 if TYPE_CHECKING:
     import torch

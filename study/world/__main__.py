@@ -1,18 +1,18 @@
 """Runs the study on one base model, prints the table of all that have been run, or calibrates their forecasts.
 
-python -m benchmarks.study run package                   # the model that comes with the package
-python -m benchmarks.study run base-3 --train-seed 3     # one that is trained first, into build/study/base-3
-python -m benchmarks.study run long-1 --train-seed 1     # one of the world with long answers
-python -m benchmarks.study again base-3                  # from build/study/base-3.json, with forecasts made of others
-python -m benchmarks.study table
-python -m benchmarks.study analyses base-3               # the paper's analyses, beside the outcomes of a run
-python -m benchmarks.study calibrate                     # intervals of the change, from the runs in build/study
+python -m study.world run package                   # the model that comes with the package
+python -m study.world run base-3 --train-seed 3     # one that is trained first, into build/study/base-3
+python -m study.world run long-1 --train-seed 1     # one of the world with long answers
+python -m study.world again base-3                  # from build/study/base-3.json, with forecasts made of others
+python -m study.world table
+python -m study.world analyses base-3               # the paper's analyses, beside the outcomes of a run
+python -m study.world calibrate                     # intervals of the change, from the runs in build/study
 
-python -m benchmarks.study rl package                    # reinforcement learning in the place of fine-tuning
-python -m benchmarks.study rl                            # its tables
+python -m study.world rl package                    # reinforcement learning in the place of fine-tuning
+python -m study.world rl                            # its tables
 
-python -m benchmarks.study mix base-3                    # data mixing: really trained with, after `run` of the same
-python -m benchmarks.study mix                           # its tables
+python -m study.world mix base-3                    # data mixing: really trained with, after `run` of the same
+python -m study.world mix                           # its tables
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study import mixing, rl, rl_table
-from benchmarks.study.analyses import analyse, analyse_saes
-from benchmarks.study.analyses_table import analyses_table, write
-from benchmarks.study.calibrate import TABLES, calibrate
-from benchmarks.study.correlations import compact
-from benchmarks.study.grounds import LONG, SHORT, Ground
-from benchmarks.study.predictors import N_PROMPTS, predict, together
-from benchmarks.study.table import RESULTS, table
-from benchmarks.study.trials import REGIMES, run_trials
 from sts_fast import organism
+from study.world import mixing, rl, rl_table
+from study.world.analyses import analyse, analyse_saes
+from study.world.analyses_table import analyses_table, write
+from study.world.calibrate import TABLES, calibrate
+from study.world.correlations import compact
+from study.world.grounds import LONG, SHORT, Ground
+from study.world.predictors import N_PROMPTS, predict, together
+from study.world.table import RESULTS, table
+from study.world.trials import REGIMES, run_trials
 
 WORK = Path("build") / "study"
 

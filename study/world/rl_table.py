@@ -1,4 +1,4 @@
-"""results/rl.json as pages: all tables in results/rl.md, a few of their columns in docs/rl.md."""
+"""results/rl.json as pages: all tables in results/rl.md, a few of their columns in rl.md."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from benchmarks.study import grpo
-from benchmarks.study.rl import ESTIMATORS, OTHERS, RESULTS, TRUE
-from benchmarks.study.rl_forecasts import DIMS, TOP_N
 from benchmarks.tables import between_markers
 
-PAGE, DOCS = RESULTS.with_suffix(".md"), Path(__file__).parents[2] / "docs" / "rl.md"
+from study.world import grpo
+from study.world.rl import ESTIMATORS, OTHERS, RESULTS, TRUE
+from study.world.rl_forecasts import DIMS, TOP_N
+
+PAGE, SUMMARY = RESULTS.with_suffix(".md"), Path(__file__).parent / "rl.md"
 HEAD = """# Results of the RL study
 
-`python -m benchmarks.study rl` writes this page, and the tables of [docs/rl.md](../../docs/rl.md), from rl.json. What
-they mean: [study/rl.md](../study/rl.md). A cell is mean [lowest, highest] over runs; a difference mean [95% interval].
+`python -m study.world rl` writes this page, and the tables of [rl.md](../rl.md), from rl.json. What
+they mean: [rl_plan.md](../rl_plan.md). A cell is mean [lowest, highest] over runs; a difference mean [95% interval].
 
 """
 DESIGN = "package"
@@ -29,8 +29,8 @@ Lists = dict[str, Any]
 
 def pages() -> list[tuple[Path, str]]:
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    docs = between_markers(DOCS.read_text(encoding="utf-8"), summary(results))
-    return [(PAGE, HEAD + table(results)), (DOCS, docs)]
+    shown = between_markers(SUMMARY.read_text(encoding="utf-8"), summary(results))
+    return [(PAGE, HEAD + table(results)), (SUMMARY, shown)]
 
 
 def judged_bases(results: Lists) -> Lists:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from scipy.stats import t
 
-from benchmarks.study.trials import DOMAINS, REGIMES, TRAINS, Remembering
 from sts_fast import organism
 from sts_fast.allot import fill, least_loss, whole_examples
 from sts_fast.errors import InputError
@@ -25,8 +24,9 @@ from sts_fast.ntk import Features
 from sts_fast.projection import projection
 from sts_fast.prompts import PromptTemplate, build_prompts
 from sts_fast.sae import load_sae
+from study.world.trials import DOMAINS, REGIMES, TRAINS, Remembering
 
-RESULTS = Path(__file__).parents[1] / "results" / "mixing.json"
+RESULTS = Path(__file__).parent / "results" / "mixing.json"
 TABLES = RESULTS.with_suffix(".md")
 RULES = ("uniform", "forecast", "none", "proportional", "random", "loss")
 WAYS = ("light", "heavy")
@@ -90,7 +90,7 @@ def scores(base: str, train: str, work: Path) -> Any:
     """[n_domains] STS_act, as the study's own run has it."""
     path = work / f"{base}.json"
     if not path.is_file():
-        raise InputError(f"there is no {path}: first run python -m benchmarks.study run {base}")
+        raise InputError(f"there is no {path}: first run python -m study.world run {base}")
     found = json.loads(path.read_text(encoding="utf-8"))["predicted"]["STS_act"]
     return np.asarray(found[TRAINS.index(train)])
 
