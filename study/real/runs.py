@@ -22,7 +22,7 @@ from study.real.training import N_HELD_OUT, WAYS, Way, held_out_loss, products, 
 
 RESULTS = Path(__file__).parent / "results"
 OUTCOMES = RESULTS / "outcomes"
-BASE = "base"
+BASE = "untrained"
 KEPT = ("gsm8k", "tinystories", "mmlu", "rg algorithms")  # training sets whose light model is kept in the work folder
 DECOY = 5  # the base model is also asked with the answer of the row so many further on
 

@@ -192,7 +192,7 @@ def test_a_run_may_be_stopped_and_gives_the_same_again(
     runs.run(work, [*ways], lambda text: None)
     names = {path.stem for path in (tmp_path / "outcomes").iterdir()}
     jobs = {f"{way} {name}" for way in ("light", "lora", "long") for name in ("sums 0", "gsm8k 0")}
-    assert names == {"base", "light sums 1", "light gsm8k 1"} | jobs
+    assert names == {"untrained", "light sums 1", "light gsm8k 1"} | jobs
     one = tmp_path / "outcomes" / "lora sums 0.json"
     kept, before = one.read_text(encoding="utf-8"), one.stat().st_mtime_ns
     runs.run(work, [*ways], lambda text: None)
@@ -206,7 +206,7 @@ def test_a_run_may_be_stopped_and_gives_the_same_again(
     light, long = done["light sums 0"].record, done["long sums 0"].record
     assert long["rate"] == light["rate"] == min((1e-4, 1e-2), key=lambda rate: light["held_out_after"][f"{rate:g}"])
     change = done["light sums 0"].changes["loss"]["open"]
-    base = read_json(tmp_path / "outcomes" / "base.json")["domains"]["open"]["loss"]
+    base = read_json(tmp_path / "outcomes" / "untrained.json")["domains"]["open"]["loss"]
     after = light["domains"]["open"]["loss"]
     assert change.mean == pytest.approx(np.mean(np.array(after) - base))
 
@@ -288,5 +288,5 @@ def test_records_are_written_whole_and_a_list_a_line(tmp_path: Path) -> None:
 
 
 def test_jobs_have_names_of_their_own() -> None:
-    assert Job().name == "base"
+    assert Job().name == "untrained"
     assert Job("mmlu-pro cot", WAYS["long"], 1).name == "long mmlu-pro cot 1"
