@@ -11,7 +11,7 @@ import torch
 from study.real.sources import LETTERS, Row, asked
 
 MEASURES = ("loss", "format", "content", "exact")
-BATCH_TOKENS = 2048  # of one forward pass, padding included
+BATCH_TOKENS = 4096  # of one forward pass, padding included
 LONG_ANSWER, FIRST_TOKENS = 8, 3  # an answer of so many tokens has so many first ones; a shorter one has 1
 
 

@@ -131,17 +131,33 @@ def _keep(work: Path, model: Any, job: Job) -> None:
         model.save_pretrained(work / "tuned" / job.name)
 
 
-def measure_domains(work: Path, model: Any, asking: Asking, *, decoys: bool) -> dict[str, dict[str, list[float]]]:
+def measure_domains(work: Path, model: Any, asking: Asking, *, decoys: bool) -> dict[str, dict[str, list[Any]]]:
     """Domain -> measure -> value of every row; with `decoys` also the loss of another row's answer, if it is free."""
-    found = {}
-    for path in sorted((work / "domains").glob("*.jsonl")):
-        rows = read_rows(path)[DEMONSTRATIONS:][:N_DOMAIN]
-        values = measure(model, asking, rows)
-        if decoys and "options" not in rows[0]:
-            moved = rows[DECOY:] + rows[:DECOY]
-            others = [{**row, "answer": other["answer"]} for row, other in zip(rows, moved, strict=True)]
-            values["decoy"] = measure(model, asking, others)["loss"]
-        found[path.stem] = {name: [_rounded(value) for value in row] for name, row in values.items()}
+    rows_of = {
+        path.stem: read_rows(path)[DEMONSTRATIONS:][:N_DOMAIN] for path in sorted((work / "domains").glob("*.jsonl"))
+    }
+    # Rows of all domains share batches, so that rows of like length meet.
+    found = _parted(measure(model, asking, [row for rows in rows_of.values() for row in rows]), rows_of)
+    if decoys:
+        free = {domain: _with_decoys(rows) for domain, rows in rows_of.items() if "options" not in rows[0]}
+        asked = measure(model, asking, [row for rows in free.values() for row in rows])
+        for domain, values in _parted(asked, free).items():
+            found[domain]["decoy"] = values["loss"]
+    return found
+
+
+def _with_decoys(rows: list[Row]) -> list[Row]:
+    moved = rows[DECOY:] + rows[:DECOY]
+    return [{**row, "answer": other["answer"]} for row, other in zip(rows, moved, strict=True)]
+
+
+def _parted(values: dict[str, list[float]], rows_of: dict[str, list[Row]]) -> dict[str, dict[str, list[Any]]]:
+    """The values of all rows, by the domain of the row."""
+    found, start = {}, 0
+    for domain, rows in rows_of.items():
+        stop = start + len(rows)
+        found[domain] = {name: [_rounded(value) for value in some[start:stop]] for name, some in values.items()}
+        start = stop
     return found
 
 
