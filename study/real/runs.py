@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import resource
 import time
@@ -56,15 +57,22 @@ def jobs(work: Path, ways: list[str]) -> Iterator[Job]:
 
 
 def run(work: Path, ways: list[str], tell: Tell) -> None:
-    """Runs the jobs that have no results yet."""
-    torch.set_num_threads(1)
-    keep_freed_memory()
+    """Runs the jobs that have no results yet, each in a process of its own, which gives all its memory back."""
     for job in jobs(work, ways):
         if not job.path.exists():
-            start = time.process_time()
-            result = run_job(work, job, lambda text, job=job: tell(f"{job.name}: {text}"))
-            write_json(job.path, result)
-            tell(f"{job.name}: done in {time.process_time() - start:.0f} s of processor time")
+            process = multiprocessing.get_context("fork").Process(target=run_and_write, args=(work, job, tell))
+            process.start()
+            process.join()
+            if process.exitcode != 0:
+                raise SystemExit(f"{job.name!r} ended with exit code {process.exitcode}; run again to go on from there")
+
+
+def run_and_write(work: Path, job: Job, tell: Tell) -> None:
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    start = time.process_time()
+    write_json(job.path, run_job(work, job, lambda text: tell(f"{job.name}: {text}")))
+    tell(f"{job.name}: done in {time.process_time() - start:.0f} s of processor time")
 
 
 def run_job(work: Path, job: Job, tell: Tell) -> dict[str, Any]:

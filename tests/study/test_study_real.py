@@ -187,7 +187,7 @@ def test_a_run_may_be_stopped_and_gives_the_same_again(
         "long": Way("long", steps=3, rates=(), seeds=(0,)),
     }
     monkeypatch.setattr(runs, "WAYS", ways)
-    with pytest.raises(SystemExit, match="takes its learning rate from 'light gsm8k 0', which has not been run"):
+    with pytest.raises(SystemExit, match="'long gsm8k 0' ended with exit code 1"):
         runs.run(work, ["long"], lambda text: None)
     runs.run(work, [*ways], lambda text: None)
     names = {path.stem for path in (tmp_path / "outcomes").iterdir()}
