@@ -14,7 +14,7 @@ import transformers
 
 from sts_fast.capture import Decoder, load_decoder
 from sts_fast.errors import InputError
-from sts_fast.hooks import PLACES, place_name, split_name
+from sts_fast.places import PLACES, place_name, split_name
 
 N_LAYERS, VOCABULARY, D_MODEL = 4, 60, 32
 LAYER = 1

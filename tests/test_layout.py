@@ -17,7 +17,7 @@ PACKAGE = ROOT / "python" / "sts_fast"
 # A module imports only from modules before it. A new module gets its place here.
 ORDER = [
     *("_version", "_cpu", "_cuda"),
-    *("errors", "files", "cuda", "examples", "prompts", "probe", "hooks"),
+    *("errors", "files", "places", "cuda", "examples", "prompts", "probe", "hooks"),
     *("weights", "memory", "packing", "forward", "capture"),
     *("sae", "sets", "backend", "torch_ops", "encode", "fit", "shift", "correlate"),
     *("projection", "controls", "gradients", "policy", "ntk", "explain", "settle", "results", "signed"),

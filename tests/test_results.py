@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 from tiny import Tiny
 
 import sts_fast
-from sts_fast import results
+from sts_fast import files, results
 from sts_fast.results import FEATURES_FILE, PROMPTS_FILE, SCORES_FILE, SHIFT_FILE
 
 FILES = {SCORES_FILE, SHIFT_FILE, PROMPTS_FILE, FEATURES_FILE}
@@ -162,7 +162,7 @@ def test_no_number_in_json_is_infinite(scores: dict[str, Any], value: float) -> 
     broken = copy.deepcopy(scores)
     broken["domains"][0]["sts_act"] = value
     with pytest.raises(ValueError, match="JSON"):
-        results.to_json(broken)
+        files.to_json(broken)
     with pytest.raises(ValueError, match="JSON"):
         results.validate_scores(broken)
 
@@ -175,7 +175,7 @@ def test_saved_files_hold_the_forecast(forecast: sts_fast.Forecast, tmp_path: Pa
     forecast.save(folder)
     assert {path.name for path in folder.iterdir()} == FILES
     saved = json.loads((folder / SCORES_FILE).read_text(encoding="utf-8"))
-    assert saved == json.loads(results.to_json(forecast.to_dict()))
+    assert saved == json.loads(files.to_json(forecast.to_dict()))
     assert pq.read_table(folder / PROMPTS_FILE).equals(forecast.prompts)
     assert pq.read_table(folder / FEATURES_FILE).equals(forecast.firings)
     arrays = load_file(folder / SHIFT_FILE)
@@ -364,8 +364,8 @@ def test_files_below_a_folder_of_examples_are_hashed_too(tmp_path: Path) -> None
     (tmp_path / "train").mkdir()
     (tmp_path / "dataset_dict.json").write_text("{}")
     (tmp_path / "train" / "data.arrow").write_bytes(b"rows")
-    named = {entry["path"] for entry in results.hashed_inputs("train", [tmp_path])}
+    named = {entry["path"] for entry in files.hashed_inputs("train", [tmp_path])}
     assert named == {str(tmp_path / "dataset_dict.json"), str(tmp_path / "train" / "data.arrow")}
-    assert {entry["path"] for entry in results.hashed_inputs("model", [tmp_path])} == {
+    assert {entry["path"] for entry in files.hashed_inputs("model", [tmp_path])} == {
         str(tmp_path / "dataset_dict.json")
     }

@@ -18,7 +18,7 @@ from sparse_features import check_alike, dense
 import sts_fast
 from sts_fast.capture import load_decoder
 from sts_fast.errors import InputError
-from sts_fast.hooks import split_name
+from sts_fast.places import split_name
 from sts_fast.sae import SAE, load_sae
 
 ASSETS = Path(__file__).parents[2] / "shared" / "assets"

@@ -17,7 +17,7 @@ from test_sae import D_IN, D_SAE, tensors_of, write_sae
 
 import sts_fast
 from sts_fast.errors import InputError
-from sts_fast.hooks import split_name
+from sts_fast.places import split_name
 from sts_fast.sae import load_sae
 from sts_fast.sae.saelens import FORGOTTEN_FOLDING
 

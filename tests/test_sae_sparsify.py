@@ -14,7 +14,7 @@ from sparse_features import check_alike, dense
 
 import sts_fast
 from sts_fast.errors import InputError
-from sts_fast.hooks import split_name
+from sts_fast.places import split_name
 from sts_fast.sae import load_sae
 
 D_IN, D_SAE, K = 12, 40, 5

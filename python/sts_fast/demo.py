@@ -227,15 +227,15 @@ class Demo:
         folder cannot be written to.
         """
         folder = Path(folder)
-        results.prepare_folder(folder)
+        files.prepare_folder(folder)
         for train, forecast in self.forecasts.items():
             trial = next(trial for trial in self.trials if trial.train == train)
             forecast.save(folder / train)
             with files.atomic_path(folder / train / results.VALIDATION_FILE) as path:
-                path.write_text(results.to_json(trial.validation.to_dict()), encoding="utf-8")
+                path.write_text(files.to_json(trial.validation.to_dict()), encoding="utf-8")
             build_report(folder / train)
         with files.atomic_path(folder / DEMO_FILE) as path:
-            path.write_text(results.to_json(self.to_dict()), encoding="utf-8")
+            path.write_text(files.to_json(self.to_dict()), encoding="utf-8")
         build_demo_report(folder)
 
 

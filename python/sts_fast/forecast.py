@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sts_fast import _cpu, explain, results
+from sts_fast import _cpu, explain, files, results
 from sts_fast._version import __version__
 from sts_fast.activations import Activations
 from sts_fast.capture import Decoder
@@ -238,7 +238,7 @@ def provenance_of(sources: Mapping[str, object], settings: Settings) -> dict[str
         several = role in ("domains", "demos") and not isinstance(source, (str, Path))
         for one in (list(source.values()) if isinstance(source, Mapping) else source) if several else [source]:  # type: ignore[attr-defined]
             path = _existing_path(one)
-            inputs += results.hashed_inputs(role, [path]) if path else []
+            inputs += files.hashed_inputs(role, [path]) if path else []
     return {
         "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": settings.command,

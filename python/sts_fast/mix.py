@@ -107,7 +107,7 @@ class Mixture:
         Raises InputError where the folder cannot be written to.
         """
         folder = Path(folder)
-        results.prepare_folder(folder)
+        files.prepare_folder(folder)
         content = self.to_dict()
         validate_mix(content)
         with files.atomic_path(folder / MIXED_FILE) as path, path.open("w", encoding="utf-8") as lines:
@@ -120,7 +120,7 @@ class Mixture:
                 }
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
         with files.atomic_path(folder / MIX_FILE) as path:
-            path.write_text(results.to_json(content), encoding="utf-8")
+            path.write_text(files.to_json(content), encoding="utf-8")
 
 
 def mix(
@@ -392,7 +392,7 @@ def validate_mix(mixture: dict[str, Any]) -> None:
     """Raises jsonschema.ValidationError where a document is not a valid mix.json."""
     import jsonschema
 
-    jsonschema.validate(json.loads(results.to_json(mixture)), mix_schema())
+    jsonschema.validate(json.loads(files.to_json(mixture)), mix_schema())
 
 
 def _plain(one: MixedSet) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -203,7 +203,7 @@ class Forecast:
         import pyarrow.parquet as pq
 
         folder = Path(folder)
-        prepare_folder(folder)
+        files.prepare_folder(folder)
         scores = self.to_dict()
         validate_scores(scores)
         with files.atomic_path(folder / PROMPTS_FILE) as path:
@@ -213,7 +213,7 @@ class Forecast:
         shifted = np.asarray([feature.index for feature in self.shifted_features])
         self.stats.save(folder / SHIFT_FILE, shifted_features=shifted, **self.controls)
         with files.atomic_path(folder / SCORES_FILE) as path:
-            path.write_text(to_json(scores), encoding="utf-8")
+            path.write_text(files.to_json(scores), encoding="utf-8")
 
 
 def comparison(forecasts: Sequence[Forecast]) -> dict[str, Any]:
@@ -347,11 +347,6 @@ def _rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | N
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
-def to_json(scores: dict[str, Any]) -> str:
-    """scores.json as text: indented, and without NaN, which JSON does not have."""
-    return json.dumps(scores, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
 def scores_schema() -> dict[str, Any]:
     """The JSON schema of scores.json."""
     text = resources.files("sts_fast").joinpath("scores.schema.json").read_text(encoding="utf-8")
@@ -363,20 +358,7 @@ def validate_scores(scores: dict[str, Any]) -> None:
     """Raises jsonschema.ValidationError where a document is not a valid scores.json."""
     import jsonschema
 
-    jsonschema.Draft202012Validator(scores_schema()).validate(json.loads(to_json(scores)))
-
-
-def prepare_folder(folder: Path) -> None:
-    """Makes sure that results can be written to `folder`, before any work is done. Raises InputError where not."""
-    if folder == Path():
-        raise InputError("results need a folder of their own: give one with --output")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the output folder {folder}: {error.strerror or error}") from error
-    with files.atomic_path(folder / ".writable") as path:
-        path.touch()
-    (folder / ".writable").unlink()
+    jsonschema.Draft202012Validator(scores_schema()).validate(json.loads(files.to_json(scores)))
 
 
 def clear_earlier(folder: Path, written: Collection[Path]) -> None:
@@ -439,20 +421,6 @@ def read_scores(folder: Path) -> dict[str, Any]:
 
 def _plain(record: DomainScore | ShiftedFeature) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(record).items()}
-
-
-def hashed_inputs(role: str, paths: Iterable[str | Path]) -> list[dict[str, str]]:
-    """Role, path and SHA-256 of input files.
-
-    A folder of examples stands for all files in and below it, that of a model or SAE for the files directly in it:
-    below lie copies in other formats.
-    """
-    entries = []
-    for path in map(Path, paths):
-        found = path.glob("*" if role in ("model", "tuned", "sae") else "**/*")
-        for file in sorted(file for file in found if file.is_file()) if path.is_dir() else [path]:
-            entries.append({"role": role, "path": str(file), "sha256": files.sha256(file)})
-    return entries
 
 
 class PromptLog:

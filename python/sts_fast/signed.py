@@ -13,7 +13,7 @@ from sts_fast.encode import encode
 from sts_fast.errors import InputError
 from sts_fast.explain import N_FEATURES, Firings
 from sts_fast.gradients import HookedModel
-from sts_fast.hooks import Hook, split_name
+from sts_fast.hooks import Hook
 from sts_fast.ntk import (
     FeatureKind,
     Features,
@@ -25,6 +25,7 @@ from sts_fast.ntk import (
     pull_warnings,
     push_warnings,
 )
+from sts_fast.places import split_name
 from sts_fast.projection import projection
 from sts_fast.prompts import Prompt, PromptSet
 from sts_fast.results import PromptLog

@@ -20,15 +20,7 @@ from sts_fast import files
 from sts_fast.capture import Decoder, batches
 from sts_fast.errors import InputError
 from sts_fast.report import build_report
-from sts_fast.results import (
-    FEATURES_FILE,
-    PROMPTS_FILE,
-    SCORES_FILE,
-    SHIFT_FILE,
-    TRAINING_FILE,
-    prepare_folder,
-    to_json,
-)
+from sts_fast.results import FEATURES_FILE, PROMPTS_FILE, SCORES_FILE, SHIFT_FILE, TRAINING_FILE
 from sts_fast.sae import SAE, load_sae
 from sts_fast.shift import ShiftStats
 
@@ -130,7 +122,7 @@ class TransferMonitor(TrainerCallback):
         self._trainer: Trainer | None = None
         self._warned: set[str] = set()
         self._began = 0.0
-        prepare_folder(self.output)
+        files.prepare_folder(self.output)
 
     def attach(self, trainer: Trainer) -> TransferMonitor:
         """Puts this callback into a trainer, and its numbers into that trainer's log."""
@@ -313,7 +305,7 @@ class TransferMonitor(TrainerCallback):
             "history": [asdict(found) for found in self.history],
         }
         with files.atomic_path(self.output / TRAINING_FILE) as path:
-            path.write_text(to_json(record), encoding="utf-8")
+            path.write_text(files.to_json(record), encoding="utf-8")
 
 
 @dataclass(frozen=True)

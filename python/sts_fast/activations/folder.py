@@ -26,7 +26,8 @@ from sts_fast.capture import PairedRows, load_config
 from sts_fast.errors import InputError
 from sts_fast.examples import Example
 from sts_fast.fit import N_TOKENS, check_width
-from sts_fast.hooks import Hook, split_name
+from sts_fast.hooks import Hook
+from sts_fast.places import split_name
 from sts_fast.prompts import PromptSet, PromptTemplate
 from sts_fast.sae import SAE
 from sts_fast.sets import Kind, Sampling

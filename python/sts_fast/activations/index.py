@@ -11,11 +11,12 @@ from typing import Any, TypeGuard, get_args
 
 import numpy as np
 
-from sts_fast import files, results
+from sts_fast import files
 from sts_fast._version import __version__
 from sts_fast.errors import InputError
 from sts_fast.examples import Example
-from sts_fast.hooks import Hook, split_name
+from sts_fast.hooks import Hook
+from sts_fast.places import split_name
 from sts_fast.prompts import Prompt, PromptSet, PromptTemplate, prompts_sha256
 from sts_fast.sets import Kind
 
@@ -90,7 +91,7 @@ class Index:
 
     def save(self, folder: Path) -> None:
         with files.atomic_path(folder / INDEX_FILE) as path:
-            path.write_text(results.to_json(self.to_dict()), encoding="utf-8")
+            path.write_text(files.to_json(self.to_dict()), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Index:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sts_fast import files, results
+from sts_fast import files
 from sts_fast.activations.folder import Activations
 from sts_fast.activations.index import (
     MODEL_FOLDER,
@@ -168,7 +168,7 @@ def _begin(
         for name in (MODEL_FOLDER, SETS_FOLDER):
             if (output / name).exists():
                 raise InputError(f"{output} holds a '{name}' that is not of activations: choose another --output")
-    results.prepare_folder(output)
+    files.prepare_folder(output)
     index.save(output)  # first of all: what lies beside an index may be written again
     for one, prompt_set in zip(index.sets, prompt_sets, strict=True):
         (output / one.folder).mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ from sts_fast.calibration.conformal import (
 from sts_fast.calibration.words import text_of
 from sts_fast.errors import InputError
 from sts_fast.outcomes import listed
-from sts_fast.results import Forecast, Interval, to_json
+from sts_fast.results import Forecast, Interval
 from sts_fast.signed import SIGNED_FIELDS
 
 __all__ = ["CALIBRATION_FILE", "Assessment", "Calibration", "Line", "fit_calibration"]
@@ -159,7 +159,7 @@ class Calibration:
         document = self.to_dict()
         _validate(document)
         with files.atomic_path(path) as temporary:
-            temporary.write_text(to_json(document), encoding="utf-8")
+            temporary.write_text(files.to_json(document), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:

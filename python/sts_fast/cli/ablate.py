@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from sts_fast import results
+from sts_fast import files, results
 from sts_fast.ablate import Ablation, main_outcome
 from sts_fast.ablate import ablate as run_ablate
 from sts_fast.ablate.words import WORDS, short_amount
@@ -78,7 +78,7 @@ def ablate(
         raise InputError("give the folder of a run, or --model, --sae, --train and --domains")
     folder = output or run or OUTPUT
     set_threads(threads)
-    results.prepare_folder(folder)
+    files.prepare_folder(folder)
     read: dict[str, Any] = {
         "question_fields": fields("--question-field", question_field),
         "answer_fields": fields("--answer-field", answer_field),
@@ -100,7 +100,7 @@ def ablate(
         )  # fmt: skip
     ablation.save(folder)
     if as_json:
-        sys.stdout.write(results.to_json(ablation.to_dict()))
+        sys.stdout.write(files.to_json(ablation.to_dict()))
     else:
         _print_ablation(ablation)
     if (folder / results.SCORES_FILE).is_file():

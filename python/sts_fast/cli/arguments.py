@@ -10,7 +10,7 @@ from typing import Any
 
 from sts_fast import _cpu
 from sts_fast.errors import InputError
-from sts_fast.hooks import PLACES, place_name, split_name
+from sts_fast.places import PLACES, place_name, split_name
 from sts_fast.sae import SAE, load_sae
 
 MOST_THREADS = 1024

@@ -29,7 +29,7 @@ from sts_fast.cli.options import (
     TokensOption,
 )
 from sts_fast.errors import InputError
-from sts_fast.hooks import place_name
+from sts_fast.places import place_name
 
 
 def capture(

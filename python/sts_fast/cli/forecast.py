@@ -258,7 +258,7 @@ def _forecasts(
     estimators = [name.strip() for name in options.pop("estimators").split(",")]
     calibration_file = options.pop("calibration", None)
     calibration = calibration_file and read_calibration(calibration_file, estimators, len(saes), options)
-    results.prepare_folder(output)
+    files.prepare_folder(output)
     set_threads(threads)
     try:
         backend.set_precision(precision)
@@ -314,7 +314,7 @@ def _forecasts(
 
 def _save_comparison(comparison: dict[str, Any], folder: Path) -> None:
     with files.atomic_path(folder / results.COMPARISON_FILE) as path:
-        path.write_text(results.to_json(comparison), encoding="utf-8")
+        path.write_text(files.to_json(comparison), encoding="utf-8")
 
 
 def _write_json(forecasts: list[Forecast], output: Path, *, compared: bool) -> None:
@@ -322,5 +322,5 @@ def _write_json(forecasts: list[Forecast], output: Path, *, compared: bool) -> N
     sys.stdout.write(
         (output / results.COMPARISON_FILE).read_text(encoding="utf-8")
         if compared
-        else results.to_json(forecasts[0].to_dict())
+        else files.to_json(forecasts[0].to_dict())
     )

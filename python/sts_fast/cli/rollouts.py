@@ -126,7 +126,7 @@ def rollouts(
         )
     if train is None and check is not None:
         raise InputError("--check rewards what is sampled for --train; completions of --rollouts have their rewards")
-    results.prepare_folder(output)
+    files.prepare_folder(output)
     set_threads(threads)
     try:
         backend.set_precision(precision)
@@ -165,10 +165,10 @@ def rollouts(
         build_report(output / way)
     comparison = results.comparison(list(forecasts.values()))
     with files.atomic_path(output / results.COMPARISON_FILE) as path:
-        path.write_text(results.to_json(comparison), encoding="utf-8")
+        path.write_text(files.to_json(comparison), encoding="utf-8")
     build_comparison_report(output)
     if as_json:
-        sys.stdout.write(results.to_json(comparison))
+        sys.stdout.write(files.to_json(comparison))
         return
     one = next(iter(forecasts.values()))
     out.print(counts_in_words(one.rollouts or {}), highlight=False, markup=False)

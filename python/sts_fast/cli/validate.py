@@ -48,7 +48,7 @@ def validate(
         raise InputError("--before is missing: give the evaluation before training, or a CSV with the changes")
     run = runs[0]
     result = run_validate(run, before=before, after=after, metric=metric, estimator=estimator or "act", seed=seed)
-    text = results.to_json(result.to_dict())
+    text = files.to_json(result.to_dict())
     if run.is_dir():
         with files.atomic_path(run / results.VALIDATION_FILE) as path:
             path.write_text(text, encoding="utf-8")
@@ -61,7 +61,7 @@ def validate(
 def _fit(runs: list[Path], estimator: str | None, output: Path, *, as_json: bool) -> None:
     calibration = fit_calibration(runs, estimator=estimator)
     calibration.save(output)
-    sys.stdout.write(results.to_json(calibration.to_dict()) if as_json else calibration.to_text() + "\n")
+    sys.stdout.write(files.to_json(calibration.to_dict()) if as_json else calibration.to_text() + "\n")
     for warning in calibration.warnings:
         err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     err.print(f"{output}: give it to sts-fast score --calibration", highlight=False, markup=False, soft_wrap=True)
