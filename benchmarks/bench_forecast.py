@@ -48,8 +48,8 @@ from transformers.cache_utils import DynamicLayer
 import sts_fast
 from benchmarks.timing import synchronize
 from sts_fast.capture import Decoder
-from sts_fast.examples import Example
-from sts_fast.prompts import Prompt, PromptTemplate, build_prompts, choose_demos
+from sts_fast.data.examples import Example
+from sts_fast.data.prompts import Prompt, PromptTemplate, build_prompts, choose_demos
 from sts_fast.sae import SAE
 
 N_WORDS = 2000

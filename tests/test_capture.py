@@ -15,8 +15,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from sts_fast.capture import Decoder, attention_sinks, capture, load_decoder, load_tokenizer
+from sts_fast.data.prompts import Prompt
 from sts_fast.errors import InputError
-from sts_fast.prompts import Prompt
 
 MODELS = Path(__file__).parents[2] / "shared" / "assets" / "models"
 needs_assets = pytest.mark.skipif(not MODELS.is_dir(), reason="the published models are not beside the checkout")

@@ -18,8 +18,8 @@ from tiny import Tiny
 
 from sts_fast import InputError, load_sae, score
 from sts_fast.capture import Decoder
+from sts_fast.data.prompts import Prompt
 from sts_fast.fit import check_names, measure_fit
-from sts_fast.prompts import Prompt
 from sts_fast.sae import SAE
 
 ASSETS = Path(__file__).parents[2] / "shared" / "assets"

@@ -8,12 +8,12 @@ from test_ntk import Literal, sae_features
 from tiny import D_IN, LAYER, Tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sts_fast.examples import load_examples
+from sts_fast.data.examples import load_examples
+from sts_fast.data.prompts import PromptTemplate, build_prompts
 from sts_fast.gradients import HookedModel
 from sts_fast.kernel import measure_kernel
 from sts_fast.ntk import Features
 from sts_fast.projection import projection
-from sts_fast.prompts import PromptTemplate, build_prompts
 from sts_fast.sae import load_sae
 
 N_PROMPTS = 8

@@ -14,8 +14,8 @@ from tiny import N_QUESTIONS, N_TOO_LONG, Tiny
 import sts_fast
 from sts_fast.activations.index import INDEX_FILE
 from sts_fast.cli import main
+from sts_fast.data.examples import load_examples
 from sts_fast.errors import InputError
-from sts_fast.examples import load_examples
 from sts_fast.mix import RULES, mix_schema, validate_mix
 
 BUDGET, LIMIT = 20, 10

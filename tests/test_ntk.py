@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from tiny import D_IN, LAYER, Tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sts_fast.data.examples import Example, load_examples
+from sts_fast.data.prompts import Prompt, PromptTemplate, build_prompts
 from sts_fast.errors import InputError
-from sts_fast.examples import Example, load_examples
 from sts_fast.gradients import HookedModel
 from sts_fast.ntk import (
     Features,
@@ -31,7 +32,6 @@ from sts_fast.ntk import (
 )
 from sts_fast.policy import PolicyLoss, group_advantages
 from sts_fast.projection import projection
-from sts_fast.prompts import Prompt, PromptTemplate, build_prompts
 from sts_fast.sae import load_sae
 
 Doubles = NDArray[np.float64]

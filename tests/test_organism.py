@@ -16,12 +16,12 @@ import pytest
 
 from sts_fast import InputError, encode, load_sae, organism
 from sts_fast.capture import capture, load_decoder, load_tokenizer
-from sts_fast.examples import Example
+from sts_fast.data.examples import Example
+from sts_fast.data.prompts import PromptTemplate, build_prompts
 from sts_fast.organism import model as language_model
 from sts_fast.organism import sae as autoencoder
 from sts_fast.organism import training, world
 from sts_fast.places import split_name
-from sts_fast.prompts import PromptTemplate, build_prompts
 
 if TYPE_CHECKING:
     import torch

@@ -16,9 +16,9 @@ from tiny import LAYER, Tiny
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import sts_fast
+from sts_fast.data.examples import Example, load_examples
+from sts_fast.data.prompts import PromptTemplate
 from sts_fast.errors import InputError
-from sts_fast.examples import Example, load_examples
-from sts_fast.prompts import PromptTemplate
 from sts_fast.report import build_report
 from sts_fast.results import Forecast, validate_scores
 from sts_fast.rollouts import WAYS, Columns, Rollout, Rollouts, load_rollouts

@@ -15,9 +15,9 @@ import torch
 from tiny import Tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sts_fast.data.examples import Example, load_examples
+from sts_fast.data.prompts import PromptTemplate
 from sts_fast.errors import InputError
-from sts_fast.examples import Example, load_examples
-from sts_fast.prompts import PromptTemplate
 from sts_fast.rollouts import Rollout, load_checker, load_rollouts, sample_rollouts
 
 QUESTIONS = [Example(str(i), f"What is {i} + {i}?", str(2 * i)) for i in range(3)]

@@ -18,13 +18,13 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import sts_fast
 from sts_fast.cli import main
+from sts_fast.data.examples import load_examples
+from sts_fast.data.prompts import PromptTemplate, build_prompts
 from sts_fast.errors import InputError
-from sts_fast.examples import load_examples
 from sts_fast.gradients import HookedModel
 from sts_fast.ntk import Features, measure_pull, measure_push
 from sts_fast.outcomes import Outcome
 from sts_fast.projection import projection
-from sts_fast.prompts import PromptTemplate, build_prompts
 from sts_fast.sae import load_sae
 from sts_fast.validate import validate
 

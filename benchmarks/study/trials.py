@@ -10,8 +10,8 @@ import numpy as np
 
 from benchmarks.study.grounds import SHORT, Ground
 from sts_fast import organism
-from sts_fast.examples import Example
-from sts_fast.prompts import PromptTemplate, build_prompts
+from sts_fast.data.examples import Example
+from sts_fast.data.prompts import PromptTemplate, build_prompts
 
 TRAINS, DOMAINS = SHORT.trains, SHORT.domains
 

@@ -10,9 +10,9 @@ from sts_fast.activations import Activations, capture_activations
 from sts_fast.backend import set_precision
 from sts_fast.calibration import Calibration, fit_calibration
 from sts_fast.correlate import CorrelationStats
+from sts_fast.data.examples import Example, load_domains, load_examples
 from sts_fast.encode import SparseFeatures, encode
 from sts_fast.errors import InputError
-from sts_fast.examples import Example, load_domains, load_examples
 from sts_fast.mix import Mixture, mix
 from sts_fast.outcomes import read_outcomes
 from sts_fast.overlap import Overlap, overlap

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sts_fast.capture import padded_ids
+from sts_fast.data.prompts import Prompt
 from sts_fast.errors import InputError
 from sts_fast.memory import TokenBudget
 from sts_fast.probe import input_device
 from sts_fast.projection import projection
-from sts_fast.prompts import Prompt
 from sts_fast.shift import top_indices
 
 if TYPE_CHECKING:

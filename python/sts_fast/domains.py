@@ -12,9 +12,9 @@ import numpy as np
 from sts_fast import controls, results
 from sts_fast.activations import Activations
 from sts_fast.capture import Decoder, PairedRows
+from sts_fast.data.prompts import PromptSet
 from sts_fast.encode import SparseFeatures, encode
 from sts_fast.errors import InputError
-from sts_fast.prompts import PromptSet
 from sts_fast.results import ESTIMATORS, DomainScore, Interval, PromptLog
 from sts_fast.sae import SAE
 from sts_fast.settings import Settings

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sts_fast.data.prompts import PromptSet
 from sts_fast.encode import SparseFeatures
 from sts_fast.errors import InputError
-from sts_fast.prompts import PromptSet
 
 if TYPE_CHECKING:
     import pyarrow as pa

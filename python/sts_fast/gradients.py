@@ -11,13 +11,13 @@ import numpy as np
 
 from sts_fast.capture import attention_sinks, padded_ids
 from sts_fast.controls import MOST_LOGITS
+from sts_fast.data.prompts import Prompt
 from sts_fast.errors import InputError
 from sts_fast.forward import row_norms
 from sts_fast.hooks import decoder_layers
 from sts_fast.memory import TokenBudget
 from sts_fast.places import layer_of
 from sts_fast.probe import input_device
-from sts_fast.prompts import Prompt
 
 if TYPE_CHECKING:
     import torch

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sts_fast.data.prompts import PromptSet
 from sts_fast.gradients import HookedModel
 from sts_fast.ntk import Features, measure_pull, measure_push, push_warnings
-from sts_fast.prompts import PromptSet
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

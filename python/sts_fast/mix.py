@@ -15,17 +15,17 @@ from sts_fast import files, results
 from sts_fast.activations import is_activations
 from sts_fast.allot import fill, least_loss, whole_examples
 from sts_fast.capture import Decoder, load_config, load_language_model, load_tokenizer
+from sts_fast.data.examples import Example
+from sts_fast.data.prompts import build_prompts
+from sts_fast.data.sets import Fields, Sets, Source, check_enough, common_template
 from sts_fast.errors import InputError
-from sts_fast.examples import Example
 from sts_fast.fit import check_names, check_width, measure_fit
 from sts_fast.gradient_flow import Flow
 from sts_fast.gradients import HookedModel
 from sts_fast.kernel import Kernel, measure_kernel
 from sts_fast.ntk import Features
 from sts_fast.projection import projection
-from sts_fast.prompts import build_prompts
 from sts_fast.sae import SAE, load_sae
-from sts_fast.sets import Fields, Sets, Source, check_enough, common_template
 from sts_fast.signed import BATCH_TOKENS, hook_layer
 
 if TYPE_CHECKING:
@@ -297,7 +297,7 @@ def _measure(
     tokenizer = tokenizer or (load_tokenizer(model) if isinstance(model, (str, Path)) else None)
     if tokenizer is None:
         raise ValueError("a model in memory needs its tokenizer: mix(..., tokenizer=...)")
-    template = common_template(tokenizer, [one])
+    template = common_template(tokenizer, [(one.source, one.prepend_bos)])
     whole: Any = model
     if isinstance(model, (str, Path)):
         whole = load_language_model(model, dtype=dtype, device=device)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from sts_fast import cuda
 from sts_fast.activations import MODEL_FOLDER, Activations
 from sts_fast.capture import Decoder, load_config, load_decoder, load_language_model, load_tokenizer
+from sts_fast.data.prompts import PromptTemplate
+from sts_fast.data.sets import common_template
 from sts_fast.errors import InputError
 from sts_fast.fit import check_names, check_width
 from sts_fast.places import place_name
-from sts_fast.prompts import PromptTemplate
 from sts_fast.sae import SAE, load_sae
-from sts_fast.sets import common_template
 from sts_fast.settings import Settings
 from sts_fast.shifted import hook_of
 
@@ -60,7 +60,7 @@ def open_model(
     model_name = model_name if activations is None else activations.name
     names = [check_names(sae, config, model_name) for sae in saes]
     settings.warn(*names)
-    template = common_template(tokenizer, saes)
+    template = common_template(tokenizer, [(sae.source, sae.prepend_bos) for sae in saes])
     reader: Decoder | Activations
     if activations is not None:
         activations.check_template(template, saes[0])

@@ -12,6 +12,8 @@ import numpy as np
 from sts_fast import controls, explain, results, settle
 from sts_fast.activations import NO_PASSES, Activations, is_activations
 from sts_fast.capture import Decoder
+from sts_fast.data.prompts import PromptSet, TokenClass, prompts_sha256, show_prompt
+from sts_fast.data.sets import MIN_PROMPTS, Fields, Kind, Sets, Source, check_enough
 from sts_fast.domains import read_domain
 from sts_fast.errors import InputError
 from sts_fast.fit import Fit, fit_rows, measure_fit
@@ -19,10 +21,8 @@ from sts_fast.forecast import forecast_of, promoted_tokens, provenance_of, with_
 from sts_fast.gradients import HookedModel
 from sts_fast.memory import MOST_BATCH_TOKENS
 from sts_fast.opened import Opened, SAESource, loaded_sae, open_model, with_head
-from sts_fast.prompts import PromptSet, TokenClass, prompts_sha256, show_prompt
 from sts_fast.results import ESTIMATORS, Forecast, sae_names
 from sts_fast.sae import SAE
-from sts_fast.sets import MIN_PROMPTS, Fields, Kind, Sets, Source, check_enough
 from sts_fast.settings import Options, Settings
 from sts_fast.settings import Progress as Progress
 from sts_fast.shifted import Shift, hook_of, measure_shifts

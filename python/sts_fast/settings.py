@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypedDict, get_args
 
+from sts_fast.data.prompts import TokenClass
+from sts_fast.data.sets import Sampling
 from sts_fast.errors import InputError
 from sts_fast.ntk import FeatureKind
-from sts_fast.prompts import TokenClass
 from sts_fast.results import ESTIMATORS, Estimator
-from sts_fast.sets import Sampling
 from sts_fast.signed import SIGNED_ESTIMATORS, SignedEstimator
 from sts_fast.weights import DeviceMap
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
+from sts_fast.data.prompts import Prompt, PromptSet
 from sts_fast.encode import encode
 from sts_fast.errors import InputError
 from sts_fast.explain import N_FEATURES, Firings
@@ -27,7 +28,6 @@ from sts_fast.ntk import (
 )
 from sts_fast.places import split_name
 from sts_fast.projection import projection
-from sts_fast.prompts import Prompt, PromptSet
 from sts_fast.results import PromptLog
 from sts_fast.sae import SAE
 

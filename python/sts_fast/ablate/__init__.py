@@ -32,15 +32,15 @@ from sts_fast.ablate.record import ABLATION_FILE, SCHEMA_VERSION, Ablation, answ
 from sts_fast.ablate.words import findings, main_outcome
 from sts_fast.capture import load_language_model, load_tokenizer
 from sts_fast.correlate import CorrelationStats
+from sts_fast.data.examples import Example
+from sts_fast.data.prompts import Prompt, PromptSet, PromptTemplate
+from sts_fast.data.sets import Fields, Kind, Sampling, Sets, Source, check_enough, common_template
 from sts_fast.errors import InputError
-from sts_fast.examples import Example
 from sts_fast.fit import check_width
 from sts_fast.gradients import HookedModel
 from sts_fast.hooks import find_hooks
-from sts_fast.prompts import Prompt, PromptSet, PromptTemplate
 from sts_fast.results import Forecast
 from sts_fast.sae import SAE, load_sae
-from sts_fast.sets import Fields, Kind, Sampling, Sets, Source, check_enough, common_template
 from sts_fast.shift import ShiftStats
 from sts_fast.signed import hook_layer
 
@@ -121,7 +121,8 @@ def ablate(
         if train is None or domains is None:
             raise InputError("--train and --domains go together: both are asked, or neither is given")
         examples = Sets.read({scores["train"]["name"]: train}, domains, demos, fields)
-        sets = _asked_sets(examples, scores, common_template(tokenizer, [loaded]), context_length, few_shot=few_shot)
+        template = common_template(tokenizer, [(loaded.source, loaded.prepend_bos)])
+        sets = _asked_sets(examples, scores, template, context_length, few_shot=few_shot)
 
     top = np.asarray([feature["index"] for feature in scores["shifted_features"]][:top_n], np.int64)
     drawn = draw_features(stats, top, n_draws, seed, importance=importance, few_shot=few_shot)

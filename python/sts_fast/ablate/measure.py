@@ -11,10 +11,10 @@ import numpy as np
 
 from sts_fast.controls import N_NEAREST, like_activity, low_shift, random_sets
 from sts_fast.correlate import CorrelationStats
+from sts_fast.data.prompts import PromptSet
 from sts_fast.encode import SparseFeatures, encode
 from sts_fast.errors import InputError
 from sts_fast.gradients import AnswerRows, HookedModel
-from sts_fast.prompts import PromptSet
 from sts_fast.sae import SAE
 from sts_fast.shift import ShiftStats
 

@@ -23,14 +23,14 @@ from sts_fast.activations.index import (
 )
 from sts_fast.activations.shards import check_rows, load_tensors, mask_of
 from sts_fast.capture import PairedRows, load_config
+from sts_fast.data.examples import Example
+from sts_fast.data.prompts import PromptSet, PromptTemplate
+from sts_fast.data.sets import Kind, Sampling
 from sts_fast.errors import InputError
-from sts_fast.examples import Example
 from sts_fast.fit import N_TOKENS, check_width
 from sts_fast.hooks import Hook
 from sts_fast.places import split_name
-from sts_fast.prompts import PromptSet, PromptTemplate
 from sts_fast.sae import SAE
-from sts_fast.sets import Kind, Sampling
 
 if TYPE_CHECKING:
     import torch

@@ -13,12 +13,12 @@ import numpy as np
 
 from sts_fast import files
 from sts_fast._version import __version__
+from sts_fast.data.examples import Example
+from sts_fast.data.prompts import Prompt, PromptSet, PromptTemplate, prompts_sha256
+from sts_fast.data.sets import Kind
 from sts_fast.errors import InputError
-from sts_fast.examples import Example
 from sts_fast.hooks import Hook
 from sts_fast.places import split_name
-from sts_fast.prompts import Prompt, PromptSet, PromptTemplate, prompts_sha256
-from sts_fast.sets import Kind
 
 FORMAT, VERSION = "sts-fast activations", 1
 INDEX_FILE, MODEL_FOLDER, SETS_FOLDER, PROMPTS_FILE = "activations.json", "model", "sets", "prompts.parquet"

@@ -24,12 +24,12 @@ from sts_fast.activations.index import (
 )
 from sts_fast.activations.shards import load_tensors, write_shard
 from sts_fast.capture import Decoder, PairedRows, capture, load_config, load_decoder, load_tokenizer
+from sts_fast.data.examples import Example
+from sts_fast.data.prompts import PromptSet, PromptTemplate, TokenClass, prompts_sha256
+from sts_fast.data.sets import Fields, Kind, Sampling, Sets, Source, check_enough, common_template
 from sts_fast.errors import InputError
-from sts_fast.examples import Example
 from sts_fast.fit import check_names, check_width
-from sts_fast.prompts import PromptSet, PromptTemplate, TokenClass, prompts_sha256
 from sts_fast.sae import SAE
-from sts_fast.sets import Fields, Kind, Sampling, Sets, Source, check_enough, common_template
 from sts_fast.weights import DeviceMap
 
 if TYPE_CHECKING:
@@ -91,7 +91,8 @@ def capture_activations(
     for warning in (check_names(sae, config, str(model)) for sae in saes if isinstance(model, (str, Path))):
         if warning is not None:
             say(f"warning: {warning}")
-    template = common_template(tokenizer, saes) if saes else PromptTemplate(tokenizer, prepend_bos=True)
+    starts = [(sae.source, sae.prepend_bos) for sae in saes]
+    template = common_template(tokenizer, starts) if saes else PromptTemplate(tokenizer, prepend_bos=True)
     decoder = (
         load_decoder(model, *places, dtype=dtype, device=device, device_map=device_map)
         if isinstance(model, (str, Path))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sts_fast.examples import Example
+from sts_fast.data.examples import Example
 from sts_fast.organism.model import MAX_SHOTS, one_thread
 from sts_fast.organism.world import WORLD, World
 

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sts_fast.data.examples import Example
 from sts_fast.errors import InputError
-from sts_fast.examples import Example
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -13,13 +13,14 @@ import numpy as np
 from sts_fast import explain
 from sts_fast.activations import is_activations
 from sts_fast.capture import Decoder
+from sts_fast.data.prompts import PromptSet, TokenClass, show_prompt
+from sts_fast.data.sets import MIN_PROMPTS, Fields, Kind, Sets, Source, check_enough
 from sts_fast.errors import InputError
 from sts_fast.fit import measure_fit
 from sts_fast.gradients import HookedModel
 from sts_fast.ntk import Features, MapKind, Push, measure_push
 from sts_fast.opened import Opened, SAESource, loaded_sae, open_model, with_head
 from sts_fast.projection import projection
-from sts_fast.prompts import PromptSet, TokenClass, show_prompt
 from sts_fast.results import ESTIMATORS, Forecast
 from sts_fast.rollouts.dims import (
     N_FOLDS,
@@ -32,7 +33,6 @@ from sts_fast.rollouts.prompts import Rendering, Verified, read_completions, ver
 from sts_fast.rollouts.read import Columns, Rollouts, load_rollouts
 from sts_fast.sae import SAE
 from sts_fast.score import forecasts_of
-from sts_fast.sets import MIN_PROMPTS, Fields, Kind, Sets, Source, check_enough
 from sts_fast.settings import Options, Settings
 from sts_fast.shifted import Shift, hook_of, measure_shifts
 from sts_fast.signed import (

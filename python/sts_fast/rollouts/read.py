@@ -26,25 +26,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sts_fast import files
-from sts_fast.errors import InputError
-from sts_fast.examples import (
+from sts_fast.data.examples import (
     ABSENT,
-    KINDS,
-    Row,
     Turn,
     chatml_turns,
     encodable,
-    exists,
-    file_rows,
     is_missing,
     is_turns,
     kind_of,
-    listdir,
-    listed,
     lookup,
     parsed_turns,
-    suffix_of,
 )
+from sts_fast.data.tables import KINDS, Row, exists, file_rows, listdir, listed, suffix_of
+from sts_fast.errors import InputError
 from sts_fast.policy import group_advantages, group_spread
 
 if TYPE_CHECKING:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from sts_fast.data.examples import Example, load_domains, load_examples
+from sts_fast.data.prompts import PromptSet, PromptTemplate, TokenClass, build_prompts, choose_demos
 from sts_fast.errors import InputError
-from sts_fast.examples import Example, load_domains, load_examples
-from sts_fast.prompts import PromptSet, PromptTemplate, TokenClass, build_prompts, choose_demos
-from sts_fast.sae import SAE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -140,11 +139,14 @@ def _read_demos(
     return found
 
 
-def common_template(tokenizer: PreTrainedTokenizerBase, saes: Sequence[SAE]) -> PromptTemplate:
-    """How prompts are written; SAEs that were trained with another start of text cannot share them."""
-    templates = {sae.prepend_bos: PromptTemplate(tokenizer, prepend_bos=sae.prepend_bos) for sae in saes}
+def common_template(tokenizer: PreTrainedTokenizerBase, starts: Sequence[tuple[str, bool]]) -> PromptTemplate:
+    """How prompts are written; SAEs that were trained with another start of text cannot share them.
+
+    starts: of each SAE its source, and whether the texts that it was trained on start with BOS
+    """
+    templates = {has_bos: PromptTemplate(tokenizer, prepend_bos=has_bos) for _, has_bos in starts}
     if len({tuple(template.token_ids([("user", "?")])) for template in templates.values()}) > 1:
-        one, other = (next(sae.source for sae in saes if sae.prepend_bos == start) for start in (True, False))
+        one, other = (next(source for source, has_bos in starts if has_bos == start) for start in (True, False))
         raise InputError(
             f"the SAE {one} was trained on texts that start with BOS, but {other} was not: forecast with each apart"
         )

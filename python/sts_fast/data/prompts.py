@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
+from sts_fast.data.examples import Example
 from sts_fast.errors import InputError
-from sts_fast.examples import Example
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sts_fast.data.examples import Example, load_domains, load_examples
 from sts_fast.errors import InputError
-from sts_fast.examples import Example, load_domains, load_examples
 
-ASSETS = Path(__file__).parents[2] / "shared" / "assets"
+ASSETS = Path(__file__).parents[3] / "shared" / "assets"
 needs_assets = pytest.mark.skipif(not ASSETS.is_dir(), reason="the published files are not beside the checkout")
 
 ROW = {"question": "1+1?", "answer": "2"}

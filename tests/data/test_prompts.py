@@ -16,9 +16,8 @@ from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from sts_fast.errors import InputError
-from sts_fast.examples import Example
-from sts_fast.prompts import (
+from sts_fast.data.examples import Example
+from sts_fast.data.prompts import (
     TEMPLATE_DATE,
     Prompt,
     PromptTemplate,
@@ -28,6 +27,7 @@ from sts_fast.prompts import (
     common_suffix_length,
     plain_text,
 )
+from sts_fast.errors import InputError
 
 SPECIAL = ["<unk>", "<bos>", "<eos>", "<system>", "<user>", "<assistant>", "<end>"]
 #               7          8        9    10   11   12   13   14   15   16   17   18
