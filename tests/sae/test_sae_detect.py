@@ -19,9 +19,9 @@ import sts_fast
 from sts_fast.errors import InputError
 from sts_fast.places import split_name
 from sts_fast.sae import load_sae
-from sts_fast.sae.saelens import FORGOTTEN_FOLDING
+from sts_fast.sae.sae import FORGOTTEN_FOLDING
 
-ASSETS = Path(__file__).parents[2] / "shared" / "assets"
+ASSETS = Path(__file__).parents[3] / "shared" / "assets"
 needs_assets = pytest.mark.skipif(not ASSETS.is_dir(), reason="the published SAEs are not beside the checkout")
 
 Arrays = dict[str, np.ndarray]

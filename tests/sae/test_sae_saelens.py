@@ -15,7 +15,8 @@ from sparse_features import check_alike, dense
 import sts_fast
 from sts_fast.errors import InputError
 from sts_fast.sae import SAE, load_sae
-from sts_fast.sae.saelens import FORGOTTEN_FOLDING, FORGOTTEN_WHITENING
+from sts_fast.sae.sae import FORGOTTEN_FOLDING
+from sts_fast.sae.saelens import FORGOTTEN_WHITENING
 
 D_IN, D_SAE, D_OUT, N = 12, 40, 9, 400
 NORMS = ("none", "expected_average_only_in", "layer_norm", "constant_norm_rescale", "covariance_whitening")

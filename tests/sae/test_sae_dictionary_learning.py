@@ -17,7 +17,7 @@ from sts_fast.errors import InputError
 from sts_fast.sae import load_sae
 from sts_fast.sae.dictionary_learning import CLASSES, UNTRAINED_THRESHOLD
 
-RECORDED = Path(__file__).parent / "recorded" / "dictionary_learning"
+RECORDED = Path(__file__).parents[1] / "recorded" / "dictionary_learning"
 TOLD_BY_CONFIG_ONLY = ("AutoEncoderTopK", "BatchTopKSAE")
 
 

@@ -21,7 +21,7 @@ from sts_fast.errors import InputError
 from sts_fast.places import split_name
 from sts_fast.sae import SAE, load_sae
 
-ASSETS = Path(__file__).parents[2] / "shared" / "assets"
+ASSETS = Path(__file__).parents[3] / "shared" / "assets"
 needs_assets = pytest.mark.skipif(not ASSETS.is_dir(), reason="the published SAEs are not beside the checkout")
 PUBLISHED = [
     "saelens_v5.11.0_stories260K_L2_jumprelu",
