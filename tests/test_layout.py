@@ -17,9 +17,9 @@ PACKAGE = ROOT / "python" / "sts_fast"
 # A module imports only from modules before it. A new module gets its place here.
 ORDER = [
     *("_version", "_cpu", "_cuda"),
-    *("errors", "files", "places", "data", "cuda", "probe", "hooks"),
+    *("errors", "files", "places", "data", "sae", "ops", "probe", "hooks"),
     *("weights", "memory", "packing", "forward", "capture"),
-    *("sae", "backend", "torch_ops", "encode", "fit", "shift", "correlate"),
+    "fit",
     *("projection", "controls", "gradients", "policy", "ntk", "explain", "settle", "results", "signed"),
     *("kernel", "gradient_flow", "allot"),
     *("settings", "activations", "shifted", "opened", "domains", "forecast", "score"),

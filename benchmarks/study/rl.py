@@ -18,7 +18,7 @@ from benchmarks.study.correlations import OUTCOMES, SHOTS, Z_95, auc, pearson, r
 from benchmarks.study.rl_forecasts import DIMS, TOP_N, World, forecast, true_shift, world
 from benchmarks.study.trials import DOMAINS, Remembering, abilities, change
 from sts_fast import files, organism
-from sts_fast.shift import top_indices
+from sts_fast.ops.shift import top_indices
 
 RESULTS = Path(__file__).parents[1] / "results" / "rl.json"
 TRUE, OTHERS = "true, after the training", "ground-truth demonstrations of other domains"

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sts_fast import cuda
 from sts_fast.data.prompts import Prompt
 from sts_fast.errors import InputError
 from sts_fast.forward import ForwardPasses, Read, Sequences, run_batches
 from sts_fast.hooks import Hook, find_hooks
+from sts_fast.ops import cuda
 from sts_fast.packing import check_vocabulary, moved
 from sts_fast.places import layer_of
 from sts_fast.probe import input_device

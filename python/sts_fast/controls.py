@@ -11,9 +11,9 @@ from sts_fast.capture import padded_ids
 from sts_fast.data.prompts import Prompt
 from sts_fast.errors import InputError
 from sts_fast.memory import TokenBudget
+from sts_fast.ops.shift import top_indices
 from sts_fast.probe import input_device
 from sts_fast.projection import projection
-from sts_fast.shift import top_indices
 
 if TYPE_CHECKING:
     import torch

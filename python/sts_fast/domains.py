@@ -13,12 +13,12 @@ from sts_fast import controls, results
 from sts_fast.activations import Activations
 from sts_fast.capture import Decoder, PairedRows
 from sts_fast.data.prompts import PromptSet
-from sts_fast.encode import SparseFeatures, encode
 from sts_fast.errors import InputError
+from sts_fast.ops.encode import SparseFeatures, encode
+from sts_fast.ops.shift import ShiftStats
 from sts_fast.results import ESTIMATORS, DomainScore, Interval, PromptLog
 from sts_fast.sae import SAE
 from sts_fast.settings import Settings
-from sts_fast.shift import ShiftStats
 from sts_fast.shifted import Shift, hook_of, rows_of
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sts_fast.data.prompts import PromptSet
-from sts_fast.encode import SparseFeatures
 from sts_fast.errors import InputError
+from sts_fast.ops.encode import SparseFeatures
 
 if TYPE_CHECKING:
     import pyarrow as pa

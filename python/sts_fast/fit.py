@@ -12,9 +12,9 @@ import numpy as np
 
 from sts_fast.capture import SINK_NORM_RATIO, Decoder, batches, padded_ids
 from sts_fast.data.prompts import Prompt
-from sts_fast.encode import encode
 from sts_fast.errors import InputError
 from sts_fast.hooks import Hook, find_hooks
+from sts_fast.ops.encode import encode
 from sts_fast.places import PLACES, place_name, split_name
 from sts_fast.sae import SAE
 

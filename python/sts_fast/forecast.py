@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sts_fast import _cpu, explain, files, results
+from sts_fast import explain, files, results
 from sts_fast._version import __version__
 from sts_fast.activations import Activations
 from sts_fast.capture import Decoder
 from sts_fast.domains import CONFIDENCE, N_BOOTSTRAP, DomainRead, domain_scores, percentile_interval, skipped
 from sts_fast.fit import Fit
+from sts_fast.ops import _cpu
+from sts_fast.ops.shift import ShiftStats
 from sts_fast.results import Forecast, ShiftedFeature
 from sts_fast.sae import SAE
 from sts_fast.settings import Settings
-from sts_fast.shift import ShiftStats
 from sts_fast.shifted import N_REPLICATES, Shift, hook_of
 from sts_fast.signed import SignedForecast
 from sts_fast.weights import unembedding, weights_sha256

@@ -33,11 +33,11 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from sts_fast import _cpu, backend
 from sts_fast.data.prompts import Prompt
-from sts_fast.encode import encode
 from sts_fast.errors import InputError
 from sts_fast.gradients import AnswerRows, HookedModel
+from sts_fast.ops import _cpu, backend
+from sts_fast.ops.encode import encode
 from sts_fast.policy import AnswerLoss, PolicyLoss
 from sts_fast.sae import SAE
 

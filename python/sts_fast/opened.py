@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sts_fast import cuda
 from sts_fast.activations import MODEL_FOLDER, Activations
 from sts_fast.capture import Decoder, load_config, load_decoder, load_language_model, load_tokenizer
 from sts_fast.data.prompts import PromptTemplate
 from sts_fast.data.sets import common_template
 from sts_fast.errors import InputError
 from sts_fast.fit import check_names, check_width
+from sts_fast.ops import cuda
 from sts_fast.places import place_name
 from sts_fast.sae import SAE, load_sae
 from sts_fast.settings import Settings

@@ -15,10 +15,10 @@ import numpy as np
 from sts_fast import files, settle
 from sts_fast.capture import PairedRows
 from sts_fast.controls import FEATURE_CONTROLS, RAW_CONTROL
-from sts_fast.correlate import CorrelationStats
 from sts_fast.data.prompts import Prompt, PromptSet
 from sts_fast.errors import InputError
-from sts_fast.shift import ShiftStats
+from sts_fast.ops.correlate import CorrelationStats
+from sts_fast.ops.shift import ShiftStats
 
 if TYPE_CHECKING:
     import pandas as pd

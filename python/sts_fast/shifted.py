@@ -12,15 +12,15 @@ import numpy as np
 from sts_fast import controls, explain
 from sts_fast.activations import Activations
 from sts_fast.capture import Decoder, PairedRows, capture
-from sts_fast.correlate import CorrelationStats
 from sts_fast.data.prompts import PromptSet
 from sts_fast.data.sets import Kind
 from sts_fast.errors import InputError
 from sts_fast.hooks import Hook
+from sts_fast.ops.correlate import CorrelationStats
+from sts_fast.ops.shift import ShiftStats, top_indices
 from sts_fast.results import PromptLog
 from sts_fast.sae import SAE
 from sts_fast.settings import Settings
-from sts_fast.shift import ShiftStats, top_indices
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

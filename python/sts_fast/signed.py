@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from sts_fast.data.prompts import Prompt, PromptSet
-from sts_fast.encode import encode
 from sts_fast.errors import InputError
 from sts_fast.explain import N_FEATURES, Firings
 from sts_fast.gradients import HookedModel
@@ -26,6 +25,7 @@ from sts_fast.ntk import (
     pull_warnings,
     push_warnings,
 )
+from sts_fast.ops.encode import encode
 from sts_fast.places import split_name
 from sts_fast.projection import projection
 from sts_fast.results import PromptLog

@@ -19,10 +19,10 @@ from transformers import Trainer, TrainerCallback
 from sts_fast import files
 from sts_fast.capture import Decoder, batches
 from sts_fast.errors import InputError
+from sts_fast.ops.shift import ShiftStats
 from sts_fast.report import build_report
 from sts_fast.results import FEATURES_FILE, PROMPTS_FILE, SCORES_FILE, SHIFT_FILE, TRAINING_FILE
 from sts_fast.sae import SAE, load_sae
-from sts_fast.shift import ShiftStats
 
 if TYPE_CHECKING:
     import torch
@@ -277,7 +277,7 @@ class TransferMonitor(TrainerCallback):
 
     def _check_model(self) -> None:
         """Warns where D_N's features on the base model are not those of the forecast."""
-        from sts_fast.encode import encode
+        from sts_fast.ops.encode import encode
 
         active = encode(self.sae, self._base, self.features)
         of_row = np.add.reduceat(np.append(active.values.astype(np.float64), 0.0), active.indptr[:-1])

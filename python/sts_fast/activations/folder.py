@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sts_fast import cuda
 from sts_fast.activations.index import (
     MODEL_FOLDER,
     PROMPTS_FILE,
@@ -29,6 +28,7 @@ from sts_fast.data.sets import Kind, Sampling
 from sts_fast.errors import InputError
 from sts_fast.fit import N_TOKENS, check_width
 from sts_fast.hooks import Hook
+from sts_fast.ops import cuda
 from sts_fast.places import split_name
 from sts_fast.sae import SAE
 

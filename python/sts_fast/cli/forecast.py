@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sts_fast import backend, files, results
+from sts_fast import files, results
 from sts_fast.cli.arguments import fields, load_saes, named_trains, plain_value, set_threads, typed_command
 from sts_fast.cli.calibration import (
     calibrated,
@@ -70,6 +70,7 @@ from sts_fast.cli.tables import (
     print_signed,
 )
 from sts_fast.errors import InputError
+from sts_fast.ops import backend
 from sts_fast.report import build_comparison_report, build_report
 from sts_fast.results import Forecast
 from sts_fast.score import compare as run_compare

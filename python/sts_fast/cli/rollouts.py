@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from sts_fast import backend, files, results
+from sts_fast import files, results
 from sts_fast.cli.arguments import fields, load_saes, plain_value, set_threads, typed_command
 from sts_fast.cli.console import out, progress, say, show
 from sts_fast.cli.options import (
@@ -48,6 +48,7 @@ from sts_fast.cli.options import (
 )
 from sts_fast.cli.tables import print_comparison, print_end, print_signed
 from sts_fast.errors import InputError
+from sts_fast.ops import backend
 from sts_fast.report import build_comparison_report, build_report
 from sts_fast.results import Forecast
 from sts_fast.rollouts import WAYS, Columns, sample_rollouts

@@ -19,15 +19,15 @@ import numpy as np
 
 from sts_fast import controls
 from sts_fast.capture import Decoder
-from sts_fast.correlate import CorrelationStats
 from sts_fast.data.prompts import PromptSet
 from sts_fast.gradients import HookedModel
 from sts_fast.ntk import Features, Push
+from sts_fast.ops.correlate import CorrelationStats
+from sts_fast.ops.shift import ShiftStats
 from sts_fast.policy import PolicyLoss
 from sts_fast.results import PromptLog
 from sts_fast.sae import SAE
 from sts_fast.settings import Settings
-from sts_fast.shift import ShiftStats
 from sts_fast.shifted import N_REPLICATES, Shift, hook_of, rows_of, shift_of
 from sts_fast.signed import BATCH_TOKENS
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sts_fast import _cpu, backend, cuda, files
+from sts_fast import files
 from sts_fast.errors import InputError
+from sts_fast.ops import _cpu, backend, cuda
 from sts_fast.sae import SAE
 
 if TYPE_CHECKING:

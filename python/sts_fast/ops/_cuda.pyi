@@ -1,6 +1,6 @@
-"""What sts_fast.cuda is made of: launchers of kernels over torch tensors, which they take as pointers.
+"""What sts_fast.ops.cuda is made of: launchers of kernels over torch tensors, which they take as pointers.
 
-Each starts kernels on the device's stream and returns. Tensors lie on that device and are contiguous; sts_fast.cuda
+Each starts kernels on the device's stream and returns. Tensors lie on that device and are contiguous; sts_fast.ops.cuda
 checks what users give. csrc/cuda/ops.h says what each does, in shapes and dtypes.
 """
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from sts_fast import _cpu, backend, cuda
+from sts_fast.ops import _cpu, backend, cuda
 from sts_fast.sae import SAE
 
 if TYPE_CHECKING:

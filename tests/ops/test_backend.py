@@ -12,7 +12,8 @@ import pytest
 import torch
 from exact_sae import ARCHITECTURES, KINDS, features, make_acts, make_sae
 
-from sts_fast import backend, cuda, encode
+from sts_fast import encode
+from sts_fast.ops import backend, cuda
 from sts_fast.sae import SAE
 
 

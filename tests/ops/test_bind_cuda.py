@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ALL_ARCHITECTURES = {"sm_80", "sm_90a", "sm_100", "sm_120"}
 
 
 @pytest.fixture(scope="module")
 def library() -> Path:
-    spec = find_spec("sts_fast._cuda")
+    spec = find_spec("sts_fast.ops._cuda")
     if spec is None or spec.origin is None:
         assert not os.environ.get("CI") or shutil.which("nvcc") is None, (
             "nvcc is here, and the CUDA module was not built"

@@ -1,4 +1,4 @@
-"""The CUDA ops: names, arguments and results of sts_fast._cpu, on torch tensors of one device.
+"""The CUDA ops: names, arguments and results of sts_fast.ops._cpu, on torch tensors of one device.
 
 Memory is torch's, kernels run on its current stream. For given arguments, precision and device the results are the
 same, bit for bit; unlike the CPU's they depend on how rows are split into calls, by rounding in float64.
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from sts_fast import _cuda as kernels
+    from sts_fast.ops import _cuda as kernels
 else:
     kernels: Any = None
 
@@ -35,10 +35,10 @@ _NO_KEY = (1 << 63) - 1
 
 def missing_reason() -> str | None:
     """Why the CUDA ops cannot serve here, in words; None where they can."""
-    if find_spec("sts_fast._cuda") is None:
+    if find_spec("sts_fast.ops._cuda") is None:
         return "this build has no CUDA module: build it where nvcc is, with STS_CUDA=ON"
     try:
-        from sts_fast import _cuda
+        from sts_fast.ops import _cuda
     except ImportError as error:
         return f"the CUDA module does not load: {error}"
     return _cuda.missing_reason()
@@ -48,7 +48,7 @@ def load() -> Any:
     """The compiled module; it is there wherever missing_reason() is None."""
     global kernels
     if kernels is None:
-        from sts_fast import _cuda
+        from sts_fast.ops import _cuda
 
         kernels = _cuda
     return kernels

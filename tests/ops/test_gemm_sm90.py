@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EMULATOR = ROOT / "tests" / "emulator"
 N_TARGETS = 16
 

@@ -12,7 +12,8 @@ from exact_sae import features, make_acts, make_sae
 from safetensors.numpy import load_file
 from test_ops import ACTIVATIONS, INTEGER, NORMS, Problem, assert_close, assert_exact, assert_same, some_columns
 
-from sts_fast import CorrelationStats, InputError, ShiftStats, backend, cuda, encode
+from sts_fast import CorrelationStats, InputError, ShiftStats, encode
+from sts_fast.ops import backend, cuda
 
 SUMS = ("sum_sq_shift", "sum_base", "sum_other", "sum_sq_base", "sum_sq_other")
 COUNTS = ("n_fired_base", "n_fired_other")

@@ -16,8 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 import sts_fast
 from sts_fast import InputError, ShiftStats, files
+from sts_fast.ops.shift import top_indices
 from sts_fast.sae import SAE
-from sts_fast.shift import top_indices
 
 N = 120
 SUMS = ("sum_sq_shift", "sum_base", "sum_other", "sum_sq_base", "sum_sq_other", "n_fired_base", "n_fired_other")

@@ -21,7 +21,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
-from sts_fast import _cpu, backend, cuda
+from sts_fast.ops import _cpu, backend, cuda
 from sts_fast.sae import SAE
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from benchmarks.exact_sums import errors
 
-from sts_fast import _cpu
+from sts_fast.ops import _cpu
 
 ACTIVATIONS = ("relu", "jumprelu", "gated", "topk", "abstopk")
 NORMS = ("layer_norm", "constant_norm_rescale")

@@ -7,8 +7,8 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from sts_fast import _cpu, cuda
 from sts_fast.errors import InputError
+from sts_fast.ops import _cpu, cuda
 from sts_fast.sae import SAE
 
 if TYPE_CHECKING:

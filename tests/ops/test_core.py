@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from sts_fast import _cpu
+from sts_fast.ops import _cpu
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TOOLS = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 
