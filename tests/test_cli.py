@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import sts_fast
 from sts_fast import cli, results
-from sts_fast.capture import Decoder
+from sts_fast.model.language_model import LanguageModel
 
 WORDS = ["<unk>", "<bos>", "<eos>", "Question:", "Answer:", *(f"w{i}" for i in range(60))]
 D_IN, D_SAE, N_LAYERS, CONTEXT = 16, 48, 3, 48
@@ -773,10 +773,10 @@ def test_output_that_cannot_be_written_in_the_end(score: Options, run: Callable[
 
 
 def test_out_of_memory(score: Options, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
-    def exhausted(self: Decoder, **inputs: Any) -> Any:
+    def exhausted(self: LanguageModel, **inputs: Any) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr(Decoder, "run", exhausted)
+    monkeypatch.setattr(LanguageModel, "run", exhausted)
     assert "out of memory: lower --batch-tokens" in assert_refused(run(score))
     assert contents(score.output) == {}
 
@@ -786,15 +786,15 @@ def test_interrupted_while_it_runs(
     at: int, score: Options, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    run_model = Decoder.run
+    run_model = LanguageModel.run
 
-    def pressed(self: Decoder, **inputs: Any) -> Any:
+    def pressed(self: LanguageModel, **inputs: Any) -> Any:
         calls.append(1)
         if len(calls) == at:
             signal.raise_signal(signal.SIGINT)
         return run_model(self, **inputs)
 
-    monkeypatch.setattr(Decoder, "run", pressed)
+    monkeypatch.setattr(LanguageModel, "run", pressed)
     assert assert_refused(run(score)) == "error: interrupted: no result was written"
     assert len(calls) == at
     assert contents(score.output) == {}

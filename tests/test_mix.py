@@ -12,11 +12,11 @@ import pytest
 from tiny import N_QUESTIONS, N_TOO_LONG, Tiny
 
 import sts_fast
-from sts_fast.activations.index import INDEX_FILE
 from sts_fast.cli import main
 from sts_fast.data.examples import load_examples
 from sts_fast.errors import InputError
 from sts_fast.mix import RULES, mix_schema, validate_mix
+from sts_fast.model.stored.index import INDEX_FILE
 
 BUDGET, LIMIT = 20, 10
 N_ANSWERED = N_QUESTIONS + N_TOO_LONG  # what is too long to be measured can be trained on

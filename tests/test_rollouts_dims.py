@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from tiny import D_IN, LAYER, Tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sts_fast.capture import Decoder
 from sts_fast.data.examples import Example, load_examples
 from sts_fast.data.prompts import PromptTemplate, build_prompts
 from sts_fast.gradients import HookedModel
+from sts_fast.model.language_model import LanguageModel
 from sts_fast.ntk import Features, measure_push
 from sts_fast.policy import group_advantages
 from sts_fast.projection import projection
@@ -56,7 +56,7 @@ def read(tiny: Tiny) -> Read:
     completions = Completions(prompts, group_advantages(rewards, group_of), group_of)
     model = AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float64).eval()
     sae = load_sae(tiny.saes["topk"])
-    [shift] = correlation_shifts(Decoder(model, sae.hook_name), [sae], completions, SETTINGS)
+    [shift] = correlation_shifts(LanguageModel(model, sae.hook_name), [sae], completions, SETTINGS)
     return Read(model, sae, completions, shift)
 
 

@@ -28,8 +28,8 @@ from tiny import ARCHITECTURES, Tiny
 from transformers import AutoTokenizer
 
 import sts_fast
-from sts_fast.capture import Decoder
-from sts_fast.forward import ForwardPasses, Sequences
+from sts_fast.model.forward import ForwardPasses, Sequences
+from sts_fast.model.language_model import LanguageModel
 from sts_fast.score import compare
 
 TOLERANCE = 2e-5  # of a number, relative to what the oracle allows
@@ -173,13 +173,13 @@ def test_random_material_holds_what_is_hard(tiny: Tiny) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_batch_budgets_agree(tiny: Tiny, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     passes: list[int] = []
-    run = Decoder.run
+    run = LanguageModel.run
 
-    def watched(decoder: Decoder, **inputs: Any) -> Any:
+    def watched(decoder: LanguageModel, **inputs: Any) -> Any:
         passes.append(inputs["input_ids"].numel())
         return run(decoder, **inputs)
 
-    monkeypatch.setattr(Decoder, "run", watched)
+    monkeypatch.setattr(LanguageModel, "run", watched)
     estimators = ("act", "icl", "act_sq")
     small = forecast_tiny(tiny, architecture, estimators=estimators, batch_tokens=64)
     n_small, n_large = len(passes), sum(n_tokens > 64 for n_tokens in passes)
@@ -275,7 +275,9 @@ def test_accuracy_is_the_share_of_answers_that_the_model_gives(tiny: Tiny, monke
         def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
             return SimpleNamespace(logits=self.logits[input_ids])
 
-    monkeypatch.setattr(sys.modules["sts_fast.opened"], "load_language_model", lambda source, **options: Parrot())
+    monkeypatch.setattr(
+        sys.modules["sts_fast.model.session"], "load_language_model", lambda source, **options: Parrot()
+    )
     spelling = sts_fast.load_examples(tiny.domains["spelling"])
     domains = {
         str(n): [replace(e, answer="It is green." if i < n else "It is a river.") for i, e in enumerate(spelling)]
@@ -380,7 +382,7 @@ def test_eight_training_sets_and_twenty_domains_send_each_set_once(tiny: Tiny) -
 def test_controls_that_cannot_be_had_are_refused_before_any_pass(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModel
 
-    monkeypatch.setattr(Decoder, "run", None)
+    monkeypatch.setattr(LanguageModel, "run", None)
     spelling = sts_fast.load_examples(tiny.domains["spelling"])
     answers = [example.answer if i < DOMAIN_SHOTS + 7 else None for i, example in enumerate(spelling)]
     few = [replace(example, answer=answer) for example, answer in zip(spelling, answers, strict=True)]
@@ -805,13 +807,13 @@ def test_several_saes_forecast_like_each_alone(tiny: Tiny, monkeypatch: pytest.M
         **{"shots": SHOTS, "domain_shots": DOMAIN_SHOTS, "top_n": TOP_N},
     }
     runs: list[tuple[int, ...]] = []
-    run = Decoder.run
+    run = LanguageModel.run
 
-    def watched(decoder: Decoder, **inputs: Any) -> Any:
+    def watched(decoder: LanguageModel, **inputs: Any) -> Any:
         runs.append(tuple(inputs["input_ids"].shape))
         return run(decoder, **inputs)
 
-    monkeypatch.setattr(Decoder, "run", watched)
+    monkeypatch.setattr(LanguageModel, "run", watched)
     alone = [sts_fast.score(train=tiny.train, sae=sae, **options) for sae in saes]
     n_alone = len(runs)
     runs.clear()

@@ -5,11 +5,11 @@ Importing this loads neither torch nor transformers: they are imported where the
 
 from sts_fast._version import __version__
 from sts_fast.ablate import Ablation, ablate
-from sts_fast.activations import Activations, capture_activations
 from sts_fast.calibration import Calibration, fit_calibration
 from sts_fast.data.examples import Example, load_domains, load_examples
 from sts_fast.errors import InputError
 from sts_fast.mix import Mixture, mix
+from sts_fast.model.stored import Activations, capture_activations
 from sts_fast.ops._cpu import get_num_threads, set_num_threads
 from sts_fast.ops.backend import set_precision
 from sts_fast.ops.correlate import CorrelationStats

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sts_fast.capture import padded_ids
 from sts_fast.data.prompts import Prompt
 from sts_fast.errors import InputError
-from sts_fast.memory import TokenBudget
+from sts_fast.gradients import MOST_LOGITS
+from sts_fast.model.language_model import padded_ids
+from sts_fast.model.layer_trace import input_device
+from sts_fast.model.memory import TokenBudget
 from sts_fast.ops.shift import top_indices
-from sts_fast.probe import input_device
 from sts_fast.projection import projection
 
 if TYPE_CHECKING:
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
 # Controls that read other features in the place of D_N, and the residual stream's own dimensions.
 FEATURE_CONTROLS = ("random", "low_shift", "most_active")
 RAW_CONTROL = "raw"
-
-# Logits held at a time, in the answers' forward passes: 1 GB in float32.
-MOST_LOGITS = 2**28
 
 # Relative: means of float32 activations that differ by less are the same.
 ROUNDING = 1e-5

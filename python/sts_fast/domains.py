@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sts_fast import controls, results
-from sts_fast.activations import Activations
-from sts_fast.capture import Decoder, PairedRows
+from sts_fast import controls
 from sts_fast.data.prompts import PromptSet
 from sts_fast.errors import InputError
+from sts_fast.model.language_model import LanguageModel, PairedRows
+from sts_fast.model.log import AnswerLog, PromptLog
+from sts_fast.model.session import hook_of
+from sts_fast.model.stored import Activations
 from sts_fast.ops.encode import SparseFeatures, encode
 from sts_fast.ops.shift import ShiftStats
-from sts_fast.results import ESTIMATORS, DomainScore, Interval, PromptLog
+from sts_fast.results import ESTIMATORS, DomainScore, Interval
 from sts_fast.sae import SAE
 from sts_fast.settings import Settings
-from sts_fast.shifted import Shift, hook_of, rows_of
+from sts_fast.shifted import Shift, rows_of
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +56,7 @@ class DomainRead:
 
 
 def read_domain(
-    reader: Decoder | Activations,
+    reader: LanguageModel | Activations,
     saes: Sequence[SAE],
     prompt_set: PromptSet,
     shifts_of: Sequence[Sequence[Shift]],
@@ -150,7 +152,7 @@ class _DomainSums:
 
 
 def domain_scores(
-    reads: Sequence[DomainRead], shift: Shift, answers: Mapping[str, results.AnswerLog], settings: Settings
+    reads: Sequence[DomainRead], shift: Shift, answers: Mapping[str, AnswerLog], settings: Settings
 ) -> list[DomainScore]:
     if not reads:
         return []
@@ -176,7 +178,7 @@ def _domain_score(
     read: DomainRead,
     shift: Shift,
     more: dict[str, dict[str, float]],
-    answers: results.AnswerLog | None,
+    answers: AnswerLog | None,
     settings: Settings,
 ) -> DomainScore:
     name, log, n_prompts = read.prompt_set.name, read.log, len(read.prompt_set.prompts)

@@ -11,20 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sts_fast import explain, files, results
+from sts_fast import files, results
 from sts_fast._version import __version__
-from sts_fast.activations import Activations
-from sts_fast.capture import Decoder
 from sts_fast.domains import CONFIDENCE, N_BOOTSTRAP, DomainRead, domain_scores, percentile_interval, skipped
-from sts_fast.fit import Fit
+from sts_fast.model import explain
+from sts_fast.model.language_model import LanguageModel
+from sts_fast.model.log import AnswerLog
+from sts_fast.model.sae_check import Fit
+from sts_fast.model.session import hook_of
+from sts_fast.model.stored import Activations
+from sts_fast.model.weights import unembedding, weights_sha256
 from sts_fast.ops import _cpu
 from sts_fast.ops.shift import ShiftStats
 from sts_fast.results import Forecast, ShiftedFeature
 from sts_fast.sae import SAE
 from sts_fast.settings import Settings
-from sts_fast.shifted import N_REPLICATES, Shift, hook_of
+from sts_fast.shifted import N_REPLICATES, Shift
 from sts_fast.signed import SignedForecast
-from sts_fast.weights import unembedding, weights_sha256
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,12 +38,12 @@ if TYPE_CHECKING:
 
 
 def forecast_of(
-    reader: Decoder | Activations,
+    reader: LanguageModel | Activations,
     sae: SAE,
     fit: Fit,
     shift: Shift,
     domain_reads: Sequence[DomainRead],
-    answer_reads: Mapping[str, results.AnswerLog],
+    answer_reads: Mapping[str, AnswerLog],
     settings: Settings,
     tuned: str | None,
     firings: pa.Table,
@@ -87,7 +90,7 @@ def forecast_of(
             "context_length": reader.context_length,
             "revision": reader.revision,
             "weights_sha256": weights_sha256(reader.model, hook.layer)
-            if isinstance(reader, Decoder)
+            if isinstance(reader, LanguageModel)
             else reader.weights_sha256,
         },
         sae={
@@ -166,7 +169,7 @@ def forecast_of(
                 [read.activations(shift.top) for read in domain_reads] or [np.zeros(0)]
             ),
         },
-        prompts=pa.concat_tables(tables),
+        prompts=pa.concat_tables([results.with_value_columns(table) for table in tables]),
         firings=firings,
     )
 
@@ -218,7 +221,7 @@ def with_signed(
 
 
 def promoted_tokens(
-    decoder: Decoder, sae: SAE, features: list[int], tokenizer: PreTrainedTokenizerBase, source: str | Path | None
+    decoder: LanguageModel, sae: SAE, features: list[int], tokenizer: PreTrainedTokenizerBase, source: str | Path | None
 ) -> dict[int, list[str]]:
     """The output tokens that each feature promotes; none where W_dec or the unembedding is not at hand."""
     try:

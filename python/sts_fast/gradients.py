@@ -9,21 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sts_fast.capture import attention_sinks, padded_ids
-from sts_fast.controls import MOST_LOGITS
 from sts_fast.data.prompts import Prompt
 from sts_fast.errors import InputError
-from sts_fast.forward import row_norms
-from sts_fast.hooks import decoder_layers
-from sts_fast.memory import TokenBudget
+from sts_fast.model.forward import row_norms
+from sts_fast.model.hooks import decoder_layers
+from sts_fast.model.language_model import attention_sinks, padded_ids
+from sts_fast.model.layer_trace import input_device
+from sts_fast.model.memory import TokenBudget
 from sts_fast.places import layer_of
-from sts_fast.probe import input_device
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
     Doubles = NDArray[np.float64]
+
+# Logits held at a time, in the answers' forward passes: 1 GB in float32.
+MOST_LOGITS = 2**28
 
 
 @dataclass(frozen=True)

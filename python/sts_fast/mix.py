@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from sts_fast import files, results
-from sts_fast.activations import is_activations
 from sts_fast.allot import fill, least_loss, whole_examples
-from sts_fast.capture import Decoder, load_config, load_language_model, load_tokenizer
 from sts_fast.data.examples import Example
 from sts_fast.data.prompts import build_prompts
 from sts_fast.data.sets import Fields, Sets, Source, check_enough, common_template
 from sts_fast.errors import InputError
-from sts_fast.fit import check_names, check_width, measure_fit
 from sts_fast.gradient_flow import Flow
 from sts_fast.gradients import HookedModel
 from sts_fast.kernel import Kernel, measure_kernel
+from sts_fast.model.language_model import LanguageModel, load_config, load_language_model, load_tokenizer
+from sts_fast.model.sae_check import check_names, check_width, measure_fit
+from sts_fast.model.stored import is_activations
 from sts_fast.ntk import Features
 from sts_fast.projection import projection
 from sts_fast.sae import SAE, load_sae
@@ -301,7 +301,7 @@ def _measure(
     whole: Any = model
     if isinstance(model, (str, Path)):
         whole = load_language_model(model, dtype=dtype, device=device)
-    decoder = Decoder(whole, one.hook_name, name=name)
+    decoder = LanguageModel(whole, one.hook_name, name=name)
     check_width(one, decoder.hooks[0], name)
     hooked = HookedModel(whole, hook_layer(decoder.hooks[0], one), name=name)
     asked = [

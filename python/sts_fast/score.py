@@ -9,23 +9,25 @@ from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import numpy as np
 
-from sts_fast import controls, explain, results, settle
-from sts_fast.activations import NO_PASSES, Activations, is_activations
-from sts_fast.capture import Decoder
+from sts_fast import controls, settle
 from sts_fast.data.prompts import PromptSet, TokenClass, prompts_sha256, show_prompt
 from sts_fast.data.sets import MIN_PROMPTS, Fields, Kind, Sets, Source, check_enough
 from sts_fast.domains import read_domain
 from sts_fast.errors import InputError
-from sts_fast.fit import Fit, fit_rows, measure_fit
 from sts_fast.forecast import forecast_of, promoted_tokens, provenance_of, with_signed
 from sts_fast.gradients import HookedModel
-from sts_fast.memory import MOST_BATCH_TOKENS
-from sts_fast.opened import Opened, SAESource, loaded_sae, open_model, with_head
+from sts_fast.model import explain
+from sts_fast.model.language_model import LanguageModel
+from sts_fast.model.log import AnswerLog
+from sts_fast.model.memory import MOST_BATCH_TOKENS
+from sts_fast.model.sae_check import Fit, fit_rows, measure_fit
+from sts_fast.model.session import SAESource, Session, hook_of, loaded_sae, open_model, with_head
+from sts_fast.model.stored import NO_PASSES, Activations, is_activations
 from sts_fast.results import ESTIMATORS, Forecast, sae_names
 from sts_fast.sae import SAE
 from sts_fast.settings import Options, Settings
 from sts_fast.settings import Progress as Progress
-from sts_fast.shifted import Shift, hook_of, measure_shifts
+from sts_fast.shifted import Shift, measure_shifts
 from sts_fast.signed import SIGNED_ESTIMATORS, SignedEstimator, SignedForecast, hook_layer, measure_signed
 
 if TYPE_CHECKING:
@@ -154,7 +156,10 @@ def compare(
     settings = replace(settings, estimators=unsigned or ["act"])
     if (settings.dims == "tuned") != (tuned is not None):
         raise InputError("--dims tuned and --tuned MODEL go together: the true shift needs the model after training")
-    saes = [loaded_sae(one, settings) for one in ([sae] if isinstance(sae, (str, Path, SAE)) else sae)]
+    saes = [
+        loaded_sae(one, settings.reading, settings.top_n)
+        for one in ([sae] if isinstance(sae, (str, Path, SAE)) else sae)
+    ]
     if not saes:
         raise InputError("there is no SAE to read the model with: give one or more with --sae")
 
@@ -164,7 +169,7 @@ def compare(
     activations = Activations(model, device=settings.device) if is_activations(model) else None
     if activations is not None:
         _check_activations(activations, settings, signed, domain_shots=bool(sets.domains))
-    opened = open_model(model, saes, tuned, tokenizer, settings, activations)
+    opened = open_model(model, saes, tuned, tokenizer, settings.reading, activations)
     reader, template = opened.reader, opened.template
     if settings.controls == "all" and not isinstance(model, (str, Path)) and model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
         raise InputError(
@@ -218,11 +223,11 @@ def compare(
 
     measured = (
         measure_fit(reader, saes, train_sets[0].prompts)
-        if isinstance(reader, Decoder)
+        if isinstance(reader, LanguageModel)
         else fit_rows(saes, reader.sample(train_sets[0]))
     )
     fits = [replace(fit, names=name) for fit, name in zip(measured, opened.names, strict=True)]
-    settings.warn(*(fit.warning for fit in fits))
+    settings.reading.warn(*(fit.warning for fit in fits))
 
     shifts = [measure_shifts(reader, saes, train_set, settings, opened.tuned) for train_set in train_sets]
     forecasts = forecasts_of(
@@ -231,7 +236,7 @@ def compare(
         fits,
         domain_sets,
         answer_sets,
-        lambda: with_head(model, settings),
+        lambda: with_head(model, settings.reading),
         lambda language_model: [
             measure_signed(
                 HookedModel(language_model, layer, name=reader.name, say=settings.tell_line),
@@ -255,7 +260,7 @@ def compare(
 
 
 def forecasts_of(
-    opened: Opened,
+    opened: Session,
     shifts_of: Sequence[Sequence[Shift]],
     fits: Sequence[Fit],
     domain_sets: Sequence[PromptSet],
@@ -288,7 +293,7 @@ def forecasts_of(
     answer_reads = _read_answers(language_model, answer_sets if settings.controls == "all" else [], settings)
     signed_of = measure(language_model)
 
-    if isinstance(reader, Decoder):
+    if isinstance(reader, LanguageModel):
         reader.passes.say_summary()
     loaded_from = opened.source if isinstance(opened.source, (str, Path)) else None
     forecasts: list[dict[str, Forecast]] = []
@@ -297,7 +302,7 @@ def forecasts_of(
         explained = [*(shift.firings for shift in shifts_of[i]), *(found.firings for found in signed_by.values())]
         shown = sorted({int(j) for firings in explained for j in firings.features})
         promoted: dict[int, list[str]] = {}
-        if isinstance(reader, Decoder):
+        if isinstance(reader, LanguageModel):
             promoted = promoted_tokens(reader, one, shown, tokenizer, loaded_from)
         forecasts.append(
             {
@@ -318,7 +323,9 @@ def forecasts_of(
                         {
                             **provenance_of({**inputs, "sae": one.source, "train": trains[shift.name]}, settings),
                             "prompts_sha256": prompts_sha256([shift.prompt_set, *domain_sets]),
-                            "forward_passes": reader.passes.summary() if isinstance(reader, Decoder) else NO_PASSES,
+                            "forward_passes": reader.passes.summary()
+                            if isinstance(reader, LanguageModel)
+                            else NO_PASSES,
                         },
                     ),
                     one,
@@ -359,7 +366,7 @@ def _check_activations(
     activations.check_sampling(settings.sampling, domain_shots=domain_shots)
 
 
-def _read_answers(whole: Any, answer_sets: Sequence[PromptSet], settings: Settings) -> dict[str, results.AnswerLog]:
+def _read_answers(whole: Any, answer_sets: Sequence[PromptSet], settings: Settings) -> dict[str, AnswerLog]:
     """How well the base model answers each domain, by domain name."""
     batch_tokens = settings.batch_tokens or MOST_BATCH_TOKENS
     reads = {}
@@ -367,6 +374,6 @@ def _read_answers(whole: Any, answer_sets: Sequence[PromptSet], settings: Settin
         outcomes = controls.answer_outcomes(
             whole, answer_set.prompts, batch_tokens=batch_tokens, say=settings.tell_line
         )
-        reads[answer_set.name] = results.AnswerLog(answer_set, *outcomes)
+        reads[answer_set.name] = AnswerLog(answer_set, *outcomes)
         settings.tell("base loss and accuracy", done + 1, len(answer_sets))
     return reads

@@ -10,10 +10,11 @@ from typing import Literal, TypedDict, get_args
 from sts_fast.data.prompts import TokenClass
 from sts_fast.data.sets import Sampling
 from sts_fast.errors import InputError
+from sts_fast.model.session import Reading
+from sts_fast.model.weights import DeviceMap
 from sts_fast.ntk import FeatureKind
 from sts_fast.results import ESTIMATORS, Estimator
 from sts_fast.signed import SIGNED_ESTIMATORS, SignedEstimator
-from sts_fast.weights import DeviceMap
 
 Dims = Literal["icl", "tuned", "active"]
 Controls = Literal["features", "all"]
@@ -126,16 +127,22 @@ class Settings:
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
 
-    def warn(self, *warnings: str | None) -> None:
-        """Tells at once, or stops, where an SAE does not seem to belong."""
-        for warning in filter(None, warnings):
-            if self.strict:
-                raise InputError(f"{warning} (--strict)")
-            self.tell_line(f"warning: {warning}")
-
     @property
     def sampling(self) -> Sampling:
         return Sampling(self.shots, self.domain_shots, self.tokens, self.limit, self.seed)
+
+    @property
+    def reading(self) -> Reading:
+        return Reading(
+            self.layer,
+            self.dtype,
+            self.sae_dtype,
+            self.device,
+            self.device_map,
+            self.batch_tokens,
+            self.say,
+            self.strict,
+        )
 
     def tell_line(self, line: str) -> None:
         if self.say is not None:

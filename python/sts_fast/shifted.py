@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sts_fast import controls, explain
-from sts_fast.activations import Activations
-from sts_fast.capture import Decoder, PairedRows, capture
+from sts_fast import controls
 from sts_fast.data.prompts import PromptSet
 from sts_fast.data.sets import Kind
 from sts_fast.errors import InputError
-from sts_fast.hooks import Hook
+from sts_fast.model import explain
+from sts_fast.model.language_model import LanguageModel, PairedRows, capture
+from sts_fast.model.log import PromptLog
+from sts_fast.model.session import hook_of
+from sts_fast.model.stored import Activations
 from sts_fast.ops.correlate import CorrelationStats
 from sts_fast.ops.shift import ShiftStats, top_indices
-from sts_fast.results import PromptLog
 from sts_fast.sae import SAE
 from sts_fast.settings import Settings
 
@@ -32,14 +33,10 @@ if TYPE_CHECKING:
 N_REPLICATES = 32
 
 
-def hook_of(reader: Decoder | Activations, sae: SAE) -> Hook:
-    return next(hook for hook in reader.hooks if hook.name == sae.hook_name)
-
-
 def rows_of(
-    reader: Decoder | Activations, kind: Kind, prompt_set: PromptSet, tuned: Decoder | None = None
+    reader: LanguageModel | Activations, kind: Kind, prompt_set: PromptSet, tuned: LanguageModel | None = None
 ) -> Iterator[list[PairedRows]]:
-    if isinstance(reader, Decoder):
+    if isinstance(reader, LanguageModel):
         return capture(reader, prompt_set.prompts, other=tuned)
     return reader.rows(kind, prompt_set)
 
@@ -95,11 +92,11 @@ class Shift:
 
 
 def measure_shifts(
-    reader: Decoder | Activations,
+    reader: LanguageModel | Activations,
     saes: Sequence[SAE],
     prompt_set: PromptSet,
     settings: Settings,
-    tuned: Decoder | None,
+    tuned: LanguageModel | None,
 ) -> list[Shift]:
     """One pass over a training set, for all SAEs."""
     sums = [_ShiftSums(sae, prompt_set, settings) for sae in saes]

@@ -11,9 +11,10 @@ import numpy as np
 
 from sts_fast.data.prompts import Prompt, PromptSet
 from sts_fast.errors import InputError
-from sts_fast.explain import N_FEATURES, Firings
 from sts_fast.gradients import HookedModel
-from sts_fast.hooks import Hook
+from sts_fast.model.explain import N_FEATURES, Firings
+from sts_fast.model.hooks import Hook
+from sts_fast.model.log import PromptLog
 from sts_fast.ntk import (
     FeatureKind,
     Features,
@@ -28,7 +29,6 @@ from sts_fast.ntk import (
 from sts_fast.ops.encode import encode
 from sts_fast.places import split_name
 from sts_fast.projection import projection
-from sts_fast.results import PromptLog
 from sts_fast.sae import SAE
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ import numpy as np
 from transformers import Trainer, TrainerCallback
 
 from sts_fast import files
-from sts_fast.capture import Decoder, batches
 from sts_fast.errors import InputError
+from sts_fast.model.language_model import LanguageModel, batches
 from sts_fast.ops.shift import ShiftStats
 from sts_fast.report import build_report
 from sts_fast.results import FEATURES_FILE, PROMPTS_FILE, SCORES_FILE, SHIFT_FILE, TRAINING_FILE
@@ -250,7 +250,7 @@ class TransferMonitor(TrainerCallback):
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
         found: dict[int, torch.Tensor] = {}
         with _undisturbed(model):
-            decoder = Decoder(model, self.scores["sae"]["hook_name"])
+            decoder = LanguageModel(model, self.scores["sae"]["hook_name"])
             for batch in batches([len(ids) for ids in self.probes.ids], BATCH_TOKENS):
                 (rows,) = decoder.residuals([self.probes.ids[i] for i in batch])
                 for i, of_probe in zip(batch, rows, strict=True):

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from sparse_features import check_alike, dense
 
 import sts_fast
-from sts_fast.capture import load_decoder
 from sts_fast.errors import InputError
+from sts_fast.model.language_model import load_decoder
 from sts_fast.places import split_name
 from sts_fast.sae import SAE, load_sae
 

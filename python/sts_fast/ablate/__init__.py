@@ -30,14 +30,14 @@ from sts_fast._version import __version__
 from sts_fast.ablate.measure import draw_features, measure
 from sts_fast.ablate.record import ABLATION_FILE, SCHEMA_VERSION, Ablation, answers_table, outcome_of
 from sts_fast.ablate.words import findings, main_outcome
-from sts_fast.capture import load_language_model, load_tokenizer
 from sts_fast.data.examples import Example
 from sts_fast.data.prompts import Prompt, PromptSet, PromptTemplate
 from sts_fast.data.sets import Fields, Kind, Sampling, Sets, Source, check_enough, common_template
 from sts_fast.errors import InputError
-from sts_fast.fit import check_width
 from sts_fast.gradients import HookedModel
-from sts_fast.hooks import find_hooks
+from sts_fast.model.hooks import find_hooks
+from sts_fast.model.language_model import load_language_model, load_tokenizer
+from sts_fast.model.sae_check import check_width
 from sts_fast.ops.correlate import CorrelationStats
 from sts_fast.ops.shift import ShiftStats
 from sts_fast.results import Forecast

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
 
 import numpy as np
 
-from sts_fast import explain
-from sts_fast.activations import is_activations
-from sts_fast.capture import Decoder
 from sts_fast.data.prompts import PromptSet, TokenClass, show_prompt
 from sts_fast.data.sets import MIN_PROMPTS, Fields, Kind, Sets, Source, check_enough
 from sts_fast.errors import InputError
-from sts_fast.fit import measure_fit
 from sts_fast.gradients import HookedModel
+from sts_fast.model import explain
+from sts_fast.model.language_model import LanguageModel
+from sts_fast.model.sae_check import measure_fit
+from sts_fast.model.session import SAESource, Session, hook_of, loaded_sae, open_model, with_head
+from sts_fast.model.stored import is_activations
 from sts_fast.ntk import Features, MapKind, Push, measure_push
-from sts_fast.opened import Opened, SAESource, loaded_sae, open_model, with_head
 from sts_fast.projection import projection
 from sts_fast.results import ESTIMATORS, Forecast
 from sts_fast.rollouts.dims import (
@@ -34,7 +34,7 @@ from sts_fast.rollouts.read import Columns, Rollouts, load_rollouts
 from sts_fast.sae import SAE
 from sts_fast.score import forecasts_of
 from sts_fast.settings import Options, Settings
-from sts_fast.shifted import Shift, hook_of, measure_shifts
+from sts_fast.shifted import Shift, measure_shifts
 from sts_fast.signed import (
     BATCH_TOKENS,
     SIGNED_ESTIMATORS,
@@ -92,14 +92,14 @@ def rollouts(
         raise InputError(
             f"{model} holds activations, but rollouts need a model: give its folder or hub id with --model"
         )
-    one = loaded_sae(sae, settings)
+    one = loaded_sae(sae, settings.reading, settings.top_n)
     data = rollouts if isinstance(rollouts, Rollouts) else load_rollouts(rollouts, columns or Columns())
     fields = Fields(settings.question_fields or {}, settings.answer_fields or {})
     sets = Sets.read({"rollouts": []}, domains, demos, fields)
-    opened = open_model(model, [one], tuned, tokenizer, settings)
+    opened = open_model(model, [one], tuned, tokenizer, settings.reading)
     reader = opened.reader
-    if not isinstance(reader, Decoder):
-        raise TypeError("a model is read by a Decoder")
+    if not isinstance(reader, LanguageModel):
+        raise TypeError("a model is read by a LanguageModel")
     rendering = Rendering(opened.template)
     data = with_endings(data, rendering)
     layer = hook_layer(hook_of(reader, one), one) if signed or {"gradient", "step"} & {*ways} else -1
@@ -142,10 +142,10 @@ def rollouts(
     labels = {} if settings.labels is None else explain.read_labels(settings.labels)
     [measured] = measure_fit(reader, [one], read_sets[0].prompts)
     fit = replace(measured, names=opened.names[0])
-    settings.warn(fit.warning)
+    settings.reading.warn(fit.warning)
     warnings = _warnings(data)
 
-    load_whole = cache(lambda: with_head(model, settings))
+    load_whole = cache(lambda: with_head(model, settings.reading))
     shifts: dict[str, Shift] = {}
     if own is not None:
         [shifts["verified"]] = measure_shifts(reader, [one], own, settings, None)
@@ -207,7 +207,7 @@ def _check_ways(ways: Sequence[str]) -> None:
         raise InputError("--ways must name one or more, each once")
 
 
-def _verified_prompts(verified: Verified, opened: Opened, settings: Settings) -> PromptSet:
+def _verified_prompts(verified: Verified, opened: Session, settings: Settings) -> PromptSet:
     """The rollouts' prompts, with the best verified completions as demonstrations."""
     if verified.alike and settings.shots:
         raise InputError(
@@ -228,7 +228,7 @@ def _verified_prompts(verified: Verified, opened: Opened, settings: Settings) ->
     return prompt_set
 
 
-def _plain_prompts(verified: Verified, opened: Opened, settings: Settings) -> PromptSet:
+def _plain_prompts(verified: Verified, opened: Session, settings: Settings) -> PromptSet:
     """The same prompts without demonstrations, on which the true shift is measured."""
     prompt_set = settings.sampling.prompts(
         "tuned", verified.queries, verified.demos, opened.template, opened.reader.context_length,

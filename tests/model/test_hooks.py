@@ -12,8 +12,8 @@ import pytest
 import torch
 import transformers
 
-from sts_fast.capture import Decoder, load_decoder
 from sts_fast.errors import InputError
+from sts_fast.model.language_model import LanguageModel, load_decoder
 from sts_fast.places import PLACES, place_name, split_name
 
 N_LAYERS, VOCABULARY, D_MODEL = 4, 60, 32
@@ -168,14 +168,14 @@ IDS = torch.randint(3, VOCABULARY, (1, 11), generator=torch.Generator().manual_s
 @pytest.mark.parametrize("family", FAMILIES)
 def test_places_are_what_the_architecture_computes(family: str) -> None:
     expected = expected_places(family, IDS)
-    decoder = Decoder(model_of(family), *(place_name(place, LAYER) for place in expected))
+    decoder = LanguageModel(model_of(family), *(place_name(place, LAYER) for place in expected))
     seen = dict(zip(expected, decoder.run(input_ids=IDS), strict=True))
     for (place, value), hook in zip(expected.items(), decoder.hooks, strict=True):
         close(seen[place][0], value)
         assert (hook.layer, hook.d_in) == (LAYER, value.shape[-1]), place
     for place in {"resid_mid", "mlp_in", "mlp_out"} - expected.keys():
         with pytest.raises(InputError, match=f"has no {place} .* in its layer 1 .*: give the path of a module") as e:
-            Decoder(model_of(family), place_name(place, LAYER))
+            LanguageModel(model_of(family), place_name(place, LAYER))
         assert "\n" not in str(e.value)
     if "resid_mid" in expected:
         close(seen["resid_mid"] + seen["mlp_out"], seen["resid_post"])
@@ -191,7 +191,7 @@ def test_places_are_the_same_in_half_precision(family: str) -> None:
         places = [place for place in PLACES if place in expected_places(family, IDS)]
         found[dtype] = [
             (hook.path, hook.side, round(hook.scale, 2))
-            for hook in Decoder(model, *(place_name(place, LAYER) for place in places)).hooks
+            for hook in LanguageModel(model, *(place_name(place, LAYER) for place in places)).hooks
         ]
     assert found[torch.bfloat16] == found[torch.float32]
 
@@ -204,14 +204,14 @@ def test_several_layers_in_one_pass_that_ends_at_the_last() -> None:
         layer.register_forward_pre_hook(lambda module, args, i=i: ran.append(i))
         for i, layer in enumerate(model.model.layers)
     ]
-    decoder = Decoder(model, *names)
+    decoder = LanguageModel(model, *names)
     ran.clear()
     seen = decoder.run(input_ids=IDS)
     for handle in handles:
         handle.remove()
     assert ran == [0, 1, 2]
     for value, name in zip(seen, names, strict=True):
-        assert torch.equal(value, Decoder(model, name).run(input_ids=IDS)[0])
+        assert torch.equal(value, LanguageModel(model, name).run(input_ids=IDS)[0])
     assert torch.equal(seen[1], seen[2])  # what leaves layer 0 enters layer 1
     assert [hook.layer for hook in decoder.hooks] == [2, 0, 1, 1]
 
@@ -237,7 +237,7 @@ def test_module_paths(asked: str, path: str, side: str, tmp_path: Path) -> None:
     model = model_of("llama")
     model.save_pretrained(tmp_path)
     expected = watched(model, IDS, [(path, side)])[path, side]
-    for decoder in (Decoder(model, asked), load_decoder(tmp_path, asked, device="cpu")):
+    for decoder in (LanguageModel(model, asked), load_decoder(tmp_path, asked, device="cpu")):
         [value] = decoder.run(input_ids=IDS)
         assert torch.equal(value[0], expected)
         assert decoder.hooks[0].d_in == expected.shape[-1]
@@ -256,7 +256,7 @@ def test_a_vision_model_is_read_in_its_language_part() -> None:
     language = model.model.language_model.layers
     expected = watched(model, IDS, [("model.language_model.layers.1.post_feedforward_layernorm", "output")])
     for name in ("blocks.1.hook_mlp_out", "model.layers.1.post_feedforward_layernorm"):
-        decoder = Decoder(model, name)
+        decoder = LanguageModel(model, name)
         assert decoder.model.get_submodule(decoder.hooks[0].path) is language[1].post_feedforward_layernorm
         close(decoder.run(input_ids=IDS)[0][0], next(iter(expected.values())))
 
@@ -274,7 +274,7 @@ def test_a_vision_model_is_read_in_its_language_part() -> None:
 )
 def test_no_such_place(place: str, message: str) -> None:
     with pytest.raises(InputError, match=message) as e:
-        Decoder(model_of("llama"), place)
+        LanguageModel(model_of("llama"), place)
     assert "\n" not in str(e.value)
     assert len(str(e.value)) < 500
 
@@ -286,10 +286,10 @@ def test_a_layer_that_cannot_be_understood_is_refused_with_its_modules() -> None
     model = transformers.OPTForCausalLM(transformers.OPTConfig(**options)).eval()
     for place in ("resid_mid", "mlp_out", "mlp_in"):
         with pytest.raises(InputError, match=rf"has no {place} .*OPTDecoderLayer.*: .*layers\.1\.self_attn, "):
-            Decoder(model, place_name(place, LAYER))
+            LanguageModel(model, place_name(place, LAYER))
     with torch.no_grad():
         states = model(input_ids=IDS, output_hidden_states=True).hidden_states
-    before, after = Decoder(model, "blocks.1.hook_resid_pre", "blocks.1.hook_resid_post").run(input_ids=IDS)
+    before, after = LanguageModel(model, "blocks.1.hook_resid_pre", "blocks.1.hook_resid_post").run(input_ids=IDS)
     close(before, states[1])
     close(after, states[2])
 

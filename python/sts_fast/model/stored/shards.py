@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sts_fast import files
-from sts_fast.activations.index import damaged
-from sts_fast.capture import PairedRows
 from sts_fast.errors import InputError
+from sts_fast.model.language_model import PairedRows
+from sts_fast.model.stored.index import damaged
 
 if TYPE_CHECKING:
     import torch

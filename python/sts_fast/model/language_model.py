@@ -15,13 +15,13 @@ import numpy as np
 
 from sts_fast.data.prompts import Prompt
 from sts_fast.errors import InputError
-from sts_fast.forward import ForwardPasses, Read, Sequences, run_batches
-from sts_fast.hooks import Hook, find_hooks
+from sts_fast.model.forward import ForwardPasses, Read, Sequences, run_batches
+from sts_fast.model.hooks import Hook, find_hooks
+from sts_fast.model.layer_trace import input_device
+from sts_fast.model.packing import check_vocabulary, moved
+from sts_fast.model.weights import DeviceMap, Placement, weights_sha256
 from sts_fast.ops import cuda
-from sts_fast.packing import check_vocabulary, moved
 from sts_fast.places import layer_of
-from sts_fast.probe import input_device
-from sts_fast.weights import DeviceMap, Placement, weights_sha256
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,7 @@ class PairedRows:
     kept_paired: list[NDArray[np.bool_]]
 
 
-class Decoder:
+class LanguageModel:
     """A causal language model, read at one or more places in one forward pass.
 
     model:   any Hugging Face decoder, in memory; it is run up to the last of its hooks
@@ -150,7 +150,7 @@ def padded_ids(model: torch.nn.Module, sequences: Sequence[IntArray], *, name: s
 
 
 def capture(
-    decoder: Decoder, prompts: Sequence[Prompt], *, other: Decoder | None = None, n_done: int = 0
+    decoder: LanguageModel, prompts: Sequence[Prompt], *, other: LanguageModel | None = None, n_done: int = 0
 ) -> Iterator[list[PairedRows]]:
     """Runs prompts through the decoder, shortest first, and yields the rows read, a batch at a time, for each hook.
 
@@ -263,14 +263,14 @@ def load_decoder(
     dtype: str = "auto",
     device: str = "auto",
     device_map: DeviceMap | None = None,
-) -> Decoder:
+) -> LanguageModel:
     """Loads a model up to the last layer that is read; what lies above it, and the head, is never read into memory.
 
     The few architectures whose layers depend on how many there are (DEPTH_OPTIONS) are loaded whole, and so is a model
     that is read outside of its layers.
 
     source: local folder or hub id
-    places: where to read; see Decoder
+    places: where to read; see LanguageModel
     dtype:  'float32', 'bfloat16', 'float16', or 'auto': float32 on the CPU, the checkpoint's own elsewhere
     device: 'cpu', 'cuda', 'cuda:1', ..., or 'auto': CUDA where there is one
     device_map: spreads the model instead; see weights.Placement
@@ -286,7 +286,7 @@ def load_decoder(
     if None not in layers and not any(getattr(text_config, name, None) for name in DEPTH_OPTIONS):
         _truncate(text_config, last + 1)
     model = _load(AutoModel, source, config, dtype, device, device_map)
-    return Decoder(model, *places, name=str(source))
+    return LanguageModel(model, *places, name=str(source))
 
 
 def load_language_model(

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sts_fast.errors import InputError
+from sts_fast.model.layer_trace import N_TOKENS, LayerTrace, Tap, find_taps, first_tensor, run_few_tokens, trace_layer
 from sts_fast.places import OTHER_TOWERS, PLACES, layer_of, place_name, split_name
-from sts_fast.probe import N_TOKENS, LayerTrace, Tap, find_taps, first_tensor, run_few_tokens, trace_layer
 
 if TYPE_CHECKING:
     import torch

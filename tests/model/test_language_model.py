@@ -14,11 +14,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from sts_fast.capture import Decoder, attention_sinks, capture, load_decoder, load_tokenizer
 from sts_fast.data.prompts import Prompt
 from sts_fast.errors import InputError
+from sts_fast.model.language_model import LanguageModel, attention_sinks, capture, load_decoder, load_tokenizer
 
-MODELS = Path(__file__).parents[2] / "shared" / "assets" / "models"
+MODELS = Path(__file__).parents[3] / "shared" / "assets" / "models"
 needs_assets = pytest.mark.skipif(not MODELS.is_dir(), reason="the published models are not beside the checkout")
 
 N_LAYERS = 4
@@ -112,7 +112,7 @@ def sequences(*lengths: int) -> list[np.ndarray]:
     return [rng.integers(3, VOCABULARY, n).astype(np.int32) for n in lengths]
 
 
-def capture_within(batch_tokens: int, decoder: Decoder, *arguments: Any, **options: Any) -> Iterator[Any]:
+def capture_within(batch_tokens: int, decoder: LanguageModel, *arguments: Any, **options: Any) -> Iterator[Any]:
     decoder.passes.batch_tokens = batch_tokens
     return capture(decoder, *arguments, **options)
 
@@ -148,7 +148,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 def test_residuals_are_the_full_model_s_hidden_states(family: str, layer: int, model_of: Callable[[str], Any]) -> None:
     model = model_of(family)
     ids = sequences(1, 17, 5, 30)
-    for captured, sequence in zip(Decoder(model, layer).residuals(ids)[0], ids, strict=True):
+    for captured, sequence in zip(LanguageModel(model, layer).residuals(ids)[0], ids, strict=True):
         expected = hidden_states(model, sequence, layer)
         assert captured.shape == (len(sequence), D_MODEL)
         assert_close(captured, expected)
@@ -161,7 +161,7 @@ def test_truncated_load_equals_the_model_in_memory(
     loaded = load_decoder(saved(family), layer, device="cpu")
     ids = sequences(3, 21)
     for captured, expected in zip(
-        loaded.residuals(ids)[0], Decoder(model_of(family), layer).residuals(ids)[0], strict=True
+        loaded.residuals(ids)[0], LanguageModel(model_of(family), layer).residuals(ids)[0], strict=True
     ):
         assert torch.equal(captured, expected)
     assert (loaded.hooks[0].layer, loaded.hooks[0].d_in, loaded.context_length) == (layer, D_MODEL, 128)
@@ -206,7 +206,7 @@ def test_published_models(name: str, layers: tuple[int, ...]) -> None:
 
 def test_layers_may_return_tuples(model_of: Callable[[str], Any]) -> None:
     ids = sequences(4, 9)
-    expected = Decoder(model_of("llama"), 1).residuals(ids)[0]
+    expected = LanguageModel(model_of("llama"), 1).residuals(ids)[0]
 
     class AsTuple(torch.nn.Module):
         def __init__(self, block: torch.nn.Module) -> None:
@@ -222,7 +222,7 @@ def test_layers_may_return_tuples(model_of: Callable[[str], Any]) -> None:
     plain = blocks[1]
     try:
         blocks[1] = AsTuple(plain)
-        captured = Decoder(model, 1).residuals(ids)[0]
+        captured = LanguageModel(model, 1).residuals(ids)[0]
     finally:
         blocks[1] = plain
     for actual, wanted in zip(captured, expected, strict=True):
@@ -232,7 +232,7 @@ def test_layers_may_return_tuples(model_of: Callable[[str], Any]) -> None:
 def test_a_capture_leaves_the_model_as_it_was(model_of: Callable[[str], Any]) -> None:
     model = model_of("llama")
     before = hidden_states(model, sequences(5)[0], 2)
-    Decoder(model, 0).residuals(sequences(5))
+    LanguageModel(model, 0).residuals(sequences(5))
     assert torch.equal(hidden_states(model, sequences(5)[0], 2), before)
 
 
@@ -246,7 +246,7 @@ def test_pairs_are_the_same_for_every_batch_budget(
 ) -> None:
     model, prompts = model_of(family), demo_prompts()
     seen = []
-    for (rows,) in capture_within(batch_tokens, Decoder(model, 2), prompts):
+    for (rows,) in capture_within(batch_tokens, LanguageModel(model, 2), prompts):
         assert list(dict.fromkeys(rows.base_of.tolist())) == rows.prompts
         for slot, index in enumerate(rows.prompts):
             prompt = prompts[index]
@@ -272,7 +272,7 @@ def test_batches_keep_to_the_budget_and_run_shortest_first(
     # Of the longer prompt of each: 6 + i tokens of demonstration in front of the n - n // 3 in common.
     lengths = [12, 10, 17, 12, 15, 12, 20]
     assert [max(len(p.base_ids), len(p.demos_ids)) for p in prompts] == lengths
-    batches = [rows.prompts for (rows,) in capture_within(batch_tokens, Decoder(model_of("llama"), 0), prompts)]
+    batches = [rows.prompts for (rows,) in capture_within(batch_tokens, LanguageModel(model_of("llama"), 0), prompts)]
     assert [index for batch in batches for index in batch] == [1, 0, 3, 5, 4, 2, 6]
     assert [len(batch) for batch in batches] == sizes
     for batch in batches:
@@ -281,7 +281,7 @@ def test_batches_keep_to_the_budget_and_run_shortest_first(
 
 def test_prompts_without_demonstrations_have_no_pairs(model_of: Callable[[str], Any]) -> None:
     prompts = [make_prompt("a", [5, 6, 7], positions=[2]), make_prompt("b", [8, 9], positions=[])]
-    ((rows,),) = capture_within(100, Decoder(model_of("llama"), 0), prompts)
+    ((rows,),) = capture_within(100, LanguageModel(model_of("llama"), 0), prompts)
     assert rows.prompts == [1, 0]
     assert rows.base_of.tolist() == [0]
     assert rows.base.shape == (1, D_MODEL)
@@ -290,13 +290,13 @@ def test_prompts_without_demonstrations_have_no_pairs(model_of: Callable[[str], 
 
 
 def test_no_prompts_no_rows(model_of: Callable[[str], Any]) -> None:
-    assert list(capture_within(100, Decoder(model_of("llama"), 0), [])) == []
+    assert list(capture_within(100, LanguageModel(model_of("llama"), 0), [])) == []
 
 
 def test_a_second_model_is_read_at_the_same_tokens(model_of: Callable[[str], Any]) -> None:
     model, tuned = model_of("llama"), model_of("qwen3")
     prompts = [make_prompt(f"p{i}", ids, positions=range(1, len(ids))) for i, ids in enumerate(sequences(6, 3, 8))]
-    for (rows,) in capture_within(20, Decoder(model, 1), prompts, other=Decoder(tuned, 1)):
+    for (rows,) in capture_within(20, LanguageModel(model, 1), prompts, other=LanguageModel(tuned, 1)):
         for index in rows.prompts:
             ids = prompts[index].base_ids
             assert_close(rows.base[rows.base_of == index], hidden_states(model, ids, 1)[1:])
@@ -318,7 +318,7 @@ def test_sinks_stand_over_ten_times_the_median_norm() -> None:
 def test_the_median_is_that_of_the_tokens_up_to_the_last_one_read() -> None:
     # What stands after the last token read is not run: with it the median would be 2, and 30 a sink.
     prompt = make_prompt("p", [4, 4, 30, 4, 2, 2, 2, 2, 2], positions=[2, 3])
-    ((rows,),) = capture_within(100, Decoder(HandMade(), 0), [prompt])
+    ((rows,),) = capture_within(100, LanguageModel(HandMade(), 0), [prompt])
     assert rows.base[:, 0].tolist() == [30, 4]
 
 
@@ -342,14 +342,14 @@ class HandMade(torch.nn.Module):
 def test_a_pair_goes_where_either_token_is_a_sink() -> None:
     # In the base prompt 90 is a sink (median 3), in the demonstration prompt 900 is, and 90 is not (median 50).
     prompt = make_prompt("p", [90, 2, 3, 3, 900], [50, 50, 50, 50, 50, 50, 90, 2, 3, 3, 900], [1, 2, 4, 0], n_common=5)
-    ((rows,),) = capture_within(100, Decoder(HandMade(), 0), [prompt])
+    ((rows,),) = capture_within(100, LanguageModel(HandMade(), 0), [prompt])
     assert rows.base[:, 0].tolist() == [2, 3]
     assert rows.kept[0].tolist() == [True, True, False, False]
     assert rows.paired[:, 0].tolist() == rows.demos[:, 0].tolist() == [2, 3]
     assert rows.kept_paired[0].tolist() == [True, True, False, False]
     # A token that is a sink only beside demonstrations stays among the base tokens, but its pair goes.
     prompt = make_prompt("p", [30, 40, 50], [3, 3, 3, 3, 3, 3, 3, 3, 3, 30, 40, 50], n_common=3)
-    ((rows,),) = capture_within(100, Decoder(HandMade(), 0), [prompt])
+    ((rows,),) = capture_within(100, LanguageModel(HandMade(), 0), [prompt])
     assert rows.base[:, 0].tolist() == [30, 40, 50]
     assert rows.paired[:, 0].tolist() == [30]
     assert rows.kept[0].tolist() == [True, True, True]
@@ -359,7 +359,7 @@ def test_a_pair_goes_where_either_token_is_a_sink() -> None:
 def test_padding_does_not_move_the_median() -> None:
     # Beside a long prompt the short one is padded with zeros; its own median is 20, so 100 is no sink.
     prompts = [make_prompt("long", [5] * 30), make_prompt("short", [20, 20, 100])]
-    ((rows,),) = capture_within(1000, Decoder(HandMade(), 0), prompts)
+    ((rows,),) = capture_within(1000, LanguageModel(HandMade(), 0), prompts)
     assert rows.base[rows.base_of == 1][:, 0].tolist() == [20, 20, 100]
 
 
@@ -372,7 +372,7 @@ def test_rows_for_the_core_are_float32_or_bfloat16() -> None:
     ):
         model = HandMade()
         model.layers[0].register_forward_hook(lambda module, args, output, dtype=dtype: output.to(dtype))
-        ((rows,),) = capture_within(10, Decoder(model, 0), [make_prompt("p", [1, 2])])
+        ((rows,),) = capture_within(10, LanguageModel(model, 0), [make_prompt("p", [1, 2])])
         assert rows.base.dtype == rows.paired.dtype == rows.demos.dtype == expected
 
 
@@ -390,7 +390,7 @@ def one_sentence(error: pytest.ExceptionInfo[InputError]) -> str:
 def test_nan_names_the_example(value: float) -> None:
     prompts = [make_prompt("row 7", [1, 2])]
     with pytest.raises(InputError, match="the model gives NaN or infinity after layer 0 for example row 7: try") as e:
-        list(capture_within(10, Decoder(HandMade(last=value), 0), prompts))
+        list(capture_within(10, LanguageModel(HandMade(last=value), 0), prompts))
     one_sentence(e)
 
 
@@ -403,7 +403,7 @@ class Overflowing(HandMade):
 
 def test_nan_in_company_is_run_again_alone() -> None:
     prompts = [make_prompt("a", [4, 5, 6]), make_prompt("b", [7, 8, 9])]
-    decoder, said = Decoder(Overflowing(), 0), []
+    decoder, said = LanguageModel(Overflowing(), 0), []
     decoder.passes.say = said.append
     decoder.passes.strategy = "packed"
     decoder.passes.batch_tokens = 100
@@ -416,9 +416,9 @@ def test_nan_in_company_is_run_again_alone() -> None:
 
 
 def test_nan_of_the_second_model_names_that() -> None:
-    tuned = Decoder(HandMade(last=float("nan")), 0, name="tuned/model")
+    tuned = LanguageModel(HandMade(last=float("nan")), 0, name="tuned/model")
     with pytest.raises(InputError, match="tuned/model gives NaN or infinity after layer 0 for example p"):
-        list(capture_within(10, Decoder(HandMade(), 0), [make_prompt("p", [1, 2])], other=tuned))
+        list(capture_within(10, LanguageModel(HandMade(), 0), [make_prompt("p", [1, 2])], other=tuned))
 
 
 def test_nan_weights(saved: Callable[[str], Path]) -> None:
@@ -502,7 +502,7 @@ def test_broken_model_is_told_in_one_line(
 
 
 def test_tokenizer_of_another_model(model_of: Callable[[str], Any]) -> None:
-    decoder = Decoder(model_of("llama"), 0)
+    decoder = LanguageModel(model_of("llama"), 0)
     assert decoder.residuals([np.array([VOCABULARY - 1], np.int32)])[0][0].shape == (1, D_MODEL)
     with pytest.raises(InputError, match="the model knows 60 tokens, but its tokenizer gives token id 60: ") as e:
         decoder.residuals([np.array([3, VOCABULARY], np.int32)])
@@ -512,7 +512,7 @@ def test_tokenizer_of_another_model(model_of: Callable[[str], Any]) -> None:
 @pytest.mark.parametrize("layer", [-1, N_LAYERS, 1000])
 def test_layer_out_of_range(layer: int, model_of: Callable[[str], Any], saved: Callable[[str], Path]) -> None:
     with pytest.raises(InputError, match=f"the model has layers 0 to 3, but layer {layer} is to be read"):
-        Decoder(model_of("llama"), layer)
+        LanguageModel(model_of("llama"), layer)
     with pytest.raises(InputError, match=f"llama has layers 0 to 3, but layer {layer} is to be read"):
         load_decoder(saved("llama"), layer, device="cpu")
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sts_fast.capture import SINK_NORM_RATIO, Decoder, batches, padded_ids
 from sts_fast.data.prompts import Prompt
 from sts_fast.errors import InputError
-from sts_fast.hooks import Hook, find_hooks
+from sts_fast.model.hooks import Hook, find_hooks
+from sts_fast.model.language_model import SINK_NORM_RATIO, LanguageModel, batches, padded_ids
 from sts_fast.ops.encode import encode
 from sts_fast.places import PLACES, place_name, split_name
 from sts_fast.sae import SAE
@@ -114,7 +114,7 @@ def _model_type(name: str) -> str | None:
     return max(types, key=len, default=None)
 
 
-def measure_fit(decoder: Decoder, saes: Sequence[SAE], prompts: Sequence[Prompt]) -> list[Fit]:
+def measure_fit(decoder: LanguageModel, saes: Sequence[SAE], prompts: Sequence[Prompt]) -> list[Fit]:
     """Runs the first prompts, without demonstrations, and looks at what each SAE makes of at most N_TOKENS tokens.
 
     decoder: read at the SAEs' places; what transcoders predict, and lower layers, are read in the same pass
@@ -145,7 +145,7 @@ def _layer(name: str, otherwise: int) -> int:
     return otherwise if layer is None else layer
 
 
-def _has(decoder: Decoder, place: str) -> bool:
+def _has(decoder: LanguageModel, place: str) -> bool:
     try:
         return bool(find_hooks(decoder.model, [place], name=decoder.name))
     except InputError:  # a forecast does without what its transcoder predicts
@@ -159,7 +159,7 @@ def _lower_places(sae: SAE) -> list[str]:
     return [place_name(place, lower) for lower in range(max(0, layer - N_LOWER_LAYERS), layer)]
 
 
-def _sample(decoder: Decoder, places: list[str], prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
+def _sample(decoder: LanguageModel, places: list[str], prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
     """By place [n_tokens, d] float32: the same tokens at each, none of them an attention sink where an SAE reads."""
     import torch
 
@@ -168,7 +168,7 @@ def _sample(decoder: Decoder, places: list[str], prompts: Sequence[Prompt]) -> d
         if sum(len(one.base_ids) for one in chosen) + len(prompt.base_ids) > 2 * N_TOKENS and chosen:
             break
         chosen.append(prompt)
-    reader = Decoder(decoder.model, *places, name=decoder.name)
+    reader = LanguageModel(decoder.model, *places, name=decoder.name)
     rows: dict[str, dict[int, torch.Tensor]] = {place: {} for place in places}
     for batch in batches([len(prompt.base_ids) for prompt in chosen], 2 * N_TOKENS):
         ids = padded_ids(decoder.model, [chosen[i].base_ids for i in batch], name=decoder.name)

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import numpy as np
 
-from sts_fast.hooks import Hook
-from sts_fast.memory import TokenBudget, is_out_of_memory, take
-from sts_fast.packing import (
+from sts_fast.model.hooks import Hook
+from sts_fast.model.memory import TokenBudget, is_out_of_memory, take
+from sts_fast.model.packing import (
     attention_masks,
     bytes_per_token,
     cheapest_rows,
@@ -53,7 +53,7 @@ CHECK_TOLERANCE = {"float64": 1e-8, "float32": 1e-4, "bfloat16": 6e-2, "float16"
 
 
 class Reader(Protocol):
-    """A model of which one place or more is read; see sts_fast.capture.Decoder."""
+    """A model of which one place or more is read; see sts_fast.model.language_model.LanguageModel."""
 
     model: torch.nn.Module
     device: torch.device

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sts_fast.activations.index import (
+from sts_fast.data.examples import Example
+from sts_fast.data.prompts import PromptSet, PromptTemplate
+from sts_fast.data.sets import Kind, Sampling
+from sts_fast.errors import InputError
+from sts_fast.model.hooks import Hook
+from sts_fast.model.language_model import PairedRows, load_config
+from sts_fast.model.sae_check import N_TOKENS, check_width
+from sts_fast.model.stored.index import (
     MODEL_FOLDER,
     PROMPTS_FILE,
     Index,
@@ -20,14 +27,7 @@ from sts_fast.activations.index import (
     read_prompts,
     starts_with_bos,
 )
-from sts_fast.activations.shards import check_rows, load_tensors, mask_of
-from sts_fast.capture import PairedRows, load_config
-from sts_fast.data.examples import Example
-from sts_fast.data.prompts import PromptSet, PromptTemplate
-from sts_fast.data.sets import Kind, Sampling
-from sts_fast.errors import InputError
-from sts_fast.fit import N_TOKENS, check_width
-from sts_fast.hooks import Hook
+from sts_fast.model.stored.shards import check_rows, load_tensors, mask_of
 from sts_fast.ops import cuda
 from sts_fast.places import split_name
 from sts_fast.sae import SAE

@@ -8,8 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sts_fast import files
-from sts_fast.activations.folder import Activations
-from sts_fast.activations.index import (
+from sts_fast.data.examples import Example
+from sts_fast.data.prompts import PromptSet, PromptTemplate, TokenClass, prompts_sha256
+from sts_fast.data.sets import Fields, Kind, Sampling, Sets, Source, check_enough, common_template
+from sts_fast.errors import InputError
+from sts_fast.model.language_model import LanguageModel, PairedRows, capture, load_config, load_decoder, load_tokenizer
+from sts_fast.model.sae_check import check_names, check_width
+from sts_fast.model.stored.folder import Activations
+from sts_fast.model.stored.index import (
     MODEL_FOLDER,
     PROMPTS_FILE,
     SETS_FOLDER,
@@ -22,15 +28,9 @@ from sts_fast.activations.index import (
     starts_with_bos,
     write_prompts,
 )
-from sts_fast.activations.shards import load_tensors, write_shard
-from sts_fast.capture import Decoder, PairedRows, capture, load_config, load_decoder, load_tokenizer
-from sts_fast.data.examples import Example
-from sts_fast.data.prompts import PromptSet, PromptTemplate, TokenClass, prompts_sha256
-from sts_fast.data.sets import Fields, Kind, Sampling, Sets, Source, check_enough, common_template
-from sts_fast.errors import InputError
-from sts_fast.fit import check_names, check_width
+from sts_fast.model.stored.shards import load_tensors, write_shard
+from sts_fast.model.weights import DeviceMap
 from sts_fast.sae import SAE
-from sts_fast.weights import DeviceMap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -96,7 +96,7 @@ def capture_activations(
     decoder = (
         load_decoder(model, *places, dtype=dtype, device=device, device_map=device_map)
         if isinstance(model, (str, Path))
-        else Decoder(model, *places)
+        else LanguageModel(model, *places)
     )
     decoder.passes.batch_tokens, decoder.passes.say = batch_tokens, say
     for sae in saes:
@@ -195,7 +195,7 @@ def _capture_set(
     index: Index,
     one: StoredSet,
     prompt_set: PromptSet,
-    decoder: Decoder,
+    decoder: LanguageModel,
     tell: Callable[[str, int, int], None],
 ) -> None:
     shards = one.shards = one.shards or []

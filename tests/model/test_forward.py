@@ -15,10 +15,10 @@ import torch
 from families import D_MODEL, FAMILIES, N_LAYERS, VOCABULARY, make_model
 from transformers import AutoModelForCausalLM
 
-from sts_fast import forward, memory, packing
-from sts_fast.capture import Decoder
 from sts_fast.errors import InputError
-from sts_fast.forward import ForwardPasses, Sequences, run_batches
+from sts_fast.model import forward, memory, packing
+from sts_fast.model.forward import ForwardPasses, Sequences, run_batches
+from sts_fast.model.language_model import LanguageModel
 
 LAYER = 2
 N_SHARED = 40
@@ -86,7 +86,7 @@ def own_positions(ids: list[np.ndarray]) -> list[np.ndarray]:
 )
 def test_every_token_is_that_of_its_sequence_alone(family: str, batch_tokens: int) -> None:
     model, ids, said = model_of(family), sequences(), []
-    passes = ForwardPasses(Decoder(model, LAYER), batch_tokens=batch_tokens, say=said.append)
+    passes = ForwardPasses(LanguageModel(model, LAYER), batch_tokens=batch_tokens, say=said.append)
     prepared = assert_reads(passes, ids, own_positions(ids), model)
     assert passes.strategy == STRATEGIES[family]
     assert len(said) == 1
@@ -102,7 +102,7 @@ def test_sequences_of_which_nothing_is_read(family: str) -> None:
     model, ids = model_of(family), sequences()
     positions = own_positions(ids)
     positions[0] = positions[3] = positions[0][:0]
-    passes = ForwardPasses(Decoder(model, LAYER), batch_tokens=60)
+    passes = ForwardPasses(LanguageModel(model, LAYER), batch_tokens=60)
     prepared = passes.prepare(ids, positions)
     assert prepared.n_shared == N_SHARED
     for batch, (reads,) in run_batches(prepared):
@@ -118,7 +118,7 @@ def test_rows_of_several_sequences_with_nothing_shared(
 ) -> None:
     model = model_of(family)
     ids = [one[i:] for i, one in enumerate(sequences(0, (12, 25, 7, 31, 18, 40)))]
-    passes = ForwardPasses(Decoder(model, LAYER), batch_tokens=10_000)
+    passes = ForwardPasses(LanguageModel(model, LAYER), batch_tokens=10_000)
     monkeypatch.setattr(
         passes, "_layout", lambda lengths, n_shared: packing.packed_rows(lengths, -(-sum(lengths) // n_rows))
     )
@@ -132,7 +132,7 @@ def test_rows_of_several_sequences_with_nothing_shared(
 def test_half_precision_is_checked_against_itself(family: str) -> None:
     model = make_model(family).to(torch.bfloat16)
     ids = sequences()
-    passes = ForwardPasses(Decoder(model, LAYER), batch_tokens=10_000)
+    passes = ForwardPasses(LanguageModel(model, LAYER), batch_tokens=10_000)
     prepared = passes.prepare(ids, own_positions(ids))
     assert passes.strategy == "packed"
     for batch, (reads,) in run_batches(prepared):
@@ -143,7 +143,7 @@ def test_half_precision_is_checked_against_itself(family: str) -> None:
             assert float(error.median()) < 0.03
 
 
-class Without(Decoder):
+class Without(LanguageModel):
     """A model that takes no notice of some of its inputs, as models do that were not made for them."""
 
     ignored: tuple[str, ...] = ()
@@ -172,7 +172,7 @@ def test_what_a_model_does_not_heed_is_not_used(family: str, ignored: tuple[str,
     assert "; not packed (" in said[0]
 
 
-class WrongWithoutMask(Decoder):
+class WrongWithoutMask(LanguageModel):
     """A model that masks sequences wrongly by itself, and rightly where it is told what each token sees."""
 
     def run(self, **inputs: Any) -> Any:
@@ -190,7 +190,7 @@ def test_sequences_in_rows_of_their_own_are_checked_where_they_may_be_packed() -
 def test_the_windows_are_as_before() -> None:
     model, ids = model_of("gemma2"), sequences()
     before = model.config.to_dict()
-    ForwardPasses(Decoder(model, LAYER)).prepare(ids, own_positions(ids))
+    ForwardPasses(LanguageModel(model, LAYER)).prepare(ids, own_positions(ids))
     assert model.config.to_dict() == before
 
 
@@ -207,7 +207,7 @@ def test_a_model_of_which_parts_lie_on_disk(on_disk: tuple[str, ...], tmp_path: 
         offload_folder=tmp_path / "offloaded",
     )
     assert any(parameter.is_meta for parameter in spread.parameters())
-    passes = ForwardPasses(Decoder(spread, LAYER), batch_tokens=60)
+    passes = ForwardPasses(LanguageModel(spread, LAYER), batch_tokens=60)
     assert_reads(passes, ids, own_positions(ids), model)
     assert passes.strategy == "packed"
 
@@ -217,7 +217,7 @@ def test_a_model_of_which_parts_lie_on_disk(on_disk: tuple[str, ...], tmp_path: 
 
 def prepare(ids: list[Any], positions: list[Any]) -> Sequences:
     as_arrays = [np.asarray(one, np.int32) for one in ids], [np.asarray(one, np.int32) for one in positions]
-    return ForwardPasses(Decoder(model_of("llama"), 0)).prepare(*as_arrays)
+    return ForwardPasses(LanguageModel(model_of("llama"), 0)).prepare(*as_arrays)
 
 
 def test_shared_is_what_all_have_in_common_before_the_first_token_read() -> None:
@@ -238,7 +238,7 @@ def test_shared_is_what_all_have_in_common_before_the_first_token_read() -> None
 def test_nothing_after_the_last_token_read_is_run() -> None:
     ids = [np.arange(3, 3 + n, dtype=np.int32) for n in (20, 30, 5)]
     read = [np.array([2, 7], np.int32), np.array([11], np.int32), np.array([], np.int32)]
-    passes = ForwardPasses(Decoder(model_of("llama"), LAYER), batch_tokens=1000)
+    passes = ForwardPasses(LanguageModel(model_of("llama"), LAYER), batch_tokens=1000)
     found = {
         index: one
         for batch, (reads,) in run_batches(passes.prepare(ids, read))
@@ -253,7 +253,7 @@ def test_nothing_after_the_last_token_read_is_run() -> None:
 
 
 def test_nothing_to_run() -> None:
-    passes = ForwardPasses(Decoder(model_of("llama"), 0))
+    passes = ForwardPasses(LanguageModel(model_of("llama"), 0))
     assert list(run_batches(passes.prepare([], []))) == []
 
 
@@ -262,7 +262,7 @@ def test_two_sides_go_through_together() -> None:
     model = model_of("qwen3")
     with_demos = sequences()
     without = [one[N_SHARED - 2 :] for one in with_demos]
-    passes = ForwardPasses(Decoder(model, LAYER), batch_tokens=60)
+    passes = ForwardPasses(LanguageModel(model, LAYER), batch_tokens=60)
     sides = [
         passes.prepare(without, [np.arange(2, len(one), dtype=np.int32) for one in without]),
         passes.prepare(with_demos, own_positions(with_demos)),
@@ -304,7 +304,7 @@ def test_with_a_stream_of_its_own_the_model_is_one_batch_ahead(monkeypatch: pyte
         yield
         current[0] = "caller"
 
-    class Watched(Decoder):
+    class Watched(LanguageModel):
         def run(self, **inputs: Any) -> Any:
             happened.append(("pass", current[0]))
             return super().run(**inputs)
@@ -338,7 +338,7 @@ def test_on_a_gpu_the_caller_and_the_model_do_not_disturb_each_other() -> None:
         pytest.skip("torch sees no CUDA device")
     model, ids = make_model("llama"), sequences(lengths=(9, 4, 13, 30, 1, 22) * 8)
     expected = [whole_model(model, one)[N_SHARED:] for one in ids]
-    passes = ForwardPasses(Decoder(model.to("cuda"), LAYER), batch_tokens=60)
+    passes = ForwardPasses(LanguageModel(model.to("cuda"), LAYER), batch_tokens=60)
     busy = torch.randn(2000, 2000, device="cuda")
     kept = {}
     for batch, (reads,) in run_batches(passes.prepare(ids, own_positions(ids))):
@@ -353,7 +353,7 @@ def test_on_a_gpu_the_caller_and_the_model_do_not_disturb_each_other() -> None:
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
-class Small(Decoder):
+class Small(LanguageModel):
     """A model whose device holds only so many tokens."""
 
     holds = 0
@@ -418,7 +418,7 @@ def test_the_budget_comes_from_the_free_memory(
 ) -> None:
     monkeypatch.setattr(memory, "free_memory", lambda device: free)
     ids = sequences()
-    passes = ForwardPasses(Decoder(model_of("llama"), LAYER))
+    passes = ForwardPasses(LanguageModel(model_of("llama"), LAYER))
     assert passes.batch_tokens is None
     list(run_batches(passes.prepare(ids, own_positions(ids))))
     assert passes.batch_tokens == expected or (expected is None and passes.batch_tokens in (512, 1024))
@@ -444,6 +444,6 @@ def test_files_that_were_read_do_not_count_against_a_container(tmp_path: Path, m
 
 
 def test_tokenizer_of_another_model() -> None:
-    passes = ForwardPasses(Decoder(model_of("llama"), 0))
+    passes = ForwardPasses(LanguageModel(model_of("llama"), 0))
     with pytest.raises(InputError, match="the model knows 60 tokens, but its tokenizer gives token id 60: "):
         passes.prepare([np.array([3, VOCABULARY], np.int32)], [np.array([1], np.int32)])

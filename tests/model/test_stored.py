@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 
 import sts_fast
 from sts_fast import capture_activations
-from sts_fast.activations import Activations, writing
-from sts_fast.activations.index import Index
 from sts_fast.cli import app
 from sts_fast.errors import InputError
+from sts_fast.model.stored import Activations, writing
+from sts_fast.model.stored.index import Index
 
 SAMPLING: dict[str, Any] = {"shots": 1, "domain_shots": 2}
 HOOKS = [f"blocks.{LAYER}.hook_resid_post", "blocks.1.hook_mlp_out"]

@@ -17,7 +17,7 @@ from sts_fast.data.examples import Example
 from sts_fast.data.prompts import Prompt, PromptSet, PromptTemplate, prompts_sha256
 from sts_fast.data.sets import Kind
 from sts_fast.errors import InputError
-from sts_fast.hooks import Hook
+from sts_fast.model.hooks import Hook
 from sts_fast.places import split_name
 
 FORMAT, VERSION = "sts-fast activations", 1

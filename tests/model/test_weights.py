@@ -11,9 +11,9 @@ from tiny import LAYER, Tiny
 from transformers import AutoModelForCausalLM
 
 import sts_fast
-from sts_fast.capture import Decoder, load_decoder
 from sts_fast.errors import InputError
-from sts_fast.weights import weights_sha256
+from sts_fast.model.language_model import LanguageModel, load_decoder
+from sts_fast.model.weights import weights_sha256
 
 TOP_N = 24
 
@@ -57,7 +57,7 @@ def test_the_digest_tells_weights_apart(tiny: Tiny) -> None:
     """The same whether loaded up to the layer or whole; another for any layer that is run, none for those above."""
     whole = AutoModelForCausalLM.from_pretrained(tiny.model)
     expected = load_decoder(tiny.model, LAYER, device="cpu").weights_sha256
-    assert Decoder(whole, LAYER).weights_sha256 == expected
+    assert LanguageModel(whole, LAYER).weights_sha256 == expected
     assert load_decoder(tiny.tuned, LAYER, device="cpu").weights_sha256 != expected
     assert weights_sha256(whole.to(torch.bfloat16), LAYER) != expected
     for layer, same in ((0, False), (LAYER, False), (LAYER + 1, True)):

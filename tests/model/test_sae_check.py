@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from tiny import Tiny
 
 from sts_fast import InputError, load_sae, score
-from sts_fast.capture import Decoder
 from sts_fast.data.prompts import Prompt
-from sts_fast.fit import check_names, measure_fit
+from sts_fast.model.language_model import LanguageModel
+from sts_fast.model.sae_check import check_names, measure_fit
 from sts_fast.sae import SAE
 
-ASSETS = Path(__file__).parents[2] / "shared" / "assets"
+ASSETS = Path(__file__).parents[3] / "shared" / "assets"
 needs_assets = pytest.mark.skipif(not ASSETS.is_dir(), reason="the real material is not beside this checkout")
 
 D_IN, D_SAE, LAYER, VOCABULARY = 64, 256, 2, 50
@@ -72,7 +72,7 @@ def trained(folder: Path, x: torch.Tensor, hook: str = f"blocks.{LAYER}.hook_res
 
 
 def fit_of(sae: SAE, model: Any) -> Any:
-    [fit] = measure_fit(Decoder(model, sae.hook_name), [sae], make_prompts())
+    [fit] = measure_fit(LanguageModel(model, sae.hook_name), [sae], make_prompts())
     return fit
 
 
@@ -154,19 +154,19 @@ def test_several_at_once_and_what_cannot_be_told(tmp_path: Path) -> None:
     blind = replace(right, decoder=None, hook_name="blocks.1.hook_mlp_out")
     silent = replace(right, b_enc=right.b_enc - 1e6)
     saes = [right, blind, silent]
-    fits = measure_fit(Decoder(model, *dict.fromkeys(sae.hook_name for sae in saes)), saes, make_prompts())
+    fits = measure_fit(LanguageModel(model, *dict.fromkeys(sae.hook_name for sae in saes)), saes, make_prompts())
     assert [fit.fits for fit in fits] == [True, None, False]
     assert fits[1].variance_explained is None
     assert "none of its features fires" in fits[2].warning
     # A forecast does without what a transcoder predicts, where the model has no such place.
     [elsewhere] = measure_fit(
-        Decoder(model, LAYER),
+        LanguageModel(model, LAYER),
         [replace(right, hook_name="blocks.2.hook_resid_post", target_hook_name="blocks.1.mlp.hook_post_linear")],
         make_prompts(),
     )
     assert (elsewhere.variance_explained, elsewhere.n_tokens) == (None, 1024)
     [few] = measure_fit(
-        Decoder(model, LAYER), [replace(right, hook_name="blocks.2.hook_resid_post")], make_prompts()[:1]
+        LanguageModel(model, LAYER), [replace(right, hook_name="blocks.2.hook_resid_post")], make_prompts()[:1]
     )
     assert (few.n_tokens, few.fits) == (28, None)
 
@@ -213,7 +213,7 @@ def test_a_forecast_tells_and_strict_stops(tiny: Tiny, monkeypatch: pytest.Monke
     with pytest.raises(InputError, match=r"may not belong to .*\(--strict\)"):
         score(sae=tiny.saes["standard"], strict=True, **options)
 
-    monkeypatch.setattr(sys.modules["sts_fast.opened"], "load_decoder", None)
+    monkeypatch.setattr(sys.modules["sts_fast.model.session"], "load_decoder", None)
     other = replace(load_sae(tiny.saes["standard"]), model_name="google/gemma-2-9b")
     with pytest.raises(InputError, match=r"was trained on google/gemma-2-9b, not on .*\(--strict\)"):
         score(sae=other, strict=True, **options)
@@ -239,6 +239,6 @@ def test_trained_saes_of_a_trained_model(name: str) -> None:
     sae = load_sae(ASSETS / "saes" / f"saelens_v6_stories260K_L2_{name}")
     for layer, fits in ((2, True), (3, False), (4, False)):
         sae = replace(sae, hook_name=f"blocks.{layer}.hook_resid_post")
-        [fit] = measure_fit(Decoder(model, layer), [sae], prompts)
+        [fit] = measure_fit(LanguageModel(model, layer), [sae], prompts)
         assert fit.fits == fits
         assert fits or fit.warning.endswith("read it at blocks.2.hook_resid_post")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sts_fast.errors import InputError
-from sts_fast.hooks import decoder_layers
+from sts_fast.model.hooks import decoder_layers
 
 if TYPE_CHECKING:
     import torch
