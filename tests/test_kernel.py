@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sts_fast.data.examples import load_examples
 from sts_fast.data.prompts import PromptTemplate, build_prompts
-from sts_fast.gradients import HookedModel
 from sts_fast.kernel import measure_kernel
-from sts_fast.ntk import Features
-from sts_fast.projection import projection
 from sts_fast.sae import load_sae
+from sts_fast.signed.gradients import HookedModel
+from sts_fast.signed.projection import projection
+from sts_fast.signed.push import Features
 
 N_PROMPTS = 8
 

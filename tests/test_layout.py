@@ -17,7 +17,7 @@ PACKAGE = ROOT / "python" / "sts_fast"
 # A module imports only from modules before it. A new module gets its place here.
 ORDER = [
     *("_version", "errors", "files", "places", "data", "sae", "ops", "model"),
-    *("projection", "gradients", "controls", "policy", "ntk", "settle", "results", "signed"),
+    *("signed", "controls", "settle", "results"),
     *("kernel", "gradient_flow", "allot"),
     *("settings", "shifted", "domains", "forecast", "score"),
     *("overlap", "ablate", "rollouts", "mix"),

@@ -14,15 +14,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sts_fast.data.examples import Example, load_examples
 from sts_fast.data.prompts import PromptTemplate, build_prompts
-from sts_fast.gradients import HookedModel
 from sts_fast.model.language_model import LanguageModel
-from sts_fast.ntk import Features, measure_push
-from sts_fast.policy import group_advantages
-from sts_fast.projection import projection
 from sts_fast.rollouts.dims import N_FOLDS, Completions, correlation_shifts, gradient_shift, step_shift
 from sts_fast.sae import SAE, load_sae
 from sts_fast.settings import Settings
 from sts_fast.shifted import Shift
+from sts_fast.signed.gradients import HookedModel
+from sts_fast.signed.objectives import group_advantages
+from sts_fast.signed.projection import projection
+from sts_fast.signed.push import Features, measure_push
 
 Doubles = NDArray[np.float64]
 

@@ -18,8 +18,8 @@ from benchmarks.study.trials import BATCH, N_TRAIN, REGIMES, SHOTS
 from sts_fast import controls, organism
 from sts_fast.demo import TOP_N
 from sts_fast.organism.training import LAYER
-from sts_fast.projection import projection
 from sts_fast.sae import load_sae
+from sts_fast.signed.projection import projection
 
 if TYPE_CHECKING:
     import torch

@@ -19,12 +19,12 @@ from sts_fast.allot import fill, least_loss, whole_examples
 from sts_fast.data.prompts import PromptTemplate, build_prompts
 from sts_fast.errors import InputError
 from sts_fast.gradient_flow import Flow
-from sts_fast.gradients import HookedModel
 from sts_fast.kernel import measure_kernel
 from sts_fast.mix import LOSS_LEFT
-from sts_fast.ntk import Features
-from sts_fast.projection import projection
 from sts_fast.sae import load_sae
+from sts_fast.signed.gradients import HookedModel
+from sts_fast.signed.projection import projection
+from sts_fast.signed.push import Features
 
 RESULTS = Path(__file__).parents[1] / "results" / "mixing.json"
 TABLES = RESULTS.with_suffix(".md")

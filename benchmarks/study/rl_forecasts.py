@@ -17,14 +17,14 @@ from sts_fast import organism
 from sts_fast.controls import cosine
 from sts_fast.data.examples import Example
 from sts_fast.data.prompts import Prompt, PromptTemplate, build_prompts
-from sts_fast.gradients import AnswerRows, HookedModel, answer_nll
 from sts_fast.model.language_model import LanguageModel, capture
-from sts_fast.ntk import Features, LinearMap, Push, measure_pull, measure_push
 from sts_fast.ops.correlate import CorrelationStats
 from sts_fast.ops.shift import ShiftStats, top_indices
-from sts_fast.policy import AnswerLoss, PolicyLoss
-from sts_fast.projection import projection
 from sts_fast.sae import SAE, load_sae
+from sts_fast.signed.gradients import AnswerRows, HookedModel, answer_nll
+from sts_fast.signed.objectives import AnswerLoss, PolicyLoss
+from sts_fast.signed.projection import projection
+from sts_fast.signed.push import Features, LinearMap, Push, measure_pull, measure_push
 
 N_PROMPTS = 48
 N_ANSWERED = 32  # of them, for the signed forecasts

@@ -9,12 +9,12 @@ import numpy as np
 
 from sts_fast.data.prompts import Prompt
 from sts_fast.errors import InputError
-from sts_fast.gradients import MOST_LOGITS
 from sts_fast.model.language_model import padded_ids
 from sts_fast.model.layer_trace import input_device
 from sts_fast.model.memory import TokenBudget
 from sts_fast.ops.shift import top_indices
-from sts_fast.projection import projection
+from sts_fast.signed.gradients import MOST_LOGITS
+from sts_fast.signed.projection import projection
 
 if TYPE_CHECKING:
     import torch

@@ -27,7 +27,7 @@ from sts_fast.results import Forecast, ShiftedFeature
 from sts_fast.sae import SAE
 from sts_fast.settings import Settings
 from sts_fast.shifted import N_REPLICATES, Shift
-from sts_fast.signed import SignedForecast
+from sts_fast.signed.signed import SignedForecast
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sts_fast.data.prompts import PromptSet
-from sts_fast.gradients import HookedModel
-from sts_fast.ntk import Features, measure_pull, measure_push, push_warnings
+from sts_fast.signed.gradients import HookedModel
+from sts_fast.signed.push import Features, measure_pull, measure_push, push_warnings
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,7 +23,7 @@ Tell = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Kernel:
-    """K[a, T] = <M_a, M_T>, see ntk, of sets by name, prompt by prompt of T.
+    """K[a, T] = <M_a, M_T>, see signed.push, of sets by name, prompt by prompt of T.
 
     values: by T, [n_sets, n_prompts] <M_a, m_prompt>, of which K[a, T] is the mean
     nll:    by T, [n_prompts] loss of each prompt's answer, in nats per token

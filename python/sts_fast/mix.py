@@ -18,15 +18,15 @@ from sts_fast.data.prompts import build_prompts
 from sts_fast.data.sets import Fields, Sets, Source, check_enough, common_template
 from sts_fast.errors import InputError
 from sts_fast.gradient_flow import Flow
-from sts_fast.gradients import HookedModel
 from sts_fast.kernel import Kernel, measure_kernel
 from sts_fast.model.language_model import LanguageModel, load_config, load_language_model, load_tokenizer
 from sts_fast.model.sae_check import check_names, check_width, measure_fit
 from sts_fast.model.stored import is_activations
-from sts_fast.ntk import Features
-from sts_fast.projection import projection
 from sts_fast.sae import SAE, load_sae
-from sts_fast.signed import BATCH_TOKENS, hook_layer
+from sts_fast.signed.gradients import HookedModel
+from sts_fast.signed.projection import projection
+from sts_fast.signed.push import Features
+from sts_fast.signed.signed import BATCH_TOKENS, hook_layer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -15,7 +15,6 @@ from sts_fast.data.sets import MIN_PROMPTS, Fields, Kind, Sets, Source, check_en
 from sts_fast.domains import read_domain
 from sts_fast.errors import InputError
 from sts_fast.forecast import forecast_of, promoted_tokens, provenance_of, with_signed
-from sts_fast.gradients import HookedModel
 from sts_fast.model import explain
 from sts_fast.model.language_model import LanguageModel
 from sts_fast.model.log import AnswerLog
@@ -28,7 +27,8 @@ from sts_fast.sae import SAE
 from sts_fast.settings import Options, Settings
 from sts_fast.settings import Progress as Progress
 from sts_fast.shifted import Shift, measure_shifts
-from sts_fast.signed import SIGNED_ESTIMATORS, SignedEstimator, SignedForecast, hook_layer, measure_signed
+from sts_fast.signed.gradients import HookedModel
+from sts_fast.signed.signed import SIGNED_ESTIMATORS, SignedEstimator, SignedForecast, hook_layer, measure_signed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -12,9 +12,9 @@ from sts_fast.data.sets import Sampling
 from sts_fast.errors import InputError
 from sts_fast.model.session import Reading
 from sts_fast.model.weights import DeviceMap
-from sts_fast.ntk import FeatureKind
 from sts_fast.results import ESTIMATORS, Estimator
-from sts_fast.signed import SIGNED_ESTIMATORS, SignedEstimator
+from sts_fast.signed.push import FeatureKind
+from sts_fast.signed.signed import SIGNED_ESTIMATORS, SignedEstimator
 
 Dims = Literal["icl", "tuned", "active"]
 Controls = Literal["features", "all"]
@@ -57,8 +57,8 @@ class Settings:
     dims:      what the shifted features D_N are taken from: 'icl' (demonstrations of the training set in context),
                'tuned' (the model after training, given as `tuned`), 'active' (most active, no demonstrations)
     estimators: any of 'act', 'icl', 'act_sq' ('act' where none is named), see DomainScore for the equations; and the
-               signed 'ntk', 'step', 'adapter', see ntk, which need answers and the whole model
-    signed_features: what the signed ones are written in: 'sae', 'fired' or 'raw', see ntk.Features
+               signed 'ntk', 'step', 'adapter', see push, which need answers and the whole model
+    signed_features: what the signed ones are written in: 'sae', 'fired' or 'raw', see push.Features
     controls:  'features' (other features, raw activations, cosine of means) or 'all' (also the base model's loss and
                accuracy, which need the whole model and answers)
     shots, domain_shots: demonstrations of the training set (for D_N), of each domain (for 'icl')

@@ -34,7 +34,6 @@ from sts_fast.data.examples import Example
 from sts_fast.data.prompts import Prompt, PromptSet, PromptTemplate
 from sts_fast.data.sets import Fields, Kind, Sampling, Sets, Source, check_enough, common_template
 from sts_fast.errors import InputError
-from sts_fast.gradients import HookedModel
 from sts_fast.model.hooks import find_hooks
 from sts_fast.model.language_model import load_language_model, load_tokenizer
 from sts_fast.model.sae_check import check_width
@@ -42,7 +41,8 @@ from sts_fast.ops.correlate import CorrelationStats
 from sts_fast.ops.shift import ShiftStats
 from sts_fast.results import Forecast
 from sts_fast.sae import SAE, load_sae
-from sts_fast.signed import hook_layer
+from sts_fast.signed.gradients import HookedModel
+from sts_fast.signed.signed import hook_layer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sts_fast.ntk import SMALLEST_P
+from sts_fast.signed.push import SMALLEST_P
 
 WORDS = {"loss": "the loss per token", "p_answer": "P(answer)", "accuracy": "accuracy"}
 

@@ -16,7 +16,7 @@ from sts_fast.calibration.conformal import Points
 from sts_fast.errors import InputError
 from sts_fast.outcomes import METRICS, listed
 from sts_fast.results import ESTIMATORS, SCORES_FILE, VALIDATION_FILE
-from sts_fast.signed import SIGNED_ESTIMATORS, SIGNED_FIELDS
+from sts_fast.signed.signed import SIGNED_ESTIMATORS, SIGNED_FIELDS
 from sts_fast.validate.reading import finite, read_run_scores
 
 # Which estimator is learned from where none is named: the first that all runs hold.

@@ -11,7 +11,7 @@ from rich.table import Table
 from sts_fast import results
 from sts_fast.cli.console import BAR_WIDTH, SIDE_WIDTH, err, out
 from sts_fast.results import ESTIMATORS, Forecast
-from sts_fast.signed import SIGNED_FIELDS
+from sts_fast.signed.signed import SIGNED_FIELDS
 
 
 def print_shift(forecast: Forecast, n_features: int) -> None:

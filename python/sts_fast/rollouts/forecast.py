@@ -13,14 +13,11 @@ import numpy as np
 from sts_fast.data.prompts import PromptSet, TokenClass, show_prompt
 from sts_fast.data.sets import MIN_PROMPTS, Fields, Kind, Sets, Source, check_enough
 from sts_fast.errors import InputError
-from sts_fast.gradients import HookedModel
 from sts_fast.model import explain
 from sts_fast.model.language_model import LanguageModel
 from sts_fast.model.sae_check import measure_fit
 from sts_fast.model.session import SAESource, Session, hook_of, loaded_sae, open_model, with_head
 from sts_fast.model.stored import is_activations
-from sts_fast.ntk import Features, MapKind, Push, measure_push
-from sts_fast.projection import projection
 from sts_fast.results import ESTIMATORS, Forecast
 from sts_fast.rollouts.dims import (
     N_FOLDS,
@@ -35,7 +32,10 @@ from sts_fast.sae import SAE
 from sts_fast.score import forecasts_of
 from sts_fast.settings import Options, Settings
 from sts_fast.shifted import Shift, measure_shifts
-from sts_fast.signed import (
+from sts_fast.signed.gradients import HookedModel
+from sts_fast.signed.projection import projection
+from sts_fast.signed.push import Features, MapKind, Push, measure_push
+from sts_fast.signed.signed import (
     BATCH_TOKENS,
     SIGNED_ESTIMATORS,
     SignedEstimator,

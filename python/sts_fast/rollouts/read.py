@@ -39,7 +39,7 @@ from sts_fast.data.examples import (
 )
 from sts_fast.data.tables import KINDS, Row, exists, file_rows, listdir, listed, suffix_of
 from sts_fast.errors import InputError
-from sts_fast.policy import group_advantages, group_spread
+from sts_fast.signed.objectives import group_advantages, group_spread
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

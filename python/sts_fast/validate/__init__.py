@@ -9,7 +9,7 @@ import numpy as np
 
 from sts_fast.errors import InputError
 from sts_fast.outcomes import Outcome, Outcomes, cautions, match_domains, read_outcomes
-from sts_fast.signed import SIGNED_FIELDS
+from sts_fast.signed.signed import SIGNED_FIELDS
 from sts_fast.validate.reading import Scores, interval_of, outcome_arrays, read_scores, score_arrays, unmatched
 from sts_fast.validate.record import DomainResult, Validation
 from sts_fast.validate.statistics import (

@@ -13,7 +13,7 @@ import numpy as np
 from sts_fast.errors import InputError
 from sts_fast.outcomes import Outcome, listed
 from sts_fast.results import SCORES_FILE, Forecast, Interval, check_has_scores
-from sts_fast.signed import SIGNED_FIELDS
+from sts_fast.signed.signed import SIGNED_FIELDS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

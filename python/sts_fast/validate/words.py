@@ -7,7 +7,7 @@ import math
 import textwrap
 from typing import TYPE_CHECKING
 
-from sts_fast.signed import SIGNED_FIELDS
+from sts_fast.signed.signed import SIGNED_FIELDS
 from sts_fast.validate.statistics import GOOD, LEVEL, N_DRAWS, critical_r
 
 if TYPE_CHECKING:

@@ -35,11 +35,11 @@ import numpy as np
 
 from sts_fast.data.prompts import Prompt
 from sts_fast.errors import InputError
-from sts_fast.gradients import AnswerRows, HookedModel
 from sts_fast.ops import _cpu, backend
 from sts_fast.ops.encode import encode
-from sts_fast.policy import AnswerLoss, PolicyLoss
 from sts_fast.sae import SAE
+from sts_fast.signed.gradients import AnswerRows, HookedModel
+from sts_fast.signed.objectives import AnswerLoss, PolicyLoss
 
 if TYPE_CHECKING:
     import torch

@@ -21,11 +21,11 @@ from sts_fast.cli import main
 from sts_fast.data.examples import load_examples
 from sts_fast.data.prompts import PromptTemplate, build_prompts
 from sts_fast.errors import InputError
-from sts_fast.gradients import HookedModel
-from sts_fast.ntk import Features, measure_pull, measure_push
 from sts_fast.outcomes import Outcome
-from sts_fast.projection import projection
 from sts_fast.sae import load_sae
+from sts_fast.signed.gradients import HookedModel
+from sts_fast.signed.projection import projection
+from sts_fast.signed.push import Features, measure_pull, measure_push
 from sts_fast.validate import validate
 
 SHOTS, DOMAIN_SHOTS, LIMIT = 1, 2, 12
@@ -264,7 +264,7 @@ def test_several_training_sets_side_by_side(
 
 
 def test_the_written_tables_are_those_of_the_results() -> None:
-    benchmarks = Path(__file__).parents[1] / "benchmarks"
+    benchmarks = Path(__file__).parents[2] / "benchmarks"
     table = runpy.run_path(str(benchmarks / "study" / "table.py"))["table"]
     results = json.loads((benchmarks / "results" / "study.json").read_text(encoding="utf-8"))
     assert table(results) in (benchmarks / "results" / "study.md").read_text(encoding="utf-8")

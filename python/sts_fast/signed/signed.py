@@ -11,11 +11,15 @@ import numpy as np
 
 from sts_fast.data.prompts import Prompt, PromptSet
 from sts_fast.errors import InputError
-from sts_fast.gradients import HookedModel
 from sts_fast.model.explain import N_FEATURES, Firings
 from sts_fast.model.hooks import Hook
 from sts_fast.model.log import PromptLog
-from sts_fast.ntk import (
+from sts_fast.ops.encode import encode
+from sts_fast.places import split_name
+from sts_fast.sae import SAE
+from sts_fast.signed.gradients import HookedModel
+from sts_fast.signed.projection import projection
+from sts_fast.signed.push import (
     FeatureKind,
     Features,
     MapKind,
@@ -26,10 +30,6 @@ from sts_fast.ntk import (
     pull_warnings,
     push_warnings,
 )
-from sts_fast.ops.encode import encode
-from sts_fast.places import split_name
-from sts_fast.projection import projection
-from sts_fast.sae import SAE
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -93,7 +93,7 @@ def measure_signed(
     seed: int = 0,
     tell: Tell | None = None,
 ) -> dict[str, SignedForecast]:
-    """By training set, which way each domain moves; see ntk for the equations.
+    """By training set, which way each domain moves; see push for the equations.
 
     trains, domains: prompts that read their answers; each is passed through the model, and back to the hook, once
     """

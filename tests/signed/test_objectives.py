@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sts_fast.policy import AnswerLoss, PolicyLoss, group_advantages
+from sts_fast.signed.objectives import AnswerLoss, PolicyLoss, group_advantages
 
 GROUP_OF = np.repeat([0, 1, 2, 3], [4, 1, 3, 4])
 

@@ -19,8 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sts_fast.data.examples import Example, load_examples
 from sts_fast.data.prompts import Prompt, PromptTemplate, build_prompts
 from sts_fast.errors import InputError
-from sts_fast.gradients import HookedModel
-from sts_fast.ntk import (
+from sts_fast.sae import load_sae
+from sts_fast.signed.gradients import HookedModel
+from sts_fast.signed.objectives import PolicyLoss, group_advantages
+from sts_fast.signed.projection import projection
+from sts_fast.signed.push import (
     Features,
     LinearMap,
     Pull,
@@ -30,9 +33,6 @@ from sts_fast.ntk import (
     pull_warnings,
     push_warnings,
 )
-from sts_fast.policy import PolicyLoss, group_advantages
-from sts_fast.projection import projection
-from sts_fast.sae import load_sae
 
 Doubles = NDArray[np.float64]
 
