@@ -20,8 +20,8 @@ import sts_fast
 from sts_fast import organism
 from sts_fast.ablate.record import ablation_schema, validate_ablation
 from sts_fast.cli import main
-from sts_fast.controls import like_activity
 from sts_fast.errors import InputError
+from sts_fast.forecast.controls import like_activity
 
 LIMIT, TOP_N, DRAWS = 8, 12, 2
 CONDITIONS = ("top", "random", "like_activity", "low_shift")

@@ -16,7 +16,6 @@ from benchmarks.study import calibrate
 from test_report import make_scores, make_signed
 from tiny import Tiny
 
-import sts_fast
 from sts_fast import Calibration, InputError, fit_calibration
 from sts_fast.calibration.conformal import (
     Points,
@@ -28,7 +27,7 @@ from sts_fast.calibration.conformal import (
     trains_needed,
 )
 from sts_fast.cli import main
-from sts_fast.results import DomainScore, Forecast, validate_scores
+from sts_fast.forecast.run import DomainScore, Forecast, ShiftedFeature, validate_scores
 
 
 def world(n_trains: int, n_domains: int, seed: int, *, spread: float = 0.0, signed: bool = True) -> Points:
@@ -191,7 +190,7 @@ def made_forecast(seed: int, edit: Any = None) -> Forecast:
         DomainScore(**{key: tuple(value) if isinstance(value, list) else value for key, value in domain.items()})
         for domain in scores.pop("domains")
     ]
-    features = [sts_fast.results.ShiftedFeature(**one) for one in scores.pop("shifted_features")]
+    features = [ShiftedFeature(**one) for one in scores.pop("shifted_features")]
     nothing: Any = None
     plain = {field.name: scores[field.name] for field in fields(Forecast) if field.name in scores}
     return Forecast(

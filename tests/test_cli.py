@@ -27,7 +27,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import sts_fast
-from sts_fast import cli, results
+from sts_fast import cli
+from sts_fast.forecast.run import scores_schema
 from sts_fast.model.language_model import LanguageModel
 
 WORDS = ["<unk>", "<bos>", "<eos>", "Question:", "Answer:", *(f"w{i}" for i in range(60))]
@@ -215,7 +216,7 @@ def test_score_prints_tables_and_writes_files(score: Options, run: Callable[...,
     assert sorted(contents(score.output)) == FILES
 
     scores = json.loads((score.output / "scores.json").read_text())
-    jsonschema.validate(scores, results.scores_schema())
+    jsonschema.validate(scores, scores_schema())
     by_name = {domain["name"]: domain for domain in scores["domains"]}
     assert sorted(by_name) == ["blue", "red"]
     for domain in by_name.values():
@@ -248,7 +249,7 @@ def test_json_goes_to_standard_output_alone(score: Options, run: Callable[..., R
     for what, n_lines in (("forward passes of", 2), ("resampling its", 1), ("pairs of domains are apart", 2)):
         assert sum(what in line for line in said) == n_lines
     scores = json.loads(ran.out)
-    jsonschema.validate(scores, results.scores_schema())
+    jsonschema.validate(scores, scores_schema())
     assert ran.out == (score.output / "scores.json").read_text()
 
 
@@ -259,7 +260,7 @@ def test_shift_measures_the_training_set_alone(score: Options, run: Callable[...
     assert "Most shifted of 48 features" in ran.out
     assert "Forecast" not in ran.out
     scores = json.loads((shift.output / "scores.json").read_text())
-    jsonschema.validate(scores, results.scores_schema())
+    jsonschema.validate(scores, scores_schema())
     assert scores["domains"] == []
     assert json.loads(run(shift.with_(json=True)).out)["shifted_features"] == scores["shifted_features"]
 

@@ -17,10 +17,9 @@ PACKAGE = ROOT / "python" / "sts_fast"
 # A module imports only from modules before it. A new module gets its place here.
 ORDER = [
     *("_version", "errors", "files", "places", "data", "sae", "ops", "model"),
-    *("signed", "controls", "settle", "results"),
+    *("signed", "forecast"),
     *("kernel", "gradient_flow", "allot"),
-    *("settings", "shifted", "domains", "forecast", "score"),
-    *("overlap", "ablate", "rollouts", "mix"),
+    *("ablate", "rollouts", "mix"),
     *("outcomes", "validate", "calibration", "report", "organism", "demo", "trainer", "cli", "__main__"),
 ]
 HEAVY = {"torch", "transformers", "sae_lens", "pandas", "pyarrow", "matplotlib", "datasets"}

@@ -20,7 +20,16 @@ import tiny as tiny_material
 from scipy import stats
 
 import sts_fast
-from sts_fast import InputError, files, results
+from sts_fast import InputError, files
+from sts_fast.forecast.run import (
+    COMPARISON_FILE,
+    FEATURES_FILE,
+    SCHEMA_VERSION,
+    SCORES_FILE,
+    SHIFT_FILE,
+    VALIDATION_FILE,
+    validate_scores,
+)
 from sts_fast.outcomes import Outcome
 from sts_fast.report import build_comparison_report, build_report, figures, numbers, short_name
 from sts_fast.report.outcome import outcome_section, outcome_warnings
@@ -165,7 +174,7 @@ def make_scores(n: int = 6, seed: int = 0) -> dict[str, Any]:
     importance = make_importance(seed)
     top = np.argsort(-importance, kind="stable")[:TOP_N]
     return {
-        "schema_version": results.SCHEMA_VERSION,
+        "schema_version": SCHEMA_VERSION,
         "model": {
             "name": "models/deep/a-model", "layer": 3, "module": "layers.3", "side": "output",
             "d_in": 64, "dtype": "float32", "context_length": 512,
@@ -301,7 +310,7 @@ def make_importance(seed: int = 0) -> np.ndarray[Any, np.dtype[np.float64]]:
 
 def write_scores(folder: Path, scores: dict[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / results.SCORES_FILE).write_text(json.dumps(scores), encoding="utf-8")
+    (folder / SCORES_FILE).write_text(json.dumps(scores), encoding="utf-8")
     return folder
 
 
@@ -309,7 +318,7 @@ def write_shift(folder: Path, scores: dict[str, Any], *, kind: str = "ShiftStats
     name = "sum_h" if kind == "CorrelationStats" else "sum_sq_shift"
     top = np.asarray([feature["index"] for feature in scores["shifted_features"]])
     arrays = {name: make_importance(seed) * 1000, "shifted_features": top}
-    files.save_arrays(folder / results.SHIFT_FILE, arrays, {"kind": kind, "n_tokens": "1000"})
+    files.save_arrays(folder / SHIFT_FILE, arrays, {"kind": kind, "n_tokens": "1000"})
 
 
 def write_firings(folder: Path, scores: dict[str, Any], text: str = "") -> list[dict[str, Any]]:
@@ -324,7 +333,7 @@ def write_firings(folder: Path, scores: dict[str, Any], text: str = "") -> list[
     carriers = (scores["signed"] or {"top_features": []})["top_features"]
     signed = [row | {"stage": "signed", "feature": feature["index"]} for feature in carriers[:3] for row in rows[:5]]
     rows += [row | {"token": f" carries{text}"} for row in signed]
-    pq.write_table(pa.Table.from_pylist(rows), folder / results.FEATURES_FILE)
+    pq.write_table(pa.Table.from_pylist(rows), folder / FEATURES_FILE)
     return rows
 
 
@@ -332,7 +341,7 @@ def write_validation(folder: Path, scores: dict[str, Any]) -> dict[str, Any]:
     rng = np.random.default_rng(5)
     changes = {d["name"]: Outcome(float(rng.normal(0, 0.05)), 0.4, 0.45, 0.01, 700) for d in scores["domains"]}
     document = validate(scores, changes).to_dict()
-    (folder / results.VALIDATION_FILE).write_text(json.dumps(document), encoding="utf-8")
+    (folder / VALIDATION_FILE).write_text(json.dumps(document), encoding="utf-8")
     return document
 
 
@@ -357,7 +366,7 @@ def write_full_run(folder: Path, scores: dict[str, Any] | None = None) -> dict[s
 def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Node, Path]:
     folder = tmp_path_factory.mktemp("full")
     scores = write_full_run(folder)
-    results.validate_scores(scores)
+    validate_scores(scores)
     path = build_report(folder)
     assert path == folder / "report.html"
     return scores, read_page(path), path
@@ -794,7 +803,7 @@ def test_scores_of_zero(tmp_path: Path) -> None:
     write_scores(tmp_path, scores)
     top = np.asarray([feature["index"] for feature in scores["shifted_features"]])
     arrays = {"sum_sq_shift": np.zeros(D_SAE), "shifted_features": top}
-    files.save_arrays(tmp_path / results.SHIFT_FILE, arrays, {"kind": "ShiftStats"})
+    files.save_arrays(tmp_path / SHIFT_FILE, arrays, {"kind": "ShiftStats"})
     page = read_page(build_report(tmp_path))
     assert {bar.attrs["width"] for bar in page.all("svg")[0].all("rect", class_="bar")} == {"0.00%"}
     assert "agree cannot be judged: one of them is the same for all domains" in page.text()
@@ -806,7 +815,7 @@ def test_scores_of_zero(tmp_path: Path) -> None:
 
 def test_outcome_numbers(full: tuple[dict[str, Any], Node, Path]) -> None:
     _, page, path = full
-    document = json.loads((path.parent / results.VALIDATION_FILE).read_text())
+    document = json.loads((path.parent / VALIDATION_FILE).read_text())
     section = page.one("section", **{"aria-labelledby": "outcome"})
     assert section.one("p", class_="verdict").text() == document["verdict"]
     rows = {cells[0].text(): cells[1:] for cells in rows_of(section.one("table", id="table-outcome"))}
@@ -871,9 +880,9 @@ def test_outcome_with_anything_missing_or_of_another_type(tmp_path: Path) -> Non
         outcome_section(broken)
         outcome_warnings(broken)
         if number % 12 == 0 or len(path) == 1:
-            (tmp_path / results.VALIDATION_FILE).write_text(json.dumps(broken))
+            (tmp_path / VALIDATION_FILE).write_text(json.dumps(broken))
             assert "Forecast against outcome" in read_page(build_report(tmp_path)).text()
-    (tmp_path / results.VALIDATION_FILE).write_text("{}")
+    (tmp_path / VALIDATION_FILE).write_text("{}")
     assert "it holds no comparison" in read_page(build_report(tmp_path)).text()
 
 
@@ -1122,7 +1131,7 @@ def with_file(name: str, content: bytes) -> Any:
 def with_features(rows: list[dict[str, Any]]) -> Any:
     def write(folder: Path) -> None:
         write_scores(folder, make_scores())
-        pq.write_table(pa.Table.from_pylist(rows), folder / results.FEATURES_FILE)
+        pq.write_table(pa.Table.from_pylist(rows), folder / FEATURES_FILE)
 
     return write
 
@@ -1211,7 +1220,7 @@ def test_training_sets_side_by_side(tmp_path: Path) -> None:
         trains[1]: {"value": [-0.2, 0.1, None], "interval": [[-0.3, -0.1], [0.0, 0.2], None]},
     }
     document["changes"] = {"unit": "accuracy", "signed": True, "level": 0.9, "trains": changes}
-    (tmp_path / results.COMPARISON_FILE).write_text(json.dumps(document), encoding="utf-8")
+    (tmp_path / COMPARISON_FILE).write_text(json.dumps(document), encoding="utf-8")
     page = read_page(build_comparison_report(tmp_path))
     calibrated = rows_of(page.one("table", id="table-changes"))
     assert [[cell.text() for cell in cells[1:]] for cells in calibrated] == [
@@ -1236,7 +1245,7 @@ def test_training_sets_side_by_side(tmp_path: Path) -> None:
     assert [cell.text() for cell in rows_of(page.one("table", id="table-shared"))[0][1:]] == ["100.0%", "25.0%"]
     links = [link.attrs["href"] for link in page.one("table", id="table-adapter").all("a")]
     assert links == ["a%20set/report.html", "b%22%3E%3Cscript%3E/report.html"]
-    (tmp_path / results.COMPARISON_FILE).write_text("{}")
+    (tmp_path / COMPARISON_FILE).write_text("{}")
     with pytest.raises(InputError, match=r"compare\.json is not a readable"):
         build_comparison_report(tmp_path)
 

@@ -19,8 +19,8 @@ import sts_fast
 from sts_fast.data.examples import Example, load_examples
 from sts_fast.data.prompts import PromptTemplate
 from sts_fast.errors import InputError
+from sts_fast.forecast.run import Forecast, validate_scores
 from sts_fast.report import build_report
-from sts_fast.results import Forecast, validate_scores
 from sts_fast.rollouts import WAYS, Columns, Rollout, Rollouts, load_rollouts
 from sts_fast.rollouts.prompts import Rendering, read_completions, verified_demos, with_endings
 

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sts_fast.data.examples import Example, load_examples
 from sts_fast.data.prompts import PromptTemplate, build_prompts
+from sts_fast.forecast.dims import Shift
+from sts_fast.forecast.options import Settings
 from sts_fast.model.language_model import LanguageModel
 from sts_fast.rollouts.dims import N_FOLDS, Completions, correlation_shifts, gradient_shift, step_shift
 from sts_fast.sae import SAE, load_sae
-from sts_fast.settings import Settings
-from sts_fast.shifted import Shift
 from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.objectives import group_advantages
 from sts_fast.signed.projection import projection

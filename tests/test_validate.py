@@ -12,8 +12,8 @@ import pytest
 from scipy import special, stats
 
 from sts_fast.errors import InputError
+from sts_fast.forecast.run import DomainScore, Forecast
 from sts_fast.outcomes import Outcome, Outcomes
-from sts_fast.results import DomainScore, Forecast
 from sts_fast.validate import Validation, outcome_limits, validate
 from sts_fast.validate.record import Association, Limits
 from sts_fast.validate.statistics import mean_ranks

@@ -15,8 +15,9 @@ from benchmarks.study.correlations import pearson, rounded
 from benchmarks.study.grounds import Ground
 from benchmarks.study.saes import Variant
 from benchmarks.study.trials import BATCH, N_TRAIN, REGIMES, SHOTS
-from sts_fast import controls, organism
+from sts_fast import organism
 from sts_fast.demo import TOP_N
+from sts_fast.forecast import controls
 from sts_fast.organism.training import LAYER
 from sts_fast.sae import load_sae
 from sts_fast.signed.projection import projection

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sts_fast import files, organism, results
+from sts_fast import files, organism
 from sts_fast._version import __version__
 from sts_fast.errors import InputError
+from sts_fast.forecast.run import SCHEMA_VERSION, VALIDATION_FILE, Forecast
+from sts_fast.forecast.score import compare
 from sts_fast.organism import Abilities, one_thread
 from sts_fast.outcomes import Outcome
 from sts_fast.report import DEMO_FILE, build_demo_report, build_report
-from sts_fast.results import Forecast
-from sts_fast.score import compare
 from sts_fast.validate import Validation, validate
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ class Demo:
     def to_dict(self) -> dict[str, Any]:
         """What demo.json holds."""
         return {
-            "schema_version": results.SCHEMA_VERSION,
+            "schema_version": SCHEMA_VERSION,
             "versions": {"sts_fast": __version__},
             "organism": self.figures,
             "training": {"steps": self.steps, "lr": self.lr},
@@ -231,7 +231,7 @@ class Demo:
         for train, forecast in self.forecasts.items():
             trial = next(trial for trial in self.trials if trial.train == train)
             forecast.save(folder / train)
-            with files.atomic_path(folder / train / results.VALIDATION_FILE) as path:
+            with files.atomic_path(folder / train / VALIDATION_FILE) as path:
                 path.write_text(files.to_json(trial.validation.to_dict()), encoding="utf-8")
             build_report(folder / train)
         with files.atomic_path(folder / DEMO_FILE) as path:

@@ -1,6 +1,7 @@
 """How the losses of several sets move while a model is trained on a mixture of them, told from their first gradients.
 
-With M_a the gradient of a set's loss L_a at the hook (see push), training on shares p of the sets moves the loss of T by
+With M_a the gradient of a set's loss L_a at the hook (see push), training on shares p of the sets moves the loss
+of T by
 
     dL_T/dt = - sum_a p_a <M_a, M_T>
 

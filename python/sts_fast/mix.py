@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from sts_fast import files, results
+from sts_fast import files
 from sts_fast.allot import fill, least_loss, whole_examples
 from sts_fast.data.examples import Example
 from sts_fast.data.prompts import build_prompts
 from sts_fast.data.sets import Fields, Sets, Source, check_enough, common_template
 from sts_fast.errors import InputError
+from sts_fast.forecast.run import ESTIMATORS, SCORES_FILE, check_has_scores
 from sts_fast.gradient_flow import Flow
 from sts_fast.kernel import Kernel, measure_kernel
 from sts_fast.model.language_model import LanguageModel, load_config, load_language_model, load_tokenizer
@@ -323,12 +324,12 @@ def _measure(
 def _scores(run: str | Path, names: Sequence[str], estimator: str | None) -> Doubles:
     """[n_domains] STS of each domain in a run."""
     path = Path(run)
-    path = path if path.is_file() else path / results.SCORES_FILE
-    results.check_has_scores(path.parent)
+    path = path if path.is_file() else path / SCORES_FILE
+    check_has_scores(path.parent)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         of = {domain["name"]: domain for domain in found["domains"]}
-        has = [name for name in results.ESTIMATORS if all(one[f"sts_{name}"] is not None for one in of.values())]
+        has = [name for name in ESTIMATORS if all(one[f"sts_{name}"] is not None for one in of.values())]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is no scores.json of sts-fast score: give the folder of a run") from error
     estimator = estimator or next(iter(has), None)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from sts_fast.errors import InputError
-from sts_fast.results import TRAINING_FILE
+from sts_fast.forecast.run import TRAINING_FILE
 
 # What counts as accuracy, best first; other metrics are read when asked for by name.
 METRICS = ("accuracy", "acc", "exact_match", "pass@1", "acc_norm", "f1")

@@ -18,10 +18,10 @@ from transformers import Trainer, TrainerCallback
 
 from sts_fast import files
 from sts_fast.errors import InputError
+from sts_fast.forecast.run import FEATURES_FILE, PROMPTS_FILE, SCORES_FILE, SHIFT_FILE, TRAINING_FILE
 from sts_fast.model.language_model import LanguageModel, batches
 from sts_fast.ops.shift import ShiftStats
 from sts_fast.report import build_report
-from sts_fast.results import FEATURES_FILE, PROMPTS_FILE, SCORES_FILE, SHIFT_FILE, TRAINING_FILE
 from sts_fast.sae import SAE, load_sae
 
 if TYPE_CHECKING:

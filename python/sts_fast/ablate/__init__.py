@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sts_fast import files, results
+from sts_fast import files
 from sts_fast._version import __version__
 from sts_fast.ablate.measure import draw_features, measure
 from sts_fast.ablate.record import ABLATION_FILE, SCHEMA_VERSION, Ablation, answers_table, outcome_of
@@ -34,12 +34,12 @@ from sts_fast.data.examples import Example
 from sts_fast.data.prompts import Prompt, PromptSet, PromptTemplate
 from sts_fast.data.sets import Fields, Kind, Sampling, Sets, Source, check_enough, common_template
 from sts_fast.errors import InputError
+from sts_fast.forecast.run import DIMS_OF_ACTIVITY, PROMPTS_FILE, SHIFT_FILE, Forecast, read_scores
 from sts_fast.model.hooks import find_hooks
 from sts_fast.model.language_model import load_language_model, load_tokenizer
 from sts_fast.model.sae_check import check_width
 from sts_fast.ops.correlate import CorrelationStats
 from sts_fast.ops.shift import ShiftStats
-from sts_fast.results import Forecast
 from sts_fast.sae import SAE, load_sae
 from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.signed import hook_layer
@@ -163,15 +163,15 @@ def _read_run(
     if isinstance(run, Forecast):
         return run.to_dict(), run.stats, run.controls.get("importance"), run.prompts.to_pylist()
     folder = Path(run)
-    scores = results.read_scores(folder)
+    scores = read_scores(folder)
     try:
-        prompts = pq.read_table(folder / results.PROMPTS_FILE).to_pylist()
+        prompts = pq.read_table(folder / PROMPTS_FILE).to_pylist()
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise InputError(f"{folder / results.PROMPTS_FILE} cannot be read ({error}): make the run again") from error
-    kind = CorrelationStats if scores["settings"]["dims"] in results.DIMS_OF_ACTIVITY else ShiftStats
-    arrays, _ = files.load_arrays(folder / results.SHIFT_FILE, kind.__name__)
+        raise InputError(f"{folder / PROMPTS_FILE} cannot be read ({error}): make the run again") from error
+    kind = CorrelationStats if scores["settings"]["dims"] in DIMS_OF_ACTIVITY else ShiftStats
+    arrays, _ = files.load_arrays(folder / SHIFT_FILE, kind.__name__)
     importance: Any = arrays.get("importance")
-    return scores, kind.load(folder / results.SHIFT_FILE), importance, prompts
+    return scores, kind.load(folder / SHIFT_FILE), importance, prompts
 
 
 def _check_sae(sae: SAE, stats: ShiftStats | CorrelationStats) -> None:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sts_fast.controls import N_NEAREST, like_activity, low_shift, random_sets
 from sts_fast.data.prompts import PromptSet
 from sts_fast.errors import InputError
+from sts_fast.forecast.controls import N_NEAREST, like_activity, low_shift, random_sets
 from sts_fast.ops.correlate import CorrelationStats
 from sts_fast.ops.encode import SparseFeatures, encode
 from sts_fast.ops.shift import ShiftStats

@@ -25,8 +25,8 @@ from sts_fast.calibration.conformal import (
 )
 from sts_fast.calibration.words import text_of
 from sts_fast.errors import InputError
+from sts_fast.forecast.run import Forecast, Interval
 from sts_fast.outcomes import listed
-from sts_fast.results import Forecast, Interval
 from sts_fast.signed.signed import SIGNED_FIELDS
 
 __all__ = ["CALIBRATION_FILE", "Assessment", "Calibration", "Line", "fit_calibration"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sts_fast.calibration import Calibration
-    from sts_fast.results import Interval
+    from sts_fast.forecast.run import Interval
 
 LINE = 79
 

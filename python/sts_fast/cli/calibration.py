@@ -14,7 +14,7 @@ from sts_fast.calibration import Calibration
 from sts_fast.calibration.words import shown_change, shown_interval, unit_name
 from sts_fast.cli.console import SIDE_WIDTH, err, out
 from sts_fast.errors import InputError
-from sts_fast.results import Forecast
+from sts_fast.forecast.run import Forecast
 
 OPTIONS = ("dims", "top_n", "tokens", "shots", "domain_shots", "signed_features")
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from sts_fast import files
 from sts_fast.cli.console import out
 from sts_fast.cli.options import JsonOption
-from sts_fast.overlap import overlap as find_overlap
+from sts_fast.forecast.overlap import overlap as find_overlap
 
 
 def overlap(

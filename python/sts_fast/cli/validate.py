@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 
-from sts_fast import files, results
+from sts_fast import files
 from sts_fast.calibration import CALIBRATION_FILE, fit_calibration
 from sts_fast.cli.console import err, out
 from sts_fast.cli.options import JsonOption, SeedOption
 from sts_fast.errors import InputError
+from sts_fast.forecast.run import VALIDATION_FILE
 from sts_fast.report import build_report
 from sts_fast.validate import validate as run_validate
 
@@ -50,7 +51,7 @@ def validate(
     result = run_validate(run, before=before, after=after, metric=metric, estimator=estimator or "act", seed=seed)
     text = files.to_json(result.to_dict())
     if run.is_dir():
-        with files.atomic_path(run / results.VALIDATION_FILE) as path:
+        with files.atomic_path(run / VALIDATION_FILE) as path:
             path.write_text(text, encoding="utf-8")
         build_report(run)
     sys.stdout.write(text if as_json else result.to_text() + "\n")

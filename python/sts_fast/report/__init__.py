@@ -7,12 +7,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sts_fast import files
+from sts_fast.forecast.run import REPORT_FILE
 from sts_fast.report import ablation, changes, controls, features, outcome, ranking, signed, training
 from sts_fast.report.comparison import build_comparison_report
 from sts_fast.report.demo import DEMO_FILE, build_demo_report
 from sts_fast.report.page import render
 from sts_fast.report.run import Run, read_run
-from sts_fast.results import REPORT_FILE
 from sts_fast.rollouts.words import counts_in_words, overlaps_in_words
 
 __all__ = ["DEMO_FILE", "REPORT_FILE", "build_comparison_report", "build_demo_report", "build_report", "short_name"]

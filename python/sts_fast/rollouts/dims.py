@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sts_fast import controls
 from sts_fast.data.prompts import PromptSet
+from sts_fast.forecast import controls
+from sts_fast.forecast.dims import N_REPLICATES, Shift, rows_of, shift_of
+from sts_fast.forecast.options import Settings
 from sts_fast.model.language_model import LanguageModel
 from sts_fast.model.log import PromptLog
 from sts_fast.model.session import hook_of
 from sts_fast.ops.correlate import CorrelationStats
 from sts_fast.ops.shift import ShiftStats
 from sts_fast.sae import SAE
-from sts_fast.settings import Settings
-from sts_fast.shifted import N_REPLICATES, Shift, rows_of, shift_of
 from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.objectives import PolicyLoss
 from sts_fast.signed.push import Features, Push

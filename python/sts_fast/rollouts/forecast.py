@@ -13,12 +13,15 @@ import numpy as np
 from sts_fast.data.prompts import PromptSet, TokenClass, show_prompt
 from sts_fast.data.sets import MIN_PROMPTS, Fields, Kind, Sets, Source, check_enough
 from sts_fast.errors import InputError
+from sts_fast.forecast.dims import Shift, measure_shifts
+from sts_fast.forecast.options import Options, Settings
+from sts_fast.forecast.run import ESTIMATORS, Forecast
+from sts_fast.forecast.score import forecasts_of
 from sts_fast.model import explain
 from sts_fast.model.language_model import LanguageModel
 from sts_fast.model.sae_check import measure_fit
 from sts_fast.model.session import SAESource, Session, hook_of, loaded_sae, open_model, with_head
 from sts_fast.model.stored import is_activations
-from sts_fast.results import ESTIMATORS, Forecast
 from sts_fast.rollouts.dims import (
     N_FOLDS,
     Completions,
@@ -29,9 +32,6 @@ from sts_fast.rollouts.dims import (
 from sts_fast.rollouts.prompts import Rendering, Verified, read_completions, verified_demos, with_endings
 from sts_fast.rollouts.read import Columns, Rollouts, load_rollouts
 from sts_fast.sae import SAE
-from sts_fast.score import forecasts_of
-from sts_fast.settings import Options, Settings
-from sts_fast.shifted import Shift, measure_shifts
 from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.projection import projection
 from sts_fast.signed.push import Features, MapKind, Push, measure_push

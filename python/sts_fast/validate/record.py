@@ -6,8 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sts_fast.forecast.run import Interval
 from sts_fast.outcomes import Outcome
-from sts_fast.results import Interval
 
 
 @dataclass(frozen=True)

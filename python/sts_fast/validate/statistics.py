@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sts_fast.errors import InputError
+from sts_fast.forecast.run import Interval
 from sts_fast.outcomes import Outcome, Outcomes
-from sts_fast.results import Interval
 from sts_fast.validate.reading import Z_95, outcome_arrays
 from sts_fast.validate.record import Association, Estimate, Limits
 

@@ -11,7 +11,7 @@ from sts_fast.signed.signed import SIGNED_FIELDS
 from sts_fast.validate.statistics import GOOD, LEVEL, N_DRAWS, critical_r
 
 if TYPE_CHECKING:
-    from sts_fast.results import Interval
+    from sts_fast.forecast.run import Interval
     from sts_fast.validate.record import Association, DomainResult, Limits, Validation
 
 ENOUGH_POWER = 0.8

@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import numpy as np
 
-from sts_fast import controls, settle
 from sts_fast.data.prompts import PromptSet, TokenClass, prompts_sha256, show_prompt
 from sts_fast.data.sets import MIN_PROMPTS, Fields, Kind, Sets, Source, check_enough
-from sts_fast.domains import read_domain
 from sts_fast.errors import InputError
-from sts_fast.forecast import forecast_of, promoted_tokens, provenance_of, with_signed
+from sts_fast.forecast import controls, stability
+from sts_fast.forecast.assemble import forecast_of, promoted_tokens, provenance_of, with_signed
+from sts_fast.forecast.compare import sae_names
+from sts_fast.forecast.dims import Shift, measure_shifts
+from sts_fast.forecast.estimators import read_domain
+from sts_fast.forecast.options import Options, Settings
+from sts_fast.forecast.options import Progress as Progress
+from sts_fast.forecast.run import ESTIMATORS, Forecast
 from sts_fast.model import explain
 from sts_fast.model.language_model import LanguageModel
 from sts_fast.model.log import AnswerLog
@@ -22,11 +27,7 @@ from sts_fast.model.memory import MOST_BATCH_TOKENS
 from sts_fast.model.sae_check import Fit, fit_rows, measure_fit
 from sts_fast.model.session import SAESource, Session, hook_of, loaded_sae, open_model, with_head
 from sts_fast.model.stored import NO_PASSES, Activations, is_activations
-from sts_fast.results import ESTIMATORS, Forecast, sae_names
 from sts_fast.sae import SAE
-from sts_fast.settings import Options, Settings
-from sts_fast.settings import Progress as Progress
-from sts_fast.shifted import Shift, measure_shifts
 from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.signed import SIGNED_ESTIMATORS, SignedEstimator, SignedForecast, hook_layer, measure_signed
 
@@ -287,7 +288,7 @@ def forecasts_of(
         for shift in of_sae:
             overlap = float(np.mean(shift.overlaps(settings.top_n)))
             n_prompts = len(shift.prompt_set.prompts)
-            settings.tell_line(settle.shift_line(shift.name + suffix, settings.top_n, n_prompts, overlap))
+            settings.tell_line(stability.shift_line(shift.name + suffix, settings.top_n, n_prompts, overlap))
     reads = [read_domain(reader, saes, domain_set, shifts_of, settings) for domain_set in domain_sets]
     language_model = load_whole() if answer_sets else None
     answer_reads = _read_answers(language_model, answer_sets if settings.controls == "all" else [], settings)
@@ -343,7 +344,7 @@ def forecasts_of(
                     values = [getattr(domain, f"sts_{estimator}") for domain in forecast.domains]
                     intervals = [getattr(domain, f"sts_{estimator}_ci") for domain in forecast.domains]
                     settings.tell_line(
-                        settle.ranking_line(name + suffix, estimator, forecast.prompts_per_domain, values, intervals)
+                        stability.ranking_line(name + suffix, estimator, forecast.prompts_per_domain, values, intervals)
                     )
     return forecasts
 

@@ -15,10 +15,10 @@ from scipy.spatial import distance
 from tiny import SINK, Tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from sts_fast import controls
 from sts_fast.data.examples import load_examples
 from sts_fast.data.prompts import Prompt, PromptTemplate, build_prompts
 from sts_fast.errors import InputError
+from sts_fast.forecast import controls
 
 BATCH_BUDGETS = (1, 64, 300, 10**6)
 NONE = np.empty(0, np.int32)

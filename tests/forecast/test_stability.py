@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sts_fast import settle
+from sts_fast.forecast import stability
 
 N_FEATURES, TOP_N = 2000, 100
 
@@ -25,10 +25,10 @@ def test_the_rule_for_features_holds_in_simulation() -> None:
     rng = np.random.default_rng(0)
     means = rng.exponential(size=N_FEATURES)
     for n_prompts in (10, 20, 50):
-        times = settle.times_for_overlap(overlap_of(n_prompts, means, rng))
+        times = stability.times_for_overlap(overlap_of(n_prompts, means, rng))
         assert times > 1
-        assert overlap_of(round(n_prompts * times), means, rng) == pytest.approx(settle.SETTLED, abs=0.03)
-    assert settle.times_for_overlap(0.9) == settle.times_for_overlap(1.0) == 1
+        assert overlap_of(round(n_prompts * times), means, rng) == pytest.approx(stability.SETTLED, abs=0.03)
+    assert stability.times_for_overlap(0.9) == stability.times_for_overlap(1.0) == 1
 
 
 def test_the_rule_for_domains_holds_in_simulation() -> None:
@@ -37,11 +37,11 @@ def test_the_rule_for_domains_holds_in_simulation() -> None:
 
     def measured(n_prompts: float) -> tuple[float, float]:
         error = 3 / n_prompts**0.5
-        return settle.pairs_apart(list(means), [(v - 1.959964 * error, v + 1.959964 * error) for v in means])
+        return stability.pairs_apart(list(means), [(v - 1.959964 * error, v + 1.959964 * error) for v in means])
 
     apart, times = measured(50)
-    assert apart < settle.SETTLED
-    assert measured(50 * times * 0.98)[0] < settle.SETTLED <= measured(50 * times * 1.02)[0]
+    assert apart < stability.SETTLED
+    assert measured(50 * times * 0.98)[0] < stability.SETTLED <= measured(50 * times * 1.02)[0]
     # The share itself, by its definition.
     i, j = np.triu_indices(20, 1)
     z = np.abs(means[i] - means[j]) / (2**0.5 * 3 / 50**0.5)
@@ -49,23 +49,29 @@ def test_the_rule_for_domains_holds_in_simulation() -> None:
 
 
 def test_domains_without_error_or_without_difference() -> None:
-    assert settle.pairs_apart([1.0, 2.0], [(1, 1), (2, 2)]) == (1.0, 1.0)
-    apart, times = settle.pairs_apart([1.0, 1.0], [(0.5, 1.5), (0.5, 1.5)])
+    assert stability.pairs_apart([1.0, 2.0], [(1, 1), (2, 2)]) == (1.0, 1.0)
+    apart, times = stability.pairs_apart([1.0, 1.0], [(0.5, 1.5), (0.5, 1.5)])
     assert (apart, times) == (0.0, float("inf"))
 
 
 def test_a_forecast_tells_what_would_settle_it() -> None:
     """0 where it is settled, nothing beyond the rule."""
-    assert [settle.n_more(64, times) for times in (1.0, 2.5, 100.0, 100.1, float("inf"))] == [0, 96, 6336, None, None]
+    assert [stability.n_more(64, times) for times in (1.0, 2.5, 100.0, 100.1, float("inf"))] == [
+        0,
+        96,
+        6336,
+        None,
+        None,
+    ]
 
 
 def test_lines_say_what_it_takes() -> None:
-    assert settle.shift_line("train", 100, 64, 0.95) == (
+    assert stability.shift_line("train", 100, 64, 0.95) == (
         "train: resampling its 64 prompts keeps 95% of the top 100 features; settled (90% kept)"
     )
-    assert "keeps 80% of the top 100 features; about 192 more prompts would settle it" in settle.shift_line(
+    assert "keeps 80% of the top 100 features; about 192 more prompts would settle it" in stability.shift_line(
         "train", 100, 64, 0.8
     )
     assert "0% of the pairs of domains are apart; a domain has 8 prompts, more than 100 times the prompts" in (
-        settle.ranking_line("train", "act", 8, [1.0, 1.0], [(0.5, 1.5), (0.5, 1.5)])
+        stability.ranking_line("train", "act", 8, [1.0, 1.0], [(0.5, 1.5), (0.5, 1.5)])
     )

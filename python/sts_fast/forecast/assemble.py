@@ -11,9 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sts_fast import files, results
+from sts_fast import files
 from sts_fast._version import __version__
-from sts_fast.domains import CONFIDENCE, N_BOOTSTRAP, DomainRead, domain_scores, percentile_interval, skipped
+from sts_fast.forecast.dims import N_REPLICATES, Shift
+from sts_fast.forecast.estimators import (
+    CONFIDENCE,
+    N_BOOTSTRAP,
+    DomainRead,
+    domain_scores,
+    percentile_interval,
+    skipped,
+)
+from sts_fast.forecast.options import Settings
+from sts_fast.forecast.run import Forecast, ShiftedFeature, with_value_columns
 from sts_fast.model import explain
 from sts_fast.model.language_model import LanguageModel
 from sts_fast.model.log import AnswerLog
@@ -23,10 +33,7 @@ from sts_fast.model.stored import Activations
 from sts_fast.model.weights import unembedding, weights_sha256
 from sts_fast.ops import _cpu
 from sts_fast.ops.shift import ShiftStats
-from sts_fast.results import Forecast, ShiftedFeature
 from sts_fast.sae import SAE
-from sts_fast.settings import Settings
-from sts_fast.shifted import N_REPLICATES, Shift
 from sts_fast.signed.signed import SignedForecast
 
 if TYPE_CHECKING:
@@ -169,7 +176,7 @@ def forecast_of(
                 [read.activations(shift.top) for read in domain_reads] or [np.zeros(0)]
             ),
         },
-        prompts=pa.concat_tables([results.with_value_columns(table) for table in tables]),
+        prompts=pa.concat_tables([with_value_columns(table) for table in tables]),
         firings=firings,
     )
 

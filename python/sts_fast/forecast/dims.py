@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sts_fast import controls
 from sts_fast.data.prompts import PromptSet
 from sts_fast.data.sets import Kind
 from sts_fast.errors import InputError
+from sts_fast.forecast import controls
+from sts_fast.forecast.options import Settings
 from sts_fast.model import explain
 from sts_fast.model.language_model import LanguageModel, PairedRows, capture
 from sts_fast.model.log import PromptLog
@@ -21,7 +22,6 @@ from sts_fast.model.stored import Activations
 from sts_fast.ops.correlate import CorrelationStats
 from sts_fast.ops.shift import ShiftStats, top_indices
 from sts_fast.sae import SAE
-from sts_fast.settings import Settings
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -10,9 +10,9 @@ from typing import Literal, TypedDict, get_args
 from sts_fast.data.prompts import TokenClass
 from sts_fast.data.sets import Sampling
 from sts_fast.errors import InputError
+from sts_fast.forecast.run import ESTIMATORS, Estimator
 from sts_fast.model.session import Reading
 from sts_fast.model.weights import DeviceMap
-from sts_fast.results import ESTIMATORS, Estimator
 from sts_fast.signed.push import FeatureKind
 from sts_fast.signed.signed import SIGNED_ESTIMATORS, SignedEstimator
 

@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sts_fast import controls
 from sts_fast.data.prompts import PromptSet
 from sts_fast.errors import InputError
+from sts_fast.forecast import controls
+from sts_fast.forecast.dims import Shift, rows_of
+from sts_fast.forecast.options import Settings
+from sts_fast.forecast.run import ESTIMATORS, DomainScore, Interval
 from sts_fast.model.language_model import LanguageModel, PairedRows
 from sts_fast.model.log import AnswerLog, PromptLog
 from sts_fast.model.session import hook_of
 from sts_fast.model.stored import Activations
 from sts_fast.ops.encode import SparseFeatures, encode
 from sts_fast.ops.shift import ShiftStats
-from sts_fast.results import ESTIMATORS, DomainScore, Interval
 from sts_fast.sae import SAE
-from sts_fast.settings import Settings
-from sts_fast.shifted import Shift, rows_of
 
 if TYPE_CHECKING:
     import torch

@@ -23,8 +23,8 @@ from safetensors.numpy import load_file
 from tiny import Tiny
 
 import sts_fast
-from sts_fast import files, results
-from sts_fast.results import FEATURES_FILE, PROMPTS_FILE, SCORES_FILE, SHIFT_FILE
+from sts_fast import files
+from sts_fast.forecast.run import FEATURES_FILE, PROMPTS_FILE, SCORES_FILE, SHIFT_FILE, scores_schema, validate_scores
 
 FILES = {SCORES_FILE, SHIFT_FILE, PROMPTS_FILE, FEATURES_FILE}
 
@@ -54,9 +54,9 @@ def scores(forecast: sts_fast.Forecast) -> dict[str, Any]:
 
 
 def test_schema_is_one_and_accepts_a_forecast(scores: dict[str, Any]) -> None:
-    schema = results.scores_schema()
+    schema = scores_schema()
     jsonschema.validators.validator_for(schema).check_schema(schema)
-    results.validate_scores(scores)
+    validate_scores(scores)
     assert scores["schema_version"] == schema["properties"]["schema_version"]["const"]
 
 
@@ -71,7 +71,7 @@ def objects(schema: Any, path: str = "") -> list[tuple[str, dict[str, Any]]]:
 
 
 def test_schema_names_every_key_and_wants_each() -> None:
-    described = objects(results.scores_schema())
+    described = objects(scores_schema())
     assert len(described) >= 10
     for path, schema in described:
         assert schema["additionalProperties"] is False, path
@@ -137,7 +137,7 @@ def test_schema_rejects_a_broken_document(scores: dict[str, Any], change: Callab
     broken = copy.deepcopy(scores)
     change(broken)
     with pytest.raises(jsonschema.ValidationError):
-        results.validate_scores(broken)
+        validate_scores(broken)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_schema_rejects_a_broken_document(scores: dict[str, Any], change: Callab
 def test_schema_accepts_other_controls(scores: dict[str, Any], change: Callable[[Any], None]) -> None:
     changed = copy.deepcopy(scores)
     change(changed)
-    results.validate_scores(changed)
+    validate_scores(changed)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -164,7 +164,7 @@ def test_no_number_in_json_is_infinite(scores: dict[str, Any], value: float) -> 
     with pytest.raises(ValueError, match="JSON"):
         files.to_json(broken)
     with pytest.raises(ValueError, match="JSON"):
-        results.validate_scores(broken)
+        validate_scores(broken)
 
 
 # --- the files ---

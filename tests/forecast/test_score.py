@@ -28,9 +28,9 @@ from tiny import ARCHITECTURES, Tiny
 from transformers import AutoTokenizer
 
 import sts_fast
+from sts_fast.forecast.score import compare
 from sts_fast.model.forward import ForwardPasses, Sequences
 from sts_fast.model.language_model import LanguageModel
-from sts_fast.score import compare
 
 TOLERANCE = 2e-5  # of a number, relative to what the oracle allows
 BATCHING_TOLERANCE = 1e-5  # of a number, between two batch budgets
@@ -57,7 +57,7 @@ REAL_LIMIT = 24
 # What says what a feature is about, and follows from the model and from labels.
 EXPLANATIONS = {"promoted_tokens", "neuronpedia", "label"}
 
-ASSETS = Path(__file__).parents[2] / "shared" / "assets"
+ASSETS = Path(__file__).parents[3] / "shared" / "assets"
 CATEGORIES = ("math", "other", "physics", "chemistry", "philosophy", "engineering")
 needs_assets = pytest.mark.skipif(not ASSETS.is_dir(), reason="the real material is not beside this checkout")
 

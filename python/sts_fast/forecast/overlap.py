@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sts_fast import files, results
+from sts_fast import files
 from sts_fast.errors import InputError
+from sts_fast.forecast.run import DIMS_OF_ACTIVITY, SHIFT_FILE, read_scores
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,10 @@ class _Run:
 
     @classmethod
     def read(cls, folder: Path) -> _Run:
-        scores = results.read_scores(folder)
+        scores = read_scores(folder)
         dims = scores["settings"]["dims"]
-        kind = "CorrelationStats" if dims in results.DIMS_OF_ACTIVITY else "ShiftStats"
-        arrays, metadata = files.load_arrays(folder / results.SHIFT_FILE, kind)
+        kind = "CorrelationStats" if dims in DIMS_OF_ACTIVITY else "ShiftStats"
+        arrays, metadata = files.load_arrays(folder / SHIFT_FILE, kind)
         return cls(
             train=scores["train"]["name"],
             dims=dims,
