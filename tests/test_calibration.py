@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 from benchmarks.study import calibrate
-from test_report import make_scores, make_signed
 from tiny import Tiny
+from written_run import make_scores, make_signed
 
 from sts_fast import Calibration, InputError, fit_calibration
 from sts_fast.calibration.conformal import (

@@ -15,15 +15,14 @@ import numpy as np
 import oracle
 import pyarrow.parquet as pq
 import pytest
+from expected_scores import assert_as_expected
+from html_tree import read_page
+from made_up_demo import made_up
 from scipy.stats import pearsonr
-from test_report import read_page
-from test_score import assert_as_expected
 
 from sts_fast import InputError, cli, demo, files, organism
-from sts_fast.demo import FEW_SHOT, OUTCOMES, PREDICTORS, PRIMARY, SCORE, SIGNED
-from sts_fast.outcomes import Outcome
+from sts_fast.demo import FEW_SHOT, OUTCOMES, PREDICTORS, PRIMARY, SIGNED
 from sts_fast.report import build_demo_report
-from sts_fast.validate import validate
 
 TRAINS = ("T0.reverse.a", "T5.sort.d")
 
@@ -131,23 +130,6 @@ def test_the_same_seed_gives_the_same_demo(done: demo.Demo) -> None:
 
 
 # ---- words
-
-
-def made_up(r: list[float], controls: dict[str, list[float]] | None = None) -> demo.Demo:
-    """A demo whose correlations with every outcome are these."""
-    trials = []
-    rng = np.random.default_rng(0)
-    for i, value in enumerate(r):
-        scores = {f"d{j}": float(j + 1) for j in range(20)}
-        outcomes = {name: Outcome(change=float(rng.normal())) for name in scores}
-        predictors: dict[str, float | None] = {name: -0.5 for name in PREDICTORS} | {SCORE: value}
-        predictors |= {name: values[i] for name, values in (controls or {}).items()}
-        changes = {outcome: np.asarray([row.change for row in outcomes.values()]) for outcome in OUTCOMES}
-        trials.append(
-            demo.Trial(f"t{i}", 0, 0.5, validate(scores, outcomes), changes, dict.fromkeys(OUTCOMES, predictors))
-        )
-    figures = {"n_parameters": 1000, "shots": 4, "zero_shot_accuracy": 0.5, "few_shot_accuracy": 0.9}
-    return demo.Demo({}, trials, 12, 2e-4, figures)
 
 
 def test_findings_say_what_correlates_and_what_does_as_well() -> None:

@@ -18,7 +18,6 @@ PACKAGE = ROOT / "python" / "sts_fast"
 ORDER = [
     *("_version", "errors", "files", "places", "data", "sae", "ops", "model"),
     *("signed", "forecast"),
-    *("kernel", "gradient_flow", "allot"),
     *("ablate", "rollouts", "mix"),
     *("outcomes", "validate", "calibration", "report", "organism", "demo", "trainer", "cli", "__main__"),
 ]

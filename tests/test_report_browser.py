@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_demo import made_up
-from test_report import HOSTILE, make_scores, write_full_run
+from made_up_demo import made_up
+from written_run import HOSTILE, make_scores, write_full_run
 
 from sts_fast.report import build_report
 

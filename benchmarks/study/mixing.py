@@ -15,12 +15,12 @@ from scipy.stats import t
 
 from benchmarks.study.trials import DOMAINS, REGIMES, TRAINS, Remembering
 from sts_fast import organism
-from sts_fast.allot import fill, least_loss, whole_examples
 from sts_fast.data.prompts import PromptTemplate, build_prompts
 from sts_fast.errors import InputError
-from sts_fast.gradient_flow import Flow
-from sts_fast.kernel import measure_kernel
-from sts_fast.mix import LOSS_LEFT
+from sts_fast.mix.allot import fill, least_loss, whole_examples
+from sts_fast.mix.flow import Flow
+from sts_fast.mix.kernel import measure_kernel
+from sts_fast.mix.mix import LOSS_LEFT
 from sts_fast.sae import load_sae
 from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.projection import projection

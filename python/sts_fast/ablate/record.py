@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sts_fast import files
+from sts_fast.ablate.findings import findings
 from sts_fast.ablate.measure import CONTROLS, OUTCOMES, TOP, Measured
-from sts_fast.ablate.words import findings
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -11,9 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from sts_fast import files
-from sts_fast.ablate import Ablation, main_outcome
+from sts_fast.ablate import Ablation
 from sts_fast.ablate import ablate as run_ablate
-from sts_fast.ablate.words import WORDS, short_amount
+from sts_fast.ablate.findings import WORDS, main_outcome, short_amount
 from sts_fast.cli.arguments import fields, set_threads, typed_command
 from sts_fast.cli.console import err, out, progress, say
 from sts_fast.cli.options import (

@@ -30,8 +30,8 @@ from sts_fast.cli.options import (
     TrainOption,
 )
 from sts_fast.errors import InputError
-from sts_fast.mix import LOSS_LEFT, MIXED_FILE, MixedSet, Mixture
-from sts_fast.mix import mix as run_mix
+from sts_fast.mix.mix import LOSS_LEFT, MIXED_FILE, MixedSet, Mixture
+from sts_fast.mix.mix import mix as run_mix
 
 
 class RuleChoice(StrEnum):

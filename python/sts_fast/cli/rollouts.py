@@ -54,7 +54,7 @@ from sts_fast.ops import backend
 from sts_fast.report import build_comparison_report, build_report
 from sts_fast.rollouts import WAYS, Columns, sample_rollouts
 from sts_fast.rollouts import rollouts as forecast_rollouts
-from sts_fast.rollouts.words import counts_in_words
+from sts_fast.rollouts.counts_text import counts_in_words
 
 ROLLOUTS_FILE = "rollouts.jsonl"
 

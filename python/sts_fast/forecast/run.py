@@ -117,7 +117,7 @@ class Forecast:
     prompts: one row per prompt and stage, as in prompts.parquet
     firings: where the most shifted features fire in the domains, as in features.parquet
     signed: which way each domain moves, where such estimators were asked for; see signed.measure_signed
-    rollouts: the completions and rewards that it rests on, where it is one of RL; see rollouts.forecast
+    rollouts: the completions and rewards that it rests on, where it is one of RL; see rollouts.rollouts
     calibration: what `change` of the domains was made with; None without it
     """
 

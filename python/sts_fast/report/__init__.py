@@ -13,7 +13,7 @@ from sts_fast.report.comparison import build_comparison_report
 from sts_fast.report.demo import DEMO_FILE, build_demo_report
 from sts_fast.report.page import render
 from sts_fast.report.run import Run, read_run
-from sts_fast.rollouts.words import counts_in_words, overlaps_in_words
+from sts_fast.rollouts.counts_text import counts_in_words, overlaps_in_words
 
 __all__ = ["DEMO_FILE", "REPORT_FILE", "build_comparison_report", "build_demo_report", "build_report", "short_name"]
 

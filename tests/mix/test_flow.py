@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.integrate import solve_ivp
 
-from sts_fast.gradient_flow import Flow
+from sts_fast.mix.flow import Flow
 
 Doubles = NDArray[np.float64]
 

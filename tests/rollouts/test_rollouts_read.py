@@ -16,7 +16,7 @@ import pytest
 from sts_fast.errors import InputError
 from sts_fast.rollouts.read import Columns, Rollouts, load_rollouts
 
-SHARED = Path(__file__).parents[2] / "shared" / "assets" / "data"
+SHARED = Path(__file__).parents[3] / "shared" / "assets" / "data"
 
 
 def write(path: Path, rows: list[Any]) -> Path:

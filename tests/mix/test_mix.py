@@ -15,7 +15,7 @@ import sts_fast
 from sts_fast.cli import main
 from sts_fast.data.examples import load_examples
 from sts_fast.errors import InputError
-from sts_fast.mix import RULES, mix_schema, validate_mix
+from sts_fast.mix.mix import RULES, mix_schema, validate_mix
 from sts_fast.model.stored.index import INDEX_FILE
 
 BUDGET, LIMIT = 20, 10

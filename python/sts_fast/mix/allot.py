@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sts_fast.gradient_flow import Flow
+from sts_fast.mix.flow import Flow
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from test_ntk import Literal, sae_features
+from literal_push import Literal, sae_features
 from tiny import D_IN, LAYER, Tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sts_fast.data.examples import load_examples
 from sts_fast.data.prompts import PromptTemplate, build_prompts
-from sts_fast.kernel import measure_kernel
+from sts_fast.mix.kernel import measure_kernel
 from sts_fast.sae import load_sae
 from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.projection import projection

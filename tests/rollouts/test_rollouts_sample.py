@@ -12,6 +12,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from reward import by_length
 from tiny import Tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,10 +22,6 @@ from sts_fast.errors import InputError
 from sts_fast.rollouts import Rollout, load_checker, load_rollouts, sample_rollouts
 
 QUESTIONS = [Example(str(i), f"What is {i} + {i}?", str(2 * i)) for i in range(3)]
-
-
-def by_length(question: str, completion: str, answer: str | None) -> float:
-    return len(completion) / 10
 
 
 def fails(question: str, completion: str, answer: str | None) -> float:
@@ -91,7 +88,7 @@ def test_completions_end_with_the_context(tiny: Tiny) -> None:
 def test_checkers() -> None:
     exact = load_checker("exact")
     assert (exact("q", " 4\n", "4"), exact("q", "4.", "4")) == (1.0, 0.0)
-    assert load_checker("test_rollouts_sample:by_length")("q", "four", None) == 0.4
+    assert load_checker("reward:by_length")("q", "four", None) == 0.4
 
 
 def test_math_is_compared_by_math_verify(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,14 +133,14 @@ def test_what_cannot_check_is_told(monkeypatch: pytest.MonkeyPatch, tiny: Tiny) 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "sts_fast", "rollouts", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
 
 
 def test_the_command_samples_forecasts_and_writes_every_way(tiny: Tiny, tmp_path: Path) -> None:
     output = tmp_path / "run"
     shared = ["--model", tiny.model, "--sae", tiny.saes["topk"], "--top-n", 10, "--domain-shots", 1]
     shared += [word for name, path in tiny.domains.items() for word in ("--domains", f"{name}={path}")]
-    asked = ["--train", tiny.train, "--check", "test_rollouts_sample:by_length", "--sample", 4, "--limit", 10]
+    asked = ["--train", tiny.train, "--check", "reward:by_length", "--sample", 4, "--limit", 10]
     ran = run(*shared, *asked, "--max-new-tokens", 6, "--estimators", "act,ntk", "--output", output)
     assert ran.returncode == 0, ran.stderr
     assert "completions of 10 prompts" in ran.stdout

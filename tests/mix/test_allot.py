@@ -7,8 +7,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from sts_fast.allot import EVENLY, fill, least_loss, whole_examples
-from sts_fast.gradient_flow import Flow
+from sts_fast.mix.allot import EVENLY, fill, least_loss, whole_examples
+from sts_fast.mix.flow import Flow
 
 
 def shares(*values: float) -> NDArray[np.float64]:

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from sts_fast import files
-from sts_fast.allot import fill, least_loss, whole_examples
 from sts_fast.data.examples import Example
 from sts_fast.data.prompts import build_prompts
 from sts_fast.data.sets import Fields, Sets, Source, check_enough, common_template
 from sts_fast.errors import InputError
 from sts_fast.forecast.run import ESTIMATORS, SCORES_FILE, check_has_scores
-from sts_fast.gradient_flow import Flow
-from sts_fast.kernel import Kernel, measure_kernel
+from sts_fast.mix.allot import fill, least_loss, whole_examples
+from sts_fast.mix.flow import Flow
+from sts_fast.mix.kernel import Kernel, measure_kernel
 from sts_fast.model.language_model import LanguageModel, load_config, load_language_model, load_tokenizer
 from sts_fast.model.sae_check import check_names, check_width, measure_fit
 from sts_fast.model.stored import is_activations
@@ -155,7 +155,7 @@ def mix(
     forecast      half of the budget evenly from all domains that count, for what no forecast foresees; the other half
                   so that the shares w of the whole minimise the forecast loss after training,
                       v_train L_train(w) + sum_T v_T L_T(w) / sum_T v_T,
-                  with v the weights; see gradient_flow for L(w), and kernel for the passes over model and data
+                  with v the weights; see flow for L(w), and kernel for the passes over model and data
     proportional  w_T in proportion to STS, as in the paper: from the run `scores`
     uniform       the same from every domain
 
@@ -384,7 +384,7 @@ def _drawn(pools: Mapping[str, list[Example]], counts: Sequence[int], seed: int)
 
 def mix_schema() -> dict[str, Any]:
     """The JSON schema of mix.json."""
-    text = resources.files("sts_fast").joinpath("mix.schema.json").read_text(encoding="utf-8")
+    text = resources.files("sts_fast.mix").joinpath("mix.schema.json").read_text(encoding="utf-8")
     schema: dict[str, Any] = json.loads(text)
     return schema
 
