@@ -6,8 +6,8 @@ import numpy as np
 
 from sts_fast import demo
 from sts_fast.demo import OUTCOMES, PREDICTORS, SCORE
-from sts_fast.outcomes import Outcome
-from sts_fast.validate import validate
+from sts_fast.outcomes.outcomes import Outcome
+from sts_fast.outcomes.validate import validate
 
 
 def made_up(r: list[float], controls: dict[str, list[float]] | None = None) -> demo.Demo:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from sts_fast import InputError, load_sae, organism, rollouts, score
-from sts_fast.outcomes import read_outcomes
+from sts_fast.outcomes.outcomes import read_outcomes
 from sts_fast.report.numbers import percent, significant
 from sts_fast.trainer import TransferMonitor
 

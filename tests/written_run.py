@@ -18,8 +18,8 @@ from sts_fast.forecast.run import (
     SHIFT_FILE,
     VALIDATION_FILE,
 )
-from sts_fast.outcomes import Outcome
-from sts_fast.validate import validate
+from sts_fast.outcomes.outcomes import Outcome
+from sts_fast.outcomes.validate import validate
 
 D_SAE = 400
 TOP_N = 30

@@ -5,7 +5,6 @@ Importing this loads neither torch nor transformers: they are imported where the
 
 from sts_fast._version import __version__
 from sts_fast.ablate import Ablation, ablate
-from sts_fast.calibration import Calibration, fit_calibration
 from sts_fast.data.examples import Example, load_domains, load_examples
 from sts_fast.errors import InputError
 from sts_fast.forecast.overlap import Overlap, overlap
@@ -19,10 +18,11 @@ from sts_fast.ops.correlate import CorrelationStats
 from sts_fast.ops.encode import SparseFeatures, encode
 from sts_fast.ops.shift import ShiftStats
 from sts_fast.ops.torch_ops import torch_handle
-from sts_fast.outcomes import read_outcomes
+from sts_fast.outcomes.calibration import Calibration, fit_calibration
+from sts_fast.outcomes.outcomes import read_outcomes
+from sts_fast.outcomes.validate import validate
 from sts_fast.rollouts import load_rollouts, rollouts, sample_rollouts
 from sts_fast.sae import SAE, load_sae
-from sts_fast.validate import validate
 
 __all__ = [
     "SAE",

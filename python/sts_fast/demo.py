@@ -18,9 +18,9 @@ from sts_fast.errors import InputError
 from sts_fast.forecast.run import SCHEMA_VERSION, VALIDATION_FILE, Forecast
 from sts_fast.forecast.score import compare
 from sts_fast.organism import Abilities, one_thread
-from sts_fast.outcomes import Outcome
+from sts_fast.outcomes.outcomes import Outcome
+from sts_fast.outcomes.validate import Validation, validate
 from sts_fast.report import DEMO_FILE, build_demo_report, build_report
-from sts_fast.validate import Validation, validate
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -21,12 +21,12 @@ from sts_fast.cli import main
 from sts_fast.data.examples import load_examples
 from sts_fast.data.prompts import PromptTemplate, build_prompts
 from sts_fast.errors import InputError
-from sts_fast.outcomes import Outcome
+from sts_fast.outcomes.outcomes import Outcome
+from sts_fast.outcomes.validate import validate
 from sts_fast.sae import load_sae
 from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.projection import projection
 from sts_fast.signed.push import Features, measure_pull, measure_push
-from sts_fast.validate import validate
 
 SHOTS, DOMAIN_SHOTS, LIMIT = 1, 2, 12
 

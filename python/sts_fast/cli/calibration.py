@@ -10,11 +10,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from sts_fast import files
-from sts_fast.calibration import Calibration
-from sts_fast.calibration.words import shown_change, shown_interval, unit_name
 from sts_fast.cli.console import SIDE_WIDTH, err, out
 from sts_fast.errors import InputError
 from sts_fast.forecast.run import Forecast
+from sts_fast.outcomes.calibration import Calibration
+from sts_fast.outcomes.calibration.change_text import shown_change, shown_interval, unit_name
 
 OPTIONS = ("dims", "top_n", "tokens", "shots", "domain_shots", "signed_features")
 

@@ -9,13 +9,14 @@ from typing import Annotated
 import typer
 
 from sts_fast import files
-from sts_fast.calibration import CALIBRATION_FILE, fit_calibration
 from sts_fast.cli.console import err, out
 from sts_fast.cli.options import JsonOption, SeedOption
 from sts_fast.errors import InputError
 from sts_fast.forecast.run import VALIDATION_FILE
+from sts_fast.outcomes.calibration import fit_calibration
+from sts_fast.outcomes.calibration.calibration import CALIBRATION_FILE
+from sts_fast.outcomes.validate import validate as run_validate
 from sts_fast.report import build_report
-from sts_fast.validate import validate as run_validate
 
 
 def validate(

@@ -17,7 +17,9 @@ from tiny import Tiny
 from written_run import make_scores, make_signed
 
 from sts_fast import Calibration, InputError, fit_calibration
-from sts_fast.calibration.conformal import (
+from sts_fast.cli import main
+from sts_fast.forecast.run import DomainScore, Forecast, ShiftedFeature, validate_scores
+from sts_fast.outcomes.calibration.conformal import (
     Points,
     assess,
     fit_constant,
@@ -26,8 +28,6 @@ from sts_fast.calibration.conformal import (
     multiplier,
     trains_needed,
 )
-from sts_fast.cli import main
-from sts_fast.forecast.run import DomainScore, Forecast, ShiftedFeature, validate_scores
 
 
 def world(n_trains: int, n_domains: int, seed: int, *, spread: float = 0.0, signed: bool = True) -> Points:

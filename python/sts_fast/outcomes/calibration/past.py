@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from sts_fast import files
-from sts_fast.calibration.conformal import Points
 from sts_fast.errors import InputError
 from sts_fast.forecast.run import ESTIMATORS, SCORES_FILE, VALIDATION_FILE
-from sts_fast.outcomes import METRICS, listed
+from sts_fast.outcomes.calibration.conformal import Points
+from sts_fast.outcomes.outcomes import METRICS, listed
+from sts_fast.outcomes.validate.reading import finite, read_run_scores
 from sts_fast.signed.signed import SIGNED_ESTIMATORS, SIGNED_FIELDS
-from sts_fast.validate.reading import finite, read_run_scores
 
 # Which estimator is learned from where none is named: the first that all runs hold.
 PREFERRED = (*reversed(SIGNED_ESTIMATORS), *ESTIMATORS)

@@ -1,13 +1,11 @@
-"""What a comparison of forecast and outcome holds."""
+"""What a comparison of forecast and outcome is made of."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from sts_fast.forecast.run import Interval
-from sts_fast.outcomes import Outcome
+from sts_fast.outcomes.outcomes import Outcome
 
 
 @dataclass(frozen=True)
@@ -88,40 +86,3 @@ class DomainResult:
     score_ci: Interval | None
     z: float | None
     outcome: Outcome
-
-
-@dataclass(frozen=True)
-class Validation:
-    """A forecast beside what really happened.
-
-    size:     scores against |change|, which is what they forecast; of signed forecasts their absolute values
-    signed:   scores against the change with its sign
-    sign_auc: of all pairs of a domain that rose and one that fell, the share that a signed forecast has in the right
-              order; None for scores without a sign, or where all changes have one sign
-    controls: size, for each control in the place of the score
-    ci_carries: whose noise the intervals `ci` hold
-    """
-
-    estimator: str
-    domains: list[DomainResult]
-    size: Association
-    signed: Association
-    controls: dict[str, Association]
-    limits: Limits
-    ci_carries: str
-    exact_permutation: bool
-    seed: int
-    verdict: str
-    warnings: list[str]
-    sign_auc: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        document: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
-        return document
-
-    def to_text(self) -> str:
-        """The whole comparison as lines of text."""
-        from sts_fast.validate.words import text_of
-
-        return text_of(self)

@@ -13,12 +13,12 @@ from scipy import special, stats
 
 from sts_fast.errors import InputError
 from sts_fast.forecast.run import DomainScore, Forecast
-from sts_fast.outcomes import Outcome, Outcomes
-from sts_fast.validate import Validation, outcome_limits, validate
-from sts_fast.validate.record import Association, Limits
-from sts_fast.validate.statistics import mean_ranks
+from sts_fast.outcomes.outcomes import Outcome, Outcomes
+from sts_fast.outcomes.validate import Validation, outcome_limits, validate
+from sts_fast.outcomes.validate.record import Association, Limits
+from sts_fast.outcomes.validate.statistics import mean_ranks
 
-ASSETS = Path(__file__).parents[2] / "shared" / "assets"
+ASSETS = Path(__file__).parents[3] / "shared" / "assets"
 needs_assets = pytest.mark.skipif(not ASSETS.is_dir(), reason="the real evaluation results are not on this machine")
 
 # Change of accuracy of Qwen2.5-7B after training on LIMO, from the notebook of the STS paper's authors.

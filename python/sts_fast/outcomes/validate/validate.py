@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from sts_fast.errors import InputError
-from sts_fast.outcomes import Outcome, Outcomes, cautions, match_domains, read_outcomes
-from sts_fast.signed.signed import SIGNED_FIELDS
-from sts_fast.validate.reading import Scores, interval_of, outcome_arrays, read_scores, score_arrays, unmatched
-from sts_fast.validate.record import DomainResult, Validation
-from sts_fast.validate.statistics import (
+from sts_fast.outcomes.outcomes import Outcome, Outcomes, cautions, match_domains, read_outcomes
+from sts_fast.outcomes.validate.reading import Scores, interval_of, outcome_arrays, read_scores, score_arrays, unmatched
+from sts_fast.outcomes.validate.record import DomainResult
+from sts_fast.outcomes.validate.statistics import (
     Draws,
     associate,
     associate_control,
@@ -20,9 +19,8 @@ from sts_fast.validate.statistics import (
     sign_auc,
     without_most_helpful,
 )
-from sts_fast.validate.words import verdict
-
-__all__ = ["DomainResult", "Validation", "outcome_limits", "validate"]
+from sts_fast.outcomes.validate.validation import Validation, verdict
+from sts_fast.signed.signed import SIGNED_FIELDS
 
 
 def validate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
@@ -12,8 +13,11 @@ from typing import Any
 import numpy as np
 
 from sts_fast import files
-from sts_fast.calibration import past
-from sts_fast.calibration.conformal import (
+from sts_fast.errors import InputError
+from sts_fast.forecast.run import Forecast, Interval
+from sts_fast.outcomes.calibration import past
+from sts_fast.outcomes.calibration.change_text import shown_change, unit_name
+from sts_fast.outcomes.calibration.conformal import (
     LEVEL,
     Assessment,
     Line,
@@ -23,16 +27,13 @@ from sts_fast.calibration.conformal import (
     multiplier,
     trains_needed,
 )
-from sts_fast.calibration.words import text_of
-from sts_fast.errors import InputError
-from sts_fast.forecast.run import Forecast, Interval
-from sts_fast.outcomes import listed
+from sts_fast.outcomes.outcomes import listed
 from sts_fast.signed.signed import SIGNED_FIELDS
-
-__all__ = ["CALIBRATION_FILE", "Assessment", "Calibration", "Line", "fit_calibration"]
 
 CALIBRATION_FILE = "calibration.json"
 CALIBRATION_SCHEMA_VERSION = "1.0"
+# Characters of a line of text.
+LINE = 79
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,47 @@ class Calibration:
         return cls(**{**document, "line": Line(**document["line"]), "assessment": found})
 
 
+def text_of(calibration: Calibration) -> str:
+    """What was learned, and how its intervals do on training sets held out."""
+    unit, line = calibration.unit, calibration.line
+
+    def number(value: float) -> str:
+        return shown_change(value, unit, signed=False)
+
+    factor = 100 if unit == "accuracy" else 1
+    what = "change" if calibration.signed else "size of change"
+    start = f"{factor * line.intercept:.3g} + " if line.intercept else ""
+    half = f"{factor * calibration.multiplier * line.floor:.3g}"
+    if line.per_score:
+        half += f" + {factor * calibration.multiplier * line.per_score:.3g} |score|"
+    n_changes = sum(run["n_domains"] for run in calibration.runs)
+    lines = [
+        f"Learned from {len(calibration.runs)} runs on {calibration.n_trains} training sets: {n_changes} changes, "
+        f"in {unit_name(unit)}",
+        "",
+        f"{what} = {start}{factor * line.slope:.3g} score    by '{calibration.estimator}', |score| up to "
+        f"{calibration.largest:.3g}",
+        f"{calibration.level:.0%} interval: that ± ({half})",
+    ]
+    if (found := calibration.assessment) is not None:
+        lines += [
+            "",
+            f"{'Training sets held out in turn':<32}{'inside':>8}{'mean width':>13}{'interval score':>17}{'error':>8}",
+            f"{'by the score':<32}{found.coverage:>8.0%}{number(found.width):>13}"
+            f"{number(found.interval_score):>17}{number(found.error):>8}",
+            f"{'the mean change, always':<32}{found.constant_coverage:>8.0%}{number(found.constant_width):>13}"
+            f"{number(found.constant_interval_score):>17}{number(found.constant_error):>8}",
+            "",
+            *textwrap.wrap(
+                f"Of single training sets, {found.coverage_range[0]:.0%} to {found.coverage_range[1]:.0%} of the "
+                f"changes lie inside. The interval score is the width, and {2 / (1 - calibration.level):.0f} times how "
+                "far outside a change lies: smaller is better.",
+                LINE,
+            ),
+        ]
+    return "\n".join(lines)
+
+
 def fit_calibration(runs: str | Path | Iterable[str | Path], *, estimator: str | None = None) -> Calibration:
     """Learns from past runs how their scores became changes.
 
@@ -245,5 +287,7 @@ def _no_constant(name: str) -> None:
 def _validate(document: Any) -> None:
     import jsonschema
 
-    text = resources.files("sts_fast").joinpath("calibration/calibration.schema.json").read_text(encoding="utf-8")
+    text = (
+        resources.files("sts_fast.outcomes.calibration").joinpath("calibration.schema.json").read_text(encoding="utf-8")
+    )
     jsonschema.Draft202012Validator(json.loads(text)).validate(document)

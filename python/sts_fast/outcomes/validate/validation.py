@@ -1,22 +1,57 @@
-"""A comparison in words and lines of text."""
+"""A comparison of forecast and outcome, and what it says in words and lines of text."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import textwrap
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import Any
 
+from sts_fast.forecast.run import Interval
+from sts_fast.outcomes.validate.record import Association, DomainResult, Limits
+from sts_fast.outcomes.validate.statistics import GOOD, LEVEL, N_DRAWS, critical_r
 from sts_fast.signed.signed import SIGNED_FIELDS
-from sts_fast.validate.statistics import GOOD, LEVEL, N_DRAWS, critical_r
-
-if TYPE_CHECKING:
-    from sts_fast.forecast.run import Interval
-    from sts_fast.validate.record import Association, DomainResult, Limits, Validation
 
 ENOUGH_POWER = 0.8
 # Characters of a line of text.
 LINE = 79
+
+
+@dataclass(frozen=True)
+class Validation:
+    """A forecast beside what really happened.
+
+    size:     scores against |change|, which is what they forecast; of signed forecasts their absolute values
+    signed:   scores against the change with its sign
+    sign_auc: of all pairs of a domain that rose and one that fell, the share that a signed forecast has in the right
+              order; None for scores without a sign, or where all changes have one sign
+    controls: size, for each control in the place of the score
+    ci_carries: whose noise the intervals `ci` hold
+    """
+
+    estimator: str
+    domains: list[DomainResult]
+    size: Association
+    signed: Association
+    controls: dict[str, Association]
+    limits: Limits
+    ci_carries: str
+    exact_permutation: bool
+    seed: int
+    verdict: str
+    warnings: list[str]
+    sign_auc: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        document: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
+        return document
+
+    def to_text(self) -> str:
+        """The whole comparison as lines of text."""
+        return text_of(self)
 
 
 def text_of(validation: Validation) -> str:

@@ -13,9 +13,9 @@ import pytest
 from scipy import stats
 
 from sts_fast.errors import InputError
-from sts_fast.outcomes import Outcome, cautions, match_domains, read_outcomes
+from sts_fast.outcomes.outcomes import Outcome, cautions, match_domains, read_outcomes
 
-ASSETS = Path(__file__).parents[2] / "shared" / "assets"
+ASSETS = Path(__file__).parents[3] / "shared" / "assets"
 needs_assets = pytest.mark.skipif(not ASSETS.is_dir(), reason="the real evaluation results are not on this machine")
 
 TIME = "2025-01-02T03-04-05.678901"

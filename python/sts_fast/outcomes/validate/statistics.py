@@ -12,9 +12,9 @@ import numpy as np
 
 from sts_fast.errors import InputError
 from sts_fast.forecast.run import Interval
-from sts_fast.outcomes import Outcome, Outcomes
-from sts_fast.validate.reading import Z_95, outcome_arrays
-from sts_fast.validate.record import Association, Estimate, Limits
+from sts_fast.outcomes.outcomes import Outcome, Outcomes
+from sts_fast.outcomes.validate.reading import Z_95, outcome_arrays
+from sts_fast.outcomes.validate.record import Association, Estimate, Limits
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
