@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from sts_fast import demo
-from sts_fast.demo import OUTCOMES, PREDICTORS, SCORE
+from sts_fast.demo import demo
+from sts_fast.demo.demo import OUTCOMES, PREDICTORS, SCORE
 from sts_fast.outcomes.outcomes import Outcome
 from sts_fast.outcomes.validate import validate
 

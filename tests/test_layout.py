@@ -19,7 +19,7 @@ ORDER = [
     *("_version", "errors", "files", "places", "data", "sae", "ops", "model"),
     *("signed", "forecast"),
     *("ablate", "rollouts", "mix"),
-    *("outcomes", "report", "organism", "demo", "trainer", "cli", "__main__"),
+    *("outcomes", "report", "demo", "trainer", "cli", "__main__"),
 ]
 HEAVY = {"torch", "transformers", "sae_lens", "pandas", "pyarrow", "matplotlib", "datasets"}
 SUBCLASSES_OF_HEAVY = {"trainer.py"}  # whoever imports it has imported transformers

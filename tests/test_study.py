@@ -14,8 +14,8 @@ from benchmarks.study.predictors import together
 from benchmarks.study.saes import Variant
 from transformers import LlamaForCausalLM
 
-from sts_fast import organism
-from sts_fast.organism import model as language_model
+from sts_fast.demo import organism
+from sts_fast.demo.organism import model as language_model
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 

@@ -34,7 +34,7 @@ from benchmarks.study.grounds import LONG, SHORT, Ground
 from benchmarks.study.predictors import N_PROMPTS, predict, together
 from benchmarks.study.table import RESULTS, table
 from benchmarks.study.trials import REGIMES, run_trials
-from sts_fast import organism
+from sts_fast.demo import organism
 
 WORK = Path("build") / "study"
 

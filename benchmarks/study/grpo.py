@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from sts_fast import organism
 from sts_fast.data.examples import Example
+from sts_fast.demo import organism
 from sts_fast.signed.objectives import group_advantages
 
 # Chosen by how often the package's model, sampled at temperature 1, answers right, before any training: of each tag

@@ -14,8 +14,8 @@ import numpy as np
 from scipy.stats import t
 
 from benchmarks.study.trials import DOMAINS, REGIMES, TRAINS, Remembering
-from sts_fast import organism
 from sts_fast.data.prompts import PromptTemplate, build_prompts
+from sts_fast.demo import organism
 from sts_fast.errors import InputError
 from sts_fast.mix.allot import fill, least_loss, whole_examples
 from sts_fast.mix.flow import Flow

@@ -9,12 +9,12 @@ import numpy as np
 
 from benchmarks.study.grounds import Ground
 from benchmarks.study.trials import SHOTS
-from sts_fast import organism
 from sts_fast.data.examples import Example
 from sts_fast.data.prompts import Prompt, PromptTemplate, build_prompts
-from sts_fast.demo import CONTROLS as DEMO_CONTROLS
-from sts_fast.demo import PREDICTORS as DEMO_PREDICTORS
-from sts_fast.demo import TOP_N
+from sts_fast.demo import organism
+from sts_fast.demo.demo import CONTROLS as DEMO_CONTROLS
+from sts_fast.demo.demo import PREDICTORS as DEMO_PREDICTORS
+from sts_fast.demo.demo import TOP_N
 from sts_fast.forecast.score import compare
 from sts_fast.sae import load_sae
 from sts_fast.signed.gradients import HookedModel, answer_nll

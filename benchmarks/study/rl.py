@@ -17,7 +17,8 @@ from benchmarks.study import grpo
 from benchmarks.study.correlations import OUTCOMES, SHOTS, Z_95, auc, pearson, rounded
 from benchmarks.study.rl_forecasts import DIMS, TOP_N, World, forecast, true_shift, world
 from benchmarks.study.trials import DOMAINS, Remembering, abilities, change
-from sts_fast import files, organism
+from sts_fast import files
+from sts_fast.demo import organism
 from sts_fast.ops.shift import top_indices
 
 RESULTS = Path(__file__).parents[1] / "results" / "rl.json"

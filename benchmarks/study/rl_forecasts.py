@@ -13,9 +13,9 @@ import numpy as np
 from benchmarks.study import grpo
 from benchmarks.study.predictors import BATCH_TOKENS, LAYER, mean_residual
 from benchmarks.study.trials import DOMAINS, SHOTS
-from sts_fast import organism
 from sts_fast.data.examples import Example
 from sts_fast.data.prompts import Prompt, PromptTemplate, build_prompts
+from sts_fast.demo import organism
 from sts_fast.forecast.controls import cosine
 from sts_fast.model.language_model import LanguageModel, capture
 from sts_fast.ops.correlate import CorrelationStats

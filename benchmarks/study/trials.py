@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.study.grounds import SHORT, Ground
-from sts_fast import organism
 from sts_fast.data.examples import Example
 from sts_fast.data.prompts import PromptTemplate, build_prompts
+from sts_fast.demo import organism
 
 TRAINS, DOMAINS = SHORT.trains, SHORT.domains
 

@@ -17,9 +17,9 @@ from tiny import LAYER, Tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sts_fast
-from sts_fast import organism
 from sts_fast.ablate.record import ablation_schema, validate_ablation
 from sts_fast.cli import main
+from sts_fast.demo import organism
 from sts_fast.errors import InputError
 from sts_fast.forecast.controls import like_activity
 

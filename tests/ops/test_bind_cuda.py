@@ -47,7 +47,7 @@ def architectures(library: Path) -> set[str]:
 
 
 def test_loads_without_a_driver_and_says_why_it_cannot_serve(library: Path) -> None:
-    program = "from sts_fast import _cuda; print(_cuda.missing_reason())"
+    program = "from sts_fast.ops import _cuda; print(_cuda.missing_reason())"
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd="/")
     if shutil.which("nvidia-smi") is None:
         assert re.fullmatch(r"no CUDA device can be used: .+\n", ran.stdout)

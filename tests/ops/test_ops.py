@@ -757,7 +757,7 @@ def test_ops_run_side_by_side_in_threads() -> None:
 MEMORY = """
 import resource, sys
 import numpy as np
-from sts_fast import _cpu
+from sts_fast.ops import _cpu
 rng = np.random.default_rng(0)
 W = rng.standard_normal((64, 512)).astype(np.float32)
 acts = rng.standard_normal((10_000, 64)).astype(np.float32)

@@ -10,12 +10,13 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from sts_fast import files, organism
+from sts_fast import files
 from sts_fast.cli.console import err, out, progress
 from sts_fast.cli.options import JsonOption, OutputOption
-from sts_fast.demo import PREDICTORS, PRIMARY, SCORE, Demo, run_demo
+from sts_fast.demo import organism
+from sts_fast.demo.demo import PREDICTORS, PRIMARY, SCORE, Demo, run_demo
+from sts_fast.forecast.run import REPORT_FILE
 from sts_fast.outcomes.validate.reading import Z_95
-from sts_fast.report import REPORT_FILE
 
 
 def demo(

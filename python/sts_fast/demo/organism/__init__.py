@@ -3,10 +3,10 @@
 Everything goes the way of a user's model: a Hugging Face folder, a SAELens folder, examples as text.
 """
 
-from sts_fast.organism.model import load_model, model_folder, one_thread, sae_folder, weights_folder
-from sts_fast.organism.training import FIGURES_FILE, train
-from sts_fast.organism.tuning import Abilities, fine_tune, measure
-from sts_fast.organism.world import DOMAINS, WORLD, Domain, World, examples
+from sts_fast.demo.organism.model import load_model, model_folder, one_thread, sae_folder, weights_folder
+from sts_fast.demo.organism.training import FIGURES_FILE, train
+from sts_fast.demo.organism.tuning import Abilities, fine_tune, measure
+from sts_fast.demo.organism.world import DOMAINS, WORLD, Domain, World, examples
 
 __all__ = [
     "DOMAINS",

@@ -41,8 +41,9 @@ from sts_fast.forecast.run import (
     VALIDATION_FILE,
     validate_scores,
 )
-from sts_fast.report import build_comparison_report, build_report, figures, numbers, short_name
+from sts_fast.report import build_comparison_report, build_report, figures, numbers
 from sts_fast.report.outcome import outcome_section, outcome_warnings
+from sts_fast.report.report import short_name
 
 
 def rows_of(table: Node) -> list[list[Node]]:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sts_fast import files
+from sts_fast.demo.organism import autoencoder
+from sts_fast.demo.organism import model as language_model
+from sts_fast.demo.organism.tuning import measure
+from sts_fast.demo.organism.world import WORLD, World
 from sts_fast.errors import InputError
-from sts_fast.organism import model as language_model
-from sts_fast.organism import sae as autoencoder
-from sts_fast.organism.tuning import measure
-from sts_fast.organism.world import WORLD, World
 
 if TYPE_CHECKING:
     from collections.abc import Callable

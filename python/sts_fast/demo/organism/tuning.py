@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sts_fast.data.examples import Example
-from sts_fast.organism.model import MAX_SHOTS, one_thread
-from sts_fast.organism.world import WORLD, World
+from sts_fast.demo.organism.model import MAX_SHOTS, one_thread
+from sts_fast.demo.organism.world import WORLD, World
 
 if TYPE_CHECKING:
     import torch

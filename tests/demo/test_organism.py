@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from sts_fast import InputError, encode, load_sae, organism
+from sts_fast import InputError, encode, load_sae
 from sts_fast.data.examples import Example
 from sts_fast.data.prompts import PromptTemplate, build_prompts
+from sts_fast.demo import organism
+from sts_fast.demo.organism import autoencoder, training, world
+from sts_fast.demo.organism import model as language_model
 from sts_fast.model.language_model import capture, load_decoder, load_tokenizer
-from sts_fast.organism import model as language_model
-from sts_fast.organism import sae as autoencoder
-from sts_fast.organism import training, world
 from sts_fast.places import split_name
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sts_fast.organism.world import WORLD, World
+from sts_fast.demo.organism.world import WORLD, World
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,7 +58,7 @@ OTHER_TOKENS_WEIGHT = 0.05  # of the loss on what no model can foresee, against 
 
 def weights_folder() -> Path:
     """What comes with the package: `model/`, `sae/` and figures.json, as `train` writes them."""
-    return Path(str(files("sts_fast.organism"))) / "weights"
+    return Path(str(files("sts_fast.demo.organism"))) / "weights"
 
 
 def model_folder() -> Path:

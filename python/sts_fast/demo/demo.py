@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sts_fast import files, organism
+from sts_fast import files
 from sts_fast._version import __version__
+from sts_fast.demo import organism
+from sts_fast.demo.organism import Abilities, one_thread
 from sts_fast.errors import InputError
 from sts_fast.forecast.run import SCHEMA_VERSION, VALIDATION_FILE, Forecast
 from sts_fast.forecast.score import compare
-from sts_fast.organism import Abilities, one_thread
 from sts_fast.outcomes.outcomes import Outcome
 from sts_fast.outcomes.validate import Validation, validate
-from sts_fast.report import DEMO_FILE, build_demo_report, build_report
+from sts_fast.report import build_demo_report, build_report
+from sts_fast.report.demo import DEMO_FILE
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -20,8 +20,9 @@ from html_tree import read_page
 from made_up_demo import made_up
 from scipy.stats import pearsonr
 
-from sts_fast import InputError, cli, demo, files, organism
-from sts_fast.demo import FEW_SHOT, OUTCOMES, PREDICTORS, PRIMARY, SIGNED
+from sts_fast import InputError, cli, files
+from sts_fast.demo import demo, organism
+from sts_fast.demo.demo import FEW_SHOT, OUTCOMES, PREDICTORS, PRIMARY, SIGNED
 from sts_fast.report import build_demo_report
 
 TRAINS = ("T0.reverse.a", "T5.sort.d")
@@ -192,7 +193,7 @@ def test_a_damaged_demo_is_told(tmp_path: Path) -> None:
 
 
 def test_the_documented_tables_are_those_of_the_results() -> None:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     table = runpy.run_path(str(root / "benchmarks" / "demo_table.py"))["table"]
     written_down = (root / "docs" / "demo.md").read_text(encoding="utf-8")
     assert all(
