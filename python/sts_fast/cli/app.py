@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sts_fast import __version__
+from sts_fast._version import __version__
 from sts_fast.cli.ablate import ablate
 from sts_fast.cli.capture import capture
 from sts_fast.cli.console import fail, out

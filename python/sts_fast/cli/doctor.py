@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from sts_fast import __version__
+from sts_fast._version import __version__
 from sts_fast.cli.console import out
 from sts_fast.cli.options import DoctorLayerOption, JsonOption
 from sts_fast.errors import InputError
