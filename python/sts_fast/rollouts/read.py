@@ -118,7 +118,7 @@ class Rollouts:
 
     @property
     def advantages(self) -> Doubles:
-        """[n_rows] as the trainer recorded them, else normalised within each group; see policy.group_advantages."""
+        """[n_rows] as the trainer recorded them, else normalised within each group; see objectives.group_advantages."""
         if any(row.advantage is None for row in self.rows):
             return group_advantages(self.rewards, self.group_of)
         return np.asarray([row.advantage for row in self.rows], np.float64)
