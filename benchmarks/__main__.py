@@ -12,25 +12,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import bench_correlate, bench_encode, bench_shift, memory, records, tables, timing
-from benchmarks.cases import Bench, Case, Size
+from benchmarks import memory, records, tables, timing
+from benchmarks.benches import OPS, make_bench
+from benchmarks.cases import Size
 from benchmarks.oracle import WrongResult
 
-# op: (its bench, the SAE's architecture)
-OPS: dict[str, tuple[Callable[[Case], Bench], str]] = {
-    "shift": (bench_shift.bench, "standard"),
-    "correlate": (bench_correlate.bench, "standard"),
-    "encode": (bench_encode.bench, "jumprelu"),
-    "subset": (bench_encode.bench_subset, "jumprelu"),
-    "topk": (bench_encode.bench_topk, "topk"),
-    "topk subset": (bench_encode.bench_topk_subset, "topk"),
-}
 # op: {(d_in, d_sae): rows}
 Plan = dict[str, dict[tuple[int, int], list[int]]]
 SMALL, MIDDLE, NARROW, WIDE = (256, 2048), (768, 24576), (2304, 16384), (3584, 65536)
@@ -48,11 +40,6 @@ MEMORY_PLAN: Plan = {
     **{op: {MIDDLE: [4096], WIDE: [512]} for op in ("correlate", "encode", "subset")},
     "topk": {(768, 65536): [1024], (3584, 131072): [512]},
 }
-
-
-def make_bench(op: str, size: Size, device: str) -> Bench:
-    bench, architecture = OPS[op]
-    return bench(Case(size, architecture, device))
 
 
 def chosen_cases(plan: Plan, options: argparse.Namespace) -> Iterator[tuple[str, Size]]:

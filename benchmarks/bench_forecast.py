@@ -47,9 +47,9 @@ from transformers.cache_utils import DynamicLayer
 
 import sts_fast
 from benchmarks.timing import synchronize
-from sts_fast.capture import Decoder
-from sts_fast.examples import Example
-from sts_fast.prompts import Prompt, PromptTemplate, build_prompts, choose_demos
+from sts_fast.data.examples import Example
+from sts_fast.data.prompts import Prompt, PromptTemplate, build_prompts, choose_demos
+from sts_fast.model.language_model import LanguageModel
 from sts_fast.sae import SAE
 
 N_WORDS = 2000
@@ -155,7 +155,7 @@ class World:
             for i in range(work.n_domains)
         }
         ids = torch.from_numpy(rng.integers(3, N_WORDS, (4, 64))).to(work.device)
-        x = Decoder(self.model, work.layer).run(input_ids=ids)[0].flatten(0, 1).float()
+        x = LanguageModel(self.model, work.layer).run(input_ids=ids)[0].flatten(0, 1).float()
         self.W_enc = torch.randn(work.d_model, work.d_sae, device=work.device) / work.d_model**0.5
         self.W_dec = torch.randn(work.d_sae, work.d_model, device=work.device, dtype=dtype) / work.d_sae**0.5
         product = x @ self.W_enc
@@ -217,9 +217,9 @@ class Clock:
 def run_ours(world: World, recorded: dict[str, list[dict[str, Any]]] | None = None) -> tuple[Any, Clock]:
     """A forecast, its time by stage from the first pass of each; recorded: is given the passes' inputs by stage."""
     clock, marks, stage_inputs = Clock(world.work.device), [], []
-    run = Decoder.run
+    run = LanguageModel.run
 
-    def watched(decoder: Decoder, **inputs: Any) -> Any:
+    def watched(decoder: LanguageModel, **inputs: Any) -> Any:
         if not marks:
             marks.append((time.perf_counter(), time.process_time()))
         if recorded is not None:
@@ -236,17 +236,17 @@ def run_ours(world: World, recorded: dict[str, list[dict[str, Any]]] | None = No
                 recorded[stage] = list(stage_inputs)
                 stage_inputs.clear()
 
-    Decoder.run = watched  # type: ignore[method-assign]
+    LanguageModel.run = watched  # type: ignore[method-assign]
     try:
         forecast = world.forecast(progress=tell)
     finally:
-        Decoder.run = run  # type: ignore[method-assign]
+        LanguageModel.run = run  # type: ignore[method-assign]
     return forecast, clock
 
 
 def run_floor(world: World, recorded: dict[str, list[dict[str, Any]]]) -> Clock:
     """The passes that were recorded, again; a cache that they filled starts empty, one that they only read is there."""
-    clock, decoder, filled = Clock(world.work.device), Decoder(world.model, world.work.layer), {}
+    clock, decoder, filled = Clock(world.work.device), LanguageModel(world.model, world.work.layer), {}
     for stage, passes in recorded.items():
         with clock.of(stage):
             for inputs in passes:
@@ -260,7 +260,7 @@ def run_floor(world: World, recorded: dict[str, list[dict[str, Any]]]) -> Clock:
 def run_alone(world: World) -> Clock:
     """Queries of the training set, without and with demonstrations, each in a pass of its own."""
     work, prompts = world.work, world.prompts["train"]
-    clock, decoder = Clock(work.device), Decoder(world.model, work.layer)
+    clock, decoder = Clock(work.device), LanguageModel(world.model, work.layer)
     sample = prompts[: work.sample]
     with clock.of(SHIFT, len(prompts) / len(sample)):
         for prompt in sample:

@@ -26,7 +26,7 @@ from transformers import TrainingArguments as Arguments
 
 import sts_fast
 from benchmarks.records import processor
-from sts_fast.examples import Example
+from sts_fast.data.examples import Example
 from sts_fast.sae import SAE
 from sts_fast.trainer import TransferMonitor
 

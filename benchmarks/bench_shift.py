@@ -15,8 +15,9 @@ import torch
 from benchmarks import oracle
 from benchmarks.cases import Bench, Case, Contestant, Product
 from benchmarks.timing import timed_run
-from sts_fast import ShiftStats, _cpu, backend
-from sts_fast.shift import _COUNTS, _SUMS
+from sts_fast import ShiftStats
+from sts_fast.ops import _cpu, backend
+from sts_fast.ops.shift import _COUNTS, _SUMS
 
 Lap = Callable[[str], None]
 # Rows and columns of a chunk: small enough for the caches, large enough for the product. The fastest is taken.

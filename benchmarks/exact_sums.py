@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sts_fast import _cpu
+from sts_fast.ops import _cpu
 
 WIDTH, CHUNK, UNIT = 4, 100_000, 2.0**20
 NAMES = ("sum_sq_shift", "sum_base", "sum_other", "sum_sq_base", "sum_sq_other")

@@ -124,14 +124,14 @@ def stage_build() -> Record:
     command += ["-C", f"cmake.define.STS_CUDA_ARCHITECTURES={architecture}", str(ROOT)]
     environment = os.environ | {"PATH": f"{os.environ['PATH']}:/usr/local/cuda/bin"}
     subprocess.run(command, check=True, env=environment, stdout=sys.stderr)
-    library = next((BUILT / "sts_fast").glob("_cuda*.so"))
+    library = next((BUILT / "sts_fast" / "ops").glob("_cuda*.so"))
     return {"architecture": architecture, "megabytes": round(library.stat().st_size / 1e6, 2)}
 
 
 def stage_check() -> Record:
     environment = os.environ | {"PYTHONPATH": str(BUILT)}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-o", "filterwarnings=default", "-p", "no:cacheprovider"]
-    command += ["tests/test_cuda.py", "-k", "not emulator"]
+    command += ["tests/ops/test_cuda.py", "-k", "not emulator"]
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     print(ran.stdout[-1500:])
     if ran.returncode:
@@ -156,7 +156,7 @@ def random_problems(loop: str) -> Iterator[tuple[str, float]]:
     """(what, largest relative error of a column's sum where no firing is within rounding of its threshold)."""
     import torch
 
-    from sts_fast import cuda
+    from sts_fast.ops import cuda
 
     cuda.MAIN_LOOP = loop
     seed = int.from_bytes(os.urandom(4), "little")
@@ -200,7 +200,7 @@ def stage_sanitize() -> Record:
 
 def stage_small() -> Record:
     """Every kernel once, on ragged shapes: what the sanitizer watches."""
-    from sts_fast import cuda
+    from sts_fast.ops import cuda
 
     for cuda.MAIN_LOOP in main_loops():
         for precision in ("fp32", "bf16x2"):
@@ -347,7 +347,7 @@ def stage_forecast() -> Record:
     import torch
     from transformers import AutoModel, Qwen2Config
 
-    from sts_fast import cuda
+    from sts_fast.ops import cuda
 
     config = Qwen2Config(
         hidden_size=3584, intermediate_size=18944, num_hidden_layers=20, num_attention_heads=28, num_key_value_heads=4

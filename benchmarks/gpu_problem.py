@@ -18,7 +18,7 @@ class Problem:
     ) -> None:
         import torch
 
-        from sts_fast import cuda
+        from sts_fast.ops import cuda
 
         self.activation, self.d_sae, self.precision = activation, d_sae, precision
         generator = torch.Generator("cuda").manual_seed(seed)
@@ -54,7 +54,7 @@ class Problem:
         return found | {name: torch.zeros(self.d_sae, dtype=torch.int64, device="cuda") for name in counts}
 
     def shift(self, sums: dict[str, Any] | None = None) -> dict[str, Any]:
-        from sts_fast import cuda
+        from sts_fast.ops import cuda
 
         sums = sums or self.new_sums()
         cuda.accumulate_shift(self.encoder, self.base, self.other, **sums)
@@ -63,7 +63,7 @@ class Problem:
     def moments(self) -> dict[str, Any]:
         import torch
 
-        from sts_fast import cuda
+        from sts_fast.ops import cuda
 
         sums = {name: torch.zeros(self.d_sae, dtype=torch.float64, device="cuda") for name in ("sum_h", "sum_sq_h")}
         sums["n_fired"] = torch.zeros(self.d_sae, dtype=torch.int64, device="cuda")
@@ -72,7 +72,7 @@ class Problem:
         return sums
 
     def sparse(self) -> Any:
-        from sts_fast import cuda
+        from sts_fast.ops import cuda
 
         return cuda.encode_sparse(self.encoder, self.base)
 

@@ -90,7 +90,7 @@ def in_a_fork(run: Callable[[], int]) -> int:
 
 
 def main() -> None:
-    from benchmarks.__main__ import make_bench
+    from benchmarks.benches import make_bench
     from benchmarks.timing import set_num_threads
 
     op, d_in, d_sae, rows, threads, device = sys.argv[1:]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sts_fast import _cpu
+from sts_fast.ops import _cpu
 
 RESULTS = Path(__file__).parent / "results"
 KIND = "ops"

@@ -1,5 +1,6 @@
 // The only file of the CUDA core that knows Python. Imported lazily; loads on a machine without a driver. Tensors are
-// torch's, read through their attributes: sts_fast.cuda allocates and checks, this file only looks at types and places.
+// torch's, read through their attributes: sts_fast.ops.cuda allocates and checks, this file only looks at types and
+// places.
 #include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from sts_fast import organism, score
+from sts_fast import score
+from sts_fast.demo import organism
 from sts_fast.trainer import TransferMonitor
 
 TRAIN, DOMAINS = "T3.next.b", ("T2.previous.c", "T0.reverse.a", "T1.swap.a")

@@ -14,7 +14,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 # The core as on a processor with less, for `make test-dispatch`.
 if "STS_TEST_INSTRUCTION_SET" in os.environ:
-    from sts_fast import _cpu
+    from sts_fast.ops import _cpu
 
     _cpu.set_instruction_set(os.environ["STS_TEST_INSTRUCTION_SET"])
 
@@ -23,7 +23,7 @@ if "STS_TEST_INSTRUCTION_SET" in os.environ:
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A torch.device of the CUDA ops: a GPU, or the CPU with their source compiled for an emulated one."""
     torch = pytest.importorskip("torch")
-    from sts_fast import cuda
+    from sts_fast.ops import cuda
 
     if request.param == "cuda":
         reason = cuda.missing_reason()

@@ -1,6 +1,6 @@
 /// The core without Python, as another program embeds it: every op against the literal equations in float64. Whole
 /// numbers make every product and sum exact, so that all instruction sets must give the very same features, ties
-/// included. It also runs under the sanitizers (make sanitize) and on an emulated ARM machine (tests/test_core.py).
+/// included. It also runs under the sanitizers (make sanitize) and on an emulated ARM machine (tests/ops/test_core.py).
 #include <sts/sae_ops.h>
 
 #include <algorithm>

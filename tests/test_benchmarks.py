@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from benchmarks import memory, oracle, records, tables, timing
-from benchmarks.__main__ import OPS, main, make_bench
+from benchmarks.__main__ import main
+from benchmarks.benches import OPS, make_bench
 from benchmarks.cases import Bench, Case, Size
 from study.world import grpo, rl, rl_table
 

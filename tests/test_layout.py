@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,23 +15,40 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "python" / "sts_fast"
 
-# A module imports only from modules before it. A new module gets its place here.
-ORDER = [
-    *("_version", "_cpu", "_cuda"),
-    *("errors", "files", "cuda", "examples", "prompts", "probe", "hooks"),
-    *("weights", "memory", "packing", "forward", "capture"),
-    *("sae", "sets", "backend", "torch_ops", "encode", "fit", "shift", "correlate"),
-    *("projection", "controls", "gradients", "policy", "ntk", "explain", "settle", "results", "signed"),
-    *("kernel", "gradient_flow", "allot"),
-    *("settings", "activations", "shifted", "opened", "domains", "forecast", "score"),
-    *("overlap", "ablate", "rollouts", "mix"),
-    *("outcomes", "validate", "calibration", "report", "organism", "demo", "trainer", "cli", "__main__"),
+# The rooms of the package from left to right. A room imports from itself and from its left alone; rooms on one line do
+# not import each other. The first line is the ground, on which all may stand.
+ROOMS = [
+    ("_version", "errors", "files", "places"),
+    ("data",),
+    ("sae",),
+    ("ops",),
+    ("model",),
+    ("signed",),
+    ("forecast",),
+    ("rollouts", "mix", "ablate", "outcomes"),
+    ("report",),
+    ("trainer", "demo"),
+    ("cli",),
+    ("__main__",),
 ]
+COMPILED = {"sts_fast.ops._cpu", "sts_fast.ops._cuda"}
+LINE_OF = {room: line for line, rooms in enumerate(ROOMS) for room in rooms}
+MOST_ENTRIES = 20  # at the top of the package
 HEAVY = {"torch", "transformers", "sae_lens", "pandas", "pyarrow", "matplotlib", "datasets"}
 SUBCLASSES_OF_HEAVY = {"trainer.py"}  # whoever imports it has imported transformers
 UNPICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 NAMES_THAT_SAY_NOTHING = re.compile(r"(^|_)(util|utils|helper|helpers|common|misc|base|manager)$")
 MACHINE_PATH = re.compile("(?<![\\w.])/" + "(root|home/[a-z]|work|Users/[a-z])" + "(/|\\b)", re.IGNORECASE)
+
+# Tests of no module: of this tree, benchmarks/ and examples/paper.md; and by folder, of the studies, of the core as
+# machine code, of load_sae, and of the report in a browser.
+OF_THE_REPOSITORY = {"layout", "benchmarks", "paper"}
+OF_NO_MODULE = {
+    "study": {"real", "world"},
+    "ops": {"core"},
+    "sae": {"hostile_checkpoints"},
+    "report": {"report_browser"},
+}
 
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py*") if path.suffix in (".py", ".pyi"))
 MODULES = [path for path in SOURCES if path.suffix == ".py"]
@@ -40,8 +58,8 @@ def name_of(path: Path) -> str:
     return path.relative_to(PACKAGE).as_posix()
 
 
-def unit_of(path: Path) -> str:
-    """The module of ORDER that a file belongs to; a package is one unit."""
+def room_of(path: Path) -> str:
+    """The folder at the top of the package that a file is in, or the file itself."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(path.suffix)
 
 
@@ -49,17 +67,22 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
-def imported(tree: ast.Module) -> Iterator[tuple[str, int]]:
-    """(dotted name, line) of everything imported anywhere; a name taken from the package itself is spelled in full."""
+def modules_of(folder: Path) -> dict[str, Path]:
+    """Python files of a folder by dotted name; a package has the name of its folder."""
+    dotted = {path: path.relative_to(folder.parent).with_suffix("").parts for path in folder.rglob("*.py")}
+    return {".".join(parts).removesuffix(".__init__"): path for path, parts in dotted.items()}
+
+
+def imported(tree: ast.Module, modules: dict[str, Path]) -> Iterator[tuple[str, int]]:
+    """(dotted name, line) of everything imported anywhere; of a name that is no module, the module it is taken from."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             module = "." * node.level + (node.module or "")
-            if module == "sts_fast":
-                yield from ((f"{module}.{alias.name}", node.lineno) for alias in node.names)
-            else:
-                yield module, node.lineno
+            for alias in node.names:
+                full = f"{module}.{alias.name}"
+                yield (full if full in modules or full in COMPILED else module), node.lineno
 
 
 def run_on_import(body: list[ast.stmt]) -> Iterator[ast.stmt]:
@@ -96,31 +119,75 @@ def tracked_files() -> list[Path]:
     return [path for name in listed.split("\0") if name and (path := ROOT / name).is_file()]
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_module_imports_only_from_its_left(path: Path) -> None:
-    unit = unit_of(path)
-    if unit == "__init__":
-        return
-    assert unit in ORDER, f"{name_of(path)} has no place in ORDER: put it behind every module that it imports"
-    for name, line in imported(tree_of(path)):
-        assert not name.startswith("."), f"{name_of(path)}:{line} imports {name}: write it from sts_fast on"
+def report(offences: list[str]) -> None:
+    assert not offences, "\n".join(offences)
+
+
+def wrong_imports(path: Path, modules: dict[str, Path]) -> Iterator[str]:
+    room = room_of(path)
+    for name, line in imported(tree_of(path), modules):
+        where = f"{name_of(path)}:{line} imports {name}"
+        if name.startswith("."):
+            yield f"{where}: write it from sts_fast on"
         package, _, rest = name.partition(".")
-        if package != "sts_fast":
+        other = rest.partition(".")[0]
+        if package != "sts_fast" or other == room:
             continue
-        other = rest.partition(".")[0].replace("__version__", "_version")
-        assert other in ORDER, f"{name_of(path)}:{line} imports {name}: import it from the module that defines it"
-        assert other == unit or ORDER.index(other) < ORDER.index(unit), (
-            f"{name_of(path)}:{line} imports {other}, which stands to the right of {unit}"
-        )
+        if other not in LINE_OF:
+            yield f"{where}: import it from the module that defines it"
+        elif LINE_OF[other] > LINE_OF[room]:
+            yield f"{where}, which is to the right of {room}"
+        elif LINE_OF[other] == LINE_OF[room] > 0:
+            yield f"{where}, which is beside {room}: what both need belongs to their left"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_heavy_packages_are_imported_where_used(path: Path) -> None:
-    for node in run_on_import(tree_of(path).body):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        heavy = {name.partition(".")[0] for name in names if name_of(path) not in SUBCLASSES_OF_HEAVY} & HEAVY
-        assert not heavy, f"{name_of(path)}:{node.lineno} imports {', '.join(heavy)}: do it inside the function"
+def test_room_imports_only_from_its_left() -> None:
+    modules = modules_of(PACKAGE)
+    inside = [path for path in SOURCES if path != PACKAGE / "__init__.py"]
+    new = {room_of(path) for path in inside} - {*LINE_OF}
+    assert not new, f"{', '.join(sorted(new))}: put it into a room, or give it a place in ROOMS"
+    report([offence for path in inside for offence in wrong_imports(path, modules)])
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    offences = []
+    for folder in (PACKAGE, ROOT / "benchmarks", ROOT / "study"):
+        modules = modules_of(folder) if folder.is_dir() else {}
+        taken = {name: {other for other, _ in imported(tree_of(path), modules)} for name, path in modules.items()}
+        try:
+            TopologicalSorter({name: others & {*modules} for name, others in taken.items()}).prepare()
+        except CycleError as error:
+            offences.append(" <- ".join(error.args[1]))
+    report(offences)
+
+
+def test_package_has_few_entries_at_its_top() -> None:
+    entries = {room_of(path) for path in MODULES}
+    assert len(entries) <= MOST_ENTRIES, f"{len(entries)} entries, and at most {MOST_ENTRIES} are easy to survey"
+
+
+def test_init_holds_imports_and_nothing_else() -> None:
+    offences = []
+    for path in MODULES:
+        body = tree_of(path).body if path.name == "__init__.py" else []
+        for node in body[1:]:  # behind the docstring
+            is_all = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+            if not (is_all or isinstance(node, (ast.Import, ast.ImportFrom))):
+                offences.append(f"{name_of(path)}:{node.lineno} holds more than imports: move it to a module")
+    report(offences)
+
+
+def test_heavy_packages_are_imported_where_used() -> None:
+    offences = []
+    for path in MODULES:
+        if name_of(path) in SUBCLASSES_OF_HEAVY:
+            continue
+        for node in run_on_import(tree_of(path).body):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for heavy in {name.partition(".")[0] for name in names} & HEAVY:
+                offences.append(f"{name_of(path)}:{node.lineno} imports {heavy}: do it inside the function")
+    report(offences)
 
 
 def test_import_loads_nothing_heavy() -> None:
@@ -134,38 +201,57 @@ def test_import_loads_nothing_heavy() -> None:
     assert not HEAVY & set(ran.stdout.split())
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_module_prints_nothing_and_trusts_nobody(path: Path) -> None:
-    for name, line in imported(tree_of(path)):
-        assert name.partition(".")[0] not in UNPICKLERS, f"{name_of(path)}:{line} imports {name}"
-    for function, call in calls(path):
-        where = f"{name_of(path)}:{call.lineno}"
-        assert function != "print" or unit_of(path) == "cli", f"{where} prints; only the command line does"
-        assert not is_literal(call, "trust_remote_code", True), f"{where} runs code that came with a model"
-        assert not is_literal(call, "allow_pickle", True), f"{where} unpickles"
-        assert function != "torch.load" or is_literal(call, "weights_only", True), f"{where} unpickles"
+def test_module_prints_nothing_and_trusts_nobody() -> None:
+    offences = []
+    for path in MODULES:
+        for name, line in imported(tree_of(path), {}):
+            if name.partition(".")[0] in UNPICKLERS:
+                offences.append(f"{name_of(path)}:{line} imports {name}")
+        for function, call in calls(path):
+            where = f"{name_of(path)}:{call.lineno}"
+            if function == "print" and room_of(path) != "cli":
+                offences.append(f"{where} prints; only the command line does")
+            if is_literal(call, "trust_remote_code", True):
+                offences.append(f"{where} runs code that came with a model")
+            if is_literal(call, "allow_pickle", True) or (
+                function == "torch.load" and not is_literal(call, "weights_only", True)
+            ):
+                offences.append(f"{where} unpickles")
+    report(offences)
 
 
 def test_every_test_file_has_its_module() -> None:
-    tested = {name_of(path).removesuffix(".py").removesuffix("/__init__").replace("/", "_") for path in MODULES}
-    tested |= {"_cpu", "_cuda"} | {path.stem.removeprefix("sae_") for path in (ROOT / "csrc").rglob("*.*")} | {"layout"}
-    # The report in a browser, the core as machine code, benchmarks/ and study/, load_sae, examples/paper.md.
-    tested |= {"report_browser", "core", "benchmarks", "study", "study_real", "hostile_checkpoints", "paper"}
-    tested = {name.removeprefix("_") for name in tested}
-    files = {path.stem.removeprefix("test_") for path in (ROOT / "tests").rglob("test_*.py")}
-    assert not files - tested, "tests are named after the module or the native source that they test"
+    """tests/<room>/test_<module>.py, where the module may also be the room, or be named with its package."""
+    tested: dict[str, set[str]] = {"": OF_THE_REPOSITORY}
+    for path in MODULES:
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        names = {"_".join(parts[i:]) for i in range(len(parts))} | {*parts}
+        folder = parts[0] if len(parts) > 1 else ""
+        tested[folder] = tested.get(folder, set()) | {name.removeprefix("_") for name in names}
+    tested["ops"] |= {path.stem.removeprefix("sae_") for path in (ROOT / "csrc").rglob("*.*")}
+    for room, names in OF_NO_MODULE.items():
+        tested[room] = tested.get(room, set()) | names
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    offences = []
+    for path in files:
+        folder = path.parent.relative_to(ROOT / "tests").as_posix().removeprefix(".")
+        if path.stem.removeprefix("test_") not in tested.get(folder, set()):
+            offences.append(f"{path.relative_to(ROOT)} is not named after a module or native source of its room")
+    report(offences)
+    assert len({path.name for path in files}) == len(files), "two test files of one name cannot run together"
 
 
 def test_file_names_say_what_is_inside() -> None:
-    for path in [*SOURCES, *tracked_files()]:
-        assert not NAMES_THAT_SAY_NOTHING.search(path.stem.lower()), path
+    report([str(path) for path in [*SOURCES, *tracked_files()] if NAMES_THAT_SAY_NOTHING.search(path.stem.lower())])
 
 
 def test_no_file_names_a_path_of_one_machine() -> None:
+    offences = []
     for path in tracked_files():
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue
-        found = MACHINE_PATH.search(text)
-        assert found is None, f"{path.relative_to(ROOT)} names {found[0] if found else ''}"
+        if found := MACHINE_PATH.search(text):
+            offences.append(f"{path.relative_to(ROOT)} names {found[0]}")
+    report(offences)

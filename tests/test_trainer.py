@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from sts_fast import InputError, load_sae, organism, rollouts, score
-from sts_fast.outcomes import read_outcomes
+from sts_fast import InputError, load_sae, rollouts, score
+from sts_fast.demo import organism
+from sts_fast.outcomes.outcomes import read_outcomes
 from sts_fast.report.numbers import percent, significant
 from sts_fast.trainer import TransferMonitor
 
@@ -199,7 +200,7 @@ def test_all_processes_stop_together(run: Path, tmp_path: Path) -> None:
     script.write_text(f"""
 import torch
 from transformers import Trainer, TrainingArguments
-from sts_fast import organism
+from sts_fast.demo import organism
 from sts_fast.trainer import TransferMonitor
 
 model, _ = organism.load_model()

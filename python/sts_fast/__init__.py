@@ -3,26 +3,26 @@
 Importing this loads neither torch nor transformers: they are imported where they are used.
 """
 
-from sts_fast._cpu import get_num_threads, set_num_threads
 from sts_fast._version import __version__
 from sts_fast.ablate import Ablation, ablate
-from sts_fast.activations import Activations, capture_activations
-from sts_fast.backend import set_precision
-from sts_fast.calibration import Calibration, fit_calibration
-from sts_fast.correlate import CorrelationStats
-from sts_fast.encode import SparseFeatures, encode
+from sts_fast.data.examples import Example, load_domains, load_examples
 from sts_fast.errors import InputError
-from sts_fast.examples import Example, load_domains, load_examples
-from sts_fast.mix import Mixture, mix
-from sts_fast.outcomes import read_outcomes
-from sts_fast.overlap import Overlap, overlap
-from sts_fast.results import Forecast
+from sts_fast.forecast.overlap import Overlap, overlap
+from sts_fast.forecast.run import Forecast
+from sts_fast.forecast.score import compare, score
+from sts_fast.mix.mix import Mixture, mix
+from sts_fast.model.stored import Activations, capture_activations
+from sts_fast.ops._cpu import get_num_threads, set_num_threads
+from sts_fast.ops.backend import set_precision
+from sts_fast.ops.correlate import CorrelationStats
+from sts_fast.ops.encode import SparseFeatures, encode
+from sts_fast.ops.shift import ShiftStats
+from sts_fast.ops.torch_ops import torch_handle
+from sts_fast.outcomes.calibration import Calibration, fit_calibration
+from sts_fast.outcomes.outcomes import read_outcomes
+from sts_fast.outcomes.validate import validate
 from sts_fast.rollouts import load_rollouts, rollouts, sample_rollouts
 from sts_fast.sae import SAE, load_sae
-from sts_fast.score import compare, score
-from sts_fast.shift import ShiftStats
-from sts_fast.torch_ops import torch_handle
-from sts_fast.validate import validate
 
 __all__ = [
     "SAE",

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Files and folders of results: whole or not there, and hashes of what went in."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sts_fast.errors import InputError
 
@@ -93,3 +93,35 @@ def sha256(path: str | Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def prepare_folder(folder: Path) -> None:
+    """Makes sure that results can be written to `folder`, before any work is done. Raises InputError where not."""
+    if folder == Path():
+        raise InputError("results need a folder of their own: give one with --output")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the output folder {folder}: {error.strerror or error}") from error
+    with atomic_path(folder / ".writable") as path:
+        path.touch()
+    (folder / ".writable").unlink()
+
+
+def to_json(document: dict[str, Any]) -> str:
+    """A document as JSON text: indented, and without NaN, which JSON does not have."""
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def hashed_inputs(role: str, paths: Iterable[str | Path]) -> list[dict[str, str]]:
+    """Role, path and SHA-256 of input files.
+
+    A folder of examples stands for all files in and below it, that of a model or SAE for the files directly in it:
+    below lie copies in other formats.
+    """
+    entries = []
+    for path in map(Path, paths):
+        found = path.glob("*" if role in ("model", "tuned", "sae") else "**/*")
+        for file in sorted(file for file in found if file.is_file()) if path.is_dir() else [path]:
+            entries.append({"role": role, "path": str(file), "sha256": sha256(file)})
+    return entries

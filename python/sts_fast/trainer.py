@@ -17,20 +17,12 @@ import numpy as np
 from transformers import Trainer, TrainerCallback
 
 from sts_fast import files
-from sts_fast.capture import Decoder, batches
 from sts_fast.errors import InputError
+from sts_fast.forecast.run import FEATURES_FILE, PROMPTS_FILE, SCORES_FILE, SHIFT_FILE, TRAINING_FILE
+from sts_fast.model.language_model import LanguageModel, batches
+from sts_fast.ops.shift import ShiftStats
 from sts_fast.report import build_report
-from sts_fast.results import (
-    FEATURES_FILE,
-    PROMPTS_FILE,
-    SCORES_FILE,
-    SHIFT_FILE,
-    TRAINING_FILE,
-    prepare_folder,
-    to_json,
-)
 from sts_fast.sae import SAE, load_sae
-from sts_fast.shift import ShiftStats
 
 if TYPE_CHECKING:
     import torch
@@ -130,7 +122,7 @@ class TransferMonitor(TrainerCallback):
         self._trainer: Trainer | None = None
         self._warned: set[str] = set()
         self._began = 0.0
-        prepare_folder(self.output)
+        files.prepare_folder(self.output)
 
     def attach(self, trainer: Trainer) -> TransferMonitor:
         """Puts this callback into a trainer, and its numbers into that trainer's log."""
@@ -258,7 +250,7 @@ class TransferMonitor(TrainerCallback):
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
         found: dict[int, torch.Tensor] = {}
         with _undisturbed(model):
-            decoder = Decoder(model, self.scores["sae"]["hook_name"])
+            decoder = LanguageModel(model, self.scores["sae"]["hook_name"])
             for batch in batches([len(ids) for ids in self.probes.ids], BATCH_TOKENS):
                 (rows,) = decoder.residuals([self.probes.ids[i] for i in batch])
                 for i, of_probe in zip(batch, rows, strict=True):
@@ -285,7 +277,7 @@ class TransferMonitor(TrainerCallback):
 
     def _check_model(self) -> None:
         """Warns where D_N's features on the base model are not those of the forecast."""
-        from sts_fast.encode import encode
+        from sts_fast.ops.encode import encode
 
         active = encode(self.sae, self._base, self.features)
         of_row = np.add.reduceat(np.append(active.values.astype(np.float64), 0.0), active.indptr[:-1])
@@ -313,7 +305,7 @@ class TransferMonitor(TrainerCallback):
             "history": [asdict(found) for found in self.history],
         }
         with files.atomic_path(self.output / TRAINING_FILE) as path:
-            path.write_text(to_json(record), encoding="utf-8")
+            path.write_text(files.to_json(record), encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sts_fast.organism.sae import TopK, quality, save_sae, train_sae
+from sts_fast.demo.organism.autoencoder import TopK, quality, save_sae, train_sae
 from study.real.measure import Asking, measure
 from study.real.model import ATTENTION, keep_freed_memory, load_model
 from study.real.sets import DEMONSTRATIONS, LONGEST_TEXT, N_DOMAIN, read_rows

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sts_fast import organism
+from sts_fast.demo import organism
 from study.world import mixing, rl, rl_table
 from study.world.analyses import analyse, analyse_saes
 from study.world.analyses_table import analyses_table, write

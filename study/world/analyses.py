@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sts_fast import controls, organism
-from sts_fast.demo import TOP_N
-from sts_fast.organism.training import LAYER
-from sts_fast.projection import projection
+from sts_fast.demo import organism
+from sts_fast.demo.demo import TOP_N
+from sts_fast.demo.organism.training import LAYER
+from sts_fast.forecast import controls
 from sts_fast.sae import load_sae
+from sts_fast.signed.projection import projection
 from study.world.correlations import pearson, rounded
 from study.world.grounds import Ground
 from study.world.saes import Variant
@@ -280,7 +281,7 @@ def residual_rows(ground: Ground, model: Any) -> list[torch.Tensor]:
     """By layer, rows [about N_SAE_ROWS, d_in] of fresh documents."""
     import torch
 
-    from sts_fast.organism.model import document_ids
+    from sts_fast.demo.organism.model import document_ids
 
     rng = np.random.default_rng(1)
     seen: list[list[torch.Tensor]] = [[] for _ in model.model.layers]

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sts_fast.calibration.conformal import Points, fit_constant, fit_line, judge
+from sts_fast.outcomes.calibration.conformal import Points, fit_constant, fit_line, judge
 from study.world.trials import DOMAINS, TRAINS
 
 RESULTS = Path(__file__).parent / "results" / "calibration.json"
@@ -154,7 +154,7 @@ def other_regime(light: Study, other: Study) -> Iterator[Trial]:
 def figures_of(trials: Iterator[Trial]) -> dict[str, Any]:
     """Means over the held-out training sets, and the coverage of each.
 
-    width, interval_score, error: see sts_fast.calibration.conformal.Assessment; constant_*: of the constant; spread:
+    width, interval_score, error: see calibration.conformal.Assessment; constant_*: of the constant; spread:
     from the 5th to the 95th percentile of the changes.
     """
     rows = []

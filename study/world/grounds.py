@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sts_fast import demo, organism
-from sts_fast.organism.world import N_SYMBOLS, World
+from sts_fast.demo import demo, organism
+from sts_fast.demo.organism.world import N_SYMBOLS, World
 
 if TYPE_CHECKING:
-    from sts_fast.organism.world import Ints, Skill
+    from sts_fast.demo.organism.world import Ints, Skill
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from sts_fast import organism
-from sts_fast.examples import Example
-from sts_fast.policy import group_advantages
+from sts_fast.data.examples import Example
+from sts_fast.demo import organism
+from sts_fast.signed.objectives import group_advantages
 
 # Chosen by how often the package's model, sampled at temperature 1, answers right, before any training: of each tag
 # that stands for two skills, the domain whose share is nearest to one half; of these the six nearest, 35% to 67%.

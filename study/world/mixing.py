@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 from scipy.stats import t
 
-from sts_fast import organism
-from sts_fast.allot import fill, least_loss, whole_examples
+from sts_fast.data.prompts import PromptTemplate, build_prompts
+from sts_fast.demo import organism
 from sts_fast.errors import InputError
-from sts_fast.gradient_flow import Flow
-from sts_fast.gradients import HookedModel
-from sts_fast.kernel import measure_kernel
-from sts_fast.mix import LOSS_LEFT
-from sts_fast.ntk import Features
-from sts_fast.projection import projection
-from sts_fast.prompts import PromptTemplate, build_prompts
+from sts_fast.mix.allot import fill, least_loss, whole_examples
+from sts_fast.mix.flow import Flow
+from sts_fast.mix.kernel import measure_kernel
+from sts_fast.mix.mix import LOSS_LEFT
 from sts_fast.sae import load_sae
+from sts_fast.signed.gradients import HookedModel
+from sts_fast.signed.projection import projection
+from sts_fast.signed.push import Features
 from study.world.trials import DOMAINS, REGIMES, TRAINS, Remembering
 
 RESULTS = Path(__file__).parent / "results" / "mixing.json"

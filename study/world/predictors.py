@@ -7,17 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from sts_fast import organism
-from sts_fast.demo import CONTROLS as DEMO_CONTROLS
-from sts_fast.demo import PREDICTORS as DEMO_PREDICTORS
-from sts_fast.demo import TOP_N
-from sts_fast.examples import Example
-from sts_fast.gradients import HookedModel, answer_nll
-from sts_fast.ntk import Features, measure_pull, measure_push
-from sts_fast.projection import projection
-from sts_fast.prompts import Prompt, PromptTemplate, build_prompts
+from sts_fast.data.examples import Example
+from sts_fast.data.prompts import Prompt, PromptTemplate, build_prompts
+from sts_fast.demo import organism
+from sts_fast.demo.demo import CONTROLS as DEMO_CONTROLS
+from sts_fast.demo.demo import PREDICTORS as DEMO_PREDICTORS
+from sts_fast.demo.demo import TOP_N
+from sts_fast.forecast.score import compare
 from sts_fast.sae import load_sae
-from sts_fast.score import compare
+from sts_fast.signed.gradients import HookedModel, answer_nll
+from sts_fast.signed.projection import projection
+from sts_fast.signed.push import Features, measure_pull, measure_push
 from study.world.grounds import Ground
 from study.world.trials import SHOTS
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from sts_fast import files, organism
-from sts_fast.shift import top_indices
+from sts_fast import files
+from sts_fast.demo import organism
+from sts_fast.ops.shift import top_indices
 from study.world import grpo
 from study.world.correlations import OUTCOMES, SHOTS, Z_95, auc, pearson, rounded
 from study.world.rl_forecasts import DIMS, TOP_N, World, forecast, true_shift, world

@@ -10,18 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from sts_fast import organism
-from sts_fast.capture import Decoder, capture
-from sts_fast.controls import cosine
-from sts_fast.correlate import CorrelationStats
-from sts_fast.examples import Example
-from sts_fast.gradients import AnswerRows, HookedModel, answer_nll
-from sts_fast.ntk import Features, LinearMap, Push, measure_pull, measure_push
-from sts_fast.policy import AnswerLoss, PolicyLoss
-from sts_fast.projection import projection
-from sts_fast.prompts import Prompt, PromptTemplate, build_prompts
+from sts_fast.data.examples import Example
+from sts_fast.data.prompts import Prompt, PromptTemplate, build_prompts
+from sts_fast.demo import organism
+from sts_fast.forecast.controls import cosine
+from sts_fast.model.language_model import LanguageModel, capture
+from sts_fast.ops.correlate import CorrelationStats
+from sts_fast.ops.shift import ShiftStats, top_indices
 from sts_fast.sae import SAE, load_sae
-from sts_fast.shift import ShiftStats, top_indices
+from sts_fast.signed.gradients import AnswerRows, HookedModel, answer_nll
+from sts_fast.signed.objectives import AnswerLoss, PolicyLoss
+from sts_fast.signed.projection import projection
+from sts_fast.signed.push import Features, LinearMap, Push, measure_pull, measure_push
 from study.world import grpo
 from study.world.predictors import BATCH_TOKENS, LAYER, mean_residual
 from study.world.trials import DOMAINS, SHOTS
@@ -61,7 +61,7 @@ class World:
     tokenizer: Any
     sae: SAE
     template: PromptTemplate
-    decoder: Decoder
+    decoder: LanguageModel
     hooked: HookedModel
     Q: Any
     prompts: dict[str, list[Prompt]]
@@ -73,7 +73,7 @@ class World:
 def world(folder: Path) -> World:
     model, tokenizer = organism.load_model(folder / "model")
     sae, template = load_sae(folder / "sae"), PromptTemplate(tokenizer)
-    decoder = Decoder(model, sae.hook_name)
+    decoder = LanguageModel(model, sae.hook_name)
     act, icl, means, prompts = [], [], [], {}
     for name in DOMAINS:
         asked = organism.examples(name, N_PROMPTS + SHOTS, seed=1)
@@ -89,7 +89,7 @@ def world(folder: Path) -> World:
 
 
 def icl_shift(
-    decoder: Decoder, sae: SAE, template: PromptTemplate, queries: Sequence[Example], demos: Sequence[Example]
+    decoder: LanguageModel, sae: SAE, template: PromptTemplate, queries: Sequence[Example], demos: Sequence[Example]
 ) -> tuple[ShiftStats, Any]:
     """Shift of the questions' tokens by demonstrations, and [d_in] their mean residual without."""
     stats, total = ShiftStats(sae), np.zeros(sae.d_in)
@@ -103,7 +103,7 @@ def true_shift(base: World, tuned: Any, train: str) -> Any:
     """[d_sae] E_x (h_j(x; tuned) - h_j(x; base))^2 over the training domain's question tokens."""
     stats = ShiftStats(base.sae)
     queries = organism.examples(train, N_PROMPTS + SHOTS, seed=1)[SHOTS:]
-    other = Decoder(tuned, base.sae.hook_name)
+    other = LanguageModel(tuned, base.sae.hook_name)
     for (rows,) in capture(base.decoder, build_prompts(train, queries, base.template).prompts, other=other):
         stats.update(rows.paired, rows.demos)
     return stats.mean_squared_shift

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from sts_fast import organism
-from sts_fast.examples import Example
-from sts_fast.prompts import PromptTemplate, build_prompts
+from sts_fast.data.examples import Example
+from sts_fast.data.prompts import PromptTemplate, build_prompts
+from sts_fast.demo import organism
 from study.world.grounds import SHORT, Ground
 
 TRAINS, DOMAINS = SHORT.trains, SHORT.domains

@@ -1,4 +1,4 @@
-// The main loop for Hopper, on the CPU; tests/test_gemm_sm90.py builds and calls this.
+// The main loop for Hopper, on the CPU; tests/ops/test_gemm_sm90.py builds and calls this.
 #include "cuda/gemm_sm90.cuh"
 
 #include "cuda/epilogue.cuh"

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sts_fast.controls import N_NEAREST, like_activity, low_shift, random_sets
-from sts_fast.correlate import CorrelationStats
-from sts_fast.encode import SparseFeatures, encode
+from sts_fast.data.prompts import PromptSet
 from sts_fast.errors import InputError
-from sts_fast.gradients import AnswerRows, HookedModel
-from sts_fast.prompts import PromptSet
+from sts_fast.forecast.controls import N_NEAREST, like_activity, low_shift, random_sets
+from sts_fast.ops.correlate import CorrelationStats
+from sts_fast.ops.encode import SparseFeatures, encode
+from sts_fast.ops.shift import ShiftStats
 from sts_fast.sae import SAE
-from sts_fast.shift import ShiftStats
+from sts_fast.signed.gradients import AnswerRows, HookedModel
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

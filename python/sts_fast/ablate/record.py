@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sts_fast import files, results
+from sts_fast import files
+from sts_fast.ablate.findings import findings
 from sts_fast.ablate.measure import CONTROLS, OUTCOMES, TOP, Measured
-from sts_fast.ablate.words import findings
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -55,12 +55,12 @@ class Ablation:
         import pyarrow.parquet as pq
 
         folder = Path(folder)
-        results.prepare_folder(folder)
+        files.prepare_folder(folder)
         validate_ablation(self.document)
         with files.atomic_path(folder / ANSWERS_FILE) as path:
             pq.write_table(self.answers, path, compression="zstd")
         with files.atomic_path(folder / ABLATION_FILE) as path:
-            path.write_text(results.to_json(self.document), encoding="utf-8")
+            path.write_text(files.to_json(self.document), encoding="utf-8")
 
 
 def outcome_of(measured: Measured, kind: str, seed: int) -> dict[str, Any]:
@@ -135,4 +135,4 @@ def validate_ablation(document: dict[str, Any]) -> None:
     """Raises jsonschema.ValidationError where a document is not a valid ablation.json."""
     import jsonschema
 
-    jsonschema.validate(json.loads(results.to_json(document)), ablation_schema())
+    jsonschema.validate(json.loads(files.to_json(document)), ablation_schema())

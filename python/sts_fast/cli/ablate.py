@@ -10,10 +10,10 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from sts_fast import results
-from sts_fast.ablate import Ablation, main_outcome
+from sts_fast import files
+from sts_fast.ablate import Ablation
 from sts_fast.ablate import ablate as run_ablate
-from sts_fast.ablate.words import WORDS, short_amount
+from sts_fast.ablate.findings import WORDS, main_outcome, short_amount
 from sts_fast.cli.arguments import fields, set_threads, typed_command
 from sts_fast.cli.console import err, out, progress, say
 from sts_fast.cli.options import (
@@ -30,9 +30,10 @@ from sts_fast.cli.options import (
     ThreadsOption,
 )
 from sts_fast.errors import InputError
+from sts_fast.forecast.run import SCORES_FILE, read_scores
+from sts_fast.forecast.score import score
 from sts_fast.report import build_report
 from sts_fast.sae import load_sae
-from sts_fast.score import score
 
 OUTPUT = Path("sts-fast-ablation")
 
@@ -73,12 +74,12 @@ def ablate(
     """Zero the shifted features in the running model: does the trained ability go, do the others stay?"""
     if run is not None and (shots is not None or limit is not None):
         raise InputError("--shots and --limit are those of the run: leave them out, or make it again with them")
-    source = sae or (None if run is None else results.read_scores(run)["sae"]["source"])
+    source = sae or (None if run is None else read_scores(run)["sae"]["source"])
     if source is None:
         raise InputError("give the folder of a run, or --model, --sae, --train and --domains")
     folder = output or run or OUTPUT
     set_threads(threads)
-    results.prepare_folder(folder)
+    files.prepare_folder(folder)
     read: dict[str, Any] = {
         "question_fields": fields("--question-field", question_field),
         "answer_fields": fields("--answer-field", answer_field),
@@ -100,10 +101,10 @@ def ablate(
         )  # fmt: skip
     ablation.save(folder)
     if as_json:
-        sys.stdout.write(results.to_json(ablation.to_dict()))
+        sys.stdout.write(files.to_json(ablation.to_dict()))
     else:
         _print_ablation(ablation)
-    if (folder / results.SCORES_FILE).is_file():
+    if (folder / SCORES_FILE).is_file():
         build_report(folder)
     err.print(f"Results are in {folder}", highlight=False, markup=False, soft_wrap=True)
 

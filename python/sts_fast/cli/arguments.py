@@ -8,9 +8,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from sts_fast import _cpu
 from sts_fast.errors import InputError
-from sts_fast.hooks import PLACES, place_name, split_name
+from sts_fast.ops import _cpu
+from sts_fast.places import PLACES, place_name, split_name
 from sts_fast.sae import SAE, load_sae
 
 MOST_THREADS = 1024

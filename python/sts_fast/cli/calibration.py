@@ -9,12 +9,12 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from sts_fast import results
-from sts_fast.calibration import Calibration
-from sts_fast.calibration.words import shown_change, shown_interval, unit_name
+from sts_fast import files
 from sts_fast.cli.console import SIDE_WIDTH, err, out
 from sts_fast.errors import InputError
-from sts_fast.results import Forecast
+from sts_fast.forecast.run import Forecast
+from sts_fast.outcomes.calibration import Calibration
+from sts_fast.outcomes.calibration.change_text import shown_change, shown_interval, unit_name
 
 OPTIONS = ("dims", "top_n", "tokens", "shots", "domain_shots", "signed_features")
 
@@ -33,7 +33,7 @@ def read_calibration(path: Path, estimators: list[str], n_saes: int, options: di
 
 def calibrated(forecast: Forecast, calibration: Calibration, path: Path) -> Forecast:
     """The forecast with its changes, and with the calibration's file in its provenance."""
-    inputs = [*forecast.provenance["inputs"], *results.hashed_inputs("calibration", [path])]
+    inputs = [*forecast.provenance["inputs"], *files.hashed_inputs("calibration", [path])]
     return calibration.apply(replace(forecast, provenance={**forecast.provenance, "inputs": inputs}))
 
 

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from sts_fast.activations import capture_activations
 from sts_fast.cli.arguments import fields, load_saes, named_trains
 from sts_fast.cli.console import err, progress, say
 from sts_fast.cli.options import (
@@ -29,7 +28,8 @@ from sts_fast.cli.options import (
     TokensOption,
 )
 from sts_fast.errors import InputError
-from sts_fast.hooks import place_name
+from sts_fast.model.stored import capture_activations
+from sts_fast.places import place_name
 
 
 def capture(

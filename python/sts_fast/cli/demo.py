@@ -10,12 +10,13 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from sts_fast import organism, results
+from sts_fast import files
 from sts_fast.cli.console import err, out, progress
 from sts_fast.cli.options import JsonOption, OutputOption
-from sts_fast.demo import PREDICTORS, PRIMARY, SCORE, Demo, run_demo
-from sts_fast.report import REPORT_FILE
-from sts_fast.validate.reading import Z_95
+from sts_fast.demo import organism
+from sts_fast.demo.demo import PREDICTORS, PRIMARY, SCORE, Demo, run_demo
+from sts_fast.forecast.run import REPORT_FILE
+from sts_fast.outcomes.validate.reading import Z_95
 
 
 def demo(
@@ -27,7 +28,7 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Forecast, really fine-tune and compare, on a small model that comes with the package."""
-    results.prepare_folder(output)
+    files.prepare_folder(output)
     folder = output / "organism" if retrain else None
     with progress("steps") as tell:
         if folder is not None:
@@ -35,7 +36,7 @@ def demo(
         result = run_demo(n_seeds=seeds, seed=seed, heavy=heavy, folder=folder, progress=tell)
     result.save(output)
     if as_json:
-        sys.stdout.write(results.to_json(result.to_dict()))
+        sys.stdout.write(files.to_json(result.to_dict()))
     else:
         _print_demo(result)
     err.print(f"Open {output / REPORT_FILE}", highlight=False, markup=False, soft_wrap=True)

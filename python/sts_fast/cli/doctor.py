@@ -12,11 +12,12 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from sts_fast import __version__, _cpu, cuda
+from sts_fast._version import __version__
 from sts_fast.cli.console import out
 from sts_fast.cli.options import DoctorLayerOption, JsonOption
-from sts_fast.encode import encode
 from sts_fast.errors import InputError
+from sts_fast.ops import _cpu, cuda
+from sts_fast.ops.encode import encode
 from sts_fast.sae import SAE, load_sae
 from sts_fast.sae.summary import summary
 

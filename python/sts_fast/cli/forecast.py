@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sts_fast import backend, files, results
+from sts_fast import files
 from sts_fast.cli.arguments import fields, load_saes, named_trains, plain_value, set_threads, typed_command
 from sts_fast.cli.calibration import (
     calibrated,
@@ -70,9 +70,11 @@ from sts_fast.cli.tables import (
     print_signed,
 )
 from sts_fast.errors import InputError
+from sts_fast.forecast.compare import comparison, sae_comparison, sae_names
+from sts_fast.forecast.run import COMPARISON_FILE, Forecast, clear_earlier
+from sts_fast.forecast.score import compare as run_compare
+from sts_fast.ops import backend
 from sts_fast.report import build_comparison_report, build_report
-from sts_fast.results import Forecast
-from sts_fast.score import compare as run_compare
 
 
 def score(
@@ -191,9 +193,9 @@ def compare(
         return
     for of_sae in by_sae(forecasts):
         print_sae(of_sae[0], forecasts)
-        comparison = results.comparison(of_sae)
-        print_comparison(comparison)
-        print_change_comparison(comparison)
+        compared = comparison(of_sae)
+        print_comparison(compared)
+        print_change_comparison(compared)
     print_agreement(forecasts)
     print_end(forecasts, output)
 
@@ -258,7 +260,7 @@ def _forecasts(
     estimators = [name.strip() for name in options.pop("estimators").split(",")]
     calibration_file = options.pop("calibration", None)
     calibration = calibration_file and read_calibration(calibration_file, estimators, len(saes), options)
-    results.prepare_folder(output)
+    files.prepare_folder(output)
     set_threads(threads)
     try:
         backend.set_precision(precision)
@@ -286,10 +288,10 @@ def _forecasts(
             show=show if options.pop("show_prompts") else None,
             **{name: plain_value(value) for name, value in options.items()},
         )
-    names = results.sae_names([(sae.source, sae.hook_name) for sae in loaded])
+    names = sae_names([(sae.source, sae.hook_name) for sae in loaded])
     refused: str | None = None
     folders = [output / name if len(loaded) > 1 else output for name in names]
-    results.clear_earlier(output, [folder / name if by_train else folder for folder in folders for name in trains])
+    clear_earlier(output, [folder / name if by_train else folder for folder in folders for name in trains])
     for of_sae, forecasts in zip(folders, of_saes, strict=True):
         for name, forecast in forecasts.items():
             folder = of_sae / name if by_train else of_sae
@@ -301,11 +303,11 @@ def _forecasts(
             forecast.save(folder)
             build_report(folder)
         if by_train:
-            _save_comparison(results.comparison(list(forecasts.values())), of_sae)
+            _save_comparison(comparison(list(forecasts.values())), of_sae)
             build_comparison_report(of_sae)
     everything = [forecast for forecasts in of_saes for forecast in forecasts.values()]
     if len(loaded) > 1:
-        _save_comparison(results.sae_comparison(everything), output)
+        _save_comparison(sae_comparison(everything), output)
     if refused is not None:
         raise InputError(refused)
     print_warnings(everything)
@@ -313,14 +315,12 @@ def _forecasts(
 
 
 def _save_comparison(comparison: dict[str, Any], folder: Path) -> None:
-    with files.atomic_path(folder / results.COMPARISON_FILE) as path:
-        path.write_text(results.to_json(comparison), encoding="utf-8")
+    with files.atomic_path(folder / COMPARISON_FILE) as path:
+        path.write_text(files.to_json(comparison), encoding="utf-8")
 
 
 def _write_json(forecasts: list[Forecast], output: Path, *, compared: bool) -> None:
     """What was written as compare.json or, for one training set and one SAE, as scores.json."""
     sys.stdout.write(
-        (output / results.COMPARISON_FILE).read_text(encoding="utf-8")
-        if compared
-        else results.to_json(forecasts[0].to_dict())
+        (output / COMPARISON_FILE).read_text(encoding="utf-8") if compared else files.to_json(forecasts[0].to_dict())
     )

@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from sts_fast import results
+from sts_fast import files
 from sts_fast.cli.arguments import fields, load_saes, set_threads, typed_command
 from sts_fast.cli.console import err, out, progress
 from sts_fast.cli.options import (
@@ -30,8 +30,8 @@ from sts_fast.cli.options import (
     TrainOption,
 )
 from sts_fast.errors import InputError
-from sts_fast.mix import LOSS_LEFT, MIXED_FILE, MixedSet, Mixture
-from sts_fast.mix import mix as run_mix
+from sts_fast.mix.mix import LOSS_LEFT, MIXED_FILE, MixedSet, Mixture
+from sts_fast.mix.mix import mix as run_mix
 
 
 class RuleChoice(StrEnum):
@@ -84,7 +84,7 @@ def mix(
     if limit < 0:
         raise InputError(f"--limit must be at least 1, or 0 for all, not {limit}")
     set_threads(threads)
-    results.prepare_folder(output)
+    files.prepare_folder(output)
     loaded = None if sae is None else load_saes([sae], None, layer, None, dtype=None)[0]
     with progress() as tell:
         mixture = run_mix(
@@ -111,7 +111,7 @@ def mix(
         )
     mixture.save(output)
     if as_json:
-        sys.stdout.write(results.to_json(mixture.to_dict()))
+        sys.stdout.write(files.to_json(mixture.to_dict()))
     else:
         _print_mixture(mixture)
     for warning in mixture.warnings:

@@ -10,10 +10,10 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from sts_fast import results
+from sts_fast import files
 from sts_fast.cli.console import out
 from sts_fast.cli.options import JsonOption
-from sts_fast.overlap import overlap as find_overlap
+from sts_fast.forecast.overlap import overlap as find_overlap
 
 
 def overlap(
@@ -24,7 +24,7 @@ def overlap(
     """Say how many of one run's shifted features others found: predicted against true, beside chance."""
     found = find_overlap(reference, runs)
     if as_json:
-        sys.stdout.write(results.to_json(found.to_dict()))
+        sys.stdout.write(files.to_json(found.to_dict()))
         return
     title = f"Of the {found.top_n} features that {escape(found.train)} shifts (dims {found.dims}), found by"
     table = Table(title=title, title_justify="left")

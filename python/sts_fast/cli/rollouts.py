@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from sts_fast import backend, files, results
+from sts_fast import files
 from sts_fast.cli.arguments import fields, load_saes, plain_value, set_threads, typed_command
 from sts_fast.cli.console import out, progress, say, show
 from sts_fast.cli.options import (
@@ -48,11 +48,13 @@ from sts_fast.cli.options import (
 )
 from sts_fast.cli.tables import print_comparison, print_end, print_signed
 from sts_fast.errors import InputError
+from sts_fast.forecast.compare import comparison
+from sts_fast.forecast.run import COMPARISON_FILE, Forecast, clear_earlier
+from sts_fast.ops import backend
 from sts_fast.report import build_comparison_report, build_report
-from sts_fast.results import Forecast
 from sts_fast.rollouts import WAYS, Columns, sample_rollouts
 from sts_fast.rollouts import rollouts as forecast_rollouts
-from sts_fast.rollouts.words import counts_in_words
+from sts_fast.rollouts.counts_text import counts_in_words
 
 ROLLOUTS_FILE = "rollouts.jsonl"
 
@@ -126,7 +128,7 @@ def rollouts(
         )
     if train is None and check is not None:
         raise InputError("--check rewards what is sampled for --train; completions of --rollouts have their rewards")
-    results.prepare_folder(output)
+    files.prepare_folder(output)
     set_threads(threads)
     try:
         backend.set_precision(precision)
@@ -159,20 +161,20 @@ def rollouts(
             device=device, device_map=plain_value(device_map), batch_tokens=batch_tokens, labels=labels, seed=seed,
             command=typed_command(), progress=tell, say=say, show=show if show_prompts else None,
         )  # fmt: skip
-    results.clear_earlier(output, [output / way for way in forecasts])
+    clear_earlier(output, [output / way for way in forecasts])
     for way, forecast in forecasts.items():
         forecast.save(output / way)
         build_report(output / way)
-    comparison = results.comparison(list(forecasts.values()))
-    with files.atomic_path(output / results.COMPARISON_FILE) as path:
-        path.write_text(results.to_json(comparison), encoding="utf-8")
+    compared = comparison(list(forecasts.values()))
+    with files.atomic_path(output / COMPARISON_FILE) as path:
+        path.write_text(files.to_json(compared), encoding="utf-8")
     build_comparison_report(output)
     if as_json:
-        sys.stdout.write(results.to_json(comparison))
+        sys.stdout.write(files.to_json(compared))
         return
     one = next(iter(forecasts.values()))
     out.print(counts_in_words(one.rollouts or {}), highlight=False, markup=False)
-    print_comparison({**comparison, "signed": None})
+    print_comparison({**compared, "signed": None})
     _print_overlaps(forecasts)
     print_signed(one)  # the same whatever the way
     print_end(list(forecasts.values()), output)

@@ -8,10 +8,10 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from sts_fast import results
 from sts_fast.cli.console import BAR_WIDTH, SIDE_WIDTH, err, out
-from sts_fast.results import ESTIMATORS, Forecast
-from sts_fast.signed import SIGNED_FIELDS
+from sts_fast.forecast.compare import sae_comparison
+from sts_fast.forecast.run import ESTIMATORS, Forecast
+from sts_fast.signed.signed import SIGNED_FIELDS
 
 
 def print_shift(forecast: Forecast, n_features: int) -> None:
@@ -139,7 +139,7 @@ def print_agreement(forecasts: list[Forecast]) -> None:
     """How alike several SAEs rank the domains."""
     if len(by_sae(forecasts)) == 1:
         return
-    comparison = results.sae_comparison(forecasts)
+    comparison = sae_comparison(forecasts)
     names = [sae["name"] for sae in comparison["saes"]]
     for estimator, of_trains in comparison["rank_correlation"].items():
         for train, matrix in of_trains.items():

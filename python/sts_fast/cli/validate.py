@@ -8,13 +8,15 @@ from typing import Annotated
 
 import typer
 
-from sts_fast import files, results
-from sts_fast.calibration import CALIBRATION_FILE, fit_calibration
+from sts_fast import files
 from sts_fast.cli.console import err, out
 from sts_fast.cli.options import JsonOption, SeedOption
 from sts_fast.errors import InputError
+from sts_fast.forecast.run import VALIDATION_FILE
+from sts_fast.outcomes.calibration import fit_calibration
+from sts_fast.outcomes.calibration.calibration import CALIBRATION_FILE
+from sts_fast.outcomes.validate import validate as run_validate
 from sts_fast.report import build_report
-from sts_fast.validate import validate as run_validate
 
 
 def validate(
@@ -48,9 +50,9 @@ def validate(
         raise InputError("--before is missing: give the evaluation before training, or a CSV with the changes")
     run = runs[0]
     result = run_validate(run, before=before, after=after, metric=metric, estimator=estimator or "act", seed=seed)
-    text = results.to_json(result.to_dict())
+    text = files.to_json(result.to_dict())
     if run.is_dir():
-        with files.atomic_path(run / results.VALIDATION_FILE) as path:
+        with files.atomic_path(run / VALIDATION_FILE) as path:
             path.write_text(text, encoding="utf-8")
         build_report(run)
     sys.stdout.write(text if as_json else result.to_text() + "\n")
@@ -61,7 +63,7 @@ def validate(
 def _fit(runs: list[Path], estimator: str | None, output: Path, *, as_json: bool) -> None:
     calibration = fit_calibration(runs, estimator=estimator)
     calibration.save(output)
-    sys.stdout.write(results.to_json(calibration.to_dict()) if as_json else calibration.to_text() + "\n")
+    sys.stdout.write(files.to_json(calibration.to_dict()) if as_json else calibration.to_text() + "\n")
     for warning in calibration.warnings:
         err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     err.print(f"{output}: give it to sts-fast score --calibration", highlight=False, markup=False, soft_wrap=True)

@@ -7,8 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from sts_fast.ablate import findings, main_outcome
-from sts_fast.ablate.words import is_loss, short_amount
+from sts_fast.ablate.findings import findings, is_loss, main_outcome, short_amount
 from sts_fast.report import figures
 from sts_fast.report.numbers import with_sign
 

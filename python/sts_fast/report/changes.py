@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from sts_fast.calibration.words import shown_change, shown_interval, unit_name
+from sts_fast.outcomes.calibration.change_text import shown_change, shown_interval, unit_name
 from sts_fast.report import figures
 from sts_fast.report.numbers import counted, listed, percent
 from sts_fast.report.ranking import FIRST_BARS, MOST_BARS

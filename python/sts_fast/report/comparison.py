@@ -9,13 +9,13 @@ from typing import Any
 from urllib.parse import quote
 
 from sts_fast import files
-from sts_fast.calibration.words import shown_change, shown_interval, unit_name
 from sts_fast.errors import InputError
+from sts_fast.forecast.run import COMPARISON_FILE, REPORT_FILE
+from sts_fast.outcomes.calibration.change_text import shown_change, shown_interval, unit_name
 from sts_fast.report.numbers import counted, percent, significant
 from sts_fast.report.page import render
 from sts_fast.report.ranking import MEANINGS, label_of
 from sts_fast.report.signed import ESTIMATORS, HOW, number_text, unit_of
-from sts_fast.results import COMPARISON_FILE, REPORT_FILE
 
 TEMPLATE = "comparison.html.j2"
 N_SHADES = 3

@@ -10,10 +10,10 @@ from markupsafe import Markup
 
 from sts_fast import files
 from sts_fast.errors import InputError
+from sts_fast.forecast.run import REPORT_FILE
 from sts_fast.report import figures
 from sts_fast.report.numbers import correlation
 from sts_fast.report.page import render
-from sts_fast.results import REPORT_FILE
 
 DEMO_FILE = "demo.json"
 TEMPLATE = "demo.html.j2"

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sts_fast import files
-from sts_fast.ablate import ABLATION_FILE
-from sts_fast.ablate.record import ablation_schema
+from sts_fast.ablate.record import ABLATION_FILE, ablation_schema
 from sts_fast.errors import InputError
-from sts_fast.results import (
+from sts_fast.forecast.run import (
     DIMS_OF_ACTIVITY,
     FEATURES_FILE,
     SCHEMA_VERSION,

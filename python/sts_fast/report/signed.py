@@ -8,12 +8,12 @@ from typing import Any
 
 from markupsafe import Markup
 
-from sts_fast.ntk import SMALLEST_P, SOLVED_LOSS
 from sts_fast.report import figures
 from sts_fast.report.features import FIRST_FEATURES, Feature, FeatureSection, feature_of, section_of
 from sts_fast.report.numbers import counted, isolated, listed, percent, significant, with_sign
 from sts_fast.report.ranking import FIRST_BARS, MOST_BARS
 from sts_fast.report.run import Run
+from sts_fast.signed.push import SMALLEST_P, SOLVED_LOSS
 
 Interval = tuple[float, float]
 

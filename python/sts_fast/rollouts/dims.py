@@ -17,19 +17,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sts_fast import controls
-from sts_fast.capture import Decoder
-from sts_fast.correlate import CorrelationStats
-from sts_fast.gradients import HookedModel
-from sts_fast.ntk import Features, Push
-from sts_fast.policy import PolicyLoss
-from sts_fast.prompts import PromptSet
-from sts_fast.results import PromptLog
+from sts_fast.data.prompts import PromptSet
+from sts_fast.forecast import controls
+from sts_fast.forecast.dims import N_REPLICATES, Shift, rows_of, shift_of
+from sts_fast.forecast.options import Settings
+from sts_fast.model.language_model import LanguageModel
+from sts_fast.model.log import PromptLog
+from sts_fast.model.session import hook_of
+from sts_fast.ops.correlate import CorrelationStats
+from sts_fast.ops.shift import ShiftStats
 from sts_fast.sae import SAE
-from sts_fast.settings import Settings
-from sts_fast.shift import ShiftStats
-from sts_fast.shifted import N_REPLICATES, Shift, hook_of, rows_of, shift_of
-from sts_fast.signed import BATCH_TOKENS
+from sts_fast.signed.gradients import HookedModel
+from sts_fast.signed.objectives import PolicyLoss
+from sts_fast.signed.push import Features, Push
+from sts_fast.signed.signed import BATCH_TOKENS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -67,7 +68,7 @@ class Completions:
 
 
 def correlation_shifts(
-    reader: Decoder, saes: Sequence[SAE], completions: Completions, settings: Settings
+    reader: LanguageModel, saes: Sequence[SAE], completions: Completions, settings: Settings
 ) -> list[Shift]:
     """One pass over completions, for all SAEs: D_N holds the features of the largest |r| with the advantage.
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sts_fast.data.examples import Example
+from sts_fast.data.prompts import SIGN, Prompt, PromptSet, PromptTemplate, Turn, plain_text
 from sts_fast.errors import InputError
-from sts_fast.examples import Example
-from sts_fast.policy import group_spread
-from sts_fast.prompts import SIGN, Prompt, PromptSet, PromptTemplate, Turn, plain_text
 from sts_fast.rollouts.dims import Completions
 from sts_fast.rollouts.read import Rollout, Rollouts
+from sts_fast.signed.objectives import group_spread
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -26,26 +26,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sts_fast import files
-from sts_fast.errors import InputError
-from sts_fast.examples import (
+from sts_fast.data.examples import (
     ABSENT,
-    KINDS,
-    Row,
     Turn,
     chatml_turns,
     encodable,
-    exists,
-    file_rows,
     is_missing,
     is_turns,
     kind_of,
-    listdir,
-    listed,
     lookup,
     parsed_turns,
-    suffix_of,
 )
-from sts_fast.policy import group_advantages, group_spread
+from sts_fast.data.tables import KINDS, Row, exists, file_rows, listdir, listed, suffix_of
+from sts_fast.errors import InputError
+from sts_fast.signed.objectives import group_advantages, group_spread
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -124,7 +118,7 @@ class Rollouts:
 
     @property
     def advantages(self) -> Doubles:
-        """[n_rows] as the trainer recorded them, else normalised within each group; see policy.group_advantages."""
+        """[n_rows] as the trainer recorded them, else normalised within each group; see objectives.group_advantages."""
         if any(row.advantage is None for row in self.rows):
             return group_advantages(self.rewards, self.group_of)
         return np.asarray([row.advantage for row in self.rows], np.float64)

@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sts_fast.capture import load_language_model, load_tokenizer
+from sts_fast.data.examples import Example, Turn, load_examples
+from sts_fast.data.prompts import PromptTemplate
 from sts_fast.errors import InputError
-from sts_fast.examples import Example, Turn, load_examples
-from sts_fast.packing import check_vocabulary
-from sts_fast.prompts import PromptTemplate
+from sts_fast.model.language_model import load_language_model, load_tokenizer
+from sts_fast.model.packing import check_vocabulary
+from sts_fast.model.weights import DeviceMap
 from sts_fast.rollouts.read import Rollout, Rollouts
-from sts_fast.weights import DeviceMap
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from sts_fast.errors import InputError
 from sts_fast.sae import (
-    SAE,
     dictionary_learning,
     gemma_scope,
     goodfire,
@@ -19,6 +18,7 @@ from sts_fast.sae import (
     sparsify,
 )
 from sts_fast.sae.checkpoint import Checkpoint
+from sts_fast.sae.sae import SAE
 
 WEIGHTS = (".safetensors", ".pt", ".pth", ".npz")
 CONFIGS = (saelens.CONFIG_FILE, llama_scope.CONFIG_FILE, dictionary_learning.CONFIG_FILE)  # stand for their folder

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from sts_fast.errors import InputError
-from sts_fast.sae import SAE
 from sts_fast.sae.checkpoint import Checkpoint
 from sts_fast.sae.config import Config
 from sts_fast.sae.decoder import Decoder
+from sts_fast.sae.sae import SAE
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "ae.pt"
 

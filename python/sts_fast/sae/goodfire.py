@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from sts_fast.sae import SAE
 from sts_fast.sae.checkpoint import Checkpoint
 from sts_fast.sae.decoder import Decoder
+from sts_fast.sae.sae import SAE
 
 FILE = re.compile(r"(.+)-SAE-l(\d+)\.pth?")
 # The file's name leaves the organisation out.

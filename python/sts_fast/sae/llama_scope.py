@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 
 from sts_fast.errors import InputError
-from sts_fast.sae import SAE
 from sts_fast.sae.checkpoint import Checkpoint
 from sts_fast.sae.config import Config
 from sts_fast.sae.decoder import Decoder
-from sts_fast.sae.saelens import FORGOTTEN_FOLDING
+from sts_fast.sae.sae import FORGOTTEN_FOLDING, SAE
 
 CONFIG_FILE, WEIGHTS_FOLDER = "hyperparams.json", "checkpoints"
 LATER_CONFIG_FILE, LATER_WEIGHTS_FILE = "config.json", "sae_weights.safetensors"

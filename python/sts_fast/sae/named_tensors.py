@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from sts_fast.errors import InputError
-from sts_fast.sae import SAE
 from sts_fast.sae.checkpoint import Checkpoint, Matrix
 from sts_fast.sae.config import Config
 from sts_fast.sae.decoder import Decoder
+from sts_fast.sae.sae import NO_HOOK, SAE
 
 NAMES = {
     "W_enc": ("W_enc", "w_enc", "encoder.weight"),
@@ -22,7 +22,6 @@ NAMES = {
     "b_gate": ("b_gate", "gate_bias"),
 }
 ASSUMED_B_DEC = "the file does not say whether {name} is subtracted from the input: it is taken to be {taken}"
-NO_HOOK = "the file does not say where in the model it reads: give --layer or --hook"
 
 
 def read(path: Path, *, dtype: str | None = None) -> SAE:

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 from sts_fast.errors import InputError
-from sts_fast.sae import SAE
 from sts_fast.sae.checkpoint import Checkpoint
 from sts_fast.sae.config import Config
 from sts_fast.sae.decoder import Decoder
+from sts_fast.sae.sae import SAE
 
 FILE = re.compile(r"layer(\d+)\.sae\.pt")
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from sts_fast.errors import InputError
-from sts_fast.sae import SAE
 from sts_fast.sae.checkpoint import Checkpoint
 from sts_fast.sae.config import Config
 from sts_fast.sae.decoder import Decoder
+from sts_fast.sae.sae import FORGOTTEN_FOLDING, SAE
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
@@ -37,10 +37,6 @@ REFUSED = {
 NORMS = {"none": "none", "layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm_rescale"}
 # Scalings that are folded into the weights when an SAE is saved, and lost when that was forgotten.
 FOLDED_NORMS = ("expected_average_only_in", "covariance_whitening")
-FORGOTTEN_FOLDING = (
-    "its config says 'expected_average_only_in', a scaling that a folder does not carry: if it was not folded into the "
-    "weights when it was saved, the features are wrong (give --norm-scaling-factor then)"
-)
 FORGOTTEN_WHITENING = (
     "its config says 'covariance_whitening', which a folder does not carry: if it was not folded into the weights when "
     "it was saved, the features are wrong"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from sts_fast.errors import InputError
-from sts_fast.sae import SAE
 from sts_fast.sae.checkpoint import Checkpoint
 from sts_fast.sae.config import Config
 from sts_fast.sae.decoder import Decoder
+from sts_fast.sae.sae import SAE
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae.safetensors"
 

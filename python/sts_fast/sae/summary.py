@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sts_fast.hooks import split_name
-from sts_fast.sae import SAE
+from sts_fast.places import split_name
+from sts_fast.sae.sae import SAE
 
 MISSING = "not said"
 NORMS = {

@@ -1,0 +1,219 @@
+"""Zeroing features in the running model: does the trained ability go with them, and do the others stay?
+
+At the SAE's hook, for a set D of features,
+
+    x_t  ->  x_t - sum_{j in D} h_j(x_t) W_dec[j]
+
+so that the SAE's reconstruction loses what these features write, and what it does not explain of x_t stays as it is.
+This happens on every token that leads to an answer, but BOS and attention sinks. (The masking of top dimensions of the
+STS paper.) Beside D_N other sets of as many features are zeroed, each drawn several times:
+
+    random         any features outside D_N, most of which hardly fire
+    like_activity  features outside D_N, each about as active on the training set as one of D_N
+    low_shift      features among those that shift least of all that fire
+
+Cost, for a hook at layer 25 of 32: one forward pass of each set, and a fifth of one for every set of features zeroed.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sts_fast import files
+from sts_fast._version import __version__
+from sts_fast.ablate.measure import draw_features, measure
+from sts_fast.ablate.record import SCHEMA_VERSION, Ablation, answers_table, outcome_of
+from sts_fast.data.examples import Example
+from sts_fast.data.prompts import Prompt, PromptSet, PromptTemplate
+from sts_fast.data.sets import Fields, Kind, Sampling, Sets, Source, check_enough, common_template
+from sts_fast.errors import InputError
+from sts_fast.forecast.run import DIMS_OF_ACTIVITY, PROMPTS_FILE, SHIFT_FILE, Forecast, read_scores
+from sts_fast.model.hooks import find_hooks
+from sts_fast.model.language_model import load_language_model, load_tokenizer
+from sts_fast.model.sae_check import check_width
+from sts_fast.ops.correlate import CorrelationStats
+from sts_fast.ops.shift import ShiftStats
+from sts_fast.sae import SAE, load_sae
+from sts_fast.signed.gradients import HookedModel
+from sts_fast.signed.signed import hook_layer
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    Doubles = NDArray[np.float64]
+
+Progress = Callable[[str, int, int], None]
+
+N_DRAWS = 5
+BATCH_TOKENS = 8192
+
+
+def ablate(
+    run: Forecast | str | Path,
+    *,
+    model: str | Path | PreTrainedModel | None = None,
+    sae: str | Path | SAE | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    train: Source | None = None,
+    domains: Mapping[str, Source] | Sequence[str] | None = None,
+    demos: Mapping[str, Source] | Sequence[str] | None = None,
+    few_shot: bool = False,
+    top_n: int | None = None,
+    n_draws: int = N_DRAWS,
+    question_fields: Mapping[str, str] | None = None,
+    answer_fields: Mapping[str, str] | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    batch_tokens: int | None = None,
+    seed: int = 0,
+    command: str | None = None,
+    progress: Progress | None = None,
+) -> Ablation:
+    """Zeroes the shifted features of a run in the running model, and others beside them; see the module's equation.
+
+    run:     a forecast, or the folder that it was saved in: D_N, and how far and how often every feature shifts
+    model:   where to zero them: by default the run's model; the model after training may be given instead
+    sae:     the run's, unless its place has changed
+    train, domains: answered questions, as for `score`; by default those of the run, if it has signed forecasts
+    few_shot: asks behind demonstrations (`demos`, as for `score`), as many as the run shows; needs train and domains
+    top_n:   how many of the most shifted features; by default all of D_N
+    n_draws: sets of features of each control
+
+    Raises InputError where the run, the model or the SAE cannot be used together, answers are missing, or the SAE's
+    files have no decoder.
+    """
+    scores, stats, importance, rows = _read_run(run)
+    if n_draws < 1 or (top_n is not None and top_n < 1):
+        raise InputError("--draws and --top-n must be at least 1")
+    source = scores["model"]["name"] if model is None else model
+    loaded = sae if isinstance(sae, SAE) else load_sae(scores["sae"]["source"] if sae is None else sae)
+    loaded = replace(loaded, hook_name=scores["sae"]["hook_name"])
+    _check_sae(loaded, stats)
+    whole: Any = source
+    if isinstance(source, (str, Path)):
+        whole = load_language_model(source, dtype=dtype, device=device)
+    name = str(source) if isinstance(source, (str, Path)) else "the model"
+    [hook] = find_hooks(whole, [loaded.hook_name], name=name)
+    check_width(loaded, hook, name)
+    hooked = HookedModel(whole, hook_layer(hook, loaded), name=name)
+
+    if few_shot and train is None:
+        raise InputError("--few-shot needs --train and --domains, which demonstrations are taken from")
+    if train is None and domains is None:
+        sets = _stored_sets(rows)
+    else:
+        if isinstance(source, (str, Path)):
+            tokenizer = tokenizer or load_tokenizer(source)
+        if tokenizer is None:
+            raise ValueError("a model in memory needs its tokenizer: ablate(..., tokenizer=...)")
+        fields = Fields(question_fields or {}, answer_fields or {})
+        context_length = getattr(whole.config.get_text_config(), "max_position_embeddings", None)
+        if train is None or domains is None:
+            raise InputError("--train and --domains go together: both are asked, or neither is given")
+        examples = Sets.read({scores["train"]["name"]: train}, domains, demos, fields)
+        template = common_template(tokenizer, [(loaded.source, loaded.prepend_bos)])
+        sets = _asked_sets(examples, scores, template, context_length, few_shot=few_shot)
+
+    top = np.asarray([feature["index"] for feature in scores["shifted_features"]][:top_n], np.int64)
+    drawn = draw_features(stats, top, n_draws, seed, importance=importance, few_shot=few_shot)
+    measured = []
+    for n_done, prompt_set in enumerate(sets):
+        measured.append(measure(hooked, loaded, prompt_set, drawn, min(batch_tokens or BATCH_TOKENS, BATCH_TOKENS)))
+        if progress is not None:
+            progress("answers with features zeroed", n_done + 1, len(sets))
+    kinds = ["domain" if i else "train" for i in range(len(measured))]
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "model": name,
+        "forecast_of": scores["model"]["name"],
+        "sae": loaded.source,
+        "hook_name": loaded.hook_name,
+        "few_shot": few_shot,
+        "top_n": len(top),
+        "n_draws": n_draws,
+        "features": {condition: [features.tolist() for features in draws] for condition, draws in drawn.items()},
+        "sets": [outcome_of(one, kind, seed) for one, kind in zip(measured, kinds, strict=True)],
+        "provenance": {
+            "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": command,
+            "seed": seed,
+            "version": __version__,
+        },
+    }
+    return Ablation(document, answers_table(measured, kinds))
+
+
+def _read_run(
+    run: Forecast | str | Path,
+) -> tuple[dict[str, Any], ShiftStats | CorrelationStats, Doubles | None, list[dict[str, Any]]]:
+    """What scores.json holds, the statistics that D_N was taken from, what else it was ranked by, and the prompts."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if isinstance(run, Forecast):
+        return run.to_dict(), run.stats, run.controls.get("importance"), run.prompts.to_pylist()
+    folder = Path(run)
+    scores = read_scores(folder)
+    try:
+        prompts = pq.read_table(folder / PROMPTS_FILE).to_pylist()
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise InputError(f"{folder / PROMPTS_FILE} cannot be read ({error}): make the run again") from error
+    kind = CorrelationStats if scores["settings"]["dims"] in DIMS_OF_ACTIVITY else ShiftStats
+    arrays, _ = files.load_arrays(folder / SHIFT_FILE, kind.__name__)
+    importance: Any = arrays.get("importance")
+    return scores, kind.load(folder / SHIFT_FILE), importance, prompts
+
+
+def _check_sae(sae: SAE, stats: ShiftStats | CorrelationStats) -> None:
+    if sae.fingerprint != stats.sae_fingerprint:
+        raise InputError(f"{sae.source or 'the SAE'} is not the SAE of this run: give the one it was made with (--sae)")
+    if sae.decoder is None:
+        raise InputError(f"the files of {sae.source} have no W_dec, which says what a feature writes: give them whole")
+    if sae.target_hook_name:
+        raise InputError(
+            f"{sae.source} is a transcoder, whose features are not written where it reads: give an SAE of a resid_post "
+            "hook"
+        )
+
+
+def _stored_sets(rows: Sequence[dict[str, Any]]) -> list[PromptSet]:
+    """The answered prompts that a run with signed forecasts sent, the training set first."""
+    empty = np.empty(0, np.int32)
+    found: dict[tuple[str, str], list[Prompt]] = {}
+    for row in rows:
+        if row["stage"] in ("signed_train", "signed"):
+            ids, positions = (np.asarray(row[name], np.int32) for name in ("base_ids", "positions"))
+            prompts = found.setdefault((row["stage"], row["domain"]), [])
+            prompts.append(Prompt(row["id"], ids, empty, positions, empty, empty, 0))
+    if not found:
+        raise InputError("this run holds no answers (it has no signed forecast): give --train and --domains")
+    return [PromptSet(name, prompts, 0, 0) for (_, name), prompts in found.items()]
+
+
+def _asked_sets(
+    examples: Sets, scores: dict[str, Any], template: PromptTemplate, context_length: int | None, *, few_shot: bool
+) -> list[PromptSet]:
+    """Answered prompts of the training set and the domains: without demonstrations those of a signed forecast."""
+    settings = scores["settings"]
+    sampling = Sampling(
+        settings["shots"], settings["domain_shots"], "answer", settings["limit"], scores["provenance"]["seed"]
+    )
+    given: list[tuple[Kind, str, list[Example]]] = [("train", name, rows) for name, rows in examples.trains.items()]
+    given += [("domain", name, rows) for name, rows in examples.domains.items()]
+    asked = []
+    for kind, name, rows in given:
+        demos = examples.demos.get(name)
+        found = sampling.prompts(name, rows, demos, template, context_length, kind=kind, show=few_shot)
+        check_enough(found, context_length, kind)
+        if few_shot:
+            behind = [replace(one, base_ids=one.demos_ids, positions=one.paired_demos) for one in found.prompts]
+            found = replace(found, prompts=behind)
+        asked.append(found)
+    return asked

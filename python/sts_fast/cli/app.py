@@ -1,0 +1,65 @@
+"""The command `sts-fast`: its commands, its exit codes, its errors in one line."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from sts_fast._version import __version__
+from sts_fast.cli.ablate import ablate
+from sts_fast.cli.capture import capture
+from sts_fast.cli.console import fail, out
+from sts_fast.cli.demo import demo
+from sts_fast.cli.doctor import doctor
+from sts_fast.cli.forecast import compare, score, shift
+from sts_fast.cli.mix import mix
+from sts_fast.cli.overlap import overlap
+from sts_fast.cli.rollouts import rollouts
+from sts_fast.cli.validate import report, validate
+from sts_fast.errors import InputError
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Forecast which abilities fine-tuning will move, before any training.",
+)
+
+# What typer returns after Ctrl-C: it catches KeyboardInterrupt.
+INTERRUPTED = 130
+# What typer raises for a wrong command line: its ClickException, which it does not export under a name of its own.
+CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]
+
+
+@app.callback(invoke_without_command=True)
+def start(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if version:
+        out.print(__version__, highlight=False)
+    elif context.invoked_subcommand is None:
+        sys.stdout.write(context.get_help() + "\n")
+
+
+for command in (score, compare, shift, rollouts, capture, mix, validate, ablate, overlap, report, demo, doctor):
+    app.command()(command)
+
+
+def main() -> None:
+    """Entry point: exit code 0, or 2 with one line `error: ...` on standard error."""
+    try:
+        if app(prog_name="sts-fast", standalone_mode=False) == INTERRUPTED:
+            raise KeyboardInterrupt
+    except (InputError, OSError) as error:  # OSError: names that are too long, folders that may not be listed
+        fail(str(error))
+    except CommandLineError as error:
+        fail(f"{error.format_message()} See sts-fast --help")  # type: ignore[attr-defined]
+    except (typer.Abort, KeyboardInterrupt):
+        fail("interrupted: no result was written")
+    except (MemoryError, RuntimeError) as error:  # torch has no class of its own for memory that ran out on the CPU
+        if not (isinstance(error, MemoryError) or "memory" in str(error)):
+            raise
+        fail("out of memory: lower --batch-tokens, or take --dtype bfloat16")

@@ -1,0 +1,359 @@
+"""From examples to token ids: each query without and with demonstrations, and which of its tokens pair up."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+
+from sts_fast.data.examples import Example
+from sts_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+
+    IntArray = NDArray[np.int32]
+
+TokenClass = Literal["query", "last", "answer", "all"]
+Turn = tuple[str, str]
+
+# Some chat templates print today's date; with a fixed one a forecast is the same tomorrow.
+TEMPLATE_DATE = "26 Jul 2024"
+FIXED_DATE = "{%- macro strftime_now(format) -%}" + TEMPLATE_DATE + "{%- endmacro %}"
+
+# Stands in a template's text for an answer that is put there afterwards; from Unicode's private use area.
+SIGN = "\ue0f5"
+
+# A demonstration that stands in where a set has none: only the query's own turn is common to both prompts.
+STAND_IN_DEMO: list[Turn] = [("user", "?"), ("assistant", "!")]
+# Two answers that end differently: what both have in common with another one's end is the template's.
+STAND_IN_ANSWERS = ("!", "?")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One query as it is sent to the model, and the tokens of it that are read.
+
+    base_ids:     [n_base] int32, token ids without demonstrations
+    demos_ids:    [n_demos] int32, token ids with demonstrations; empty where none were asked for
+    positions:    [n_read] int32, positions in base_ids that are read
+    paired:       [n_pairs] int32, those of `positions` whose token stands in demos_ids too
+    paired_demos: [n_pairs] int32, positions in demos_ids; entry i is the same token as paired[i]
+    n_special:    tokens of the query that are not read because they are special
+    """
+
+    id: str
+    base_ids: IntArray
+    demos_ids: IntArray
+    positions: IntArray
+    paired: IntArray
+    paired_demos: IntArray
+    n_special: int
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """The prompts of one training set or domain.
+
+    n_too_long:   queries left out because they overrun the model's context
+    n_unanswered: queries left out because answers are read and they have none
+    warnings:     what a reader of the results should know
+    """
+
+    name: str
+    prompts: list[Prompt]
+    n_too_long: int
+    n_unanswered: int
+    warnings: tuple[str, ...] = ()
+
+
+class PromptTemplate:
+    """Renders turns as token ids: with the tokenizer's own chat template, else as plain question and answer text.
+
+    prepend_bos: put the tokenizer's BOS before plain text even where the tokenizer itself does not (SAEs record how
+        they were trained); a chat template always decides for itself, so that no prompt gets two.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, prepend_bos: bool = False) -> None:
+        self.tokenizer = tokenizer
+        self.is_chat = bool(getattr(tokenizer, "chat_template", None))
+        self.prepend_bos = prepend_bos and tokenizer.bos_token_id is not None
+        # Turn marks such as <|start_header_id|> are special tokens too, but not named ones.
+        marks = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.special_ids = np.asarray(sorted(marks | set(tokenizer.all_special_ids)), dtype=np.int32)
+        try:
+            self._chat_template = FIXED_DATE + str(tokenizer.get_chat_template()) if self.is_chat else None
+        except ValueError as error:  # several templates, none of them the default
+            raise InputError(f"the model's tokenizer does not say which chat template to use: {error}") from error
+        # Templates of models that see images may want a turn as a list of parts, and show nothing of a plain text.
+        self._in_parts = self.is_chat and not self._shows_questions() and self._shows_questions(in_parts=True)
+
+    def token_ids(self, turns: Sequence[Turn]) -> IntArray:
+        """[n] int32 token ids of (role, text) turns; a conversation that ends with the user is left open to answer.
+
+        Raises InputError where the model's chat template refuses the turns.
+        """
+        if not self.is_chat:
+            return self.plain_ids(plain_text(turns))
+        ids = self.tokenizer(self.text(turns), add_special_tokens=False, verbose=False).input_ids
+        return np.asarray(ids, dtype=np.int32)
+
+    def plain_ids(self, text: str) -> IntArray:
+        """[n] int32 token ids of a text as it stands, with BOS where there is to be one."""
+        ids = self.tokenizer(text, verbose=False).input_ids
+        if self.prepend_bos and ids[:1] != [self.tokenizer.bos_token_id]:
+            ids = [self.tokenizer.bos_token_id, *ids]
+        if ids[-1:] == [self.tokenizer.eos_token_id] and len(ids) > 1:
+            ids = ids[:-1]  # some tokenizers close every text, but the model is to go on from here
+        return np.asarray(ids, dtype=np.int32)
+
+    def text(self, turns: Sequence[Turn]) -> str:
+        """The conversation as the chat template writes it, but with every answer whole.
+
+        Some templates cut the thoughts out of all answers but the last; a demonstration without them demonstrates
+        something else. Where a part of an answer is missing, the template is given a sign to write in its place, and
+        the answer is put where the sign stands. An answer whose sign the template does not write either stays cut.
+        """
+        text = self._rendered(turns)
+        if not any(said.strip() in text for role, said in turns if role == "user"):
+            raise InputError("the model's chat template does not write what the user says: give it another template")
+        cut = [i for i, (role, answer) in enumerate(turns) if role == "assistant" and answer.strip() not in text]
+        if not cut:
+            return text
+        signs = {i: f"{SIGN}{i}{SIGN}" for i in cut}
+        signed = self._rendered([(role, signs.get(i, said)) for i, (role, said) in enumerate(turns)])
+        if any(signed.count(sign) != 1 for sign in signs.values()):
+            return text
+        for i, sign in signs.items():
+            signed = signed.replace(sign, turns[i][1].strip())
+        return signed
+
+    def _shows_questions(self, *, in_parts: bool = False) -> bool:
+        self._in_parts = in_parts
+        try:
+            return SIGN in self._rendered([("user", SIGN)])
+        except InputError:
+            return False
+
+    def _rendered(self, turns: Sequence[Turn]) -> str:
+        messages: list[Any] = [
+            {"role": role, "content": [{"type": "text", "text": text}] if self._in_parts else text}
+            for role, text in turns
+        ]
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages,
+                    add_generation_prompt=turns[-1][0] != "assistant",
+                    chat_template=self._chat_template,
+                    tokenize=False,
+                    date_string=TEMPLATE_DATE,
+                )
+            )
+        except Exception as error:  # a template is a program: jinja2's errors, but also TypeError and the like
+            roles = ", ".join(role for role, _ in turns)
+            raise InputError(f"the model's chat template cannot render turns of {roles}: {error}") from error
+
+
+def plain_text(turns: Sequence[Turn]) -> str:
+    """Question and answer text for models without a chat template; it ends with "Answer:" where the answer is due."""
+    forms = {"user": "Question: {}\nAnswer:", "assistant": " {}\n\n"}
+    return "".join(forms.get(role, "{}\n\n").format(text) for role, text in turns).rstrip("\n")
+
+
+def choose_demos(
+    name: str,
+    examples: Sequence[Example],
+    shots: int,
+    demos: Sequence[Example] | None = None,
+    *,
+    required: bool = True,
+) -> tuple[list[Example], list[Example]]:
+    """The demonstrations of a set and its remaining queries, none of which is a demonstration.
+
+    demos: examples to demonstrate with; by default the first `shots` answered ones of the set itself.
+    required: False where they are only set aside, so that the same queries are asked whether they are shown or not;
+        where there are too few, none is.
+    Raises InputError where there are fewer than `shots` answered examples, or no query is left.
+    """
+    answered = [example for example in (examples if demos is None else demos) if example.answer is not None]
+    source = f"'{name}'" if demos is None else f"the demonstrations given for '{name}'"
+    if len(answered) < shots and not required:
+        return [], list(examples)
+    if len(answered) < shots:
+        raise InputError(
+            f"{source} has {len(answered)} answered examples, but {shots} are to be shown as demonstrations: "
+            "lower --shots (training set) or --domain-shots (domains), or give answered examples with --demos"
+        )
+    chosen = answered[:shots]
+    shown = {(example.context, example.question) for example in chosen}
+    queries = [example for example in examples if (example.context, example.question) not in shown]
+    if not queries and not required:
+        return [], list(examples)
+    if not queries:
+        raise InputError(f"'{name}' has no example left to ask once its demonstrations are set aside: add examples")
+    return chosen, queries
+
+
+def build_prompts(
+    name: str,
+    queries: Sequence[Example],
+    template: PromptTemplate,
+    *,
+    demos: Sequence[Example] = (),
+    tokens: TokenClass = "query",
+    context_length: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> PromptSet:
+    """Prompts of a random sample of `limit` queries that fit into the model's context, in the order of the set.
+
+    The tokens read are, for `tokens`:
+      query   those of the query's own conversation: what its prompt has in common, at the end, with one that carries
+              demonstrations (longest common token suffix); earlier turns of the same conversation belong to it
+      last    the last of these
+      answer  those of the answer, which is put after the query
+      all     query and answer, where there is one
+    never special tokens. Which examples are drawn depends on `seed`, the examples, and which of them fit.
+
+    Raises ValueError for an unknown token class.
+    """
+    if tokens not in get_args(TokenClass):
+        raise ValueError(f"tokens must be one of {', '.join(get_args(TokenClass))}, not '{tokens}'")
+    # Only the query's own system turn is shown: templates allow one, at the start.
+    demo_turns = [
+        turn
+        for demo in demos
+        for turn in (*_query_turns(demo), ("assistant", demo.answer or ""))
+        if turn[0] != "system"
+    ]
+    chosen: list[tuple[int, Prompt]] = []
+    n_too_long = n_unanswered = 0
+    for row in np.random.default_rng(seed).permutation(len(queries)):
+        if len(chosen) == limit:
+            break
+        query = queries[row]
+        if tokens == "answer" and query.answer is None:
+            n_unanswered += 1
+            continue
+        prompt = _pair(query, demo_turns, template, tokens, context_length)
+        if prompt is None:
+            n_too_long += 1
+            continue
+        if tokens == "answer" and not len(prompt.positions):
+            n_unanswered += 1
+            continue
+        chosen.append((int(row), prompt))
+    chosen.sort(key=lambda item: item[0])
+    return PromptSet(
+        name,
+        [prompt for _, prompt in chosen],
+        n_too_long,
+        n_unanswered,
+        _lost_answers(name, demos, demo_turns, template),
+    )
+
+
+def _lost_answers(
+    name: str, demos: Sequence[Example], demo_turns: list[Turn], template: PromptTemplate
+) -> tuple[str, ...]:
+    """A warning where the chat template cuts into the demonstrations; some drop the thoughts of earlier turns."""
+    if not demos or not template.is_chat:
+        return ()
+    text = template.text([*demo_turns, STAND_IN_DEMO[0]])
+    n_lost = sum((demo.answer or "").strip() not in text for demo in demos)
+    if not n_lost:
+        return ()
+    return (
+        f"the model's chat template shows {n_lost} of the {len(demos)} demonstrations of '{name}' without a part of "
+        "their answer (it drops the thoughts of earlier turns): what they demonstrate is the rest",
+    )
+
+
+def _query_turns(example: Example) -> list[Turn]:
+    return [*example.context, ("user", example.question)]
+
+
+def _pair(
+    query: Example, demo_turns: list[Turn], template: PromptTemplate, tokens: TokenClass, context_length: int | None
+) -> Prompt | None:
+    """The prompt of one query, or None where it overruns the context."""
+    turns = _query_turns(query)
+    # A system turn opens the conversation, so it goes before the demonstrations.
+    n_system = next((i for i, (role, _) in enumerate(turns) if role != "system"), len(turns))
+    answer: list[Turn] = [("assistant", query.answer)] if tokens in ("answer", "all") and query.answer else []
+
+    def with_demos(demos: list[Turn], end: list[Turn]) -> IntArray:
+        return template.token_ids([*turns[:n_system], *demos, *turns[n_system:], *end])
+
+    base_ids = with_demos([], answer)
+    if context_length is not None and len(base_ids) > context_length:
+        return None
+    demos_ids = with_demos(demo_turns, answer) if demo_turns else np.empty(0, np.int32)
+    if context_length is not None and len(demos_ids) > context_length:
+        return None
+    end = len(base_ids)
+    if answer:
+        # What follows any answer, such as the mark that ends the turn, is the template's and not the answer's.
+        end -= min(common_suffix_length(base_ids, with_demos([], [("assistant", other)])) for other in STAND_IN_ANSWERS)
+    if tokens == "answer":
+        start = common_prefix_length(base_ids, with_demos([], []))
+    else:
+        start = len(base_ids) - common_suffix_length(base_ids, with_demos(STAND_IN_DEMO, answer))
+    is_special = np.isin(base_ids[start:], template.special_ids)
+    positions = (start + np.flatnonzero(~is_special)).astype(np.int32)
+    positions = positions[positions < end]
+    n_special = int(is_special.sum())
+    if tokens == "last":
+        positions = positions[-1:]
+    paired = positions[positions >= len(base_ids) - common_suffix_length(base_ids, demos_ids)]
+    return Prompt(
+        id=query.id,
+        base_ids=base_ids,
+        demos_ids=demos_ids,
+        positions=positions,
+        paired=paired,
+        paired_demos=paired + np.int32(len(demos_ids) - len(base_ids)),
+        n_special=n_special,
+    )
+
+
+def show_prompt(prompt_set: PromptSet, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The first prompt of a set as the model gets it, special tokens and all, without and with demonstrations."""
+    if not prompt_set.prompts:
+        return f"{prompt_set.name}: no prompt"
+    first = prompt_set.prompts[0]
+    parts = [("without demonstrations", first.base_ids), ("with demonstrations", first.demos_ids)]
+    return "\n".join(
+        f"--- {prompt_set.name}, prompt 1 of {len(prompt_set.prompts)}, {how}, {len(ids)} tokens\n"
+        f"{tokenizer.decode(ids.tolist(), skip_special_tokens=False)}"
+        for how, ids in parts
+        if len(ids)
+    )
+
+
+def prompts_sha256(prompt_sets: Sequence[PromptSet]) -> str:
+    """SHA-256 of every token that the prompts send, without and with demonstrations, and of their sets' names."""
+    sha256 = hashlib.sha256()
+    for prompt_set in prompt_sets:
+        sha256.update(f"{prompt_set.name} {len(prompt_set.prompts)} ".encode())
+        for prompt in prompt_set.prompts:
+            for ids in (prompt.base_ids, prompt.demos_ids):
+                sha256.update(f"{len(ids)} ".encode() + ids.astype("<i4").tobytes())
+    return sha256.hexdigest()
+
+
+def common_prefix_length(a: IntArray, b: IntArray) -> int:
+    """Number of equal tokens at the start of two sequences."""
+    n = min(len(a), len(b))
+    differs = np.flatnonzero(a[:n] != b[:n])
+    return int(differs[0]) if len(differs) else n
+
+
+def common_suffix_length(a: IntArray, b: IntArray) -> int:
+    """Number of equal tokens at the end of two sequences."""
+    return common_prefix_length(a[::-1], b[::-1])

@@ -1,0 +1,172 @@
+"""Training sets and domains: the examples that the user named, and the prompts made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from sts_fast.data.examples import Example, load_domains, load_examples
+from sts_fast.data.prompts import PromptSet, PromptTemplate, TokenClass, build_prompts, choose_demos
+from sts_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Source = str | Path | Sequence[Example]
+Kind = Literal["train", "domain"]
+
+MIN_PROMPTS = 8
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Which columns hold questions and answers, by set name; '' for all sets not named."""
+
+    question: Mapping[str, str]
+    answer: Mapping[str, str]
+
+    def read(self, name: str, source: Source) -> list[Example]:
+        if not isinstance(source, (str, Path)):
+            return list(source)
+        return load_examples(
+            source,
+            question_field=self.question.get(name, self.question.get("")),
+            answer_field=self.answer.get(name, self.answer.get("")),
+        )
+
+
+@dataclass(frozen=True)
+class Sets:
+    """The examples of the training sets and the domains by name, and those to demonstrate with, where given apart."""
+
+    trains: dict[str, list[Example]]
+    domains: dict[str, list[Example]]
+    demos: dict[str, list[Example]]
+
+    @classmethod
+    def read(
+        cls,
+        trains: Mapping[str, Source],
+        domains: Mapping[str, Source] | Sequence[str],
+        demos: Mapping[str, Source] | Sequence[str] | None,
+        fields: Fields,
+    ) -> Sets:
+        """Raises InputError where there is no training set, or something in a file cannot be used."""
+        if not trains:
+            raise InputError("there is no training set to forecast: give one or more, by name")
+        domains = [str(domains)] if isinstance(domains, (str, Path)) else domains
+        demos = [str(demos)] if isinstance(demos, (str, Path)) else demos
+        of_trains = {name: fields.read(name, source) for name, source in trains.items()}
+        of_domains = _read_sets(domains, fields, list(trains))
+        if "train" in of_domains and "train" in trains:
+            raise InputError(
+                "a domain cannot be called 'train', the name of the training set: rename it, as in new=path"
+            )
+        return cls(of_trains, of_domains, _read_demos(demos or {}, fields, [*of_trains, *of_domains]))
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What decides, besides its examples, which prompts a set has.
+
+    shots, domain_shots: demonstrations of a training set, of a domain; tokens: see build_prompts
+    limit: most prompts of a set, None for all, drawn with `seed`
+    """
+
+    shots: int = 2
+    domain_shots: int = 5
+    tokens: TokenClass = "query"
+    limit: int | None = 256
+    seed: int = 0
+
+    def prompts(
+        self,
+        name: str,
+        examples: Sequence[Example],
+        demos: Sequence[Example] | None,
+        template: PromptTemplate,
+        context_length: int | None,
+        *,
+        kind: Kind,
+        show: bool,
+        tokens: TokenClass | None = None,
+    ) -> PromptSet:
+        """Prompts of a set; tokens: other ones than those of the others are read.
+
+        Demonstrations are set aside even where they are not shown, so that the same queries are asked either way.
+        """
+        shots = self.shots if kind == "train" else self.domain_shots
+        chosen, queries = choose_demos(name, examples, shots, demos, required=show)
+        return build_prompts(
+            name,
+            queries,
+            template,
+            demos=chosen if show else (),
+            tokens=tokens or self.tokens,
+            context_length=context_length,
+            limit=self.limit,
+            seed=self.seed,
+        )
+
+
+def _read_sets(
+    sets: Mapping[str, Source] | Sequence[str], fields: Fields, other_names: Sequence[str]
+) -> dict[str, list[Example]]:
+    if isinstance(sets, Mapping):
+        return {name: fields.read(name, source) for name, source in sets.items()}
+    if not sets:
+        for name in (*fields.question, *fields.answer):
+            if name and name not in other_names:
+                raise InputError(f"a field is named for '{name}', but the sets are {', '.join(other_names)}")
+        return {}
+    return load_domains(sets, question_fields=fields.question, answer_fields=fields.answer, other_names=other_names)
+
+
+def _read_demos(
+    demos: Mapping[str, Source] | Sequence[str], fields: Fields, names: Sequence[str]
+) -> dict[str, list[Example]]:
+    """Demonstrations by set; a file split by category may hold more categories than there are domains."""
+    groups = [demos] if isinstance(demos, Mapping) else [[source] for source in demos]
+    found: dict[str, list[Example]] = {}
+    for group in groups:
+        examples = _read_sets(group, fields, [*fields.question, *fields.answer])
+        unknown = [name for name in examples if name not in names]
+        if unknown and (isinstance(group, Mapping) or len(unknown) == len(examples)):
+            raise InputError(f"demonstrations are given for '{unknown[0]}', but the sets are {', '.join(names)}")
+        found |= {name: examples[name] for name in examples if name in names}
+    return found
+
+
+def common_template(tokenizer: PreTrainedTokenizerBase, starts: Sequence[tuple[str, bool]]) -> PromptTemplate:
+    """How prompts are written; SAEs that were trained with another start of text cannot share them.
+
+    starts: of each SAE its source, and whether the texts that it was trained on start with BOS
+    """
+    templates = {has_bos: PromptTemplate(tokenizer, prepend_bos=has_bos) for _, has_bos in starts}
+    if len({tuple(template.token_ids([("user", "?")])) for template in templates.values()}) > 1:
+        one, other = (next(source for source, has_bos in starts if has_bos == start) for start in (True, False))
+        raise InputError(
+            f"the SAE {one} was trained on texts that start with BOS, but {other} was not: forecast with each apart"
+        )
+    return next(iter(templates.values()))
+
+
+def check_enough(prompt_set: PromptSet, context_length: int | None, kind: Kind) -> None:
+    """Raises InputError, with the reasons, where a set keeps fewer than MIN_PROMPTS prompts."""
+    n = len(prompt_set.prompts)
+    if n >= MIN_PROMPTS:
+        return
+    reasons = []
+    if prompt_set.n_too_long:
+        reasons.append(
+            f"{prompt_set.n_too_long} overran the model's context of {context_length} tokens: show fewer or shorter "
+            "demonstrations, or add shorter questions"
+        )
+    if prompt_set.n_unanswered:
+        reasons.append(f"{prompt_set.n_unanswered} have no answer to read: add answers, or use --tokens query")
+    reason = "; ".join(reasons) or "add examples, or raise --limit"
+    name = f"{'training set' if kind == 'train' else 'domain'} '{prompt_set.name}'"
+    name = "the training set" if prompt_set.name == "train" else name
+    raise InputError(f"{name} keeps {n} prompts, but at least {MIN_PROMPTS} are needed ({reason})")

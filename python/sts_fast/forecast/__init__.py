@@ -1,0 +1,1 @@
+"""The forecast: shifted features, estimators and their controls, the run and its files."""

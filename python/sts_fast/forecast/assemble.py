@@ -1,0 +1,274 @@
+"""The forecast put together of what was measured, with what it rests on."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sts_fast import files
+from sts_fast._version import __version__
+from sts_fast.forecast.dims import N_REPLICATES, Shift
+from sts_fast.forecast.estimators import (
+    CONFIDENCE,
+    N_BOOTSTRAP,
+    DomainRead,
+    domain_scores,
+    percentile_interval,
+    skipped,
+)
+from sts_fast.forecast.options import Settings
+from sts_fast.forecast.run import Forecast, ShiftedFeature, with_value_columns
+from sts_fast.model import explain
+from sts_fast.model.language_model import LanguageModel
+from sts_fast.model.log import AnswerLog
+from sts_fast.model.sae_check import Fit
+from sts_fast.model.session import hook_of
+from sts_fast.model.stored import Activations
+from sts_fast.model.weights import unembedding, weights_sha256
+from sts_fast.ops import _cpu
+from sts_fast.ops.shift import ShiftStats
+from sts_fast.sae import SAE
+from sts_fast.signed.signed import SignedForecast
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+
+    Doubles = NDArray[np.float64]
+
+
+def forecast_of(
+    reader: LanguageModel | Activations,
+    sae: SAE,
+    fit: Fit,
+    shift: Shift,
+    domain_reads: Sequence[DomainRead],
+    answer_reads: Mapping[str, AnswerLog],
+    settings: Settings,
+    tuned: str | None,
+    firings: pa.Table,
+    promoted: Mapping[int, list[str]],
+    labels: Mapping[int, str],
+    provenance: dict[str, Any],
+) -> Forecast:
+    import pyarrow as pa
+
+    top_n, stats, hook = settings.top_n, shift.stats, hook_of(reader, sae)
+    n_moved = int((shift.importance > 0).sum())
+    warnings = [*filter(None, (fit.warning, fit.names)), *(f"SAE: {note}" for note in sae.notes)]
+    prompt_sets = [shift.prompt_set, *(read.prompt_set for read in domain_reads)]
+    warnings += [warning for prompt_set in prompt_sets for warning in prompt_set.warnings]
+    if settings.controls == "all":
+        unanswered = [read.prompt_set.name for read in domain_reads if read.prompt_set.name not in answer_reads]
+        if unanswered:
+            warnings.append(f"too few answers to measure the base model on {', '.join(unanswered)}")
+    if n_moved < top_n:
+        warnings.append(
+            f"only {n_moved} features shift at all, so {top_n - n_moved} of the {top_n} in D_N stand there by their "
+            "index alone: lower --top-n"
+        )
+    stability = shift.overlaps(top_n)
+    moments = [read.raw.moments for read in domain_reads]
+    total = float(shift.importance.sum())
+    tables = [shift.log.table({})]
+    for read in domain_reads:
+        values = {
+            f"{control}_{estimator}_sum".removeprefix("_"): sums
+            for (train, control, estimator), sums in read.sums.items()
+            if train == shift.name
+        }
+        tables.append(read.log.table(values))
+    tables += [answers.table() for answers in answer_reads.values()]
+    return Forecast(
+        model={
+            "name": reader.name,
+            "layer": hook.layer,
+            "module": hook.path,
+            "side": hook.side,
+            "d_in": hook.d_in,
+            "dtype": reader.dtype,
+            "context_length": reader.context_length,
+            "revision": reader.revision,
+            "weights_sha256": weights_sha256(reader.model, hook.layer)
+            if isinstance(reader, LanguageModel)
+            else reader.weights_sha256,
+        },
+        sae={
+            "source": sae.source,
+            "architecture": sae.architecture,
+            "d_in": sae.d_in,
+            "d_sae": sae.d_sae,
+            "k": sae.k or None,
+            "hook_name": sae.hook_name,
+            "mean_l0": shift.mean_l0,
+            "fit": asdict(fit),
+        },
+        train={
+            "name": shift.name,
+            "n_prompts": len(shift.prompt_set.prompts),
+            **skipped(shift.prompt_set),
+            **shift.log.counts(),
+        },
+        settings={
+            "dims": settings.dims,
+            "estimators": list(settings.estimators),
+            "controls": settings.controls,
+            "top_n": top_n,
+            "tokens": settings.tokens,
+            "shots": settings.shots,
+            "domain_shots": settings.domain_shots,
+            "limit": settings.limit,
+            "n_bootstrap": N_BOOTSTRAP,
+            "confidence": CONFIDENCE,
+            "tuned": tuned,
+        },
+        shift={
+            "share_of_top_n": float(shift.importance[shift.top].sum() / total) if total else 0.0,
+            "n_features_shifted": n_moved,
+            "concentration": concentration(shift.importance),
+            "stability": {
+                "n_replicates": N_REPLICATES,
+                "mean_overlap": float(np.mean(stability)),
+                "overlap_ci": list(percentile_interval(stability)),
+            },
+        },
+        domains=domain_scores(domain_reads, shift, answer_reads, settings),
+        shifted_features=[
+            ShiftedFeature(
+                index=int(j),
+                mean_squared_shift=float(shift.importance[j]) if isinstance(stats, ShiftStats) else None,
+                mean_activation=float(shift.mean_activation[j]),
+                share=float(shift.importance[j] / total) if total else 0.0,
+                promoted_tokens=promoted.get(int(j)) if rank < explain.N_FEATURES else None,
+                neuronpedia=link,
+                label=labels.get(int(j)),
+            )
+            for rank, (j, link) in enumerate(
+                zip(
+                    shift.top,
+                    explain.neuronpedia_links(sae.metadata.get("neuronpedia_id"), shift.top.tolist()),
+                    strict=True,
+                )
+            )
+        ],
+        warnings=warnings,
+        provenance=provenance,
+        stats=stats,
+        controls={
+            "random_features": shift.random,
+            "low_shift_features": shift.low_shift,
+            "most_active_features": shift.most_active,
+            "raw_dimensions": shift.raw_top,
+            "mean_residual": shift.raw.mean,
+            "domain_mean_residuals": np.stack([read.raw.mean for read in domain_reads] or [np.zeros(sae.d_in)]),
+            "projected_mean": shift.raw.moments.mean,
+            "projected_covariance": shift.raw.moments.covariance,
+            "domain_projected_means": np.stack([one.mean for one in moments] or [shift.raw.moments.mean[:0]]),
+            "domain_projected_covariances": np.stack([one.covariance for one in moments] or [np.zeros((0, 0))]),
+            "domain_mean_activations": np.stack(
+                [read.activations(shift.top) for read in domain_reads] or [np.zeros(0)]
+            ),
+        },
+        prompts=pa.concat_tables([with_value_columns(table) for table in tables]),
+        firings=firings,
+    )
+
+
+def concentration(importance: Doubles) -> list[dict[str, float | int]]:
+    """Share of the whole shift that the most shifted features hold: of the first, the first 2, 5, 10, 20, 50 and so on.
+
+    importance: [d_sae] E_x ||h_j(x) - h_j(demos, x)||^2, or what else D_N is ranked by
+    """
+    held = np.cumsum(np.sort(importance)[::-1])
+    steps = [digit * 10**power for power in range(9) for digit in (1, 2, 5)]
+    sizes = [n for n in steps if n < len(held)] + [len(held)]
+    return [{"n": n, "share": float(held[n - 1] / held[-1]) if held[-1] else 0.0} for n in sizes]
+
+
+def with_signed(
+    signed: SignedForecast | None,
+    forecast: Forecast,
+    sae: SAE,
+    tokenizer: PreTrainedTokenizerBase,
+    promoted: Mapping[int, list[str]],
+    labels: Mapping[int, str],
+) -> Forecast:
+    import pyarrow as pa
+
+    if signed is None:
+        return forecast
+    top = signed.block["top_features"]
+    links = explain.neuronpedia_links(sae.metadata.get("neuronpedia_id"), [feature["index"] for feature in top])
+    described = [
+        {
+            **feature,
+            "promoted_tokens": promoted.get(feature["index"]) if rank < explain.N_FEATURES else None,
+            "neuronpedia": link,
+            "label": labels.get(feature["index"]),
+        }
+        for rank, (feature, link) in enumerate(zip(top, links, strict=True))
+    ]
+    unanswered = [domain.name for domain in forecast.domains if domain.name not in signed.block["domains"]]
+    more = [f"too few answers for a signed forecast of {', '.join(unanswered)}"] if unanswered else []
+    return replace(
+        forecast,
+        signed={**signed.block, "top_features": described},
+        warnings=[*forecast.warnings, *signed.warnings, *more],
+        # Runs without signed estimators have no columns for their values.
+        prompts=pa.concat_tables([forecast.prompts, signed.prompts], promote_options="default"),
+        firings=pa.concat_tables([forecast.firings, signed.firings.table(tokenizer)]),
+    )
+
+
+def promoted_tokens(
+    decoder: LanguageModel, sae: SAE, features: list[int], tokenizer: PreTrainedTokenizerBase, source: str | Path | None
+) -> dict[int, list[str]]:
+    """The output tokens that each feature promotes; none where W_dec or the unembedding is not at hand."""
+    try:
+        directions, matrix = sae.decoder_rows(features), unembedding(decoder.model, source)
+        if directions is None or matrix is None or matrix.shape[1] != directions.shape[1]:
+            return {}
+        return dict(zip(features, explain.promoted_tokens(directions, matrix, tokenizer), strict=True))
+    except Exception:  # an ornament of the report: a damaged head must not cost the forecast
+        return {}
+
+
+def provenance_of(sources: Mapping[str, object], settings: Settings) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    inputs = []
+    for role, source in sources.items():
+        several = role in ("domains", "demos") and not isinstance(source, (str, Path))
+        for one in (list(source.values()) if isinstance(source, Mapping) else source) if several else [source]:  # type: ignore[attr-defined]
+            path = _existing_path(one)
+            inputs += files.hashed_inputs(role, [path]) if path else []
+    return {
+        "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": settings.command,
+        "seed": settings.seed,
+        "versions": {
+            "sts_fast": __version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "instruction_set": _cpu.instruction_set(),
+        "inputs": inputs,
+    }
+
+
+def _existing_path(source: object) -> Path | None:
+    """The file or folder behind a path or 'name=path'; None for hub ids and for what is in memory."""
+    if not isinstance(source, (str, Path)):
+        return None
+    candidates = [Path(source), Path(str(source).partition("=")[2] or source)]
+    return next((path for path in candidates if path.exists()), None)

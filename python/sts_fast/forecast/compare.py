@@ -1,0 +1,142 @@
+"""Several forecasts beside each other: of training sets over the same domains, and of SAEs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from sts_fast.forecast.run import SCHEMA_VERSION, Forecast
+
+
+def comparison(forecasts: Sequence[Forecast]) -> dict[str, Any]:
+    """What compare.json holds: the scores of several training sets over the same domains, and how alike they are.
+
+    scores: by estimator and training set, `value` and `ci` in the order of `domains`
+    signed: the same of signed estimators, null for a domain without answers; null where none was asked for
+    changes: unit, sign and level, and by training set `value` and `interval`; null without a calibration
+    shared_features: [n_trains][n_trains] part of D_N that two training sets have in common
+    """
+    tops = [{feature.index for feature in forecast.shifted_features} for forecast in forecasts]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "trains": [{"name": forecast.train["name"], **forecast.shift} for forecast in forecasts],
+        "domains": [domain.name for domain in forecasts[0].domains],
+        "scores": {
+            f"sts_{estimator}": {
+                forecast.train["name"]: {
+                    "value": [getattr(domain, f"sts_{estimator}") for domain in forecast.domains],
+                    "ci": [list(getattr(domain, f"sts_{estimator}_ci")) for domain in forecast.domains],
+                }
+                for forecast in forecasts
+            }
+            for estimator in forecasts[0].settings["estimators"]
+        },
+        "signed": _signed_comparison(forecasts),
+        "changes": _changes(forecasts),
+        "shared_features": [[len(one & other) / len(one) for other in tops] for one in tops],
+    }
+
+
+def _signed_comparison(forecasts: Sequence[Forecast]) -> dict[str, Any] | None:
+    domains_of = {forecast.train["name"]: forecast.signed["domains"] for forecast in forecasts if forecast.signed}
+    if not domains_of:
+        return None
+    # Which fields there are is the same for all training sets and domains.
+    some = next(iter(next(iter(domains_of.values())).values()))
+    names = [domain.name for domain in forecasts[0].domains]
+    return {
+        field: {
+            train: {
+                key: [found[name][field][key] if name in found else None for name in names] for key in ("value", "ci")
+            }
+            for train, found in domains_of.items()
+        }
+        for field, value in some.items()
+        if isinstance(value, dict)
+    }
+
+
+def _changes(forecasts: Sequence[Forecast]) -> dict[str, Any] | None:
+    said = next((forecast.calibration for forecast in forecasts if forecast.calibration), None)
+    if said is None:
+        return None
+    return {
+        **{key: said[key] for key in ("unit", "signed", "level")},
+        "trains": {
+            forecast.train["name"]: {
+                "value": [domain.change for domain in forecast.domains],
+                "interval": [domain.change_interval and list(domain.change_interval) for domain in forecast.domains],
+            }
+            for forecast in forecasts
+        },
+    }
+
+
+def sae_names(saes: Sequence[tuple[str, str]]) -> list[str]:
+    """A name for each SAE, fit for a folder: the last parts of its source, as many as tell it from the others.
+
+    saes: source and hook name of each; an SAE that is read at several places is told apart by the place
+    """
+    sources = [re.sub(r"[^\w.=-]+", "/", source or "sae").strip("/").split("/") for source, _ in saes]
+    for n_parts in range(1, max(map(len, sources)) + 1):
+        names = ["_".join(source[-n_parts:]) for source in sources]
+        if len(set(names)) == len({source for source, _ in saes}):
+            break
+    hooks = [re.sub(r"[^\w.=-]+", "_", hook_name) for _, hook_name in saes]
+    names = [f"{name}@{hook}" if names.count(name) > 1 else name for name, hook in zip(names, hooks, strict=True)]
+    return [name if name not in names[:i] else f"{name}-{i + 1}" for i, name in enumerate(names)]
+
+
+def sae_comparison(forecasts: Sequence[Forecast]) -> dict[str, Any]:
+    """What compare.json holds beside the folders of several SAEs: their scores of the same domains, and how alike.
+
+    scores: by estimator, training set and SAE, `value` and `ci` in the order of `domains`; scores of different SAEs are
+        in different units
+    rank_correlation: by estimator and training set, [n_saes][n_saes] Spearman's over domains; null for fewer than 3
+    """
+    trains = list(dict.fromkeys(forecast.train["name"] for forecast in forecasts))
+    by_sae = [forecasts[i : i + len(trains)] for i in range(0, len(forecasts), len(trains))]
+    names = sae_names([(of_sae[0].sae["source"], of_sae[0].sae["hook_name"]) for of_sae in by_sae])
+    comparisons = [comparison(of_sae) for of_sae in by_sae]
+    estimators = list(comparisons[0]["scores"])
+    values = {
+        (estimator, train): [one["scores"][estimator][train]["value"] for one in comparisons]
+        for estimator in estimators
+        for train in trains
+    }
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "saes": [{"name": name, **of_sae[0].sae} for name, of_sae in zip(names, by_sae, strict=True)],
+        "trains": trains,
+        "domains": comparisons[0]["domains"],
+        "scores": {
+            estimator: {
+                train: {name: one["scores"][estimator][train] for name, one in zip(names, comparisons, strict=True)}
+                for train in trains
+            }
+            for estimator in estimators
+        },
+        "rank_correlation": {
+            estimator: {
+                train: [[_rank_correlation(one, other) for other in of_saes] for one in of_saes]
+                for train in trains
+                for of_saes in [values[estimator, train]]
+            }
+            for estimator in estimators
+        },
+    }
+
+
+def _rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
+    if len(one) < 3:
+        return None
+    ranks = [
+        np.asarray([(np.sum(values < value) + np.sum(values <= value)) / 2 for value in values])
+        for values in (np.asarray(one), np.asarray(other))
+    ]
+    if not all(np.ptp(rank) for rank in ranks):
+        return None
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])

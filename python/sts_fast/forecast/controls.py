@@ -1,0 +1,246 @@
+"""What a forecast has to beat: the same scores from other features, and numbers that need no SAE at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sts_fast.data.prompts import Prompt
+from sts_fast.errors import InputError
+from sts_fast.model.language_model import padded_ids
+from sts_fast.model.layer_trace import input_device
+from sts_fast.model.memory import TokenBudget
+from sts_fast.ops.shift import top_indices
+from sts_fast.signed.gradients import MOST_LOGITS
+from sts_fast.signed.projection import projection
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    Doubles = NDArray[np.float64]
+    Indices = NDArray[np.int64]
+
+# Controls that read other features in the place of D_N, and the residual stream's own dimensions.
+FEATURE_CONTROLS = ("random", "low_shift", "most_active")
+RAW_CONTROL = "raw"
+
+# Relative: means of float32 activations that differ by less are the same.
+ROUNDING = 1e-5
+
+# Of a probe, so that directions in which no set spreads weigh no more than others.
+PROBE_RIDGE = 1e-3
+
+# Sets of random features that the control averages over: one set alone would be as noisy as what it is to judge.
+N_RANDOM_SETS = 10
+# A feature of like activity is one of so many whose mean activation is nearest.
+N_NEAREST = 10
+
+
+def random_sets(d_sae: int, top: Indices, rng: np.random.Generator, n_sets: int = N_RANDOM_SETS) -> Indices:
+    """[n_sets, top_n] features drawn outside D_N (or from all of them where too few lie outside)."""
+    outside = np.setdiff1d(np.arange(d_sae), top)
+    pool = outside if len(outside) >= len(top) else np.arange(d_sae)
+    return np.stack([np.sort(rng.choice(pool, len(top), replace=False)) for _ in range(n_sets)])
+
+
+def like_activity(mean_activation: Doubles, top: Indices, rng: np.random.Generator) -> Indices:
+    """[top_n] for each feature of D_N another outside it: one of the ten, not taken yet, that are about as active."""
+    free = np.ones(len(mean_activation), bool)
+    free[top] = False
+    chosen = []
+    for j in top:
+        candidates = np.flatnonzero(free)
+        distance = np.abs(mean_activation[candidates] - mean_activation[j])
+        chosen.append(int(rng.choice(candidates[np.argsort(distance, kind="stable")[:N_NEAREST]])))
+        free[chosen[-1]] = False
+    return np.sort(np.asarray(chosen))
+
+
+def low_shift(importance: Doubles, n_fired: NDArray[np.int64], top: Indices) -> Indices:
+    """At most top_n features outside D_N that fire on the training set's queries and shift least; may be empty.
+
+    importance: [d_sae] what D_N is ranked by; n_fired: [d_sae] on how many tokens each feature fires
+    """
+    candidates = np.setdiff1d(np.flatnonzero(n_fired > 0), top)
+    return np.sort(candidates[np.argsort(importance[candidates], kind="stable")[: len(top)]])
+
+
+def most_active(mean_activation: Doubles, top_n: int) -> Indices:
+    """The top_n features with the largest mean activation on the training set's queries."""
+    return np.sort(top_indices(mean_activation, top_n))
+
+
+class RawShift:
+    """Sums over the residual stream itself: the same pipeline without the SAE, and means for their cosine.
+
+    sum_sq_shift: [d_in] squared differences over pairs
+    sum_base, sum_abs_base: [d_in] residuals and their sizes over the tokens read without demonstrations
+    moments: of these residuals, projected to 64 dimensions
+    """
+
+    def __init__(self, d_in: int) -> None:
+        self.sum_sq_shift: Doubles = np.zeros(d_in)
+        self.sum_base: Doubles = np.zeros(d_in)
+        self.sum_abs_base: Doubles = np.zeros(d_in)
+        self.moments = SecondMoments(projection(d_in))
+        self.n_tokens = self.n_pairs = 0
+
+    def update(self, base: torch.Tensor, paired: torch.Tensor, demos: torch.Tensor) -> None:
+        difference = demos.double() - paired.double()
+        self.sum_sq_shift += (difference * difference).sum(dim=0).cpu().numpy()
+        self.sum_base += base.double().sum(dim=0).cpu().numpy()
+        self.sum_abs_base += base.double().abs().sum(dim=0).cpu().numpy()
+        self.moments.update(base)
+        self.n_tokens += len(base)
+        self.n_pairs += len(paired)
+
+    @property
+    def mean(self) -> Doubles:
+        """[d_in] mean residual of the tokens read; zeros where there were none."""
+        return self.sum_base / max(self.n_tokens, 1)
+
+    def top(self, top_n: int) -> Indices:
+        """The dimensions that shift most (without pairs: the largest): top_n of them, but at most a quarter of all."""
+        ranked_by = self.sum_sq_shift if self.n_pairs else self.sum_abs_base
+        return np.sort(top_indices(ranked_by, min(top_n, max(1, len(ranked_by) // 4))))
+
+
+class SecondMoments:
+    """Sums behind mean and covariance of a set's residual stream, projected to r dimensions: y_t = Q^T x_t.
+
+    sum_y: [r] of y; sum_yy: [r, r] of y y^T
+
+    Costs d_in r multiplications a token, and r^2 numbers: 0.5 million and 33 KB at d_in 3584 and r 64.
+    """
+
+    def __init__(self, Q: Doubles) -> None:
+        self.Q = Q
+        self.sum_y: Doubles = np.zeros(Q.shape[1])
+        self.sum_yy: Doubles = np.zeros((Q.shape[1], Q.shape[1]))
+        self.n_tokens = 0
+
+    def update(self, rows: torch.Tensor) -> None:
+        """rows: [n_tokens, d_in]"""
+        import torch
+
+        y = (rows.double() @ torch.from_numpy(self.Q).to(rows.device)).cpu().numpy()
+        self.sum_y += y.sum(axis=0)
+        self.sum_yy += np.einsum("ti,tj->ij", y, y)
+        self.n_tokens += len(rows)
+
+    @property
+    def mean(self) -> Doubles:
+        """[r]; zeros where there were no tokens, as in `covariance`."""
+        return self.sum_y / max(self.n_tokens, 1)
+
+    @property
+    def covariance(self) -> Doubles:
+        """[r, r] E (y - E y)(y - E y)^T"""
+        return self.sum_yy / max(self.n_tokens, 1) - np.outer(self.mean, self.mean)
+
+
+def cka(a: Doubles, b: Doubles) -> float:
+    """How alike two sets of tokens spread: <A, B> / (||A|| ||B||) of their covariances; 0 where one of them is zero.
+
+    Linear centred kernel alignment (Kornblith et al. 2019), its rows and columns exchanged: there one set of examples
+    in two spaces, here two sets of tokens in one.
+    """
+    return cosine(a, b)
+
+
+def probe_logits(train_mean: Doubles, domain_means: Doubles, covariances: Doubles) -> Doubles:
+    """[n_domains] what a linear probe that tells the training set's tokens from all domains' says of each domain.
+
+    Fisher's discriminant, with C the mean of the sets' covariances, a the mean of the domains' means, a little ridge:
+
+        w = (C + 0.001 tr(C) / r  1)^-1 (m_S - a),    logit(T) = w . (m_T - (m_S + a) / 2)
+
+    train_mean: [r]; domain_means: [n_domains, r]; covariances: [n_sets, r, r] of the training set and all domains
+    """
+    C = covariances.mean(axis=0)
+    all_domains = domain_means.mean(axis=0)
+    ridge = PROBE_RIDGE * np.trace(C) / len(C)
+    if ridge <= 0:
+        return np.zeros(len(domain_means))
+    w = _solve(C + ridge * np.eye(len(C)), train_mean - all_domains)
+    logits: Doubles = np.einsum("nr,r->n", domain_means - (train_mean + all_domains) / 2, w)
+    return logits
+
+
+def _solve(A: Doubles, b: Doubles) -> Doubles:
+    """A^-1 b for a positive definite A [r, r], by elimination; LAPACK's may depend on the number of threads."""
+    A, x = A.copy(), b.copy()
+    for i in range(len(A)):
+        factor = A[i + 1 :, i] / A[i, i]
+        A[i + 1 :] -= np.outer(factor, A[i])
+        x[i + 1 :] -= factor * x[i]
+    for i in reversed(range(len(A))):
+        x[i] = (x[i] - np.einsum("j,j->", A[i, i + 1 :], x[i + 1 :])) / A[i, i]
+    return x
+
+
+def z_scored(activations: Doubles) -> Doubles:
+    """[n_domains] sum over D_N of how far a feature's mean lies from that over all domains, in deviations.
+
+    sum_j (a_Tj - E_T a_Tj) / sd_T(a_Tj), where a feature that all domains have alike counts nothing
+
+    activations: [n_domains, top_n] E_x h_j(x)
+    """
+    spread = activations.std(axis=0)
+    varies = spread > ROUNDING * np.abs(activations).max(axis=0)
+    z = np.divide(activations - activations.mean(axis=0), spread, out=np.zeros_like(activations), where=varies)
+    total: Doubles = z.sum(axis=1)
+    return total
+
+
+def cosine(a: Doubles, b: Doubles) -> float:
+    """Cosine of the angle between two vectors; 0 where one of them is zero."""
+    norms = float(np.sqrt(np.sum(a * a) * np.sum(b * b)))
+    return float(np.sum(a * b)) / norms if norms else 0.0
+
+
+def answer_outcomes(
+    model: torch.nn.Module,
+    prompts: Sequence[Prompt],
+    *,
+    batch_tokens: int,
+    say: Callable[[str], None] | None = None,
+) -> tuple[Doubles, NDArray[np.int64], NDArray[np.bool_]]:
+    """How well a language model predicts the answers, at the positions that `prompts` read (tokens='answer').
+
+    model: with its head: what it returns has `logits` [batch, n_tokens, vocabulary]
+    batch_tokens: most tokens of a pass; say: is told where that did not fit into memory, and half of it follows
+
+    Returns, per prompt: [n_prompts] summed negative log-likelihood of the answer's tokens (nats), [n_prompts] their
+    number, [n_prompts] whether each of them is the model's first choice (then greedy decoding gives this answer).
+    Raises InputError where the model returns NaN or lacks a token, or a single prompt does not fit into memory.
+    """
+    import torch
+
+    nll = np.zeros(len(prompts))
+    exact = np.zeros(len(prompts), bool)
+    device = input_device(model)
+    if config := getattr(model, "config", None):
+        batch_tokens = min(batch_tokens, max(1, MOST_LOGITS // config.get_text_config().vocab_size))
+
+    def read(batch: list[int]) -> None:
+        ids = padded_ids(model, [prompts[i].base_ids for i in batch])
+        with torch.inference_mode():
+            logits = model(input_ids=ids.to(device), use_cache=False).logits
+        for row, i in enumerate(batch):
+            at = torch.from_numpy(prompts[i].positions.astype(np.int64))
+            # In float64, because the loss of an answer that is nearly certain is the difference of near equals.
+            log_p = torch.log_softmax(logits[row, at.to(logits.device) - 1].double(), dim=-1).cpu()
+            tokens = ids[row, at]
+            nll[i] = -float(log_p[torch.arange(len(at)), tokens].sum())
+            exact[i] = bool((log_p.argmax(dim=-1) == tokens).all())
+        if np.isnan(nll[batch]).any():
+            raise InputError("the model gives NaN for the answers' likelihood: try --dtype float32")
+
+    memory = TokenBudget(device, "the model", say=say)
+    for _ in memory.in_batches([len(prompt.base_ids) for prompt in prompts], batch_tokens, read):
+        pass
+    return nll, np.asarray([len(prompt.positions) for prompt in prompts]), exact

@@ -1,0 +1,259 @@
+"""How strongly a domain leans on the shifted features: sums over its tokens, and the scores made of them."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sts_fast.data.prompts import PromptSet
+from sts_fast.errors import InputError
+from sts_fast.forecast import controls
+from sts_fast.forecast.dims import Shift, rows_of
+from sts_fast.forecast.options import Settings
+from sts_fast.forecast.run import ESTIMATORS, DomainScore, Interval
+from sts_fast.model.language_model import LanguageModel, PairedRows
+from sts_fast.model.log import AnswerLog, PromptLog
+from sts_fast.model.session import hook_of
+from sts_fast.model.stored import Activations
+from sts_fast.ops.encode import SparseFeatures, encode
+from sts_fast.ops.shift import ShiftStats
+from sts_fast.sae import SAE
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    Doubles = NDArray[np.float64]
+    Indices = NDArray[np.int64]
+
+N_BOOTSTRAP = 1000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class DomainRead:
+    """Sums over a domain's tokens: sums[training set, control, estimator] is [n_prompts].
+
+    raw:     sums over the residual stream itself
+    columns: features that were looked at; mean_activation: [n_columns] E_x h_j(x), zero where no estimator asks for it
+    """
+
+    prompt_set: PromptSet
+    log: PromptLog
+    sums: dict[tuple[str, str, str], Doubles]
+    raw: controls.RawShift
+    columns: Indices
+    mean_activation: Doubles
+
+    def activations(self, features: Indices) -> Doubles:
+        """E_x h_j(x) of some of the columns."""
+        found: Doubles = self.mean_activation[np.searchsorted(self.columns, features)]
+        return found
+
+
+def read_domain(
+    reader: LanguageModel | Activations,
+    saes: Sequence[SAE],
+    prompt_set: PromptSet,
+    shifts_of: Sequence[Sequence[Shift]],
+    settings: Settings,
+) -> list[DomainRead]:
+    """One pass over a domain, for all SAEs, training sets, controls and estimators."""
+    sums = [_DomainSums(sae, prompt_set, shifts, settings) for sae, shifts in zip(saes, shifts_of, strict=True)]
+    at = [reader.hooks.index(hook_of(reader, sae)) for sae in saes]
+    done = 0
+    for of_hooks in rows_of(reader, "domain", prompt_set):
+        for one, hook in zip(sums, at, strict=True):
+            one.update(of_hooks[hook])
+        done += len(of_hooks[0].prompts)
+        settings.tell(prompt_set.name, done, len(prompt_set.prompts))
+    return [one.read() for one in sums]
+
+
+class _DomainSums:
+    """Sums over a domain's tokens, for one SAE; see DomainRead."""
+
+    def __init__(self, sae: SAE, prompt_set: PromptSet, shifts: Sequence[Shift], settings: Settings) -> None:
+        self.sae, self.prompt_set, self.shifts, self.estimators = sae, prompt_set, shifts, settings.estimators
+        self.columns = np.unique(np.concatenate([features for shift in shifts for features in shift.feature_sets()]))
+        self.log = PromptLog("score", prompt_set)
+        self.raw = controls.RawShift(sae.d_in)
+        self.sum_h: Doubles = np.zeros(len(self.columns))
+        self.weights = {
+            (shift.name, control): weight for shift in shifts for control, weight in shift.weights(self.columns).items()
+        }
+        # Of the residual stream only these dimensions are brought to the CPU.
+        self.raw_dims = np.unique(np.concatenate([shift.raw_top for shift in shifts]))
+        self.raw_tops = {
+            (shift.name, controls.RAW_CONTROL): np.searchsorted(self.raw_dims, shift.raw_top) for shift in shifts
+        }
+        self.sums: dict[tuple[str, str, str], Doubles] = {
+            (*key, name): np.zeros(len(prompt_set.prompts))
+            for key in (*self.weights, *self.raw_tops)
+            for name in settings.estimators
+        }
+
+    def update(self, rows: PairedRows) -> None:
+        self.raw.update(rows.base, rows.paired[:0], rows.demos[:0])
+        active = encode(self.sae, rows.base, self.columns).on_cpu()
+        positions = np.concatenate(
+            [self.prompt_set.prompts[i].positions[kept] for i, kept in zip(rows.prompts, rows.kept, strict=True)]
+        )
+        for shift in self.shifts:
+            shift.firings.add(self.prompt_set, rows.base_of, positions, active)
+        if "act" in self.estimators or "act_sq" in self.estimators:
+            self._add_activations(rows, active)
+        if "icl" in self.estimators:
+            self._add_shifts(rows)
+        self.log.record(rows)
+
+    def read(self) -> DomainRead:
+        mean_activation = self.sum_h / max(self.raw.n_tokens, 1)
+        return DomainRead(self.prompt_set, self.log, self.sums, self.raw, self.columns, mean_activation)
+
+    def _add_activations(self, rows: PairedRows, active: SparseFeatures) -> None:
+        n_prompts = len(self.prompt_set.prompts)
+        prompt_of = np.repeat(rows.base_of, np.diff(active.indptr))
+        column_of = np.searchsorted(self.columns, active.indices)
+        values = active.values.astype(np.float64)
+        self.sum_h += np.bincount(column_of, values, minlength=len(self.columns))
+        residual = self._raw(rows.base)
+        for name, term, raw_term in (("act", values, np.abs(residual)), ("act_sq", values**2, residual**2)):
+            if name in self.estimators:
+                for key, weight in self.weights.items():
+                    self.sums[(*key, name)] += np.bincount(prompt_of, weight[column_of] * term, minlength=n_prompts)
+                for key, dims in self.raw_tops.items():
+                    per_token = raw_term[:, dims].sum(axis=1)
+                    self.sums[(*key, name)] += np.bincount(rows.base_of, per_token, minlength=n_prompts)
+
+    def _raw(self, rows: torch.Tensor) -> Doubles:
+        """[n_tokens, n_raw_dims]"""
+        import torch
+
+        found: Doubles = rows[:, torch.from_numpy(self.raw_dims).to(rows.device)].double().cpu().numpy()
+        return found
+
+    def _add_shifts(self, rows: PairedRows) -> None:
+        n_prompts = len(self.prompt_set.prompts)
+        # One "replicate" per prompt, so that a single pass over the rows gives each prompt its own sums.
+        of_prompt = (rows.paired_of[:, None] == np.asarray(rows.prompts)).astype(np.float64)
+        stats = ShiftStats(self.sae, columns=self.columns, n_replicates=len(rows.prompts))
+        stats.update(rows.paired, rows.demos, of_prompt)
+        squares = (self._raw(rows.demos) - self._raw(rows.paired)) ** 2
+        for key, weight in self.weights.items():
+            self.sums[(*key, "icl")][rows.prompts] = np.einsum("j,jp->p", weight, stats.weighted_sq_shift)
+        for key, dims in self.raw_tops.items():
+            per_token = squares[:, dims].sum(axis=1)
+            self.sums[(*key, "icl")] += np.bincount(rows.paired_of, per_token, minlength=n_prompts)
+
+
+def domain_scores(
+    reads: Sequence[DomainRead], shift: Shift, answers: Mapping[str, AnswerLog], settings: Settings
+) -> list[DomainScore]:
+    if not reads:
+        return []
+    means = np.stack([read.raw.moments.mean for read in reads])
+    covariances = np.stack([shift.raw.moments.covariance, *(read.raw.moments.covariance for read in reads)])
+    logits = controls.probe_logits(shift.raw.moments.mean, means, covariances)
+    z_scores = controls.z_scored(np.stack([read.activations(shift.top) for read in reads]))
+    # Of two domains each feature would say no more than which is ahead.
+    judged = "act" in settings.estimators and len(reads) > 2
+    scores = []
+    for read, z_score, logit in zip(reads, z_scores, logits, strict=True):
+        more = {
+            "z_scored": {"sts_act": float(z_score)} if judged else {},
+            "cosine_of_means": {"cosine": controls.cosine(shift.raw.mean, read.raw.mean)},
+            "cka": {"cka": controls.cka(shift.raw.moments.covariance, read.raw.moments.covariance)},
+            "probe": {"logit": float(logit)},
+        }
+        scores.append(_domain_score(read, shift, more, answers.get(read.prompt_set.name), settings))
+    return scores
+
+
+def _domain_score(
+    read: DomainRead,
+    shift: Shift,
+    more: dict[str, dict[str, float]],
+    answers: AnswerLog | None,
+    settings: Settings,
+) -> DomainScore:
+    name, log, n_prompts = read.prompt_set.name, read.log, len(read.prompt_set.prompts)
+    rng = np.random.default_rng([settings.seed, zlib.crc32(name.encode())])
+    resamples = rng.multinomial(n_prompts, [1 / n_prompts] * n_prompts, size=N_BOOTSTRAP).astype(np.float64)
+    n_read, n_pairs = log.n_read.astype(np.float64), log.n_pairs.astype(np.float64)
+    sizes = {
+        "": len(shift.top),
+        "random": len(shift.top),
+        "low_shift": len(shift.low_shift),
+        "most_active": len(shift.most_active),
+        controls.RAW_CONTROL: len(shift.raw_top),
+    }
+    value: dict[str, float | None] = dict.fromkeys(ESTIMATORS)
+    interval: dict[str, Interval | None] = dict.fromkeys(ESTIMATORS)
+    found: dict[str, dict[str, float]] = {control: {} for control in sizes if control}
+    for estimator in settings.estimators:
+        for control, size in sizes.items():
+            numerator = read.sums[shift.name, control, estimator]
+            denominator = {"act": n_read, "icl": n_pairs, "act_sq": n_read * max(size, 1)}[estimator]
+            if denominator.sum() == 0:
+                raise InputError(
+                    f"domain '{name}' has no token to read for the estimator '{estimator}': its prompts without and "
+                    "with demonstrations end differently, or all their tokens are special"
+                )
+            ratio = float(numerator.sum() / denominator.sum())
+            if control:
+                found[control][f"sts_{estimator}"] = ratio
+            else:
+                value[estimator] = ratio
+                interval[estimator] = bootstrap_interval(numerator, denominator, resamples)
+    found |= more
+    if answers is not None:
+        found["base_loss"] = {"nll": float(answers.nll.sum() / answers.n_tokens.sum())}
+        found["base_accuracy"] = {"accuracy": float(answers.exact.mean())}
+    return DomainScore(
+        name=name,
+        sts_act=value["act"],
+        sts_act_ci=interval["act"],
+        sts_icl=value["icl"],
+        sts_icl_ci=interval["icl"],
+        sts_act_sq=value["act_sq"],
+        sts_act_sq_ci=interval["act_sq"],
+        n_prompts=n_prompts,
+        **skipped(read.prompt_set),
+        **log.counts(),
+        controls=found,
+        change=None,
+        change_interval=None,
+    )
+
+
+def bootstrap_interval(numerator: Doubles, denominator: Doubles, resamples: Doubles) -> Interval:
+    """95% percentile interval of sum(numerator) / sum(denominator) under resampling of prompts.
+
+    numerator, denominator: [n_prompts] sum over a prompt's tokens, number of them
+    resamples: [n_resamples, n_prompts] how often each resampling drew each prompt
+
+    Tokens of one prompt depend on each other, so whole prompts are drawn, numerator and denominator together.
+    """
+    # einsum adds in one order; a BLAS product would depend on the number of threads.
+    totals = np.einsum("rp,p->r", resamples, denominator)
+    ratios = np.einsum("rp,p->r", resamples, numerator)[totals > 0] / totals[totals > 0]
+    return percentile_interval(ratios)
+
+
+def percentile_interval(values: Doubles) -> Interval:
+    tail = 50 * (1 - CONFIDENCE)
+    low, high = np.percentile(values, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def skipped(prompt_set: PromptSet) -> dict[str, int]:
+    return {
+        "n_skipped": prompt_set.n_too_long + prompt_set.n_unanswered,
+        "n_too_long": prompt_set.n_too_long,
+        "n_unanswered": prompt_set.n_unanswered,
+    }

@@ -1,0 +1,302 @@
+"""What a forecast holds, and the files it is written to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+
+from sts_fast import files
+from sts_fast.errors import InputError
+from sts_fast.forecast import stability
+from sts_fast.forecast.controls import FEATURE_CONTROLS, RAW_CONTROL
+from sts_fast.ops.correlate import CorrelationStats
+from sts_fast.ops.shift import ShiftStats
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
+    Doubles = NDArray[np.float64]
+
+SCHEMA_VERSION = "1.0"
+SCORES_FILE = "scores.json"
+SHIFT_FILE = "shift.safetensors"
+PROMPTS_FILE = "prompts.parquet"
+FEATURES_FILE = "features.parquet"
+VALIDATION_FILE = "validation.json"
+TRAINING_FILE = "training.json"
+COMPARISON_FILE = "compare.json"
+REPORT_FILE = "report.html"
+RUN_FILES = (
+    *(SCORES_FILE, SHIFT_FILE, PROMPTS_FILE, FEATURES_FILE, VALIDATION_FILE, TRAINING_FILE, REPORT_FILE),
+    *("ablation.json", "ablation.parquet"),
+)
+
+# D_N that holds features by what they do on the tokens read; of all others, shift.safetensors has sums of shifts.
+DIMS_OF_ACTIVITY = ("active", "correlation", "gradient")
+
+Interval = tuple[float, float]
+Estimator = Literal["act", "icl", "act_sq"]
+ESTIMATORS = get_args(Estimator)
+VALUE_COLUMNS = [
+    f"{control}_{estimator}_sum".removeprefix("_")
+    for control in ("", *FEATURE_CONTROLS, RAW_CONTROL)
+    for estimator in ESTIMATORS
+] + ["answer_nll_sum", "answer_exact", "advantage"]
+
+
+@dataclass(frozen=True)
+class DomainScore:
+    """The forecast for one domain; an estimator that was not asked for is None.
+
+    sts_act:    E_x sum_{j in D_N} h_j(x)                          (STS paper, STS_act)
+    sts_icl:    E_x sum_{j in D_N} ||h_j(demos, x) - h_j(x)||^2     (STS paper, STS_ICL)
+    sts_act_sq: E_x mean_{j in D_N} h_j(x)^2                       (the variant in the authors' notebook)
+    *_ci:       95% percentile interval of a bootstrap over prompts, D_N held fixed
+    n_tokens:   tokens behind sts_act; n_pairs: token pairs behind sts_icl
+    n_skipped:  examples looked at and left out: n_too_long for the model's context, n_unanswered where answers are read
+    n_special, n_sinks: tokens left out because they are special, because they are attention sinks
+    controls:   the same estimators with other features in the place of D_N, by control and estimator
+    change, change_interval: what a calibration makes of the score; None without one, or where it does not reach
+    """
+
+    name: str
+    sts_act: float | None
+    sts_act_ci: Interval | None
+    sts_icl: float | None
+    sts_icl_ci: Interval | None
+    sts_act_sq: float | None
+    sts_act_sq_ci: Interval | None
+    n_prompts: int
+    n_tokens: int
+    n_pairs: int
+    n_skipped: int
+    n_too_long: int
+    n_unanswered: int
+    n_special: int
+    n_sinks: int
+    controls: dict[str, dict[str, float]]
+    change: float | None = None
+    change_interval: Interval | None = None
+
+
+@dataclass(frozen=True)
+class ShiftedFeature:
+    """One feature of D_N.
+
+    mean_squared_shift: E_x ||h_j(x) - h_j(demos, x)||^2; None where no shift was measured
+    mean_activation:    E_x h_j(x)
+    share:              its part of the total, over all features, of what D_N is ranked by
+    promoted_tokens:    the output tokens that its decoder direction raises most; None where not looked up
+    neuronpedia:        address of its page; label: its explanation; None where there is none
+    """
+
+    index: int
+    mean_squared_shift: float | None
+    mean_activation: float
+    share: float
+    promoted_tokens: list[str] | None = None
+    neuronpedia: str | None = None
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A whole forecast: numbers, the statistics they come from, and every prompt that was sent.
+
+    model, sae, train, settings, shift, provenance: plain values, as in scores.json
+    stats:   per-feature sums over the training set: ShiftStats, or CorrelationStats for DIMS_OF_ACTIVITY
+    controls: what the controls were computed from: feature sets, raw dimensions and mean residuals, by name
+    prompts: one row per prompt and stage, as in prompts.parquet
+    firings: where the most shifted features fire in the domains, as in features.parquet
+    signed: which way each domain moves, where such estimators were asked for; see signed.measure_signed
+    rollouts: the completions and rewards that it rests on, where it is one of RL; see rollouts.rollouts
+    calibration: what `change` of the domains was made with; None without it
+    """
+
+    model: dict[str, Any]
+    sae: dict[str, Any]
+    train: dict[str, Any]
+    settings: dict[str, Any]
+    shift: dict[str, Any]
+    domains: list[DomainScore]
+    shifted_features: list[ShiftedFeature]
+    warnings: list[str]
+    provenance: dict[str, Any]
+    stats: ShiftStats | CorrelationStats
+    controls: dict[str, NDArray[Any]]
+    prompts: pa.Table
+    firings: pa.Table
+    signed: dict[str, Any] | None = None
+    rollouts: dict[str, Any] | None = None
+    calibration: dict[str, Any] | None = None
+
+    @property
+    def settled(self) -> dict[str, Any]:
+        """How settled D_N and the ranking are, and how many more prompts would settle them; see stability.
+
+        shifted_features: share of D_N that resampling the training prompts keeps; ranking: by estimator, share of the
+        pairs of domains that are apart, empty for fewer than two domains; more_prompts: of the training set, of each
+        domain, until that share is 90%: 0 where it is, None for more than 100 times those that there are
+        """
+        kept, n_train = self.shift["stability"]["mean_overlap"], self.train["n_prompts"]
+        times = stability.times_for_overlap(kept)
+        ranking = {}
+        for estimator in self.settings["estimators"] if len(self.domains) > 1 else ():
+            values = [getattr(domain, f"sts_{estimator}") for domain in self.domains]
+            apart, times_apart = stability.pairs_apart(
+                values, [getattr(d, f"sts_{estimator}_ci") for d in self.domains]
+            )
+            ranking[estimator] = {
+                "pairs_apart": apart,
+                "more_prompts": stability.n_more(self.prompts_per_domain, times_apart),
+            }
+        return {
+            "shifted_features": {"kept": kept, "more_prompts": stability.n_more(n_train, times)},
+            "ranking": ranking,
+        }
+
+    @property
+    def prompts_per_domain(self) -> int:
+        """In the mean."""
+        return round(np.mean([domain.n_prompts for domain in self.domains])) if self.domains else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """What scores.json holds."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "model": self.model,
+            "sae": self.sae,
+            "train": self.train,
+            "settings": self.settings,
+            "shift": self.shift,
+            "settled": self.settled,
+            "domains": [_plain(domain) for domain in self.domains],
+            "shifted_features": [_plain(feature) for feature in self.shifted_features],
+            "signed": self.signed,
+            "rollouts": self.rollouts,
+            "calibration": self.calibration,
+            "warnings": self.warnings,
+            "provenance": self.provenance,
+        }
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per domain, controls as columns `random_sts_act` and so on."""
+        import pandas as pd
+
+        return pd.json_normalize([_plain(domain) for domain in self.domains], sep="_").rename(
+            columns=lambda name: name.removeprefix("controls_")
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Writes prompts.parquet, features.parquet, shift.safetensors and, last, scores.json, each whole or not at all.
+
+        Raises InputError where the folder cannot be written to.
+        """
+        import pyarrow.parquet as pq
+
+        folder = Path(folder)
+        files.prepare_folder(folder)
+        scores = self.to_dict()
+        validate_scores(scores)
+        with files.atomic_path(folder / PROMPTS_FILE) as path:
+            pq.write_table(self.prompts, path, compression="zstd")
+        with files.atomic_path(folder / FEATURES_FILE) as path:
+            pq.write_table(self.firings, path, compression="zstd")
+        shifted = np.asarray([feature.index for feature in self.shifted_features])
+        self.stats.save(folder / SHIFT_FILE, shifted_features=shifted, **self.controls)
+        with files.atomic_path(folder / SCORES_FILE) as path:
+            path.write_text(files.to_json(scores), encoding="utf-8")
+
+
+def scores_schema() -> dict[str, Any]:
+    """The JSON schema of scores.json."""
+    text = resources.files("sts_fast.forecast").joinpath("scores.schema.json").read_text(encoding="utf-8")
+    schema: dict[str, Any] = json.loads(text)
+    return schema
+
+
+def validate_scores(scores: dict[str, Any]) -> None:
+    """Raises jsonschema.ValidationError where a document is not a valid scores.json."""
+    import jsonschema
+
+    jsonschema.Draft202012Validator(scores_schema()).validate(json.loads(files.to_json(scores)))
+
+
+def clear_earlier(folder: Path, written: Collection[Path]) -> None:
+    """Removes what an earlier command with the same --output wrote below it, or in it, and the new one does not.
+
+    folder: the --output; written: the folders that get a scores.json now
+
+    Only folders that an earlier comparison lists are looked into, and only files of a run's names are removed.
+    """
+    comparison = folder / COMPARISON_FILE
+    if comparison.is_file():
+        try:
+            document = json.loads(comparison.read_text(encoding="utf-8"))
+            names = [str(one["name"]) for one in document.get("saes", document.get("trains", []))]
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            names = []  # another program's file: it is written over, as ever
+        for name in names:
+            if name not in ("", ".", "..") and "/" not in name:
+                clear_earlier(folder / name, written)
+        comparison.unlink()
+        if names:  # the page over their reports
+            (folder / REPORT_FILE).unlink(missing_ok=True)
+    if folder not in written and folder.is_dir():
+        for name in RUN_FILES if (folder / SCORES_FILE).is_file() else ():
+            (folder / name).unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def check_has_scores(folder: Path) -> None:
+    """Raises InputError for a folder without scores.json, with those below it: one for each SAE or training set."""
+    if (folder / SCORES_FILE).is_file():
+        return
+    found = [path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{SCORES_FILE}")]
+    below = sorted(path.relative_to(folder).as_posix() for path in found)
+    if below:
+        some = ", ".join(below[:5]) + (", …" if len(below) > 5 else "")
+        raise InputError(f"{folder} has no {SCORES_FILE} itself, but folders that do ({some}): give one of them")
+    raise InputError(f"{folder} has no {SCORES_FILE}: give the --output folder of sts-fast score")
+
+
+def read_scores(folder: Path) -> dict[str, Any]:
+    """What scores.json of a run's folder holds.
+
+    Raises InputError where it is missing, damaged or of another version.
+    """
+    check_has_scores(folder)
+    path = folder / SCORES_FILE
+    try:
+        scores = json.loads(path.read_text(encoding="utf-8"))
+        version = scores["schema_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not a readable {SCORES_FILE}: make the run again") from error
+    if str(version).partition(".")[0] != SCHEMA_VERSION.partition(".")[0]:
+        raise InputError(
+            f"{path} has schema version {version}, and this sts-fast reads {SCHEMA_VERSION}: make the run again"
+        )
+    return dict(scores)
+
+
+def with_value_columns(table: pa.Table) -> pa.Table:
+    """Rows of prompts.parquet with every value column behind the others, null where a stage has none."""
+    import pyarrow as pa
+
+    columns = {name: table[name] for name in table.column_names if name not in VALUE_COLUMNS}
+    for name in VALUE_COLUMNS:
+        columns[name] = table[name] if name in table.column_names else pa.nulls(len(table), pa.float64())
+    return pa.table(columns)
+
+
+def _plain(record: DomainScore | ShiftedFeature) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(record).items()}

@@ -1,0 +1,1 @@
+"""Training sets mixed so that the domains keep what they would lose."""

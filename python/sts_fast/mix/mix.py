@@ -1,0 +1,400 @@
+"""What to mix into a training set: a budget of further examples, allotted over the domains that they may come from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+
+from sts_fast import files
+from sts_fast.data.examples import Example
+from sts_fast.data.prompts import build_prompts
+from sts_fast.data.sets import Fields, Sets, Source, check_enough, common_template
+from sts_fast.errors import InputError
+from sts_fast.forecast.run import ESTIMATORS, SCORES_FILE, check_has_scores
+from sts_fast.mix.allot import fill, least_loss, whole_examples
+from sts_fast.mix.flow import Flow
+from sts_fast.mix.kernel import Kernel, measure_kernel
+from sts_fast.model.language_model import LanguageModel, load_config, load_language_model, load_tokenizer
+from sts_fast.model.sae_check import check_names, check_width, measure_fit
+from sts_fast.model.stored import is_activations
+from sts_fast.sae import SAE, load_sae
+from sts_fast.signed.gradients import HookedModel
+from sts_fast.signed.projection import projection
+from sts_fast.signed.push import Features
+from sts_fast.signed.signed import BATCH_TOKENS, hook_layer
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    Doubles = NDArray[np.float64]
+
+Rule = Literal["forecast", "proportional", "uniform"]
+RULES = get_args(Rule)
+Interval = tuple[float, float]
+
+SCHEMA_VERSION = "1.0"
+MIX_FILE, MIXED_FILE = "mix.json", "mixed.jsonl"
+TRAIN = "train"
+LOSS_LEFT = 0.01
+N_BOOTSTRAP = 200
+INTERVAL = (2.5, 97.5)
+
+
+@dataclass(frozen=True)
+class MixedSet:
+    """One set of the mixture: the training set, which is used whole, or a domain.
+
+    share:       of the budget; 0 for the training set
+    n_examples:  of it in the mixture; n_available: answered examples that it has
+    loss:        before training, in nats per token of its answers
+    alone, mixed: forecast change of that loss by training on the training set alone, and on the mixture, equally long
+    alone_ci, mixed_ci: 95% interval over resamplings of the sets' prompts, allotment held
+    Losses and forecasts are None where no model was given.
+    """
+
+    name: str
+    share: float
+    n_examples: int
+    n_available: int
+    loss: float | None = None
+    alone: float | None = None
+    alone_ci: Interval | None = None
+    mixed: float | None = None
+    mixed_ci: Interval | None = None
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """An allotment, its forecast, and the examples themselves.
+
+    train, domains: see MixedSet
+    settings: what was chosen, as in mix.json
+    mean_change: forecast change of the mean loss over domains, weighted, `alone` and `mixed`; None without a model
+    examples: (set, example) of the mixture, shuffled
+    """
+
+    rule: Rule
+    budget: int
+    train: MixedSet
+    domains: list[MixedSet]
+    mean_change: dict[str, float] | None
+    settings: dict[str, Any]
+    warnings: list[str]
+    examples: list[tuple[str, Example]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What mix.json holds."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "rule": self.rule,
+            "budget": self.budget,
+            "train": _plain(self.train),
+            "domains": [_plain(domain) for domain in self.domains],
+            "mean_change": self.mean_change,
+            "settings": self.settings,
+            "warnings": self.warnings,
+        }
+
+    def save(self, folder: str | Path) -> None:
+        """Writes mixed.jsonl, a conversation a line under `messages`, and then mix.json.
+
+        Raises InputError where the folder cannot be written to.
+        """
+        folder = Path(folder)
+        files.prepare_folder(folder)
+        content = self.to_dict()
+        validate_mix(content)
+        with files.atomic_path(folder / MIXED_FILE) as path, path.open("w", encoding="utf-8") as lines:
+            for name, example in self.examples:
+                turns = [*example.context, ("user", example.question), ("assistant", example.answer)]
+                row = {
+                    "id": example.id,
+                    "set": name,
+                    "messages": [{"role": role, "content": text} for role, text in turns],
+                }
+                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+        with files.atomic_path(folder / MIX_FILE) as path:
+            path.write_text(files.to_json(content), encoding="utf-8")
+
+
+def mix(
+    *,
+    train: Source,
+    domains: Mapping[str, Source] | Sequence[str],
+    budget: int,
+    rule: Rule = "forecast",
+    model: str | Path | PreTrainedModel | None = None,
+    sae: str | Path | SAE | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    scores: str | Path | None = None,
+    estimator: str | None = None,
+    weights: Mapping[str, float] | None = None,
+    protect: Sequence[str] = (),
+    loss_left: float = LOSS_LEFT,
+    limit: int | None = 64,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str = "auto",
+    batch_tokens: int | None = None,
+    question_fields: Mapping[str, str] | None = None,
+    answer_fields: Mapping[str, str] | None = None,
+    command: str | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Mixture:
+    """Allots `budget` further examples over domains, to be trained on together with the training set.
+
+    The rules, where the training set makes up n / (n + budget) of the mixture:
+
+    forecast      half of the budget evenly from all domains that count, for what no forecast foresees; the other half
+                  so that the shares w of the whole minimise the forecast loss after training,
+                      v_train L_train(w) + sum_T v_T L_T(w) / sum_T v_T,
+                  with v the weights; see flow for L(w), and kernel for the passes over model and data
+    proportional  w_T in proportion to STS, as in the paper: from the run `scores`
+    uniform       the same from every domain
+
+    No domain gives more answered examples than it has; what it lacks goes to the others.
+
+    train, domains: as for `score`; domains are what the examples are taken from, so not what is evaluated on
+    model, sae:    as for `score`; needed by `forecast`. With them every rule's forecast is told
+    scores:        folder of a run of `score` over the same domains, or its scores.json
+    estimator:     which of its scores: 'act', 'icl' or 'act_sq'; by default the first that it has
+    weights:       what each domain's loss counts, 1 where none is given; under 'train', the training set's own, beside
+                   all domains together
+    protect:       domains that alone count; examples may still come from all
+    loss_left:     how long the training is: what it would leave of the training set's own loss without any mixing
+    limit:         most prompts of a set that are measured, drawn with `seed`; None for all
+    other options: as in Settings
+
+    Raises InputError, in one sentence with the remedy, for whatever in the input cannot be used.
+    """
+    if rule not in RULES:
+        raise InputError(f"rule must be one of {', '.join(RULES)}, not '{rule}'")
+    if budget < 1:
+        raise InputError(f"--budget must be at least 1 example, not {budget}")
+    if not 0 < loss_left < 1:
+        raise InputError(f"--loss-left must lie between 0 and 1, not {loss_left:g}")
+    if (model is None) != (sae is None) or (rule == "forecast" and model is None):
+        raise InputError("a forecast needs both --model and --sae: give them, or mix by --rule proportional or uniform")
+    if (scores is not None) != (rule == "proportional"):
+        raise InputError(
+            "--rule proportional and --from RUN go together: shares in proportion to STS come from a run of "
+            "sts-fast score over the same domains"
+        )
+    if estimator is not None and scores is None:
+        raise InputError("--estimator chooses among the scores of a run: give it with --rule proportional and --from")
+    sets = Sets.read({TRAIN: train}, domains, None, Fields(question_fields or {}, answer_fields or {}))
+    pools = {
+        name: [example for example in examples if example.answer is not None]
+        for name, examples in {**sets.trains, **sets.domains}.items()
+    }
+    names = [name for name in pools if name != TRAIN]
+    if same := [name for name in names if pools[name] and pools[name] == pools[TRAIN]]:
+        raise InputError(f"domain '{same[0]}' holds the training set itself: leave it out of --domains")
+    if not names:
+        raise InputError("there is no domain to take examples from: give one or more with --domains")
+    available = np.asarray([len(pool) for pool in pools.values()])
+    if available[0] == 0:
+        raise InputError("the training set has no answered example: add answers, or name their column")
+    if available[1:].sum() < budget:
+        raise InputError(
+            f"the domains have {available[1:].sum()} answered examples in all, fewer than the budget of {budget}: "
+            "lower --budget, or add examples"
+        )
+    counted = _weights(names, weights or {}, protect)
+    most = np.where(np.arange(len(pools)) == 0, 0, available / budget)
+    train_share = float(available[0] / (available[0] + budget))
+
+    kernel = flow = None
+    if model is not None and sae is not None:
+        kernel = _measure(
+            pools, model, sae, tokenizer,
+            limit=limit, seed=seed, dtype=dtype, device=device, batch_tokens=batch_tokens, progress=progress,
+        )  # fmt: skip
+        flow = Flow.of(*kernel.means(), 0, loss_left)
+    if rule == "forecast" and flow is not None:
+        shares = least_loss(flow, 0, train_share, counted, most)
+    else:
+        wanted = _scores(scores, names, estimator) if scores is not None else np.ones(len(names))
+        shares = fill(np.concatenate([[0.0], wanted]), most)
+    counts = whole_examples(shares, budget, np.where(np.arange(len(pools)) == 0, 0, available))
+    mixed_sets = [
+        MixedSet(name, float(shares[i]), int(available[i] if i == 0 else counts[i]), int(available[i]))
+        for i, name in enumerate(pools)
+    ]
+    mean_change = None
+    if kernel is not None and flow is not None:
+        trained_on = np.where(np.arange(len(pools)) == 0, available, counts) / (available[0] + budget)
+        mixed_sets, mean_change = _with_forecast(mixed_sets, kernel, flow, trained_on, counted, seed)
+    return Mixture(
+        rule=rule,
+        budget=budget,
+        train=mixed_sets[0],
+        domains=mixed_sets[1:],
+        mean_change=mean_change,
+        settings={
+            "loss_left": loss_left,
+            "weights": {name: float(weight) for name, weight in zip(pools, counted, strict=True)},
+            "limit": limit,
+            "seed": seed,
+            "confidence": (INTERVAL[1] - INTERVAL[0]) / 100,
+            "command": command,
+        },
+        warnings=[
+            *(kernel.warnings if kernel is not None else []),
+            *(
+                f"'{one.name}' gives all its {one.n_available} answered examples, and would give more: the others make "
+                "up for it, so add examples to it"
+                for one in mixed_sets[1:]
+                if one.n_examples == one.n_available < budget and one.n_examples > 0
+            ),
+        ],
+        examples=_drawn(pools, [one.n_examples for one in mixed_sets], seed),
+    )
+
+
+def _weights(names: Sequence[str], weights: Mapping[str, float], protect: Sequence[str]) -> Doubles:
+    """[1 + n_domains] what each set's loss counts, the training set first; those of the domains sum to 1."""
+    for name in (*weights, *protect):
+        if name not in (*names, TRAIN) or (name == TRAIN and name in protect):
+            raise InputError(f"a weight is given for '{name}', but the domains are {', '.join(names)}")
+    for name, weight in weights.items():
+        if not (np.isfinite(weight) and weight >= 0):
+            raise InputError(f"the weight of '{name}' must be a number of at least 0, not {weight}")
+    of_domains = np.asarray([weights.get(name, 1.0) * (not protect or name in protect) for name in names])
+    if of_domains.sum() == 0:
+        raise InputError("no domain counts: give at least one a weight above 0")
+    return np.concatenate([[weights.get(TRAIN, 1.0)], of_domains / of_domains.sum()])
+
+
+def _measure(
+    pools: Mapping[str, list[Example]],
+    model: str | Path | PreTrainedModel,
+    sae: str | Path | SAE,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    limit: int | None,
+    seed: int,
+    dtype: str,
+    device: str,
+    batch_tokens: int | None,
+    progress: Callable[[str, int, int], None] | None,
+) -> Kernel:
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit must be at least 1, not {limit}")
+    if is_activations(model):
+        raise InputError(f"mix needs the whole model, and its gradients, but {model} holds activations: give the model")
+    one = sae if isinstance(sae, SAE) else load_sae(sae)
+    if not one.hook_name:
+        raise InputError(f"the SAE {one.source} does not say which layer it reads: give --layer")
+    name = str(model) if isinstance(model, (str, Path)) else "the model"
+    told_apart = check_names(one, load_config(model) if isinstance(model, (str, Path)) else model.config, name)
+    tokenizer = tokenizer or (load_tokenizer(model) if isinstance(model, (str, Path)) else None)
+    if tokenizer is None:
+        raise ValueError("a model in memory needs its tokenizer: mix(..., tokenizer=...)")
+    template = common_template(tokenizer, [(one.source, one.prepend_bos)])
+    whole: Any = model
+    if isinstance(model, (str, Path)):
+        whole = load_language_model(model, dtype=dtype, device=device)
+    decoder = LanguageModel(whole, one.hook_name, name=name)
+    check_width(one, decoder.hooks[0], name)
+    hooked = HookedModel(whole, hook_layer(decoder.hooks[0], one), name=name)
+    asked = [
+        build_prompts(
+            name, pool, template, tokens="answer", context_length=decoder.context_length, limit=limit, seed=seed
+        )
+        for name, pool in pools.items()
+    ]
+    for prompt_set in asked:
+        check_enough(prompt_set, decoder.context_length, "train" if prompt_set is asked[0] else "domain")
+    fit = measure_fit(decoder, [one], asked[0].prompts)[0]
+    kernel = measure_kernel(
+        hooked, Features(one), projection(one.d_in, seed=seed), asked,
+        batch_tokens=min(batch_tokens or BATCH_TOKENS, BATCH_TOKENS), tell=progress,
+    )  # fmt: skip
+    return replace(kernel, warnings=[*filter(None, (fit.warning, told_apart)), *kernel.warnings])
+
+
+def _scores(run: str | Path, names: Sequence[str], estimator: str | None) -> Doubles:
+    """[n_domains] STS of each domain in a run."""
+    path = Path(run)
+    path = path if path.is_file() else path / SCORES_FILE
+    check_has_scores(path.parent)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        of = {domain["name"]: domain for domain in found["domains"]}
+        has = [name for name in ESTIMATORS if all(one[f"sts_{name}"] is not None for one in of.values())]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is no scores.json of sts-fast score: give the folder of a run") from error
+    estimator = estimator or next(iter(has), None)
+    if estimator not in has:
+        raise InputError(f"{path} has no scores by '{estimator}': it has {', '.join(has) or 'none'}")
+    missing = [name for name in names if name not in of]
+    if missing:
+        raise InputError(f"{path} has no score of '{missing[0]}': run sts-fast score over the same domains")
+    return np.asarray([float(of[name][f"sts_{estimator}"]) for name in names])
+
+
+def _with_forecast(
+    sets: Sequence[MixedSet], kernel: Kernel, flow: Flow, trained_on: Doubles, counted: Doubles, seed: int
+) -> tuple[list[MixedSet], dict[str, float]]:
+    """The sets with what training on the training set alone, and on the mixture, is forecast to do to them."""
+    # The same training for every resampling: as long as the forecast's.
+    K, loss = kernel.resampled(N_BOOTSTRAP, seed)
+    resampled = Flow.lasting(K, loss, flow.time)
+
+    def forecast(shares: Doubles) -> tuple[Doubles, list[Interval]]:
+        low, high = np.percentile(resampled.losses(shares) - resampled.loss, INTERVAL, axis=0)
+        return flow.losses(shares) - flow.loss, list(zip(low.tolist(), high.tolist(), strict=True))
+
+    (alone, alone_ci), (mixed, mixed_ci) = forecast(np.eye(len(sets))[0]), forecast(trained_on)
+    told = [
+        replace(
+            one,
+            loss=float(flow.loss[i]),
+            alone=float(alone[i]),
+            alone_ci=alone_ci[i],
+            mixed=float(mixed[i]),
+            mixed_ci=mixed_ci[i],
+        )
+        for i, one in enumerate(sets)
+    ]
+    return told, {
+        "alone": float(np.einsum("t,t->", counted[1:], alone[1:])),
+        "mixed": float(np.einsum("t,t->", counted[1:], mixed[1:])),
+    }
+
+
+def _drawn(pools: Mapping[str, list[Example]], counts: Sequence[int], seed: int) -> list[tuple[str, Example]]:
+    """(set, example): of each set so many, drawn without replacement, in an order that mixes them."""
+    rng = np.random.default_rng([seed, 1])
+    chosen = [
+        (name, pool[i])
+        for (name, pool), count in zip(pools.items(), counts, strict=True)
+        for i in sorted(rng.permutation(len(pool))[:count])
+    ]
+    return [chosen[i] for i in rng.permutation(len(chosen))]
+
+
+def mix_schema() -> dict[str, Any]:
+    """The JSON schema of mix.json."""
+    text = resources.files("sts_fast.mix").joinpath("mix.schema.json").read_text(encoding="utf-8")
+    schema: dict[str, Any] = json.loads(text)
+    return schema
+
+
+def validate_mix(mixture: dict[str, Any]) -> None:
+    """Raises jsonschema.ValidationError where a document is not a valid mix.json."""
+    import jsonschema
+
+    jsonschema.validate(json.loads(files.to_json(mixture)), mix_schema())
+
+
+def _plain(one: MixedSet) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(one).items()}

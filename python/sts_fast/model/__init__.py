@@ -1,0 +1,1 @@
+"""A language model read where SAEs read, or its activations as stored before."""

@@ -1,0 +1,160 @@
+"""What a feature is: where it fires in the user's own data, what its decoder direction promotes, what it is called."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sts_fast.data.prompts import PromptSet
+from sts_fast.errors import InputError
+from sts_fast.ops.encode import SparseFeatures
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import torch
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+
+    Indices = NDArray[np.int64]
+
+N_FEATURES = 20  # of D_N, the most shifted ones are explained
+N_EXAMPLES = 5
+N_PROMOTED = 8
+VOCABULARY_BLOCK = 16_384
+CONTEXT_BEFORE, CONTEXT_AFTER = 12, 6  # tokens
+
+
+@dataclass(frozen=True, order=True)
+class _Firing:
+    rank_key: tuple[float, int, int, int]  # strongest first; then by set, prompt and position, so that ties are settled
+    prompt_set: str
+    prompt: int
+    position: int
+
+
+class Firings:
+    """The strongest firings of some features, at most one of each prompt.
+
+    features: [n_features] features of the SAE
+    stage:    in which pass they are looked for, as in prompts.parquet
+    """
+
+    def __init__(self, features: Indices, stage: str) -> None:
+        self.features, self.stage = features, stage
+        self._best: dict[int, list[_Firing]] = {int(feature): [] for feature in features}
+        self._sets: dict[str, PromptSet] = {}
+
+    def add(self, prompt_set: PromptSet, prompt_of: Indices, positions: Indices, active: SparseFeatures) -> None:
+        """Adds a batch of tokens.
+
+        prompt_of, positions: [n_tokens] which of the set's prompts each token stands in, and where in its base_ids
+        active: the tokens' features, these features among them
+        """
+        n_set = len(self._sets) if prompt_set.name not in self._sets else list(self._sets).index(prompt_set.name)
+        self._sets[prompt_set.name] = prompt_set
+        row_of = np.repeat(np.arange(len(positions)), np.diff(active.indptr))
+        for feature, best in self._best.items():
+            entries = np.flatnonzero(active.indices == feature)
+            for entry in entries[np.argsort(-active.values[entries], kind="stable")]:
+                prompt, position = int(prompt_of[row_of[entry]]), int(positions[row_of[entry]])
+                key = (-float(active.values[entry]), n_set, prompt, position)
+                if len(best) == N_EXAMPLES and key >= best[-1].rank_key:
+                    break
+                best.append(_Firing(key, prompt_set.name, prompt, position))
+                strongest: dict[tuple[str, int], _Firing] = {}
+                for one in sorted(best):
+                    strongest.setdefault((one.prompt_set, one.prompt), one)
+                best[:] = list(strongest.values())[:N_EXAMPLES]
+
+    def table(self, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
+        """One row per example: feature, rank, value, stage, domain, id, and the text before, at and after the token."""
+        import pyarrow as pa
+
+        rows = []
+        for feature in map(int, self.features):
+            for rank, firing in enumerate(self._best[feature]):
+                prompt = self._sets[firing.prompt_set].prompts[firing.prompt]
+                before, token, after = _text_around(tokenizer, prompt.base_ids, firing.position)
+                rows.append(
+                    {
+                        "feature": feature,
+                        "rank": rank,
+                        "value": -firing.rank_key[0],
+                        "stage": self.stage,
+                        "domain": firing.prompt_set,
+                        "id": prompt.id,
+                        "before": before,
+                        "token": token,
+                        "after": after,
+                    }
+                )
+        kinds = {"feature": pa.int64(), "rank": pa.int64(), "value": pa.float64()}
+        names = ("feature", "rank", "value", "stage", "domain", "id", "before", "token", "after")
+        return pa.Table.from_pylist(rows, pa.schema([(name, kinds.get(name, pa.string())) for name in names]))
+
+
+def _text_around(tokenizer: PreTrainedTokenizerBase, ids: NDArray[np.int32], position: int) -> tuple[str, str, str]:
+    start = max(0, position - CONTEXT_BEFORE)
+    # Decoding a token alone may lose its leading space, so texts that end before and after it are compared.
+    texts = [
+        tokenizer.decode(ids[start:end].tolist(), skip_special_tokens=True)
+        for end in (position, position + 1, position + 1 + CONTEXT_AFTER)
+    ]
+    before, through, whole = (str(text) for text in texts)
+    if not (through.startswith(before) and whole.startswith(through)):  # a character split over tokens
+        return before, str(tokenizer.decode([int(ids[position])])), ""
+    return before, through[len(before) :], whole[len(through) :]
+
+
+def promoted_tokens(
+    directions: torch.Tensor, unembedding: torch.Tensor, tokenizer: PreTrainedTokenizerBase
+) -> list[list[str]]:
+    """The output tokens that each decoder direction raises most, read straight through the unembedding.
+
+    directions: [n_features, d_in] rows of W_dec; unembedding: [vocabulary, d_in]; norms and upper layers are left out
+    """
+    import torch
+
+    logits = torch.cat(
+        [directions.float() @ rows.float().T for rows in torch.split(unembedding, VOCABULARY_BLOCK)], dim=-1
+    )
+    return [[str(tokenizer.decode([int(token)])) for token in one] for one in logits.topk(N_PROMOTED, dim=-1).indices]
+
+
+def read_labels(path: str | Path) -> dict[int, str]:
+    """Explanations of features as Neuronpedia exports them: a JSON list, or JSON lines (.gz too); the first one counts.
+
+    Raises InputError where the file cannot be read or holds none.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
+        rows = (
+            json.loads(text)
+            if text.lstrip().startswith("[")
+            else [json.loads(r) for r in text.splitlines() if r.strip()]
+        )
+    except (OSError, EOFError, ValueError) as error:
+        raise InputError(f"{path} is not a readable export of feature labels: {error}") from error
+    labels: dict[int, str] = {}
+    for row in rows:
+        index, label = (row.get("index"), row.get("description")) if isinstance(row, dict) else (None, None)
+        if str(index).isdecimal() and isinstance(label, str) and label.strip():
+            labels.setdefault(int(str(index)), label.strip())
+    if not labels:
+        raise InputError(
+            f"{path} has no row with 'index' and 'description': give an export of Neuronpedia's explanations"
+        )
+    return labels
+
+
+def neuronpedia_links(neuronpedia_id: str | None, features: Sequence[int]) -> list[str | None]:
+    """Address of each feature's page, where the SAE's metadata name its dashboard."""
+    return [f"https://neuronpedia.org/{neuronpedia_id}/{j}" if neuronpedia_id else None for j in features]

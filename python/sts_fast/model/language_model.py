@@ -1,0 +1,388 @@
+"""What a Hugging Face decoder computes at the places that are read, and nothing above them."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sts_fast.data.prompts import Prompt
+from sts_fast.errors import InputError
+from sts_fast.model.forward import ForwardPasses, Read, Sequences, run_batches
+from sts_fast.model.hooks import Hook, find_hooks
+from sts_fast.model.layer_trace import input_device
+from sts_fast.model.packing import check_vocabulary, moved
+from sts_fast.model.weights import DeviceMap, Placement, weights_sha256
+from sts_fast.ops import cuda
+from sts_fast.places import layer_of
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    Doubles = NDArray[np.float64]
+    IntArray = NDArray[np.int32]
+
+# An attention sink's residual norm stands this far over the median of its sequence.
+SINK_NORM_RATIO = 10.0
+# With these in its config, a layer's output depends on how many layers there are: the model is loaded whole.
+DEPTH_OPTIONS = ("scale_depth", "num_kv_shared_layers")
+
+
+class _Reached(Exception):
+    """Raised by the last hook to leave the model's forward: nothing after it is needed."""
+
+
+@dataclass(frozen=True)
+class PairedRows:
+    """One hook's rows of some prompts, at the tokens that are read.
+
+    prompts:    index of each prompt in the list that was captured
+    base:       [n_read, d_in], tokens of the prompts without demonstrations
+    base_of:    [n_read] int64, which prompt (index in the list) each row belongs to
+    paired:     [n_pairs, d_in], those rows of `base` that have a partner with demonstrations
+    demos:      [n_pairs, d_in], their partners, row by row
+    paired_of:  [n_pairs] int64, which prompt each pair belongs to
+    kept, kept_paired: per prompt, which of its `positions` and of its `paired` were not attention sinks
+    """
+
+    prompts: list[int]
+    base: torch.Tensor
+    base_of: NDArray[np.int64]
+    paired: torch.Tensor
+    demos: torch.Tensor
+    paired_of: NDArray[np.int64]
+    kept: list[NDArray[np.bool_]]
+    kept_paired: list[NDArray[np.bool_]]
+
+
+class LanguageModel:
+    """A causal language model, read at one or more places in one forward pass.
+
+    model:   any Hugging Face decoder, in memory; it is run up to the last of its hooks
+    places:  where to read: hook names as `find_hooks` knows them, or the index of a layer, for that layer's output
+    name:    how errors call it
+    hooks:   the places as found in the model, in the order asked for
+    passes:  its forward passes: how they are run, how large they may be, how many there were
+    context_length: most tokens a prompt may have; None where the model's config sets no limit
+    dtype:   of its weights; revision: commit on the hub that it came from, if it did
+
+    Raises InputError where the model has no such place.
+    """
+
+    def __init__(self, model: torch.nn.Module, *places: str | int, name: str = "the model") -> None:
+        config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+        self.model, self.name = model.eval(), name
+        self.context_length: int | None = getattr(config, "max_position_embeddings", None)
+        self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        self.revision: str | None = getattr(model.config, "_commit_hash", None)
+        self.device = input_device(model)
+        self.hooks: list[Hook] = find_hooks(model, places, name=name)
+        self.passes = ForwardPasses(self)
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Of the layers that are run; see weights.weights_sha256."""
+        layers = [hook.layer for hook in self.hooks if hook.layer is not None]
+        return weights_sha256(self.model, max(layers) if len(layers) == len(self.hooks) else None)
+
+    def residuals(self, sequences: Sequence[IntArray]) -> list[list[torch.Tensor]]:
+        """What each hook sees of each sequence, from one forward pass with padding on the right.
+
+        Per hook and sequence: [n_tokens, d_in] in the model's dtype and on the hook's device. A causal model never
+        looks to the right, so padding there changes no token before it, and needs no mask (which would slow attention
+        down).
+        """
+        ids = padded_ids(self.model, sequences, name=self.name)
+        of_hooks = self.run(input_ids=ids.to(self.device), use_cache=False)
+        return [[rows[row, : len(sequence)] for row, sequence in enumerate(sequences)] for rows in of_hooks]
+
+    def run(self, **inputs: Any) -> list[torch.Tensor]:
+        """What each hook sees in one forward pass for these inputs of the model; nothing after the last hook is run.
+
+        Per hook: [n_sequences, n_tokens, d_in].
+        """
+        import torch
+
+        seen: dict[int, torch.Tensor] = {}
+
+        def saw(i: int, value: torch.Tensor) -> None:
+            if len(seen) + (i not in seen) == len(self.hooks):
+                seen[i] = value
+                raise _Reached
+            seen[i] = value.clone()  # what runs on may write into it
+
+        handles = [hook.attach(self.model, partial(saw, i)) for i, hook in enumerate(self.hooks)]
+        try:
+            with torch.inference_mode():
+                self.model(**inputs)
+        except _Reached:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        for i, hook in enumerate(self.hooks):
+            if i not in seen:
+                raise InputError(f"{self.name} never runs {hook.path}: read another module")
+        return [seen[i] for i in range(len(self.hooks))]
+
+
+def padded_ids(model: torch.nn.Module, sequences: Sequence[IntArray], *, name: str = "the model") -> torch.Tensor:
+    """[n_sequences, longest] int64 token ids, on the CPU, filled up with zeros on the right.
+
+    name: how errors call the model. Raises InputError for a token that the model's embedding does not have.
+    """
+    import torch
+
+    check_vocabulary(model, sequences, name=name)
+    ids = torch.zeros((len(sequences), max(map(len, sequences))), dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.from_numpy(sequence.astype(np.int64))
+    return ids
+
+
+def capture(
+    decoder: LanguageModel, prompts: Sequence[Prompt], *, other: LanguageModel | None = None, n_done: int = 0
+) -> Iterator[list[PairedRows]]:
+    """Runs prompts through the decoder, shortest first, and yields the rows read, a batch at a time, for each hook.
+
+    other: pairs each token with itself in this second model (the true shift after training) instead of with
+        demonstrations; demos_ids is not looked at then
+    n_done: how many prompts to leave out, of the first of those that would be yielded
+
+    Attention sinks (a norm over 10 times the median of the sequence up to its last token read, at the hook) are left
+    out, and so is a pair of which either token is one. How the prompts are run is up to `decoder.passes`. A prompt that
+    gives NaN or infinity is run again alone; raises InputError where it does so again.
+    """
+    ids, positions = [p.base_ids for p in prompts], [p.positions for p in prompts]
+    sides, partners = [decoder.passes.prepare(ids, positions)], [(p.paired[:0], p.paired[:0]) for p in prompts]
+    if other is not None:
+        sides.append(other.passes.prepare(ids, positions))
+        partners = [(p.positions, p.positions) for p in prompts]
+    elif prompts and all(len(p.demos_ids) for p in prompts):
+        sides.append(decoder.passes.prepare([p.demos_ids for p in prompts], [p.paired_demos for p in prompts]))
+        partners = [(p.paired, p.paired_demos) for p in prompts]
+    for batch, reads in run_batches(*sides, n_done=n_done):
+        for side, of_side in zip(sides, reads, strict=True):
+            _mend(side, batch, of_side, prompts)
+        yield [_rows_read(hook, batch, prompts, partners, reads) for hook in range(len(decoder.hooks))]
+
+
+def _mend(side: Sequences, batch: list[int], reads: list[Read], prompts: Sequence[Prompt]) -> None:
+    """Runs the prompts that gave NaN or infinity again, each by itself, as numbers may overflow in company only."""
+    for slot, index in enumerate(batch):
+        if not any(np.isnan(norms).any() for norms in reads[slot].norms):
+            continue
+        model = side.passes.reader
+        reads[slot] = side.passes.alone(side.ids[index], side.positions[index])
+        for hook, norms in zip(model.hooks, reads[slot].norms, strict=True):
+            if np.isnan(norms).any():
+                raise InputError(
+                    f"{model.name} gives NaN or infinity {hook.where} for example {prompts[index].id}: "
+                    "try --dtype float32"
+                )
+        side.passes.say(
+            f"{model.name} gave NaN or infinity for example {prompts[index].id} in a batch, but not alone: it counts"
+        )
+
+
+def _rows_read(
+    hook: int,
+    batch: list[int],
+    prompts: Sequence[Prompt],
+    partners: Sequence[tuple[IntArray, IntArray]],
+    reads: list[list[Read]],
+) -> PairedRows:
+    """One hook's rows at the tokens that are read, less the attention sinks."""
+    base, paired, demos, kept, kept_paired = [], [], [], [], []
+    for index, *of_sides in zip(batch, *reads, strict=True):
+        positions, (here, there) = prompts[index].positions, partners[index]
+        rows, others = of_sides[0].rows[hook], of_sides[-1].rows[hook]
+        sinks, other_sinks = (attention_sinks(read.norms[hook]) for read in (of_sides[0], of_sides[-1]))
+        kept.append(~sinks[positions])
+        kept_paired.append(~(sinks[here] | other_sinks[there]))
+        base.append(_rows_at(rows, np.flatnonzero(kept[-1])))
+        paired.append(_rows_at(rows, np.flatnonzero(np.isin(positions, here))[kept_paired[-1]]))
+        demos.append(_rows_at(others, np.flatnonzero(kept_paired[-1])))
+    return PairedRows(
+        prompts=batch,
+        base=_for_core(base),
+        base_of=np.repeat(batch, [len(rows) for rows in base]),
+        paired=_for_core(paired),
+        demos=_for_core(demos),
+        paired_of=np.repeat(batch, [len(rows) for rows in paired]),
+        kept=kept,
+        kept_paired=kept_paired,
+    )
+
+
+def attention_sinks(norms: Doubles) -> NDArray[np.bool_]:
+    """[n_tokens] which tokens of one sequence have a norm [n_tokens] over 10 times the sequence's median."""
+    return norms > SINK_NORM_RATIO * np.median(norms) if len(norms) else np.zeros(0, bool)
+
+
+def _rows_at(rows: torch.Tensor, at: NDArray[np.int64]) -> torch.Tensor:
+    import torch
+
+    return rows[moved(torch.from_numpy(at), rows.device)]
+
+
+def _for_core(rows: list[torch.Tensor]) -> torch.Tensor:
+    import torch
+
+    joined = torch.cat(rows)
+    if joined.is_cuda and cuda.missing_reason() is None:
+        return joined  # the core reads them where they are
+    joined = joined.cpu()
+    return joined if joined.dtype in (torch.float32, torch.bfloat16) else joined.float()
+
+
+def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices in batches whose padded size stays within batch_tokens, shortest first, equal lengths in order."""
+    batch: list[int] = []
+    for index in np.argsort(lengths, kind="stable").tolist():
+        if batch and (len(batch) + 1) * lengths[index] > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def load_decoder(
+    source: str | Path,
+    *places: str | int,
+    dtype: str = "auto",
+    device: str = "auto",
+    device_map: DeviceMap | None = None,
+) -> LanguageModel:
+    """Loads a model up to the last layer that is read; what lies above it, and the head, is never read into memory.
+
+    The few architectures whose layers depend on how many there are (DEPTH_OPTIONS) are loaded whole, and so is a model
+    that is read outside of its layers.
+
+    source: local folder or hub id
+    places: where to read; see LanguageModel
+    dtype:  'float32', 'bfloat16', 'float16', or 'auto': float32 on the CPU, the checkpoint's own elsewhere
+    device: 'cpu', 'cuda', 'cuda:1', ..., or 'auto': CUDA where there is one
+    device_map: spreads the model instead; see weights.Placement
+
+    Raises InputError where the model cannot be loaded, lacks weights, or has no such place.
+    """
+    from transformers import AutoModel
+
+    config = load_config(source)
+    text_config = config.get_text_config()
+    layers = [layer_of(place, text_config.num_hidden_layers, name=str(source)) for place in places]
+    last = max((layer for layer in layers if layer is not None), default=-1)
+    if None not in layers and not any(getattr(text_config, name, None) for name in DEPTH_OPTIONS):
+        _truncate(text_config, last + 1)
+    model = _load(AutoModel, source, config, dtype, device, device_map)
+    return LanguageModel(model, *places, name=str(source))
+
+
+def load_language_model(
+    source: str | Path, *, dtype: str = "auto", device: str = "auto", device_map: DeviceMap | None = None
+) -> torch.nn.Module:
+    """Loads a whole causal language model, with its head; options and errors as for `load_decoder`."""
+    from transformers import AutoModelForCausalLM
+
+    return _load(AutoModelForCausalLM, source, load_config(source), dtype, device, device_map)
+
+
+def _load(
+    auto_class: Any, source: str | Path, config: PretrainedConfig, dtype: str, device: str, device_map: DeviceMap | None
+) -> torch.nn.Module:
+    import torch
+
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise InputError(f"--device is auto, cpu, cuda or cuda:N, not '{device}'")
+    if device != "auto" and device_map not in (None, "disk"):
+        raise InputError("--device and --device-map both say where the model goes: give one of them")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto" and device == "cpu":
+        dtype = "float32"
+    placement = None if device_map is None else Placement(device_map, device)
+    with _loading(source):
+        model, info = auto_class.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            output_loading_info=True,
+            **({} if placement is None else placement.options(auto_class, config)),
+        )
+    if placement is not None:
+        placement.keep_for(model)
+    if info["missing_keys"]:
+        raise InputError(
+            f"{source} lacks the weights {', '.join(sorted(info['missing_keys'])[:3])}: the checkpoint is incomplete"
+        )
+    try:
+        model = model.to(device) if placement is None else model
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"{source} cannot be moved to the device '{device}': {_first_line(error)}") from error
+    loaded: torch.nn.Module = model.eval()
+    return loaded
+
+
+def load_config(source: str | Path) -> PretrainedConfig:
+    """A model's config, from a local folder or the hub. Raises InputError where there is none."""
+    from transformers import AutoConfig
+
+    with _loading(source):
+        config: PretrainedConfig = AutoConfig.from_pretrained(source)
+    return config
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, from a local folder or the hub. Raises InputError where there is none."""
+    from transformers import AutoTokenizer
+
+    with _loading(source):
+        return AutoTokenizer.from_pretrained(source)
+
+
+@contextmanager
+def _loading(source: str | Path) -> Iterator[None]:
+    """Turns whatever transformers raises into one sentence, and keeps its report on the layers left out to itself."""
+    from transformers.utils import logging as transformers_logging
+
+    if str(source).startswith(("/", ".", "~")) and not Path(source).is_dir():
+        raise InputError(f"there is no model folder {source}: give a folder with config.json, or a hub id")
+    verbosity, accelerate = transformers_logging.get_verbosity(), logging.getLogger("accelerate")
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    saved_level = accelerate.level
+    accelerate.setLevel(logging.ERROR)
+    try:
+        yield
+    except Exception as error:  # OSError, ValueError, SafetensorError, RuntimeError, pickle errors, ...
+        raise InputError(f"cannot load the model {source}: {_first_line(error)}") from error
+    finally:
+        accelerate.setLevel(saved_level)
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _truncate(config: PretrainedConfig, n_layers: int) -> None:
+    full = config.num_hidden_layers
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == full:  # one entry per layer, such as layer_types
+            setattr(config, name, value[:n_layers])
+    config.num_hidden_layers = n_layers

@@ -1,0 +1,92 @@
+"""Which tokens of which prompts were read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sts_fast.data.prompts import Prompt, PromptSet
+from sts_fast.model.language_model import PairedRows
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
+    Doubles = NDArray[np.float64]
+
+
+class PromptLog:
+    """Which tokens of each prompt were read in the end, for prompts.parquet."""
+
+    def __init__(self, stage: str, prompt_set: PromptSet) -> None:
+        self.stage, self.name, self.prompts = stage, prompt_set.name, prompt_set.prompts
+        n = len(self.prompts)
+        self.kept: list[NDArray[np.bool_]] = [np.zeros(0, bool)] * n
+        self.kept_paired: list[NDArray[np.bool_]] = [np.zeros(0, bool)] * n
+        self.n_read = np.zeros(n, np.int64)
+        self.n_pairs = np.zeros(n, np.int64)
+        self.values: dict[str, Doubles] = {}  # columns of prompts.parquet that were known beforehand
+
+    def record(self, rows: PairedRows) -> None:
+        for index, kept, kept_paired in zip(rows.prompts, rows.kept, rows.kept_paired, strict=True):
+            self.kept[index], self.kept_paired[index] = kept, kept_paired
+            self.n_read[index], self.n_pairs[index] = kept.sum(), kept_paired.sum()
+
+    def counts(self) -> dict[str, int]:
+        return {
+            "n_tokens": int(self.n_read.sum()),
+            "n_pairs": int(self.n_pairs.sum()),
+            "n_special": sum(prompt.n_special for prompt in self.prompts),
+            "n_sinks": sum(int((~kept).sum()) for kept in self.kept),
+        }
+
+    def table(self, values: dict[str, Doubles]) -> pa.Table:
+        import pyarrow as pa
+
+        def tokens(read: Callable[[int, Prompt], NDArray[np.int32]]) -> pa.Array:
+            return pa.array([read(i, prompt) for i, prompt in enumerate(self.prompts)], pa.list_(pa.int32()))
+
+        paired = [
+            _pair_positions(prompt, len(kept)) for prompt, kept in zip(self.prompts, self.kept_paired, strict=True)
+        ]
+        columns = {
+            "stage": pa.array([self.stage] * len(self.prompts)),
+            "domain": pa.array([self.name] * len(self.prompts)),
+            "id": pa.array([prompt.id for prompt in self.prompts]),
+            "base_ids": tokens(lambda i, prompt: prompt.base_ids),
+            "demos_ids": tokens(lambda i, prompt: prompt.demos_ids),
+            "positions": tokens(lambda i, prompt: prompt.positions[self.kept[i]]),
+            "paired": tokens(lambda i, prompt: paired[i][0][self.kept_paired[i]]),
+            "paired_demos": tokens(lambda i, prompt: paired[i][1][self.kept_paired[i]]),
+            "n_special": pa.array([prompt.n_special for prompt in self.prompts], pa.int64()),
+            "n_sinks": pa.array([int((~kept).sum()) for kept in self.kept], pa.int64()),
+        }
+        return pa.table(columns | {name: pa.array(column) for name, column in {**self.values, **values}.items()})
+
+
+@dataclass(frozen=True)
+class AnswerLog:
+    """How well the base model predicted each answer; see controls.answer_outcomes.
+
+    nll: [n_prompts] nats; n_tokens: [n_prompts] answer tokens; exact: [n_prompts]
+    """
+
+    prompt_set: PromptSet
+    nll: Doubles
+    n_tokens: NDArray[np.int64]
+    exact: NDArray[np.bool_]
+
+    def table(self) -> pa.Table:
+        log = PromptLog("answer", self.prompt_set)
+        log.kept = [np.ones(len(prompt.positions), bool) for prompt in self.prompt_set.prompts]
+        return log.table({"answer_nll_sum": self.nll, "answer_exact": self.exact.astype(np.float64)})
+
+
+def _pair_positions(prompt: Prompt, n_pairs: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    # With a tuned model every position is paired with itself, and there are no demonstrations.
+    if len(prompt.demos_ids):
+        return prompt.paired, prompt.paired_demos
+    return prompt.positions[:n_pairs], prompt.positions[:n_pairs]

@@ -1,0 +1,282 @@
+"""Does this SAE belong to this model? By its names before anything is run, by its numbers on a few tokens after."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sts_fast.data.prompts import Prompt
+from sts_fast.errors import InputError
+from sts_fast.model.hooks import Hook, find_hooks
+from sts_fast.model.language_model import SINK_NORM_RATIO, LanguageModel, batches, padded_ids
+from sts_fast.ops.encode import encode
+from sts_fast.places import PLACES, place_name, split_name
+from sts_fast.sae import SAE
+
+if TYPE_CHECKING:
+    import torch
+
+# Tokens that the numbers are taken from, at most; for each explanation tried; and at least, for a verdict.
+N_TOKENS, N_TRIAL_TOKENS, LEAST_TOKENS = 1024, 256, 32
+# Explained variance below which other explanations are tried; what one of them must add; what is too low without any;
+# and what one may lack of the best.
+DOUBTFUL, CLEARLY_MORE, TOO_LOW, AS_WELL = 0.85, 0.1, 0.4, 0.03
+# A mean number of active features that is so many times that of training, or less than one such part of it.
+MOST_L0_RATIO = 3.0
+# Lower layers that are tried too: they are run anyway.
+N_LOWER_LAYERS = 3
+# Words at the end of a model's name that tell how it was trained on, not what it is.
+TUNED = r"(instruct|chat|it|pt|base|hf|sft|dpo|rl|bf16|fp16|v\d[\d.]*)"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a few tokens of the first training set say about an SAE.
+
+    n_tokens:    tokens read, without demonstrations and less attention sinks
+    variance_explained: 1 - E||x - x'||^2 / E||x - E x||^2, x' what the decoder makes of the features of x (for a
+                 transcoder: of what it predicts); None where the checkpoint has no decoder
+    mean_l0:     features that fire per token; expected_l0: the same in training, where the SAE's files say so
+    dead_share:  part of all features that fire on none of these tokens
+    fits:        whether these are the numbers of an SAE that belongs here; None where they cannot tell
+    warning:     one sentence where it does not seem to belong, with the remedy that was found, if any
+    names:       one sentence where its files name another model
+    """
+
+    n_tokens: int
+    variance_explained: float | None
+    mean_l0: float
+    expected_l0: float | None
+    dead_share: float
+    fits: bool | None
+    warning: str | None
+    names: str | None = None
+
+
+def check_names(sae: SAE, config: Any, name: str) -> str | None:
+    """What an SAE's files say about the model it was trained on, held against a model's config, before any weight.
+
+    config: of a Hugging Face model, called `name` (folder or hub id)
+
+    Returns a warning where the names are those of different models: a model that was tuned further is legitimate, so
+    a name that only adds to the other is none. Raises InputError where the SAE reads another number of dimensions.
+    """
+    text = config.get_text_config()
+    place, layer = split_name(sae.hook_name)
+    if place in PLACES and place != "hook_z" and sae.d_in != text.hidden_size:
+        where = f"after layer {layer}" if place == "resid_post" else f"at {sae.hook_name}"
+        raise InputError(
+            f"the SAE {sae.source} reads {sae.d_in} dimensions, but {name} has {text.hidden_size} {where}: "
+            "give an SAE that was trained on this place of this model"
+        )
+    names = {str(name), str(getattr(config, "_name_or_path", "") or name)}
+    if not sae.model_name or any(_related(sae.model_name, one) for one in names):
+        return None
+    told = f"the SAE {sae.source} was trained on {sae.model_name}, not on {name}"
+    if (other := _model_type(sae.model_name)) and not text.model_type.startswith(other):
+        return f"{told}, a model of type {text.model_type}: give an SAE of this model"
+    from_hub = "/" in str(name) and not str(name).startswith(("/", ".", "~"))
+    return f"{told}: give an SAE of this model, unless it is that one tuned further" if from_hub else None
+
+
+def check_width(sae: SAE, hook: Hook, name: str) -> None:
+    """Raises InputError where an SAE reads another number of dimensions than a hook of the model `name` gives."""
+    if sae.d_in != hook.d_in:
+        raise InputError(
+            f"the SAE {sae.source} reads {sae.d_in} dimensions, but {name} has {hook.d_in} {hook.where}: "
+            "give an SAE that was trained on this place of this model"
+        )
+
+
+def _related(one: str, other: str) -> bool:
+    keys = [_key(one), _key(other)]
+    return all(keys) and (keys[0] in keys[1] or keys[1] in keys[0])
+
+
+def _key(name: str) -> str:
+    """A model's name without its owner, its tuning and its punctuation: 'Qwen/Qwen2.5-7B-Instruct' is 'qwen257b'."""
+    words = re.split(r"[-_ ]", name.rstrip("/").rpartition("/")[2].lower())
+    while len(words) > 1 and re.fullmatch(TUNED, words[-1]):
+        words.pop()
+    return re.sub(r"[^a-z0-9]", "", "".join(words)).removeprefix("meta")
+
+
+def _model_type(name: str) -> str | None:
+    """The architecture that a model's name begins with, of those that transformers knows: 'gemma2' of 'gemma-2-9b'."""
+    from transformers import CONFIG_MAPPING
+
+    types = [str(known) for known in CONFIG_MAPPING if len(known) > 3 and _key(name).startswith(known.replace("_", ""))]
+    return max(types, key=len, default=None)
+
+
+def measure_fit(decoder: LanguageModel, saes: Sequence[SAE], prompts: Sequence[Prompt]) -> list[Fit]:
+    """Runs the first prompts, without demonstrations, and looks at what each SAE makes of at most N_TOKENS tokens.
+
+    decoder: read at the SAEs' places; what transcoders predict, and lower layers, are read in the same pass
+    """
+    last = max((hook.layer for hook in decoder.hooks if hook.layer is not None), default=-1)
+    targets = {sae.target_hook_name for sae in saes if _layer(sae.target_hook_name, last + 1) <= last}
+    targets = {place for place in targets if _has(decoder, place)}
+    places = {sae.hook_name for sae in saes} | targets
+    places |= {place for sae in saes for place in _lower_places(sae)}
+    return fit_rows(saes, _sample(decoder, sorted(places), prompts))
+
+
+def fit_rows(saes: Sequence[SAE], rows: Mapping[str, torch.Tensor]) -> list[Fit]:
+    """What each SAE makes of the same tokens at each place.
+
+    rows: [n_tokens, d] float32 by place: where the SAEs read, and, as far as they are at hand, what transcoders predict
+        and lower layers
+    """
+    fits = []
+    for sae in saes:
+        elsewhere = {place: rows[place] for place in _lower_places(sae) if place in rows}
+        fits.append(_fit(sae, rows[sae.hook_name], rows.get(sae.target_hook_name), elsewhere))
+    return fits
+
+
+def _layer(name: str, otherwise: int) -> int:
+    layer = split_name(name)[1]
+    return otherwise if layer is None else layer
+
+
+def _has(decoder: LanguageModel, place: str) -> bool:
+    try:
+        return bool(find_hooks(decoder.model, [place], name=decoder.name))
+    except InputError:  # a forecast does without what its transcoder predicts
+        return False
+
+
+def _lower_places(sae: SAE) -> list[str]:
+    place, layer = split_name(sae.hook_name)
+    if layer is None or place not in ("resid_pre", "resid_post") or sae.target_hook_name:
+        return []
+    return [place_name(place, lower) for lower in range(max(0, layer - N_LOWER_LAYERS), layer)]
+
+
+def _sample(decoder: LanguageModel, places: list[str], prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
+    """By place [n_tokens, d] float32: the same tokens at each, none of them an attention sink where an SAE reads."""
+    import torch
+
+    chosen: list[Prompt] = []
+    for prompt in prompts:
+        if sum(len(one.base_ids) for one in chosen) + len(prompt.base_ids) > 2 * N_TOKENS and chosen:
+            break
+        chosen.append(prompt)
+    reader = LanguageModel(decoder.model, *places, name=decoder.name)
+    rows: dict[str, dict[int, torch.Tensor]] = {place: {} for place in places}
+    for batch in batches([len(prompt.base_ids) for prompt in chosen], 2 * N_TOKENS):
+        ids = padded_ids(decoder.model, [chosen[i].base_ids for i in batch], name=decoder.name)
+        seen = dict(zip(places, reader.run(input_ids=ids.to(decoder.device), use_cache=False), strict=True))
+        for row, i in enumerate(batch):
+            read = torch.from_numpy(chosen[i].positions.astype(np.int64))
+            kept = torch.ones(len(read), dtype=torch.bool)
+            for hook in decoder.hooks:
+                norms = seen[hook.name][row, : len(chosen[i].base_ids)].float().norm(dim=-1).cpu()
+                kept &= norms[read] <= SINK_NORM_RATIO * norms.median()
+            for place in places:
+                rows[place][i] = seen[place][row].cpu()[read[kept]].float()
+    return {place: torch.cat([of[i] for i in range(len(chosen))])[:N_TOKENS] for place, of in rows.items()}
+
+
+def _fit(sae: SAE, acts: torch.Tensor, target: torch.Tensor | None, elsewhere: dict[str, torch.Tensor]) -> Fit:
+    import torch
+
+    n = len(acts)
+    if not bool(torch.isfinite(acts).all()) or n == 0:  # the pass over the prompts will name the example
+        return Fit(0, None, 0.0, sae.l0, 1.0, None, None)
+    features = encode(sae, acts)
+    explained = None if sae.target_hook_name and target is None else _explained(sae, acts, target)
+    mean_l0 = len(features.indices) / n
+    warning = None
+    if n >= LEAST_TOKENS:
+        if mean_l0 == 0:
+            warning = "none of its features fires"
+        elif explained is not None and explained < DOUBTFUL:
+            warning = _low_variance(sae, acts, target, elsewhere, explained)
+        if warning is None and sae.l0 and not 1 / MOST_L0_RATIO <= mean_l0 / sae.l0 <= MOST_L0_RATIO:
+            warning = f"{mean_l0:.3g} of its features fire per token, but {sae.l0:.3g} did in training"
+    if warning is not None:
+        warning = f"the SAE {sae.source} may not belong to {sae.hook_name} of this model: {warning}"
+    can_tell = n >= LEAST_TOKENS and (explained is not None or bool(sae.l0) or mean_l0 == 0)
+    return Fit(
+        n_tokens=n,
+        variance_explained=explained,
+        mean_l0=mean_l0,
+        expected_l0=sae.l0,
+        dead_share=1 - len(np.unique(features.indices)) / sae.d_sae,
+        fits=warning is None if can_tell else None,
+        warning=warning,
+    )
+
+
+def _explained(sae: SAE, acts: torch.Tensor, target: torch.Tensor | None = None, scale: float = 1.0) -> float | None:
+    """Share of the variance that the decoder gives back, of rows that are multiplied by `scale` for the SAE."""
+    decoded = sae.reconstruct(acts * scale, encode(sae, acts * scale))
+    if decoded is None:
+        return None
+    wanted = (acts if target is None else target).double()
+    left = float(((wanted - decoded.double() / scale) ** 2).sum())
+    total = float(((wanted - wanted.mean(dim=0)) ** 2).sum())
+    return 1 - left / total if total and math.isfinite(left) else None
+
+
+def _low_variance(
+    sae: SAE, acts: torch.Tensor, target: torch.Tensor | None, elsewhere: dict[str, torch.Tensor], explained: float
+) -> str | None:
+    """What may be wrong, with the remedy that explains clearly more, if there is one."""
+    some = slice(None, None, max(1, len(acts) // N_TRIAL_TOKENS))
+    acts, wanted = acts[some], None if target is None else target[some]
+    tried: list[tuple[float, str]] = []
+
+    def attempt(words: str, sae: SAE, rows: torch.Tensor, scale: float = 1.0) -> None:
+        value = _explained(sae, rows, wanted, scale)
+        if value is not None:
+            tried.append((value, words))
+
+    norms = acts.double().norm(dim=-1)
+    if sae.input_scale != 1:
+        attempt("leave out --norm-scaling-factor", replace(sae, input_scale=1.0), acts)
+    elif sae.input_norm == "none":
+        for size, trained in (
+            (float(norms.mean()) / math.sqrt(sae.d_in), "scaled to a mean norm of the root of d_in"),
+            (math.sqrt(float((norms**2).mean())), "scaled to a mean squared norm of 1"),
+        ):
+            try:
+                scaled = sae.scaled(1 / size)
+            except InputError:  # its files speak against it, or for nothing
+                attempt(f"it was trained on inputs {trained}, which its files do not say", sae, acts, 1 / size)
+            else:
+                words = f"it was trained on inputs {trained}: give --norm-scaling-factor {1 / size:.4g}"
+                attempt(words, scaled, acts)
+        for norm in ("layer_norm", "constant_norm_rescale"):
+            words = f"its files should say normalize_activations '{norm}'"
+            attempt(words, replace(sae, input_norm=norm), acts)
+    else:
+        attempt("its files should not ask for a normalisation", replace(sae, input_norm="none"), acts)
+    if not sae.target_hook_name:
+        words = f"its files should say apply_b_dec_to_input {str(not sae.apply_b_dec_to_input).lower()}"
+        attempt(words, replace(sae, apply_b_dec_to_input=not sae.apply_b_dec_to_input), acts)
+    for place, rows in elsewhere.items():
+        attempt(f"read it at {place}", sae, rows[some])
+    best = max((value for value, _ in tried), default=-math.inf)
+    # Of explanations that do as well, the first: norms that differ little are scaled alike by each.
+    best, words = next((one for one in tried if one[0] >= best - AS_WELL), (best, ""))
+    if best >= (_explained(sae, acts, wanted) or 0.0) + CLEARLY_MORE and best >= TOO_LOW:
+        hedge = "" if best >= DOUBTFUL or "read it at" in words else ", or it is of another layer"
+        return f"it explains {_percent(explained)} of the variance, but {_percent(best)} otherwise: {words}{hedge}"
+    if explained < TOO_LOW:
+        return (
+            f"it explains {_percent(explained)} of the variance: is it of another model or layer, or trained on inputs "
+            "that were normalised (give --norm-scaling-factor then)?"
+        )
+    return None
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share > 0 else "none"

@@ -1,0 +1,210 @@
+"""What activations.json and prompts.parquet say of a folder of activations."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeGuard, get_args
+
+import numpy as np
+
+from sts_fast import files
+from sts_fast._version import __version__
+from sts_fast.data.examples import Example
+from sts_fast.data.prompts import Prompt, PromptSet, PromptTemplate, prompts_sha256
+from sts_fast.data.sets import Kind
+from sts_fast.errors import InputError
+from sts_fast.model.hooks import Hook
+from sts_fast.places import split_name
+
+FORMAT, VERSION = "sts-fast activations", 1
+INDEX_FILE, MODEL_FOLDER, SETS_FOLDER, PROMPTS_FILE = "activations.json", "model", "sets", "prompts.parquet"
+PROMPT_COLUMNS = ("base_ids", "demos_ids", "positions", "paired", "paired_demos")
+STORED_DTYPES = ("bfloat16", "float32")
+
+
+def is_activations(source: object) -> TypeGuard[str | Path]:
+    """Whether a --model is a folder of activations."""
+    return isinstance(source, (str, Path)) and (Path(source) / INDEX_FILE).is_file()
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of rows, and the prompts (by their row in prompts.parquet) that they are of, in the order of the rows.
+
+    sha256: of the file; None where another tool wrote it without
+    """
+
+    file: str
+    prompts: list[int]
+    sha256: str | None = None
+
+    def check(self, folder: Path) -> None:
+        """Raises InputError where the file is missing or not what was written."""
+        path = folder / self.file
+        if not path.is_file():
+            raise InputError(f"there is no shard {path}: run the same sts-fast capture again to write it")
+        if self.sha256 is not None and files.sha256(path) != self.sha256:
+            raise damaged(path, f"its SHA-256 is not the one in {INDEX_FILE}")
+
+
+@dataclass
+class StoredSet:
+    """A training set or domain as the index has it; the digests are None where another tool wrote it."""
+
+    name: str
+    kind: Kind
+    folder: str
+    n_prompts: int
+    n_too_long: int = 0
+    n_unanswered: int = 0
+    warnings: tuple[str, ...] = ()
+    examples_sha256: str | None = None
+    demos_sha256: str | None = None
+    prompts_sha256: str | None = None
+    shards: list[Shard] | None = None
+
+    @property
+    def n_captured(self) -> int:
+        return sum(len(shard.prompts) for shard in self.shards or [])
+
+    @property
+    def title(self) -> str:
+        return f"the training set '{self.name}'" if self.kind == "train" else f"the domain '{self.name}'"
+
+
+@dataclass
+class Index:
+    """What activations.json holds; settings are those of Sampling, and how the prompts start."""
+
+    model: dict[str, Any]
+    hooks: list[Hook]
+    dtype: str
+    settings: dict[str, Any]
+    sets: list[StoredSet]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format": FORMAT, "version": VERSION, "written_by": f"sts-fast {__version__}", **asdict(self)}
+
+    def save(self, folder: Path) -> None:
+        with files.atomic_path(folder / INDEX_FILE) as path:
+            path.write_text(files.to_json(self.to_dict()), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Index:
+        path = folder / INDEX_FILE
+        try:
+            read = json.loads(path.read_text(encoding="utf-8"))
+            written = read["format"], read["version"]
+            index = cls(
+                model={"revision": None, "weights_sha256": None, **read["model"]},
+                hooks=[_hook(one) for one in read["hooks"]],
+                dtype=str(read.get("dtype")),
+                settings=dict(read.get("settings", {})),
+                sets=[_set(one) for one in read["sets"]],
+            )
+            if not index.hooks or not {"name", "dtype"} <= set(index.model):
+                raise ValueError("it names no hook, or not the model's name and dtype")
+        except KeyError as error:
+            raise InputError(f"{path} lacks {error}: see docs/activations.md, or capture again") from error
+        except (ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} is damaged ({error}): see docs/activations.md, or capture again") from error
+        if written != (FORMAT, VERSION):
+            raise InputError(f"{path} is {written[0]} {written[1]}, but this reads {FORMAT} {VERSION}: capture again")
+        return index
+
+
+def _hook(one: Mapping[str, Any]) -> Hook:
+    name = str(one["name"])
+    layer = one.get("layer", split_name(name)[1])
+    return Hook(
+        name, one.get("path", name), one.get("side", "output"), layer, int(one["d_in"]), float(one.get("scale", 1))
+    )
+
+
+def _set(one: Mapping[str, Any]) -> StoredSet:
+    if one["kind"] not in get_args(Kind):
+        raise ValueError(f"a set is {' or '.join(get_args(Kind))}, not {one['kind']}")
+    return StoredSet(
+        name=str(one["name"]),
+        kind=one["kind"],
+        folder=str(one["folder"]),
+        n_prompts=int(one["n_prompts"]),
+        n_too_long=int(one.get("n_too_long", 0)),
+        n_unanswered=int(one.get("n_unanswered", 0)),
+        warnings=tuple(map(str, one.get("warnings", ()))),
+        examples_sha256=one.get("examples_sha256"),
+        demos_sha256=one.get("demos_sha256"),
+        prompts_sha256=one.get("prompts_sha256"),
+        shards=[
+            Shard(str(shard["file"]), [int(i) for i in shard["prompts"]], shard.get("sha256"))
+            for shard in one["shards"]
+        ],
+    )
+
+
+def damaged(path: Path, reason: str) -> InputError:
+    return InputError(f"the shard {path} is damaged: {reason}; delete it and run the same sts-fast capture again")
+
+
+def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = {
+        "id": pa.array([prompt.id for prompt in prompts]),
+        **{
+            name: pa.array([getattr(prompt, name) for prompt in prompts], pa.list_(pa.int32()))
+            for name in PROMPT_COLUMNS
+        },
+        "n_special": pa.array([prompt.n_special for prompt in prompts], pa.int64()),
+    }
+    with files.atomic_path(path) as temporary:
+        pq.write_table(pa.table(table), temporary, compression="zstd")
+
+
+def read_prompts(path: Path, one: StoredSet) -> list[Prompt]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        rows = pq.read_table(path).to_pylist()
+        prompts = [
+            Prompt(
+                id=str(row["id"]),
+                n_special=int(row["n_special"]),
+                **{name: np.asarray(row[name], np.int32) for name in PROMPT_COLUMNS},
+            )
+            for row in rows
+        ]
+    except FileNotFoundError as error:
+        raise InputError(f"there is no file {path}: capture again") from error
+    except KeyError as error:
+        raise InputError(f"{path} has no column {error}: see docs/activations.md") from error
+    except (pa.ArrowException, OSError, TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"{path} is damaged ({error}): capture again") from error
+    digest = prompts_sha256([PromptSet(one.name, prompts, 0, 0)])
+    if len(prompts) != one.n_prompts or (one.prompts_sha256 or digest) != digest:
+        raise InputError(f"{path} does not hold the prompts that {INDEX_FILE} speaks of: capture again")
+    for prompt in prompts:
+        within = np.isin(prompt.positions, np.arange(len(prompt.base_ids))).all()
+        if not within or not np.isin(prompt.paired, prompt.positions).all():
+            raise InputError(
+                f"{path} pairs or reads positions of example {prompt.id} that are not there: see docs/activations.md"
+            )
+    return prompts
+
+
+def examples_sha256(examples: Sequence[Example]) -> str:
+    """SHA-256 of what examples say, whatever file they come from."""
+    said = [[example.id, example.context, example.question, example.answer] for example in examples]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+def starts_with_bos(template: PromptTemplate) -> bool:
+    """Whether prompts start with the tokenizer's BOS."""
+    bos = template.tokenizer.bos_token_id
+    return bos is not None and template.token_ids([("user", "?")])[:1].tolist() == [bos]

@@ -1,0 +1,216 @@
+"""Residual streams written to files, whole shards at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sts_fast import files
+from sts_fast.data.examples import Example
+from sts_fast.data.prompts import PromptSet, PromptTemplate, TokenClass, prompts_sha256
+from sts_fast.data.sets import Fields, Kind, Sampling, Sets, Source, check_enough, common_template
+from sts_fast.errors import InputError
+from sts_fast.model.language_model import LanguageModel, PairedRows, capture, load_config, load_decoder, load_tokenizer
+from sts_fast.model.sae_check import check_names, check_width
+from sts_fast.model.stored.folder import Activations
+from sts_fast.model.stored.index import (
+    MODEL_FOLDER,
+    PROMPTS_FILE,
+    SETS_FOLDER,
+    STORED_DTYPES,
+    Index,
+    Shard,
+    StoredSet,
+    examples_sha256,
+    is_activations,
+    starts_with_bos,
+    write_prompts,
+)
+from sts_fast.model.stored.shards import load_tensors, write_shard
+from sts_fast.model.weights import DeviceMap
+from sts_fast.sae import SAE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# A shard is closed behind the batch that brings it to so many prompts: what a killed run loses at most.
+SHARD_PROMPTS = 32
+
+
+def capture_activations(
+    *,
+    model: str | Path | PreTrainedModel,
+    output: str | Path,
+    trains: Mapping[str, Source],
+    domains: Mapping[str, Source] | Sequence[str],
+    demos: Mapping[str, Source] | Sequence[str] | None = None,
+    saes: Sequence[SAE] = (),
+    hooks: Sequence[str] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    train_demos: bool = True,
+    domain_demos: bool = True,
+    shots: int = 2,
+    domain_shots: int = 5,
+    tokens: TokenClass = "query",
+    limit: int | None = 256,
+    seed: int = 0,
+    dtype: str = "auto",
+    activation_dtype: str = "bfloat16",
+    device: str = "auto",
+    device_map: DeviceMap | None = None,
+    batch_tokens: int | None = None,
+    question_fields: Mapping[str, str] | None = None,
+    answer_fields: Mapping[str, str] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Activations:
+    """Writes what `score` and `compare` would read of a model to a folder, which stands in for the model afterwards.
+
+    model, domains, demos, tokenizer, shots, ..., batch_tokens: as for `score`; trains: training sets by name
+    output: the folder; where it holds a part of the same already, the rest is added
+    saes, hooks: the places to read: those of the SAEs, and those named
+    train_demos, domain_demos: also with demonstrations (what dims='icl', and the estimator 'icl', read)
+    activation_dtype: 'bfloat16', or 'float32' for twice the size and no rounding
+
+    Raises InputError for whatever in the input cannot be used, and where `output` holds other activations.
+    """
+    if activation_dtype not in STORED_DTYPES:
+        raise InputError(f"--activation-dtype must be one of {', '.join(STORED_DTYPES)}, not '{activation_dtype}'")
+    output = Path(output)
+    say = say or (lambda line: None)
+    places = list(dict.fromkeys([*(sae.hook_name for sae in saes), *hooks]))
+    if not places or not all(places):
+        raise InputError("there is no place to read the model at: name one or more with --hook, --layer or --sae")
+    sets = Sets.read(trains, domains, demos, Fields(question_fields or {}, answer_fields or {}))
+    tokenizer = tokenizer or (load_tokenizer(model) if isinstance(model, (str, Path)) else None)
+    if tokenizer is None:
+        raise ValueError("a model in memory needs its tokenizer: capture_activations(..., tokenizer=...)")
+    config = load_config(model) if isinstance(model, (str, Path)) else model.config
+    for warning in (check_names(sae, config, str(model)) for sae in saes if isinstance(model, (str, Path))):
+        if warning is not None:
+            say(f"warning: {warning}")
+    starts = [(sae.source, sae.prepend_bos) for sae in saes]
+    template = common_template(tokenizer, starts) if saes else PromptTemplate(tokenizer, prepend_bos=True)
+    decoder = (
+        load_decoder(model, *places, dtype=dtype, device=device, device_map=device_map)
+        if isinstance(model, (str, Path))
+        else LanguageModel(model, *places)
+    )
+    decoder.passes.batch_tokens, decoder.passes.say = batch_tokens, say
+    for sae in saes:
+        check_width(sae, next(hook for hook in decoder.hooks if hook.name == sae.hook_name), decoder.name)
+
+    sampling = Sampling(shots, domain_shots, tokens, limit, seed)
+    prompt_sets: list[PromptSet] = []
+    described: list[StoredSet] = []
+    kinds: tuple[tuple[Kind, dict[str, list[Example]], bool], ...] = (
+        ("train", sets.trains, train_demos),
+        ("domain", sets.domains, domain_demos),
+    )
+    for kind, of_kind, show in kinds:
+        for name, examples in of_kind.items():
+            own_demos = sets.demos.get(name)
+            prompt_set = sampling.prompts(
+                name, examples, own_demos, template, decoder.context_length, kind=kind, show=show
+            )
+            check_enough(prompt_set, decoder.context_length, kind)
+            described.append(
+                StoredSet(
+                    name=name,
+                    kind=kind,
+                    folder=f"{SETS_FOLDER}/{len(described)}",
+                    n_prompts=len(prompt_set.prompts),
+                    n_too_long=prompt_set.n_too_long,
+                    n_unanswered=prompt_set.n_unanswered,
+                    warnings=prompt_set.warnings,
+                    examples_sha256=examples_sha256(examples),
+                    demos_sha256="own" if own_demos is None else examples_sha256(own_demos),
+                    prompts_sha256=prompts_sha256([prompt_set]),
+                    shards=[],
+                )
+            )
+            prompt_sets.append(prompt_set)
+    index = Index(
+        model={
+            **{"name": decoder.name, "dtype": decoder.dtype, "revision": decoder.revision},
+            "weights_sha256": decoder.weights_sha256,
+        },
+        hooks=decoder.hooks,
+        dtype=activation_dtype,
+        settings={**asdict(sampling), "starts_with_bos": starts_with_bos(template)},
+        sets=described,
+    )
+    _begin(output, index, prompt_sets, config, tokenizer)
+    for one, prompt_set in zip(index.sets, prompt_sets, strict=True):
+        _capture_set(output, index, one, prompt_set, decoder, progress or (lambda stage, done, total: None))
+    decoder.passes.say_summary()
+    return Activations(output, device=device)
+
+
+def _begin(
+    output: Path, index: Index, prompt_sets: Sequence[PromptSet], config: Any, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Writes all but the rows, and takes over the whole shards of an earlier run with the same settings."""
+    if is_activations(output):
+        before = Index.load(output)
+        for one, earlier in zip(index.sets, before.sets, strict=False):
+            one.shards = earlier.shards
+        differs = [name for name, value in index.to_dict().items() if before.to_dict()[name] != value]
+        if differs:
+            raise InputError(
+                f"{output} holds other activations (not the same {', '.join(differs)}): choose another --output, or "
+                "delete it"
+            )
+        for one in index.sets:
+            one.shards = list(_whole(output, one.shards or []))
+    else:
+        for name in (MODEL_FOLDER, SETS_FOLDER):
+            if (output / name).exists():
+                raise InputError(f"{output} holds a '{name}' that is not of activations: choose another --output")
+    files.prepare_folder(output)
+    index.save(output)  # first of all: what lies beside an index may be written again
+    for one, prompt_set in zip(index.sets, prompt_sets, strict=True):
+        (output / one.folder).mkdir(parents=True, exist_ok=True)
+        write_prompts(output / one.folder / PROMPTS_FILE, prompt_set.prompts)
+    with files.atomic_folder(output / MODEL_FOLDER) as folder:
+        config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _whole(folder: Path, shards: Sequence[Shard]) -> Iterator[Shard]:
+    """The shards up to the first whose file is missing or cut: the ones behind it are captured again."""
+    for shard in shards:
+        try:
+            shard.check(folder)
+            load_tensors(folder / shard.file, [])
+        except InputError:
+            return
+        yield shard
+
+
+def _capture_set(
+    output: Path,
+    index: Index,
+    one: StoredSet,
+    prompt_set: PromptSet,
+    decoder: LanguageModel,
+    tell: Callable[[str, int, int], None],
+) -> None:
+    shards = one.shards = one.shards or []
+    n_prompts = len(prompt_set.prompts)
+    if one.n_captured == n_prompts:
+        return
+    pending: list[list[PairedRows]] = []
+    n_pending = 0
+    for of_hooks in capture(decoder, prompt_set.prompts, n_done=one.n_captured):
+        pending.append(of_hooks)
+        n_pending += len(of_hooks[0].prompts)
+        if n_pending >= SHARD_PROMPTS or one.n_captured + n_pending == n_prompts:
+            file = f"{one.folder}/{len(shards):05d}.safetensors"
+            digest = write_shard(output / file, pending, index.dtype)
+            shards.append(Shard(file, [int(i) for batch in pending for i in batch[0].prompts], digest))
+            index.save(output)
+            pending, n_pending = [], 0
+            tell(prompt_set.name, one.n_captured, n_prompts)

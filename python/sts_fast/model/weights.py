@@ -1,0 +1,141 @@
+"""The weights of a model: where they are put, whether they are the same as before, and the matrix of its output."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sts_fast.errors import InputError
+from sts_fast.model.hooks import decoder_layers
+
+if TYPE_CHECKING:
+    import torch
+
+DeviceMap = str | Mapping[str, Any]
+# Maps that transformers makes of the free memory of all devices; and those of one kind of memory.
+SPREADING, SINGLE = ("auto", "balanced", "balanced_low_0", "sequential"), ("cpu", "disk")
+# Numbers of each tensor that its digest is made of, evenly spread: enough to tell one training from another.
+N_SAMPLED = 1024
+
+
+class Placement:
+    """What `from_pretrained` is told about a device map.
+
+    device_map: 'auto', 'balanced', 'balanced_low_0' or 'sequential' (all devices, then memory, then disk), 'cpu',
+        'disk' (the decoder layers stay there, and each is loaded when it is run), or a device by module, as
+        transformers takes it
+    device: where a model of which the layers stay on disk is run
+
+    Raises InputError for another map, and where the package accelerate is missing.
+    """
+
+    def __init__(self, device_map: DeviceMap, device: str) -> None:
+        if isinstance(device_map, str) and device_map not in (*SPREADING, *SINGLE):
+            raise InputError(f"--device-map is one of {', '.join((*SPREADING, *SINGLE))}, not '{device_map}'")
+        if importlib.util.find_spec("accelerate") is None:
+            raise InputError("--device-map needs the package accelerate: pip install accelerate")
+        self.device_map, self.device = device_map, device
+        self.folder = tempfile.mkdtemp(prefix="sts-fast-offloaded-")
+
+    def options(self, auto_class: Any, config: Any) -> dict[str, Any]:
+        device_map = self.device_map
+        if device_map == "disk":
+            import torch
+
+            with torch.device("meta"):
+                empty = auto_class.from_config(config)
+            layers = decoder_layers(empty, config.get_text_config().num_hidden_layers)
+            device_map = _all_but(empty, layers, self.device)
+        return {"device_map": device_map, "offload_folder": self.folder}
+
+    def keep_for(self, model: torch.nn.Module) -> None:
+        """The folder of what does not fit into memory goes when the model does."""
+        weakref.finalize(model, shutil.rmtree, self.folder, ignore_errors=True)
+
+
+def _all_but(model: torch.nn.Module, layers: str, device: str) -> dict[str, str]:
+    """A device map that leaves the decoder layers on disk and puts everything else on a device."""
+    places: dict[str, str] = {}
+
+    def place(module: torch.nn.Module, prefix: str) -> None:
+        for name, child in module.named_children():
+            path = prefix + name
+            if path == layers:
+                places.update({f"{path}.{i}": "disk" for i, _ in child.named_children()})
+            elif layers.startswith(f"{path}."):
+                place(child, f"{path}.")
+            else:
+                places[path] = device
+
+    place(model, "")
+    return places
+
+
+def weights_sha256(model: torch.nn.Module, last_layer: int | None) -> str:
+    """SHA-256 over the embedding and the decoder layers up to `last_layer` (None: all of them).
+
+    Of each tensor its name within the layer, dtype, shape and 1,024 numbers spread evenly over it (all, of a smaller
+    one): models that were trained differently differ, whatever they are called; a few single numbers changed by hand
+    may go unnoticed. A tensor that a device map leaves on disk counts by name, dtype and shape alone.
+    """
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    layers = model.get_submodule(decoder_layers(model, config.num_hidden_layers))
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    parts = [] if embedding is None else [("embedding", embedding)]
+    count = config.num_hidden_layers if last_layer is None else last_layer + 1
+    parts += [(f"layers.{i}", layer) for i, layer in enumerate(layers.children()) if i < count]
+    digest = hashlib.sha256()
+    for part, module in parts:
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(f"{part}.{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(_sampled(tensor))
+    return digest.hexdigest()
+
+
+def _sampled(tensor: torch.Tensor) -> bytes:
+    import torch
+
+    if tensor.is_meta:
+        return b""
+    flat, n = tensor.detach().reshape(-1), tensor.numel()
+    if n > N_SAMPLED:
+        flat = flat[torch.arange(N_SAMPLED, device=flat.device) * (n - 1) // (N_SAMPLED - 1)]
+    return flat.cpu().contiguous().view(torch.uint8).numpy().tobytes() if n else b""
+
+
+def unembedding(model: torch.nn.Module, source: str | Path | None) -> torch.Tensor | None:
+    """[vocabulary, d_in] the matrix that turns residuals into logits; None where it cannot be found.
+
+    model: a model in memory, whole or truncated; source: the folder or hub id that a truncated one was loaded from
+    """
+    from safetensors import safe_open
+    from transformers.utils.hub import cached_file
+
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if head is None and model.config.get_text_config().tie_word_embeddings:  # type: ignore[union-attr, operator]
+        head = model.get_input_embeddings()  # type: ignore[operator]
+    if head is not None:
+        return head.weight.detach().cpu()  # type: ignore[no-any-return]
+    if source is None:
+        return None
+
+    def find(name: str) -> str | None:
+        found: str | None = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        return found
+
+    index = find("model.safetensors.index.json")
+    shards = json.loads(Path(index).read_text())["weight_map"] if index else {}
+    for name in ("lm_head.weight", "embed_out.weight"):
+        file = find(shards.get(name, "model.safetensors")) if not shards or name in shards else None
+        if file is not None:
+            with safe_open(file, framework="pt") as weights:
+                if name in weights.keys():  # noqa: SIM118
+                    return weights.get_tensor(name)  # type: ignore[no-any-return]
+    return None

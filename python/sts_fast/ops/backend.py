@@ -1,0 +1,179 @@
+"""Hands an SAE to the native core: folds its biases and picks the backend, which is where the activations are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from sts_fast.errors import InputError
+from sts_fast.ops import _cpu, cuda
+from sts_fast.sae import SAE
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+_DLPACK_CUDA = 2
+
+_encoders: WeakKeyDictionary[SAE, _cpu.Encoder] = WeakKeyDictionary()
+_cuda_encoders: WeakKeyDictionary[SAE, dict[tuple[torch.device, str], cuda.Encoder]] = WeakKeyDictionary()
+_precision: str | None = None
+
+
+def set_precision(name: str | None) -> None:
+    """How CUDA products are taken: "bf16" (weights and activations rounded), "bf16x2" (each that is not bfloat16
+    already as the sum of two, relative error about 1e-5) or "fp32"; None: "bf16x2", and "bf16" for bfloat16 SAEs.
+
+    Raises ValueError for another name. The CPU always computes in float32.
+    """
+    global _precision
+    if name is not None and name not in cuda.PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(cuda.PRECISIONS)}, got '{name}'")
+    _precision = name
+
+
+def precision_of(sae: SAE) -> str:
+    """The precision that CUDA products with this SAE's weights have."""
+    return _precision or ("bf16" if str(sae.W_enc.dtype).endswith("bfloat16") else "bf16x2")
+
+
+def encoder(sae: SAE) -> _cpu.Encoder:
+    """The SAE as the CPU core takes it, made once per SAE; W_enc is borrowed, b_dec is folded into the biases."""
+    if sae not in _encoders:
+        _encoders[sae] = _named(sae, lambda: _cpu.Encoder(sae.W_enc, **_folded(sae, _b_dec_through_W_enc(sae))))
+    return _encoders[sae]
+
+
+def cuda_encoder(sae: SAE, device: torch.device) -> cuda.Encoder:
+    """The SAE as the CUDA core takes it, made once per SAE, device and precision; W_enc is copied to the device."""
+
+    def make() -> cuda.Encoder:
+        weights = cuda.prepare_weights(sae.W_enc, sae.b_dec, device, precision)
+        # b_dec goes through the weights as they were rounded: then x - b_dec does, and not x alone.
+        return cuda.Encoder(weights, d_in=sae.d_in, precision=precision, **_folded(sae, weights.b_dec_W))
+
+    precision = precision_of(sae)
+    encoders = _cuda_encoders.setdefault(sae, {})
+    if (device, precision) not in encoders:
+        encoders[device, precision] = _named(sae, make)
+    return encoders[device, precision]
+
+
+def rows(acts: Any) -> Any:
+    """[n_tokens, d_in] activations, a view; those of hook_z come as [n_tokens, n_heads, d_head].
+
+    What another library has on a CUDA device comes as a torch tensor.
+    """
+    if not hasattr(acts, "is_cuda") and _is_on_cuda(acts):
+        import torch
+
+        acts = torch.utils.dlpack.from_dlpack(acts)
+    if getattr(acts, "ndim", 2) != 3:
+        return acts
+    n_tokens, n_heads, d_head = acts.shape
+    return acts.reshape(n_tokens, n_heads * d_head)
+
+
+def cuda_device_of(acts: Any) -> torch.device | None:
+    """The CUDA device that activations are on, and so are to be encoded on; None for the CPU.
+
+    Raises InputError where this machine or build has no CUDA ops: nothing goes to the CPU unasked.
+    """
+    if not _is_on_cuda(acts):
+        return None
+    reason = cuda.missing_reason()
+    if reason is not None:
+        raise InputError(f"the activations are on a CUDA device, but {reason}; or move them to the CPU")
+    device: torch.device = acts.device
+    return device
+
+
+def _is_on_cuda(acts: Any) -> bool:
+    if isinstance(acts, np.ndarray):
+        return False
+    if hasattr(acts, "is_cuda"):
+        return bool(acts.is_cuda)
+    return hasattr(acts, "__dlpack_device__") and acts.__dlpack_device__()[0] == _DLPACK_CUDA
+
+
+class Accumulators:
+    """Named arrays that are added to where the rows are: numpy's on the CPU, torch's on a CUDA device."""
+
+    def __init__(self, **arrays: NDArray[Any]) -> None:
+        self._arrays: dict[str, Any] = arrays
+
+    def on(self, device: torch.device | None) -> dict[str, Any]:
+        """All of them, moved there first; to be changed in place."""
+        for name, values in self._arrays.items():
+            if not isinstance(values, np.ndarray):
+                self._arrays[name] = values.cpu().numpy() if device is None else values.to(device)
+            elif device is not None:
+                import torch
+
+                self._arrays[name] = torch.from_numpy(values).to(device)
+        return self._arrays
+
+    def as_they_are(self, name: str) -> Any:
+        """A numpy array, or a tensor on the device."""
+        return self._arrays[name]
+
+    def __getitem__(self, name: str) -> Any:
+        """As numpy has it; a copy where it is on a device."""
+        values = self._arrays[name]
+        return values if isinstance(values, np.ndarray) else values.cpu().numpy()
+
+
+def _named(sae: SAE, make: Any) -> Any:
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):  # the core refuses what is not finite, by name
+            return make()
+    except ValueError as error:
+        raise InputError(f"the SAE {sae.source} cannot be used: {error}") from error
+
+
+def _folded(sae: SAE, b_dec_W: NDArray[np.float64]) -> dict[str, Any]:
+    """An encoder's arguments but for W_enc."""
+    # With s = input_scale: (s x - b_dec) W + b = s (x W) + (b - b_dec W), the bracket computed in float64. The core
+    # multiplies x W by its scale, and so does nothing to x.
+    shift = b_dec_W if sae.apply_b_dec_to_input else np.zeros(sae.d_sae)
+    if sae.architecture == "gated":
+        assert sae.r_mag is not None
+        assert sae.b_mag is not None
+        assert sae.b_gate is not None
+        scale = np.exp(sae.r_mag.astype(np.float64))
+        return {
+            "bias": (sae.b_mag - scale * shift).astype(np.float32),
+            "activation": "gated",
+            "scale": (scale * sae.input_scale).astype(np.float32),
+            # The core's gate looks at x W itself: s (x W) + b > 0 where x W + b / s > 0.
+            "gate_bias": ((sae.b_gate - shift) / sae.input_scale).astype(np.float32),
+            "input_norm": sae.input_norm,
+        }
+    norm = np.ones(1) if sae.W_dec_norm is None else sae.W_dec_norm.astype(np.float64)
+    scale = np.broadcast_to(norm * sae.input_scale, sae.d_sae)
+    return {
+        "bias": ((sae.b_enc - shift) * norm).astype(np.float32),
+        "activation": {"standard": "relu"}.get(sae.architecture, sae.architecture),
+        "scale": scale.astype(np.float32),
+        "threshold": sae.threshold,
+        "k": sae.k,
+        "input_norm": sae.input_norm,
+    }
+
+
+def _b_dec_through_W_enc(sae: SAE, rows: int = 128) -> NDArray[np.float64]:
+    """[d_sae] float64 b_dec W_enc, a few rows of W_enc at a time; einsum, because BLAS may sum in another order."""
+    total = np.zeros(sae.d_sae)
+    for start in range(0, sae.d_in if sae.apply_b_dec_to_input and sae.b_dec.any() else 0, rows):
+        part = slice(start, start + rows)
+        total += np.einsum("i,ij->j", sae.b_dec[part].astype(np.float64), _as_float64(sae.W_enc[part]))
+    return total
+
+
+def _as_float64(values: Any) -> NDArray[np.float64]:
+    doubles: NDArray[np.float64] = (
+        values.astype(np.float64) if isinstance(values, np.ndarray) else values.double().numpy()
+    )
+    return doubles

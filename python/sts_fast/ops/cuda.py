@@ -1,0 +1,608 @@
+"""The CUDA ops: names, arguments and results of sts_fast.ops._cpu, on torch tensors of one device.
+
+Memory is torch's, kernels run on its current stream. For given arguments, precision and device the results are the
+same, bit for bit; unlike the CPU's they depend on how rows are split into calls, by rounding in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import cached_property, wraps
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    from sts_fast.ops import _cuda as kernels
+else:
+    kernels: Any = None
+
+PRECISIONS = ("bf16", "bf16x2", "fp32")
+WORKSPACE_BYTES = 64 << 20  # of each kind: prepared rows, dense strips, lists of candidates
+MOST_ROWS = 1 << 16  # of one launch
+FIRST_STRIP = 8192  # features whose k largest values bound the row's, at least an eighth of all
+MOST_DENSE_WEIGHTS = 64  # more weights or targets than that are applied to the active features one by one
+MAIN_LOOP = "automatic"  # or "sm80", which runs on every GPU, or "sm90"
+
+_SUMS = ("sum_sq_shift", "sum_base", "sum_other", "sum_sq_base", "sum_sq_other", "n_fired_base", "n_fired_other")
+_NO_KEY = (1 << 63) - 1
+
+
+def missing_reason() -> str | None:
+    """Why the CUDA ops cannot serve here, in words; None where they can."""
+    if find_spec("sts_fast.ops._cuda") is None:
+        return "this build has no CUDA module: build it where nvcc is, with STS_CUDA=ON"
+    try:
+        from sts_fast.ops import _cuda
+    except ImportError as error:
+        return f"the CUDA module does not load: {error}"
+    return _cuda.missing_reason()
+
+
+def load() -> Any:
+    """The compiled module; it is there wherever missing_reason() is None."""
+    global kernels
+    if kernels is None:
+        from sts_fast.ops import _cuda
+
+        kernels = _cuda
+    return kernels
+
+
+Op = TypeVar("Op", bound=Callable[..., Any])
+
+
+def _on_its_device(op: Op) -> Op:
+    """Kernels start on torch's current device, which need not be that of the tensors."""
+
+    @wraps(op)
+    def run(encoder: Encoder, *args: Any, **kwargs: Any) -> Any:
+        import torch
+
+        with torch.cuda.device(encoder.device) if encoder.device.type == "cuda" else nullcontext():
+            return op(encoder, *args, **kwargs)
+
+    return cast(Op, run)
+
+
+class Weights(NamedTuple):
+    """W_enc on a device, as the products use it.
+
+    hi, lo:    [d_sae, depth] bfloat16 whose sum stands for W_enc's transpose; lo is None where hi is all of it.
+               For "fp32", hi is float32. depth is d_in, padded with zeros.
+    b_dec_W:   [d_sae] float64, b_dec times these very weights
+    """
+
+    hi: torch.Tensor
+    lo: torch.Tensor | None
+    b_dec_W: NDArray[np.float64]
+
+
+def prepare_weights(W_enc: Any, b_dec: NDArray[np.float32], device: torch.device, precision: str) -> Weights:
+    """Copies W_enc [d_in, d_sae] to the device, a few rows at a time. Raises ValueError for NaN or infinity."""
+    import torch
+
+    d_in, d_sae = W_enc.shape
+    multiple = load().depth_multiple
+    depth = -(-d_in // multiple) * multiple
+    bfloat16 = str(W_enc.dtype).endswith("bfloat16")
+    hi = torch.zeros((d_sae, depth), dtype=torch.float32 if precision == "fp32" else torch.bfloat16, device=device)
+    lo = torch.zeros_like(hi) if precision == "bf16x2" and not bfloat16 else None
+    b_dec_W = torch.zeros(d_sae, dtype=torch.float64, device=device)
+    n_rows = max(1, (WORKSPACE_BYTES // 8) // d_sae)
+    for start in range(0, d_in, n_rows):
+        part = W_enc[start : start + n_rows]
+        part = torch.from_numpy(np.array(part)) if isinstance(part, np.ndarray) else part
+        part = part.to(device).float().T
+        finite = torch.isfinite(part).all(1)
+        if not finite.all():
+            raise ValueError(f"W_enc contains a NaN or infinity in column {int((~finite).nonzero()[0])}")
+        rows = slice(start, start + part.shape[1])
+        hi[:, rows] = part
+        used = hi[:, rows].double()
+        if lo is not None:
+            lo[:, rows] = part - hi[:, rows].float()
+            used += lo[:, rows].double()
+        b_dec_W += used @ torch.from_numpy(b_dec[rows].astype(np.float64)).to(device)
+    return Weights(hi, lo, b_dec_W.cpu().numpy())
+
+
+class Encoder:
+    """The encoder half of an SAE on a device; the arguments mean what those of _cpu.Encoder do."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        bias: NDArray[np.float32],
+        *,
+        d_in: int,
+        precision: str,
+        activation: str,
+        scale: NDArray[np.float32],
+        threshold: NDArray[np.float32] | None = None,
+        gate_bias: NDArray[np.float32] | None = None,
+        k: int = 0,
+        input_norm: str = "none",
+    ) -> None:
+        import torch
+
+        gate = np.maximum(threshold, 0) if threshold is not None else gate_bias
+        given = {"bias": bias, "scale": scale, "threshold" if gate_bias is None else "gate_bias": gate}
+        for name, values in given.items():
+            if values is not None and np.isnan(values).any():
+                raise ValueError(f"{name} contains a NaN at column {int(np.isnan(values).argmax())}")
+        self.hi, self.lo = weights.hi, weights.lo
+        self.device, self.precision = weights.hi.device, precision
+        self.d_in, (self.d_sae, self.depth) = d_in, weights.hi.shape
+        self.activation, self.k, self.input_norm = activation, k, input_norm
+        self.vectors = [
+            torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(self.device)
+            for values in (scale, bias, np.zeros_like(bias) if gate is None else gate)
+        ]
+        self._subset: tuple[bytes, Encoder] | None = None
+
+    @property
+    def selects_top_k(self) -> bool:
+        return self.activation in ("topk", "abstopk")
+
+    def of_columns(self, columns: NDArray[np.int64]) -> Encoder:
+        """The same with these features only; the last one asked for is kept."""
+        import torch
+
+        key = columns.tobytes()
+        if self._subset is None or self._subset[0] != key:
+            index = torch.from_numpy(columns).to(self.device)
+            subset = object.__new__(Encoder)
+            subset.__dict__.update(self.__dict__)
+            subset.hi, subset.lo = self.hi[index], None if self.lo is None else self.lo[index]
+            subset.vectors = [values[index] for values in self.vectors]
+            subset.d_sae, subset._subset = len(columns), None
+            self._subset = (key, subset)
+        return self._subset[1]
+
+    def strip(self, start: int, end: int) -> tuple[Any, Any]:
+        """(prepared weights, vectors) of the features from start to end, as the kernels take them."""
+        lo = None if self.lo is None else self.lo[start:end]
+        prepared = load().PreparedRows(self.hi[start:end], lo)
+        vectors = load().Vectors(*(values[start:end] for values in self.vectors), self.activation == "gated")
+        return prepared, vectors
+
+
+@_on_its_device
+def accumulate_shift(
+    encoder: Encoder,
+    base: torch.Tensor,
+    other: torch.Tensor,
+    *,
+    columns: NDArray[np.int64] | None = None,
+    row_weights: Any = None,
+    weighted_sq_shift: torch.Tensor | None = None,
+    **sums: torch.Tensor | None,
+) -> None:
+    """As _cpu.accumulate_shift; activations may be float16 too, accumulators are tensors of the same device."""
+    _check_acts(encoder, base, "base")
+    _check_acts(encoder, other, "other")
+    if len(other) != len(base):
+        raise ValueError(f"other must have as many rows as base ({len(base)}), got {len(other)}")
+    if len({sums.get(name) is None for name in _SUMS[1:]}) > 1:
+        raise ValueError(f"{', '.join(_SUMS[1:])} must be given all or none")
+    call = _Call(encoder, [base, other], ("base", "other"), columns)
+    for name in _SUMS:
+        if name == "sum_sq_shift" or sums.get(name) is not None:
+            call.check_sum(sums[name], name)
+    rows = call.check_table(row_weights, "row_weights", weighted_sq_shift, "weighted_sq_shift")
+    call.run([sums.get(name) for name in _SUMS], rows, weighted_sq_shift)
+
+
+@_on_its_device
+def accumulate_moments(
+    encoder: Encoder,
+    acts: torch.Tensor,
+    targets: Any = None,
+    *,
+    sum_h: torch.Tensor,
+    sum_sq_h: torch.Tensor,
+    n_fired: torch.Tensor,
+    sum_hy: torch.Tensor | None = None,
+    columns: NDArray[np.int64] | None = None,
+) -> None:
+    """As _cpu.accumulate_moments; activations may be float16 too, accumulators are tensors of the same device."""
+    _check_acts(encoder, acts, "acts")
+    call = _Call(encoder, [acts], ("acts",), columns)
+    for name, values in (("sum_h", sum_h), ("sum_sq_h", sum_sq_h), ("n_fired", n_fired)):
+        call.check_sum(values, name)
+    rows = call.check_table(targets, "targets", sum_hy, "sum_hy")
+    call.run([sum_h, sum_sq_h, n_fired], rows, sum_hy)
+
+
+@_on_its_device
+def encode_sparse(
+    encoder: Encoder, acts: torch.Tensor, columns: NDArray[np.int64] | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As _cpu.encode_sparse, tensors on the device; waits for the device, since their sizes are part of the result."""
+    import torch
+
+    _check_acts(encoder, acts, "acts")
+    call = _Call(encoder, [acts], ("acts",), columns)
+    keys = [torch.zeros(0, dtype=torch.int64, device=encoder.device)]
+    values = [torch.zeros(0, dtype=torch.float32, device=encoder.device)]
+    for block_keys, block_values in call.sparse_blocks():
+        order = torch.sort(block_keys)
+        keys.append(order.values)
+        values.append(block_values[order.indices])
+    call.raise_faults()
+    all_keys = torch.cat(keys)
+    indices = (all_keys & 0xFFFFFFFF).int()
+    if columns is not None and not encoder.selects_top_k and len(columns):
+        indices = call.columns_tensor[indices.long()].int()
+    edges = torch.arange(len(acts) + 1, device=encoder.device) << 32
+    return torch.searchsorted(all_keys, edges), indices, torch.cat(values)
+
+
+def top_indices(values: torch.Tensor, n: int) -> torch.Tensor:
+    """[n] int64 positions of the n largest values, largest first; among equals the lower position."""
+    import torch
+
+    if not 1 <= n <= len(values):
+        raise ValueError(f"top {n} of {len(values)} features cannot be taken")
+    return torch.sort(values, descending=True, stable=True).indices[:n]
+
+
+class _Call:
+    """One call of an op: its rows, block by block, and what its kernels found wrong."""
+
+    def __init__(
+        self, encoder: Encoder, members: list[torch.Tensor], names: tuple[str, ...], columns: NDArray[np.int64] | None
+    ) -> None:
+        import torch
+
+        self.encoder, self.members, self.names, self.columns = encoder, members, names, columns
+        self.n_tokens = len(members[0])
+        if columns is not None:
+            self.columns = columns = _checked_columns(columns, encoder.d_sae)
+            if not encoder.selects_top_k and len(columns):
+                self.encoder = encoder.of_columns(columns)
+        self.n_columns = encoder.d_sae if columns is None else len(columns)
+        # One word per member for its first bad row, one for rows with too many candidates.
+        self.status = torch.full((len(members) + 1,), load().fine, dtype=torch.int64, device=encoder.device)
+        index = encoder.device.index or 0
+        stream = torch.cuda.current_stream(encoder.device).cuda_stream if encoder.device.type == "cuda" else 0
+        self.device = load().Device(index, stream, MAIN_LOOP)
+
+    @cached_property
+    def columns_tensor(self) -> torch.Tensor:
+        import torch
+
+        assert self.columns is not None
+        return torch.from_numpy(self.columns).to(self.encoder.device)
+
+    def check_sum(self, values: Any, name: str) -> None:
+        import torch
+
+        dtype = torch.int64 if name.startswith("n_fired") else torch.float64
+        if not isinstance(values, torch.Tensor) or values.dtype != dtype or values.device != self.encoder.device:
+            raise ValueError(f"{name} must be a tensor of {dtype} on {self.encoder.device}, got {_described(values)}")
+        if values.shape != (self.n_columns,):
+            raise ValueError(f"{name} must have {self.n_columns} entries, got {list(values.shape)}")
+        if not values.is_contiguous():
+            raise ValueError(f"{name} must be C-contiguous")
+
+    def check_table(self, rows: Any, rows_name: str, sums: Any, sums_name: str) -> torch.Tensor | None:
+        """The [n_tokens, K] float64 weights or targets, on the device."""
+        import torch
+
+        if (rows is None) != (sums is None):
+            raise ValueError(f"{rows_name} and {sums_name} must be given together")
+        if rows is None:
+            return None
+        table = torch.as_tensor(rows)
+        if table.dtype != torch.float64:
+            raise ValueError(f"{rows_name} must be float64, got {table.dtype}")
+        if table.ndim != 2:
+            raise ValueError(f"{rows_name} must be [n_tokens, K], got {table.ndim} dimension(s)")
+        if len(table) != self.n_tokens:
+            raise ValueError(f"{rows_name} must have one row per token ({self.n_tokens}), got {len(table)}")
+        if not isinstance(sums, torch.Tensor) or sums.dtype != torch.float64 or sums.device != self.encoder.device:
+            raise ValueError(
+                f"{sums_name} must be a tensor of torch.float64 on {self.encoder.device}, got {_described(sums)}"
+            )
+        wanted = (self.n_columns, table.shape[1])
+        if sums.shape != wanted or not sums.is_contiguous():
+            raise ValueError(f"{sums_name} must be {list(wanted)} and contiguous, got {list(sums.shape)}")
+        if not _capturing(self.encoder.device) and not torch.isfinite(table).all():
+            row, column = (int(i) for i in (~torch.isfinite(table)).nonzero()[0])
+            raise ValueError(f"{rows_name} contains a NaN or infinity at row {row}, column {column}")
+        return table.to(self.encoder.device).contiguous()
+
+    def run(self, sums: list[torch.Tensor | None], rows: torch.Tensor | None, weighted: torch.Tensor | None) -> None:
+        """Adds everything, or nothing where a row is at fault."""
+        if self.n_tokens and self.n_columns:
+            if self.encoder.selects_top_k:
+                self._run_entries(self._top_k_entries(), sums, rows, weighted)
+            elif rows is not None and rows.shape[1] > MOST_DENSE_WEIGHTS:
+                self._run_entries(self._threshold_entries(), sums, rows, weighted)
+            else:
+                self._run_columns(sums, rows, weighted)
+        self.raise_faults()
+
+    def raise_faults(self) -> None:
+        """Waits for the device, but while a CUDA graph is captured."""
+        import torch
+
+        if _capturing(self.encoder.device):
+            return
+        for name, acts, bad in zip(self.names, self.members, self.status.tolist(), strict=False):
+            if bad == load().fine:
+                continue
+            finite = torch.isfinite(acts[bad])
+            if finite.all():
+                raise ValueError(
+                    f"{name} is zero everywhere in row {bad}, which constant_norm_rescale cannot scale to a norm; "
+                    "drop such rows first"
+                )
+            raise ValueError(
+                f"{name} contains a NaN or infinity at row {bad}, column {int((~finite).nonzero()[0])}; "
+                "drop such rows or repair them first"
+            )
+
+    def _run_columns(
+        self, sums: list[torch.Tensor | None], rows: torch.Tensor | None, weighted: torch.Tensor | None
+    ) -> None:
+        import torch
+
+        paired = len(self.members) == 2
+        W, vectors = self.encoder.strip(0, self.n_columns)
+        width = load().row_weights
+        accumulate = load().accumulate_shift if paired else load().accumulate_moments
+        n_passes = 1 if rows is None else max(1, -(-rows.shape[1] // width))
+        for start, prepared in self._prepared_blocks():
+            product = load().Product(W, *prepared)
+            n = min(self.n_tokens - start, self.rows_per_block)
+            shape = (
+                load().shift_slab(self.device, product, rows is not None)
+                if paired
+                else load().moments_slab(self.device, product)
+            )
+            slab = torch.empty((*shape, self.n_columns), dtype=torch.float64, device=self.encoder.device)
+            for p in range(n_passes):
+                targets: list[Any] = list(sums) if p == 0 else [None] * len(sums)
+                weights = None
+                if rows is not None and weighted is not None:
+                    part = rows[start : start + n, p * width : (p + 1) * width]
+                    weights = torch.zeros((n, width), dtype=torch.float32, device=self.encoder.device)
+                    weights[:, : part.shape[1]] = part
+                    targets += [(weighted, p * width + k) for k in range(part.shape[1])]
+                accumulate(self.device, product, vectors, weights, slab, tuple(targets), self.status)
+
+    def _run_entries(
+        self,
+        blocks: Iterator[tuple[slice, torch.Tensor, torch.Tensor]],
+        sums: list[torch.Tensor | None],
+        rows: torch.Tensor | None,
+        weighted: torch.Tensor | None,
+    ) -> None:
+        """Sums of active features one by one: (rows of the block, column << 32 | token << 1 | member, value)."""
+        import torch
+
+        paired = len(self.members) == 2
+        edges = torch.arange(self.n_columns + 1, device=self.encoder.device) << 32
+        for block, keys, values in blocks:
+            order = torch.sort(keys)
+            entries, starts = values[order.indices], torch.searchsorted(order.values, edges)
+            weights = None if rows is None else rows[block]
+            load().fold_entries(
+                self.device, paired, order.values, entries, starts, weights, weighted, tuple(sums), self.status
+            )
+
+    def _top_k_entries(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        import torch
+
+        for start, lists in self._top_k_blocks():
+            keys = []
+            for member, (columns, _, counts) in enumerate(lists):
+                column, token = self._placed(columns, counts)
+                keys.append(torch.where(column < 0, _NO_KEY, column << 32 | token << 1 | member).flatten())
+            block = slice(start, start + len(lists[0][2]))
+            yield block, torch.cat(keys), torch.cat([values.flatten() for _, values, _ in lists])
+
+    def _threshold_entries(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        import torch
+
+        for start, prepared in self._prepared_blocks():
+            found = [self._append(acts, 0) for acts in prepared]
+            keys = [(keys & 0xFFFFFFFF) << 32 | keys >> 32 << 1 | member for member, (keys, _) in enumerate(found)]
+            yield slice(start, start + self.rows_per_block), torch.cat(keys), torch.cat([values for _, values in found])
+
+    def sparse_blocks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(token << 32 | column, value) of every active feature; columns count among those wanted, unless top k."""
+        if not self.n_tokens or not self.n_columns:
+            return
+        if self.encoder.selects_top_k:
+            for start, [(columns, found, counts)] in self._top_k_blocks():
+                column, token = self._placed(columns, counts)
+                there = (column >= 0) & (found != 0)
+                yield ((start + token) << 32 | columns)[there], found[there]
+            return
+        for start, [acts] in self._prepared_blocks():
+            yield self._append(acts, start)
+
+    def _append(self, acts: Any, first_token: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """((first_token + row) << 32 | column, value) of a block's active features, in any order."""
+        import torch
+
+        W, vectors = self.encoder.strip(0, self.n_columns)
+        product = load().Product(W, acts)
+        n, device = product.n_tokens, self.encoder.device
+        capacity = min(n * self.n_columns, max(n * 96, 1 << 16))
+        while True:
+            keys = torch.empty(capacity, dtype=torch.int64, device=device)
+            values = torch.empty(capacity, dtype=torch.float32, device=device)
+            count = torch.zeros(1, dtype=torch.int64, device=device)
+            load().encode_sparse(self.device, product, vectors, first_token, keys, values, count)
+            n_found = int(count)
+            if n_found <= capacity:
+                return keys[:n_found], values[:n_found]
+            capacity = n_found
+
+    def _placed(self, columns: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """([n, k] place of each listed feature among those wanted or -1, [n, 1] row)."""
+        import torch
+
+        n, k = columns.shape
+        there = torch.arange(k, device=columns.device) < counts[:, None]
+        place = columns.long()
+        if self.columns is not None:
+            at = torch.searchsorted(self.columns_tensor, place).clamp(max=self.n_columns - 1)
+            there &= self.columns_tensor[at] == place
+            place = at
+        return torch.where(there, place, -1), torch.arange(n, device=columns.device)[:, None]
+
+    def _top_k_blocks(self) -> Iterator[tuple[int, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]]:
+        """(first row, for each member (columns [n, k], values [n, k], counts [n])) of the rows' k largest values."""
+        W_rows = self.encoder.d_sae
+        strip = min(W_rows, max(FIRST_STRIP, W_rows // 8))
+        for start, prepared in self._prepared_blocks(strip * 4):
+            n = min(self.n_tokens - start, self.rows_per_block)
+            lists = [self._row_top_k(rows, n, strip, dense=False) for rows in prepared]
+            if not _capturing(self.encoder.device) and int(self.status[-1]) != load().fine:
+                # A row of unusual values: every strip is then written out and looked through.
+                self.status[-1] = load().fine
+                lists = [self._row_top_k(rows, n, strip, dense=True) for rows in prepared]
+            yield start, lists
+
+    def _row_top_k(self, rows: Any, n: int, strip: int, *, dense: bool) -> Any:
+        """The k largest of each row. Those of the first strip bound the row's from below: few of the rest pass."""
+        import torch
+
+        encoder, device = self.encoder, self.encoder.device
+        k, absolute = encoder.k, encoder.activation == "abstopk"
+        capacity = k + 2 * k * -(-encoder.d_sae // strip) + 64
+
+        def new_lists(size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            columns = torch.empty((n, size), dtype=torch.int32, device=device)
+            counts = torch.zeros(n, dtype=torch.int32, device=device)
+            return columns, torch.empty((n, size), dtype=torch.float32, device=device), counts
+
+        def select(lists: Any, pre: Any, first: int, size: int) -> Any:
+            selected = new_lists(size)
+            word = len(self.members)
+            load().select_top_k(self.device, n, k, absolute, lists, pre, first, selected, bounds, self.status, word)
+            return selected
+
+        bounds = torch.empty(n, dtype=torch.float32, device=device)
+        pre = torch.empty((n, strip), dtype=torch.float32, device=device)
+        lists: Any = None
+        for first in range(0, encoder.d_sae if dense else strip, strip):
+            W, vectors = encoder.strip(first, min(first + strip, encoder.d_sae))
+            part = pre.flatten()[: n * min(strip, encoder.d_sae - first)].view(n, -1)
+            load().encode_dense(self.device, load().Product(W, rows), vectors, part)
+            lists = select(lists, part, first, k if dense else capacity)
+        if not dense and strip < encoder.d_sae:
+            W, vectors = encoder.strip(strip, encoder.d_sae)
+            product = load().Product(W, rows)
+            load().append_candidates(self.device, product, vectors, absolute, bounds, lists, strip)
+            lists = select(lists, None, 0, k)
+        columns, values, counts = lists
+        return columns[:, :k].contiguous(), values[:, :k].contiguous(), counts
+
+    def _prepared_blocks(self, bytes_per_row: int = 0) -> Iterator[tuple[int, list[Any]]]:
+        """(first row, the members' rows as the products take them), in blocks that bound the workspace."""
+        import torch
+
+        encoder = self.encoder
+        word_of_row = 4 if encoder.precision == "fp32" else 2
+        # Paired operands are split alike.
+        exact = encoder.input_norm == "none" and all(acts.dtype == torch.bfloat16 for acts in self.members)
+        split = encoder.precision == "bf16x2" and not exact
+        direct = [not split and self._is_direct(acts) for acts in self.members]
+        copied = 0 if all(direct) else encoder.depth * word_of_row * (2 if split else 1) * len(self.members)
+        rows_per_block = WORKSPACE_BYTES // max(bytes_per_row, copied, 1) // 256 * 256
+        self.rows_per_block = max(256, min(rows_per_block, MOST_ROWS))
+        several = self.n_tokens > self.rows_per_block
+        if several or any(direct):
+            # Nothing is added before every row has been looked at.
+            for word, acts in enumerate(self.members):
+                self._prepare(acts, None, None, 0, word)
+        for start in range(0, self.n_tokens, self.rows_per_block):
+            prepared = []
+            for word, acts in enumerate(self.members):
+                part = acts[start : start + self.rows_per_block]
+                if direct[word]:
+                    prepared.append(load().PreparedRows(part))
+                    continue
+                hi = torch.empty(
+                    (len(part), encoder.depth),
+                    dtype=torch.float32 if encoder.precision == "fp32" else torch.bfloat16,
+                    device=encoder.device,
+                )
+                lo = torch.empty_like(hi) if split else None
+                self._prepare(part, hi, lo, start, word)
+                prepared.append(load().PreparedRows(hi, lo))
+            yield start, prepared
+
+    def _is_direct(self, acts: torch.Tensor) -> bool:
+        import torch
+
+        encoder = self.encoder
+        as_is = acts.dtype == torch.bfloat16 and encoder.precision != "fp32" and encoder.input_norm == "none"
+        return as_is and encoder.d_in == encoder.depth and acts.stride(0) % 8 == 0 and acts.data_ptr() % 16 == 0
+
+    def _prepare(self, acts: torch.Tensor, hi: Any, lo: Any, first_row: int, word: int) -> None:
+        norm = self.encoder.input_norm
+        load().prepare_rows(self.device, acts, norm, hi, lo, self.encoder.depth, first_row, self.status, word)
+
+
+def _check_acts(encoder: Encoder, acts: Any, name: str) -> None:
+    import torch
+
+    if not isinstance(acts, torch.Tensor):
+        raise ValueError(f"{name} must be a torch tensor, got {type(acts).__name__}")
+    if acts.requires_grad:
+        raise ValueError(f"{name} requires grad: pass its detach()")
+    if acts.ndim != 2:
+        raise ValueError(f"{name} must be [n_tokens, d_in], got {acts.ndim} dimension{'s' * (acts.ndim != 1)}")
+    if acts.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"{name} must be float32, bfloat16 or float16, got {acts.dtype}")
+    if acts.device != encoder.device:
+        raise ValueError(f"{name} must be on {encoder.device}, where the SAE is, got {acts.device}")
+    if acts.shape[1] != encoder.d_in:
+        raise ValueError(f"{name} must have d_in = {encoder.d_in} columns as W_enc has rows, got {acts.shape[1]}")
+    if acts.shape[1] > 1 and len(acts) and acts.stride(1) != 1:
+        raise ValueError(
+            f"{name} must be contiguous within a row (any stride between rows will do), "
+            f"got an element stride of {acts.stride(1)}"
+        )
+
+
+def _checked_columns(columns: Any, d_sae: int) -> NDArray[np.int64]:
+    numbers = np.asarray(columns)
+    if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
+        raise ValueError("columns must be a 1-dimensional array of integers")
+    numbers = np.ascontiguousarray(numbers, np.int64)
+    outside = (numbers < 0) | (numbers >= d_sae)
+    if outside.any():
+        at = int(outside.argmax())
+        raise ValueError(f"columns must lie in [0, d_sae = {d_sae}), got {numbers[at]} at position {at}")
+    falling = np.diff(numbers) <= 0
+    if falling.any():
+        at = int(falling.argmax()) + 1
+        raise ValueError(
+            f"columns must be strictly increasing, but position {at} holds {numbers[at]} after {numbers[at - 1]}"
+        )
+    return numbers
+
+
+def _described(values: Any) -> str:
+    dtype, device = getattr(values, "dtype", None), getattr(values, "device", None)
+    return type(values).__name__ if dtype is None else f"{dtype} on {device}"
+
+
+def _capturing(device: torch.device) -> bool:
+    import torch
+
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

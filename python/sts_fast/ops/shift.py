@@ -1,0 +1,182 @@
+"""How far each feature moves when demonstrations (or training) are added."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sts_fast import files
+from sts_fast.errors import InputError
+from sts_fast.ops import _cpu, backend, cuda
+from sts_fast.sae import SAE
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Doubles = NDArray[np.float64]
+    Counts = NDArray[np.int64]
+
+_SUMS = ("sum_sq_shift", "sum_base", "sum_other", "sum_sq_base", "sum_sq_other")
+_COUNTS = ("n_fired_base", "n_fired_other")
+_ARRAYS = (*_SUMS, *_COUNTS, "weighted_sq_shift")
+
+
+class ShiftStats:
+    """Streaming sums behind E_x ||h_j(x) - h_j(demos, x)||^2 (STS paper, shifted dimensions); two instances add up.
+
+    For h the features of `base`, g those of `other`, over paired rows (tokens), per feature, in float64:
+
+    sum_sq_shift:  [n_columns] sum of (g - h)^2
+    sum_base, sum_other:       [n_columns] sums of h and of g
+    sum_sq_base, sum_sq_other: [n_columns] sums of h^2 and of g^2
+    n_fired_base, n_fired_other: [n_columns] int64, rows with h != 0, with g != 0
+    weighted_sq_shift: [n_columns, n_replicates] sum of w (g - h)^2 for each column of row weights (bootstrap)
+    n_tokens:      rows seen
+    columns:       [n_columns] int64, the features kept track of; all of the SAE's by default
+
+    On the CPU the sums are the same, bit for bit, for any split of the rows into updates and any number of threads.
+    Rows on a CUDA device are summed there, and sums stay there until they are asked for or rows come from elsewhere.
+    """
+
+    sum_sq_shift: Doubles
+    sum_base: Doubles
+    sum_other: Doubles
+    sum_sq_base: Doubles
+    sum_sq_other: Doubles
+    n_fired_base: Counts
+    n_fired_other: Counts
+    weighted_sq_shift: Doubles
+
+    def __init__(self, sae: SAE, *, columns: NDArray[np.int64] | None = None, n_replicates: int = 0) -> None:
+        self.sae: SAE | None = sae
+        self.sae_source, self.sae_fingerprint = sae.source, sae.fingerprint
+        self.d_sae = sae.d_sae
+        if columns is not None and not np.issubdtype(np.asarray(columns).dtype, np.integer):
+            raise ValueError("columns must be whole numbers, the indices of features")
+        self._subset = None if columns is None else np.asarray(columns, np.int64)
+        n_columns = sae.d_sae if self._subset is None else len(self._subset)
+        self._sums = backend.Accumulators(
+            **{name: np.zeros(n_columns) for name in _SUMS},
+            **{name: np.zeros(n_columns, np.int64) for name in _COUNTS},
+            weighted_sq_shift=np.zeros((n_columns, n_replicates)),
+        )
+        self.n_replicates = n_replicates
+        self.n_tokens = 0
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _ARRAYS:
+            return self._sums[name]
+        raise AttributeError(f"ShiftStats has no '{name}'")
+
+    def update(self, base: Any, other: Any, row_weights: Doubles | None = None) -> None:
+        """Adds paired rows.
+
+        base, other: [n_tokens, d_in] float32 or bfloat16 (on CUDA float16 too), row t is the same token;
+                     numpy, torch or DLPack, borrowed
+        row_weights: [n_tokens, n_replicates] float64, needed where n_replicates > 0
+
+        Raises ValueError, naming the argument, for a wrong shape or dtype, or NaN or infinity; nothing is added then.
+        Raises InputError for a CUDA tensor where there are no CUDA ops.
+        """
+        if self.sae is None:
+            raise ValueError("these statistics were loaded without their SAE: give it to ShiftStats.load to go on")
+        if (row_weights is not None) != (self.n_replicates > 0):
+            raise ValueError(f"row_weights must be given exactly where n_replicates > 0, and it is {self.n_replicates}")
+        base, other = backend.rows(base), backend.rows(other)
+        n_tokens = len(base)
+        device = backend.cuda_device_of(base)
+        sums = self._sums.on(device)
+        if row_weights is None:
+            sums = {**sums, "weighted_sq_shift": None}
+        given = {"columns": self._subset, "row_weights": row_weights, **sums}
+        if device is None:
+            _cpu.accumulate_shift(backend.encoder(self.sae), base, other, **given)
+        else:
+            cuda.accumulate_shift(backend.cuda_encoder(self.sae, device), base, other, **given)
+        self.n_tokens += n_tokens
+
+    @property
+    def columns(self) -> NDArray[np.int64]:
+        return np.arange(self.d_sae) if self._subset is None else self._subset
+
+    @property
+    def mean_squared_shift(self) -> Doubles:
+        """[n_columns] E_x ||h_j(x) - h_j(demos, x)||^2."""
+        return self._mean(self.sum_sq_shift)
+
+    @property
+    def mean_base(self) -> Doubles:
+        """[n_columns] mean activation in `base`."""
+        return self._mean(self.sum_base)
+
+    @property
+    def mean_other(self) -> Doubles:
+        """[n_columns] mean activation in `other`."""
+        return self._mean(self.sum_other)
+
+    def _mean(self, sums: Doubles) -> Doubles:
+        if self.n_tokens == 0:
+            raise ValueError("no tokens have been added yet")
+        return sums / self.n_tokens
+
+    def top(self, n: int) -> NDArray[np.int64]:
+        """The n features that shift most, most shifted first; among equals the lower index."""
+        return self.columns[top_indices(self._sums.as_they_are("sum_sq_shift"), n)]
+
+    def __add__(self, other: ShiftStats) -> ShiftStats:
+        if self.sae_fingerprint != other.sae_fingerprint or not np.array_equal(self.columns, other.columns):
+            raise ValueError("statistics of different SAEs or features cannot be added")
+        if self.n_replicates != other.n_replicates:
+            raise ValueError("statistics with different numbers of replicates cannot be added")
+        total = object.__new__(ShiftStats)
+        total.sae, total.sae_source, total.sae_fingerprint = self.sae, self.sae_source, self.sae_fingerprint
+        total.d_sae, total._subset = self.d_sae, self._subset
+        total.n_replicates, total.n_tokens = self.n_replicates, self.n_tokens + other.n_tokens
+        total._sums = backend.Accumulators(**{name: self._sums[name] + other._sums[name] for name in _ARRAYS})
+        return total
+
+    def save(self, path: str | Path, **more: NDArray[np.int64]) -> None:
+        """Writes the sums as safetensors, with `more` arrays beside them. Raises InputError where that fails."""
+        arrays: dict[str, NDArray[Any]] = {name: getattr(self, name) for name in _ARRAYS}
+        if self._subset is not None:
+            arrays["columns"] = self._subset
+        metadata = {
+            **{"n_tokens": str(self.n_tokens), "d_sae": str(self.d_sae)},
+            **{"sae_source": self.sae_source, "sae_fingerprint": self.sae_fingerprint},
+        }
+        files.save_arrays(path, {**arrays, **more}, {"kind": "ShiftStats", "version": "1", **metadata})
+
+    @classmethod
+    def load(cls, path: str | Path, sae: SAE | None = None) -> ShiftStats:
+        """Statistics saved by `save`; with their SAE they can be updated further.
+
+        Raises InputError where the file is not such a file or belongs to another SAE.
+        """
+        arrays, metadata = files.load_arrays(path, "ShiftStats")
+        stats = object.__new__(cls)
+        stats.sae_fingerprint = metadata.get("sae_fingerprint", "")
+        stats.sae, stats.sae_source, stats.d_sae = sae, metadata["sae_source"], int(metadata["d_sae"])
+        if sae is not None and sae.d_sae != stats.d_sae:
+            raise InputError(f"{path} has statistics of {stats.d_sae} features, but the SAE has {sae.d_sae}")
+        if sae is not None and sae.fingerprint != stats.sae_fingerprint:
+            raise InputError(f"{path} has statistics of another SAE ({stats.sae_source or 'one in memory'})")
+        stats._subset = arrays.pop("columns", None)  # type: ignore[assignment]
+        stats.n_tokens = int(metadata["n_tokens"])
+        for name in _ARRAYS:
+            if name not in arrays:
+                raise InputError(f"{path} has no '{name}': it is damaged, make it again")
+        stats._sums = backend.Accumulators(**{name: arrays[name] for name in _ARRAYS})
+        stats.n_replicates = stats.weighted_sq_shift.shape[1]
+        return stats
+
+
+def top_indices(values: Any, n: int) -> NDArray[np.int64]:
+    """[n] int64 positions of the n largest values (numpy, or a tensor), largest first; among equals the lower."""
+    if not isinstance(values, np.ndarray):
+        found: NDArray[np.int64] = cuda.top_indices(values, n).cpu().numpy()
+        return found
+    if not 1 <= n <= len(values):
+        raise ValueError(f"top {n} of {len(values)} features cannot be taken")
+    return np.argsort(-values, kind="stable")[:n]

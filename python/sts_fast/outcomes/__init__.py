@@ -1,0 +1,1 @@
+"""What really changed, held against a forecast, and what is learned from it."""

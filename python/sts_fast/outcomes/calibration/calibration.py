@@ -1,0 +1,293 @@
+"""Learns from past trainings to forecast the change itself, in the outcome's own unit, with prediction intervals."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sts_fast import files
+from sts_fast.errors import InputError
+from sts_fast.forecast.run import Forecast, Interval
+from sts_fast.outcomes.calibration import past
+from sts_fast.outcomes.calibration.change_text import shown_change, unit_name
+from sts_fast.outcomes.calibration.conformal import (
+    LEVEL,
+    Assessment,
+    Line,
+    assess,
+    fit_line,
+    held_out_residuals,
+    multiplier,
+    trains_needed,
+)
+from sts_fast.outcomes.outcomes import listed
+from sts_fast.signed.signed import SIGNED_FIELDS
+
+CALIBRATION_FILE = "calibration.json"
+CALIBRATION_SCHEMA_VERSION = "1.0"
+# Characters of a line of text.
+LINE = 79
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How scores of one estimator became changes in past trainings of one model; see conformal for the equations.
+
+    estimator:  whose scores; unit: of the changes, 'accuracy' being a share of 1, 'given' that of a table of changes
+    level:      of the intervals
+    conditions: what the scores depend on beside the training set, by name: model, SAE, and options
+    line:       change, and scale of its interval, as a function of the score
+    multiplier: half width of the interval in units of the scale
+    largest:    largest |score| learned from
+    domains:    names of the domains learned from
+    assessment: how the intervals do on training sets that were not learned from; None where too few would be left
+    runs:       the past runs: number of the training set, its name, domains, hashes of the files
+    warnings:   what to know before trusting it
+    """
+
+    estimator: str
+    unit: str
+    level: float
+    conditions: dict[str, Any]
+    line: Line
+    multiplier: float
+    largest: float
+    domains: list[str]
+    assessment: Assessment | None
+    runs: list[dict[str, Any]]
+    warnings: list[str]
+
+    @property
+    def signed(self) -> bool:
+        """Whether the direction of a change is forecast; otherwise its size alone."""
+        return self.estimator in SIGNED_FIELDS
+
+    @property
+    def n_trains(self) -> int:
+        """Different training sets among the past runs."""
+        return len({run["train"] for run in self.runs})
+
+    def change(self, score: float) -> float:
+        """The change forecast for a score."""
+        return float(self.line.change(np.asarray(score)))
+
+    def interval(self, score: float) -> Interval | None:
+        """Where the change lies with probability `level`; None for a score beyond all that were learned from."""
+        if abs(score) > self.largest:
+            return None
+        half = self.multiplier * float(self.line.scale(np.asarray(score)))
+        low, high = self.change(score) - half, self.change(score) + half
+        return (low if self.signed else max(low, 0.0)), high
+
+    def check(self, conditions: dict[str, Any]) -> None:
+        """Raises InputError where the conditions of a forecast, as far as given, differ from those learned under."""
+        learned = {name: value for name, value in self.conditions.items() if name in conditions}
+        if differ := past.differences(learned, conditions):
+            raise InputError(
+                f"the calibration was learned from forecasts of another kind: {', '.join(differ)}; score as it was, or "
+                "learn a calibration from runs like this one"
+            )
+
+    def apply(self, forecast: Forecast) -> Forecast:
+        """The forecast with `change` and `change_interval` of each domain that the estimator scores.
+
+        A score beyond all that were learned from gets no interval, and a warning says how far beyond it is.
+
+        Raises InputError where the forecast does not hold the estimator, was made with another model, SAE or settings,
+        or has most of its scores beyond those learned from.
+        """
+        document = forecast.to_dict()
+        scores = past.forecasts_of(document, self.estimator)
+        if not scores:
+            name = self.estimator.removesuffix("_loss")
+            raise InputError(f"the calibration is one of '{self.estimator}': score with --estimators {name}")
+        self.check(past.conditions(document, self.estimator))
+        beyond = {name: abs(score) / self.largest for name, score in scores.items() if abs(score) > self.largest}
+        if 2 * len(beyond) > len(scores):
+            raise InputError(
+                f"{len(beyond)} of {len(scores)} scores lie beyond the largest that the calibration was learned from "
+                f"({self.largest:.3g}), the median {np.median(list(beyond.values())):.1f} times as far out: learn it "
+                "from runs like this one"
+            )
+        warnings = list(self.warnings)
+        if beyond:
+            shown = listed(f"{name} ({ratio:.2f} times)" for name, ratio in beyond.items())
+            warnings.append(f"no interval for scores beyond the largest that the calibration was learned from: {shown}")
+        if new := [name for name in scores if name not in self.domains]:
+            warnings.append(
+                f"the calibration was learned without {listed(new)}: their intervals hold if they move like the others"
+            )
+        domains = [
+            replace(
+                domain,
+                change=self.change(scores[domain.name]) if domain.name in scores else None,
+                change_interval=self.interval(scores[domain.name]) if domain.name in scores else None,
+            )
+            for domain in forecast.domains
+        ]
+        said = {
+            "estimator": self.estimator,
+            "unit": self.unit,
+            "signed": self.signed,
+            "level": self.level,
+            "n_trains": self.n_trains,
+            "n_runs": len(self.runs),
+            "coverage": self.assessment and self.assessment.coverage,
+            "width": self.assessment and self.assessment.width,
+            "constant_width": self.assessment and self.assessment.constant_width,
+            "warnings": warnings,
+        }
+        return replace(forecast, domains=domains, calibration=said)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the file holds."""
+        document: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
+        return {"schema_version": CALIBRATION_SCHEMA_VERSION, **document}
+
+    def to_text(self) -> str:
+        """What was learned, as lines of text."""
+        return text_of(self)
+
+    def save(self, path: str | Path) -> None:
+        """Writes it as JSON. Raises InputError where that cannot be done."""
+        document = self.to_dict()
+        _validate(document)
+        with files.atomic_path(path) as temporary:
+            temporary.write_text(files.to_json(document), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Calibration:
+        """Raises InputError where the file is not one that `save` wrote."""
+        import jsonschema
+
+        try:
+            document = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_constant)
+            _validate(document)
+        except FileNotFoundError as error:
+            raise InputError(f"there is no calibration {path}: make one with sts-fast validate --fit") from error
+        except jsonschema.ValidationError as error:
+            what = f"{error.json_path}: {error.message}"[:200]
+            raise InputError(f"{path} is not a calibration: {what}; make one with sts-fast validate --fit") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"{path} is not a calibration: {error}") from error
+        del document["schema_version"]
+        found = document.pop("assessment")
+        if found is not None:
+            found = Assessment(**{**found, "coverage_range": tuple(found["coverage_range"])})
+        return cls(**{**document, "line": Line(**document["line"]), "assessment": found})
+
+
+def text_of(calibration: Calibration) -> str:
+    """What was learned, and how its intervals do on training sets held out."""
+    unit, line = calibration.unit, calibration.line
+
+    def number(value: float) -> str:
+        return shown_change(value, unit, signed=False)
+
+    factor = 100 if unit == "accuracy" else 1
+    what = "change" if calibration.signed else "size of change"
+    start = f"{factor * line.intercept:.3g} + " if line.intercept else ""
+    half = f"{factor * calibration.multiplier * line.floor:.3g}"
+    if line.per_score:
+        half += f" + {factor * calibration.multiplier * line.per_score:.3g} |score|"
+    n_changes = sum(run["n_domains"] for run in calibration.runs)
+    lines = [
+        f"Learned from {len(calibration.runs)} runs on {calibration.n_trains} training sets: {n_changes} changes, "
+        f"in {unit_name(unit)}",
+        "",
+        f"{what} = {start}{factor * line.slope:.3g} score    by '{calibration.estimator}', |score| up to "
+        f"{calibration.largest:.3g}",
+        f"{calibration.level:.0%} interval: that ± ({half})",
+    ]
+    if (found := calibration.assessment) is not None:
+        lines += [
+            "",
+            f"{'Training sets held out in turn':<32}{'inside':>8}{'mean width':>13}{'interval score':>17}{'error':>8}",
+            f"{'by the score':<32}{found.coverage:>8.0%}{number(found.width):>13}"
+            f"{number(found.interval_score):>17}{number(found.error):>8}",
+            f"{'the mean change, always':<32}{found.constant_coverage:>8.0%}{number(found.constant_width):>13}"
+            f"{number(found.constant_interval_score):>17}{number(found.constant_error):>8}",
+            "",
+            *textwrap.wrap(
+                f"Of single training sets, {found.coverage_range[0]:.0%} to {found.coverage_range[1]:.0%} of the "
+                f"changes lie inside. The interval score is the width, and {2 / (1 - calibration.level):.0f} times how "
+                "far outside a change lies: smaller is better.",
+                LINE,
+            ),
+        ]
+    return "\n".join(lines)
+
+
+def fit_calibration(runs: str | Path | Iterable[str | Path], *, estimator: str | None = None) -> Calibration:
+    """Learns from past runs how their scores became changes.
+
+    runs:      folders that sts-fast score or compare wrote, or that hold such folders, each with the outcome that
+               sts-fast validate put beside it; runs without one are left out
+    estimator: by default the first that all runs hold of adapter, step, ntk, act, icl, act_sq
+
+    Raises InputError where there are fewer than nine different training sets with an outcome, which an interval of 90%
+    takes, or where runs differ in model, SAE, settings or kind of outcome.
+    """
+    having, without = past.read_past([runs] if isinstance(runs, (str, Path)) else runs)
+    unit = past.unit_of(having)
+    estimator = past.choose_estimator(having, estimator)
+    conditions = past.check_alike(having, estimator)
+    points, keys = past.points_of(having, estimator)
+    if len(keys) < trains_needed():
+        raise InputError(
+            f"an interval of {LEVEL:.0%} takes past runs on {trains_needed()} different training sets, and only "
+            f"{len(keys)} with an outcome are there"
+        )
+    if not np.ptp(points.score):
+        raise InputError(f"all scores by '{estimator}' in the past runs are the same: nothing can be learned from them")
+    assessment, line = assess(points), fit_line(points)
+    return Calibration(
+        estimator=estimator,
+        unit=unit,
+        level=LEVEL,
+        conditions=conditions,
+        line=line,
+        multiplier=multiplier(held_out_residuals(points), points.train),
+        largest=float(np.abs(points.score).max()),
+        domains=sorted({name for run in having for name in run.outcomes}),
+        assessment=assessment,
+        runs=[past.described(run, keys.index(past.train_key(run.scores))) for run in having],
+        warnings=_warnings(having, without, line, assessment),
+    )
+
+
+def _warnings(having: list[past.PastRun], without: list[Path], line: Line, assessment: Assessment | None) -> list[str]:
+    said = []
+    if without:
+        said.append(f"left out, without an outcome: {listed(map(str, without))}")
+    largest = [max(abs(change) for change, _ in run.outcomes.values()) for run in having]
+    if min(largest) <= 1 < max(largest):
+        percent, share = (having[largest.index(pick(largest))].folder for pick in (max, min))
+        said.append(f"changes exceed 1 in {percent} and not in {share}: percent in one, shares in the other?")
+    if assessment is None:
+        said.append(f"whether the intervals hold could not be tried: that takes {trains_needed() + 1} training sets")
+    elif assessment.interval_score >= assessment.constant_interval_score:
+        said.append("on training sets held out the scores did no better than the mean change of past trainings")
+    if line.slope < 0:
+        said.append("past changes went against the sign of the scores, so the forecast turns it round")
+    return said
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}")
+
+
+def _validate(document: Any) -> None:
+    import jsonschema
+
+    text = (
+        resources.files("sts_fast.outcomes.calibration").joinpath("calibration.schema.json").read_text(encoding="utf-8")
+    )
+    jsonschema.Draft202012Validator(json.loads(text)).validate(document)

@@ -1,0 +1,223 @@
+"""Past runs: forecasts whose training has been done since, and what became of each domain."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sts_fast import files
+from sts_fast.errors import InputError
+from sts_fast.forecast.run import ESTIMATORS, SCORES_FILE, VALIDATION_FILE
+from sts_fast.outcomes.calibration.conformal import Points
+from sts_fast.outcomes.outcomes import METRICS, listed
+from sts_fast.outcomes.validate.reading import finite, read_run_scores
+from sts_fast.signed.signed import SIGNED_ESTIMATORS, SIGNED_FIELDS
+
+# Which estimator is learned from where none is named: the first that all runs hold.
+PREFERRED = (*reversed(SIGNED_ESTIMATORS), *ESTIMATORS)
+# What identifies a local model or SAE, of all the files that were hashed.
+WEIGHTS = (".safetensors", ".npz", ".pt", ".bin")
+SHOWN_DIGITS = 12
+
+
+@dataclass(frozen=True)
+class PastRun:
+    """One run's folder. scores: scores.json; outcomes: domain -> (change, metric), as sts-fast validate wrote them."""
+
+    folder: Path
+    scores: dict[str, Any]
+    outcomes: dict[str, tuple[float, str]]
+
+    def forecasts(self, estimator: str) -> dict[str, float]:
+        return forecasts_of(self.scores, estimator)
+
+
+def read_past(sources: Iterable[str | Path]) -> tuple[list[PastRun], list[Path]]:
+    """The runs in and below the given folders, and those of them that lack an outcome.
+
+    Raises InputError where a folder holds no run, or no run has an outcome, or a file is damaged.
+    """
+    folders: list[Path] = []
+    for source in map(Path, sources):
+        if not source.is_dir():
+            raise InputError(f"there is no folder {source}: give folders of past runs, each as sts-fast score wrote it")
+        found = sorted({path.parent for depth in ("", "*/", "*/*/") for path in source.glob(f"{depth}{SCORES_FILE}")})
+        if not found:
+            raise InputError(f"{source} holds no past run: give folders that sts-fast score wrote")
+        folders += [folder for folder in found if folder not in folders]
+    if not folders:
+        raise InputError("there are no past runs to learn from: give their folders")
+    having = [folder for folder in folders if (folder / VALIDATION_FILE).is_file()]
+    if not having:
+        raise InputError(
+            f"none of {len(folders)} past runs has an outcome: hold each against its evaluations first, with "
+            f"sts-fast validate {folders[0]} --before ... --after ..."
+        )
+    return [_read_one(folder) for folder in having], [folder for folder in folders if folder not in having]
+
+
+def _read_one(folder: Path) -> PastRun:
+    scores, path = read_run_scores(folder), folder / VALIDATION_FILE
+    try:  # leniently: other versions may have written other keys
+        train_key(scores)
+        for estimator in PREFERRED:
+            conditions(scores, estimator)
+            for name, score in forecasts_of(scores, estimator).items():
+                finite(f"the score of '{name}' in {folder / SCORES_FILE}", score)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise InputError(
+            f"{folder / SCORES_FILE} cannot be learned from: it lacks {error}, or holds something else there; make the "
+            "run again"
+        ) from error
+    try:
+        domains = json.loads(path.read_text(encoding="utf-8"))["domains"]
+        found = {str(one["name"]): (one["outcome"]["change"], str(one["outcome"]["metric"])) for one in domains}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path} is not what sts-fast validate wrote: validate the run again") from error
+    outcomes = {
+        name: (finite(f"the change of '{name}' in {path}", change), metric) for name, (change, metric) in found.items()
+    }
+    return PastRun(folder, scores, outcomes)
+
+
+def forecasts_of(scores: dict[str, Any], estimator: str) -> dict[str, float]:
+    """Score by domain, of those that have one; empty where the run was made without the estimator."""
+    if estimator in SIGNED_FIELDS:
+        of_domains = (scores.get("signed") or {"domains": {}})["domains"]
+        return {name: entry[estimator]["value"] for name, entry in of_domains.items() if entry.get(estimator)}
+    if any(domain[f"sts_{estimator}"] is None for domain in scores["domains"]):
+        return {}
+    return {domain["name"]: domain[f"sts_{estimator}"] for domain in scores["domains"]}
+
+
+def choose_estimator(runs: Sequence[PastRun], asked: str | None) -> str:
+    """Raises InputError where not every run holds it."""
+    if asked is not None and asked not in (*ESTIMATORS, *SIGNED_FIELDS):
+        raise InputError(f"--estimator must be one of {', '.join((*ESTIMATORS, *SIGNED_FIELDS))}, not '{asked}'")
+    for estimator in [asked] if asked else PREFERRED:
+        lacking = [run for run in runs if not run.forecasts(estimator)]
+        if not lacking:
+            return estimator
+    if asked:
+        raise InputError(f"{lacking[0].folder} holds no scores by '{asked}': score it with --estimators {asked}")
+    raise InputError("the past runs have no estimator in common: score them with the same --estimators")
+
+
+def points_of(runs: Sequence[PastRun], estimator: str) -> tuple[Points, list[str]]:
+    """All domains with a score and an outcome; and the key of each training set, in the order of their numbers.
+
+    Raises InputError where a run has none.
+    """
+    signed = estimator in SIGNED_FIELDS
+    keys = list(dict.fromkeys(train_key(run.scores) for run in runs))
+    score, change, train = [], [], []
+    for run in runs:
+        forecasts = run.forecasts(estimator)
+        both = [name for name in run.outcomes if name in forecasts]
+        if not both:
+            raise InputError(
+                f"{run.folder} forecasts none of the domains that {VALIDATION_FILE} has outcomes of "
+                f"({listed(run.outcomes) or 'none'}): validate it again"
+            )
+        score += [forecasts[name] for name in both]
+        change += [run.outcomes[name][0] for name in both]
+        train += [keys.index(train_key(run.scores))] * len(both)
+    changes = np.asarray(change, np.float64)
+    points = Points(np.asarray(score, np.float64), changes if signed else np.abs(changes), np.asarray(train), signed)
+    return points, keys
+
+
+def train_key(scores: dict[str, Any]) -> str:
+    """What tells training sets apart: the hashes of their files; of examples in memory, the shift that they cause."""
+    hashes = [entry["sha256"] for entry in scores["provenance"]["inputs"] if entry["role"] == "train"]
+    shifts = [[feature["index"], feature["mean_activation"]] for feature in scores["shifted_features"]]
+    return _digest(sorted(hashes) or shifts)
+
+
+def unit_of(runs: Sequence[PastRun]) -> str:
+    """'accuracy', in shares of 1, for all kinds of it, else the metric's name. Raises InputError where runs differ."""
+    units: dict[str, Path] = {}
+    for run in runs:
+        for _, metric in run.outcomes.values():
+            name = metric.partition(",")[0]
+            units.setdefault("accuracy" if name in METRICS else name, run.folder)
+    if len(units) > 1:
+        shown = ", ".join(f"{unit} in {folder}" for unit, folder in units.items())
+        raise InputError(f"the outcomes are not of one kind ({shown}): learn from runs that were evaluated alike")
+    return next(iter(units))
+
+
+def conditions(scores: dict[str, Any], estimator: str) -> dict[str, Any]:
+    """What scores depend on beside the training set, which past runs and new ones must have in common."""
+    model, sae, settings = scores["model"], scores["sae"], scores["settings"]
+    found = {
+        "model": _identity(scores, "model", model["name"], model["revision"]),
+        "SAE": _identity(scores, "sae", sae["source"], None),
+        "place": f"{model['side']} of {model['module']}",
+        "forecast of": "RL" if scores.get("rollouts") else "fine-tuning",
+    }
+    if estimator in SIGNED_FIELDS:
+        return found | {"--signed-features": (scores.get("signed") or {"features": None})["features"]}
+    found |= {"--dims": settings["dims"], "--top-n": settings["top_n"], "--tokens": settings["tokens"]}
+    if settings["dims"] in ("icl", "verified"):
+        found["--shots"] = settings["shots"]
+    if estimator == "icl":
+        found["--domain-shots"] = settings["domain_shots"]
+    return found
+
+
+def _identity(scores: dict[str, Any], role: str, name: str, revision: str | None) -> str:
+    """The weights' digest for local files, so that a folder may move; the name for what came from the hub."""
+    hashes = sorted(
+        entry["sha256"]
+        for entry in scores["provenance"]["inputs"]
+        if entry["role"] == role and entry["path"].endswith(WEIGHTS)
+    )
+    if hashes:
+        return f"{Path(name).name} ({_digest(hashes)[:SHOWN_DIGITS]})"
+    return name + (f" ({revision[:SHOWN_DIGITS]})" if revision else "")
+
+
+def differences(past: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """In words, where two runs were not made alike; a folder's name does not count where its weights are the same."""
+    return [
+        f"{name} {new.get(name)} instead of {value}"
+        for name, value in past.items()
+        if _comparable(value) != _comparable(new.get(name))
+    ]
+
+
+def _comparable(value: Any) -> Any:
+    return value[value.rindex("(") :] if isinstance(value, str) and value.endswith(")") else value
+
+
+def check_alike(runs: Sequence[PastRun], estimator: str) -> dict[str, Any]:
+    """The conditions that all runs share. Raises InputError where one was made otherwise."""
+    first = conditions(runs[0].scores, estimator)
+    for run in runs[1:]:
+        if differ := differences(first, conditions(run.scores, estimator)):
+            raise InputError(
+                f"{run.folder} was not made like {runs[0].folder}: {', '.join(differ)}; learn from runs made alike"
+            )
+    return first
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def described(run: PastRun, number: int) -> dict[str, Any]:
+    """What the calibration says of a run that it learned from."""
+    return {
+        "train": number,
+        "name": run.scores["train"]["name"],
+        "n_domains": len(run.outcomes),
+        "scores_sha256": files.sha256(run.folder / SCORES_FILE),
+        "outcomes_sha256": files.sha256(run.folder / VALIDATION_FILE),
+    }

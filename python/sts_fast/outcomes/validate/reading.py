@@ -1,0 +1,147 @@
+"""What a comparison is made from: scores with their controls, and outcomes, as arrays."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sts_fast.errors import InputError
+from sts_fast.forecast.run import SCORES_FILE, Forecast, Interval, check_has_scores
+from sts_fast.outcomes.outcomes import Outcome, listed
+from sts_fast.signed.signed import SIGNED_FIELDS
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Doubles = NDArray[np.float64]
+
+Number = float | tuple[float, float, float]
+Scores = Forecast | str | Path | Mapping[str, Any]
+
+MIN_DOMAINS = 4
+Z_95 = 1.959963984540054
+# No score and no change is as large; squares of what is overflow.
+LARGEST = 1e100
+
+
+def read_scores(source: Scores, estimator: str) -> tuple[dict[str, Number], dict[str, dict[str, Any]]]:
+    """Scores by domain; and control -> domain -> value."""
+    if isinstance(source, Forecast):
+        source = source.to_dict()
+    where = "the forecast"
+    if isinstance(source, (str, Path)):
+        where, source = str(source), read_run_scores(Path(source))
+    if not isinstance(source.get("domains"), list):
+        return {str(name): value for name, value in source.items()}, {}
+    scores: dict[str, Number] = {}
+    controls: dict[str, dict[str, Any]] = {}
+    signed = source["signed"]["domains"] if estimator in SIGNED_FIELDS and source.get("signed") else {}
+    for domain in source["domains"]:
+        if not isinstance(domain, dict) or "name" not in domain:
+            raise InputError(f"{where} is not a forecast: it lists a domain without a name")
+        if signed:
+            if found := signed.get(domain["name"], {}).get(estimator):
+                scores[domain["name"]] = (found["value"], *found["ci"])
+                for control, entry in (domain.get("controls") or {}).items():
+                    for label, number in _control_values(control, entry, "sts_act"):
+                        controls.setdefault(label, {})[domain["name"]] = number
+            continue
+        value = domain.get(f"sts_{estimator}")
+        if value is None:
+            held = sorted({key for key in domain if key.startswith("sts_") and not key.endswith("_ci") and domain[key]})
+            raise InputError(
+                f"{where} holds no scores of the estimator '{estimator}': it has "
+                f"{', '.join(key.removeprefix('sts_') for key in held) or 'none'}"
+            )
+        interval = domain.get(f"sts_{estimator}_ci")
+        if interval is not None and not (isinstance(interval, list) and len(interval) == 2):
+            raise InputError(f"{where} holds an interval of '{domain['name']}' that is no pair of numbers")
+        scores[domain["name"]] = (value, *interval) if interval else value
+        for control, entry in (domain.get("controls") or {}).items():
+            for label, number in _control_values(control, entry, f"sts_{estimator}"):
+                controls.setdefault(label, {})[domain["name"]] = number
+    if signed and not scores:
+        raise InputError(f"{where} holds no forecast by '{estimator}': score it with --estimators {estimator}")
+    return scores, controls
+
+
+def _control_values(control: str, entry: Any, key: str) -> list[tuple[str, Any]]:
+    """A control is a number, or numbers by estimator (only the one in question counts) or by other names."""
+    if not isinstance(entry, dict):
+        return [(control, entry)]
+    others = [(f"{control} {name}", value) for name, value in entry.items() if not name.startswith("sts_")]
+    return [*([(control, entry[key])] if key in entry else []), *others]
+
+
+def read_run_scores(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        check_has_scores(path)
+    file = path / SCORES_FILE if path.is_dir() else path
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"there is no {file}: give the folder that sts-fast score wrote") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file} is not a readable scores.json: {error}") from error
+    if not isinstance(document, dict) or not isinstance(document.get("domains"), list):
+        raise InputError(f"{file} is not a scores.json: it lists no domains")
+    return document
+
+
+def unmatched(scores: Mapping[str, Any], outcomes: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
+    if len(names) < MIN_DOMAINS:
+        raise InputError(
+            f"only {len(names)} domains are in both, and {MIN_DOMAINS} are needed: the forecast has "
+            f"{listed(scores) or 'none'}; the outcomes have {listed(outcomes) or 'none'}"
+        )
+    missing = [name for name in scores if name not in names]
+    left = [name for name in outcomes if name not in names.values()]
+    parts = [f"without an outcome: {listed(missing)}"] if missing else []
+    parts += [f"without a score: {listed(left)}"] if left else []
+    return ["left out, " + "; ".join(parts)] if parts else []
+
+
+def score_arrays(scores: Mapping[str, Number], names: Mapping[str, Any]) -> tuple[Doubles, Doubles]:
+    """Scores [n] and the standard deviations [n] that their 95% intervals stand for, 0 where there is none."""
+    values, deviations = np.zeros(len(names)), np.zeros(len(names))
+    for i, name in enumerate(names):
+        interval = interval_of(scores[name])
+        values[i] = finite(f"the score of '{name}'", value_of(scores[name]))
+        if interval is not None:
+            low, high = (finite(f"the interval of '{name}'", bound) for bound in interval)
+            if high < low:
+                raise InputError(f"the interval of '{name}' ends before it begins")
+            deviations[i] = (high - low) / (2 * Z_95)
+    return values, deviations
+
+
+def value_of(number: Number) -> Any:
+    return number[0] if isinstance(number, (tuple, list)) else number
+
+
+def interval_of(number: Number) -> Interval | None:
+    return (number[1], number[2]) if isinstance(number, (tuple, list)) and len(number) == 3 else None
+
+
+def outcome_arrays(outcomes: Mapping[str, Outcome]) -> tuple[Doubles, Doubles]:
+    """Changes [n] and their standard errors [n], NaN where unknown."""
+    if len(outcomes) < MIN_DOMAINS:
+        raise InputError(f"{MIN_DOMAINS} domains are needed, not {len(outcomes)}")
+    for name, outcome in outcomes.items():
+        finite(f"the change of '{name}'", outcome.change)
+        if outcome.stderr is not None and finite(f"the standard error of '{name}'", outcome.stderr) < 0:
+            raise InputError(f"the standard error of '{name}' is negative")
+    change = np.asarray([outcome.change for outcome in outcomes.values()], np.float64)
+    stderr = [math.nan if outcome.stderr is None else outcome.stderr for outcome in outcomes.values()]
+    return change, np.asarray(stderr, np.float64)
+
+
+def finite(what: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not math.fabs(value) < LARGEST:
+        raise InputError(f"{what} is {value}, not a number")
+    return float(value)

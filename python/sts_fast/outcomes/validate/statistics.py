@@ -1,0 +1,233 @@
+"""How scores and changes go together, and what outcomes could show of any forecast; along the last axis."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sts_fast.errors import InputError
+from sts_fast.forecast.run import Interval
+from sts_fast.outcomes.outcomes import Outcome, Outcomes
+from sts_fast.outcomes.validate.reading import Z_95, outcome_arrays
+from sts_fast.outcomes.validate.record import Association, Estimate, Limits
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Doubles = NDArray[np.float64]
+    Integers = NDArray[np.int64]
+    Statistic = Callable[[Doubles, Doubles], Doubles]
+
+N_DRAWS = 10_000
+# Up to 8! = 40,320 orders are gone through one by one.
+MAX_EXACT = 8
+LEVEL = 0.05
+# What a good forecast is taken to be: the paper reports .60 to .90.
+GOOD = 0.7
+
+
+def outcome_limits(outcomes: Outcomes | Mapping[str, Outcome], *, seed: int = 0) -> Limits:
+    """What these outcomes could show of any forecast, before one is made. Raises InputError for fewer than four."""
+    domains = outcomes.domains if isinstance(outcomes, Outcomes) else outcomes
+    change, stderr = outcome_arrays(domains)
+    size, n = np.abs(change), len(change)
+    if np.ptp(size) == 0:
+        raise InputError(f"the change of all {n} domains is of the same size: nothing can be compared")
+    noise_known = bool(np.isfinite(stderr).all())
+    rng = np.random.default_rng([seed, 1])
+    noisy = np.abs(change + rng.standard_normal((N_DRAWS, n)) * np.nan_to_num(stderr))
+    reached = pearson(size, noisy)
+    critical = critical_r(n)
+    standardised = (size - size.mean()) / size.std()
+    good = GOOD * standardised + math.sqrt(1 - GOOD**2) * rng.standard_normal((N_DRAWS, n))
+    orders, _ = _orders(n, seed)
+    rankings = pearson(np.arange(1.0, n + 1)[orders], size)
+    return Limits(
+        n_distinguishable=int((size > Z_95 * stderr).sum()) if noise_known else None,
+        reliability=_reliability(change, stderr) if noise_known else None,
+        ceiling=float(np.nanmedian(reached)) if noise_known else None,
+        ceiling_ci=_percentiles(reached) if noise_known else None,
+        power=float(np.mean(pearson(good, noisy) > critical)),
+        critical_r=critical,
+        chance_above_good=1 - float(np.interp(GOOD, *_random_pearson(n))),
+        chance_ranking_above_good=float(np.mean(rankings > GOOD)),
+    )
+
+
+def sign_auc(score: Doubles, change: Doubles) -> float | None:
+    risen, fallen = score[change > 0][:, None], score[change < 0]
+    if not risen.size or not fallen.size:
+        return None
+    return float(np.mean(risen > fallen) + np.mean(risen == fallen) / 2)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers that every predictor is judged by, so that predictors differ by nothing else.
+
+    outcome_noise, score_noise: [N_DRAWS, n] standard normal
+    domains: [N_DRAWS, n] domains drawn with replacement
+    orders:  [n_orders, n] permutations: all of them where exact, else random ones
+    """
+
+    outcome_noise: Doubles
+    score_noise: Doubles
+    domains: Integers
+    orders: Integers
+    exact: bool
+
+    @classmethod
+    def make(cls, n: int, seed: int) -> Draws:
+        rng = np.random.default_rng([seed, 0])
+        outcome_noise, score_noise = rng.standard_normal((2, N_DRAWS, n))
+        domains = rng.integers(0, n, (N_DRAWS, n))
+        return cls(outcome_noise, score_noise, domains, *_orders(n, seed))
+
+
+def _orders(n: int, seed: int) -> tuple[Integers, bool]:
+    if n <= MAX_EXACT:
+        return np.asarray(list(itertools.permutations(range(n)))), True
+    rng = np.random.default_rng([seed, 2])
+    return rng.permuted(np.tile(np.arange(n), (N_DRAWS, 1)), axis=1), False
+
+
+def associate(
+    score: Doubles, score_sd: Doubles, change: Doubles, stderr: Doubles, target: Callable[[Doubles], Doubles],
+    draws: Draws,
+) -> Association | None:  # fmt: skip
+    """Scores against target(change); None where either is the same in all domains."""
+    aim = target(change)
+    if np.ptp(score) == 0 or np.ptp(aim) == 0:
+        return None
+    again = None
+    if score_sd.any() or np.isfinite(stderr).any():
+        again = score + draws.score_noise * score_sd, target(change + draws.outcome_noise * np.nan_to_num(stderr))
+    estimates = []
+    ranks, aim_ranks = mean_ranks(score), mean_ranks(aim)
+    resampled = score[draws.domains], aim[draws.domains]
+    variants: list[tuple[Statistic, Doubles, Doubles]] = [
+        (pearson, score, aim), (_spearman, ranks, aim_ranks), (_r_squared, score, aim),
+    ]  # fmt: skip
+    for statistic, x, y in variants:
+        value = float(statistic(x, y))
+        # Ranks of ranks are the same ranks, so permuting them saves ranking again.
+        permuted = (pearson if statistic is _spearman else statistic)(x[draws.orders], y)
+        estimates.append(
+            Estimate(
+                value=value,
+                ci=None if again is None else _percentiles(statistic(*again)),
+                ci_domains=_percentiles(statistic(*resampled)),
+                leave_one_out=_leave_one_out(statistic, x, y),
+                p_one_sided=_share(permuted >= value - 1e-12, draws.exact),
+                p_two_sided=_share(np.abs(permuted) >= abs(value) - 1e-12, draws.exact),
+            )
+        )
+    return Association(*estimates)
+
+
+def associate_control(
+    values: Mapping[str, Any], names: Sequence[str], change: Doubles, stderr: Doubles, draws: Draws
+) -> Association | None:
+    """As associate; None also where the control is not there for every domain."""
+    numbers = [values.get(name) for name in names]
+    if any(not isinstance(number, (int, float)) or not math.isfinite(number) for number in numbers):
+        return None
+    return associate(np.asarray(numbers, np.float64), np.zeros(len(names)), change, stderr, np.abs, draws)
+
+
+def pearson(x: Doubles, y: Doubles) -> Doubles:
+    """NaN where x or y is constant."""
+    dx, dy = x - x.mean(-1, keepdims=True), y - y.mean(-1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        r: Doubles = (dx * dy).sum(-1) / np.sqrt((dx * dx).sum(-1) * (dy * dy).sum(-1))
+    return np.where((np.ptp(x, -1) == 0) | (np.ptp(y, -1) == 0), np.nan, np.clip(r, -1, 1))
+
+
+def _spearman(x: Doubles, y: Doubles) -> Doubles:
+    return pearson(mean_ranks(x), mean_ranks(y))
+
+
+def _r_squared(x: Doubles, y: Doubles) -> Doubles:
+    return pearson(x, y) ** 2
+
+
+def mean_ranks(values: Doubles) -> Doubles:
+    """Ranks from 1 along the last axis; ties get their mean rank."""
+    order = np.argsort(values, axis=-1)
+    ordered = np.take_along_axis(values, order, -1)
+    place = np.broadcast_to(np.arange(values.shape[-1]), values.shape)
+    is_next_larger = ordered[..., 1:] != ordered[..., :-1]
+    first, last = place.copy(), place.copy()  # of the equal values around each place
+    first[..., 1:][~is_next_larger] = 0
+    last[..., :-1][~is_next_larger] = values.shape[-1]
+    first = np.maximum.accumulate(first, -1)
+    last = np.minimum.accumulate(last[..., ::-1], -1)[..., ::-1]
+    ranks = np.empty(values.shape)
+    np.put_along_axis(ranks, order, 1 + (first + last) / 2, -1)
+    return ranks
+
+
+def _leave_one_out(statistic: Statistic, x: Doubles, y: Doubles) -> Interval:
+    left = _without_each(statistic, x, y)
+    return float(np.nanmin(left)), float(np.nanmax(left))
+
+
+def _without_each(statistic: Statistic, x: Doubles, y: Doubles) -> Doubles:
+    """[n] the statistic without domain i; the value of all domains where it is not defined."""
+    n = len(x)
+    others = np.nonzero(~np.eye(n, dtype=bool))[1].reshape(n, n - 1)
+    left = statistic(x[others], y[others])
+    return np.where(np.isnan(left), statistic(x, y), left)
+
+
+def without_most_helpful(score: Doubles, size: Doubles) -> tuple[int, float]:
+    left = _without_each(pearson, score, size)
+    return int(np.argmin(left)), float(left.min())
+
+
+def _percentiles(values: Doubles) -> Interval | None:
+    if np.isnan(values).all():
+        return None
+    low, high = np.nanpercentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _share(hits: NDArray[np.bool_], exact: bool) -> float:
+    """Of all orders; of random orders and the observed one, so that it is never zero."""
+    return float(hits.mean()) if exact else float((hits.sum() + 1) / (len(hits) + 1))
+
+
+def _random_pearson(n: int) -> tuple[Doubles, Doubles]:
+    """Distribution of r of n independent normal scores with anything: grid of r, and P(random r <= r).
+
+    Its density is proportional to (1 - r^2)^((n - 4) / 2), that is cos(a)^(n - 3) in a = arcsin r.
+    """
+    angle = np.linspace(-np.pi / 2, np.pi / 2, 20_001)
+    density = np.clip(np.cos(angle), 0, None) ** (n - 3)
+    below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    return np.sin(angle), below / below[-1]
+
+
+def critical_r(n: int) -> float:
+    r, below = _random_pearson(n)
+    return float(np.interp(1 - LEVEL, below, r))
+
+
+def _reliability(change: Doubles, stderr: Doubles) -> float:
+    """1 - mean_i Var|X_i| / Var(|d|), X_i ~ N(d_i, stderr_i^2), whose |X_i| is folded normal:
+
+    Var|X| = d^2 + stderr^2 - m^2,  m = E|X| = stderr sqrt(2 / pi) exp(-d^2 / (2 stderr^2)) + d erf(d / (stderr sqrt 2))
+    """
+    noise = []
+    for d, s in zip(change.tolist(), stderr.tolist(), strict=True):
+        if s == 0:
+            noise.append(0.0)
+            continue
+        mean = s * math.sqrt(2 / math.pi) * math.exp(-((d / s) ** 2) / 2) + d * math.erf(d / s / math.sqrt(2))
+        noise.append(d * d + s * s - mean * mean)
+    return max(0.0, 1 - sum(noise) / len(noise) / float(np.var(np.abs(change), ddof=1)))

@@ -1,0 +1,97 @@
+"""Holds a forecast against what really changed, and says how much that comparison can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from sts_fast.errors import InputError
+from sts_fast.outcomes.outcomes import Outcome, Outcomes, cautions, match_domains, read_outcomes
+from sts_fast.outcomes.validate.reading import Scores, interval_of, outcome_arrays, read_scores, score_arrays, unmatched
+from sts_fast.outcomes.validate.record import DomainResult
+from sts_fast.outcomes.validate.statistics import (
+    Draws,
+    associate,
+    associate_control,
+    outcome_limits,
+    sign_auc,
+    without_most_helpful,
+)
+from sts_fast.outcomes.validate.validation import Validation, verdict
+from sts_fast.signed.signed import SIGNED_FIELDS
+
+
+def validate(
+    scores: Scores,
+    outcomes: Outcomes | Mapping[str, Outcome] | None = None,
+    *,
+    before: str | Path | None = None,
+    after: str | Path | None = None,
+    metric: str | None = None,
+    estimator: str = "act",
+    seed: int = 0,
+) -> Validation:
+    """Compares a forecast with the measured change of its domains.
+
+    scores:   a Forecast, the folder or scores.json of a run, its content, or domain -> score or (score, low, high)
+    outcomes: domain -> Outcome; or give `before`, `after`, `metric` for read_outcomes
+    estimator: whose scores to take: 'act', 'icl', 'act_sq'
+    seed:     of every draw; the same seed gives the same numbers
+
+    Raises InputError where scores or outcomes cannot be read or fewer than four domains are in both.
+    """
+    if outcomes is None:
+        if before is None:
+            raise ValueError("give outcomes, or before and after")
+        outcomes = read_outcomes(before, after, metric=metric)
+    known = outcomes.domains if isinstance(outcomes, Outcomes) else dict(outcomes)
+    warnings = list(outcomes.warnings) if isinstance(outcomes, Outcomes) else []
+    predicted, controls = read_scores(scores, estimator)
+    names = match_domains(list(predicted), known)
+    warnings += unmatched(predicted, known, names)
+    matched = {name: known[other] for name, other in names.items()}
+    warnings += cautions(matched)
+
+    score, score_sd = score_arrays(predicted, matched)
+    change, stderr = outcome_arrays(matched)
+    noise_known = bool(np.isfinite(stderr).any()), bool(score_sd.any())
+    draws = Draws.make(len(matched), seed)
+    limits = outcome_limits(matched, seed=seed)
+    is_signed = estimator in SIGNED_FIELDS
+    size_score = np.abs(score) if is_signed else score
+    size = associate(size_score, score_sd, change, stderr, np.abs, draws)
+    signed = associate(score, score_sd, change, stderr, np.positive, draws)
+    if size is None or signed is None:
+        raise InputError(f"all {len(matched)} domains in both have the same score: nothing can be compared")
+    control_results = {
+        name: association
+        for name, values in controls.items()
+        if (association := associate_control(values, list(matched), change, stderr, draws)) is not None
+    }
+    rows = [
+        DomainResult(
+            name,
+            float(score[i]),
+            interval_of(predicted[name]),
+            outcome.change / outcome.stderr if outcome.stderr else None,
+            outcome,
+        )
+        for i, (name, outcome) in enumerate(matched.items())
+    ]
+    carried = [what for what, known_ in zip(("the outcomes", "the scores"), noise_known, strict=True) if known_]
+    return Validation(
+        estimator=estimator,
+        domains=rows,
+        size=size,
+        signed=signed,
+        controls=control_results,
+        limits=limits,
+        ci_carries=" and ".join(carried) or "nothing",
+        exact_permutation=draws.exact,
+        seed=seed,
+        verdict=verdict(rows, size, control_results, limits, without_most_helpful(size_score, np.abs(change))),
+        warnings=warnings,
+        sign_auc=sign_auc(score, change) if is_signed else None,
+    )

@@ -1,0 +1,168 @@
+"""A comparison of forecast and outcome, and what it says in words and lines of text."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import textwrap
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sts_fast.forecast.run import Interval
+from sts_fast.outcomes.validate.record import Association, DomainResult, Limits
+from sts_fast.outcomes.validate.statistics import GOOD, LEVEL, N_DRAWS, critical_r
+from sts_fast.signed.signed import SIGNED_FIELDS
+
+ENOUGH_POWER = 0.8
+# Characters of a line of text.
+LINE = 79
+
+
+@dataclass(frozen=True)
+class Validation:
+    """A forecast beside what really happened.
+
+    size:     scores against |change|, which is what they forecast; of signed forecasts their absolute values
+    signed:   scores against the change with its sign
+    sign_auc: of all pairs of a domain that rose and one that fell, the share that a signed forecast has in the right
+              order; None for scores without a sign, or where all changes have one sign
+    controls: size, for each control in the place of the score
+    ci_carries: whose noise the intervals `ci` hold
+    """
+
+    estimator: str
+    domains: list[DomainResult]
+    size: Association
+    signed: Association
+    controls: dict[str, Association]
+    limits: Limits
+    ci_carries: str
+    exact_permutation: bool
+    seed: int
+    verdict: str
+    warnings: list[str]
+    sign_auc: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        document: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
+        return document
+
+    def to_text(self) -> str:
+        """The whole comparison as lines of text."""
+        return text_of(self)
+
+
+def text_of(validation: Validation) -> str:
+    """The whole comparison as lines of text."""
+    parts = (domain_lines(validation), association_lines(validation), limit_lines(validation))
+    return "\n".join([*(line for part in parts for line in (*part, "")), *textwrap.wrap(validation.verdict, LINE)])
+
+
+def verdict(
+    rows: list[DomainResult], size: Association, controls: dict[str, Association], limits: Limits,
+    without: tuple[int, float],
+) -> str:  # fmt: skip
+    n, r, p = len(rows), size.pearson.value, size.pearson.p_one_sided
+    found = f"r = {r:.2f}, p = {p:.2g}; Spearman {size.spearman.value:.2f}, p = {size.spearman.p_one_sided:.2g}"
+    weak = f"a forecast with a true r of {GOOD:g} would stand out from random ones in only {limits.power:.0%} of cases"
+    why = [f"{n} domains are few"] if n < 20 else []
+    if limits.n_distinguishable is not None and limits.n_distinguishable < n:
+        why.insert(0, f"{n - limits.n_distinguishable} of {n} changes cannot be told from zero")
+    because = f" ({', '.join(why)})" if why else ""
+    if p < LEVEL:
+        said = [f"The score orders the {n} domains by size of change better than chance ({found})."]
+        index, rest = without
+        if rest <= critical_r(n - 1):
+            said.append(f"That hangs on {rows[index].name}: without it r is {rest:.2f}, no better than chance.")
+        if limits.power < ENOUGH_POWER:
+            said.append(f"The outcomes are weak evidence all the same{because}: {weak}.")
+    elif limits.power < ENOUGH_POWER:
+        said = [
+            f"These outcomes cannot tell a good forecast from a useless one{because}: {weak}. "
+            f"What this score reaches ({found}) speaks neither for nor against it."
+        ]
+    else:
+        said = [
+            f"No better than chance ({found}), where a forecast with a true r of {GOOD:g} would have stood out from "
+            f"random ones in {limits.power:.0%} of cases."
+        ]
+    rivals = [
+        f"{name} ({control.pearson.value:.2f})" for name, control in controls.items() if control.pearson.value >= r
+    ]
+    if rivals:
+        said.append(f"Controls do as well: {', '.join(rivals)}.")
+    if limits.reliability is None:
+        said.append("The noise of the evaluation is not known, so all of this is a best case.")
+    return " ".join(said)
+
+
+def domain_lines(validation: Validation) -> list[str]:
+    label = validation.estimator if validation.estimator in SIGNED_FIELDS else f"STS_{validation.estimator}"
+    title = f"Forecast {label} beside the measured change, {len(validation.domains)} domains"
+    lines = [title, "", f"{'domain':<24}{'score [95%]':>25}{'change':>10}{'± stderr':>10}{'z':>7}"]
+    for row in sorted(validation.domains, key=lambda row: -row.score):
+        interval = "" if row.score_ci is None else f" [{row.score_ci[0]:.3g}, {row.score_ci[1]:.3g}]"
+        stderr = "" if row.outcome.stderr is None else f"{row.outcome.stderr:.4f}"
+        z = "" if row.z is None else f"{row.z:.1f}"
+        score = f"{row.score:.3g}{interval}"
+        lines.append(f"{row.name[:23]:<24}{score:>25}{row.outcome.change:>+10.4f}{stderr:>10}{z:>7}")
+    return lines
+
+
+def association_lines(validation: Validation) -> list[str]:
+    size, signed = validation.size, validation.signed
+    rows = [("Pearson r", size.pearson), ("Spearman r", size.spearman), ("R squared", size.r_squared)]
+    rows += [(f"r of {name}", control.pearson) for name, control in validation.controls.items()]
+    rows += [("Pearson r, signed", signed.pearson), ("Spearman r, signed", signed.spearman)]
+    columns = f"{'':>6}{'measured again':>16}{'other domains':>16}{'p 1-sided':>10}{'2-sided':>8}"
+    lines = [f"{'score, |change|':<22}{columns}"]
+    for label, estimate in rows:
+        lines.append(
+            f"{label[:21]:<22}{estimate.value:>6.2f}{_shown(estimate.ci):>16}{_shown(estimate.ci_domains):>16}"
+            f"{estimate.p_one_sided:>10.3f}{estimate.p_two_sided:>8.3f}"
+        )
+    orders = "all" if validation.exact_permutation else f"{N_DRAWS:,} random"
+    low, high = size.pearson.leave_one_out
+    direction = "The score forecasts size, not direction: see r of the signed change."
+    if validation.estimator in SIGNED_FIELDS:
+        auc = "not known" if validation.sign_auc is None else f"{validation.sign_auc:.0%}"
+        direction = (
+            "This forecast has a sign. Of all pairs of a domain that rose and one that fell, the share in the right "
+            f"order (50% by chance): {auc}."
+        )
+    note = (
+        f"95% intervals: if measured again (noise of {validation.ci_carries}), and over other domains (resampled). "
+        f"p: share of {orders} orders of the scores that do as well. Without one of the domains, Pearson r is between "
+        f"{low:.2f} and {high:.2f}. {direction}"
+    )
+    return [*lines, *textwrap.wrap(note, LINE)]
+
+
+def _shown(interval: Interval | None) -> str:
+    return "" if interval is None else f"[{interval[0]:.2f}, {interval[1]:.2f}]"
+
+
+def limit_lines(validation: Validation) -> list[str]:
+    limits, n = validation.limits, len(validation.domains)
+    said = []
+    if limits.n_distinguishable is not None:
+        said.append(f"{limits.n_distinguishable} of {n} changes differ from zero at 5%")
+    if limits.reliability is not None:
+        said.append(
+            f"reliability of |change|: {limits.reliability:.2f}; a forecast that knows every true |change| reaches its "
+            f"root, r = {math.sqrt(limits.reliability):.2f}"
+        )
+    if limits.ceiling is not None:
+        said.append(
+            "a forecast equal to the observed |change| reaches, when all is measured again, "
+            f"r = {limits.ceiling:.2f} {_shown(limits.ceiling_ci)}"
+        )
+    said.append(
+        f"a random forecast exceeds r = {GOOD:g} in {limits.chance_above_good:.1%} of cases, a random ranking in "
+        f"{limits.chance_ranking_above_good:.1%}"
+    )
+    said.append(f"a forecast with a true r of {GOOD:g} stands out from random ones in {limits.power:.0%} of cases")
+    lines = [textwrap.wrap(sentence, LINE, initial_indent="- ", subsequent_indent="  ") for sentence in said]
+    return ["What these outcomes could show of any forecast, at best:", *itertools.chain(*lines)]

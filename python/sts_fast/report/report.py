@@ -1,0 +1,88 @@
+"""The report of one run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from sts_fast import files
+from sts_fast.forecast.run import REPORT_FILE
+from sts_fast.report import ablation, changes, controls, features, outcome, ranking, signed, training
+from sts_fast.report.page import render
+from sts_fast.report.run import Run, read_run
+from sts_fast.rollouts.counts_text import counts_in_words, overlaps_in_words
+
+TEMPLATE = "report.html.j2"
+
+
+def build_report(folder: str | Path) -> Path:
+    """Writes report.html into a run's folder, from the files that lie there, and returns its path.
+
+    Reads scores.json and, where they are there, shift.safetensors (concentration curve), features.parquet (where the
+    shifted features fire), validation.json (forecast against outcome), ablation.json (what zeroing features did) and
+    training.json (what TransferMonitor measured). The same files give the same bytes.
+
+    Raises InputError where the folder holds no run, a file is damaged or of another version, or nothing can be written.
+    """
+    folder = Path(folder)
+    page = render(TEMPLATE, **_content(read_run(folder)))
+    with files.atomic_path(folder / REPORT_FILE) as path:
+        path.write_text(page, encoding="utf-8", newline="\n")
+    return folder / REPORT_FILE
+
+
+def _content(run: Run) -> dict[str, Any]:
+    """Everything that the template names."""
+    scores = run.scores
+    block = scores.get("rollouts")
+    ranked = ranking.rankings(scores)
+    model, train = short_name(scores["model"]["name"]), _train_name(scores)
+    warnings = [*scores["warnings"], *run.warnings]
+    if run.validation is not None:
+        warnings += outcome.outcome_warnings(run.validation)
+    if scores["calibration"] is not None:
+        warnings += scores["calibration"]["warnings"]
+    return {
+        "scores": scores,
+        "model": model,
+        "train": train,
+        "sae": short_name(scores["sae"]["source"]),
+        "summary": ranking.summary(scores, ranked, train, model),
+        "warnings": warnings + ranking.cautions(scores, ranked),
+        "rankings": ranked,
+        "changes": changes.change_section(scores),
+        "agreements": ranking.agreements(scores),
+        "agreement_figure": ranking.agreement_figure(scores),
+        "controls": controls.control_section(scores),
+        "outcome": None if run.validation is None else outcome.outcome_section(run.validation),
+        "signed": signed.signed_section(run),
+        "ablation": None if run.ablation is None else ablation.ablation_section(run.ablation),
+        "training": None if run.training is None else training.training_section(run.training, scores),
+        "concentration": features.concentration(run),
+        "features": features.feature_section(run),
+        "measure": features.MEASURES.get(scores["settings"]["dims"], "shift"),
+        "rollouts": [] if block is None else [counts_in_words(block), overlaps_in_words(block)],
+        "sets": [scores["train"] | {"name": "training set"}, *scores["domains"]],
+    }
+
+
+def short_name(name: str) -> str:
+    """The last part of a path; a hub id as it is."""
+    is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
+    return (re.split(r"[/\\]", name.rstrip("/\\"))[-1] or name) if is_path else name
+
+
+def _train_name(scores: dict[str, Any]) -> str:
+    """The training set's file with its folder, or the folder of its files; its name where several were compared.
+
+    Runs of rollouts are called by how D_N was found, and all rest on the same files.
+    """
+    if scores["train"]["name"] != "train" and not scores.get("rollouts"):
+        return str(scores["train"]["name"])
+    paths = [PurePosixPath(entry["path"]) for entry in scores["provenance"]["inputs"] if entry["role"] == "train"]
+    if not paths:
+        return "the rollouts" if scores.get("rollouts") else "the training set"
+    if len(paths) == 1:
+        return "/".join(part for part in paths[0].parts[-2:] if part != "/")
+    return f"{paths[0].parent.name or 'a folder'} ({len(paths)} files)"

@@ -1,0 +1,309 @@
+"""The forecast before RL: which features a policy's rewarded completions say that training will shift."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
+
+import numpy as np
+
+from sts_fast.data.prompts import PromptSet, TokenClass, show_prompt
+from sts_fast.data.sets import MIN_PROMPTS, Fields, Kind, Sets, Source, check_enough
+from sts_fast.errors import InputError
+from sts_fast.forecast.dims import Shift, measure_shifts
+from sts_fast.forecast.options import Options, Settings
+from sts_fast.forecast.run import ESTIMATORS, Forecast
+from sts_fast.forecast.score import forecasts_of
+from sts_fast.model import explain
+from sts_fast.model.language_model import LanguageModel
+from sts_fast.model.sae_check import measure_fit
+from sts_fast.model.session import SAESource, Session, hook_of, loaded_sae, open_model, with_head
+from sts_fast.model.stored import is_activations
+from sts_fast.rollouts.dims import (
+    N_FOLDS,
+    Completions,
+    correlation_shifts,
+    gradient_shift,
+    step_shift,
+)
+from sts_fast.rollouts.prompts import Rendering, Verified, read_completions, verified_demos, with_endings
+from sts_fast.rollouts.read import Columns, Rollouts, load_rollouts
+from sts_fast.sae import SAE
+from sts_fast.signed.gradients import HookedModel
+from sts_fast.signed.projection import projection
+from sts_fast.signed.push import Features, MapKind, Push, measure_push
+from sts_fast.signed.signed import (
+    BATCH_TOKENS,
+    SIGNED_ESTIMATORS,
+    SignedEstimator,
+    SignedForecast,
+    hook_layer,
+    signed_forecasts,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Way = Literal["verified", "correlation", "gradient", "step"]
+WAYS: tuple[Way, ...] = get_args(Way)
+
+# A larger part of completions than this that were cut off is worth a warning.
+MANY_TRUNCATED = 0.1
+
+
+def rollouts(
+    *,
+    model: str | Path | PreTrainedModel,
+    sae: SAESource,
+    rollouts: str | Path | Rollouts,
+    domains: Mapping[str, Source] | Sequence[str],
+    demos: Mapping[str, Source] | Sequence[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    tuned: str | Path | PreTrainedModel | None = None,
+    ways: Sequence[Way] = WAYS,
+    verified_reward: float | None = None,
+    columns: Columns | None = None,
+    **options: Unpack[Options],
+) -> dict[str, Forecast]:
+    """Forecasts how strongly RL will move each domain, from completions of the model and their rewards.
+
+    model, sae, domains, demos, tokenizer, options: as for `score`, with one SAE; `dims` does not apply. Signed
+              estimators take the policy gradient of the completions in the place of a training set's answers
+    rollouts: a file or folder of (prompt, completion, reward) rows, see load_rollouts; or rollouts in memory
+    tuned:    the model after RL: adds a forecast 'tuned', from the true shift on the same prompts
+    ways:     how D_N is found: 'verified', own completions of a high reward as demonstrations in the place of ground
+              truth; 'correlation', 'gradient' and 'step', see rollouts.dims
+    verified_reward: reward from which on a completion counts as verified; by default, the middle of all rewards
+    columns:  which columns of the file to read
+
+    Returns a forecast by way. Raises InputError, in one sentence with the remedy, for what cannot be used.
+    """
+    if "dims" in options:
+        raise TypeError("rollouts() takes no dims: give ways")
+    settings = Settings(**options)
+    _check_ways(ways)
+    signed: list[SignedEstimator] = [name for name in settings.estimators if name in SIGNED_ESTIMATORS]  # type: ignore[misc]
+    unsigned = [name for name in settings.estimators if name in ESTIMATORS]
+    settings = replace(settings, estimators=unsigned or ["act"])
+    if is_activations(model):
+        raise InputError(
+            f"{model} holds activations, but rollouts need a model: give its folder or hub id with --model"
+        )
+    one = loaded_sae(sae, settings.reading, settings.top_n)
+    data = rollouts if isinstance(rollouts, Rollouts) else load_rollouts(rollouts, columns or Columns())
+    fields = Fields(settings.question_fields or {}, settings.answer_fields or {})
+    sets = Sets.read({"rollouts": []}, domains, demos, fields)
+    opened = open_model(model, [one], tuned, tokenizer, settings.reading)
+    reader = opened.reader
+    if not isinstance(reader, LanguageModel):
+        raise TypeError("a model is read by a LanguageModel")
+    rendering = Rendering(opened.template)
+    data = with_endings(data, rendering)
+    layer = hook_layer(hook_of(reader, one), one) if signed or {"gradient", "step"} & {*ways} else -1
+
+    def prompts_of(name: str, *, show: bool, tokens: TokenClass | None = None, kind: Kind = "domain") -> PromptSet:
+        return settings.sampling.prompts(
+            name, sets.domains[name], sets.demos.get(name), opened.template, reader.context_length,
+            kind=kind, show=show, tokens=tokens,
+        )  # fmt: skip
+
+    # Every set is made ready before the first forward pass, so that bad input is told at once.
+    verified = verified_demos(data, rendering, verified_reward)
+    own = _verified_prompts(verified, opened, settings) if "verified" in ways else None
+    plain = _plain_prompts(verified, opened, settings) if tuned is not None else None
+    completions = None
+    if signed or {"correlation", "gradient", "step"} & {*ways}:
+        completions = read_completions(
+            data, rendering, context_length=reader.context_length, limit=settings.limit, seed=settings.seed
+        )
+        _check_groups(completions)
+    domain_sets = [prompts_of(name, show="icl" in settings.estimators) for name in sets.domains]
+    for prompt_set in domain_sets:
+        check_enough(prompt_set, reader.context_length, "domain")
+    answer_sets = [
+        answer_set
+        for name in sets.domains
+        if (settings.controls == "all" or signed)
+        and len((answer_set := prompts_of(name, show=False, tokens="answer")).prompts) >= MIN_PROMPTS
+    ]
+    if signed and not answer_sets:
+        raise InputError(
+            f"no domain has the {MIN_PROMPTS} answered questions that signed estimators need: add answers, or leave "
+            f"out {', '.join(signed)}"
+        )
+    of_completions = None if completions is None else completions.prompt_set
+    read_sets = [found for found in (own, of_completions, plain) if found is not None]
+    if settings.show is not None:
+        for prompt_set in (*read_sets, *domain_sets):
+            settings.show(show_prompt(prompt_set, opened.tokenizer))
+    labels = {} if settings.labels is None else explain.read_labels(settings.labels)
+    [measured] = measure_fit(reader, [one], read_sets[0].prompts)
+    fit = replace(measured, names=opened.names[0])
+    settings.reading.warn(fit.warning)
+    warnings = _warnings(data)
+
+    load_whole = cache(lambda: with_head(model, settings.reading))
+    shifts: dict[str, Shift] = {}
+    if own is not None:
+        [shifts["verified"]] = measure_shifts(reader, [one], own, settings, None)
+    push = Q = None
+    if completions is not None:
+        # What is read alike for all ways is read once.
+        [read] = correlation_shifts(reader, [one], completions, settings)
+        if "correlation" in ways:
+            shifts["correlation"] = read
+        if signed or {"gradient", "step"} & {*ways}:
+            hooked, Q = HookedModel(load_whole(), layer, name=reader.name), projection(one.d_in, seed=settings.seed)
+            push = _push(hooked, one, Q, completions, ways, signed, settings)
+            if "gradient" in ways:
+                shifts["gradient"] = gradient_shift(one, push, read, settings)
+                push = replace(push, folds=None)  # eight times as large as all else of it
+            if "step" in ways:
+                shifts["step"] = step_shift(
+                    hooked, one, Q, push, read, completions, settings, batch_tokens=_budget(settings)
+                )
+    if plain is not None:
+        [shifts["tuned"]] = measure_shifts(reader, [one], plain, replace(settings, dims="tuned"), opened.tuned)
+
+    def measure(whole: Any) -> list[dict[str, SignedForecast]]:
+        if push is None or Q is None or completions is None or not signed:
+            return []
+        hooked = HookedModel(whole, layer, name=reader.name)
+        # What is forecast is the same whatever D_N is.
+        by_push = signed_forecasts(
+            hooked, Features(one), Q, [push], [completions.prompt_set], answer_sets, signed,
+            batch_tokens=_budget(settings), seed=settings.seed, tell=settings.tell,
+        )  # fmt: skip
+        return [dict.fromkeys(shifts, by_push[push.name])]
+
+    source = rollouts if isinstance(rollouts, (str, Path)) else None
+    [forecasts] = forecasts_of(
+        opened, [list(shifts.values())], [fit], domain_sets, answer_sets, load_whole, measure,
+        dict.fromkeys(shifts, source),
+        {"model": model, "tuned": tuned, "labels": settings.labels, "domains": domains, "demos": demos or {}},
+        labels, settings,
+    )  # fmt: skip
+    block = _block(data, verified, completions)
+    return {
+        way: replace(
+            forecast,
+            settings={**forecast.settings, "dims": way},
+            rollouts={**block, "overlaps": _overlaps(shifts, way)},
+            controls={**forecast.controls, "importance": shifts[way].importance},
+            warnings=[*forecast.warnings, *warnings],
+        )
+        for way, forecast in forecasts.items()
+    }
+
+
+def _check_ways(ways: Sequence[str]) -> None:
+    for way in ways:
+        if way not in WAYS:
+            raise InputError(f"--ways must be among {', '.join(WAYS)}, not '{way}'")
+    if not ways or len({*ways}) < len(ways):
+        raise InputError("--ways must name one or more, each once")
+
+
+def _verified_prompts(verified: Verified, opened: Session, settings: Settings) -> PromptSet:
+    """The rollouts' prompts, with the best verified completions as demonstrations."""
+    if verified.alike and settings.shots:
+        raise InputError(
+            f"0 prompts have a verified completion, because all rewards are the same, {verified.lowest:g}: say with "
+            "--verified-reward from which on one counts, or leave verified out of --ways"
+        )
+    if len(verified.demos) < settings.shots:
+        raise InputError(
+            f"{len(verified.demos)} prompts have a verified completion, of a reward of {verified.lowest:g} or more, "
+            f"but {settings.shots} are to be shown as demonstrations: lower --verified-reward or --shots, or leave "
+            "verified out of --ways"
+        )
+    prompt_set = settings.sampling.prompts(
+        "verified", verified.queries, verified.demos, opened.template, opened.reader.context_length,
+        kind="train", show=True,
+    )  # fmt: skip
+    check_enough(prompt_set, opened.reader.context_length, "train")
+    return prompt_set
+
+
+def _plain_prompts(verified: Verified, opened: Session, settings: Settings) -> PromptSet:
+    """The same prompts without demonstrations, on which the true shift is measured."""
+    prompt_set = settings.sampling.prompts(
+        "tuned", verified.queries, verified.demos, opened.template, opened.reader.context_length,
+        kind="train", show=False,
+    )  # fmt: skip
+    check_enough(prompt_set, opened.reader.context_length, "train")
+    return prompt_set
+
+
+def _check_groups(completions: Completions) -> None:
+    n = int(completions.group_of[-1]) + 1
+    if n < MIN_PROMPTS:
+        raise InputError(
+            f"{n} prompts have readable completions of different reward, but at least {MIN_PROMPTS} are needed: give "
+            "more rollouts, or raise --limit"
+        )
+
+
+def _push(
+    hooked: HookedModel,
+    sae: SAE,
+    Q: np.ndarray[Any, np.dtype[np.float64]],
+    completions: Completions,
+    ways: Sequence[Way],
+    signed: Sequence[SignedEstimator],
+    settings: Settings,
+) -> Push:
+    if settings.signed_features != "sae":
+        raise InputError("--signed-features must be sae for rollouts: their D_N are rows of the same gradient")
+    maps: list[MapKind] = [kind for kind in get_args(MapKind) if kind in signed or (kind == "step" and kind in ways)]
+    return measure_push(
+        hooked, Features(sae), Q, "rollouts", completions.prompt_set.prompts,
+        objective=completions.objective, maps=maps, n_folds=N_FOLDS if "gradient" in ways else 0,
+        batch_tokens=_budget(settings), tell=lambda done, total: settings.tell("policy gradient", done, total),
+    )  # fmt: skip
+
+
+def _budget(settings: Settings) -> int:
+    return min(settings.batch_tokens or BATCH_TOKENS, BATCH_TOKENS)
+
+
+def _block(data: Rollouts, verified: Verified, completions: Completions | None) -> dict[str, Any]:
+    """`rollouts` in scores.json, but for the overlaps."""
+    recorded = bool(data.read_as.get("advantage"))
+    return {
+        **data.counts(),
+        "mean_reward": float(data.rewards.mean()),
+        "n_verified": len(verified.demos),
+        "verified_reward": verified.lowest,
+        "advantages": "recorded" if recorded else "group-normalised rewards",
+        "columns": data.read_as,
+        "n_completions_read": 0 if completions is None else len(completions.group_of),
+        "n_groups_read": 0 if completions is None else int(completions.group_of[-1]) + 1,
+        "n_too_long": 0 if completions is None else completions.prompt_set.n_too_long,
+    }
+
+
+def _overlaps(shifts: Mapping[str, Shift], way: str) -> dict[str, float]:
+    """Part of D_N that each other way has too, and the most active features."""
+    top = shifts[way].top
+    others = {name: shift.top for name, shift in shifts.items() if name != way}
+    others["most_active"] = shifts[way].most_active
+    return {name: len(np.intersect1d(top, other)) / len(top) for name, other in others.items()}
+
+
+def _warnings(data: Rollouts) -> list[str]:
+    counts, warnings = data.counts(), []
+    if counts["n_truncated"] > MANY_TRUNCATED * counts["n_completions"]:
+        warnings.append(
+            f"{counts['n_truncated']} of {counts['n_completions']} completions were cut off: their rewards say little "
+            "about what they would have answered"
+        )
+    if 2 * (counts["n_settled"] + counts["n_lone"]) > counts["n_groups"]:
+        warnings.append(
+            f"{counts['n_settled'] + counts['n_lone']} of {counts['n_groups']} prompts have completions of one reward "
+            "only, and say nothing about what is better"
+        )
+    return warnings

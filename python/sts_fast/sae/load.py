@@ -1,0 +1,55 @@
+"""Reads an SAE from wherever it is, whatever its layout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from sts_fast.errors import InputError
+from sts_fast.sae import detect, hub
+from sts_fast.sae.sae import SAE
+
+
+def load_sae(
+    source: str | Path,
+    *,
+    layer: int | None = None,
+    hook: str | None = None,
+    norm_scaling_factor: float | None = None,
+    dtype: str | None = None,
+) -> SAE:
+    """Reads an SAE: a folder or file of any layout in docs/saes.md, 'release/id' as sae-lens names it, or
+    'owner/repository[:folder or file]' of the Hugging Face hub.
+
+    layer: reads the residual stream after this layer, whatever the SAE's own files say
+    hook:  the same by name, such as 'blocks.25.hook_resid_post' or 'model.layers.25'
+    norm_scaling_factor: what rows are multiplied by first, for an SAE trained on inputs scaled to a mean norm of
+           sqrt(d_in) ('expected_average_only_in') whose weights were saved without that factor
+    dtype: of W_enc in memory, 'float32' or 'bfloat16'; None takes the file's, memory-mapped
+    Raises InputError, naming file and key, for whatever cannot be read or is not supported.
+    """
+    if dtype not in (None, "float32", "bfloat16"):
+        raise InputError(f"an SAE can be held as float32 or bfloat16, not {dtype}")
+    path = Path(source)
+    try:
+        exists = path.exists() and bool(str(source))
+    except OSError:  # a name that is too long
+        exists = False
+    if exists:
+        sae = detect.read(path, dtype=dtype, below=True)
+    elif "/" in str(source) and not path.is_absolute() and not str(source).startswith("."):
+        sae = hub.read(str(source), dtype=dtype)
+    else:
+        raise InputError(
+            f"there is no SAE at {str(source)[:200]}: give its folder or file, 'release/id' as sae-lens names it, or "
+            "'owner/repository:folder' on the hub"
+        )
+    if layer is not None and hook is not None:
+        raise InputError("--layer and --hook say the same thing: give one of them")
+    if layer is not None:
+        if layer < 0:
+            raise InputError(f"--layer counts from 0, and is not {layer}")
+        hook = f"blocks.{layer}.hook_resid_post"
+    if hook is not None:
+        sae = replace(sae, hook_name=hook, origin={**sae.origin, "hook_name": "--layer or --hook"})
+    return sae if norm_scaling_factor is None else sae.scaled(norm_scaling_factor)

@@ -1,0 +1,1 @@
+"""Which way a training set pushes the answers of a domain."""

@@ -1,0 +1,255 @@
+"""Gradients of a model's answers with respect to its residual stream, and the model run on from there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sts_fast.data.prompts import Prompt
+from sts_fast.errors import InputError
+from sts_fast.model.forward import row_norms
+from sts_fast.model.hooks import decoder_layers
+from sts_fast.model.language_model import attention_sinks, padded_ids
+from sts_fast.model.layer_trace import input_device
+from sts_fast.model.memory import TokenBudget
+from sts_fast.places import layer_of
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    Doubles = NDArray[np.float64]
+
+# Logits held at a time, in the answers' forward passes: 1 GB in float32.
+MOST_LOGITS = 2**28
+
+
+@dataclass(frozen=True)
+class AnswerRows:
+    """One batch of prompts with their answers: every token that leads to an answer, but BOS and attention sinks.
+
+    prompts:  index of each prompt in the list that was asked; padded: [n_prompts, longest, d_in] its residuals
+    ids:      [n_prompts, longest] token ids
+    at:       [n_tokens] row of each kept token in the flattened `padded`; prompt_of: [n_tokens] which of `prompts`
+    x:        [n_tokens, d_in] residuals of kept tokens, on the CPU, as the core takes them
+    g:        [n_tokens, r] float64 dL/dx_t Q, for L of the token's own prompt; no rows where no Q was given
+    nll:      [n_prompts] L, mean negative log-likelihood of the answer's tokens, in nats; n_answer: their number
+    """
+
+    prompts: list[int]
+    padded: torch.Tensor
+    ids: torch.Tensor
+    at: torch.Tensor
+    prompt_of: NDArray[np.int64]
+    x: torch.Tensor
+    g: Doubles
+    nll: Doubles
+    n_answer: NDArray[np.int64]
+
+
+class HookedModel:
+    """A whole causal language model that can be differentiated at, and started from, the output of one of its layers.
+
+    model: a Hugging Face decoder in memory; layer: whose output, the residual stream, is meant
+    name:  how errors call it; say: is told where a batch did not fit into memory and smaller ones follow
+
+    Raises InputError where the model has no such layer or no head.
+    """
+
+    def __init__(
+        self, model: Any, layer: int, *, name: str = "the model", say: Callable[[str], None] | None = None
+    ) -> None:
+        config = model.config.get_text_config()
+        layers = model.get_submodule(decoder_layers(model, config.num_hidden_layers))
+        layer_of(layer, len(layers), name=name)
+        if model.get_output_embeddings() is None:
+            raise InputError("signed estimators need the model's head: give a causal language model with one")
+        self.model, self.layer, self.name = model.eval(), layer, name
+        self.device = input_device(model)
+        self.memory = TokenBudget(self.device, name, say=say)
+        self.d_in: int = config.hidden_size
+        self._below, self._block = list(layers)[: layer + 1], layers[layer]
+        self._bos, self._vocabulary = config.bos_token_id, config.vocab_size
+        self._gives_tuple = False  # whether layers give (hidden states, ...), seen when they are run
+
+    def answer_rows(
+        self, prompts: Sequence[Prompt], Q: Doubles | None = None, *, batch_tokens: int
+    ) -> Iterator[AnswerRows]:
+        """Runs prompts that read their answers (tokens='answer'), shortest first, a batch at a time.
+
+        Q: [d_in, r] of `projection`, where gradients are wanted. The backward pass ends at the hook: no weight gets a
+            gradient.
+
+        Raises InputError where the model gives NaN, or a single prompt does not fit into memory.
+        """
+        lengths = [int(prompt.positions[-1]) + 1 for prompt in prompts]  # what follows the answer is not needed
+        most = min(batch_tokens, max(1, MOST_LOGITS // self._vocabulary))
+        for _, rows in self.memory.in_batches(lengths, most, lambda batch: self._rows(batch, prompts, lengths, Q)):
+            yield rows
+
+    def _rows(self, batch: list[int], prompts: Sequence[Prompt], lengths: list[int], Q: Doubles | None) -> AnswerRows:
+        import torch
+
+        chosen = [prompts[i] for i in batch]
+        ids = padded_ids(self.model, [p.base_ids[: lengths[i]] for i, p in zip(batch, chosen, strict=True)])
+        ids = ids.to(self.device)
+        leaf: list[torch.Tensor] = []
+
+        def at_hook(hidden: torch.Tensor) -> torch.Tensor:
+            leaf.append(hidden.detach().requires_grad_(Q is not None))
+            return leaf[0]
+
+        with self._frozen(), self._changing(at_hook), torch.set_grad_enabled(Q is not None):
+            nll = answer_nll(self._logits(ids), ids, chosen)
+            # Each prompt's loss depends on its own row of the batch alone.
+            gradient = torch.zeros_like(leaf[0]) if Q is None else torch.autograd.grad(nll.sum(), leaf[0])[0]
+        x = leaf[0].detach()
+        kept = [self._kept(p, x[row, : lengths[i]]) for row, (i, p) in enumerate(zip(batch, chosen, strict=True))]
+        at = torch.from_numpy(np.concatenate([row * ids.shape[1] + where for row, where in enumerate(kept)]))
+        at = at.to(x.device)
+        return AnswerRows(
+            prompts=batch,
+            padded=x,
+            ids=ids,
+            at=at,
+            prompt_of=np.repeat(np.arange(len(batch)), [len(where) for where in kept]),
+            x=_for_core(x.flatten(0, 1)[at]),
+            g=np.zeros((0, 0)) if Q is None else self._projected(gradient, at, Q),
+            nll=_finite(nll.detach(), self.name),
+            n_answer=np.asarray([len(p.positions) for p in chosen]),
+        )
+
+    def from_hook(
+        self, rows: AnswerRows, prompts: Sequence[Prompt], moved: torch.Tensor, Q: Doubles | None = None
+    ) -> tuple[Doubles, Doubles]:
+        """The loss of a batch with `moved` [n_tokens, d_in] float64 added to its kept tokens at the hook.
+
+        Only the layers above the hook are run. Returns [n_prompts] the loss and, where Q is given, its gradient there,
+        as in AnswerRows.
+        """
+        import torch
+
+        x = rows.padded.clone()
+        x.flatten(0, 1)[rows.at] += moved.to(x.dtype).to(x.device)
+        x.requires_grad_(Q is not None)
+        chosen = [prompts[i] for i in rows.prompts]
+        with (
+            self._frozen(),
+            self._skipping_below(),
+            self._changing(lambda hidden: x),
+            torch.set_grad_enabled(Q is not None),
+        ):
+            nll = answer_nll(self._logits(rows.ids), rows.ids, chosen)
+            g = np.zeros((0, 0)) if Q is None else self._projected(torch.autograd.grad(nll.sum(), x)[0], rows.at, Q)
+        return _finite(nll.detach(), self.name), g
+
+    def answers_from_hook(
+        self, rows: AnswerRows, prompts: Sequence[Prompt], moved: torch.Tensor
+    ) -> tuple[Doubles, NDArray[np.bool_]]:
+        """As `from_hook`, without gradients: [n_prompts] the loss, and whether the whole answer is the first choice."""
+        import torch
+
+        x = rows.padded.clone()
+        x.flatten(0, 1)[rows.at] += moved.to(x.dtype).to(x.device)
+        chosen = [prompts[i] for i in rows.prompts]
+        with torch.inference_mode(), self._skipping_below(), self._changing(lambda hidden: x):
+            logits = self._logits(rows.ids)
+            nll = answer_nll(logits, rows.ids, chosen)
+            exact = [
+                bool((logits[row, at - 1].argmax(dim=-1).cpu() == rows.ids[row, at].cpu()).all())
+                for row, at in enumerate(torch.from_numpy(prompt.positions.astype(np.int64)) for prompt in chosen)
+            ]
+        return _finite(nll, self.name), np.asarray(exact)
+
+    def _projected(self, gradient: torch.Tensor, at: torch.Tensor, Q: Doubles) -> Doubles:
+        import torch
+
+        return _finite(gradient.flatten(0, 1)[at].double() @ torch.from_numpy(Q).to(gradient.device), self.name)
+
+    def _logits(self, ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
+
+    def _kept(self, prompt: Prompt, residual: torch.Tensor) -> NDArray[np.int64]:
+        """Positions that lead to the answer: all before its last token, but BOS and attention sinks."""
+        kept = ~attention_sinks(row_norms(residual.detach()).cpu().numpy())
+        kept[-1] = False
+        kept[0] &= prompt.base_ids[0] != self._bos
+        return np.flatnonzero(kept)
+
+    @contextmanager
+    def _changing(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+        def hook(module: Any, args: Any, output: Any) -> Any:
+            self._gives_tuple = isinstance(output, tuple)
+            return (change(output[0]), *output[1:]) if self._gives_tuple else change(output)
+
+        handle = self._block.register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        # Then nothing below the hook is recorded for the backward pass, and it makes no gradient of a weight.
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in trainable:
+                if not parameter.is_inference():  # a weight left on disk may be the trace of a pass in inference mode
+                    parameter.requires_grad_(True)
+
+    @contextmanager
+    def _skipping_below(self) -> Iterator[None]:
+        def hand_on(hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+            return (hidden_states,) if self._gives_tuple else hidden_states
+
+        # A model that is spread over devices has a forward of its own on each module.
+        saved = [vars(block).get("forward") for block in self._below]
+        for block in self._below:
+            block.forward = hand_on
+        try:
+            yield
+        finally:
+            for block, forward in zip(self._below, saved, strict=True):
+                if forward is None:
+                    del block.forward
+                else:
+                    block.forward = forward
+
+
+def answer_nll(logits: torch.Tensor, ids: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
+    """[n_prompts] float64 mean negative log-likelihood of each answer's tokens, in nats; differentiable.
+
+    logits: [n_prompts, longest, vocabulary]; ids: [n_prompts, longest]; prompts read their answers
+    """
+    import torch
+
+    losses, ids = [], ids.to(logits.device)
+    for row, prompt in enumerate(prompts):
+        at = torch.from_numpy(prompt.positions.astype(np.int64)).to(logits.device)
+        # In float64, because the loss of an answer that is nearly certain is the difference of near equals.
+        log_p = torch.log_softmax(logits[row, at - 1].double(), dim=-1)
+        losses.append(-log_p.gather(1, ids[row, at, None]).mean())
+    return torch.stack(losses)
+
+
+def _for_core(rows: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    rows = rows.detach().cpu()
+    return rows if rows.dtype in (torch.float32, torch.bfloat16) else rows.float()
+
+
+def _finite(values: torch.Tensor, name: str) -> Doubles:
+    doubles: Doubles = values.double().cpu().numpy()
+    if not np.isfinite(doubles).all():
+        raise InputError(f"{name} gives NaN or infinity for the loss of an answer or its gradient: try --dtype float32")
+    return doubles

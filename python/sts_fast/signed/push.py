@@ -1,0 +1,404 @@
+"""Which way a training set pushes each domain: forecasts with a sign, from gradients at the hook and without training.
+
+Training is stood in for by its smallest part: a linear map W from features to the residual stream, added at the hook,
+
+    x_t -> x_t + W^T h(x_t),    W [n_features, d_in], zero before training.
+
+The gradient of a set's loss with respect to it is, with L the mean negative log-likelihood of an answer's tokens,
+
+    M_S = dL_S/dW = E_prompts sum_t h(x_t) g_t^T,    g_t = dL/dx_t,
+
+one forward pass and one backward pass that ends at the hook. A step -η M_S / ||M_S|| then moves a domain T by
+
+    ntk_loss   <M_S, M_T> / ||M_S||                              fall of T's loss, per unit of η (first order)
+    ntk        E_prompts n P <M_S, m_prompt> / ||M_S||           rise of P(answer), per unit of η (first order)
+    step       rise of P(answer) when the step is really taken, and the layers above the hook run again
+    step_loss  fall of the loss, likewise
+    adapter, adapter_loss   the same with W trained on S in many small steps instead of one long one
+
+with m_prompt one prompt's part of M_T, n the tokens of its answer and P the probability of all of them; η of `step` is
+such that S's own loss falls to a quarter, and W is trained until it falls to a twentieth. `<M_S, M_T>` is the neural
+tangent kernel of W, averaged over both sets. For RL, S's loss is that of its own completions, `policy.PolicyLoss`.
+
+At 7B shape (d_in 3584, d_sae 131,072, hook at layer 25 of 32) M costs a set one forward pass and the upper fifth of a
+backward pass, 1.4 forward passes in all, and 67 MB, since g is projected to 64 dimensions; `step` and `adapter` cost
+each pair of sets another 0.2 forward passes, and a training set 10 to 30 times 0.6 for 64 of its prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from sts_fast.data.prompts import Prompt
+from sts_fast.errors import InputError
+from sts_fast.ops import _cpu, backend
+from sts_fast.ops.encode import encode
+from sts_fast.sae import SAE
+from sts_fast.signed.gradients import AnswerRows, HookedModel
+from sts_fast.signed.objectives import AnswerLoss, PolicyLoss
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    Doubles = NDArray[np.float64]
+
+FeatureKind = Literal["sae", "fired", "raw"]
+MapKind = Literal["step", "adapter"]
+Tell = Callable[[int, int], None]
+
+# A training set whose loss is below this, in nats per token, has nothing left to pull at.
+SOLVED_LOSS = 0.01
+# Answers with a smaller probability than this, on average, are too long for a change of it to say anything.
+SMALLEST_P = 1e-3
+# How many of the training set's prompts are asked while a map is sought, and what it is to leave of their loss.
+MAP_PROMPTS = 64
+STEP_LOSS, ADAPTER_LOSS = 0.25, 0.05
+STEP_GROWTH, N_BISECTIONS = 1.4, 7
+# By the first gradient alone, so many of an adapter's steps bring the loss to zero; it takes more of them.
+ADAPTER_STEPS, MOST_ADAPTER_STEPS = 8, 64
+# Rows whose features are written out one by one at a time: 64 MB at 100 features a row.
+SPARSE_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Features:
+    """h(x): what a training set's push is written in.
+
+    kind:   'sae' its activations, 'fired' 1 where a feature fires, or 'raw' the residual x itself, less `centre`
+    centre: [d_in] float64, a mean residual; for 'raw' only
+
+    The SAE explains a forecast and makes it sparse; it does not make it better: see docs/signed.md.
+    """
+
+    sae: SAE
+    kind: FeatureKind = "sae"
+    centre: Doubles | None = None
+
+    @property
+    def n(self) -> int:
+        return self.sae.d_in if self.kind == "raw" else self.sae.d_sae
+
+    def accumulate(self, M: Doubles, x: torch.Tensor, g: Doubles) -> None:
+        """M += sum_t h(x_t) g_t^T, for M [n_features, r], x [n_tokens, d_in] float32 or bfloat16, g [n_tokens, r]."""
+        import torch
+
+        if self.kind == "sae":
+            sums = np.zeros(self.n), np.zeros(self.n), np.zeros(self.n, np.int64)
+            _cpu.accumulate_moments(
+                backend.encoder(self.sae), x, g, sum_h=sums[0], sum_sq_h=sums[1], n_fired=sums[2], sum_hy=M
+            )
+        elif self.kind == "raw":
+            M += np.einsum("ti,tr->ir", self._centred(x), g)
+        else:
+            for rows in _chunks(len(x)):
+                active = encode(self.sae, x[rows])
+                row_of = np.repeat(np.arange(len(active.indptr) - 1), np.diff(active.indptr))
+                features = torch.from_numpy(active.indices.astype(np.int64))
+                torch.from_numpy(M).index_add_(0, features, torch.from_numpy(g[rows][row_of]))
+
+    def times(self, x: torch.Tensor, *Ms: Doubles) -> list[Doubles]:
+        """[n_tokens, r] h(x) M for each M [n_features, r]; x is encoded once for all."""
+        import torch
+
+        if self.kind == "raw":
+            centred = self._centred(x)
+            return [np.einsum("ti,ir->tr", centred, M) for M in Ms]
+        products: list[Doubles] = [np.empty((len(x), M.shape[1])) for M in Ms]
+        for rows in _chunks(len(x)):
+            active = encode(self.sae, x[rows])
+            indices, starts = torch.from_numpy(active.indices.astype(np.int64)), torch.from_numpy(active.indptr[:-1])
+            values = torch.from_numpy(active.values.astype(np.float64))
+            if self.kind == "fired":
+                values = torch.ones_like(values)
+            for product, M in zip(products, Ms, strict=True):
+                product[rows] = torch.nn.functional.embedding_bag(
+                    indices, torch.from_numpy(M), starts, mode="sum", per_sample_weights=values
+                ).numpy()
+        return products
+
+    def _centred(self, x: torch.Tensor) -> Doubles:
+        residual: Doubles = x.double().numpy()
+        return residual if self.centre is None else residual - self.centre
+
+
+def _chunks(n: int) -> Iterator[slice]:
+    return (slice(start, start + SPARSE_ROWS) for start in range(0, n, SPARSE_ROWS))
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """What training is stood in for by: x_t -> x_t + W^T h(x_t) at the hook.
+
+    W:         [n_features, r] float64, acting through Q
+    loss_left: share of the training set's own loss that it leaves; aim: the share that was wanted
+    """
+
+    W: Doubles
+    loss_left: float
+    aim: float
+
+
+@dataclass(frozen=True)
+class Push:
+    """What training on a set pulls at.
+
+    direction: [n_features, r] float64 M_S / ||M_S||, gradients projected; training moves W against it
+    norm:      ||M_S||, fall of the set's own loss per unit of η
+    loss:      the set's loss before training: of answers, in nats per token; of a policy, in advantages
+    nll:       [n_prompts] loss per token of each answer (or completion) before training, in nats
+    folds:     [n_folds, n_features, r] parts of M_S that add up to it, from every n_folds-th prompt or group; or none
+    maps:      W after a virtual training, by estimator: 'step', 'adapter', or none
+    """
+
+    name: str
+    direction: Doubles
+    norm: float
+    loss: float
+    nll: Doubles
+    maps: dict[MapKind, LinearMap]
+    folds: Doubles | None = None
+
+
+@dataclass(frozen=True)
+class Pull:
+    """How a domain answers to each push.
+
+    values: by estimator, such as 'ntk' and 'ntk_loss', [n_pushes, n_prompts] each prompt's part, as in the module's
+        equations: a domain's forecast is the mean over its prompts
+    contributions: [n_pushes, n_features] <direction[j], M_T[j]>: each feature's part of the domain's ntk_loss
+    nll, n_answer: [n_prompts] loss per token of the answer, in nats, and its number of tokens
+    norm:   ||M_T||: <direction, M_T> / ||M_T|| is the cosine of both sets' gradients in features, from -1 to 1
+    """
+
+    name: str
+    values: dict[str, Doubles]
+    contributions: Doubles
+    nll: Doubles
+    n_answer: NDArray[np.int64]
+    norm: float
+
+    @property
+    def p_answer(self) -> Doubles:
+        """[n_prompts] probability of the whole answer."""
+        return np.exp(-self.nll * self.n_answer)
+
+
+def measure_push(
+    model: HookedModel,
+    features: Features,
+    Q: Doubles,
+    name: str,
+    prompts: Sequence[Prompt],
+    *,
+    objective: AnswerLoss | PolicyLoss | None = None,
+    maps: Sequence[MapKind] = (),
+    n_folds: int = 0,
+    batch_tokens: int,
+    tell: Tell | None = None,
+) -> Push:
+    """The push of a training set, from one forward and one backward pass down to the hook.
+
+    Q:         [d_in, r] of `projection`
+    objective: what training lowers, by default AnswerLoss; of a PolicyLoss, `prompts` are the completions
+    maps:      also seek these, on at most 64 of the prompts (or groups of at most 64 completions in all)
+    n_folds:   also keep M_S in so many parts
+
+    Raises InputError where the loss has no gradient at the hook.
+    """
+    n, objective = len(prompts), objective or AnswerLoss()
+    slopes = objective.slopes(np.zeros(n), np.zeros(n))  # at the base model they do not depend on the likelihoods
+    folds = np.zeros((max(n_folds, 1), features.n, Q.shape[1]))
+    fold_of = np.zeros(n, np.int64)
+    if n_folds:
+        fold_of = (objective.group_of if isinstance(objective, PolicyLoss) else np.arange(n)) % n_folds
+    nll = np.zeros(n)
+    done = 0
+    for rows in model.answer_rows(prompts, Q, batch_tokens=batch_tokens):
+        prompt_of = np.asarray(rows.prompts)[rows.prompt_of]
+        g = rows.g * slopes[prompt_of, None]
+        for fold in np.unique(fold_of[rows.prompts]):
+            of_fold = np.flatnonzero(fold_of[prompt_of] == fold)
+            whole = len(of_fold) == len(g)
+            features.accumulate(folds[fold], *((rows.x, g) if whole else (rows.x[of_fold], g[of_fold])))
+        nll[rows.prompts] = rows.nll
+        done += len(rows.prompts)
+        if tell is not None:
+            tell(done, n)
+    M: Doubles = folds.sum(axis=0) if n_folds else folds[0]
+    norm, loss = _norm(M), objective.loss(nll, nll)
+    if norm == 0:
+        raise InputError(
+            f"the answers of '{name}' pull at no feature: no feature fires on its tokens, or the loss is exactly zero"
+        )
+    seek = {"step": _seek_step, "adapter": _train_adapter}
+    asked = _Asked.of(model, features, Q, prompts, objective, batch_tokens) if maps else None
+    found = {kind: seek[kind](asked, M / norm, loss / norm) for kind in maps if asked is not None}
+    return Push(name, M / norm, norm, loss, nll, found, folds if n_folds else None)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The prompts on which a map is sought: their residuals are kept, so that only the upper layers are run again."""
+
+    model: HookedModel
+    features: Features
+    Q: Doubles
+    prompts: Sequence[Prompt]
+    objective: AnswerLoss | PolicyLoss
+    rows: list[AnswerRows]
+    nll: Doubles
+
+    @classmethod
+    def of(
+        cls,
+        model: HookedModel,
+        features: Features,
+        Q: Doubles,
+        prompts: Sequence[Prompt],
+        objective: AnswerLoss | PolicyLoss,
+        batch_tokens: int,
+    ) -> _Asked:
+        n, objective = objective.first(MAP_PROMPTS)
+        rows = list(model.answer_rows(prompts[:n], batch_tokens=batch_tokens))
+        nll = np.zeros(len(prompts[:n]))
+        for batch in rows:
+            nll[batch.prompts] = batch.nll
+        return cls(model, features, Q, prompts[:n], objective, rows, nll)
+
+    def share_left(self, W: Doubles, M: Doubles | None = None) -> float:
+        """What W leaves of the loss; the gradient with respect to W is added to M."""
+        nll, gradients = np.zeros_like(self.nll), []
+        for rows in self.rows:
+            moved = _project_back(self.features.times(rows.x, W)[0], self.Q)
+            nll[rows.prompts], g = self.model.from_hook(rows, self.prompts, moved, None if M is None else self.Q)
+            gradients.append(g)
+        if M is not None:
+            slopes = self.objective.slopes(nll, self.nll)  # of a policy, they depend on all completions of a prompt
+            for rows, g in zip(self.rows, gradients, strict=True):
+                self.features.accumulate(M, rows.x, g * slopes[np.asarray(rows.prompts)[rows.prompt_of], None])
+        return self.objective.loss(nll, self.nll) / self.objective.loss(self.nll, self.nll)
+
+
+def _seek_step(asked: _Asked, direction: Doubles, full_step: float) -> LinearMap:
+    """The smallest η found at which -η direction brings the loss down to STEP_LOSS of itself.
+
+    Where it never falls as far, the η with the lowest loss. full_step: the η that a straight line takes to zero
+    """
+    left: dict[float, float] = {}
+
+    def share_left(eta: float) -> float:
+        left[eta] = asked.share_left(-eta * direction)
+        return left[eta]
+
+    too_short, eta = 0.0, full_step / 10  # the search begins well below
+    while share_left(eta) > STEP_LOSS:
+        if left[eta] > 3 or len(left) > 40:
+            eta = min(left, key=lambda eta: left[eta])
+            return LinearMap(-eta * direction, left[eta], STEP_LOSS)
+        too_short, eta = eta, eta * STEP_GROWTH
+    for _ in range(N_BISECTIONS):
+        middle = (too_short + eta) / 2
+        too_short, eta = (too_short, middle) if share_left(middle) <= STEP_LOSS else (middle, eta)
+    return LinearMap(-eta * direction, left[eta], STEP_LOSS)
+
+
+def _train_adapter(asked: _Asked, direction: Doubles, full_step: float) -> LinearMap:
+    """W after gradient descent in steps of one length, once the loss is ADAPTER_LOSS of itself; else the best W met."""
+    W = np.zeros_like(direction)
+    best = LinearMap(W, 1.0, ADAPTER_LOSS)
+    for _ in range(MOST_ADAPTER_STEPS + 1):
+        M = np.zeros_like(W)
+        left = asked.share_left(W, M)
+        if left <= best.loss_left:
+            best = LinearMap(W, left, ADAPTER_LOSS)
+        norm = _norm(M)
+        if left <= ADAPTER_LOSS or norm == 0:
+            break
+        W = W - full_step / ADAPTER_STEPS * M / norm
+    return best
+
+
+def measure_pull(
+    model: HookedModel,
+    features: Features,
+    Q: Doubles,
+    name: str,
+    prompts: Sequence[Prompt],
+    pushes: Sequence[Push],
+    *,
+    batch_tokens: int,
+    tell: Tell | None = None,
+) -> Pull:
+    """How a domain answers to each push, from one pass over it, and one through the upper layers for each map.
+
+    All pushes have the same maps.
+    """
+    n = len(prompts)
+    M = np.zeros((features.n, Q.shape[1]))
+    aligned = np.zeros((len(pushes), n))
+    directions = [M for push in pushes for M in (push.direction, *(found.W for found in push.maps.values()))]
+    moved_nll = {kind: np.zeros((len(pushes), n)) for push in pushes for kind in push.maps}
+    nll, n_answer = np.zeros(n), np.zeros(n, np.int64)
+    done = 0
+    for rows in model.answer_rows(prompts, Q, batch_tokens=batch_tokens):
+        features.accumulate(M, rows.x, rows.g / n)
+        nll[rows.prompts], n_answer[rows.prompts] = rows.nll, rows.n_answer
+        along = iter(features.times(rows.x, *directions))
+        for i, push in enumerate(pushes):
+            per_token = np.einsum("tr,tr->t", next(along), rows.g)
+            aligned[i, rows.prompts] = np.bincount(rows.prompt_of, per_token, minlength=len(rows.prompts))
+            for kind in push.maps:
+                moved_nll[kind][i, rows.prompts] = model.from_hook(rows, prompts, _project_back(next(along), Q))[0]
+        done += len(rows.prompts)
+        if tell is not None:
+            tell(done, n)
+    p_answer = np.exp(-nll * n_answer)
+    values = {"ntk": aligned * n_answer * p_answer, "ntk_loss": aligned}
+    for kind, after in moved_nll.items():
+        values |= {kind: np.exp(-after * n_answer) - p_answer, f"{kind}_loss": nll - after}
+    contributions = np.stack([np.einsum("jr,jr->j", push.direction, M) for push in pushes])
+    return Pull(name, values, contributions, nll, n_answer, _norm(M))
+
+
+def push_warnings(push: Push) -> list[str]:
+    """What a reader should know about a training set's push."""
+    warnings = []
+    if push.loss < SOLVED_LOSS:
+        warnings.append(
+            f"the model answers '{push.name}' already (loss {push.loss:.4f} per token, below {SOLVED_LOSS}): there is "
+            "little left to pull at, and signed forecasts are weak"
+        )
+    warnings += [
+        f"no {kind} brings the loss of '{push.name}' down to {found.aim:.0%} of itself; the best one leaves "
+        f"{found.loss_left:.0%}"
+        for kind, found in push.maps.items()
+        if found.loss_left > found.aim * 1.05
+    ]
+    return warnings
+
+
+def pull_warnings(pulls: Sequence[Pull]) -> list[str]:
+    """What a reader should know about the domains' answers."""
+    unlikely = {pull.name: p for pull in pulls if (p := float(pull.p_answer.mean())) < SMALLEST_P}
+    if not unlikely:
+        return []
+    named = ", ".join(f"{name} ({p:.1g})" for name, p in unlikely.items())
+    return [
+        f"answers too long or too unlikely for a change of their probability to say much, in {named}: read the "
+        "forecasts of the loss there"
+    ]
+
+
+def _norm(M: Doubles) -> float:
+    return float(np.sqrt(np.einsum("jr,jr->", M, M)))
+
+
+def _project_back(projected: Doubles, Q: Doubles) -> torch.Tensor:
+    import torch
+
+    return torch.from_numpy(projected) @ torch.from_numpy(Q).T

@@ -1,0 +1,259 @@
+"""The signed part of a forecast: which way, and how far, a training set moves each domain whose answers are known."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+
+from sts_fast.data.prompts import Prompt, PromptSet
+from sts_fast.errors import InputError
+from sts_fast.model.explain import N_FEATURES, Firings
+from sts_fast.model.hooks import Hook
+from sts_fast.model.log import PromptLog
+from sts_fast.ops.encode import encode
+from sts_fast.places import split_name
+from sts_fast.sae import SAE
+from sts_fast.signed.gradients import HookedModel
+from sts_fast.signed.projection import projection
+from sts_fast.signed.push import (
+    FeatureKind,
+    Features,
+    MapKind,
+    Pull,
+    Push,
+    measure_pull,
+    measure_push,
+    pull_warnings,
+    push_warnings,
+)
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
+    Doubles = NDArray[np.float64]
+
+SignedEstimator = Literal["ntk", "step", "adapter"]
+SIGNED_ESTIMATORS = get_args(SignedEstimator)
+# What each of them forecasts: the change of P(answer), and the fall of the answer's loss.
+SIGNED_FIELDS = tuple(f"{name}{of}" for name in SIGNED_ESTIMATORS for of in ("", "_loss"))
+
+N_TOP_FEATURES = 20
+N_BOOTSTRAP = 1000
+INTERVAL = (2.5, 97.5)
+BATCH_TOKENS = 8192
+# Prompts of each domain in which the features that carry a forecast are looked for.
+EXAMPLE_PROMPTS = 64
+
+Tell = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class SignedForecast:
+    """The signed forecasts of one training set.
+
+    block:    `signed` in scores.json
+    warnings: what a reader should know
+    prompts:  rows of prompts.parquet, one for each answered prompt of the training set and of the domains
+    firings:  where the features that carry the forecasts fire in the domains' prompts
+    """
+
+    block: dict[str, Any]
+    warnings: list[str]
+    prompts: pa.Table
+    firings: Firings
+
+
+def hook_layer(hook: Hook, sae: SAE) -> int:
+    """The layer whose output an SAE reads. Raises InputError for any other place than the residual stream there."""
+    place, layer = split_name(hook.name)
+    if place == "resid_post" and layer is not None:
+        return layer
+    if place == "resid_pre" and layer:
+        return layer - 1
+    raise InputError(
+        f"signed estimators and ablations change the residual stream after a layer, but the SAE {sae.source} reads "
+        f"{hook.where}: use an SAE of a resid_post hook, or leave out ntk, step and adapter"
+    )
+
+
+def measure_signed(
+    model: HookedModel,
+    sae: SAE,
+    trains: Sequence[PromptSet],
+    domains: Sequence[PromptSet],
+    estimators: Sequence[SignedEstimator],
+    *,
+    kind: FeatureKind = "sae",
+    batch_tokens: int | None = None,
+    seed: int = 0,
+    tell: Tell | None = None,
+) -> dict[str, SignedForecast]:
+    """By training set, which way each domain moves; see push for the equations.
+
+    trains, domains: prompts that read their answers; each is passed through the model, and back to the hook, once
+    """
+    budget = min(batch_tokens or BATCH_TOKENS, BATCH_TOKENS)
+    features = Features(sae, kind, _centre(model, domains, budget) if kind == "raw" else None)
+    Q = projection(sae.d_in, seed=seed)
+    maps: list[MapKind] = [name for name in estimators if name != "ntk"]
+
+    pushes = [
+        measure_push(
+            model, features, Q, train.name, train.prompts, maps=maps, batch_tokens=budget, tell=_told(tell, train.name)
+        )
+        for train in trains
+    ]
+    return signed_forecasts(
+        model, features, Q, pushes, trains, domains, estimators, batch_tokens=budget, seed=seed, tell=tell
+    )
+
+
+def signed_forecasts(
+    model: HookedModel,
+    features: Features,
+    Q: Doubles,
+    pushes: Sequence[Push],
+    trains: Sequence[PromptSet],
+    domains: Sequence[PromptSet],
+    estimators: Sequence[SignedEstimator],
+    *,
+    batch_tokens: int,
+    seed: int = 0,
+    tell: Tell | None = None,
+) -> dict[str, SignedForecast]:
+    """By training set, which way each domain moves, from its push and one pass over each domain."""
+    pulls = [
+        measure_pull(
+            model,
+            features,
+            Q,
+            domain.name,
+            domain.prompts,
+            pushes,
+            batch_tokens=batch_tokens,
+            tell=_told(tell, domain.name),
+        )
+        for domain in domains
+    ]
+    blocks = [_block(i, push, pulls, features, estimators, seed) for i, push in enumerate(pushes)]
+    carriers = [[found["index"] for found in block["top_features"][:N_FEATURES]] for block in blocks]
+    firings = [Firings(np.asarray(indices, np.int64), "signed") for indices in carriers]
+    for domain in domains:
+        _find_firings(model, features.sae, domain, firings, batch_tokens)
+    return {
+        push.name: SignedForecast(
+            block,
+            [*push_warnings(push), *pull_warnings(pulls)],
+            _prompt_table(i, train, push, domains, pulls),
+            found,
+        )
+        for i, (train, push, block, found) in enumerate(zip(trains, pushes, blocks, firings, strict=True))
+    }
+
+
+def _find_firings(
+    model: HookedModel, sae: SAE, domain: PromptSet, firings: Sequence[Firings], batch_tokens: int
+) -> None:
+    columns = np.unique(np.concatenate([one.features for one in firings]))
+    if not len(columns):
+        return
+    for rows in model.answer_rows(domain.prompts[:EXAMPLE_PROMPTS], batch_tokens=batch_tokens):
+        active = encode(sae, rows.x, columns)
+        prompt_of = np.asarray(rows.prompts)[rows.prompt_of]
+        positions = rows.at.cpu().numpy() % rows.ids.shape[1]
+        for one in firings:
+            one.add(domain, prompt_of, positions, active)
+
+
+def _prompt_table(
+    i: int, train: PromptSet, push: Push, domains: Sequence[PromptSet], pulls: Sequence[Pull]
+) -> pa.Table:
+    """Rows of the stages 'signed_train' and 'signed'; `positions` are those of the answer, the values the prompt's."""
+    import pyarrow as pa
+
+    tables = []
+    parts: list[tuple[PromptSet, Doubles, dict[str, Doubles]]] = [(train, push.nll, {})]
+    parts += [
+        (domain, pull.nll, {field: values[i] for field, values in pull.values.items()})
+        for domain, pull in zip(domains, pulls, strict=True)
+    ]
+    for prompt_set, nll, values in parts:
+        n_answer = np.asarray([len(prompt.positions) for prompt in prompt_set.prompts])
+        log = PromptLog("signed" if values else "signed_train", prompt_set)
+        log.kept = [np.ones(len(prompt.positions), bool) for prompt in prompt_set.prompts]
+        table = log.table({"answer_nll_sum": nll * n_answer})
+        for field in SIGNED_FIELDS:
+            column = pa.array(values[field]) if field in values else pa.nulls(len(nll), pa.float64())
+            table = table.append_column(field, column)
+        tables.append(table)
+    return pa.concat_tables(tables)
+
+
+def _told(tell: Tell | None, name: str) -> Callable[[int, int], None] | None:
+    return None if tell is None else lambda done, total: tell(f"gradients of {name}", done, total)
+
+
+def _centre(model: HookedModel, domains: Sequence[PromptSet], batch_tokens: int) -> Doubles:
+    """[d_in] mean over domains of their mean residual."""
+
+    def mean(prompts: Sequence[Prompt]) -> Doubles:
+        total, n = np.zeros(model.d_in), 0
+        for rows in model.answer_rows(prompts, batch_tokens=batch_tokens):
+            total += rows.x.double().sum(dim=0).numpy()
+            n += len(rows.x)
+        return total / n
+
+    centre: Doubles = np.mean([mean(domain.prompts) for domain in domains], axis=0)
+    return centre
+
+
+def _block(
+    i: int, push: Push, pulls: Sequence[Pull], features: Features, estimators: Sequence[str], seed: int
+) -> dict[str, Any]:
+    found = {pull.name: _domain(i, pull, features, estimators, seed) for pull in pulls}
+    sizes = np.sum([np.abs(pull.contributions[i]) for pull in pulls], axis=0)
+    listed = {top["index"] for domain in found.values() for top in domain["top_features"] or []}
+    shares = {j: float(sizes[j] / sizes.sum()) for j in listed}
+    return {
+        "features": features.kind,
+        "train_loss": push.loss,
+        "loss_left": {kind: found.loss_left for kind, found in push.maps.items()},
+        "domains": found,
+        # Over all domains, those that carry most first.
+        "top_features": [{"index": j, "share": shares[j]} for j in sorted(shares, key=lambda j: (-shares[j], j))],
+    }
+
+
+def _domain(i: int, pull: Pull, features: Features, estimators: Sequence[str], seed: int) -> dict[str, Any]:
+    n = len(pull.nll)
+    rng = np.random.default_rng([seed, zlib.crc32(pull.name.encode())])
+    resamples = rng.multinomial(n, [1 / n] * n, size=N_BOOTSTRAP) / n
+    found: dict[str, Any] = {
+        "n_prompts": n,
+        "base_loss": float(pull.nll.mean()),
+        "p_answer": float(pull.p_answer.mean()),
+        "gradient_cosine": float(pull.values["ntk_loss"][i].mean() / pull.norm) if pull.norm else 0.0,
+    }
+    for field in SIGNED_FIELDS:
+        found[field] = None
+        if field.removesuffix("_loss") in estimators:
+            values = pull.values[field][i]
+            means = np.einsum("rp,p->r", resamples, values)
+            found[field] = {"value": float(values.mean()), "ci": np.percentile(means, INTERVAL).tolist()}
+    if features.kind == "raw":
+        return found | {"top_features": None, "share_of_top_features": None}
+    contributions = pull.contributions[i]
+    top = np.argsort(-np.abs(contributions), kind="stable")[:N_TOP_FEATURES]
+    listed = [{"index": int(j), "contribution": float(contributions[j])} for j in top if contributions[j]]
+    return found | {"top_features": listed, "share_of_top_features": _share(contributions, top)}
+
+
+def _share(contributions: Doubles, top: NDArray[np.int64]) -> float:
+    """Part of the summed sizes of all contributions that the top ones hold."""
+    total = float(np.abs(contributions).sum())
+    return float(np.abs(contributions[top]).sum()) / total if total else 0.0

@@ -1,0 +1,625 @@
+"""Prompts, with a tokenizer in which every word is one token, so that each expectation can be read off by eye."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from sts_fast.data.examples import Example
+from sts_fast.data.prompts import (
+    TEMPLATE_DATE,
+    Prompt,
+    PromptTemplate,
+    build_prompts,
+    choose_demos,
+    common_prefix_length,
+    common_suffix_length,
+    plain_text,
+)
+from sts_fast.errors import InputError
+
+SPECIAL = ["<unk>", "<bos>", "<eos>", "<system>", "<user>", "<assistant>", "<end>"]
+#               7          8        9    10   11   12   13   14   15   16   17   18
+WORDS = [*SPECIAL, "Question:", "Answer:", "?", "!", "a", "b", "c", "d", "e", "f", "x", "y"]
+WORDS += ["rule", "hi", "hello", "z", "w", "26", "Jul", "2024", "today:", "first", "later", "turns"]
+
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+CHAT_WITH_BOS = "<bos> " + CHAT
+# A default system prompt and the day, as Llama 3's and Qwen 2.5's templates have them.
+CHAT_WITH_DATE = (
+    "<system> today: {{ date_string }} "
+    "{% if messages[0].role == 'system' %}{{ messages[0].content }} {% set messages = messages[1:] %}{% endif %}<end> "
+) + CHAT
+CHAT_WITHOUT_TOOLS = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('tools are not supported') }}{% endif %}"
+    "{% endfor %}"
+) + CHAT
+# What stands in front of a turn, and behind the last one, depends on how many there are.
+CHAT_THAT_MARKS_THE_START = (
+    "{% for m in messages %}{{ 'first' if loop.first else 'later' }} {{ m.content }} {% endfor %}"
+)
+CHAT_THAT_COUNTS_AT_THE_END = (
+    "{% for m in messages %}{{ m.content }} {% endfor %}{{ 'turns ' * (messages | length) }}<end>"
+)
+
+AB = Example("q1", "a b", "x y")
+DEMO = Example("d1", "c", "z")
+OTHER_DEMO = Example("d2", "d e", "w z")
+
+
+def make_tokenizer(*, template: str = "$A", chat: str | None = None) -> PreTrainedTokenizerFast:
+    """template: what the tokenizer puts around every plain text, such as '<bos> $A'."""
+    core = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    core.pre_tokenizer = WhitespaceSplit()
+    core.post_processor = TemplateProcessing(single=template, special_tokens=[("<bos>", 1), ("<eos>", 2)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        unk_token="<unk>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        additional_special_tokens=SPECIAL[3:],
+    )
+    tokenizer.chat_template = chat
+    return tokenizer
+
+
+PLAIN = PromptTemplate(make_tokenizer())
+
+
+def chat(template: str = CHAT) -> PromptTemplate:
+    return PromptTemplate(make_tokenizer(chat=template))
+
+
+def words(ids: Sequence[int] | np.ndarray) -> str:
+    return " ".join(WORDS[i] for i in ids)
+
+
+def build_one(template: PromptTemplate, query: Example, demos: Sequence[Example] = (), tokens: str = "query") -> Prompt:
+    built = build_prompts("set", [query], template, demos=demos, tokens=tokens)
+    assert (built.name, built.n_too_long, built.n_unanswered) == ("set", 0, 0)
+    (prompt,) = built.prompts
+    assert prompt.id == query.id
+    for name in ("base_ids", "demos_ids", "positions", "paired", "paired_demos"):
+        assert getattr(prompt, name).dtype == np.int32
+    return prompt
+
+
+def tokens_read(prompt: Prompt) -> str:
+    return words(prompt.base_ids[prompt.positions])
+
+
+# Plain text -----------------------------------------------------------------------------------------------------------
+
+
+def test_plain_text_is_question_and_answer() -> None:
+    assert plain_text([("user", "1+1?")]) == "Question: 1+1?\nAnswer:"
+    assert plain_text([("user", "1+1?"), ("assistant", "2")]) == "Question: 1+1?\nAnswer: 2"
+
+
+def test_plain_text_with_demonstrations_and_system_turn() -> None:
+    turns = [("system", "Be brief."), ("user", "1+1?"), ("assistant", "2"), ("user", "2+2?")]
+    assert plain_text(turns) == "Be brief.\n\nQuestion: 1+1?\nAnswer: 2\n\nQuestion: 2+2?\nAnswer:"
+
+
+def test_plain_text_of_a_tool_turn_is_the_turn_itself() -> None:
+    turns = [("user", "q"), ("assistant", "call"), ("tool", "42"), ("user", "r")]
+    assert plain_text(turns) == "Question: q\nAnswer: call\n\n42\n\nQuestion: r\nAnswer:"
+
+
+def test_plain_text_keeps_lines_and_percent_and_braces() -> None:
+    assert plain_text([("user", "{x} %s\n\n{0}")]) == "Question: {x} %s\n\n{0}\nAnswer:"
+
+
+def test_plain_query_alone() -> None:
+    prompt = build_one(PLAIN, AB)
+    assert prompt.base_ids.tolist() == [7, 11, 12, 8]  # Question: a b Answer:
+    assert prompt.demos_ids.tolist() == []
+    assert prompt.positions.tolist() == [0, 1, 2, 3]
+    assert prompt.paired.tolist() == prompt.paired_demos.tolist() == []
+    assert prompt.n_special == 0
+
+
+def test_plain_query_pairs_with_itself_behind_the_demonstration() -> None:
+    prompt = build_one(PLAIN, AB, [DEMO])
+    assert words(prompt.base_ids) == "Question: a b Answer:"
+    assert words(prompt.demos_ids) == "Question: c Answer: z Question: a b Answer:"
+    assert prompt.paired.tolist() == [0, 1, 2, 3]
+    assert prompt.paired_demos.tolist() == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "base", "positions", "paired_demos"),
+    [
+        ("query", "Question: a b Answer:", [0, 1, 2, 3], [4, 5, 6, 7]),
+        ("last", "Question: a b Answer:", [3], [7]),
+        ("answer", "Question: a b Answer: x y", [4, 5], [8, 9]),
+        ("all", "Question: a b Answer: x y", [0, 1, 2, 3, 4, 5], [4, 5, 6, 7, 8, 9]),
+    ],
+)
+def test_token_classes_in_plain_text(tokens: str, base: str, positions: list[int], paired_demos: list[int]) -> None:
+    prompt = build_one(PLAIN, AB, [DEMO], tokens)
+    assert words(prompt.base_ids) == base
+    assert words(prompt.demos_ids) == f"Question: c Answer: z {base}"
+    assert prompt.positions.tolist() == positions
+    assert prompt.paired.tolist() == positions
+    assert prompt.paired_demos.tolist() == paired_demos
+    assert prompt.n_special == 0
+
+
+# Beginning and end of sequence ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("around", "prepend_bos", "expected"),
+    [
+        ("$A", False, "Question: a b Answer:"),
+        ("$A", True, "<bos> Question: a b Answer:"),
+        ("<bos> $A", False, "<bos> Question: a b Answer:"),
+        ("<bos> $A", True, "<bos> Question: a b Answer:"),
+        ("$A <eos>", False, "Question: a b Answer:"),
+        ("$A <eos>", True, "<bos> Question: a b Answer:"),
+        ("<bos> $A <eos>", True, "<bos> Question: a b Answer:"),
+    ],
+)
+def test_one_bos_at_most_and_no_eos(around: str, prepend_bos: bool, expected: str) -> None:
+    template = PromptTemplate(make_tokenizer(template=around), prepend_bos=prepend_bos)
+    prompt = build_one(template, AB, [DEMO])
+    bos = expected.startswith("<bos>")
+    assert words(prompt.base_ids) == expected
+    assert words(prompt.demos_ids) == expected.replace("Question: a", "Question: c Answer: z Question: a")
+    # BOS begins both prompts, but in front of different text: it is not a token of the query.
+    assert prompt.positions.tolist() == [i + bos for i in range(4)]
+    assert prompt.paired.tolist() == [i + bos for i in range(4)]
+    assert prompt.paired_demos.tolist() == [i + 4 + bos for i in range(4)]
+    assert prompt.n_special == 0
+
+
+def test_prepend_bos_is_void_without_a_bos_token() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = None
+    assert words(PromptTemplate(tokenizer, prepend_bos=True).token_ids([("user", "a")])) == "Question: a Answer:"
+
+
+def test_chat_template_decides_about_bos_alone() -> None:
+    # The tokenizer would add a BOS to plain text, the template writes one, the SAE asks for one: there is one.
+    tokenizer = make_tokenizer(template="<bos> $A <eos>", chat=CHAT_WITH_BOS)
+    ids = PromptTemplate(tokenizer, prepend_bos=True).token_ids([("user", "a")])
+    assert words(ids) == "<bos> <user> a <end> <assistant>"
+    tokenizer.chat_template = CHAT
+    ids = PromptTemplate(tokenizer, prepend_bos=True).token_ids([("user", "a")])
+    assert words(ids) == "<user> a <end> <assistant>"
+
+
+# Chat templates -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tokens", "base", "positions", "n_special"),
+    [
+        #           0      1      2 3 4     5
+        ("query", "<bos> <user> a b <end> <assistant>", [2, 3], 3),
+        ("last", "<bos> <user> a b <end> <assistant>", [3], 3),
+        #            0      1      2 3 4     5           6 7 8
+        ("answer", "<bos> <user> a b <end> <assistant> x y <end>", [6, 7], 1),
+        ("all", "<bos> <user> a b <end> <assistant> x y <end>", [2, 3, 6, 7], 4),
+    ],
+)
+def test_token_classes_in_a_chat(tokens: str, base: str, positions: list[int], n_special: int) -> None:
+    prompt = build_one(chat(CHAT_WITH_BOS), AB, [DEMO], tokens)
+    assert words(prompt.base_ids) == base
+    assert words(prompt.demos_ids) == base.replace("<bos>", "<bos> <user> c <end> <assistant> z <end>")
+    assert prompt.positions.tolist() == positions
+    assert prompt.n_special == n_special
+    assert prompt.paired.tolist() == positions
+    assert prompt.paired_demos.tolist() == [position + 6 for position in positions]
+
+
+def test_demonstrations_follow_the_system_turn() -> None:
+    query = Example("q", "a b", None, (("system", "rule"),))
+    prompt = build_one(chat(), query, [DEMO, OTHER_DEMO])
+    assert words(prompt.base_ids) == "<system> rule <end> <user> a b <end> <assistant>"
+    assert words(prompt.demos_ids) == (
+        "<system> rule <end> <user> c <end> <assistant> z <end> <user> d e <end> <assistant> w z <end> "
+        "<user> a b <end> <assistant>"
+    )
+    assert prompt.paired.tolist() == prompt.positions.tolist() == [4, 5]
+    assert tokens_read(prompt) == "a b"
+    assert words(prompt.demos_ids[prompt.paired_demos]) == "a b"
+
+
+def test_earlier_turns_belong_to_the_query() -> None:
+    context = (("system", "rule"), ("user", "hi"), ("assistant", "hello"))
+    prompt = build_one(chat(), Example("q", "a b", "x", context), [DEMO])
+    assert words(prompt.demos_ids) == (
+        "<system> rule <end> <user> c <end> <assistant> z <end> "
+        "<user> hi <end> <assistant> hello <end> <user> a b <end> <assistant>"
+    )
+    assert tokens_read(prompt) == words(prompt.demos_ids[prompt.paired_demos]) == "hi hello a b"
+
+
+def test_demonstration_shows_its_own_earlier_turns() -> None:
+    demo = Example("d", "c", "z", (("user", "hi"), ("assistant", "hello")))
+    prompt = build_one(chat(), AB, [demo])
+    assert words(prompt.demos_ids) == (
+        "<user> hi <end> <assistant> hello <end> <user> c <end> <assistant> z <end> <user> a b <end> <assistant>"
+    )
+
+
+def test_date_is_always_the_same() -> None:
+    assert TEMPLATE_DATE == "26 Jul 2024"
+    prompt = build_one(chat(CHAT_WITH_DATE), AB, [DEMO])
+    assert words(prompt.base_ids) == "<system> today: 26 Jul 2024 <end> <user> a b <end> <assistant>"
+    assert tokens_read(prompt) == "a b"
+
+
+def test_template_that_merges_the_system_turn_into_its_own() -> None:
+    query = Example("q", "a b", None, (("system", "rule"),))
+    prompt = build_one(chat(CHAT_WITH_DATE), query, [DEMO])
+    assert words(prompt.demos_ids) == (
+        "<system> today: 26 Jul 2024 rule <end> <user> c <end> <assistant> z <end> <user> a b <end> <assistant>"
+    )
+    assert tokens_read(prompt) == "a b"
+
+
+def test_only_the_common_suffix_is_read() -> None:
+    # Without demonstrations the turn starts with "first", with them it starts with "later": that word is not paired.
+    prompt = build_one(chat(CHAT_THAT_MARKS_THE_START), AB, [DEMO])
+    assert words(prompt.base_ids) == "first a b"
+    assert words(prompt.demos_ids) == "first c later z later a b"
+    assert prompt.positions.tolist() == prompt.paired.tolist() == [1, 2]
+    assert prompt.paired_demos.tolist() == [5, 6]
+
+
+def test_prompts_that_end_differently_pair_only_where_their_ends_agree() -> None:
+    # One word "turns" for each turn stands behind the question: the suffix in common stops at the first of them.
+    prompt = build_one(chat(CHAT_THAT_COUNTS_AT_THE_END), AB, [DEMO, OTHER_DEMO])
+    assert words(prompt.base_ids) == "a b turns <end>"
+    assert words(prompt.demos_ids) == "c z d e w z a b turns turns turns turns turns <end>"
+    assert tokens_read(prompt) == "turns"
+    assert prompt.paired.tolist() == [2]
+    assert prompt.paired_demos.tolist() == [12]
+
+
+def test_template_that_refuses_a_role_says_so_in_one_line() -> None:
+    query = Example("q", "a", None, (("user", "b"), ("tool", "c")))
+    with pytest.raises(
+        InputError, match=r"chat template cannot render turns of user, tool, user: .*not supported"
+    ) as e:
+        build_one(chat(CHAT_WITHOUT_TOOLS), query)
+    assert "\n" not in str(e.value)
+
+
+def test_broken_template_is_told_in_one_line() -> None:
+    with pytest.raises(InputError, match="the model's chat template cannot render turns of user"):
+        chat("{% for m in messages %}").token_ids([("user", "a")])
+
+
+# Special tokens inside the text ---------------------------------------------------------------------------------------
+
+
+def test_special_tokens_are_dropped_and_counted() -> None:
+    prompt = build_one(PLAIN, Example("q", "a <eos> b <user>", None), [DEMO])
+    assert words(prompt.base_ids) == "Question: a <eos> b <user> Answer:"
+    assert prompt.positions.tolist() == prompt.paired.tolist() == [0, 1, 3, 5]
+    assert prompt.n_special == 2
+
+
+def test_last_is_the_last_token_that_is_not_special() -> None:
+    prompt = build_one(chat(), Example("q", "a b <eos>", None), tokens="last")
+    assert words(prompt.base_ids) == "<user> a b <eos> <end> <assistant>"
+    assert prompt.positions.tolist() == [2]
+
+
+def test_query_of_special_tokens_alone_reads_nothing() -> None:
+    for tokens in ("query", "last"):
+        prompt = build_one(chat(), Example("q", "<eos>", None), [DEMO], tokens)
+        assert prompt.positions.tolist() == prompt.paired.tolist() == []
+        assert prompt.n_special == 4
+
+
+# Answers --------------------------------------------------------------------------------------------------------------
+
+
+def test_queries_without_answer_are_counted_where_answers_are_read() -> None:
+    queries = [Example("1", "a", "x"), Example("2", "b", None), Example("3", "c", "y")]
+    built = build_prompts("set", queries, PLAIN, tokens="answer")
+    assert [prompt.id for prompt in built.prompts] == ["1", "3"]
+    assert (built.n_unanswered, built.n_too_long) == (1, 0)
+    assert [tokens_read(prompt) for prompt in built.prompts] == ["x", "y"]
+
+
+def test_all_reads_the_query_alone_where_there_is_no_answer() -> None:
+    built = build_prompts("set", [Example("1", "a", None), Example("2", "b", "y")], PLAIN, tokens="all")
+    assert [tokens_read(prompt) for prompt in built.prompts] == [
+        "Question: a Answer:",
+        "Question: b Answer: y",
+    ]
+    assert built.n_unanswered == 0
+
+
+def test_unknown_token_class() -> None:
+    with pytest.raises(ValueError, match=r"tokens must be one of query, last, answer, all, not 'first'"):
+        build_prompts("set", [AB], PLAIN, tokens="first")
+
+
+# Demonstrations and queries -------------------------------------------------------------------------------------------
+
+ROWS = [
+    Example("1", "a", None),
+    Example("2", "b", "x"),
+    Example("3", "c", "y"),
+    Example("4", "d", "z"),
+    Example("5", "b", "another answer to the same question"),
+]
+
+
+def ids(examples: Sequence[Example]) -> list[str]:
+    return [example.id for example in examples]
+
+
+def test_first_answered_rows_demonstrate_and_are_not_asked() -> None:
+    demos, queries = choose_demos("set", ROWS, 2)
+    assert ids(demos) == ["2", "3"]
+    assert ids(queries) == ["1", "4"]  # 5 asks what 2 demonstrates
+
+
+def test_given_demonstrations_are_not_asked_either() -> None:
+    given = [
+        Example("x", "no answer", None),
+        Example("y", "d", "z"),
+        Example("z", "new", "w"),
+        Example("v", "a", "w"),
+    ]
+    demos, queries = choose_demos("set", ROWS, 2, given)
+    assert ids(demos) == ["y", "z"]
+    assert ids(queries) == ["1", "2", "3", "5"]  # all but 4; 1 is asked, as 'v' is not shown
+
+
+def test_same_question_in_another_conversation_is_another_query() -> None:
+    rows = [Example("1", "why?", "x", (("user", "hi"), ("assistant", "hello"))), Example("2", "why?", "y")]
+    demos, queries = choose_demos("set", rows, 1)
+    assert (ids(demos), ids(queries)) == (["1"], ["2"])
+
+
+def test_no_demonstrations() -> None:
+    assert choose_demos("set", ROWS, 0) == ([], ROWS)
+
+
+def test_too_few_answered_rows() -> None:
+    with pytest.raises(
+        InputError, match=r"'law' has 4 answered examples, but 5 are to be shown .*--domain-shots.*--demos"
+    ):
+        choose_demos("law", ROWS, 5)
+    with pytest.raises(InputError, match=r"the demonstrations given for 'law' has 0 answered examples, but 1"):
+        choose_demos("law", ROWS, 1, ROWS[:1])
+
+
+def test_no_query_left() -> None:
+    with pytest.raises(InputError, match=r"'law' has no example left to ask"):
+        choose_demos("law", ROWS[1:3], 2)
+
+
+# Which queries are drawn ----------------------------------------------------------------------------------------------
+
+MANY = [Example(str(i), "a " * (1 + i % 4), None) for i in range(40)]  # base: 3, 4, 5 or 6 tokens
+
+
+def drawn(**options: object) -> list[int]:
+    return [int(prompt.id) for prompt in build_prompts("set", MANY, PLAIN, **options).prompts]
+
+
+def test_without_a_limit_all_are_taken_in_order() -> None:
+    assert drawn() == list(range(40))
+    assert drawn(limit=1000) == list(range(40))
+
+
+def test_a_limit_draws_at_random_by_seed_and_keeps_the_order() -> None:
+    chosen = drawn(limit=10)
+    assert len(chosen) == 10
+    assert chosen == sorted(set(chosen))
+    assert drawn(limit=10) == chosen
+    assert drawn(limit=10, seed=1) != chosen
+    assert chosen != list(range(10))
+    assert set(drawn(limit=5)) <= set(chosen)
+
+
+def test_every_query_is_about_equally_likely_to_be_drawn() -> None:
+    counts = np.bincount([i for seed in range(60) for i in drawn(limit=10, seed=seed)], minlength=40)
+    assert counts.sum() == 600  # each is drawn 15 times on average, with standard deviation 3.4
+    assert 15 - 4 * 3.4 < counts.min() <= counts.max() < 15 + 4 * 3.4
+
+
+def test_prompts_longer_than_the_context_are_left_out_and_counted() -> None:
+    built = build_prompts("set", MANY, PLAIN, context_length=4)
+    assert [int(prompt.id) for prompt in built.prompts] == [i for i in range(40) if i % 4 < 2]
+    assert built.n_too_long == 20
+    # A demonstration of four tokens goes in front.
+    built = build_prompts("set", MANY, PLAIN, demos=[DEMO], context_length=8)
+    assert [int(prompt.id) for prompt in built.prompts] == [i for i in range(40) if i % 4 < 2]
+    assert built.n_too_long == 20
+    assert max(len(prompt.demos_ids) for prompt in built.prompts) == 8
+
+
+def test_a_prompt_as_long_as_the_context_fits() -> None:
+    assert len(build_prompts("set", [AB], PLAIN, context_length=4).prompts) == 1
+    assert build_prompts("set", [AB], PLAIN, context_length=3).n_too_long == 1
+
+
+def test_the_limit_counts_prompts_that_fit() -> None:
+    built = build_prompts("set", MANY, PLAIN, context_length=3, limit=6)
+    assert len(built.prompts) == 6
+    assert all(len(prompt.base_ids) == 3 for prompt in built.prompts)
+
+
+def test_unanswered_is_told_before_too_long() -> None:
+    built = build_prompts("set", MANY, PLAIN, tokens="answer", context_length=1)
+    assert (len(built.prompts), built.n_unanswered, built.n_too_long) == (0, 40, 0)
+
+
+# Common ends ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "prefix", "suffix"),
+    [
+        ([], [], 0, 0),
+        ([1], [], 0, 0),
+        ([1, 2, 3], [1, 2, 3], 3, 3),
+        ([1, 2, 3], [2, 3], 0, 2),
+        ([1, 2, 3], [1, 2], 2, 0),
+        ([1, 9, 3], [1, 8, 3], 1, 1),
+        ([3], [3, 3, 3], 1, 1),
+        ([1, 2], [3, 4], 0, 0),
+    ],
+)
+def test_common_ends(a: list[int], b: list[int], prefix: int, suffix: int) -> None:
+    left, right = np.array(a, np.int32), np.array(b, np.int32)
+    assert common_prefix_length(left, right) == common_prefix_length(right, left) == prefix
+    assert common_suffix_length(left, right) == common_suffix_length(right, left) == suffix
+
+
+# What chat templates add and take away ------------------------------------------------------------------------------
+
+
+def test_turn_marks_are_special_even_where_the_tokenizer_does_not_name_them() -> None:
+    tokenizer = make_tokenizer(chat=CHAT)
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<bos>", eos_token="<eos>")
+    bare.add_tokens([AddedToken(mark, special=True) for mark in SPECIAL[3:]])
+    bare.chat_template = CHAT
+    assert not {"<user>", "<end>"} & set(bare.all_special_tokens)
+    assert tokens_read(build_one(PromptTemplate(bare), AB, [DEMO])) == "a b"
+
+
+def test_what_follows_every_answer_is_not_part_of_it() -> None:
+    newline_after_turns = CHAT.replace("<end> ", "<end> d ")  # 'd' stands for the line break after <end>
+    assert newline_after_turns != CHAT
+    prompt = build_one(chat(newline_after_turns), AB, [DEMO], "answer")
+    assert words(prompt.base_ids).endswith("x y <end> d")
+    assert tokens_read(prompt) == "x y"
+
+
+def test_answer_that_leaves_nothing_to_read_counts_as_none() -> None:
+    built = build_prompts("set", [AB, Example("q2", "a", "<end>")], chat(), tokens="answer")
+    assert [prompt.id for prompt in built.prompts] == ["q1"]
+    assert built.n_unanswered == 1
+
+
+def test_template_that_asks_for_today_gets_the_fixed_date() -> None:
+    dated = CHAT.replace("{% for", "{{ strftime_now('%d %b %Y') }} {% for", 1)
+    assert dated != CHAT
+    assert "26 Jul 2024" in chat(dated).text([("user", "a")])
+
+
+THOUGHTLESS = "{% for m in messages %}{{ m.content.split('</think>')[-1] }} {% endfor %}"
+
+
+def test_thoughts_that_a_template_cuts_out_of_demonstrations_are_put_back() -> None:
+    demos = [Example("d1", "c", "<think> e </think> z"), DEMO, Example("d3", "d", "<think> f </think> w")]
+    built = build_prompts("set", [AB], chat(THOUGHTLESS), demos=demos)
+    assert built.warnings == ()
+    template = chat(THOUGHTLESS)
+    turns = [turn for demo in demos for turn in (("user", demo.question), ("assistant", demo.answer or ""))]
+    shown = "c <think> e </think> z c z d <think> f </think> w a b "
+    assert template.text([*turns, ("user", "a b")]) == shown
+    ids = template.tokenizer(shown, add_special_tokens=False).input_ids
+    assert built.prompts[0].demos_ids.tolist() == ids
+
+
+def test_template_that_shortens_demonstrations_is_told_on() -> None:
+    shortening = "{% for m in messages %}{{ m.content[:1] if m.role == 'assistant' else m.content }} {% endfor %}"
+    built = build_prompts("set", [AB], chat(shortening), demos=[Example("d1", "c", "x y z w")])
+    assert len(built.warnings) == 1
+    assert "1 of the 1 demonstrations of 'set' without a part of their answer" in built.warnings[0]
+    assert build_prompts("set", [AB], chat(), demos=[DEMO]).warnings == ()
+
+
+def test_template_that_wants_its_turns_in_parts_gets_them() -> None:
+    parts = "{% for m in messages %}{% for part in m.content %}{{ part.text }} {% endfor %}{% endfor %}"
+    assert chat(parts).text([("user", "a b"), ("assistant", "x")]) == "a b x "
+
+
+def test_template_that_does_not_show_the_question_is_refused() -> None:
+    with pytest.raises(InputError, match="does not write what the user says"):
+        chat("{% for m in messages %}{{ m.role }} {% endfor %}").token_ids([("user", "a b")])
+
+
+# ---- the templates of real models
+
+
+def real_templates() -> list[str]:
+    found = importlib.util.find_spec("trl")
+    if found is None or found.origin is None:
+        return []
+    folder = Path(found.origin).parent / "chat_templates"
+    return [str(path) for path in sorted(folder.glob("*.jinja")) if not path.stem.endswith("_training")]
+
+
+def byte_tokenizer(chat: str) -> PreTrainedTokenizerFast:
+    """Every byte a token, so that ids can be turned back into the very text."""
+    alphabet = sorted(ByteLevel.alphabet())
+    core = Tokenizer(BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    core.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = ByteLevelDecoder()
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<bos>", eos_token="<eos>", chat_template=chat)
+
+
+@pytest.mark.skipif(not real_templates(), reason="trl, which ships the chat templates of real models, is not installed")
+def test_there_are_many_real_templates() -> None:
+    assert len(real_templates()) > 20
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=Path(path).stem) for path in real_templates()])
+def test_real_template(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Demonstrations whole, thoughts and all; queries paired to the end; one BOS at most; the same on any day."""
+    tokenizer = byte_tokenizer(Path(path).read_text(encoding="utf-8"))
+    template = PromptTemplate(tokenizer)
+    demos = [
+        Example("d1", "What is 2 + 2?", "<think>\nTwo and two.\n</think>\n\nIt is 4."),
+        Example("d2", "What is 3 + 5?", "<think>\nThree, then five.\n</think>\n\nIt is 8."),
+    ]
+    queries = [Example(f"q{i}", f"What is {i} plus one?", f"It is {i + 1}.") for i in range(3)]
+    built = build_prompts("set", queries, template, demos=demos)
+    assert built.warnings == ()
+    for query, prompt in zip(queries, built.prompts, strict=True):
+        base, shown = tokenizer.decode(prompt.base_ids), tokenizer.decode(prompt.demos_ids)
+        assert all(demo.question in shown and (demo.answer or "") in shown for demo in demos)
+        assert not any(demo.question in base for demo in demos)
+        assert max(list(ids).count(tokenizer.bos_token_id) for ids in (prompt.base_ids, prompt.demos_ids)) <= 1
+        read, paired = prompt.positions, prompt.paired_demos
+        assert query.question in tokenizer.decode(prompt.base_ids[read])
+        assert query.question in tokenizer.decode(prompt.demos_ids[paired])
+        assert not any(demo.question in tokenizer.decode(prompt.demos_ids[paired]) for demo in demos)
+        np.testing.assert_array_equal(prompt.base_ids[prompt.paired], prompt.demos_ids[paired])
+    answered = build_prompts("set", queries, template, tokens="answer").prompts
+    for query, prompt in zip(queries, answered, strict=True):
+        assert (query.answer or "") in tokenizer.decode(prompt.base_ids[prompt.positions])
+        assert query.question not in tokenizer.decode(prompt.base_ids[prompt.positions])
+
+    class Later(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> Later:
+            return cls(2031, 5, 6)
+
+    monkeypatch.setattr(datetime, "datetime", Later)
+    again = build_prompts("set", queries, PromptTemplate(tokenizer), demos=demos)
+    assert [p.demos_ids.tolist() for p in again.prompts] == [p.demos_ids.tolist() for p in built.prompts]
+
+
+def test_demonstrations_are_set_aside_whether_they_are_shown_or_not() -> None:
+    rows = [Example(str(i), f"a {i}", "x" if i != 1 else None) for i in range(6)]
+    assert choose_demos("set", rows, 2) == choose_demos("set", rows, 2, required=False)
+    assert choose_demos("set", rows, 6, required=False) == ([], rows)

@@ -1,0 +1,433 @@
+"""What a forecast is held against: other features, raw dimensions, cosines, and how well the base model answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from scipy import linalg, special, stats
+from scipy.spatial import distance
+from tiny import SINK, Tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from sts_fast.data.examples import load_examples
+from sts_fast.data.prompts import Prompt, PromptTemplate, build_prompts
+from sts_fast.errors import InputError
+from sts_fast.forecast import controls
+
+BATCH_BUDGETS = (1, 64, 300, 10**6)
+NONE = np.empty(0, np.int32)
+
+
+def prompt(ids: Sequence[int], positions: Sequence[int]) -> Prompt:
+    read = np.asarray(positions, np.int32)
+    return Prompt("one", np.asarray(ids, np.int32), NONE, read, NONE, NONE, n_special=0)
+
+
+# --- other features ---
+
+
+def test_random_sets_lie_outside_the_shifted_features() -> None:
+    top = np.asarray([7, 0, 3, 11])
+    sets = controls.random_sets(20, top, np.random.default_rng(0))
+    assert sets.shape == (controls.N_RANDOM_SETS, 4)
+    assert not np.isin(sets, top).any()
+    assert all(members == sorted(set(members)) for members in sets.tolist())
+    assert len({tuple(members) for members in sets.tolist()}) > 1
+    assert sets.tolist() == controls.random_sets(20, top, np.random.default_rng(0)).tolist()
+    assert sets.tolist() != controls.random_sets(20, top, np.random.default_rng(1)).tolist()
+
+
+def test_random_sets_draw_each_feature_as_often() -> None:
+    top = np.asarray([2, 5, 9])
+    drawn = np.concatenate([controls.random_sets(23, top, np.random.default_rng(seed)).ravel() for seed in range(100)])
+    counts = np.bincount(drawn, minlength=23)
+    outside = np.setdiff1d(np.arange(23), top)
+    assert counts[outside].sum() == len(drawn)
+    assert stats.chisquare(counts[outside]).pvalue > 0.01
+
+
+@pytest.mark.parametrize(("d_sae", "top_n", "n_outside"), [(8, 4, 4), (7, 4, 3), (4, 4, 0)])
+def test_random_sets_where_few_features_lie_outside(d_sae: int, top_n: int, n_outside: int) -> None:
+    """As long as enough of them do, none is of D_N; else any may be."""
+    sets = controls.random_sets(d_sae, np.arange(top_n), np.random.default_rng(0))
+    assert sets.shape == (controls.N_RANDOM_SETS, top_n)
+    assert all(len(set(members)) == top_n and set(members) <= set(range(d_sae)) for members in sets.tolist())
+    if n_outside >= top_n:
+        assert sets.tolist() == [list(range(top_n, d_sae))] * controls.N_RANDOM_SETS
+
+
+@pytest.mark.parametrize(
+    ("importance", "n_fired", "top", "expected"),
+    [
+        # 1 and 4 never fire, 0 and 2 are shifted most.
+        ([9.0, 0.0, 8.0, 3.0, 0.0, 1.0, 2.0], [1, 0, 2, 5, 0, 1, 3], [0, 2], [5, 6]),
+        # What fires without shifting comes first; ascending, not in the order of shifts.
+        ([9.0, 5.0, 0.0, 8.0, 1.0, 0.0], [1, 1, 1, 1, 1, 0], [0, 3], [2, 4]),
+        ([9.0, 3.0, 1.0, 8.0, 2.0, 5.0], [1, 1, 1, 1, 1, 1], [0, 3], [2, 4]),
+        # Among equals the lower index.
+        ([9.0, 8.0, 1.0, 1.0, 1.0], [1, 1, 1, 1, 1], [0, 1], [2, 3]),
+        # Fewer fire outside D_N than D_N has features; none does.
+        ([9.0, 8.0, 7.0, 1.0, 0.0], [1, 1, 1, 1, 0], [0, 1, 2], [3]),
+        ([9.0, 8.0, 0.0, 0.0], [1, 1, 0, 0], [0, 1], []),
+        # D_N may hold features that do not fire, where too few shift.
+        ([9.0, 0.0, 0.0, 0.0], [1, 0, 2, 1], [0, 1], [2, 3]),
+    ],
+)
+def test_low_shift_by_hand(importance: list[float], n_fired: list[int], top: list[int], expected: list[int]) -> None:
+    found = controls.low_shift(np.asarray(importance), np.asarray(n_fired), np.asarray(top))
+    assert found.tolist() == expected
+    assert found.dtype.kind == "i"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_low_shift_and_most_active_of_random_features(seed: int) -> None:
+    """Both against a sort of all features, with many ties and many features that never fire."""
+    rng = np.random.default_rng(seed)
+    d_sae, top_n = 300, 40
+    importance = rng.integers(0, 12, d_sae) / 7
+    n_fired = rng.integers(0, 3, d_sae)
+    mean_activation = rng.integers(0, 30, d_sae) / 3
+    top = np.asarray(sorted(range(d_sae), key=lambda j: (-importance[j], j))[:top_n])
+    outside = [j for j in range(d_sae) if n_fired[j] and j not in set(top.tolist())]
+    least = sorted(outside, key=lambda j: (importance[j], j))[:top_n]
+    assert controls.low_shift(importance, n_fired, top).tolist() == sorted(least)
+    most = sorted(range(d_sae), key=lambda j: (-mean_activation[j], j))[:top_n]
+    assert controls.most_active(mean_activation, top_n).tolist() == sorted(most)
+
+
+@pytest.mark.parametrize(
+    ("mean_activation", "top_n", "expected"),
+    [
+        ([0.5, 3.0, 0.0, 4.0, 1.0], 2, [1, 3]),
+        ([2.0, 1.0, 2.0, 2.0], 2, [0, 2]),
+        ([0.0, 0.0, 1.0], 2, [0, 2]),
+        ([1.0, 2.0], 2, [0, 1]),
+    ],
+)
+def test_most_active_by_hand(mean_activation: list[float], top_n: int, expected: list[int]) -> None:
+    assert controls.most_active(np.asarray(mean_activation), top_n).tolist() == expected
+
+
+# --- the residual stream itself ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_raw_sums_equal_numpy(dtype: torch.dtype) -> None:
+    """However the rows are split into updates, of which some have no pairs and some nothing at all."""
+    generator = torch.Generator().manual_seed(0)
+    d_in = 12
+    base, paired, demos = (torch.randn(n, d_in, generator=generator).to(dtype) for n in (50, 30, 30))
+    as_doubles = [rows.double().numpy() for rows in (base, paired, demos)]
+    squared = ((as_doubles[2] - as_doubles[1]) ** 2).sum(axis=0)
+    for splits in ([(50, 30)], [(7, 5), (0, 0), (20, 25), (23, 0)], [(1, 0)] * 20 + [(30, 30)]):
+        raw = controls.RawShift(d_in)
+        n_base = n_pairs = 0
+        for rows, pairs in splits:
+            here, there = slice(n_base, n_base + rows), slice(n_pairs, n_pairs + pairs)
+            raw.update(base[here], paired[there], demos[there])
+            n_base, n_pairs = n_base + rows, n_pairs + pairs
+        assert (n_base, n_pairs) == (50, 30)
+        assert raw.n_tokens == 50
+        np.testing.assert_allclose(raw.mean, as_doubles[0].mean(axis=0), rtol=1e-12, atol=1e-15)
+        np.testing.assert_allclose(raw.sum_sq_shift, squared, rtol=1e-12)
+        assert raw.top(2).tolist() == sorted(np.argsort(-squared)[:2].tolist())
+
+
+@pytest.mark.parametrize(("top_n", "expected"), [(1, [6]), (2, [1, 6]), (100, [1, 6])])
+def test_raw_dimensions_without_pairs_are_the_largest(top_n: int, expected: list[int]) -> None:
+    """By mean size, whatever the sign; as soon as there are pairs, by their squared differences."""
+    raw = controls.RawShift(8)
+    base, none = torch.tensor([[0.0, 3, 1, 0, 0, 2, -5, 0], [0.0, -3, 1, 0, 0, 2, -5, 0]]), torch.zeros(0, 8)
+    raw.update(base[:1], none, none)
+    raw.update(base[1:], none, none)
+    assert raw.top(top_n).tolist() == expected
+    raw.update(base[:0], torch.zeros(1, 8), torch.tensor([[9.0, 0, 0, 0, 7, 0, 0, 0]]))
+    assert raw.top(2).tolist() == [0, 4]
+
+
+def test_raw_sums_are_float64() -> None:
+    """In float32, 1e8 + 8 and 1e8 differ by their last digit, and 64 + 2^-46 does not exist."""
+    raw = controls.RawShift(1)
+    paired, demos = torch.tensor([[1e8], [1.0]]), torch.tensor([[1e8 + 8], [1.0 + 2**-23]])
+    raw.update(paired, paired, demos)
+    assert raw.sum_sq_shift.tolist() == [64 + 2.0**-46]
+    assert raw.mean.tolist() == [(1e8 + 1) / 2]
+
+
+def test_nothing_read_has_mean_zero() -> None:
+    raw = controls.RawShift(3)
+    assert raw.mean.tolist() == [0.0, 0.0, 0.0]
+    raw.update(torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0, 3))
+    assert raw.mean.tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("squared", "top_n", "expected"),
+    [
+        ([1.0, 5.0, 2.0, 4.0, 0.0, 3.0, 0.0, 0.0], 1, [1]),
+        ([1.0, 5.0, 2.0, 4.0, 0.0, 3.0, 0.0, 0.0], 2, [1, 3]),
+        ([1.0, 4.0, 2.0, 5.0, 0.0, 3.0, 0.0, 0.0], 2, [1, 3]),  # ascending
+        ([1.0, 5.0, 2.0, 4.0, 0.0, 3.0, 0.0, 0.0], 100, [1, 3]),  # at most a quarter of the dimensions
+        ([1.0, 5.0, 2.0], 100, [1]),  # but one at least
+        ([2.0, 1.0, 2.0, 0.0, 2.0, 0.0, 0.0, 0.0], 2, [0, 2]),  # among equals the lower
+        ([0.0] * 8, 2, [0, 1]),
+    ],
+)
+def test_raw_dimensions_by_hand(squared: list[float], top_n: int, expected: list[int]) -> None:
+    raw = controls.RawShift(len(squared))
+    paired = torch.zeros(1, len(squared))
+    raw.update(paired, paired, torch.tensor([squared]).sqrt())
+    assert raw.top(top_n).tolist() == expected
+
+
+# --- the angle between means ---
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        ([1.0, 0.0], [3.0, 0.0], 1.0),
+        ([1.0, 0.0], [-3.0, 0.0], -1.0),
+        ([1.0, 0.0], [0.0, 2.0], 0.0),
+        ([1.0, 1.0], [1.0, 0.0], 0.5**0.5),
+        ([0.0, 0.0], [1.0, 2.0], 0.0),
+        ([1.0, 2.0], [0.0, 0.0], 0.0),
+    ],
+)
+def test_cosine_by_hand(a: list[float], b: list[float], expected: float) -> None:
+    assert controls.cosine(np.asarray(a), np.asarray(b)) == pytest.approx(expected, abs=1e-15)
+
+
+def test_cosine_equals_scipy() -> None:
+    rng = np.random.default_rng(0)
+    for a, b in rng.normal(size=(20, 2, 100)):
+        assert controls.cosine(a, b) == pytest.approx(1 - distance.cosine(a, b), rel=1e-12, abs=1e-14)
+        assert controls.cosine(3e5 * a, 1e-5 * b) == pytest.approx(controls.cosine(a, b), rel=1e-12)
+        assert controls.cosine(a, b) == controls.cosine(b, a)
+
+
+# --- how well the base model answers ---
+
+
+class Bigrams(torch.nn.Module):
+    """A language model whose next token depends on the last alone: row t of the table has the logits after t."""
+
+    def __init__(self, table: Any) -> None:
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.as_tensor(table, dtype=torch.float32))
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.table[input_ids])
+
+
+def test_answers_by_hand() -> None:
+    """After 0 comes 1 with probability 1/2, after 1 comes 2 with 3/4, after 2 anything."""
+    table = np.log([[1 / 4, 1 / 2, 1 / 4], [1 / 8, 1 / 8, 3 / 4], [1 / 3, 1 / 3, 1 / 3]])
+    prompts = [
+        prompt([2, 0, 1, 2], [2, 3]),  # likeliest, likeliest
+        prompt([0, 2], [1]),  # not the likeliest
+        prompt([0, 1, 0], [1, 2]),  # likeliest, not the likeliest
+        prompt([2, 2, 0, 1, 2, 1], [3]),  # only what is read counts
+        prompt([0, 1, 1, 2], [1, 3]),  # with a token between that is not read
+    ]
+    nll, n_tokens, exact = controls.answer_outcomes(Bigrams(table), prompts, batch_tokens=8)
+    likelihoods = [1 / 2 * 3 / 4, 1 / 4, 1 / 2 * 1 / 8, 1 / 2, 1 / 2 * 3 / 4]
+    np.testing.assert_allclose(nll, -np.log(likelihoods), rtol=1e-6)
+    assert n_tokens.tolist() == [2, 1, 2, 1, 2]
+    assert exact.tolist() == [True, False, False, True, True]
+
+
+@pytest.fixture(scope="module")
+def answer_prompts(tiny: Tiny) -> list[Prompt]:
+    """Prompts of many lengths: questions with their answers, some cut short, and with what the model would say."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny.model)
+    examples = [example for example in load_examples(tiny.train) if len(example.question) < 1000]
+    prompts = build_prompts("sums", examples, PromptTemplate(tokenizer), tokens="answer").prompts
+    assert any(SINK in tokenizer.decode(one.base_ids) for one in prompts)
+    model = float64_model(tiny)
+    greedy = []
+    for length, one in enumerate(prompts[:8], start=1):
+        ids = one.base_ids[: one.positions[0]].tolist()
+        for _ in range(length):
+            ids.append(int(logits_of(model, ids)[-1].argmax()))
+        greedy.append(prompt(ids, range(len(ids) - length, len(ids))))
+    last_differs = [
+        prompt([*one.base_ids[:-1].tolist(), (int(one.base_ids[-1]) + 1) % 300], one.positions.tolist())
+        for one in greedy
+    ]
+    early = [prompt(one.base_ids[5 * i :].tolist(), one.positions - 5 * i) for i, one in enumerate(prompts[:5])]
+    return [*prompts, *greedy, *last_differs, *early]
+
+
+def float64_model(tiny: Tiny) -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float64).eval()
+
+
+def logits_of(model: Any, ids: list[int]) -> NDArray[np.float64]:
+    """[n_tokens, vocabulary] of one sequence alone."""
+    with torch.no_grad():
+        logits: NDArray[np.float64] = model(torch.tensor([ids]), use_cache=False).logits[0].double().numpy()
+    return logits
+
+
+@pytest.mark.parametrize("batch_tokens", BATCH_BUDGETS)
+def test_answers_equal_a_loop_over_tokens(
+    tiny: Tiny, answer_prompts: list[Prompt], batch_tokens: int, request: pytest.FixtureRequest
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float32).eval()
+    shapes: list[tuple[int, ...]] = []
+    model.register_forward_pre_hook(
+        lambda module, args, options: shapes.append(tuple(options["input_ids"].shape)), with_kwargs=True
+    )
+    nll, n_tokens, exact = controls.answer_outcomes(model, answer_prompts, batch_tokens=batch_tokens)
+    assert sum(n_sequences for n_sequences, _ in shapes) == len(answer_prompts)
+    assert all(n_sequences == 1 or n_sequences * longest <= batch_tokens for n_sequences, longest in shapes)
+    assert len({len(one.base_ids) for one in answer_prompts}) > 10
+
+    literal = float64_model(tiny)
+    expected_nll, expected_exact = [], []
+    for one in answer_prompts:
+        logits = logits_of(literal, one.base_ids.tolist())
+        total, right = 0.0, True
+        for position in one.positions.tolist():
+            before, token = logits[position - 1], int(one.base_ids[position])
+            total -= special.log_softmax(before)[token]
+            right = right and int(before.argmax()) == token
+        expected_nll.append(total)
+        expected_exact.append(right)
+    assert sum(expected_exact) >= 8
+    assert not all(expected_exact)
+    np.testing.assert_allclose(nll, expected_nll, rtol=1e-5)
+    assert exact.tolist() == expected_exact
+    assert n_tokens.tolist() == [len(one.positions) for one in answer_prompts]
+    request.node.user_properties.append(("largest_deviation", float(np.max(np.abs(nll / expected_nll - 1)))))
+
+
+def test_no_batch_gives_more_logits_than_fit(
+    tiny: Tiny, answer_prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float32).eval()
+    expected = controls.answer_outcomes(model, answer_prompts, batch_tokens=10**6)
+    n_logits: list[tuple[int, int]] = []
+    model.register_forward_hook(
+        lambda module, args, output: n_logits.append((len(output.logits), output.logits.numel()))
+    )
+    most = 300 * model.config.vocab_size
+    monkeypatch.setattr(controls, "MOST_LOGITS", most)
+    found = controls.answer_outcomes(model, answer_prompts, batch_tokens=10**6)
+    assert all(n_sequences == 1 or n <= most for n_sequences, n in n_logits)
+    assert any(n_sequences > 1 for n_sequences, _ in n_logits)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+def test_answers_keep_their_order(tiny: Tiny, answer_prompts: list[Prompt]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float32).eval()
+    forwards = controls.answer_outcomes(model, answer_prompts, batch_tokens=300)
+    backwards = controls.answer_outcomes(model, answer_prompts[::-1], batch_tokens=300)
+    for one, other in zip(forwards, backwards, strict=True):
+        np.testing.assert_allclose(one, other[::-1], rtol=1e-5)
+
+
+def test_no_prompts_have_no_outcomes() -> None:
+    nll, n_tokens, exact = controls.answer_outcomes(Bigrams(np.zeros((2, 2))), [], batch_tokens=8)
+    assert (len(nll), len(n_tokens), len(exact)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("batch_tokens", BATCH_BUDGETS)
+def test_a_model_that_gives_nan_is_refused(tiny: Tiny, answer_prompts: list[Prompt], batch_tokens: int) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float32).eval()
+    with torch.no_grad():
+        model.lm_head.weight[7] = torch.nan
+    with pytest.raises(InputError, match=r"the model gives NaN .*--dtype float32"):
+        controls.answer_outcomes(model, answer_prompts, batch_tokens=batch_tokens)
+
+
+def test_a_batch_of_answers_that_does_not_fit_is_halved(tiny: Tiny, answer_prompts: list[Prompt]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float32).eval()
+    expected = controls.answer_outcomes(model, answer_prompts, batch_tokens=10**6)
+
+    def holds_few(module: Any, args: Any, options: Any) -> None:
+        if options["input_ids"].numel() > 300:
+            raise MemoryError
+
+    model.register_forward_pre_hook(holds_few, with_kwargs=True)
+    said: list[str] = []
+    found = controls.answer_outcomes(model, answer_prompts, batch_tokens=10**6, say=said.append)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    assert found[2].tolist() == expected[2].tolist()
+    assert said
+    assert all(line.startswith("out of memory with ") and line.endswith("(--batch-tokens)") for line in said)
+
+
+def test_one_nan_among_the_answers_is_enough() -> None:
+    table = np.zeros((4, 4))
+    table[3, 0] = np.nan
+    fine, broken = prompt([0, 1, 2], [1, 2]), prompt([0, 3, 1], [1, 2])
+    controls.answer_outcomes(Bigrams(table), [fine, fine], batch_tokens=6)
+    # What comes after a token that is not read does not matter.
+    controls.answer_outcomes(Bigrams(table), [fine, prompt([0, 3, 1], [1])], batch_tokens=6)
+    with pytest.raises(InputError, match="NaN"):
+        controls.answer_outcomes(Bigrams(table), [fine, broken], batch_tokens=6)
+
+
+def test_token_that_the_model_does_not_know() -> None:
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
+    with pytest.raises(InputError, match="knows 8 tokens, but its tokenizer gives token id 8"):
+        controls.answer_outcomes(model, [prompt([0, 8], [1])], batch_tokens=8)
+
+
+# --- likenesses of whole sets ---
+
+
+@pytest.mark.parametrize("splits", [[], [7], [1, 1, 200]])
+def test_second_moments_are_those_of_the_projected_rows(splits: list[int]) -> None:
+    rng = np.random.default_rng(0)
+    Q = rng.standard_normal((6, 4))
+    x = torch.from_numpy(3 + rng.standard_normal((300, 6)) @ rng.standard_normal((6, 6))).float()
+    moments = controls.SecondMoments(Q)
+    assert not moments.mean.any()
+    assert not moments.covariance.any()
+    for part in np.split(x, splits):
+        moments.update(part)
+    y = x.double().numpy() @ Q
+    np.testing.assert_allclose(moments.mean, y.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(moments.covariance, np.cov(y.T, ddof=0), rtol=1e-9)
+    assert controls.cka(moments.covariance, 3 * moments.covariance) == pytest.approx(1)
+
+
+def test_probe_is_the_direction_that_separates_best() -> None:
+    rng = np.random.default_rng(1)
+    sets = [rng.standard_normal((400, 5)) @ rng.standard_normal((5, 5)) + rng.standard_normal(5) for _ in range(4)]
+    means, covariances = np.stack([x.mean(axis=0) for x in sets]), np.stack([np.cov(x.T, ddof=0) for x in sets])
+    logits = controls.probe_logits(means[0], means[1:], covariances)
+    pooled = covariances.mean(axis=0) + 1e-3 * np.trace(covariances.mean(axis=0)) / 5 * np.eye(5)
+    apart = means[0] - means[1:].mean(axis=0)
+
+    def ratio(w: Any) -> float:
+        return float((w @ apart) ** 2 / (w @ pooled @ w))
+
+    w = linalg.solve(pooled, apart, assume_a="pos")
+    assert all(ratio(w) >= ratio(w + 0.1 * rng.standard_normal(5)) for _ in range(50))
+    np.testing.assert_allclose(logits, (means[1:] - (means[0] + means[1:].mean(axis=0)) / 2) @ w, rtol=1e-9)
+    # Domains lie on the other side of the boundary, on average as far from it as the training set.
+    assert logits.mean() == pytest.approx(-(w @ apart) / 2)
+
+
+def test_sets_without_spread_or_difference_say_nothing() -> None:
+    zero = np.zeros((3, 3))
+    assert controls.cka(zero, np.eye(3)) == 0
+    assert controls.probe_logits(np.ones(3), np.zeros((2, 3)), np.stack([zero, zero])).tolist() == [0, 0]
+    # One domain, and a feature that all domains have alike.
+    assert controls.z_scored(np.asarray([[1.0, 2.0]])).tolist() == [0]
+    assert controls.z_scored(np.asarray([[1.0, 0.1], [3.0, 0.1], [5.0, 0.1]])) == pytest.approx(
+        np.asarray([-1, 0, 1]) * 1.5**0.5
+    )

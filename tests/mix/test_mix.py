@@ -1,0 +1,227 @@
+"""What to mix into a training set, from files of questions to the mixed file."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import N_QUESTIONS, N_TOO_LONG, Tiny
+
+import sts_fast
+from sts_fast.cli import main
+from sts_fast.data.examples import load_examples
+from sts_fast.errors import InputError
+from sts_fast.mix.mix import RULES, mix_schema, validate_mix
+from sts_fast.model.stored.index import INDEX_FILE
+
+BUDGET, LIMIT = 20, 10
+N_ANSWERED = N_QUESTIONS + N_TOO_LONG  # what is too long to be measured can be trained on
+
+
+def mixed(tiny: Tiny, **options: Any) -> sts_fast.Mixture:
+    given = {"train": tiny.train, "domains": tiny.domains, "budget": BUDGET, "limit": LIMIT, **options}
+    return sts_fast.mix(**given)
+
+
+def forecast(tiny: Tiny, **options: Any) -> sts_fast.Mixture:
+    return mixed(tiny, model=tiny.model, sae=tiny.saes["topk"], batch_tokens=500, **options)
+
+
+def counts(mixture: sts_fast.Mixture) -> dict[str, int]:
+    return {domain.name: domain.n_examples for domain in mixture.domains}
+
+
+@pytest.fixture(scope="module")
+def best(tiny: Tiny) -> sts_fast.Mixture:
+    return forecast(tiny)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As much of a scores.json as is read."""
+    folder = tmp_path_factory.mktemp("run")
+    domains = [
+        {"name": name, "sts_act": act, "sts_icl": icl, "sts_act_sq": None}
+        for name, act, icl in (("spelling", 3.0, 1.0), ("days", 1.0, 4.0), ("sums", 7.0, 7.0))
+    ]
+    (folder / "scores.json").write_text(json.dumps({"domains": domains}))
+    return folder
+
+
+def test_forecast_rule_has_the_least_forecast_loss(tiny: Tiny, best: sts_fast.Mixture) -> None:
+    even = forecast(tiny, rule="uniform")
+    assert counts(even) == {"spelling": BUDGET // 2, "days": BUDGET // 2}
+    assert sum(counts(best).values()) == BUDGET
+
+    def total(mixture: sts_fast.Mixture) -> float:
+        return mixture.train.mixed + np.mean([domain.mixed for domain in mixture.domains])
+
+    assert total(best) <= total(even)
+    assert best.mean_change["mixed"] == pytest.approx(np.mean([domain.mixed for domain in best.domains]))
+    assert best.mean_change["alone"] == even.mean_change["alone"]
+    for one in (best.train, *best.domains):
+        assert one.alone_ci[0] < one.alone_ci[1]
+        assert one.mixed_ci[0] < one.mixed_ci[1]
+        assert one.loss + one.mixed > 0
+
+
+def test_weights_say_whose_loss_counts(tiny: Tiny) -> None:
+    for name in tiny.domains:
+        found = forecast(tiny, protect=[name], weights={"train": 0})
+        others = [one.mixed for one in forecast(tiny, rule="uniform").domains if one.name == name]
+        kept = next(one for one in found.domains if one.name == name)
+        assert kept.mixed <= others[0] + 1e-9
+        assert found.mean_change["mixed"] == pytest.approx(kept.mixed)
+
+
+def test_proportional_follows_a_run(tiny: Tiny, run: Path) -> None:
+    assert counts(mixed(tiny, rule="proportional", scores=run)) == {"spelling": 15, "days": 5}
+    assert counts(mixed(tiny, rule="proportional", scores=run, estimator="icl")) == {"spelling": 4, "days": 16}
+    capped = mixed(tiny, rule="proportional", scores=run / "scores.json", budget=36)
+    assert counts(capped) == {"spelling": N_ANSWERED, "days": 36 - N_ANSWERED}
+    assert [warning.split()[0] for warning in capped.warnings] == ["'spelling'"]
+    assert capped.train.loss is None
+    assert capped.mean_change is None
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_command_writes_a_valid_file_and_the_mixed_set(
+    tiny: Tiny,
+    run: Path,
+    rule: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = ["mix", "--train", tiny.train, "--budget", "12", "--limit", "8", "--rule", rule]
+    words += [word for name, path in tiny.domains.items() for word in ("--domains", f"{name}={path}")]
+    words += ["--from", run] if rule == "proportional" else ["--model", tiny.model, "--sae", tiny.saes["topk"]]
+    written = []
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        monkeypatch.setattr("sys.argv", ["sts-fast", *map(str, words), "--output", str(folder)])
+        main()
+        written.append([(folder / name).read_bytes() for name in ("mix.json", "mixed.jsonl")])
+    shown = capsys.readouterr().out
+    assert "12 further examples" in shown
+    assert "spelling" in shown
+    assert written[0] == written[1]
+    found = json.loads(written[0][0])
+    validate_mix(found)
+    rows = [json.loads(line) for line in written[0][1].splitlines()]
+    by_set = Counter(row["set"] for row in rows)
+    assert by_set == {
+        one["name"]: one["n_examples"] for one in (found["train"], *found["domains"]) if one["n_examples"]
+    }
+    assert by_set["train"] == N_ANSWERED
+    assert len(rows) == N_ANSWERED + 12
+    # Every row is one of its set's, none comes twice, and the file is read back as a training set.
+    pools = {
+        name: {(one.id, one.question, one.answer) for one in load_examples(path)}
+        for name, path in {"train": tiny.train, **tiny.domains}.items()
+    }
+    read = [(one.id, one.question, one.answer) for one in load_examples(tmp_path / "one" / "mixed.jsonl")]
+    assert len(set(read)) == len(rows)
+    assert all(one in pools[row["set"]] for one, row in zip(read, rows, strict=True))
+    assert [row["set"] for row in rows] != sorted(row["set"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--weight", "days"], "--weight takes SET=NUMBER, not 'days'"),
+        (["--weight", "days=much"], "--weight takes SET=NUMBER, not 'days=much'"),
+        (["--limit", "-1"], "--limit must be at least 1, or 0 for all, not -1"),
+        (["--batch-tokens", "0"], "--batch-tokens must be at least 1, not 0"),
+    ],
+)
+def test_wrong_option_is_told_in_a_line(
+    tiny: Tiny,
+    words: list[str],
+    told: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = ["mix", "--train", tiny.train, "--domains", f"days={tiny.domains['days']}", "--budget", 5]
+    given += ["--rule", "uniform", "--output", tmp_path, *words]
+    monkeypatch.setattr("sys.argv", ["sts-fast", *map(str, given)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: {told}\n"
+
+
+def test_json_is_what_the_file_holds(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["mix", "--train", tiny.train, "--domains", f"days={tiny.domains['days']}", "--budget", 30, "--rule"]
+    words += ["uniform", "--output", tmp_path, "--json"]
+    monkeypatch.setattr("sys.argv", ["sts-fast", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    told = capsys.readouterr()
+    assert ended.value.code == 2
+    assert told.err == (
+        f"error: the domains have {N_ANSWERED} answered examples in all, fewer than the budget of 30: "
+        "lower --budget, or add examples\n"
+    )
+    words[words.index(30)] = N_ANSWERED
+    monkeypatch.setattr("sys.argv", ["sts-fast", *map(str, words)])
+    main()
+    assert capsys.readouterr().out == (tmp_path / "mix.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"budget": 0}, "--budget must be at least 1"),
+        ({"budget": 1000}, "answered examples in all, fewer than the budget of 1000"),
+        ({"rule": "best"}, "rule must be one of forecast, proportional, uniform"),
+        ({"rule": "forecast"}, "needs both --model and --sae"),
+        ({"rule": "proportional"}, "--from RUN go together"),
+        ({"scores": "elsewhere"}, "--from RUN go together"),
+        ({"rule": "proportional", "scores": "elsewhere"}, "has no scores.json"),
+        ({"loss_left": 1.0}, "--loss-left must lie between 0 and 1"),
+        ({"weights": {"law": 1.0}}, "a weight is given for 'law', but the domains are spelling, days"),
+        ({"protect": ["train"]}, "a weight is given for 'train'"),
+        ({"weights": {"days": -1.0}}, "the weight of 'days' must be a number of at least 0"),
+        ({"weights": {"days": float("nan")}}, "the weight of 'days' must be a number"),
+        ({"weights": {"days": 0.0, "spelling": 0.0}}, "no domain counts"),
+        ({"domains": {}}, "there is no domain to take examples from"),
+        ({"estimator": "act"}, "--estimator chooses among the scores of a run"),
+    ],
+)
+def test_what_cannot_be_used_is_told_in_a_sentence(tiny: Tiny, options: dict[str, Any], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        mixed(tiny, **{"rule": "uniform", **options})
+
+
+def test_scores_of_other_domains_or_of_another_kind_are_refused(tiny: Tiny, run: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has no scores by 'act_sq': it has act, icl"):
+        mixed(tiny, rule="proportional", scores=run, estimator="act_sq")
+    (tmp_path / "scores.json").write_text(json.dumps({"domains": [{"name": "law", "sts_act": 1.0, "sts_icl": None}]}))
+    with pytest.raises(InputError, match=r"is no scores\.json"):
+        mixed(tiny, rule="proportional", scores=tmp_path)
+    with pytest.raises(InputError, match="has no score of 'law'"):
+        mixed(tiny, rule="proportional", scores=run, domains={"law": tiny.domains["days"]})
+
+
+def test_activations_are_not_enough(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / INDEX_FILE).write_text("{}")
+    with pytest.raises(InputError, match=r"needs the whole model, and its gradients, but .* holds activations"):
+        mixed(tiny, model=tmp_path, sae=tiny.saes["topk"])
+
+
+def test_schema_is_closed(best: sts_fast.Mixture) -> None:
+    import jsonschema
+
+    content = best.to_dict()
+    validate_mix(content)
+    for broken in ({**content, "more": 1}, {**content, "budget": 0}, {**content, "domains": []}):
+        with pytest.raises(jsonschema.ValidationError):
+            validate_mix(broken)
+    assert mix_schema()["title"] == "sts-fast mix.json"

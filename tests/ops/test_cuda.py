@@ -1,0 +1,353 @@
+"""The CUDA ops against the float64 equations, on a GPU and, their source compiled for it, on an emulated one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from exact_sae import features, make_acts, make_sae
+from safetensors.numpy import load_file
+from test_ops import ACTIVATIONS, INTEGER, NORMS, Problem, assert_close, assert_exact, assert_same, some_columns
+
+from sts_fast import CorrelationStats, InputError, ShiftStats, encode
+from sts_fast.ops import backend, cuda
+
+SUMS = ("sum_sq_shift", "sum_base", "sum_other", "sum_sq_base", "sum_sq_other")
+COUNTS = ("n_fired_base", "n_fired_other")
+
+
+def encoder_of(problem: Problem, gpu: Any, precision: str = "fp32", W_enc: Any = None) -> cuda.Encoder:
+    W_enc = problem.W_enc if W_enc is None else W_enc
+    weights = cuda.prepare_weights(W_enc, np.zeros(len(W_enc), np.float32), gpu, precision)
+    given = problem.parameters | {"d_in": len(W_enc), "precision": precision, "activation": problem.activation}
+    return cuda.Encoder(weights, problem.bias, **given)
+
+
+def on(gpu: Any, values: Any) -> Any:
+    return torch.from_numpy(values).to(gpu) if isinstance(values, np.ndarray) else values.to(gpu)
+
+
+def shift(problem: Problem, encoder: cuda.Encoder, **chosen: Any) -> dict[str, Any]:
+    gpu, n = encoder.device, problem.n_columns
+    sums: dict[str, Any] = {name: torch.zeros(n, dtype=torch.float64, device=gpu) for name in SUMS}
+    sums |= {name: torch.zeros(n, dtype=torch.int64, device=gpu) for name in COUNTS}
+    sums["weighted_sq_shift"] = torch.zeros((n, problem.weights.shape[1]), dtype=torch.float64, device=gpu)
+    base, other = (on(gpu, chosen.get(name, getattr(problem, name))) for name in ("base", "other"))
+    cuda.accumulate_shift(encoder, base, other, columns=problem.columns, row_weights=problem.weights, **sums)
+    return {name: values.cpu().numpy() for name, values in sums.items()}
+
+
+def moments(problem: Problem, encoder: cuda.Encoder) -> dict[str, Any]:
+    gpu, n = encoder.device, problem.n_columns
+    sums: dict[str, Any] = {name: torch.zeros(n, dtype=torch.float64, device=gpu) for name in ("sum_h", "sum_sq_h")}
+    sums["n_fired"] = torch.zeros(n, dtype=torch.int64, device=gpu)
+    sums["sum_hy"] = torch.zeros((n, problem.weights.shape[1]), dtype=torch.float64, device=gpu)
+    cuda.accumulate_moments(encoder, on(gpu, problem.base), problem.weights, columns=problem.columns, **sums)
+    return {name: values.cpu().numpy() for name, values in sums.items()}
+
+
+def assert_sparse_is(problem: Problem, found: Any) -> None:
+    indptr, indices, values = (part.cpu().numpy() for part in found)
+    h, _ = problem.features(problem.base)
+    rows, columns = np.nonzero(h)
+    assert (indptr.dtype, indices.dtype, values.dtype) == (np.int64, np.int32, np.float32)
+    np.testing.assert_array_equal(indptr, np.r_[0, np.cumsum((h != 0).sum(1))])
+    np.testing.assert_array_equal(indices, columns if problem.columns is None else problem.columns[columns])
+    np.testing.assert_array_equal(values, h[rows, columns])
+
+
+def assert_all_exact(problem: Problem, encoder: cuda.Encoder) -> None:
+    assert_exact(shift(problem, encoder), problem.wanted_shift())
+    assert_exact(moments(problem, encoder), problem.wanted_moments())
+    assert_sparse_is(problem, cuda.encode_sparse(encoder, on(encoder.device, problem.base), problem.columns))
+
+
+# Small whole numbers are exact in every precision, so that sums are equal and not only close. No rows; one of
+# everything; ragged tiles of features, of tokens, and two strips.
+@pytest.mark.parametrize(
+    ("shape", "subset", "precision"),
+    [
+        ((0, 7, 5), False, "bf16x2"),
+        ((1, 1, 1), False, "fp32"),
+        ((3, 64, 130), True, "bf16"),
+        ((37, 7, 129), False, "bf16x2"),
+        ((70, 100, 40), False, "fp32"),
+        ((70, 100, 40), True, "bf16x2"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_integers_exactly_and_ties(
+    gpu: Any, activation: str, shape: tuple[int, int, int], subset: bool, precision: str
+) -> None:
+    columns = some_columns(shape[2]) if subset else None
+    problem = Problem(activation, *shape, columns=columns, values=INTEGER)
+    assert_all_exact(problem, encoder_of(problem, gpu, precision))
+
+
+@pytest.mark.parametrize("loop", ["sm80", "sm90"])
+@pytest.mark.parametrize("activation", ["gated", "topk"])
+def test_either_main_loop(gpu: Any, activation: str, loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if loop == "sm90" and gpu.type == "cuda" and torch.cuda.get_device_capability(gpu) != (9, 0):
+        pytest.skip("not a Hopper GPU")
+    monkeypatch.setattr(cuda, "MAIN_LOOP", loop)
+    problem = Problem(activation, 140, 65, 260, values=INTEGER)
+    assert_all_exact(problem, encoder_of(problem, gpu, "bf16x2"))
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16x2", 1e-4)])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_real_values(gpu: Any, activation: str, precision: str, tolerance: float) -> None:
+    problem = Problem(activation, 40, 129, 150)
+    encoder = encoder_of(problem, gpu, precision)
+    members = (problem.base, problem.other)
+    found, wanted = shift(problem, encoder), problem.wanted_shift()
+    firm = np.all([(problem.features(acts)[1] > 10 * tolerance).all(0) for acts in members], 0)
+    assert firm.mean() > 0.4
+    for name in (*SUMS, "weighted_sq_shift"):
+        size = np.maximum(np.abs(wanted[name]), 1)
+        assert (np.abs(found[name] - wanted[name]) <= 4 * tolerance * size)[firm].all(), name
+    if precision == "fp32":
+        assert_close(problem, moments(problem, encoder), problem.wanted_moments(), members[:1])
+
+
+@pytest.mark.parametrize("input_norm", NORMS)
+@pytest.mark.parametrize("activation", ["jumprelu", "topk"])
+def test_rows_are_normalised(gpu: Any, activation: str, input_norm: str) -> None:
+    problem = Problem(activation, 37, 130, 90, input_norm=input_norm)
+    problem.base *= np.logspace(-3, 3, 37, dtype=np.float32)[:, None]
+    problem.other += np.float32(100)
+    found = shift(problem, encoder_of(problem, gpu, "fp32"))
+    assert_close(problem, found, problem.wanted_shift(), (problem.base, problem.other))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_rows_of_any_type_and_stride(gpu: Any, dtype: torch.dtype) -> None:
+    problem = Problem("jumprelu", 70, 64, 40, values=INTEGER)
+    encoder = encoder_of(problem, gpu, "bf16x2")
+    wanted = problem.wanted_shift()
+    wide = torch.full((140, 83), float("nan"), dtype=dtype)
+    for offset, step, row in ((0, 80, 2), (3, 83, 1)):  # those that the products can read where they lie, and not
+        rows = torch.as_strided(wide, (70, 64), (row * step, 1), offset)
+        rows.copy_(torch.from_numpy(problem.other))
+        assert_exact(shift(problem, encoder, base=torch.from_numpy(problem.base).to(dtype), other=rows), wanted)
+        wide.fill_(float("nan"))
+
+
+def test_float16_that_bfloat16_lacks(gpu: Any) -> None:
+    problem = Problem("relu", 20, 24, 40)
+    base = torch.from_numpy(problem.base * np.logspace(-7, 3, 24, dtype=np.float32)).half()  # subnormal ones too
+    problem.base = base.float().numpy()
+    found = moments_of(problem, gpu, base)
+    np.testing.assert_allclose(found["sum_h"], problem.wanted_moments()["sum_h"], rtol=1e-5, atol=1e-4)
+
+
+def moments_of(problem: Problem, gpu: Any, base: Any) -> dict[str, Any]:
+    problem.base, kept = base, problem.base
+    found = moments(problem, encoder_of(problem, gpu, "fp32"))
+    problem.base = kept
+    return found
+
+
+@pytest.mark.parametrize(("activation", "n_weights"), [("jumprelu", 37), ("gated", 70), ("abstopk", 37)])
+def test_many_blocks_of_rows_and_passes_of_weights(
+    gpu: Any, activation: str, n_weights: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "WORKSPACE_BYTES", 1)
+    problem = Problem(activation, 530, 9, 20, values=INTEGER)
+    problem.weights = np.random.default_rng(0).integers(-3, 4, (530, n_weights)).astype(np.float64)
+    assert_all_exact(problem, encoder_of(problem, gpu, "bf16x2"))
+
+
+def test_a_fault_in_any_block_is_named_and_nothing_is_added(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "WORKSPACE_BYTES", 1)
+    problem = Problem("relu", 530, 8, 12, input_norm="constant_norm_rescale")
+    encoder = encoder_of(problem, gpu)
+    sums = torch.ones(12, dtype=torch.float64, device=gpu)
+
+    def call() -> None:
+        cuda.accumulate_shift(encoder, on(gpu, problem.base), on(gpu, problem.other), sum_sq_shift=sums)
+
+    problem.other[400] = [0.0, -0.0] * 4
+    with pytest.raises(ValueError, match=r"^other is zero everywhere in row 400, which constant_norm_rescale cannot"):
+        call()
+    problem.base[300, 5] = np.inf
+    with pytest.raises(ValueError, match=r"^base contains a NaN or infinity at row 300, column 5; "):
+        call()
+    assert (sums == 1).all()
+    with pytest.raises(ValueError, match=r"^acts contains a NaN or infinity at row 300, column 5; "):
+        cuda.encode_sparse(encoder, on(gpu, problem.base))
+
+
+@pytest.mark.parametrize("activation", ["topk", "abstopk"])
+@pytest.mark.parametrize("order", ["random", "rising"])
+def test_topk_by_the_bound_of_the_first_strip(
+    gpu: Any, activation: str, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "FIRST_STRIP", 50)
+    problem = Problem(activation, 12, 5, 400, values=INTEGER)
+    if order == "rising":  # every later feature exceeds the bound: more candidates than there is room for
+        problem.bias = np.arange(400, dtype=np.float32)
+    assert_all_exact(problem, encoder_of(problem, gpu, "bf16"))
+
+
+def test_more_features_fire_than_there_is_room_for(gpu: Any) -> None:
+    problem = Problem("relu", 260, 3, 300, values=INTEGER)
+    problem.bias += 100
+    assert 260 * 300 > 1 << 16
+    assert_sparse_is(problem, cuda.encode_sparse(encoder_of(problem, gpu, "bf16"), on(gpu, problem.base)))
+
+
+@pytest.mark.parametrize("activation", ["jumprelu", "topk"])
+def test_same_input_same_bits(gpu: Any, activation: str) -> None:
+    problem = Problem(activation, 150, 40, 130)
+    encoder = encoder_of(problem, gpu, "bf16x2")
+    first = shift(problem, encoder)
+    for seed in (2, 3):
+        if gpu.type == "cpu":
+            cuda.load().set_seed(seed)  # threads take turns in another order
+        assert_same(shift(problem, encoder), first)
+
+
+def test_W_enc_in_either_orientation_and_type(gpu: Any) -> None:
+    problem = Problem("jumprelu", 20, 60, 40, values=INTEGER)
+    wanted = problem.wanted_shift()
+    W_enc = torch.from_numpy(problem.W_enc)
+    problem.W_enc.flags.writeable = False
+    for given in (problem.W_enc, W_enc, W_enc.T.contiguous().T, W_enc.bfloat16()):
+        assert_exact(shift(problem, encoder_of(problem, gpu, "bf16x2", given)), wanted)
+    broken = problem.W_enc.copy()
+    broken[3, 7] = np.nan
+    with pytest.raises(ValueError, match=r"^W_enc contains a NaN or infinity in column 7$"):
+        encoder_of(problem, gpu, W_enc=broken)
+
+
+def zeros(*shape: int, dtype: Any = torch.float64) -> Any:
+    return torch.zeros(shape, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"base": np.zeros((6, 8), np.float32)}, "base must be a torch tensor, got ndarray"),
+        ({"base": zeros(6)}, r"base must be \[n_tokens, d_in\], got 1 dimension$"),
+        ({"base": zeros(6, 8)}, r"base must be float32, bfloat16 or float16, got torch\.float64"),
+        ({"base": zeros(6, 8, dtype=torch.float32).requires_grad_()}, r"base requires grad: pass its detach\(\)"),
+        ({"base": zeros(8, 6, dtype=torch.float32).T}, "base must be contiguous within a row"),
+        ({"other": zeros(6, 9, dtype=torch.float32)}, "other must have d_in = 8 columns as W_enc has rows, got 9"),
+        ({"other": zeros(7, 8, dtype=torch.float32)}, r"other must have as many rows as base \(6\), got 7"),
+        ({"columns": np.array([0, 12])}, r"columns must lie in \[0, d_sae = 12\), got 12 at position 1"),
+        ({"columns": np.array([1, 1])}, "columns must be strictly increasing, but position 1 holds 1 after 1"),
+        ({"columns": np.array([0.5])}, "columns must be a 1-dimensional array of integers"),
+        ({"sum_sq_shift": zeros(11)}, r"sum_sq_shift must have 12 entries, got \[11\]"),
+        ({"sum_sq_shift": zeros(12, dtype=torch.float32)}, r"sum_sq_shift must be a tensor of torch\.float64 on"),
+        ({"sum_base": zeros(12)}, "sum_base, sum_other, .* must be given all or none"),
+        ({"row_weights": zeros(6, 3)}, "row_weights and weighted_sq_shift must be given together"),
+        (
+            {"row_weights": zeros(5, 3), "weighted_sq_shift": zeros(12, 3)},
+            r"row_weights must have one row per token \(6\), got 5",
+        ),
+        (
+            {"row_weights": zeros(6, 3) / 0, "weighted_sq_shift": zeros(12, 3)},
+            "row_weights contains a NaN or infinity at row 0, column 0",
+        ),
+        (
+            {"row_weights": zeros(6, 3), "weighted_sq_shift": zeros(12, 2)},
+            r"weighted_sq_shift must be \[12, 3\] and contiguous, got \[12, 2\]",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_the_argument_at_fault_is_named(gpu: Any, changed: dict[str, Any], message: str) -> None:
+    problem = Problem("relu", 6, 8, 12)
+    arguments = {"base": on(gpu, problem.base), "other": on(gpu, problem.other), "sum_sq_shift": zeros(12).to(gpu)}
+    arguments |= {
+        k: v.to(gpu) if isinstance(v, torch.Tensor) and not v.requires_grad else v for k, v in changed.items()
+    }
+    with pytest.raises(ValueError, match=f"^{message}"):
+        cuda.accumulate_shift(encoder_of(problem, gpu), **arguments)
+
+
+@pytest.fixture
+def rows_on(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that puts rows on the GPU; the emulated one takes the CPU's tensors for its own."""
+    if gpu.type == "cpu":
+        is_tensor = lambda acts: torch.device("cpu") if isinstance(acts, torch.Tensor) else None  # noqa: E731
+        monkeypatch.setattr(backend, "cuda_device_of", is_tensor)
+    return lambda acts: on(gpu, acts)
+
+
+@pytest.mark.parametrize("kind", ["standard", "jumprelu", "gated", "topk, rescaled"])
+def test_statistics_stay_where_the_rows_are_and_save_the_same_file(rows_on: Any, kind: str, tmp_path: Path) -> None:
+    sae, base, other = make_sae(kind), make_acts(60), make_acts(60, seed=1)
+    weights = np.random.default_rng(0).integers(0, 3, (60, 2)).astype(np.float64)
+    stats = [ShiftStats(sae, n_replicates=2) for _ in range(3)]
+    for device, place in enumerate((lambda acts: acts, rows_on)):
+        stats[device].update(place(base), place(other), weights)
+    stats[2].update(rows_on(base[:40]), rows_on(other[:40]), weights[:40])
+    stats[2].update(base[40:], other[40:], weights[40:])  # and go on elsewhere
+    for i, one in enumerate(stats):
+        one.save(tmp_path / f"{i}.safetensors")
+        assert one.top(20).tolist() == stats[0].top(20).tolist()
+    saved = [load_file(tmp_path / f"{i}.safetensors") for i in range(3)]
+    for name, values in saved[0].items():
+        for other_values in (saved[1][name], saved[2][name]):
+            assert other_values.dtype == values.dtype
+            np.testing.assert_allclose(other_values, values, rtol=1e-6, err_msg=name)
+    h = features(sae, base)
+    np.testing.assert_allclose((stats[1] + stats[1]).sum_base, 2 * h.sum(0), rtol=1e-6)
+
+    correlations = [CorrelationStats(sae, 3) for _ in range(2)]
+    targets = np.random.default_rng(1).integers(0, 9, (60, 3))
+    for one, place in zip(correlations, (lambda acts: acts, rows_on), strict=True):
+        one.update(place(base), place(targets))
+        one.save(tmp_path / "correlation.safetensors")
+        np.testing.assert_allclose(one.sum_hy, h.T @ (targets - targets[0]), rtol=1e-6, atol=1e-3)
+
+    found = encode(sae, rows_on(base), np.array([1, 5, 6]))
+    assert isinstance(found.values, torch.Tensor)
+    for got, wanted in zip(found, encode(sae, base, np.array([1, 5, 6])), strict=True):
+        np.testing.assert_array_equal(got.cpu().numpy(), wanted)
+
+
+def test_b_dec_goes_through_the_weights_as_they_are_rounded(rows_on: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Rows that are all b_dec, large: what rounding W_enc does to x W_enc must go out again with b_dec.
+    sae = make_sae("standard", d_in=64)
+    sae.W_enc[:] *= np.float32(1.001)
+    sae.b_dec[:] = 1000
+    sae.b_enc[:] = 1
+    monkeypatch.setattr(backend, "_precision", "bf16")
+    stats = CorrelationStats(sae, 0)
+    stats.update(rows_on(np.full((4, 64), 1000, np.float32)), np.zeros((4, 0)))
+    np.testing.assert_allclose(stats.sum_h, 4, rtol=1e-4)
+
+
+def test_precision_is_chosen_by_name() -> None:
+    sae = make_sae()
+    assert backend.precision_of(sae) == "bf16x2"
+    assert backend.precision_of(sae.with_dtype("bfloat16")) == "bf16"
+    with pytest.raises(ValueError, match=r"^precision must be one of bf16, bf16x2, fp32, got 'fp8'"):
+        backend.set_precision("fp8")
+    backend.set_precision("fp32")
+    try:
+        assert backend.precision_of(sae) == "fp32"
+    finally:
+        backend.set_precision(None)
+
+
+def test_cuda_rows_never_go_to_the_cpu_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnCuda:
+        is_cuda, ndim, shape = True, 2, (3, 24)
+
+        def __len__(self) -> int:
+            return 3
+
+    monkeypatch.setattr(cuda, "missing_reason", lambda: "there is no CUDA device")
+    message = "^the activations are on a CUDA device, but there is no CUDA device; or move them to the CPU$"
+    with pytest.raises(InputError, match=message):
+        encode(make_sae(), OnCuda())
+    with pytest.raises(InputError, match=message):
+        ShiftStats(make_sae()).update(OnCuda(), OnCuda())
