@@ -3,6 +3,7 @@
 python -m study.real prepare          # the model, the sets and the SAEs, into build/study/real
 python -m study.real run              # all trainings that have no results yet; may be stopped and started again
 python -m study.real run light        # those of one way of training
+python -m study.real forecast         # the product's forecasts for the design part; `forecast ntk`: that one alone
 python -m study.real table            # what came out, into results/
 python -m study.real status           # what is done and what is left
 """
@@ -22,18 +23,24 @@ WORK = Path("build") / "study" / "real"
 
 def main() -> None:
     from study.real import runs
+    from study.real.forecasts import FORECASTS, forecast
     from study.real.table import write_tables
     from study.real.training import WAYS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("prepare", "run", "table", "status"))
-    parser.add_argument("ways", nargs="*", choices=[*WAYS, []], help="ways of training, all of them unless named")
+    parser.add_argument("what", choices=("prepare", "run", "forecast", "table", "status"))
+    parser.add_argument("names", nargs="*", help="ways of training, or forecasts: all of them unless named")
     parser.add_argument("--work", type=Path, default=WORK, help="folder of the model, the sets and the weights")
     arguments = parser.parse_args()
+    known = {"run": {*WAYS}, "forecast": {asked.name for asked in FORECASTS}}.get(arguments.what, set())
+    if unknown := {*arguments.names} - known:
+        parser.error(f"{arguments.what} knows no {', '.join(sorted(unknown))}: choose from {', '.join(sorted(known))}")
     if arguments.what == "prepare":
         prepare(arguments.work)
     if arguments.what == "run":
-        runs.run(arguments.work, arguments.ways or [*WAYS], tell)
+        runs.run(arguments.work, arguments.names or [*WAYS], tell)
+    if arguments.what == "forecast":
+        forecast(arguments.work, arguments.names, tell)
     if arguments.what == "table":
         sys.stdout.write(write_tables())
     if arguments.what == "status":

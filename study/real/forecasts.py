@@ -1,0 +1,162 @@
+"""Forecasts of the product for the design part, as a user would ask for them, with their time and memory.
+
+Each is one command line in a process of its own. `without template` reads the content of a question alone: the
+tokens that the chat template writes around it are text to the product so far, and no special tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from study.real import runs
+from study.real.saes import LAYERS
+from study.real.sets import DEMONSTRATIONS
+
+RESULTS = runs.RESULTS / "forecasts"
+MIDDLE = LAYERS[len(LAYERS) // 2]
+PAPER = ("--estimators", "act,icl,act_sq")
+
+Tell = Callable[[str], None]
+Numbers = dict[str, dict[str, dict[str, float]]]  # training set -> domain -> name of a number -> its value
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One forecast: its options beside model, sets and demonstrations, and the layers of its SAEs."""
+
+    name: str
+    options: tuple[str, ...]
+    layers: tuple[int, ...] = (MIDDLE,)
+    content_alone: bool = False
+
+
+FORECASTS = (
+    Asked("paper", (*PAPER, "--controls", "all"), LAYERS),
+    Asked("paper without template", PAPER, LAYERS, content_alone=True),
+    Asked("active", ("--estimators", "act,act_sq", "--dims", "active")),
+    Asked("ntk", ("--estimators", "ntk")),
+    Asked("step", ("--estimators", "step")),
+    Asked("adapter", ("--estimators", "adapter")),
+)
+
+
+def forecast(work: Path, names: list[str], tell: Tell) -> None:
+    """Makes the forecasts that have no results yet, of training sets and domains of the design part alone."""
+    part = runs.read_json(runs.RESULTS / "split.json")["design"]
+    for asked in FORECASTS:
+        path = RESULTS / f"{asked.name}.json"
+        if path.exists() or (names and asked.name not in names):
+            continue
+        tell(f"forecast {asked.name}")
+        process = multiprocessing.get_context("fork").Process(target=make_and_write, args=(work, asked, part, path))
+        process.start()
+        process.join()
+        if process.exitcode != 0:
+            raise SystemExit(f"the forecast {asked.name!r} ended with exit code {process.exitcode}")
+
+
+def make_and_write(work: Path, asked: Asked, part: dict[str, list[str]], path: Path) -> None:
+    import torch
+
+    from sts_fast.cli import main
+
+    torch.set_num_threads(1)
+    output = work / "forecasts" / asked.name
+    if asked.content_alone:
+        read_content_alone(work)
+    start = time.process_time()
+    try:
+        main([*command(work, asked, part), "--output", str(output)])
+    except SystemExit as end:
+        if end.code:
+            raise
+    record: dict[str, Any] = {
+        "command": " ".join(("sts-fast", *command(Path("WORK"), asked, part))),
+        "seconds": round(time.process_time() - start, 1),
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }
+    for layer in asked.layers:
+        folders = [folder for folder in sorted(output.rglob("scores.json"))]
+        record[str(layer)] = numbers([runs.read_json(folder) for folder in folders], layer)
+    runs.write_json(path, record)
+
+
+def command(work: Path, asked: Asked, part: dict[str, list[str]]) -> list[str]:
+    return [
+        "compare",
+        *("--model", str(work / "model")),
+        *(word for layer in asked.layers for word in ("--sae", str(work / "sae" / str(layer)))),
+        *(word for name in part["trains"] for word in ("--train", f"{name}={work}/train/{name}.jsonl")),
+        *(word for name in part["domains"] for word in ("--domains", f"{name}={work}/domains/{name}.jsonl")),
+        *("--domain-shots", str(DEMONSTRATIONS), "--threads", "1"),
+        *asked.options,
+    ]
+
+
+def numbers(runs_of_saes: list[dict[str, Any]], layer: int) -> Numbers:
+    """Every score and control of the runs of one SAE."""
+    found: Numbers = {}
+    for run in runs_of_saes:
+        if run["model"]["layer"] != layer:
+            continue
+        of_train = found.setdefault(run["train"]["name"], {})
+        for domain in run["domains"]:
+            values = {name: score["value"] for name, score in domain["scores"].items()}
+            for control, some in domain["controls"].items():
+                values |= {f"{control} {name}": value for name, value in some.items()}
+            signed = (run["signed"] or {"domains": {}})["domains"].get(domain["name"], {})
+            values |= {name: signed[name] for name in ("gradient_cosine", "base_loss") if name in signed}
+            of_train[domain["name"]] = {name: float(f"{value:.6g}") for name, value in values.items()}
+    return found
+
+
+def read_content_alone(work: Path) -> None:
+    """From now on, the tokens of the template before and after a question are not read."""
+    from transformers import AutoTokenizer
+
+    from sts_fast.data import prompts, sets
+    from sts_fast.data.prompts import PromptSet
+
+    build = prompts.build_prompts
+    before, after = template_tokens(AutoTokenizer.from_pretrained(work / "model"))
+
+    def build_prompts(*args: Any, **options: Any) -> PromptSet:
+        made = build(*args, **options)
+        if options.get("tokens", "query") != "query":
+            return made
+        cut = []
+        for prompt in made.prompts:
+            content = prompt.positions[before : len(prompt.positions) - after]
+            both = np.isin(prompt.paired, content)
+            cut.append(
+                dataclasses.replace(
+                    prompt,
+                    positions=content,
+                    paired=prompt.paired[both],
+                    paired_demos=prompt.paired_demos[both],
+                )
+            )
+        return dataclasses.replace(made, prompts=cut)
+
+    sets.build_prompts = build_prompts
+
+
+def template_tokens(tokenizer: Any) -> tuple[int, int]:
+    """How many tokens the product reads before and after the content of a question."""
+    from sts_fast.data.examples import Example
+    from sts_fast.data.prompts import PromptTemplate, build_prompts
+
+    example = Example(id="", question="?", answer="!", context=())
+    [prompt] = build_prompts("", [example], PromptTemplate(tokenizer), tokens="query").prompts
+    read = prompt.base_ids[prompt.positions].tolist()
+    at = read.index(tokenizer("?", add_special_tokens=False).input_ids[0])
+    return at, len(read) - at - 1
