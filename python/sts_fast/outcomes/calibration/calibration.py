@@ -27,7 +27,7 @@ from sts_fast.outcomes.calibration.conformal import (
     multiplier,
     trains_needed,
 )
-from sts_fast.outcomes.outcomes import listed
+from sts_fast.outcomes.evaluation import listed
 from sts_fast.signed.signed import SIGNED_FIELDS
 
 CALIBRATION_FILE = "calibration.json"

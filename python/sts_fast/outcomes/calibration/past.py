@@ -15,7 +15,7 @@ from sts_fast import files
 from sts_fast.errors import InputError
 from sts_fast.forecast.run import ESTIMATORS, SCORES_FILE, VALIDATION_FILE
 from sts_fast.outcomes.calibration.conformal import Points
-from sts_fast.outcomes.outcomes import METRICS, listed
+from sts_fast.outcomes.evaluation import METRICS, listed
 from sts_fast.outcomes.validate.reading import finite, read_run_scores
 from sts_fast.signed.signed import SIGNED_ESTIMATORS, SIGNED_FIELDS
 

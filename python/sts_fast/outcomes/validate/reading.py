@@ -12,7 +12,8 @@ import numpy as np
 
 from sts_fast.errors import InputError
 from sts_fast.forecast.run import SCORES_FILE, Forecast, Interval, check_has_scores
-from sts_fast.outcomes.outcomes import Outcome, listed
+from sts_fast.outcomes.evaluation import listed
+from sts_fast.outcomes.outcomes import Outcome
 from sts_fast.signed.signed import SIGNED_FIELDS
 
 if TYPE_CHECKING:

@@ -1,0 +1,69 @@
+"""Tables of accuracies: CSV and TSV."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from sts_fast.errors import InputError
+from sts_fast.outcomes.evaluation import Evaluation, Task, finite, read_text
+
+NAME_COLUMNS = ("domain", "task", "category", "subject", "name")
+ACCURACY_COLUMNS = ("accuracy", "acc", "value")
+
+
+def recognises(path: Path) -> bool:
+    return path.suffix.lower() in (".csv", ".tsv")
+
+
+def read_table(path: Path) -> list[tuple[int, str, dict[str, float]]]:
+    """(line, domain, numbers by column) of a CSV or TSV with a header; empty cells are left out."""
+    lines = read_text(path).splitlines()
+    reader = csv.reader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    try:
+        cells = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(map(str.strip, row))]
+    except csv.Error as error:
+        raise InputError(f"{path} is not a readable table: {error}") from error
+    header = [cell.lower() for cell in cells[0][1]] if cells else []
+    column = next((header.index(name) for name in NAME_COLUMNS if name in header), None)
+    if column is None:
+        raise InputError(f"{path} has no column 'domain' in its first line")
+    table: list[tuple[int, str, dict[str, float]]] = []
+    known = {"before", "after", "change", "stderr", "n", *ACCURACY_COLUMNS}
+    for line, row in cells[1:]:
+        numbers = {}
+        for name, cell in zip(header, row, strict=False):
+            if name in known and cell:
+                numbers[name] = _cell(path, line, name, cell)
+        if len(row) <= column or not row[column]:
+            raise InputError(f"{path}, line {line}: no domain")
+        if any(row[column] == other for _, other, _ in table):
+            raise InputError(f"{path}, line {line}: the domain '{row[column]}' comes twice")
+        if numbers.get("stderr", 0.0) < 0:
+            raise InputError(f"{path}, line {line}: the standard error is negative")
+        table.append((line, row[column], numbers))
+    if not table:
+        raise InputError(f"{path} has no rows")
+    return table
+
+
+def _cell(path: Path, line: int, name: str, cell: str) -> float:
+    try:
+        number = finite(float(cell))
+    except ValueError:
+        number = None
+    if number is None:
+        raise InputError(f"{path}, line {line}: {name} is '{cell}', not a number")
+    return number
+
+
+def read(path: Path) -> Evaluation:
+    evaluation = Evaluation()
+    for line, name, numbers in read_table(path):
+        value = next((numbers[column] for column in ACCURACY_COLUMNS if column in numbers), None)
+        if value is None:
+            raise InputError(f"{path}, line {line}: '{name}' has no accuracy; columns: domain,accuracy[,stderr][,n]")
+        n = numbers.get("n")
+        task = Task(value, "accuracy", numbers.get("stderr"), None if n is None else int(n))
+        evaluation.metrics[name] = {"accuracy": task}
+    return evaluation
