@@ -13,6 +13,7 @@ import torch
 from sts_fast.demo.organism.autoencoder import TopK, quality, save_sae, train_sae
 from study.real.measure import Asking, measure
 from study.real.model import ATTENTION, keep_freed_memory, load_model
+from study.real.runs import read_json, write_json
 from study.real.sets import DEMONSTRATIONS, LONGEST_TEXT, N_DOMAIN, read_rows
 from study.real.sources import shuffled
 
@@ -35,26 +36,34 @@ def make_saes(work: Path, tell: Tell) -> dict[str, Any]:
         make_rows(work, tell)
     found = {}
     for layer in LAYERS:
-        rows = torch.from_numpy(np.fromfile(rows_path(work, layer), np.float32)).reshape(-1, D_IN)
-        held_out, rows = rows[:N_HELD_OUT], rows[N_HELD_OUT:]
-        n_steps = EPOCHS * len(rows) // BATCH
+        path = work / "sae" / f"{layer}.json"
+        if not path.exists():
+            write_json(path, make_sae(work, layer, tell))
+        found[str(layer)] = read_json(path)
+    return found
 
-        def progress(stage: str, done: int, total: int, layer: int = layer) -> None:
-            if done % 100 == 0:
-                tell(f"SAE after layer {layer}: step {done} of {total}")
 
-        sae = train_sae(rows, 0, progress, n_steps, d_sae=D_SAE, k=K, batch=BATCH, learning_rate=LEARNING_RATE)
-        save_sae(sae, work / "sae" / str(layer), layer=layer, model_name="SmolLM2-135M-Instruct", prepend_bos=False)
-        with torch.inference_mode():
-            about = quality(sae, held_out)
-        found[str(layer)] = {
-            "rows": len(rows),
-            "fvu": round(about["fvu"], 4),
-            "l0": round(about["l0"], 2),
-            "share_alive": round(1 - about["n_dead"] / D_SAE, 4),
-            "loss_before_and_replaced": losses_replaced(work, sae, layer),
-        }
-        tell(f"SAE after layer {layer}: {found[str(layer)]}")
+def make_sae(work: Path, layer: int, tell: Tell) -> dict[str, Any]:
+    rows = torch.from_numpy(np.fromfile(rows_path(work, layer), np.float32)).reshape(-1, D_IN)
+    held_out, rows = rows[:N_HELD_OUT], rows[N_HELD_OUT:]
+    n_steps = EPOCHS * len(rows) // BATCH
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if done % 100 == 0:
+            tell(f"SAE after layer {layer}: step {done} of {total}")
+
+    sae = train_sae(rows, 0, progress, n_steps, d_sae=D_SAE, k=K, batch=BATCH, learning_rate=LEARNING_RATE)
+    save_sae(sae, work / "sae" / str(layer), layer=layer, model_name="SmolLM2-135M-Instruct", prepend_bos=False)
+    with torch.inference_mode():
+        about = quality(sae, held_out)
+    found = {
+        "rows": len(rows),
+        "fvu": round(about["fvu"], 4),
+        "l0": round(about["l0"], 2),
+        "share_alive": round(1 - about["n_dead"] / D_SAE, 4),
+        "loss_before_and_replaced": losses_replaced(work, sae, layer),
+    }
+    tell(f"SAE after layer {layer}: {found}")
     return found
 
 
