@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ import numpy as np
 from sts_fast.data.prompts import PromptSet
 from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.push import Features, measure_pull, measure_push, push_warnings
+from sts_fast.statistics import resamples
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -43,8 +43,7 @@ class Kernel:
         """[n, n_sets, n_sets] K and [n, n_sets] loss, over n resamples of each set's prompts."""
         K, loss = np.empty((n, len(self.names), len(self.names))), np.empty((n, len(self.names)))
         for i, (name, values, nll) in enumerate(zip(self.names, self.values, self.nll, strict=True)):
-            rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-            drawn = rng.multinomial(len(nll), [1 / len(nll)] * len(nll), size=n) / len(nll)
+            drawn = resamples(len(nll), seed, name, n) / len(nll)
             K[:, :, i] = np.einsum("rp,ap->ra", drawn, values)
             loss[:, i] = np.einsum("rp,p->r", drawn, nll)
         return K, loss

@@ -28,6 +28,7 @@ from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.projection import projection
 from sts_fast.signed.push import Features
 from sts_fast.signed.signed import BATCH_TOKENS, hook_layer
+from sts_fast.statistics import CONFIDENCE, INTERVAL, Interval
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -37,14 +38,12 @@ if TYPE_CHECKING:
 
 Rule = Literal["forecast", "proportional", "uniform"]
 RULES = get_args(Rule)
-Interval = tuple[float, float]
 
 SCHEMA_VERSION = "1.0"
 MIX_FILE, MIXED_FILE = "mix.json", "mixed.jsonl"
 TRAIN = "train"
 LOSS_LEFT = 0.01
 N_BOOTSTRAP = 200
-INTERVAL = (2.5, 97.5)
 
 
 @dataclass(frozen=True)
@@ -243,7 +242,7 @@ def mix(
             "weights": {name: float(weight) for name, weight in zip(pools, counted, strict=True)},
             "limit": limit,
             "seed": seed,
-            "confidence": (INTERVAL[1] - INTERVAL[0]) / 100,
+            "confidence": CONFIDENCE,
             "command": command,
         },
         warnings=[

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import copy
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -31,6 +30,7 @@ from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.objectives import PolicyLoss
 from sts_fast.signed.push import Features, Push
 from sts_fast.signed.signed import BATCH_TOKENS
+from sts_fast.statistics import resamples
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -61,10 +61,7 @@ class Completions:
     def draws(self, seed: int) -> Doubles:
         """[n, N_REPLICATES] how often each resampling of the prompts drew the group of each completion."""
         n_groups = int(self.group_of.max()) + 1
-        rng = np.random.default_rng([seed, zlib.crc32(b"shift")])
-        of_groups = rng.multinomial(n_groups, [1 / n_groups] * n_groups, size=N_REPLICATES).T
-        found: Doubles = of_groups[self.group_of].astype(np.float64)
-        return found
+        return resamples(n_groups, seed, "shift", N_REPLICATES).T[self.group_of]
 
 
 def correlation_shifts(
@@ -130,8 +127,7 @@ def gradient_shift(sae: SAE, push: Push, read: Shift, settings: Settings) -> Shi
     """
     if push.folds is None:
         raise ValueError("the push must be measured with its folds")
-    rng = np.random.default_rng([settings.seed, zlib.crc32(b"folds")])
-    draws = rng.multinomial(N_FOLDS, [1 / N_FOLDS] * N_FOLDS, size=N_REPLICATES)
+    draws = resamples(N_FOLDS, settings.seed, "folds", N_REPLICATES)
     products = np.stack([np.einsum("jr,fjr->jf", fold, push.folds) for fold in push.folds], axis=1)
     return _ranked_otherwise(
         sae,

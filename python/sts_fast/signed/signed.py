@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -30,6 +29,7 @@ from sts_fast.signed.push import (
     pull_warnings,
     push_warnings,
 )
+from sts_fast.statistics import mean_interval, resamples
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -43,8 +43,6 @@ SIGNED_ESTIMATORS = get_args(SignedEstimator)
 SIGNED_FIELDS = tuple(f"{name}{of}" for name in SIGNED_ESTIMATORS for of in ("", "_loss"))
 
 N_TOP_FEATURES = 20
-N_BOOTSTRAP = 1000
-INTERVAL = (2.5, 97.5)
 BATCH_TOKENS = 8192
 # Prompts of each domain in which the features that carry a forecast are looked for.
 EXAMPLE_PROMPTS = 64
@@ -231,8 +229,7 @@ def _block(
 
 def _domain(i: int, pull: Pull, features: Features, estimators: Sequence[str], seed: int) -> dict[str, Any]:
     n = len(pull.nll)
-    rng = np.random.default_rng([seed, zlib.crc32(pull.name.encode())])
-    resamples = rng.multinomial(n, [1 / n] * n, size=N_BOOTSTRAP) / n
+    shares = resamples(n, seed, pull.name) / n
     found: dict[str, Any] = {
         "n_prompts": n,
         "base_loss": float(pull.nll.mean()),
@@ -243,8 +240,7 @@ def _domain(i: int, pull: Pull, features: Features, estimators: Sequence[str], s
         found[field] = None
         if field.removesuffix("_loss") in estimators:
             values = pull.values[field][i]
-            means = np.einsum("rp,p->r", resamples, values)
-            found[field] = {"value": float(values.mean()), "ci": np.percentile(means, INTERVAL).tolist()}
+            found[field] = {"value": float(values.mean()), "ci": list(mean_interval(values, shares))}
     if features.kind == "raw":
         return found | {"top_features": None, "share_of_top_features": None}
     contributions = pull.contributions[i]
