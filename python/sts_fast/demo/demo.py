@@ -23,6 +23,7 @@ from sts_fast.outcomes.outcomes import Outcome
 from sts_fast.outcomes.validate import Validation, validate
 from sts_fast.report import build_demo_report, build_report
 from sts_fast.report.demo import DEMO_FILE
+from sts_fast.statistics import defined, pearson, percentile_interval
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -185,12 +186,13 @@ class Demo:
         for drawn in rng.integers(len(self.trials), size=N_STUDIES):
             rows = self.trials[drawn].validation.domains
             chosen = [rows[i] for i in rng.choice(len(rows), FEW_DOMAINS, replace=False)]
-            r = _pearson(
-                np.asarray([row.score for row in chosen]), np.asarray([abs(row.outcome.change) for row in chosen])
+            r = defined(
+                pearson(
+                    np.asarray([row.score for row in chosen]), np.asarray([abs(row.outcome.change) for row in chosen])
+                )
             )
             found += [r] if r is not None else []
-        low, high = np.percentile(found, [2.5, 97.5])
-        return float(low), float(high)
+        return percentile_interval(np.asarray(found))
 
     def to_dict(self) -> dict[str, Any]:
         """What demo.json holds."""
@@ -350,7 +352,7 @@ def _trial(
         validation=validate({**scores, "domains": others_scored}, outcomes),
         changes=changes,
         r={
-            outcome: {predictor: _pearson(values, sizes) for predictor, values in predictors.items()}
+            outcome: {predictor: defined(pearson(values, sizes)) for predictor, values in predictors.items()}
             for outcome, sizes in changes.items()
         },
     )
@@ -361,12 +363,6 @@ def _value(domain: dict[str, Any], keys: Sequence[str]) -> float:
     for key in keys:
         value = value[key]
     return float(value)
-
-
-def _pearson(x: Doubles, y: Doubles) -> float | None:
-    x, y = x - x.mean(), y - y.mean()
-    norm = np.sqrt(np.sum(x * x) * np.sum(y * y))
-    return float(np.sum(x * y) / norm) if norm > 0 else None
 
 
 def _summary(spread: Spread) -> dict[str, float | int | None]:

@@ -14,6 +14,7 @@ from sts_fast.errors import InputError
 from sts_fast.forecast.run import SCORES_FILE, Forecast, Interval, check_has_scores
 from sts_fast.outcomes.outcomes import Outcome, listed
 from sts_fast.signed.signed import SIGNED_FIELDS
+from sts_fast.statistics import Z_95
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,7 +25,6 @@ Number = float | tuple[float, float, float]
 Scores = Forecast | str | Path | Mapping[str, Any]
 
 MIN_DOMAINS = 4
-Z_95 = 1.959963984540054
 # No score and no change is as large; squares of what is overflow.
 LARGEST = 1e100
 
