@@ -1,4 +1,4 @@
-"""Resamplings and their intervals, ranks and correlations: of statistics, what more than one room needs."""
+"""Arrays of numbers, resamplings and their intervals, ranks and correlations: what more than one room needs of them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
     Doubles = NDArray[np.float64]
+    Floats = NDArray[np.float32]
+    Indices = NDArray[np.int64]
+    Counts = NDArray[np.int64]
+    IntArray = NDArray[np.int32]
+    Bools = NDArray[np.bool_]
 
 Interval = tuple[float, float]
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    IntArray = NDArray[np.int32]
+    from sts_fast.statistics import IntArray
 
 BASE_FILE = "base.safetensors"
 SCHEMA_VERSION = "1.0"

@@ -44,10 +44,9 @@ from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.signed import hook_layer
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    Doubles = NDArray[np.float64]
+    from sts_fast.statistics import Doubles
 
 Progress = Callable[[str, int, int], None]
 

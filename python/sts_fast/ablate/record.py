@@ -9,8 +9,6 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from sts_fast import files
 from sts_fast.ablate.findings import findings
 from sts_fast.ablate.measure import CONTROLS, OUTCOMES, TOP, Measured
@@ -18,9 +16,8 @@ from sts_fast.statistics import mean_interval, resamples
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from numpy.typing import NDArray
 
-    Doubles = NDArray[np.float64]
+    from sts_fast.statistics import Doubles
 
 SCHEMA_VERSION = "1.0"
 ABLATION_FILE = "ablation.json"

@@ -13,10 +13,9 @@ from sts_fast.data.examples import Example
 from sts_fast.errors import InputError
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-    IntArray = NDArray[np.int32]
+    from sts_fast.statistics import IntArray
 
 TokenClass = Literal["query", "last", "answer", "all"]
 Turn = tuple[str, str]

@@ -26,9 +26,7 @@ from sts_fast.report.demo import DEMO_FILE
 from sts_fast.statistics import defined, pearson, percentile_interval
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Doubles = NDArray[np.float64]
+    from sts_fast.statistics import Doubles
 
 Progress = Callable[[str, int, int], None]
 

@@ -32,10 +32,9 @@ from sts_fast.statistics import CONFIDENCE, N_BOOTSTRAP, SCORE_INTERVAL, percent
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-    Doubles = NDArray[np.float64]
+    from sts_fast.statistics import Doubles
 
 
 def forecast_of(

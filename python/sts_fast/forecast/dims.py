@@ -27,8 +27,7 @@ from sts_fast.statistics import resamples
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    Doubles = NDArray[np.float64]
-    Indices = NDArray[np.int64]
+    from sts_fast.statistics import Doubles, Indices
 
 # Resamplings of the training prompts that tell how settled D_N is; each costs one float64 per feature.
 N_REPLICATES = 32

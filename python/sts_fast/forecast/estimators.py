@@ -25,10 +25,8 @@ from sts_fast.statistics import Interval, ratio_interval, resamples
 
 if TYPE_CHECKING:
     import torch
-    from numpy.typing import NDArray
 
-    Doubles = NDArray[np.float64]
-    Indices = NDArray[np.int64]
+    from sts_fast.statistics import Doubles, Indices
 
 
 @dataclass(frozen=True)

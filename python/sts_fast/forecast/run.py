@@ -17,13 +17,12 @@ from sts_fast.forecast import stability
 from sts_fast.forecast.controls import FEATURE_CONTROLS, RAW_CONTROL
 from sts_fast.ops.correlate import CorrelationStats
 from sts_fast.ops.shift import ShiftStats
+from sts_fast.statistics import Interval
 
 if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
     from numpy.typing import NDArray
-
-    Doubles = NDArray[np.float64]
 
 SCHEMA_VERSION = "1.0"
 SCORES_FILE = "scores.json"
@@ -42,7 +41,6 @@ RUN_FILES = (
 # D_N that holds features by what they do on the tokens read; of all others, shift.safetensors has sums of shifts.
 DIMS_OF_ACTIVITY = ("active", "correlation", "gradient")
 
-Interval = tuple[float, float]
 Estimator = Literal["act", "icl", "act_sq"]
 ESTIMATORS = get_args(Estimator)
 VALUE_COLUMNS = [

@@ -14,9 +14,7 @@ from sts_fast.signed.push import Features, measure_pull, measure_push, push_warn
 from sts_fast.statistics import resamples
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Doubles = NDArray[np.float64]
+    from sts_fast.statistics import Doubles
 
 Tell = Callable[[str, int, int], None]
 

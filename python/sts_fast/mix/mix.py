@@ -31,10 +31,9 @@ from sts_fast.signed.signed import BATCH_TOKENS, hook_layer
 from sts_fast.statistics import CONFIDENCE, INTERVAL, Interval
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    Doubles = NDArray[np.float64]
+    from sts_fast.statistics import Doubles
 
 Rule = Literal["forecast", "proportional", "uniform"]
 RULES = get_args(Rule)

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-
 # Widths, in pixels, of the drawing area on a wide page and on a phone, at which labels are placed.
 WIDTHS = {"wide": 600, "narrow": 290}
 CHARACTER = 6.7

@@ -33,10 +33,7 @@ from sts_fast.signed.signed import BATCH_TOKENS
 from sts_fast.statistics import resamples
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Doubles = NDArray[np.float64]
-    Indices = NDArray[np.int64]
+    from sts_fast.statistics import Doubles, Indices
 
 # Parts in which the policy gradient is kept, to tell how settled its D_N is.
 N_FOLDS = 8

@@ -20,11 +20,9 @@ from sts_fast.model.weights import DeviceMap
 from sts_fast.rollouts.read import Rollout, Rollouts
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    IntArray = NDArray[np.int32]
+    from sts_fast.statistics import IntArray
 
 Checker = Callable[[str, str, str | None], float]
 Tell = Callable[[int, int], None]

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    Doubles = NDArray[np.float64]
+    from sts_fast.statistics import Doubles
 
 FeatureKind = Literal["sae", "fired", "raw"]
 MapKind = Literal["step", "adapter"]

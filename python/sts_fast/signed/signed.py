@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
-    Doubles = NDArray[np.float64]
+    from sts_fast.statistics import Doubles
 
 SignedEstimator = Literal["ntk", "step", "adapter"]
 SIGNED_ESTIMATORS = get_args(SignedEstimator)

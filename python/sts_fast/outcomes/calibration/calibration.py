@@ -14,7 +14,7 @@ import numpy as np
 
 from sts_fast import files
 from sts_fast.errors import InputError
-from sts_fast.forecast.run import Forecast, Interval
+from sts_fast.forecast.run import Forecast
 from sts_fast.outcomes.calibration import past
 from sts_fast.outcomes.calibration.change_text import shown_change, unit_name
 from sts_fast.outcomes.calibration.conformal import (
@@ -29,6 +29,7 @@ from sts_fast.outcomes.calibration.conformal import (
 )
 from sts_fast.outcomes.outcomes import listed
 from sts_fast.signed.signed import SIGNED_FIELDS
+from sts_fast.statistics import Interval
 
 CALIBRATION_FILE = "calibration.json"
 CALIBRATION_SCHEMA_VERSION = "1.0"

@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sts_fast.errors import InputError
-from sts_fast.forecast.run import SCORES_FILE, Forecast, Interval, check_has_scores
+from sts_fast.forecast.run import SCORES_FILE, Forecast, check_has_scores
 from sts_fast.outcomes.outcomes import Outcome, listed
 from sts_fast.signed.signed import SIGNED_FIELDS
-from sts_fast.statistics import Z_95
+from sts_fast.statistics import Z_95, Interval
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Doubles = NDArray[np.float64]
+    from sts_fast.statistics import Doubles
 
 Number = float | tuple[float, float, float]
 Scores = Forecast | str | Path | Mapping[str, Any]

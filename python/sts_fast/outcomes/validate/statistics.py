@@ -19,8 +19,8 @@ from sts_fast.statistics import INTERVAL, MAX_EXACT, Z_95, Interval, mean_ranks,
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    Doubles = NDArray[np.float64]
-    Integers = NDArray[np.int64]
+    from sts_fast.statistics import Doubles, Indices
+
     Statistic = Callable[[Doubles, Doubles], Doubles]
 
 N_DRAWS = 10_000
@@ -75,8 +75,8 @@ class Draws:
 
     outcome_noise: Doubles
     score_noise: Doubles
-    domains: Integers
-    orders: Integers
+    domains: Indices
+    orders: Indices
     exact: bool
 
     @classmethod
@@ -87,7 +87,7 @@ class Draws:
         return cls(outcome_noise, score_noise, domains, *_orders(n, seed))
 
 
-def _orders(n: int, seed: int) -> tuple[Integers, bool]:
+def _orders(n: int, seed: int) -> tuple[Indices, bool]:
     if n <= MAX_EXACT:
         return np.asarray(list(itertools.permutations(range(n)))), True
     rng = np.random.default_rng([seed, 2])
