@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = "1.0"
 ABLATION_FILE = "ablation.json"
 ANSWERS_FILE = "ablation.parquet"
-SCHEMA = "ablation.schema.json"
 
 
 @dataclass(frozen=True)
@@ -118,13 +115,9 @@ def answers_table(measured: Sequence[Measured], kinds: Sequence[str]) -> pa.Tabl
 
 def ablation_schema() -> dict[str, Any]:
     """The JSON schema of ablation.json."""
-    text = resources.files("sts_fast.ablate").joinpath(SCHEMA).read_text(encoding="utf-8")
-    schema: dict[str, Any] = json.loads(text)
-    return schema
+    return files.load_schema("ablate/ablation.schema.json")
 
 
 def validate_ablation(document: dict[str, Any]) -> None:
     """Raises jsonschema.ValidationError where a document is not a valid ablation.json."""
-    import jsonschema
-
-    jsonschema.validate(json.loads(files.to_json(document)), ablation_schema())
+    files.check_document(document, ablation_schema())

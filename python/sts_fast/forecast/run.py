@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -216,16 +215,12 @@ class Forecast:
 
 def scores_schema() -> dict[str, Any]:
     """The JSON schema of scores.json."""
-    text = resources.files("sts_fast.forecast").joinpath("scores.schema.json").read_text(encoding="utf-8")
-    schema: dict[str, Any] = json.loads(text)
-    return schema
+    return files.load_schema("forecast/scores.schema.json")
 
 
 def validate_scores(scores: dict[str, Any]) -> None:
     """Raises jsonschema.ValidationError where a document is not a valid scores.json."""
-    import jsonschema
-
-    jsonschema.Draft202012Validator(scores_schema()).validate(json.loads(files.to_json(scores)))
+    files.check_document(scores, scores_schema())
 
 
 def clear_earlier(folder: Path, written: Collection[Path]) -> None:

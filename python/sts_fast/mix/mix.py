@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -382,16 +381,12 @@ def _drawn(pools: Mapping[str, list[Example]], counts: Sequence[int], seed: int)
 
 def mix_schema() -> dict[str, Any]:
     """The JSON schema of mix.json."""
-    text = resources.files("sts_fast.mix").joinpath("mix.schema.json").read_text(encoding="utf-8")
-    schema: dict[str, Any] = json.loads(text)
-    return schema
+    return files.load_schema("mix/mix.schema.json")
 
 
 def validate_mix(mixture: dict[str, Any]) -> None:
     """Raises jsonschema.ValidationError where a document is not a valid mix.json."""
-    import jsonschema
-
-    jsonschema.validate(json.loads(files.to_json(mixture)), mix_schema())
+    files.check_document(mixture, mix_schema())
 
 
 def _plain(one: MixedSet) -> dict[str, Any]:

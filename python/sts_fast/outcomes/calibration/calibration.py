@@ -6,7 +6,6 @@ import json
 import textwrap
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -286,9 +285,4 @@ def _no_constant(name: str) -> None:
 
 
 def _validate(document: Any) -> None:
-    import jsonschema
-
-    text = (
-        resources.files("sts_fast.outcomes.calibration").joinpath("calibration.schema.json").read_text(encoding="utf-8")
-    )
-    jsonschema.Draft202012Validator(json.loads(text)).validate(document)
+    files.check_document(document, files.load_schema("outcomes/calibration/calibration.schema.json"))
