@@ -18,7 +18,7 @@ Cost, for a hook at layer 25 of 32: one forward pass of each set, and a fifth of
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from sts_fast._version import __version__
 from sts_fast.ablate.measure import draw_features, measure
 from sts_fast.ablate.record import SCHEMA_VERSION, Ablation, answers_table, outcome_of
 from sts_fast.data.examples import Example
-from sts_fast.data.prompts import Prompt, PromptSet, PromptTemplate
+from sts_fast.data.prompts import Progress, Prompt, PromptSet, PromptTemplate
 from sts_fast.data.sets import Fields, Kind, Sampling, Sets, Source, check_enough, common_template
 from sts_fast.errors import InputError
 from sts_fast.forecast.run import DIMS_OF_ACTIVITY, PROMPTS_FILE, SHIFT_FILE, Forecast, read_scores
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
 
     from sts_fast.statistics import Doubles
 
-Progress = Callable[[str, int, int], None]
 
 N_DRAWS = 5
 BATCH_TOKENS = 8192

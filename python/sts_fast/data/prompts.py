@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 TokenClass = Literal["query", "last", "answer", "all"]
 Turn = tuple[str, str]
+# Are told how much of a stage is done, and of how much; Progress also which stage.
+Tell = Callable[[int, int], None]
+Progress = Callable[[str, int, int], None]
 
 # Some chat templates print today's date; with a fixed one a forecast is the same tomorrow.
 TEMPLATE_DATE = "26 Jul 2024"

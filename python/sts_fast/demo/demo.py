@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 
 from sts_fast import files
 from sts_fast._version import __version__
+from sts_fast.data.prompts import Progress
 from sts_fast.demo import organism
 from sts_fast.demo.organism import Abilities, one_thread
 from sts_fast.errors import InputError
@@ -28,7 +29,6 @@ from sts_fast.statistics import defined, pearson, percentile_interval
 if TYPE_CHECKING:
     from sts_fast.statistics import Doubles
 
-Progress = Callable[[str, int, int], None]
 
 # Chosen before any outcome was looked at: one of each kind of skill, over tags and alphabets.
 TRAINS = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -12,7 +12,7 @@ import numpy as np
 
 from sts_fast import files
 from sts_fast.data.examples import Example
-from sts_fast.data.prompts import build_prompts
+from sts_fast.data.prompts import Progress, build_prompts
 from sts_fast.data.sets import Fields, Sets, Source, check_enough, common_template
 from sts_fast.errors import InputError
 from sts_fast.forecast.run import ESTIMATORS, SCORES_FILE, check_has_scores
@@ -143,7 +143,7 @@ def mix(
     question_fields: Mapping[str, str] | None = None,
     answer_fields: Mapping[str, str] | None = None,
     command: str | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Mixture:
     """Allots `budget` further examples over domains, to be trained on together with the training set.
 
@@ -281,7 +281,7 @@ def _measure(
     dtype: str,
     device: str,
     batch_tokens: int | None,
-    progress: Callable[[str, int, int], None] | None,
+    progress: Progress | None,
 ) -> Kernel:
     if limit is not None and limit < 1:
         raise InputError(f"--limit must be at least 1, not {limit}")

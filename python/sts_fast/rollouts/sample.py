@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sts_fast.data.examples import Example, Turn, load_examples
-from sts_fast.data.prompts import PromptTemplate
+from sts_fast.data.prompts import PromptTemplate, Tell
 from sts_fast.errors import InputError
 from sts_fast.model.language_model import load_language_model, load_tokenizer
 from sts_fast.model.packing import check_vocabulary
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from sts_fast.statistics import IntArray
 
 Checker = Callable[[str, str, str | None], float]
-Tell = Callable[[int, int], None]
 
 # GSM8K writes its result behind this mark.
 RESULT_MARK = "####"

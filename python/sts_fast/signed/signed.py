@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from sts_fast.data.prompts import Prompt, PromptSet
+from sts_fast.data.prompts import Progress, Prompt, PromptSet, Tell
 from sts_fast.errors import InputError
 from sts_fast.model.explain import N_FEATURES, Firings
 from sts_fast.model.hooks import Hook
@@ -46,8 +46,6 @@ N_TOP_FEATURES = 20
 BATCH_TOKENS = 8192
 # Prompts of each domain in which the features that carry a forecast are looked for.
 EXAMPLE_PROMPTS = 64
-
-Tell = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ def measure_signed(
     kind: FeatureKind = "sae",
     batch_tokens: int | None = None,
     seed: int = 0,
-    tell: Tell | None = None,
+    tell: Progress | None = None,
 ) -> dict[str, SignedForecast]:
     """By training set, which way each domain moves; see push for the equations.
 
@@ -122,7 +120,7 @@ def signed_forecasts(
     *,
     batch_tokens: int,
     seed: int = 0,
-    tell: Tell | None = None,
+    tell: Progress | None = None,
 ) -> dict[str, SignedForecast]:
     """By training set, which way each domain moves, from its push and one pass over each domain."""
     pulls = [
@@ -192,7 +190,7 @@ def _prompt_table(
     return pa.concat_tables(tables)
 
 
-def _told(tell: Tell | None, name: str) -> Callable[[int, int], None] | None:
+def _told(tell: Progress | None, name: str) -> Tell | None:
     return None if tell is None else lambda done, total: tell(f"gradients of {name}", done, total)
 
 
