@@ -36,6 +36,7 @@ from sts_fast.errors import InputError
 from sts_fast.forecast.run import DIMS_OF_ACTIVITY, PROMPTS_FILE, SHIFT_FILE, Forecast, read_scores
 from sts_fast.model.hooks import find_hooks
 from sts_fast.model.language_model import load_language_model, load_tokenizer
+from sts_fast.model.memory import MOST_BATCH_TOKENS
 from sts_fast.model.sae_check import check_width
 from sts_fast.ops.correlate import CorrelationStats
 from sts_fast.ops.shift import ShiftStats
@@ -48,9 +49,7 @@ if TYPE_CHECKING:
 
     from sts_fast.statistics import Doubles
 
-
 N_DRAWS = 5
-BATCH_TOKENS = 8192
 
 
 def ablate(
@@ -123,7 +122,9 @@ def ablate(
     drawn = draw_features(stats, top, n_draws, seed, importance=importance, few_shot=few_shot)
     measured = []
     for n_done, prompt_set in enumerate(sets):
-        measured.append(measure(hooked, loaded, prompt_set, drawn, min(batch_tokens or BATCH_TOKENS, BATCH_TOKENS)))
+        measured.append(
+            measure(hooked, loaded, prompt_set, drawn, min(batch_tokens or MOST_BATCH_TOKENS, MOST_BATCH_TOKENS))
+        )
         if progress is not None:
             progress("answers with features zeroed", n_done + 1, len(sets))
     kinds = ["domain" if i else "train" for i in range(len(measured))]

@@ -29,7 +29,6 @@ from sts_fast.statistics import defined, pearson, percentile_interval
 if TYPE_CHECKING:
     from sts_fast.statistics import Doubles
 
-
 # Chosen before any outcome was looked at: one of each kind of skill, over tags and alphabets.
 TRAINS = (
     "T0.reverse.a",

@@ -20,13 +20,14 @@ from sts_fast.mix.allot import fill, least_loss, whole_examples
 from sts_fast.mix.flow import Flow
 from sts_fast.mix.kernel import Kernel, measure_kernel
 from sts_fast.model.language_model import LanguageModel, load_config, load_language_model, load_tokenizer
+from sts_fast.model.memory import MOST_BATCH_TOKENS
 from sts_fast.model.sae_check import check_names, check_width, measure_fit
 from sts_fast.model.stored import is_activations
 from sts_fast.sae import SAE, load_sae
 from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.projection import projection
 from sts_fast.signed.push import Features
-from sts_fast.signed.signed import BATCH_TOKENS, hook_layer
+from sts_fast.signed.signed import hook_layer
 from sts_fast.statistics import CONFIDENCE, INTERVAL, Interval
 
 if TYPE_CHECKING:
@@ -313,7 +314,7 @@ def _measure(
     fit = measure_fit(decoder, [one], asked[0].prompts)[0]
     kernel = measure_kernel(
         hooked, Features(one), projection(one.d_in, seed=seed), asked,
-        batch_tokens=min(batch_tokens or BATCH_TOKENS, BATCH_TOKENS), tell=progress,
+        batch_tokens=min(batch_tokens or MOST_BATCH_TOKENS, MOST_BATCH_TOKENS), tell=progress,
     )  # fmt: skip
     return replace(kernel, warnings=[*filter(None, (fit.warning, told_apart)), *kernel.warnings])
 

@@ -22,6 +22,7 @@ from sts_fast.forecast.dims import N_REPLICATES, Shift, rows_of, shift_of
 from sts_fast.forecast.options import Settings
 from sts_fast.model.language_model import LanguageModel
 from sts_fast.model.log import PromptLog
+from sts_fast.model.memory import MOST_BATCH_TOKENS
 from sts_fast.model.session import hook_of
 from sts_fast.ops.correlate import CorrelationStats
 from sts_fast.ops.shift import ShiftStats
@@ -29,7 +30,6 @@ from sts_fast.sae import SAE
 from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.objectives import PolicyLoss
 from sts_fast.signed.push import Features, Push
-from sts_fast.signed.signed import BATCH_TOKENS
 from sts_fast.statistics import resamples
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def step_shift(
     completions: Completions,
     settings: Settings,
     *,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int = MOST_BATCH_TOKENS,
 ) -> Shift:
     """D_N holds the features that the virtual step W of `push` shifts most, by E_x ||h_j(x + W^T h(x)) - h_j(x)||^2.
 

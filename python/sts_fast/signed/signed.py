@@ -13,6 +13,7 @@ from sts_fast.errors import InputError
 from sts_fast.model.explain import N_FEATURES, Firings
 from sts_fast.model.hooks import Hook
 from sts_fast.model.log import PromptLog
+from sts_fast.model.memory import MOST_BATCH_TOKENS
 from sts_fast.ops.encode import encode
 from sts_fast.places import split_name
 from sts_fast.sae import SAE
@@ -43,7 +44,6 @@ SIGNED_ESTIMATORS = get_args(SignedEstimator)
 SIGNED_FIELDS = tuple(f"{name}{of}" for name in SIGNED_ESTIMATORS for of in ("", "_loss"))
 
 N_TOP_FEATURES = 20
-BATCH_TOKENS = 8192
 # Prompts of each domain in which the features that carry a forecast are looked for.
 EXAMPLE_PROMPTS = 64
 
@@ -93,7 +93,7 @@ def measure_signed(
 
     trains, domains: prompts that read their answers; each is passed through the model, and back to the hook, once
     """
-    budget = min(batch_tokens or BATCH_TOKENS, BATCH_TOKENS)
+    budget = min(batch_tokens or MOST_BATCH_TOKENS, MOST_BATCH_TOKENS)
     features = Features(sae, kind, _centre(model, domains, budget) if kind == "raw" else None)
     Q = projection(sae.d_in, seed=seed)
     maps: list[MapKind] = [name for name in estimators if name != "ntk"]

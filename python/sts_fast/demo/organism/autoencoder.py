@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
     from sts_fast.data.prompts import Progress
 
-
 D_SAE = 1024
 K = 16
 N_STEPS = 1000

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from sts_fast.data.prompts import Progress
 
-
 BOS, UNKNOWN = "<s>", "<unk>"
 SPECIAL = (BOS, UNKNOWN)
 # Turns follow each other with nothing between them, as in the documents that the model was trained on.

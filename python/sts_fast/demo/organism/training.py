@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from sts_fast.data.prompts import Progress
 
-
 FIGURES_FILE = "figures.json"
 LAYER = 1  # the SAE reads the residual stream after the second of the model's four layers
 SHOTS = 4
