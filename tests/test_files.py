@@ -8,6 +8,7 @@ import os
 import stat
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -124,3 +125,26 @@ def test_sha256(tmp_path: Path) -> None:
     content = np.random.default_rng(0).bytes(300_000)
     (tmp_path / "f").write_bytes(content)
     assert files.sha256(tmp_path / "f") == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "forecast/scores.schema.json",
+        "mix/mix.schema.json",
+        "ablate/ablation.schema.json",
+        "outcomes/calibration/calibration.schema.json",
+    ],
+)
+def test_schemas_are_valid_and_refuse_an_empty_document(place: str) -> None:
+    schema = files.load_schema(place)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    with pytest.raises(jsonschema.ValidationError):
+        files.check_document({}, schema)
+
+
+def test_documents_are_checked_as_they_are_written() -> None:
+    schema = {"properties": {"ci": {"type": "array"}}}
+    files.check_document({"ci": (1.0, 2.0)}, schema)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        files.check_document({"ci": [float("nan")]}, schema)

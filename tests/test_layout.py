@@ -18,7 +18,7 @@ PACKAGE = ROOT / "python" / "sts_fast"
 # The rooms of the package from left to right. A room imports from itself and from its left alone; rooms on one line do
 # not import each other. The first line is the ground, on which all may stand.
 ROOMS = [
-    ("_version", "errors", "files", "places"),
+    ("_version", "errors", "files", "places", "statistics"),
     ("data",),
     ("sae",),
     ("ops",),
@@ -29,12 +29,11 @@ ROOMS = [
     ("report",),
     ("trainer", "demo"),
     ("cli",),
-    ("__main__",),
 ]
 COMPILED = {"sts_fast.ops._cpu", "sts_fast.ops._cuda"}
 LINE_OF = {room: line for line, rooms in enumerate(ROOMS) for room in rooms}
 MOST_ENTRIES = 20  # at the top of the package
-HEAVY = {"torch", "transformers", "sae_lens", "pandas", "pyarrow", "matplotlib", "datasets"}
+HEAVY = {"torch", "transformers", "sae_lens", "pandas", "pyarrow", "matplotlib", "datasets", "scipy"}
 SUBCLASSES_OF_HEAVY = {"trainer.py"}  # whoever imports it has imported transformers
 UNPICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 NAMES_THAT_SAY_NOTHING = re.compile(r"(^|_)(util|utils|helper|helpers|common|misc|base|manager)$")

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +112,19 @@ def prepare_folder(folder: Path) -> None:
 def to_json(document: dict[str, Any]) -> str:
     """A document as JSON text: indented, and without NaN, which JSON does not have."""
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def load_schema(place: str) -> dict[str, Any]:
+    """A JSON schema of the package, by its place in it, such as 'mix/mix.schema.json'."""
+    schema: dict[str, Any] = json.loads(resources.files("sts_fast").joinpath(place).read_text(encoding="utf-8"))
+    return schema
+
+
+def check_document(document: dict[str, Any], schema: dict[str, Any]) -> None:
+    """Raises jsonschema.ValidationError where what `to_json` makes of a document does not follow a schema."""
+    import jsonschema
+
+    jsonschema.Draft202012Validator(schema).validate(json.loads(to_json(document)))
 
 
 def hashed_inputs(role: str, paths: Iterable[str | Path]) -> list[dict[str, str]]:

@@ -20,6 +20,7 @@ from sts_fast import files
 from sts_fast.errors import InputError
 from sts_fast.forecast.run import FEATURES_FILE, PROMPTS_FILE, SCORES_FILE, SHIFT_FILE, TRAINING_FILE
 from sts_fast.model.language_model import LanguageModel, batches
+from sts_fast.model.memory import MOST_BATCH_TOKENS
 from sts_fast.ops.shift import ShiftStats
 from sts_fast.report import build_report
 from sts_fast.sae import SAE, load_sae
@@ -28,11 +29,10 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    IntArray = NDArray[np.int32]
+    from sts_fast.statistics import IntArray
 
 BASE_FILE = "base.safetensors"
 SCHEMA_VERSION = "1.0"
-BATCH_TOKENS = 8192
 # The sums of a prompt's features in the forecast and here differ by the rounding of bfloat16; more is another model.
 MOST_DIFFERENT = 0.1
 LEAST_OVERLAP = 0.1
@@ -251,7 +251,7 @@ class TransferMonitor(TrainerCallback):
         found: dict[int, torch.Tensor] = {}
         with _undisturbed(model):
             decoder = LanguageModel(model, self.scores["sae"]["hook_name"])
-            for batch in batches([len(ids) for ids in self.probes.ids], BATCH_TOKENS):
+            for batch in batches([len(ids) for ids in self.probes.ids], MOST_BATCH_TOKENS):
                 (rows,) = decoder.residuals([self.probes.ids[i] for i in batch])
                 for i, of_probe in zip(batch, rows, strict=True):
                     positions = torch.from_numpy(self.probes.positions[i].astype(np.int64))

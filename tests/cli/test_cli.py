@@ -806,7 +806,7 @@ def test_interrupted_while_it_runs(
 
 def start(*words: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "sts_fast", *map(str, words)],
+        [sys.executable, "-W", "ignore", "-m", "sts_fast.cli", *map(str, words)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

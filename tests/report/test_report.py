@@ -275,28 +275,6 @@ def test_agreement_is_spearman(full: tuple[dict[str, Any], Node, Path]) -> None:
         assert found[1] == f"{rho:.2f}".replace("-", "−")
 
 
-@pytest.mark.parametrize("n", [4, 6])
-def test_chance_of_agreement_is_the_exact_permutation_p(n: int) -> None:
-    rng = np.random.default_rng(n)
-    x, y = rng.integers(0, 4, n).astype(float), rng.normal(size=n)
-    x[0] += 10
-
-    def statistic(order: Any) -> float:
-        return float(stats.spearmanr(order, y).statistic)
-
-    rho = numbers.spearman(x.tolist(), y.tolist())
-    assert rho == pytest.approx(statistic(x))
-    exact = stats.permutation_test((x,), statistic, permutation_type="pairings", n_resamples=np.inf)
-    assert numbers.chance_of_agreement(rho or 0.0, x.tolist(), y.tolist()) == pytest.approx(exact.pvalue, abs=1e-12)
-
-
-def test_chance_of_agreement_of_many_domains_is_near_that_of_scipy() -> None:
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=40), rng.normal(size=40)
-    found = stats.spearmanr(x, y)
-    assert numbers.chance_of_agreement(found.statistic, x.tolist(), y.tolist()) == pytest.approx(found.pvalue, abs=0.02)
-
-
 def test_controls_are_held_against_every_score(full: tuple[dict[str, Any], Node, Path]) -> None:
     scores, page, _ = full
     domains = scores["domains"]

@@ -18,7 +18,7 @@ Cost, for a hook at layer 25 of 32: one forward pass of each set, and a fifth of
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,12 +30,13 @@ from sts_fast._version import __version__
 from sts_fast.ablate.measure import draw_features, measure
 from sts_fast.ablate.record import SCHEMA_VERSION, Ablation, answers_table, outcome_of
 from sts_fast.data.examples import Example
-from sts_fast.data.prompts import Prompt, PromptSet, PromptTemplate
+from sts_fast.data.prompts import Progress, Prompt, PromptSet, PromptTemplate
 from sts_fast.data.sets import Fields, Kind, Sampling, Sets, Source, check_enough, common_template
 from sts_fast.errors import InputError
 from sts_fast.forecast.run import DIMS_OF_ACTIVITY, PROMPTS_FILE, SHIFT_FILE, Forecast, read_scores
 from sts_fast.model.hooks import find_hooks
 from sts_fast.model.language_model import load_language_model, load_tokenizer
+from sts_fast.model.memory import MOST_BATCH_TOKENS
 from sts_fast.model.sae_check import check_width
 from sts_fast.ops.correlate import CorrelationStats
 from sts_fast.ops.shift import ShiftStats
@@ -44,15 +45,11 @@ from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.signed import hook_layer
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    Doubles = NDArray[np.float64]
-
-Progress = Callable[[str, int, int], None]
+    from sts_fast.statistics import Doubles
 
 N_DRAWS = 5
-BATCH_TOKENS = 8192
 
 
 def ablate(
@@ -125,7 +122,9 @@ def ablate(
     drawn = draw_features(stats, top, n_draws, seed, importance=importance, few_shot=few_shot)
     measured = []
     for n_done, prompt_set in enumerate(sets):
-        measured.append(measure(hooked, loaded, prompt_set, drawn, min(batch_tokens or BATCH_TOKENS, BATCH_TOKENS)))
+        measured.append(
+            measure(hooked, loaded, prompt_set, drawn, min(batch_tokens or MOST_BATCH_TOKENS, MOST_BATCH_TOKENS))
+        )
         if progress is not None:
             progress("answers with features zeroed", n_done + 1, len(sets))
     kinds = ["domain" if i else "train" for i in range(len(measured))]

@@ -21,8 +21,7 @@ from sts_fast.signed.gradients import AnswerRows, HookedModel
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    Doubles = NDArray[np.float64]
-    Indices = NDArray[np.int64]
+    from sts_fast.statistics import Doubles, Indices
 
 NOTHING, TOP, CONTROLS = "none", "top", ("random", "like_activity", "low_shift")
 OUTCOMES = ("loss", "p_answer", "accuracy")

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from sts_fast import files
 from sts_fast.ablate.findings import findings
 from sts_fast.ablate.measure import CONTROLS, OUTCOMES, TOP, Measured
+from sts_fast.statistics import mean_interval, resamples
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from numpy.typing import NDArray
 
-    Doubles = NDArray[np.float64]
+    from sts_fast.statistics import Doubles
 
 SCHEMA_VERSION = "1.0"
 ABLATION_FILE = "ablation.json"
 ANSWERS_FILE = "ablation.parquet"
-SCHEMA = "ablation.schema.json"
-
-N_BOOTSTRAP = 1000
-INTERVAL = (2.5, 97.5)
 
 
 @dataclass(frozen=True)
@@ -67,8 +58,7 @@ def outcome_of(measured: Measured, kind: str, seed: int) -> dict[str, Any]:
     """A set's part of the document; every interval is a bootstrap over its prompts, the same for all numbers."""
     prompt_set = measured.prompt_set
     n = len(prompt_set.prompts)
-    rng = np.random.default_rng([seed, zlib.crc32(prompt_set.name.encode())])
-    resamples = rng.multinomial(n, [1 / n] * n, size=N_BOOTSTRAP) / n
+    shares = resamples(n, seed, prompt_set.name) / n
     before = measured.outcomes()
     changes = {}
     for name in (TOP, *CONTROLS):
@@ -77,8 +67,7 @@ def outcome_of(measured: Measured, kind: str, seed: int) -> dict[str, Any]:
 
     def summed_up(values: Doubles) -> dict[str, Any]:
         """values: [n_prompts]"""
-        means = np.einsum("rp,p->r", resamples, values)
-        return {"value": float(values.mean()), "ci": np.percentile(means, INTERVAL).tolist()}
+        return {"value": float(values.mean()), "ci": list(mean_interval(values, shares))}
 
     conditions: dict[str, Any] = {}
     for name, change in changes.items():
@@ -126,13 +115,9 @@ def answers_table(measured: Sequence[Measured], kinds: Sequence[str]) -> pa.Tabl
 
 def ablation_schema() -> dict[str, Any]:
     """The JSON schema of ablation.json."""
-    text = resources.files("sts_fast.ablate").joinpath(SCHEMA).read_text(encoding="utf-8")
-    schema: dict[str, Any] = json.loads(text)
-    return schema
+    return files.load_schema("ablate/ablation.schema.json")
 
 
 def validate_ablation(document: dict[str, Any]) -> None:
     """Raises jsonschema.ValidationError where a document is not a valid ablation.json."""
-    import jsonschema
-
-    jsonschema.validate(json.loads(files.to_json(document)), ablation_schema())
+    files.check_document(document, ablation_schema())

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
-    from sts_fast.forecast.score import Progress as Tell
+    from sts_fast.data.prompts import Progress as Tell
 
 out = Console()
 err = Console(stderr=True)

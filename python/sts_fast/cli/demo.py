@@ -16,7 +16,7 @@ from sts_fast.cli.options import JsonOption, OutputOption
 from sts_fast.demo import organism
 from sts_fast.demo.demo import PREDICTORS, PRIMARY, SCORE, Demo, run_demo
 from sts_fast.forecast.run import REPORT_FILE
-from sts_fast.outcomes.validate.reading import Z_95
+from sts_fast.statistics import Z_95
 
 
 def demo(

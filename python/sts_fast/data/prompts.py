@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -13,13 +13,15 @@ from sts_fast.data.examples import Example
 from sts_fast.errors import InputError
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-    IntArray = NDArray[np.int32]
+    from sts_fast.statistics import IntArray
 
 TokenClass = Literal["query", "last", "answer", "all"]
 Turn = tuple[str, str]
+# Are told how much of a stage is done, and of how much; Progress also which stage.
+Tell = Callable[[int, int], None]
+Progress = Callable[[str, int, int], None]
 
 # Some chat templates print today's date; with a fixed one a forecast is the same tomorrow.
 TEMPLATE_DATE = "26 Jul 2024"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 
 from sts_fast import files
 from sts_fast._version import __version__
+from sts_fast.data.prompts import Progress
 from sts_fast.demo import organism
 from sts_fast.demo.organism import Abilities, one_thread
 from sts_fast.errors import InputError
@@ -23,13 +24,10 @@ from sts_fast.outcomes.outcomes import Outcome
 from sts_fast.outcomes.validate import Validation, validate
 from sts_fast.report import build_demo_report, build_report
 from sts_fast.report.demo import DEMO_FILE
+from sts_fast.statistics import defined, pearson, percentile_interval
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Doubles = NDArray[np.float64]
-
-Progress = Callable[[str, int, int], None]
+    from sts_fast.statistics import Doubles
 
 # Chosen before any outcome was looked at: one of each kind of skill, over tags and alphabets.
 TRAINS = (
@@ -185,12 +183,13 @@ class Demo:
         for drawn in rng.integers(len(self.trials), size=N_STUDIES):
             rows = self.trials[drawn].validation.domains
             chosen = [rows[i] for i in rng.choice(len(rows), FEW_DOMAINS, replace=False)]
-            r = _pearson(
-                np.asarray([row.score for row in chosen]), np.asarray([abs(row.outcome.change) for row in chosen])
+            r = defined(
+                pearson(
+                    np.asarray([row.score for row in chosen]), np.asarray([abs(row.outcome.change) for row in chosen])
+                )
             )
             found += [r] if r is not None else []
-        low, high = np.percentile(found, [2.5, 97.5])
-        return float(low), float(high)
+        return percentile_interval(np.asarray(found))
 
     def to_dict(self) -> dict[str, Any]:
         """What demo.json holds."""
@@ -350,7 +349,7 @@ def _trial(
         validation=validate({**scores, "domains": others_scored}, outcomes),
         changes=changes,
         r={
-            outcome: {predictor: _pearson(values, sizes) for predictor, values in predictors.items()}
+            outcome: {predictor: defined(pearson(values, sizes)) for predictor, values in predictors.items()}
             for outcome, sizes in changes.items()
         },
     )
@@ -361,12 +360,6 @@ def _value(domain: dict[str, Any], keys: Sequence[str]) -> float:
     for key in keys:
         value = value[key]
     return float(value)
-
-
-def _pearson(x: Doubles, y: Doubles) -> float | None:
-    x, y = x - x.mean(), y - y.mean()
-    norm = np.sqrt(np.sum(x * x) * np.sum(y * y))
-    return float(np.sum(x * y) / norm) if norm > 0 else None
 
 
 def _summary(spread: Spread) -> dict[str, float | int | None]:

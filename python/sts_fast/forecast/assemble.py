@@ -14,14 +14,7 @@ import numpy as np
 from sts_fast import files
 from sts_fast._version import __version__
 from sts_fast.forecast.dims import N_REPLICATES, Shift
-from sts_fast.forecast.estimators import (
-    CONFIDENCE,
-    N_BOOTSTRAP,
-    DomainRead,
-    domain_scores,
-    percentile_interval,
-    skipped,
-)
+from sts_fast.forecast.estimators import DomainRead, domain_scores, skipped
 from sts_fast.forecast.options import Settings
 from sts_fast.forecast.run import Forecast, ShiftedFeature, with_value_columns
 from sts_fast.model import explain
@@ -35,13 +28,13 @@ from sts_fast.ops import _cpu
 from sts_fast.ops.shift import ShiftStats
 from sts_fast.sae import SAE
 from sts_fast.signed.signed import SignedForecast
+from sts_fast.statistics import CONFIDENCE, N_BOOTSTRAP, SCORE_INTERVAL, percentile_interval
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-    Doubles = NDArray[np.float64]
+    from sts_fast.statistics import Doubles
 
 
 def forecast_of(
@@ -136,7 +129,7 @@ def forecast_of(
             "stability": {
                 "n_replicates": N_REPLICATES,
                 "mean_overlap": float(np.mean(stability)),
-                "overlap_ci": list(percentile_interval(stability)),
+                "overlap_ci": list(percentile_interval(stability, SCORE_INTERVAL)),
             },
         },
         domains=domain_scores(domain_reads, shift, answer_reads, settings),

@@ -6,9 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from sts_fast.forecast.run import SCHEMA_VERSION, Forecast
+from sts_fast.statistics import defined, spearman
 
 
 def comparison(forecasts: Sequence[Forecast]) -> dict[str, Any]:
@@ -121,22 +120,12 @@ def sae_comparison(forecasts: Sequence[Forecast]) -> dict[str, Any]:
         },
         "rank_correlation": {
             estimator: {
-                train: [[_rank_correlation(one, other) for other in of_saes] for one in of_saes]
+                train: [
+                    [defined(spearman(one, other)) if len(one) > 2 else None for other in of_saes] for one in of_saes
+                ]
                 for train in trains
                 for of_saes in [values[estimator, train]]
             }
             for estimator in estimators
         },
     }
-
-
-def _rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
-    if len(one) < 3:
-        return None
-    ranks = [
-        np.asarray([(np.sum(values < value) + np.sum(values <= value)) / 2 for value in values])
-        for values in (np.asarray(one), np.asarray(other))
-    ]
-    if not all(np.ptp(rank) for rank in ranks):
-        return None
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])

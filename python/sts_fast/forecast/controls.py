@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    Doubles = NDArray[np.float64]
-    Indices = NDArray[np.int64]
+    from sts_fast.statistics import Doubles, Indices
 
 # Controls that read other features in the place of D_N, and the residual stream's own dimensions.
 FEATURE_CONTROLS = ("random", "low_shift", "most_active")

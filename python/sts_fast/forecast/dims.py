@@ -22,12 +22,12 @@ from sts_fast.model.stored import Activations
 from sts_fast.ops.correlate import CorrelationStats
 from sts_fast.ops.shift import ShiftStats, top_indices
 from sts_fast.sae import SAE
+from sts_fast.statistics import resamples
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    Doubles = NDArray[np.float64]
-    Indices = NDArray[np.int64]
+    from sts_fast.statistics import Doubles, Indices
 
 # Resamplings of the training prompts that tell how settled D_N is; each costs one float64 per feature.
 N_REPLICATES = 32
@@ -116,9 +116,8 @@ class _ShiftSums:
     def __init__(self, sae: SAE, prompt_set: PromptSet, settings: Settings) -> None:
         self.sae, self.prompt_set, self.of_active = sae, prompt_set, settings.dims == "active"
         n_prompts = len(prompt_set.prompts)
-        rng = np.random.default_rng([settings.seed, zlib.crc32(b"shift")])
         # [n_prompts, N_REPLICATES] how often each resampling of the prompts drew each of them.
-        self.draws = rng.multinomial(n_prompts, [1 / n_prompts] * n_prompts, size=N_REPLICATES).T.astype(np.float64)
+        self.draws = resamples(n_prompts, settings.seed, "shift", N_REPLICATES).T
         self.log = PromptLog("shift", prompt_set)
         self.raw = controls.RawShift(sae.d_in)
         self.shift = ShiftStats(sae, n_replicates=N_REPLICATES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from sts_fast.errors import InputError
 from sts_fast.forecast import controls
 from sts_fast.forecast.dims import Shift, rows_of
 from sts_fast.forecast.options import Settings
-from sts_fast.forecast.run import ESTIMATORS, DomainScore, Interval
+from sts_fast.forecast.run import ESTIMATORS, DomainScore
 from sts_fast.model.language_model import LanguageModel, PairedRows
 from sts_fast.model.log import AnswerLog, PromptLog
 from sts_fast.model.session import hook_of
@@ -22,16 +21,12 @@ from sts_fast.model.stored import Activations
 from sts_fast.ops.encode import SparseFeatures, encode
 from sts_fast.ops.shift import ShiftStats
 from sts_fast.sae import SAE
+from sts_fast.statistics import Interval, ratio_interval, resamples
 
 if TYPE_CHECKING:
     import torch
-    from numpy.typing import NDArray
 
-    Doubles = NDArray[np.float64]
-    Indices = NDArray[np.int64]
-
-N_BOOTSTRAP = 1000
-CONFIDENCE = 0.95
+    from sts_fast.statistics import Doubles, Indices
 
 
 @dataclass(frozen=True)
@@ -182,8 +177,7 @@ def _domain_score(
     settings: Settings,
 ) -> DomainScore:
     name, log, n_prompts = read.prompt_set.name, read.log, len(read.prompt_set.prompts)
-    rng = np.random.default_rng([settings.seed, zlib.crc32(name.encode())])
-    resamples = rng.multinomial(n_prompts, [1 / n_prompts] * n_prompts, size=N_BOOTSTRAP).astype(np.float64)
+    drawn = resamples(n_prompts, settings.seed, name)
     n_read, n_pairs = log.n_read.astype(np.float64), log.n_pairs.astype(np.float64)
     sizes = {
         "": len(shift.top),
@@ -209,7 +203,7 @@ def _domain_score(
                 found[control][f"sts_{estimator}"] = ratio
             else:
                 value[estimator] = ratio
-                interval[estimator] = bootstrap_interval(numerator, denominator, resamples)
+                interval[estimator] = ratio_interval(numerator, denominator, drawn)
     found |= more
     if answers is not None:
         found["base_loss"] = {"nll": float(answers.nll.sum() / answers.n_tokens.sum())}
@@ -229,26 +223,6 @@ def _domain_score(
         change=None,
         change_interval=None,
     )
-
-
-def bootstrap_interval(numerator: Doubles, denominator: Doubles, resamples: Doubles) -> Interval:
-    """95% percentile interval of sum(numerator) / sum(denominator) under resampling of prompts.
-
-    numerator, denominator: [n_prompts] sum over a prompt's tokens, number of them
-    resamples: [n_resamples, n_prompts] how often each resampling drew each prompt
-
-    Tokens of one prompt depend on each other, so whole prompts are drawn, numerator and denominator together.
-    """
-    # einsum adds in one order; a BLAS product would depend on the number of threads.
-    totals = np.einsum("rp,p->r", resamples, denominator)
-    ratios = np.einsum("rp,p->r", resamples, numerator)[totals > 0] / totals[totals > 0]
-    return percentile_interval(ratios)
-
-
-def percentile_interval(values: Doubles) -> Interval:
-    tail = 50 * (1 - CONFIDENCE)
-    low, high = np.percentile(values, [tail, 100 - tail])
-    return float(low), float(high)
 
 
 def skipped(prompt_set: PromptSet) -> dict[str, int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypedDict, get_args
 
-from sts_fast.data.prompts import TokenClass
+from sts_fast.data.prompts import Progress, TokenClass
 from sts_fast.data.sets import Sampling
 from sts_fast.errors import InputError
 from sts_fast.forecast.run import ESTIMATORS, Estimator
@@ -18,7 +18,6 @@ from sts_fast.signed.signed import SIGNED_ESTIMATORS, SignedEstimator
 
 Dims = Literal["icl", "tuned", "active"]
 Controls = Literal["features", "all"]
-Progress = Callable[[str, int, int], None]
 
 
 class Options(TypedDict, total=False):

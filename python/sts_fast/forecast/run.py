@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -17,13 +16,12 @@ from sts_fast.forecast import stability
 from sts_fast.forecast.controls import FEATURE_CONTROLS, RAW_CONTROL
 from sts_fast.ops.correlate import CorrelationStats
 from sts_fast.ops.shift import ShiftStats
+from sts_fast.statistics import Interval
 
 if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
     from numpy.typing import NDArray
-
-    Doubles = NDArray[np.float64]
 
 SCHEMA_VERSION = "1.0"
 SCORES_FILE = "scores.json"
@@ -42,7 +40,6 @@ RUN_FILES = (
 # D_N that holds features by what they do on the tokens read; of all others, shift.safetensors has sums of shifts.
 DIMS_OF_ACTIVITY = ("active", "correlation", "gradient")
 
-Interval = tuple[float, float]
 Estimator = Literal["act", "icl", "act_sq"]
 ESTIMATORS = get_args(Estimator)
 VALUE_COLUMNS = [
@@ -218,16 +215,12 @@ class Forecast:
 
 def scores_schema() -> dict[str, Any]:
     """The JSON schema of scores.json."""
-    text = resources.files("sts_fast.forecast").joinpath("scores.schema.json").read_text(encoding="utf-8")
-    schema: dict[str, Any] = json.loads(text)
-    return schema
+    return files.load_schema("forecast/scores.schema.json")
 
 
 def validate_scores(scores: dict[str, Any]) -> None:
     """Raises jsonschema.ValidationError where a document is not a valid scores.json."""
-    import jsonschema
-
-    jsonschema.Draft202012Validator(scores_schema()).validate(json.loads(files.to_json(scores)))
+    files.check_document(scores, scores_schema())
 
 
 def clear_earlier(folder: Path, written: Collection[Path]) -> None:

@@ -18,7 +18,6 @@ from sts_fast.forecast.compare import sae_names
 from sts_fast.forecast.dims import Shift, measure_shifts
 from sts_fast.forecast.estimators import read_domain
 from sts_fast.forecast.options import Options, Settings
-from sts_fast.forecast.options import Progress as Progress
 from sts_fast.forecast.run import ESTIMATORS, Forecast
 from sts_fast.model import explain
 from sts_fast.model.language_model import LanguageModel

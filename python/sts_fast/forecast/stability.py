@@ -13,7 +13,6 @@ import numpy as np
 # A set of features is settled when resampling the prompts keeps this share of it; a ranking, when this share of the
 # pairs of domains differ by more than chance would explain (95%).
 SETTLED = 0.9
-Z_95 = 1.959964
 # More than that is not said: the rule does not reach so far.
 MOST_TIMES = 100
 
@@ -37,9 +36,9 @@ def pairs_apart(values: Sequence[float], intervals: Sequence[Sequence[float]]) -
     """
     v, width = np.asarray(values, np.float64), np.diff(np.asarray(intervals, np.float64), axis=1)[:, 0]
     i, j = np.triu_indices(len(v), 1)
-    error = np.hypot(width[i], width[j]) / (2 * Z_95)
+    least = np.hypot(width[i], width[j]) / 2  # 1.96 sqrt(s_i^2 + s_j^2)
     with np.errstate(divide="ignore", invalid="ignore"):
-        needed = np.where(error > 0, (Z_95 * error / np.abs(v[i] - v[j])) ** 2, 0.0)
+        needed = np.where(least > 0, (least / np.abs(v[i] - v[j])) ** 2, 0.0)
     times = float(np.sort(needed)[math.ceil(SETTLED * len(needed)) - 1])
     return float(np.mean(needed < 1)), max(1.0, times)
 

@@ -9,10 +9,7 @@ import numpy as np
 from sts_fast.mix.flow import Flow
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Doubles = NDArray[np.float64]
-    Counts = NDArray[np.int64]
+    from sts_fast.statistics import Counts, Doubles
 
 # What no forecast decides: gradients before training do not foresee all that long training forgets.
 EVENLY = 0.5

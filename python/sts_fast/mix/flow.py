@@ -28,9 +28,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Doubles = NDArray[np.float64]
+    from sts_fast.statistics import Doubles
 
 N_STEPS = 128
 # A loss below this, in nats per token, is taken for this: its log odds would be without bound.

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sts_fast.data.prompts import PromptSet
+from sts_fast.data.prompts import Progress, PromptSet, Tell
 from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.push import Features, measure_pull, measure_push, push_warnings
+from sts_fast.statistics import resamples
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Doubles = NDArray[np.float64]
-
-Tell = Callable[[str, int, int], None]
+    from sts_fast.statistics import Doubles
 
 
 @dataclass(frozen=True)
@@ -43,8 +39,7 @@ class Kernel:
         """[n, n_sets, n_sets] K and [n, n_sets] loss, over n resamples of each set's prompts."""
         K, loss = np.empty((n, len(self.names), len(self.names))), np.empty((n, len(self.names)))
         for i, (name, values, nll) in enumerate(zip(self.names, self.values, self.nll, strict=True)):
-            rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-            drawn = rng.multinomial(len(nll), [1 / len(nll)] * len(nll), size=n) / len(nll)
+            drawn = resamples(len(nll), seed, name, n) / len(nll)
             K[:, :, i] = np.einsum("rp,ap->ra", drawn, values)
             loss[:, i] = np.einsum("rp,p->r", drawn, nll)
         return K, loss
@@ -57,7 +52,7 @@ def measure_kernel(
     sets: Sequence[PromptSet],
     *,
     batch_tokens: int,
-    tell: Tell | None = None,
+    tell: Progress | None = None,
 ) -> Kernel:
     """From two passes over each set, each forward and back down to the hook, whatever the number of pairs.
 
@@ -67,10 +62,10 @@ def measure_kernel(
     All M are held at once: 67 MB a set at 7B shape (131,072 features, r = 64), where it costs 2.8 forward passes.
     """
 
-    def told(stage: str) -> Callable[[int, int], None]:
+    def told(stage: str) -> Tell:
         return lambda done, total: None if tell is None else tell(stage, done, total)
 
-    def pushed(asked: PromptSet) -> Callable[[int, int], None]:
+    def pushed(asked: PromptSet) -> Tell:
         return told(f"gradients of {asked.name}")
 
     pushes = [

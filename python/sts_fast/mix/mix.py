@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -13,7 +12,7 @@ import numpy as np
 
 from sts_fast import files
 from sts_fast.data.examples import Example
-from sts_fast.data.prompts import build_prompts
+from sts_fast.data.prompts import Progress, build_prompts
 from sts_fast.data.sets import Fields, Sets, Source, check_enough, common_template
 from sts_fast.errors import InputError
 from sts_fast.forecast.run import ESTIMATORS, SCORES_FILE, check_has_scores
@@ -21,30 +20,29 @@ from sts_fast.mix.allot import fill, least_loss, whole_examples
 from sts_fast.mix.flow import Flow
 from sts_fast.mix.kernel import Kernel, measure_kernel
 from sts_fast.model.language_model import LanguageModel, load_config, load_language_model, load_tokenizer
+from sts_fast.model.memory import MOST_BATCH_TOKENS
 from sts_fast.model.sae_check import check_names, check_width, measure_fit
 from sts_fast.model.stored import is_activations
 from sts_fast.sae import SAE, load_sae
 from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.projection import projection
 from sts_fast.signed.push import Features
-from sts_fast.signed.signed import BATCH_TOKENS, hook_layer
+from sts_fast.signed.signed import hook_layer
+from sts_fast.statistics import CONFIDENCE, INTERVAL, Interval
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    Doubles = NDArray[np.float64]
+    from sts_fast.statistics import Doubles
 
 Rule = Literal["forecast", "proportional", "uniform"]
 RULES = get_args(Rule)
-Interval = tuple[float, float]
 
 SCHEMA_VERSION = "1.0"
 MIX_FILE, MIXED_FILE = "mix.json", "mixed.jsonl"
 TRAIN = "train"
 LOSS_LEFT = 0.01
 N_BOOTSTRAP = 200
-INTERVAL = (2.5, 97.5)
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,7 @@ def mix(
     question_fields: Mapping[str, str] | None = None,
     answer_fields: Mapping[str, str] | None = None,
     command: str | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Mixture:
     """Allots `budget` further examples over domains, to be trained on together with the training set.
 
@@ -243,7 +241,7 @@ def mix(
             "weights": {name: float(weight) for name, weight in zip(pools, counted, strict=True)},
             "limit": limit,
             "seed": seed,
-            "confidence": (INTERVAL[1] - INTERVAL[0]) / 100,
+            "confidence": CONFIDENCE,
             "command": command,
         },
         warnings=[
@@ -284,7 +282,7 @@ def _measure(
     dtype: str,
     device: str,
     batch_tokens: int | None,
-    progress: Callable[[str, int, int], None] | None,
+    progress: Progress | None,
 ) -> Kernel:
     if limit is not None and limit < 1:
         raise InputError(f"--limit must be at least 1, not {limit}")
@@ -316,7 +314,7 @@ def _measure(
     fit = measure_fit(decoder, [one], asked[0].prompts)[0]
     kernel = measure_kernel(
         hooked, Features(one), projection(one.d_in, seed=seed), asked,
-        batch_tokens=min(batch_tokens or BATCH_TOKENS, BATCH_TOKENS), tell=progress,
+        batch_tokens=min(batch_tokens or MOST_BATCH_TOKENS, MOST_BATCH_TOKENS), tell=progress,
     )  # fmt: skip
     return replace(kernel, warnings=[*filter(None, (fit.warning, told_apart)), *kernel.warnings])
 
@@ -384,16 +382,12 @@ def _drawn(pools: Mapping[str, list[Example]], counts: Sequence[int], seed: int)
 
 def mix_schema() -> dict[str, Any]:
     """The JSON schema of mix.json."""
-    text = resources.files("sts_fast.mix").joinpath("mix.schema.json").read_text(encoding="utf-8")
-    schema: dict[str, Any] = json.loads(text)
-    return schema
+    return files.load_schema("mix/mix.schema.json")
 
 
 def validate_mix(mixture: dict[str, Any]) -> None:
     """Raises jsonschema.ValidationError where a document is not a valid mix.json."""
-    import jsonschema
-
-    jsonschema.validate(json.loads(files.to_json(mixture)), mix_schema())
+    files.check_document(mixture, mix_schema())
 
 
 def _plain(one: MixedSet) -> dict[str, Any]:

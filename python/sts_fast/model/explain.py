@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-    Indices = NDArray[np.int64]
+    from sts_fast.statistics import Indices
 
 N_FEATURES = 20  # of D_N, the most shifted ones are explained
 N_EXAMPLES = 5

@@ -30,10 +30,8 @@ from sts_fast.model.packing import (
 
 if TYPE_CHECKING:
     import torch
-    from numpy.typing import NDArray
 
-    Doubles = NDArray[np.float64]
-    IntArray = NDArray[np.int32]
+    from sts_fast.statistics import Doubles, IntArray
 
 # In the order in which they are tried: the fastest first.
 #   packed  several sequences in one row, kept apart by a mask, behind the keys and values of what they share

@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-    Doubles = NDArray[np.float64]
-    IntArray = NDArray[np.int32]
+    from sts_fast.statistics import Doubles, IntArray
 
 # An attention sink's residual norm stands this far over the median of its sequence.
 SINK_NORM_RATIO = 10.0

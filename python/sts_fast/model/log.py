@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
-    Doubles = NDArray[np.float64]
+    from sts_fast.statistics import Doubles
 
 
 class PromptLog:

@@ -13,9 +13,8 @@ from sts_fast.errors import InputError
 
 if TYPE_CHECKING:
     import torch
-    from numpy.typing import NDArray
 
-    IntArray = NDArray[np.int32]
+    from sts_fast.statistics import IntArray
 
 # A shared start shorter than this is not worth a pass of its own.
 LEAST_SHARED = 16

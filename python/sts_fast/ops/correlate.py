@@ -15,7 +15,7 @@ from sts_fast.sae import SAE
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    Doubles = NDArray[np.float64]
+    from sts_fast.statistics import Doubles
 
 # Float64 sums of many equal squares are off by about this, relative.
 ROUNDING = 1e-13

@@ -15,8 +15,7 @@ from sts_fast.sae import SAE
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    Doubles = NDArray[np.float64]
-    Counts = NDArray[np.int64]
+    from sts_fast.statistics import Counts, Doubles
 
 _SUMS = ("sum_sq_shift", "sum_base", "sum_other", "sum_sq_base", "sum_sq_other")
 _COUNTS = ("n_fired_base", "n_fired_other")

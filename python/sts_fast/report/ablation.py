@@ -10,8 +10,7 @@ from markupsafe import Markup
 from sts_fast.ablate.findings import findings, is_loss, main_outcome, short_amount
 from sts_fast.report import figures
 from sts_fast.report.numbers import with_sign
-
-Interval = tuple[float, float]
+from sts_fast.statistics import Interval
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ from sts_fast.outcomes.calibration.change_text import shown_change, shown_interv
 from sts_fast.report import figures
 from sts_fast.report.numbers import counted, listed, percent
 from sts_fast.report.ranking import FIRST_BARS, MOST_BARS
-
-Interval = tuple[float, float]
+from sts_fast.statistics import Interval
 
 
 @dataclass(frozen=True)

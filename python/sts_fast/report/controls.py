@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sts_fast.report.numbers import MIN_DOMAINS, SAME, SIMILAR, listed, spearman
+from sts_fast.report.numbers import MIN_DOMAINS, SAME, SIMILAR, listed
 from sts_fast.report.ranking import estimators_of, label_of
+from sts_fast.statistics import defined, spearman
 
 CONTROLS = {
     "random": "random features",
@@ -102,7 +103,7 @@ def _compare(values: dict[str, float], scored: dict[str, float]) -> Compared:
     names = [name for name in scored if name in values]
     if len(names) < MIN_DOMAINS:
         return Compared(None, "too few domains")
-    rho = spearman([values[name] for name in names], [scored[name] for name in names])
+    rho = defined(spearman([values[name] for name in names], [scored[name] for name in names]))
     if rho is None:
         return Compared(None, "ranks nothing")
     if rho >= SAME:

@@ -14,9 +14,8 @@ from sts_fast.report.numbers import count, counted, percent
 from sts_fast.report.run import Firing, Run
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    pass
 
-    Doubles = NDArray[np.float64]
 
 FIRST_FEATURES = 20
 # Examples shown at once, and behind a click; features.parquet holds them all.

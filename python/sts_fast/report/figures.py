@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
+from sts_fast.statistics import Interval
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-Interval = tuple[float, float]
 
 # Widths, in pixels, of the drawing area on a wide page and on a phone, at which labels are placed.
 WIDTHS = {"wide": 600, "narrow": 290}

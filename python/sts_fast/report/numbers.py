@@ -1,24 +1,12 @@
-"""How numbers and tokens are written, and how rankings are compared."""
+"""How numbers and tokens are written."""
 
 from __future__ import annotations
 
-import itertools
-import math
 import re
 import unicodedata
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-import numpy as np
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Doubles = NDArray[np.float64]
 
 NOT_THERE = "–"
-# Up to 8! = 40,320 orders are gone through one by one.
-MAX_EXACT = 8
 MIN_DOMAINS = 4
 # Spearman correlations from which on two orders are called nearly the same, and similar.
 SAME = 0.8
@@ -114,31 +102,3 @@ def visible_token(token: str) -> str:
 def visible_context(text: str) -> str:
     """Running text on one line: line breaks and tabs as signs."""
     return re.sub("\r\n|[\n\r]", " ↵ ", text).replace("\t", " ⇥ ")
-
-
-def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Pearson correlation of the ranks, ties ranked by their mean; None where either does not vary."""
-    a, b = _ranks(x), _ranks(y)
-    a, b = a - a.mean(), b - b.mean()
-    spread = math.sqrt(float((a * a).sum() * (b * b).sum()))
-    return None if spread == 0 else min(max(float((a * b).sum()) / spread, -1.0), 1.0)
-
-
-def chance_of_agreement(rho: float, x: Sequence[float], y: Sequence[float]) -> float:
-    """Share of all orders whose |Spearman| is at least |rho|: exact up to eight domains, else normal."""
-    n = len(x)
-    if n > MAX_EXACT:
-        return math.erfc(abs(rho) * math.sqrt((n - 1) / 2))
-    a, b = _ranks(x), _ranks(y)
-    a, b = a - a.mean(), b - b.mean()
-    orders = np.asarray(list(itertools.permutations(range(n))))
-    reached = np.abs(a[orders] @ b) / math.sqrt(float((a * a).sum() * (b * b).sum()))
-    return float(np.mean(reached >= abs(rho) - 1e-9))
-
-
-def _ranks(values: Sequence[float]) -> Doubles:
-    """rank_i = 1/2 + #[v_j < v_i] + #[v_j = v_i] / 2"""
-    known = np.sort(np.asarray(values, np.float64))
-    below, up_to = np.searchsorted(known, values, "left"), np.searchsorted(known, values, "right")
-    ranks: Doubles = 0.5 + below + 0.5 * (up_to - below)
-    return ranks

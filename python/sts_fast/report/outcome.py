@@ -12,10 +12,7 @@ from sts_fast.report import figures
 from sts_fast.report.controls import control_label
 from sts_fast.report.numbers import bracketed, correlation, correlations, percent
 from sts_fast.report.ranking import label_of
-
-Interval = tuple[float, float]
-
-Z_95 = 1.959963984540054
+from sts_fast.statistics import Z_95, Interval
 
 
 @dataclass(frozen=True)

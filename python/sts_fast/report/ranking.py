@@ -10,11 +10,9 @@ from markupsafe import Markup
 
 from sts_fast.report import figures
 from sts_fast.report.numbers import (
-    MAX_EXACT,
     MIN_DOMAINS,
     SAME,
     SIMILAR,
-    chance_of_agreement,
     correlation,
     counted,
     isolated,
@@ -22,10 +20,8 @@ from sts_fast.report.numbers import (
     percent,
     share,
     significant,
-    spearman,
 )
-
-Interval = tuple[float, float]
+from sts_fast.statistics import MAX_EXACT, Interval, chance_of_agreement, defined, spearman
 
 # Of a long ranking, this many bars are drawn at once; the others stand behind a click.
 MOST_BARS = 30
@@ -159,7 +155,7 @@ def agreements(scores: dict[str, Any]) -> list[Agreement]:
         for second in names[i + 1 :]:
             _, x, y = _both(scores["domains"], first, second)
             labels = (label_of(first), label_of(second))
-            rho = spearman(x, y) if len(x) >= MIN_DOMAINS else None
+            rho = defined(spearman(x, y)) if len(x) >= MIN_DOMAINS else None
             found.append(Agreement(labels, rho, _agreement_sentence(labels, rho, x, y)))
     return found
 
@@ -183,7 +179,7 @@ def agreement_figure(scores: dict[str, Any]) -> Markup | None:
         x_label=f"{first} →",
         y_label=f"↑ {second}",
         title=f"{second} against {first}, one point per domain",
-        description=f"Whiskers are 95% intervals. Spearman correlation {correlation(spearman(x, y))}. "
+        description=f"Whiskers are 95% intervals. Spearman correlation {correlation(defined(spearman(x, y)))}. "
         "The numbers stand in the tables of the ranking.",
     )
 

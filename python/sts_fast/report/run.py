@@ -25,11 +25,9 @@ from sts_fast.forecast.run import (
 )
 
 if TYPE_CHECKING:
-    import numpy as np
     from jsonschema import ValidationError
-    from numpy.typing import NDArray
 
-    Doubles = NDArray[np.float64]
+    from sts_fast.statistics import Doubles
 
 # Beyond this no score or count is meant, and plots would overflow.
 LARGEST = 1e100

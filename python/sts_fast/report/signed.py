@@ -14,8 +14,7 @@ from sts_fast.report.numbers import counted, isolated, listed, percent, signific
 from sts_fast.report.ranking import FIRST_BARS, MOST_BARS
 from sts_fast.report.run import Run
 from sts_fast.signed.push import SMALLEST_P, SOLVED_LOSS
-
-Interval = tuple[float, float]
+from sts_fast.statistics import Interval
 
 # The one that came closest to what training did (docs/signed.md) first.
 ESTIMATORS = ("adapter", "step", "ntk")

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import copy
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -23,6 +22,7 @@ from sts_fast.forecast.dims import N_REPLICATES, Shift, rows_of, shift_of
 from sts_fast.forecast.options import Settings
 from sts_fast.model.language_model import LanguageModel
 from sts_fast.model.log import PromptLog
+from sts_fast.model.memory import MOST_BATCH_TOKENS
 from sts_fast.model.session import hook_of
 from sts_fast.ops.correlate import CorrelationStats
 from sts_fast.ops.shift import ShiftStats
@@ -30,13 +30,10 @@ from sts_fast.sae import SAE
 from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.objectives import PolicyLoss
 from sts_fast.signed.push import Features, Push
-from sts_fast.signed.signed import BATCH_TOKENS
+from sts_fast.statistics import resamples
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Doubles = NDArray[np.float64]
-    Indices = NDArray[np.int64]
+    from sts_fast.statistics import Doubles, Indices
 
 # Parts in which the policy gradient is kept, to tell how settled its D_N is.
 N_FOLDS = 8
@@ -61,10 +58,7 @@ class Completions:
     def draws(self, seed: int) -> Doubles:
         """[n, N_REPLICATES] how often each resampling of the prompts drew the group of each completion."""
         n_groups = int(self.group_of.max()) + 1
-        rng = np.random.default_rng([seed, zlib.crc32(b"shift")])
-        of_groups = rng.multinomial(n_groups, [1 / n_groups] * n_groups, size=N_REPLICATES).T
-        found: Doubles = of_groups[self.group_of].astype(np.float64)
-        return found
+        return resamples(n_groups, seed, "shift", N_REPLICATES).T[self.group_of]
 
 
 def correlation_shifts(
@@ -130,8 +124,7 @@ def gradient_shift(sae: SAE, push: Push, read: Shift, settings: Settings) -> Shi
     """
     if push.folds is None:
         raise ValueError("the push must be measured with its folds")
-    rng = np.random.default_rng([settings.seed, zlib.crc32(b"folds")])
-    draws = rng.multinomial(N_FOLDS, [1 / N_FOLDS] * N_FOLDS, size=N_REPLICATES)
+    draws = resamples(N_FOLDS, settings.seed, "folds", N_REPLICATES)
     products = np.stack([np.einsum("jr,fjr->jf", fold, push.folds) for fold in push.folds], axis=1)
     return _ranked_otherwise(
         sae,
@@ -154,7 +147,7 @@ def step_shift(
     completions: Completions,
     settings: Settings,
     *,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int = MOST_BATCH_TOKENS,
 ) -> Shift:
     """D_N holds the features that the virtual step W of `push` shifts most, by E_x ||h_j(x + W^T h(x)) - h_j(x)||^2.
 

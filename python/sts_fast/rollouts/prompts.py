@@ -17,9 +17,7 @@ from sts_fast.rollouts.read import Rollout, Rollouts
 from sts_fast.signed.objectives import group_spread
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    IntArray = NDArray[np.int32]
+    from sts_fast.statistics import IntArray
 
 SIGN_OF_SYSTEM = SIGN * 2
 

@@ -42,10 +42,7 @@ from sts_fast.errors import InputError
 from sts_fast.signed.objectives import group_advantages, group_spread
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Doubles = NDArray[np.float64]
-    Indices = NDArray[np.int64]
+    from sts_fast.statistics import Doubles, Indices
 
 Prompt = str | tuple[Turn, ...]
 

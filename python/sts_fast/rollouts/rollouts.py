@@ -19,6 +19,7 @@ from sts_fast.forecast.run import ESTIMATORS, Forecast
 from sts_fast.forecast.score import forecasts_of
 from sts_fast.model import explain
 from sts_fast.model.language_model import LanguageModel
+from sts_fast.model.memory import MOST_BATCH_TOKENS
 from sts_fast.model.sae_check import measure_fit
 from sts_fast.model.session import SAESource, Session, hook_of, loaded_sae, open_model, with_head
 from sts_fast.model.stored import is_activations
@@ -36,7 +37,6 @@ from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.projection import projection
 from sts_fast.signed.push import Features, MapKind, Push, measure_push
 from sts_fast.signed.signed import (
-    BATCH_TOKENS,
     SIGNED_ESTIMATORS,
     SignedEstimator,
     SignedForecast,
@@ -267,7 +267,7 @@ def _push(
 
 
 def _budget(settings: Settings) -> int:
-    return min(settings.batch_tokens or BATCH_TOKENS, BATCH_TOKENS)
+    return min(settings.batch_tokens or MOST_BATCH_TOKENS, MOST_BATCH_TOKENS)
 
 
 def _block(data: Rollouts, verified: Verified, completions: Completions | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sts_fast.data.examples import Example, Turn, load_examples
-from sts_fast.data.prompts import PromptTemplate
+from sts_fast.data.prompts import PromptTemplate, Tell
 from sts_fast.errors import InputError
 from sts_fast.model.language_model import load_language_model, load_tokenizer
 from sts_fast.model.packing import check_vocabulary
@@ -20,14 +20,11 @@ from sts_fast.model.weights import DeviceMap
 from sts_fast.rollouts.read import Rollout, Rollouts
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    IntArray = NDArray[np.int32]
+    from sts_fast.statistics import IntArray
 
 Checker = Callable[[str, str, str | None], float]
-Tell = Callable[[int, int], None]
 
 # GSM8K writes its result behind this mark.
 RESULT_MARK = "####"

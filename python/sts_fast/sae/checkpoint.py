@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    Floats = NDArray[np.float32]
+    from sts_fast.statistics import Floats
 
 BLOCK_BYTES = 8 << 20
 # Names and shapes fill a file's table of contents to a few kB, and its list of members to a few.

@@ -16,10 +16,8 @@ from sts_fast.sae.decoder import MAX_ROWS, Decoder
 
 if TYPE_CHECKING:
     import torch
-    from numpy.typing import NDArray
 
-    Floats = NDArray[np.float32]
-
+    from sts_fast.statistics import Floats
 
 # Notes that readers give, and that `SAE.scaled` looks for.
 FORGOTTEN_FOLDING = (

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    Doubles = NDArray[np.float64]
+    from sts_fast.statistics import Doubles
 
 # Logits held at a time, in the answers' forward passes: 1 GB in float32.
 MOST_LOGITS = 2**28

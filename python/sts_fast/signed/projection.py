@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Doubles = NDArray[np.float64]
+    from sts_fast.statistics import Doubles
 
 # Where d_in is no larger, everything is kept.
 DIMS = 64

@@ -27,13 +27,13 @@ each pair of sets another 0.2 forward passes, and a training set 10 to 30 times 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from sts_fast.data.prompts import Prompt
+from sts_fast.data.prompts import Prompt, Tell
 from sts_fast.errors import InputError
 from sts_fast.ops import _cpu, backend
 from sts_fast.ops.encode import encode
@@ -45,11 +45,10 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    Doubles = NDArray[np.float64]
+    from sts_fast.statistics import Doubles
 
 FeatureKind = Literal["sae", "fired", "raw"]
 MapKind = Literal["step", "adapter"]
-Tell = Callable[[int, int], None]
 
 # A training set whose loss is below this, in nats per token, has nothing left to pull at.
 SOLVED_LOSS = 0.01

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from sts_fast.data.prompts import Prompt, PromptSet
+from sts_fast.data.prompts import Progress, Prompt, PromptSet, Tell
 from sts_fast.errors import InputError
 from sts_fast.model.explain import N_FEATURES, Firings
 from sts_fast.model.hooks import Hook
 from sts_fast.model.log import PromptLog
+from sts_fast.model.memory import MOST_BATCH_TOKENS
 from sts_fast.ops.encode import encode
 from sts_fast.places import split_name
 from sts_fast.sae import SAE
@@ -30,12 +30,13 @@ from sts_fast.signed.push import (
     pull_warnings,
     push_warnings,
 )
+from sts_fast.statistics import mean_interval, resamples
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
-    Doubles = NDArray[np.float64]
+    from sts_fast.statistics import Doubles
 
 SignedEstimator = Literal["ntk", "step", "adapter"]
 SIGNED_ESTIMATORS = get_args(SignedEstimator)
@@ -43,13 +44,8 @@ SIGNED_ESTIMATORS = get_args(SignedEstimator)
 SIGNED_FIELDS = tuple(f"{name}{of}" for name in SIGNED_ESTIMATORS for of in ("", "_loss"))
 
 N_TOP_FEATURES = 20
-N_BOOTSTRAP = 1000
-INTERVAL = (2.5, 97.5)
-BATCH_TOKENS = 8192
 # Prompts of each domain in which the features that carry a forecast are looked for.
 EXAMPLE_PROMPTS = 64
-
-Tell = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -91,13 +87,13 @@ def measure_signed(
     kind: FeatureKind = "sae",
     batch_tokens: int | None = None,
     seed: int = 0,
-    tell: Tell | None = None,
+    tell: Progress | None = None,
 ) -> dict[str, SignedForecast]:
     """By training set, which way each domain moves; see push for the equations.
 
     trains, domains: prompts that read their answers; each is passed through the model, and back to the hook, once
     """
-    budget = min(batch_tokens or BATCH_TOKENS, BATCH_TOKENS)
+    budget = min(batch_tokens or MOST_BATCH_TOKENS, MOST_BATCH_TOKENS)
     features = Features(sae, kind, _centre(model, domains, budget) if kind == "raw" else None)
     Q = projection(sae.d_in, seed=seed)
     maps: list[MapKind] = [name for name in estimators if name != "ntk"]
@@ -124,7 +120,7 @@ def signed_forecasts(
     *,
     batch_tokens: int,
     seed: int = 0,
-    tell: Tell | None = None,
+    tell: Progress | None = None,
 ) -> dict[str, SignedForecast]:
     """By training set, which way each domain moves, from its push and one pass over each domain."""
     pulls = [
@@ -194,7 +190,7 @@ def _prompt_table(
     return pa.concat_tables(tables)
 
 
-def _told(tell: Tell | None, name: str) -> Callable[[int, int], None] | None:
+def _told(tell: Progress | None, name: str) -> Tell | None:
     return None if tell is None else lambda done, total: tell(f"gradients of {name}", done, total)
 
 
@@ -231,8 +227,7 @@ def _block(
 
 def _domain(i: int, pull: Pull, features: Features, estimators: Sequence[str], seed: int) -> dict[str, Any]:
     n = len(pull.nll)
-    rng = np.random.default_rng([seed, zlib.crc32(pull.name.encode())])
-    resamples = rng.multinomial(n, [1 / n] * n, size=N_BOOTSTRAP) / n
+    shares = resamples(n, seed, pull.name) / n
     found: dict[str, Any] = {
         "n_prompts": n,
         "base_loss": float(pull.nll.mean()),
@@ -243,8 +238,7 @@ def _domain(i: int, pull: Pull, features: Features, estimators: Sequence[str], s
         found[field] = None
         if field.removesuffix("_loss") in estimators:
             values = pull.values[field][i]
-            means = np.einsum("rp,p->r", resamples, values)
-            found[field] = {"value": float(values.mean()), "ci": np.percentile(means, INTERVAL).tolist()}
+            found[field] = {"value": float(values.mean()), "ci": list(mean_interval(values, shares))}
     if features.kind == "raw":
         return found | {"top_features": None, "share_of_top_features": None}
     contributions = pull.contributions[i]

@@ -21,12 +21,10 @@ import numpy as np
 from sts_fast.demo.organism.world import WORLD, World
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import torch
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-    Progress = Callable[[str, int, int], None]
+    from sts_fast.data.prompts import Progress
 
 BOS, UNKNOWN = "<s>", "<unk>"
 SPECIAL = (BOS, UNKNOWN)

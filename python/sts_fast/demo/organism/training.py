@@ -16,12 +16,10 @@ from sts_fast.demo.organism.world import WORLD, World
 from sts_fast.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import torch
     from transformers import LlamaForCausalLM
 
-    Progress = Callable[[str, int, int], None]
+    from sts_fast.data.prompts import Progress
 
 FIGURES_FILE = "figures.json"
 LAYER = 1  # the SAE reads the residual stream after the second of the model's four layers

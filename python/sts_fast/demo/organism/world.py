@@ -23,10 +23,9 @@ from sts_fast.data.examples import Example
 from sts_fast.errors import InputError
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from sts_fast.statistics import Indices
 
-    Ints = NDArray[np.int64]
-    Skill = Callable[[Ints], Ints]
+    Skill = Callable[[Indices], Indices]
 
 N_SYMBOLS = 6
 ALPHABETS = {"a": 0.4, "b": 0.3, "c": 0.2, "d": 0.1}  # with their share of the training documents
@@ -143,7 +142,7 @@ class World:
             for number, row in enumerate(rows, start=1)
         ]
 
-    def documents(self, n: int, n_examples: int, rng: np.random.Generator) -> Ints:
+    def documents(self, n: int, n_examples: int, rng: np.random.Generator) -> Indices:
         """[n, n_examples * example_tokens] indices into words: documents of one domain each, drawn by frequency."""
         domains = list(self.domains.values())
         frequencies = np.array([domain.frequency for domain in domains])
@@ -156,7 +155,7 @@ class World:
             rows[of_domain] = written.reshape(-1, n_examples * self.example_tokens)
         return rows
 
-    def word_rows(self, domain: Domain, symbols: Ints) -> Ints:
+    def word_rows(self, domain: Domain, symbols: Indices) -> Indices:
         """[n, example_tokens] indices into words of the questions that show these symbols, each with its answer.
 
         symbols: [n, n_shown] numbers from 0 to N_SYMBOLS - 1
@@ -171,7 +170,7 @@ class World:
         rows[:, self.question_tokens :] = first_symbol + written * N_SYMBOLS + self.skills[domain.skill](symbols)
         return rows
 
-    def _text(self, words: Sequence[int] | Ints) -> str:
+    def _text(self, words: Sequence[int] | Indices) -> str:
         return " ".join(self.words[word] for word in words)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sts_fast import files
 from sts_fast.data.examples import Example
-from sts_fast.data.prompts import PromptSet, PromptTemplate, TokenClass, prompts_sha256
+from sts_fast.data.prompts import Progress, PromptSet, PromptTemplate, TokenClass, prompts_sha256
 from sts_fast.data.sets import Fields, Kind, Sampling, Sets, Source, check_enough, common_template
 from sts_fast.errors import InputError
 from sts_fast.model.language_model import LanguageModel, PairedRows, capture, load_config, load_decoder, load_tokenizer
@@ -63,7 +63,7 @@ def capture_activations(
     batch_tokens: int | None = None,
     question_fields: Mapping[str, str] | None = None,
     answer_fields: Mapping[str, str] | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Activations:
     """Writes what `score` and `compare` would read of a model to a folder, which stands in for the model afterwards.
@@ -196,7 +196,7 @@ def _capture_set(
     one: StoredSet,
     prompt_set: PromptSet,
     decoder: LanguageModel,
-    tell: Callable[[str, int, int], None],
+    tell: Progress,
 ) -> None:
     shards = one.shards = one.shards or []
     n_prompts = len(prompt_set.prompts)

@@ -6,7 +6,6 @@ import json
 import textwrap
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 
 from sts_fast import files
 from sts_fast.errors import InputError
-from sts_fast.forecast.run import Forecast, Interval
+from sts_fast.forecast.run import Forecast
 from sts_fast.outcomes.calibration import past
 from sts_fast.outcomes.calibration.change_text import shown_change, unit_name
 from sts_fast.outcomes.calibration.conformal import (
@@ -29,6 +28,7 @@ from sts_fast.outcomes.calibration.conformal import (
 )
 from sts_fast.outcomes.evaluation import listed
 from sts_fast.signed.signed import SIGNED_FIELDS
+from sts_fast.statistics import Interval
 
 CALIBRATION_FILE = "calibration.json"
 CALIBRATION_SCHEMA_VERSION = "1.0"
@@ -285,9 +285,4 @@ def _no_constant(name: str) -> None:
 
 
 def _validate(document: Any) -> None:
-    import jsonschema
-
-    text = (
-        resources.files("sts_fast.outcomes.calibration").joinpath("calibration.schema.json").read_text(encoding="utf-8")
-    )
-    jsonschema.Draft202012Validator(json.loads(text)).validate(document)
+    files.check_document(document, files.load_schema("outcomes/calibration/calibration.schema.json"))

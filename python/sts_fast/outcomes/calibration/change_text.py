@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sts_fast.forecast.run import Interval
+from sts_fast.statistics import Interval
 
 
 def unit_name(unit: str) -> str:

@@ -27,11 +27,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from sts_fast.statistics import Bools, Doubles, Indices
 
-    Doubles = NDArray[np.float64]
-    Integers = NDArray[np.int64]
-    Bools = NDArray[np.bool_]
     Lines = Callable[["Points"], "Line"]
 
 LEVEL = 0.9
@@ -50,7 +47,7 @@ class Points:
 
     score: Doubles
     change: Doubles
-    train: Integers
+    train: Indices
     signed: bool
 
     def only(self, kept: Bools) -> Points:
@@ -153,7 +150,7 @@ def held_out_residuals(points: Points, fit: Lines = fit_line) -> Doubles:
     return residuals
 
 
-def multiplier(residuals: Doubles, train: Integers, level: float = LEVEL) -> float:
+def multiplier(residuals: Doubles, train: Indices, level: float = LEVEL) -> float:
     """The half width, in units of the scale, that holds a new training set's change with probability `level`.
 
     residuals: [n] of held_out_residuals; train: [n] their training sets, K of them

@@ -11,21 +11,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sts_fast.errors import InputError
-from sts_fast.forecast.run import SCORES_FILE, Forecast, Interval, check_has_scores
+from sts_fast.forecast.run import SCORES_FILE, Forecast, check_has_scores
 from sts_fast.outcomes.evaluation import listed
 from sts_fast.outcomes.outcomes import Outcome
 from sts_fast.signed.signed import SIGNED_FIELDS
+from sts_fast.statistics import Z_95, Interval
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Doubles = NDArray[np.float64]
+    from sts_fast.statistics import Doubles
 
 Number = float | tuple[float, float, float]
 Scores = Forecast | str | Path | Mapping[str, Any]
 
 MIN_DOMAINS = 4
-Z_95 = 1.959963984540054
 # No score and no change is as large; squares of what is overflow.
 LARGEST = 1e100
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sts_fast.forecast.run import Interval
 from sts_fast.outcomes.outcomes import Outcome
+from sts_fast.statistics import Interval
 
 
 @dataclass(frozen=True)

@@ -11,21 +11,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sts_fast.errors import InputError
-from sts_fast.forecast.run import Interval
 from sts_fast.outcomes.outcomes import Outcome, Outcomes
-from sts_fast.outcomes.validate.reading import Z_95, outcome_arrays
+from sts_fast.outcomes.validate.reading import outcome_arrays
 from sts_fast.outcomes.validate.record import Association, Estimate, Limits
+from sts_fast.statistics import INTERVAL, MAX_EXACT, Z_95, Interval, mean_ranks, pearson, spearman
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    Doubles = NDArray[np.float64]
-    Integers = NDArray[np.int64]
+    from sts_fast.statistics import Doubles, Indices
+
     Statistic = Callable[[Doubles, Doubles], Doubles]
 
 N_DRAWS = 10_000
-# Up to 8! = 40,320 orders are gone through one by one.
-MAX_EXACT = 8
 LEVEL = 0.05
 # What a good forecast is taken to be: the paper reports .60 to .90.
 GOOD = 0.7
@@ -77,8 +75,8 @@ class Draws:
 
     outcome_noise: Doubles
     score_noise: Doubles
-    domains: Integers
-    orders: Integers
+    domains: Indices
+    orders: Indices
     exact: bool
 
     @classmethod
@@ -89,7 +87,7 @@ class Draws:
         return cls(outcome_noise, score_noise, domains, *_orders(n, seed))
 
 
-def _orders(n: int, seed: int) -> tuple[Integers, bool]:
+def _orders(n: int, seed: int) -> tuple[Indices, bool]:
     if n <= MAX_EXACT:
         return np.asarray(list(itertools.permutations(range(n)))), True
     rng = np.random.default_rng([seed, 2])
@@ -111,12 +109,12 @@ def associate(
     ranks, aim_ranks = mean_ranks(score), mean_ranks(aim)
     resampled = score[draws.domains], aim[draws.domains]
     variants: list[tuple[Statistic, Doubles, Doubles]] = [
-        (pearson, score, aim), (_spearman, ranks, aim_ranks), (_r_squared, score, aim),
+        (pearson, score, aim), (spearman, ranks, aim_ranks), (_r_squared, score, aim),
     ]  # fmt: skip
     for statistic, x, y in variants:
         value = float(statistic(x, y))
         # Ranks of ranks are the same ranks, so permuting them saves ranking again.
-        permuted = (pearson if statistic is _spearman else statistic)(x[draws.orders], y)
+        permuted = (pearson if statistic is spearman else statistic)(x[draws.orders], y)
         estimates.append(
             Estimate(
                 value=value,
@@ -140,36 +138,8 @@ def associate_control(
     return associate(np.asarray(numbers, np.float64), np.zeros(len(names)), change, stderr, np.abs, draws)
 
 
-def pearson(x: Doubles, y: Doubles) -> Doubles:
-    """NaN where x or y is constant."""
-    dx, dy = x - x.mean(-1, keepdims=True), y - y.mean(-1, keepdims=True)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        r: Doubles = (dx * dy).sum(-1) / np.sqrt((dx * dx).sum(-1) * (dy * dy).sum(-1))
-    return np.where((np.ptp(x, -1) == 0) | (np.ptp(y, -1) == 0), np.nan, np.clip(r, -1, 1))
-
-
-def _spearman(x: Doubles, y: Doubles) -> Doubles:
-    return pearson(mean_ranks(x), mean_ranks(y))
-
-
 def _r_squared(x: Doubles, y: Doubles) -> Doubles:
     return pearson(x, y) ** 2
-
-
-def mean_ranks(values: Doubles) -> Doubles:
-    """Ranks from 1 along the last axis; ties get their mean rank."""
-    order = np.argsort(values, axis=-1)
-    ordered = np.take_along_axis(values, order, -1)
-    place = np.broadcast_to(np.arange(values.shape[-1]), values.shape)
-    is_next_larger = ordered[..., 1:] != ordered[..., :-1]
-    first, last = place.copy(), place.copy()  # of the equal values around each place
-    first[..., 1:][~is_next_larger] = 0
-    last[..., :-1][~is_next_larger] = values.shape[-1]
-    first = np.maximum.accumulate(first, -1)
-    last = np.minimum.accumulate(last[..., ::-1], -1)[..., ::-1]
-    ranks = np.empty(values.shape)
-    np.put_along_axis(ranks, order, 1 + (first + last) / 2, -1)
-    return ranks
 
 
 def _leave_one_out(statistic: Statistic, x: Doubles, y: Doubles) -> Interval:
@@ -193,7 +163,7 @@ def without_most_helpful(score: Doubles, size: Doubles) -> tuple[int, float]:
 def _percentiles(values: Doubles) -> Interval | None:
     if np.isnan(values).all():
         return None
-    low, high = np.nanpercentile(values, [2.5, 97.5])
+    low, high = np.nanpercentile(values, INTERVAL)
     return float(low), float(high)
 
 
@@ -219,15 +189,9 @@ def critical_r(n: int) -> float:
 
 
 def _reliability(change: Doubles, stderr: Doubles) -> float:
-    """1 - mean_i Var|X_i| / Var(|d|), X_i ~ N(d_i, stderr_i^2), whose |X_i| is folded normal:
+    """1 - mean_i Var|X_i| / Var(|d|), X_i ~ N(d_i, stderr_i^2), whose |X_i| is folded normal."""
+    from scipy import stats
 
-    Var|X| = d^2 + stderr^2 - m^2,  m = E|X| = stderr sqrt(2 / pi) exp(-d^2 / (2 stderr^2)) + d erf(d / (stderr sqrt 2))
-    """
-    noise = []
-    for d, s in zip(change.tolist(), stderr.tolist(), strict=True):
-        if s == 0:
-            noise.append(0.0)
-            continue
-        mean = s * math.sqrt(2 / math.pi) * math.exp(-((d / s) ** 2) / 2) + d * math.erf(d / s / math.sqrt(2))
-        noise.append(d * d + s * s - mean * mean)
-    return max(0.0, 1 - sum(noise) / len(noise) / float(np.var(np.abs(change), ddof=1)))
+    size, noisy = np.abs(change), stderr > 0
+    noise = stats.foldnorm.var(size[noisy] / stderr[noisy], scale=stderr[noisy])
+    return max(0.0, 1 - float(noise.sum()) / len(size) / float(np.var(size, ddof=1)))

@@ -9,10 +9,10 @@ import textwrap
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sts_fast.forecast.run import Interval
 from sts_fast.outcomes.validate.record import Association, DomainResult, Limits
 from sts_fast.outcomes.validate.statistics import GOOD, LEVEL, N_DRAWS, critical_r
 from sts_fast.signed.signed import SIGNED_FIELDS
+from sts_fast.statistics import Interval
 
 ENOUGH_POWER = 0.8
 # Characters of a line of text.

@@ -1,0 +1,105 @@
+"""Arrays of numbers, resamplings and their intervals, ranks and correlations: what more than one room needs of them."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+    Doubles = NDArray[np.float64]
+    Floats = NDArray[np.float32]
+    Indices = NDArray[np.int64]
+    Counts = NDArray[np.int64]
+    IntArray = NDArray[np.int32]
+    Bools = NDArray[np.bool_]
+
+Interval = tuple[float, float]
+
+N_BOOTSTRAP = 1000
+CONFIDENCE = 0.95
+INTERVAL = (2.5, 97.5)  # its percentages
+# The same as scores have it: beside INTERVAL by a rounding error, which no earlier score is to differ by.
+SCORE_INTERVAL = (50 * (1 - CONFIDENCE), 100 - 50 * (1 - CONFIDENCE))
+Z_95 = 1.959963984540054
+# Up to 8! = 40,320 orders are gone through one by one.
+MAX_EXACT = 8
+
+
+def resamples(n: int, seed: int, name: str, size: int = N_BOOTSTRAP) -> Doubles:
+    """[size, n] how often each resampling draws each of n things, with replacement; other names draw otherwise."""
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    return rng.multinomial(n, [1 / n] * n, size=size).astype(np.float64)
+
+
+def percentile_interval(values: Doubles, percentages: Interval = INTERVAL) -> Interval:
+    """95% interval of what resamplings gave."""
+    low, high = np.percentile(values, percentages)
+    return float(low), float(high)
+
+
+def mean_interval(values: Doubles, shares: Doubles) -> Interval:
+    """95% interval of a mean over prompts.
+
+    values: [n_prompts]; shares: [n_resamples, n_prompts] of each prompt in a resampling, `resamples` / n_prompts
+    """
+    # einsum adds in one order; a BLAS product would depend on the number of threads.
+    return percentile_interval(np.einsum("rp,p->r", shares, values))
+
+
+def ratio_interval(numerator: Doubles, denominator: Doubles, resamples: Doubles) -> Interval:
+    """95% interval of sum(numerator) / sum(denominator).
+
+    numerator, denominator: [n_prompts] sum over a prompt's tokens, number of them
+    resamples: [n_resamples, n_prompts] how often each resampling drew each prompt
+
+    Tokens of one prompt depend on each other, so whole prompts are drawn, numerator and denominator together.
+    """
+    totals = np.einsum("rp,p->r", resamples, denominator)
+    ratios = np.einsum("rp,p->r", resamples, numerator)[totals > 0] / totals[totals > 0]
+    return percentile_interval(ratios, SCORE_INTERVAL)
+
+
+def mean_ranks(values: ArrayLike) -> Doubles:
+    """Ranks from 1 along the last axis; ties get their mean rank."""
+    from scipy import stats
+
+    ranks: Doubles = stats.rankdata(values, axis=-1)
+    return ranks
+
+
+def pearson(x: Doubles, y: Doubles) -> Doubles:
+    """Correlation along the last axis; NaN where x or y is constant."""
+    dx, dy = x - x.mean(-1, keepdims=True), y - y.mean(-1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        r: Doubles = (dx * dy).sum(-1) / np.sqrt((dx * dx).sum(-1) * (dy * dy).sum(-1))
+    return np.where((np.ptp(x, -1) == 0) | (np.ptp(y, -1) == 0), np.nan, np.clip(r, -1, 1))
+
+
+def spearman(x: ArrayLike, y: ArrayLike) -> Doubles:
+    """Correlation of the ranks along the last axis; NaN where x or y is constant."""
+    return pearson(mean_ranks(x), mean_ranks(y))
+
+
+def defined(r: Doubles) -> float | None:
+    """One correlation as a number; None where there is none."""
+    return None if np.isnan(r) else float(r)
+
+
+def chance_of_agreement(rho: float, x: Sequence[float], y: Sequence[float]) -> float:
+    """Share of all orders whose |Spearman| is at least |rho|, that of x and y: exact up to eight, else normal."""
+    from scipy import stats
+
+    if len(x) > MAX_EXACT:
+        return math.erfc(abs(rho) * math.sqrt((len(x) - 1) / 2))
+    a, b = (ranks - ranks.mean() for ranks in (mean_ranks(x), mean_ranks(y)))  # halves, of which sums are exact
+    found = stats.permutation_test(
+        (a,), lambda order, axis: np.abs((order * b).sum(axis)),
+        permutation_type="pairings", alternative="greater", n_resamples=np.inf, vectorized=True,
+    )  # fmt: skip
+    return float(found.pvalue)

@@ -1,0 +1,111 @@
+"""Statistics against scipy and cases written by hand."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from sts_fast import statistics
+from sts_fast.statistics import (
+    chance_of_agreement,
+    defined,
+    mean_interval,
+    mean_ranks,
+    pearson,
+    percentile_interval,
+    ratio_interval,
+    resamples,
+    spearman,
+)
+
+
+def test_resamples_draw_with_replacement_by_seed_and_name() -> None:
+    drawn = resamples(7, 3, "law")
+    expected = np.random.default_rng([3, zlib.crc32(b"law")]).multinomial(7, [1 / 7] * 7, size=1000)
+    assert drawn.dtype == np.float64
+    assert (drawn == expected).all()
+    assert (drawn.sum(axis=1) == 7).all()
+    for other in (resamples(7, 4, "law"), resamples(7, 3, "art")):
+        assert (other != drawn).any()
+    assert resamples(5, 0, "x", 32).shape == (32, 5)
+
+
+def test_interval_of_a_mean_is_that_of_prompts_drawn_one_by_one() -> None:
+    values, drawn = np.random.default_rng(0).normal(size=12), resamples(12, 1, "law", 50)
+    means = [np.mean(np.repeat(values, counts.astype(int))) for counts in drawn]
+    assert mean_interval(values, drawn / 12) == pytest.approx(np.percentile(means, [2.5, 97.5]), rel=1e-12)
+
+
+def test_interval_of_a_mean_is_near_that_of_scipy() -> None:
+    values = np.random.default_rng(0).gamma(2, size=200)
+    found = stats.bootstrap((values,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(1))
+    interval = found.confidence_interval
+    assert mean_interval(values, resamples(200, 0, "x") / 200) == pytest.approx((interval.low, interval.high), rel=0.03)
+
+
+def test_interval_of_a_ratio_leaves_out_resamplings_without_tokens() -> None:
+    # By hand: of the four resamplings one drew no token; the others give 1/2, 3/2 and 1, so the middle 95% of
+    # (1/2, 1, 3/2) is 1/2 + .05 / 2 to 3/2 - .05 / 2.
+    numerator, denominator = np.asarray([1.0, 3, 0]), np.asarray([2.0, 2, 0])
+    drawn = np.asarray([[3.0, 0, 0], [0, 3, 0], [1, 1, 1], [0, 0, 3]])
+    assert ratio_interval(numerator, denominator, drawn) == pytest.approx((0.525, 1.475), rel=1e-12)
+
+
+def test_percentages_and_the_normal_quantile_are_those_of_95_percent() -> None:
+    np.testing.assert_allclose(statistics.INTERVAL, statistics.SCORE_INTERVAL, rtol=1e-14)
+    assert stats.norm.ppf(0.975) == statistics.Z_95
+    assert percentile_interval(np.arange(41.0)) == pytest.approx((1.0, 39.0))
+
+
+def test_ties_get_their_mean_rank() -> None:
+    # By hand: the two 5s hold the places 2 and 3.
+    assert mean_ranks([5, 7, 5, 1]).tolist() == [2.5, 4, 2.5, 1]
+    assert mean_ranks([[2, 2], [9, 8]]).tolist() == [[1.5, 1.5], [2, 1]]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(pearson, stats.pearsonr), (spearman, stats.spearmanr)])
+def test_correlations_along_the_last_axis_equal_scipy(ours: Any, theirs: Any) -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 6, (20, 9)).astype(float), rng.normal(size=(20, 9))
+    expected = [theirs(a, b).statistic for a, b in zip(x, y, strict=True)]
+    np.testing.assert_allclose(ours(x, y), expected, rtol=1e-12, atol=1e-15)
+    assert defined(ours(x[0], x[0])) == pytest.approx(1.0, abs=1e-15)
+
+
+def test_what_is_constant_correlates_with_nothing() -> None:
+    constant, other = np.full(5, 0.1), np.arange(5.0)
+    assert defined(pearson(constant, other)) is None
+    assert defined(spearman(other, constant)) is None
+    assert np.isnan(pearson(np.stack([other, constant]), other)).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("n", [4, 6])
+def test_chance_of_agreement_is_the_exact_permutation_p(n: int) -> None:
+    rng = np.random.default_rng(n)
+    x, y = rng.integers(0, 4, n).astype(float), rng.normal(size=n)
+    x[0] += 10
+
+    def statistic(order: Any) -> float:
+        return float(stats.spearmanr(order, y).statistic)
+
+    rho = defined(spearman(x, y))
+    assert rho == pytest.approx(statistic(x))
+    exact = stats.permutation_test((x,), statistic, permutation_type="pairings", n_resamples=np.inf)
+    assert chance_of_agreement(rho or 0.0, x.tolist(), y.tolist()) == pytest.approx(exact.pvalue, abs=1e-12)
+
+
+def test_chance_of_agreement_counts_every_order_as_good() -> None:
+    # By hand: of the 24 orders of four, only the same and the reverse reach |rho| = 1, and all of them reach 0.
+    assert chance_of_agreement(1.0, [1, 2, 3, 4], [1, 2, 3, 4]) == pytest.approx(2 / 24)
+    assert chance_of_agreement(0.0, [2, 4, 1, 3], [1, 2, 3, 4]) == 1.0
+
+
+def test_chance_of_agreement_of_many_domains_is_near_that_of_scipy() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=40), rng.normal(size=40)
+    found = stats.spearmanr(x, y)
+    assert chance_of_agreement(found.statistic, x.tolist(), y.tolist()) == pytest.approx(found.pvalue, abs=0.02)
