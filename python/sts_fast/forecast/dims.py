@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sts_fast.data.prompts import PromptSet
-from sts_fast.data.sets import Kind
 from sts_fast.errors import InputError
 from sts_fast.forecast import controls
 from sts_fast.forecast.options import Settings
 from sts_fast.model import explain
-from sts_fast.model.language_model import LanguageModel, PairedRows, capture
 from sts_fast.model.log import PromptLog
-from sts_fast.model.session import hook_of
-from sts_fast.model.stored import Activations
+from sts_fast.model.reader import PairedRows, Reader
 from sts_fast.ops.correlate import CorrelationStats
 from sts_fast.ops.shift import ShiftStats, top_indices
 from sts_fast.sae import SAE
@@ -31,14 +28,6 @@ if TYPE_CHECKING:
 
 # Resamplings of the training prompts that tell how settled D_N is; each costs one float64 per feature.
 N_REPLICATES = 32
-
-
-def rows_of(
-    reader: LanguageModel | Activations, kind: Kind, prompt_set: PromptSet, tuned: LanguageModel | None = None
-) -> Iterator[list[PairedRows]]:
-    if isinstance(reader, LanguageModel):
-        return capture(reader, prompt_set.prompts, other=tuned)
-    return reader.rows(kind, prompt_set)
 
 
 @dataclass(frozen=True)
@@ -92,17 +81,17 @@ class Shift:
 
 
 def measure_shifts(
-    reader: LanguageModel | Activations,
+    reader: Reader,
     saes: Sequence[SAE],
     prompt_set: PromptSet,
     settings: Settings,
-    tuned: LanguageModel | None,
+    tuned: Reader | None,
 ) -> list[Shift]:
     """One pass over a training set, for all SAEs."""
     sums = [_ShiftSums(sae, prompt_set, settings) for sae in saes]
-    at = [reader.hooks.index(hook_of(reader, sae)) for sae in saes]
+    at = [reader.hooks.index(reader.hook(sae)) for sae in saes]
     done = 0
-    for of_hooks in rows_of(reader, "train", prompt_set, tuned):
+    for of_hooks in reader.rows("train", prompt_set, tuned):
         for one, hook in zip(sums, at, strict=True):
             one.update(of_hooks[hook])
         done += len(of_hooks[0].prompts)

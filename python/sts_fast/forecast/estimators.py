@@ -12,13 +12,11 @@ import numpy as np
 from sts_fast.data.prompts import PromptSet
 from sts_fast.errors import InputError
 from sts_fast.forecast import controls
-from sts_fast.forecast.dims import Shift, rows_of
+from sts_fast.forecast.dims import Shift
 from sts_fast.forecast.options import Settings
 from sts_fast.forecast.run import ESTIMATORS, DomainScore, Interval
-from sts_fast.model.language_model import LanguageModel, PairedRows
 from sts_fast.model.log import AnswerLog, PromptLog
-from sts_fast.model.session import hook_of
-from sts_fast.model.stored import Activations
+from sts_fast.model.reader import PairedRows, Reader
 from sts_fast.ops.encode import SparseFeatures, encode
 from sts_fast.ops.shift import ShiftStats
 from sts_fast.sae import SAE
@@ -56,7 +54,7 @@ class DomainRead:
 
 
 def read_domain(
-    reader: LanguageModel | Activations,
+    reader: Reader,
     saes: Sequence[SAE],
     prompt_set: PromptSet,
     shifts_of: Sequence[Sequence[Shift]],
@@ -64,9 +62,9 @@ def read_domain(
 ) -> list[DomainRead]:
     """One pass over a domain, for all SAEs, training sets, controls and estimators."""
     sums = [_DomainSums(sae, prompt_set, shifts, settings) for sae, shifts in zip(saes, shifts_of, strict=True)]
-    at = [reader.hooks.index(hook_of(reader, sae)) for sae in saes]
+    at = [reader.hooks.index(reader.hook(sae)) for sae in saes]
     done = 0
-    for of_hooks in rows_of(reader, "domain", prompt_set):
+    for of_hooks in reader.rows("domain", prompt_set):
         for one, hook in zip(sums, at, strict=True):
             one.update(of_hooks[hook])
         done += len(of_hooks[0].prompts)

@@ -21,12 +21,11 @@ from sts_fast.forecast.options import Options, Settings
 from sts_fast.forecast.options import Progress as Progress
 from sts_fast.forecast.run import ESTIMATORS, Forecast
 from sts_fast.model import explain
-from sts_fast.model.language_model import LanguageModel
 from sts_fast.model.log import AnswerLog
 from sts_fast.model.memory import MOST_BATCH_TOKENS
-from sts_fast.model.sae_check import Fit, fit_rows, measure_fit
-from sts_fast.model.session import SAESource, Session, hook_of, loaded_sae, open_model, with_head
-from sts_fast.model.stored import NO_PASSES, Activations, is_activations
+from sts_fast.model.sae_check import Fit, measure_fit
+from sts_fast.model.session import SAESource, Session, loaded_sae, open_model, with_head
+from sts_fast.model.stored import Activations, is_activations
 from sts_fast.sae import SAE
 from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.signed import SIGNED_ESTIMATORS, SignedEstimator, SignedForecast, hook_layer, measure_signed
@@ -166,32 +165,21 @@ def compare(
 
     fields = Fields(settings.question_fields or {}, settings.answer_fields or {})
     sets = Sets.read(trains, domains, demos, fields)
-    sampling = settings.sampling
     activations = Activations(model, device=settings.device) if is_activations(model) else None
     if activations is not None:
-        _check_activations(activations, settings, signed, domain_shots=bool(sets.domains))
+        _check_activations(activations, settings, signed)
     opened = open_model(model, saes, tuned, tokenizer, settings.reading, activations)
-    reader, template = opened.reader, opened.template
+    reader = opened.reader
     if settings.controls == "all" and not isinstance(model, (str, Path)) and model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
         raise InputError(
             "the base model's loss and accuracy need its head: give a model with one, or --controls features"
         )
-    layers = [hook_layer(hook_of(reader, one), one) for one in saes if signed]
+    layers = [hook_layer(reader.hook(one), one) for one in saes if signed]
 
-    def prompts_of(kind: Kind, name: str, *, show: bool, tokens: TokenClass | None = None) -> PromptSet:
+    def prompts_of(kind: Kind, name: str, *, show: bool, tokens: TokenClass = settings.tokens) -> PromptSet:
         examples = (sets.trains if kind == "train" else sets.domains)[name]
-        if activations is not None:
-            return activations.prompts(kind, name, examples, sets.demos.get(name), show=show)
-        return sampling.prompts(
-            name,
-            examples,
-            sets.demos.get(name),
-            template,
-            reader.context_length,
-            kind=kind,
-            show=show,
-            tokens=tokens,
-        )
+        sampling = replace(settings.sampling, tokens=tokens)
+        return reader.prompts(kind, name, examples, sets.demos.get(name), sampling, opened.template, show=show)
 
     # Every set is made ready before the first forward pass, so that bad input is told at once.
     train_sets = [prompts_of("train", name, show=settings.dims == "icl") for name in sets.trains]
@@ -222,11 +210,7 @@ def compare(
 
     labels = {} if settings.labels is None else explain.read_labels(settings.labels)
 
-    measured = (
-        measure_fit(reader, saes, train_sets[0].prompts)
-        if isinstance(reader, LanguageModel)
-        else fit_rows(saes, reader.sample(train_sets[0]))
-    )
+    measured = measure_fit(reader, saes, train_sets[0])
     fits = [replace(fit, names=name) for fit, name in zip(measured, opened.names, strict=True)]
     settings.reading.warn(*(fit.warning for fit in fits))
 
@@ -294,17 +278,13 @@ def forecasts_of(
     answer_reads = _read_answers(language_model, answer_sets if settings.controls == "all" else [], settings)
     signed_of = measure(language_model)
 
-    if isinstance(reader, LanguageModel):
-        reader.passes.say_summary()
-    loaded_from = opened.source if isinstance(opened.source, (str, Path)) else None
+    reader.say_passes()
     forecasts: list[dict[str, Forecast]] = []
     for i, one in enumerate(saes):
         signed_by = signed_of[i] if signed_of else {}
         explained = [*(shift.firings for shift in shifts_of[i]), *(found.firings for found in signed_by.values())]
         shown = sorted({int(j) for firings in explained for j in firings.features})
-        promoted: dict[int, list[str]] = {}
-        if isinstance(reader, LanguageModel):
-            promoted = promoted_tokens(reader, one, shown, tokenizer, loaded_from)
+        promoted = promoted_tokens(reader, one, shown, tokenizer)
         forecasts.append(
             {
                 shift.name: with_signed(
@@ -324,9 +304,7 @@ def forecasts_of(
                         {
                             **provenance_of({**inputs, "sae": one.source, "train": trains[shift.name]}, settings),
                             "prompts_sha256": prompts_sha256([shift.prompt_set, *domain_sets]),
-                            "forward_passes": reader.passes.summary()
-                            if isinstance(reader, LanguageModel)
-                            else NO_PASSES,
+                            "forward_passes": reader.forward_passes(),
                         },
                     ),
                     one,
@@ -349,10 +327,8 @@ def forecasts_of(
     return forecasts
 
 
-def _check_activations(
-    activations: Activations, settings: Settings, signed: Sequence[SignedEstimator], *, domain_shots: bool
-) -> None:
-    """Raises InputError for settings that need the model itself, or that differ from those captured with."""
+def _check_activations(activations: Activations, settings: Settings, signed: Sequence[SignedEstimator]) -> None:
+    """Raises InputError for settings that need the model itself."""
     for option, chosen, needs in (
         ("--dims tuned", settings.dims == "tuned", "the model before and after training"),
         ("--controls all", settings.controls == "all", "the whole model"),
@@ -364,7 +340,6 @@ def _check_activations(
                 f"{option} needs {needs}, but {activations.folder} holds activations: give a folder or hub id of a "
                 "model with --model"
             )
-    activations.check_sampling(settings.sampling, domain_shots=domain_shots)
 
 
 def _read_answers(whole: Any, answer_sets: Sequence[PromptSet], settings: Settings) -> dict[str, AnswerLog]:

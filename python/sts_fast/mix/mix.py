@@ -313,7 +313,7 @@ def _measure(
     ]
     for prompt_set in asked:
         check_enough(prompt_set, decoder.context_length, "train" if prompt_set is asked[0] else "domain")
-    fit = measure_fit(decoder, [one], asked[0].prompts)[0]
+    fit = measure_fit(decoder, [one], asked[0])[0]
     kernel = measure_kernel(
         hooked, Features(one), projection(one.d_in, seed=seed), asked,
         batch_tokens=min(batch_tokens or BATCH_TOKENS, BATCH_TOKENS), tell=progress,

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from sts_fast.data.prompts import PromptTemplate
 from sts_fast.data.sets import common_template
 from sts_fast.errors import InputError
-from sts_fast.model.hooks import Hook
 from sts_fast.model.language_model import LanguageModel, load_config, load_decoder, load_language_model, load_tokenizer
+from sts_fast.model.reader import Reader
 from sts_fast.model.sae_check import check_names, check_width
 from sts_fast.model.stored import MODEL_FOLDER, Activations
 from sts_fast.model.weights import DeviceMap
@@ -67,7 +67,7 @@ class Session:
     """
 
     source: str | Path | PreTrainedModel
-    reader: LanguageModel | Activations
+    reader: Reader
     tuned: LanguageModel | None
     saes: list[SAE]
     names: list[str | None]
@@ -94,15 +94,15 @@ def open_model(
     names = [check_names(sae, config, model_name) for sae in saes]
     reading.warn(*names)
     template = common_template(tokenizer, [(sae.source, sae.prepend_bos) for sae in saes])
-    reader: LanguageModel | Activations
+    reader: Reader
     if activations is not None:
         activations.check_template(template, saes[0])
         activations.read_at(saes)
         reader = activations
     else:
-        reader = _decoder(model, saes, reading, name="the model")
-        if reader.device.type == "cuda" and (reason := cuda.missing_reason()) is not None:
-            reading.tell_line(f"the model runs on {reader.device}, its features are computed on the CPU: {reason}")
+        reader = decoder = _decoder(model, saes, reading, name="the model")
+        if decoder.device.type == "cuda" and (reason := cuda.missing_reason()) is not None:
+            reading.tell_line(f"the model runs on {decoder.device}, its features are computed on the CPU: {reason}")
     opened_tuned = None
     if tuned is not None:
         beside = reading
@@ -111,10 +111,6 @@ def open_model(
             beside = replace(reading, device=str(reader.device))  # one read from files joins the one in memory
         opened_tuned = _decoder(tuned, saes, beside, name="the tuned model")
     return Session(model, reader, opened_tuned, saes, names, tokenizer, template)
-
-
-def hook_of(reader: LanguageModel | Activations, sae: SAE) -> Hook:
-    return next(hook for hook in reader.hooks if hook.name == sae.hook_name)
 
 
 def loaded_sae(source: SAESource, reading: Reading, top_n: int) -> SAE:
@@ -141,7 +137,7 @@ def _decoder(model: str | Path | PreTrainedModel, saes: Sequence[SAE], reading: 
     else:
         decoder = LanguageModel(model, *places, name=name)
     for sae in saes:
-        check_width(sae, hook_of(decoder, sae), decoder.name)
+        check_width(sae, decoder.hook(sae), decoder.name)
     decoder.passes.batch_tokens = reading.batch_tokens
     decoder.passes.say = reading.say or decoder.passes.say
     return decoder

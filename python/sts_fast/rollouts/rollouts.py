@@ -18,9 +18,8 @@ from sts_fast.forecast.options import Options, Settings
 from sts_fast.forecast.run import ESTIMATORS, Forecast
 from sts_fast.forecast.score import forecasts_of
 from sts_fast.model import explain
-from sts_fast.model.language_model import LanguageModel
 from sts_fast.model.sae_check import measure_fit
-from sts_fast.model.session import SAESource, Session, hook_of, loaded_sae, open_model, with_head
+from sts_fast.model.session import SAESource, Session, loaded_sae, open_model, with_head
 from sts_fast.model.stored import is_activations
 from sts_fast.rollouts.dims import (
     N_FOLDS,
@@ -98,11 +97,9 @@ def rollouts(
     sets = Sets.read({"rollouts": []}, domains, demos, fields)
     opened = open_model(model, [one], tuned, tokenizer, settings.reading)
     reader = opened.reader
-    if not isinstance(reader, LanguageModel):
-        raise TypeError("a model is read by a LanguageModel")
     rendering = Rendering(opened.template)
     data = with_endings(data, rendering)
-    layer = hook_layer(hook_of(reader, one), one) if signed or {"gradient", "step"} & {*ways} else -1
+    layer = hook_layer(reader.hook(one), one) if signed or {"gradient", "step"} & {*ways} else -1
 
     def prompts_of(name: str, *, show: bool, tokens: TokenClass | None = None, kind: Kind = "domain") -> PromptSet:
         return settings.sampling.prompts(
@@ -140,7 +137,7 @@ def rollouts(
         for prompt_set in (*read_sets, *domain_sets):
             settings.show(show_prompt(prompt_set, opened.tokenizer))
     labels = {} if settings.labels is None else explain.read_labels(settings.labels)
-    [measured] = measure_fit(reader, [one], read_sets[0].prompts)
+    [measured] = measure_fit(reader, [one], read_sets[0])
     fit = replace(measured, names=opened.names[0])
     settings.reading.warn(fit.warning)
     warnings = _warnings(data)

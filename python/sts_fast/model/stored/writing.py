@@ -12,7 +12,8 @@ from sts_fast.data.examples import Example
 from sts_fast.data.prompts import PromptSet, PromptTemplate, TokenClass, prompts_sha256
 from sts_fast.data.sets import Fields, Kind, Sampling, Sets, Source, check_enough, common_template
 from sts_fast.errors import InputError
-from sts_fast.model.language_model import LanguageModel, PairedRows, capture, load_config, load_decoder, load_tokenizer
+from sts_fast.model.language_model import LanguageModel, capture, load_config, load_decoder, load_tokenizer
+from sts_fast.model.reader import PairedRows
 from sts_fast.model.sae_check import check_names, check_width
 from sts_fast.model.stored.folder import Activations
 from sts_fast.model.stored.index import (
@@ -100,7 +101,7 @@ def capture_activations(
     )
     decoder.passes.batch_tokens, decoder.passes.say = batch_tokens, say
     for sae in saes:
-        check_width(sae, next(hook for hook in decoder.hooks if hook.name == sae.hook_name), decoder.name)
+        check_width(sae, decoder.hook(sae), decoder.name)
 
     sampling = Sampling(shots, domain_shots, tokens, limit, seed)
     prompt_sets: list[PromptSet] = []
@@ -135,7 +136,7 @@ def capture_activations(
     index = Index(
         model={
             **{"name": decoder.name, "dtype": decoder.dtype, "revision": decoder.revision},
-            "weights_sha256": decoder.weights_sha256,
+            "weights_sha256": decoder.weights_sha256(),
         },
         hooks=decoder.hooks,
         dtype=activation_dtype,
