@@ -2,6 +2,5 @@
 
 from sts_fast.model.stored.folder import Activations
 from sts_fast.model.stored.index import MODEL_FOLDER, is_activations
-from sts_fast.model.stored.writing import capture_activations
 
-__all__ = ["MODEL_FOLDER", "Activations", "capture_activations", "is_activations"]
+__all__ = ["MODEL_FOLDER", "Activations", "is_activations"]
