@@ -245,6 +245,8 @@ def open_sae(source: SAESource, reading: Reading, top_n: int = 0) -> SAE:
 
     Raises InputError where it has fewer than top_n features, or nothing says where it reads.
     """
+    if reading.layer is not None and reading.hook is not None:
+        raise InputError("--layer and --hook say the same thing: give one of them")
     if isinstance(source, SAE):
         hook = reading.hook if reading.layer is None else place_name("resid_post", reading.layer)
         sae = source if hook is None else replace(source, hook_name=hook)
