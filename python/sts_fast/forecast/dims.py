@@ -39,7 +39,6 @@ class Shift:
     top:         [top_n] D_N, most shifted first
     random, low_shift, most_active: [n_sets, top_n], [<= top_n], [top_n] features of the controls, ascending
     raw:         sums over the residual stream itself; raw_top: its dimensions that shift most
-    firings:     where the first of D_N fire, filled while the domains are read
     """
 
     prompt_set: PromptSet
@@ -55,11 +54,14 @@ class Shift:
     raw: controls.RawShift
     raw_top: Indices
     log: PromptLog
-    firings: explain.Firings
 
     @property
     def name(self) -> str:
         return self.prompt_set.name
+
+    def firings(self) -> explain.Firings:
+        """Of the first of D_N, none found yet."""
+        return explain.Firings(self.top[: explain.N_FEATURES], "score")
 
     def overlaps(self, top_n: int) -> Doubles:
         """[N_REPLICATES] share of D_N that each resampling of the prompts keeps."""
@@ -188,5 +190,4 @@ def shift_of(
         raw=raw,
         raw_top=raw.top(settings.top_n),
         log=log,
-        firings=explain.Firings(top[: explain.N_FEATURES], "score"),
     )

@@ -15,6 +15,7 @@ from sts_fast.forecast import controls
 from sts_fast.forecast.dims import Shift
 from sts_fast.forecast.options import Settings
 from sts_fast.forecast.run import ESTIMATORS, DomainScore, Interval
+from sts_fast.model.explain import Firings
 from sts_fast.model.log import AnswerLog, PromptLog
 from sts_fast.model.reader import PairedRows, Reader
 from sts_fast.ops.encode import SparseFeatures, encode
@@ -37,6 +38,7 @@ class DomainRead:
     """Sums over a domain's tokens: sums[training set, control, estimator] is [n_prompts].
 
     raw:     sums over the residual stream itself
+    firings: by training set, where the first of its D_N fire
     columns: features that were looked at; mean_activation: [n_columns] E_x h_j(x), zero where no estimator asks for it
     """
 
@@ -44,6 +46,7 @@ class DomainRead:
     log: PromptLog
     sums: dict[tuple[str, str, str], Doubles]
     raw: controls.RawShift
+    firings: dict[str, Firings]
     columns: Indices
     mean_activation: Doubles
 
@@ -76,7 +79,8 @@ class _DomainSums:
     """Sums over a domain's tokens, for one SAE; see DomainRead."""
 
     def __init__(self, sae: SAE, prompt_set: PromptSet, shifts: Sequence[Shift], settings: Settings) -> None:
-        self.sae, self.prompt_set, self.shifts, self.estimators = sae, prompt_set, shifts, settings.estimators
+        self.sae, self.prompt_set, self.estimators = sae, prompt_set, settings.estimators
+        self.firings = {shift.name: shift.firings() for shift in shifts}
         self.columns = np.unique(np.concatenate([features for shift in shifts for features in shift.feature_sets()]))
         self.log = PromptLog("score", prompt_set)
         self.raw = controls.RawShift(sae.d_in)
@@ -101,8 +105,8 @@ class _DomainSums:
         positions = np.concatenate(
             [self.prompt_set.prompts[i].positions[kept] for i, kept in zip(rows.prompts, rows.kept, strict=True)]
         )
-        for shift in self.shifts:
-            shift.firings.add(self.prompt_set, rows.base_of, positions, active)
+        for firings in self.firings.values():
+            firings.add(self.prompt_set, rows.base_of, positions, active)
         if "act" in self.estimators or "act_sq" in self.estimators:
             self._add_activations(rows, active)
         if "icl" in self.estimators:
@@ -111,7 +115,7 @@ class _DomainSums:
 
     def read(self) -> DomainRead:
         mean_activation = self.sum_h / max(self.raw.n_tokens, 1)
-        return DomainRead(self.prompt_set, self.log, self.sums, self.raw, self.columns, mean_activation)
+        return DomainRead(self.prompt_set, self.log, self.sums, self.raw, self.firings, self.columns, mean_activation)
 
     def _add_activations(self, rows: PairedRows, active: SparseFeatures) -> None:
         n_prompts = len(self.prompt_set.prompts)

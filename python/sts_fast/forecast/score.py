@@ -272,8 +272,12 @@ def forecasts_of(
     forecasts: list[dict[str, Forecast]] = []
     for i, one in enumerate(saes):
         signed_by = signed_of[i] if signed_of else {}
-        explained = [*(shift.firings for shift in shifts_of[i]), *(found.firings for found in signed_by.values())]
-        shown = sorted({int(j) for firings in explained for j in firings.features})
+        firings = {
+            shift.name: shift.firings().take([of_saes[i].firings[shift.name] for of_saes in reads])
+            for shift in shifts_of[i]
+        }
+        explained = [*firings.values(), *(found.firings for found in signed_by.values())]
+        shown = sorted({int(j) for found in explained for j in found.features})
         promoted = promoted_tokens(reader, one, shown, tokenizer)
         forecasts.append(
             {
@@ -288,7 +292,7 @@ def forecasts_of(
                         answer_reads,
                         settings,
                         None if session.tuned is None else session.tuned.name,
-                        shift.firings.table(tokenizer),
+                        firings[shift.name].table(tokenizer),
                         promoted,
                         labels,
                         {
