@@ -11,7 +11,8 @@ from sts_fast.forecast.overlap import Overlap, overlap
 from sts_fast.forecast.run import Forecast
 from sts_fast.forecast.score import compare, score
 from sts_fast.mix.mix import Mixture, mix
-from sts_fast.model.stored import Activations, capture_activations
+from sts_fast.model.stored import Activations
+from sts_fast.model.stored.writing import capture_activations
 from sts_fast.ops._cpu import get_num_threads, set_num_threads
 from sts_fast.ops.backend import set_precision
 from sts_fast.ops.correlate import CorrelationStats

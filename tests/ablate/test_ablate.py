@@ -232,6 +232,10 @@ def test_what_cannot_be_zeroed_is_told(tiny: Tiny, forecasts: Any) -> None:
         sts_fast.ablate(forecast, sae=replace(sae, target_hook_name="blocks.2.hook_mlp_out"))
     with pytest.raises(InputError, match=r"reads .* dimensions, but .* has 96"):
         sts_fast.ablate(forecast, model=organism.model_folder())
+    with pytest.raises(InputError, match="are those of the run"):
+        sts_fast.ablate(forecast, layer=LAYER)
+    with pytest.raises(InputError, match=r"may not belong to .* \(--strict\)"):
+        sts_fast.ablate(forecast, strict=True)
     with pytest.raises(InputError, match="at least 1"):
         sts_fast.ablate(forecast, n_draws=0)
     many = replace(forecast, shifted_features=[replace(forecast.shifted_features[0], index=j) for j in range(130)])
@@ -291,7 +295,10 @@ def test_command_line(
     assert "training set" in printed
     assert "Zeroing the 5 features of D_N" in (tmp_path / "report.html").read_text(encoding="utf-8")
     for words, message in (
-        ((tmp_path, "--limit", 8), "--limit are those of the run"),
+        ((tmp_path, "--limit", 8), "are those of the run"),
+        ((tmp_path, "--layer", LAYER), "are those of the run"),
+        ((tmp_path, "--strict"), "(--strict)"),
+        ((tmp_path, "--device-map", "everywhere"), "--device-map is one of"),
         ((), "give the folder of a run"),
         (("--model", tiny.model, "--sae", tiny.saes["topk"]), "needs --model, --sae, --train and --domains"),
         ((tmp_path / "nowhere",), "no scores.json"),
@@ -307,9 +314,10 @@ def test_command_line_without_a_run(tiny: Tiny, tmp_path: Path, monkeypatch: pyt
     domains = [word for name, path in tiny.domains.items() for word in ("--domains", f"{name}={path}")]
     call(
         monkeypatch, "--model", tiny.model, "--sae", tiny.saes["topk"], "--train", tiny.train, *domains, "--limit", 8,
-        "--shots", 1, "--top-n", 6, "--draws", 1, "--output", tmp_path,
+        "--shots", 1, "--top-n", 6, "--draws", 1, "--output", tmp_path, "--layer", LAYER - 1, "--device-map", "cpu",
     )  # fmt: skip
     document = document_of(tmp_path)
     scores = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
     assert document["features"]["top"] == [sorted(feature["index"] for feature in scores["shifted_features"])]
     assert [one["n_prompts"] for one in document["sets"]] == [8, 8, 8]
+    assert document["hook_name"] == scores["sae"]["hook_name"] == f"blocks.{LAYER - 1}.hook_resid_post"

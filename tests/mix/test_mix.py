@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,43 @@ def test_activations_are_not_enough(tiny: Tiny, tmp_path: Path) -> None:
     (tmp_path / INDEX_FILE).write_text("{}")
     with pytest.raises(InputError, match=r"needs the whole model, and its gradients, but .* holds activations"):
         mixed(tiny, model=tmp_path, sae=tiny.saes["topk"])
+
+
+def test_model_and_sae_are_read_as_asked(tiny: Tiny, best: sts_fast.Mixture) -> None:
+    assert forecast(tiny, device_map="cpu").to_dict() == best.to_dict()
+    rounded = sts_fast.load_sae(tiny.saes["topk"], dtype="bfloat16", layer=0)
+    given = {"model": tiny.model, "batch_tokens": 500}
+    expected = mixed(tiny, sae=rounded, **given).to_dict()
+    assert mixed(tiny, sae=tiny.saes["topk"], sae_dtype="bfloat16", layer=0, **given).to_dict() == expected
+    assert mixed(tiny, sae=rounded, hook="blocks.0.hook_resid_post", **given).to_dict() == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--strict"], r"may not belong to .* \(--strict\)"),
+        (["--hook", "blocks.1.hook_mlp_out"], "use an SAE of a resid_post hook"),
+        (["--layer", "1", "--hook", "mlp_out"], "use an SAE of a resid_post hook"),
+        (["--layer", "99"], "has layers 0 to"),
+        (["--device-map", "everywhere"], "--device-map is one of"),
+        (["--norm-scaling-factor", "2"], "does not ask for --norm-scaling-factor"),
+    ],
+)
+def test_command_reads_model_and_sae_as_asked(
+    tiny: Tiny,
+    words: list[str],
+    told: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = ["mix", "--train", tiny.train, "--domains", f"days={tiny.domains['days']}", "--budget", 5]
+    given += ["--model", tiny.model, "--sae", tiny.saes["topk"], "--limit", 8, "--output", tmp_path, *words]
+    monkeypatch.setattr("sys.argv", ["sts-fast", *map(str, given)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert re.search(told, capsys.readouterr().err)
 
 
 def test_schema_is_closed(best: sts_fast.Mixture) -> None:

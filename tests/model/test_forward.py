@@ -313,7 +313,7 @@ def test_with_a_stream_of_its_own_the_model_is_one_batch_ahead(monkeypatch: pyte
     passes = ForwardPasses(Watched(model, LAYER), batch_tokens=30)
     prepared = passes.prepare(ids, own_positions(ids))
     happened.clear()
-    monkeypatch.setattr(passes.reader, "device", SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(passes.runnable, "device", SimpleNamespace(type="cuda"))
     monkeypatch.setattr(forward, "moved", lambda tensor, device: tensor)
     for name, fake in (("Stream", Stream), ("stream", stream), ("current_stream", lambda device: "caller's")):
         monkeypatch.setattr(torch.cuda, name, fake)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tiny import Tiny
 
 from sts_fast import InputError, load_sae, score
-from sts_fast.data.prompts import Prompt
+from sts_fast.data.prompts import Prompt, PromptSet
 from sts_fast.model.language_model import LanguageModel
 from sts_fast.model.sae_check import check_names, measure_fit
 from sts_fast.sae import SAE
@@ -47,6 +47,10 @@ def make_prompts(seed: int = 0) -> list[Prompt]:
     return prompts
 
 
+def make_set(n: int | None = None) -> PromptSet:
+    return PromptSet("train", make_prompts()[:n], 0, 0)
+
+
 def states(model: Any, layer: int, seed: int = 1) -> torch.Tensor:
     """[n_tokens, d_in] what a layer gives for other prompts than those that the fit is measured on."""
     ids = torch.from_numpy(np.stack([prompt.base_ids for prompt in make_prompts(seed)]).astype(np.int64))
@@ -72,7 +76,7 @@ def trained(folder: Path, x: torch.Tensor, hook: str = f"blocks.{LAYER}.hook_res
 
 
 def fit_of(sae: SAE, model: Any) -> Any:
-    [fit] = measure_fit(LanguageModel(model, sae.hook_name), [sae], make_prompts())
+    [fit] = measure_fit(LanguageModel(model, sae.hook_name), [sae], make_set())
     return fit
 
 
@@ -154,7 +158,7 @@ def test_several_at_once_and_what_cannot_be_told(tmp_path: Path) -> None:
     blind = replace(right, decoder=None, hook_name="blocks.1.hook_mlp_out")
     silent = replace(right, b_enc=right.b_enc - 1e6)
     saes = [right, blind, silent]
-    fits = measure_fit(LanguageModel(model, *dict.fromkeys(sae.hook_name for sae in saes)), saes, make_prompts())
+    fits = measure_fit(LanguageModel(model, *dict.fromkeys(sae.hook_name for sae in saes)), saes, make_set())
     assert [fit.fits for fit in fits] == [True, None, False]
     assert fits[1].variance_explained is None
     assert "none of its features fires" in fits[2].warning
@@ -162,11 +166,11 @@ def test_several_at_once_and_what_cannot_be_told(tmp_path: Path) -> None:
     [elsewhere] = measure_fit(
         LanguageModel(model, LAYER),
         [replace(right, hook_name="blocks.2.hook_resid_post", target_hook_name="blocks.1.mlp.hook_post_linear")],
-        make_prompts(),
+        make_set(),
     )
     assert (elsewhere.variance_explained, elsewhere.n_tokens) == (None, 1024)
     [few] = measure_fit(
-        LanguageModel(model, LAYER), [replace(right, hook_name="blocks.2.hook_resid_post")], make_prompts()[:1]
+        LanguageModel(model, LAYER), [replace(right, hook_name="blocks.2.hook_resid_post")], make_set(1)
     )
     assert (few.n_tokens, few.fits) == (28, None)
 
@@ -239,6 +243,6 @@ def test_trained_saes_of_a_trained_model(name: str) -> None:
     sae = load_sae(ASSETS / "saes" / f"saelens_v6_stories260K_L2_{name}")
     for layer, fits in ((2, True), (3, False), (4, False)):
         sae = replace(sae, hook_name=f"blocks.{layer}.hook_resid_post")
-        [fit] = measure_fit(LanguageModel(model, layer), [sae], prompts)
+        [fit] = measure_fit(LanguageModel(model, layer), [sae], PromptSet("train", prompts, 0, 0))
         assert fit.fits == fits
         assert fits or fit.warning.endswith("read it at blocks.2.hook_resid_post")

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import sts_fast
 from sts_fast import capture_activations
-from sts_fast.cli import app
+from sts_fast.cli.app import app
 from sts_fast.errors import InputError
 from sts_fast.model.stored import Activations, writing
 from sts_fast.model.stored.index import Index
@@ -218,8 +218,8 @@ def test_a_killed_run_resumes(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_other_weights_under_the_same_name_do_not_finish_a_folder(tiny: Tiny, tmp_path: Path) -> None:
     model = shutil.copytree(tiny.model, tmp_path / "model")
-    found = capture_tiny(tiny, tmp_path / "acts", model=model).weights_sha256
-    assert capture_tiny(tiny, tmp_path / "acts", model=model).weights_sha256 == found
+    found = capture_tiny(tiny, tmp_path / "acts", model=model).weights_sha256()
+    assert capture_tiny(tiny, tmp_path / "acts", model=model).weights_sha256() == found
     assert score_tiny(tiny, tmp_path / "acts").model["weights_sha256"] == found
     shutil.copy(tiny.tuned / "model.safetensors", model)
     with pytest.raises(InputError, match=r"holds other activations \(not the same model\): choose another --output"):

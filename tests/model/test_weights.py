@@ -56,9 +56,9 @@ def test_a_device_map_needs_accelerate(tiny: Tiny, monkeypatch: pytest.MonkeyPat
 def test_the_digest_tells_weights_apart(tiny: Tiny) -> None:
     """The same whether loaded up to the layer or whole; another for any layer that is run, none for those above."""
     whole = AutoModelForCausalLM.from_pretrained(tiny.model)
-    expected = load_decoder(tiny.model, LAYER, device="cpu").weights_sha256
-    assert LanguageModel(whole, LAYER).weights_sha256 == expected
-    assert load_decoder(tiny.tuned, LAYER, device="cpu").weights_sha256 != expected
+    expected = load_decoder(tiny.model, LAYER, device="cpu").weights_sha256()
+    assert LanguageModel(whole, LAYER).weights_sha256() == expected
+    assert load_decoder(tiny.tuned, LAYER, device="cpu").weights_sha256() != expected
     assert weights_sha256(whole.to(torch.bfloat16), LAYER) != expected
     for layer, same in ((0, False), (LAYER, False), (LAYER + 1, True)):
         changed = copy.deepcopy(AutoModelForCausalLM.from_pretrained(tiny.model))

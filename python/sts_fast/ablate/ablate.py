@@ -21,7 +21,7 @@ import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
@@ -31,16 +31,13 @@ from sts_fast.ablate.measure import draw_features, measure
 from sts_fast.ablate.record import SCHEMA_VERSION, Ablation, answers_table, outcome_of
 from sts_fast.data.examples import Example
 from sts_fast.data.prompts import Progress, Prompt, PromptSet, PromptTemplate
-from sts_fast.data.sets import Fields, Kind, Sampling, Sets, Source, check_enough, common_template
+from sts_fast.data.sets import Fields, Kind, Sampling, Sets, Source, check_enough
 from sts_fast.errors import InputError
 from sts_fast.forecast.run import DIMS_OF_ACTIVITY, PROMPTS_FILE, SHIFT_FILE, Forecast, read_scores
-from sts_fast.model.hooks import find_hooks
-from sts_fast.model.language_model import load_language_model, load_tokenizer
-from sts_fast.model.memory import MOST_BATCH_TOKENS
-from sts_fast.model.sae_check import check_width
+from sts_fast.model.session import Reading, ReadingOptions, SAESource, Session, open_sae
 from sts_fast.ops.correlate import CorrelationStats
 from sts_fast.ops.shift import ShiftStats
-from sts_fast.sae import SAE, load_sae
+from sts_fast.sae import SAE
 from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.signed import hook_layer
 
@@ -56,7 +53,7 @@ def ablate(
     run: Forecast | str | Path,
     *,
     model: str | Path | PreTrainedModel | None = None,
-    sae: str | Path | SAE | None = None,
+    sae: SAESource | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     train: Source | None = None,
     domains: Mapping[str, Source] | Sequence[str] | None = None,
@@ -66,12 +63,10 @@ def ablate(
     n_draws: int = N_DRAWS,
     question_fields: Mapping[str, str] | None = None,
     answer_fields: Mapping[str, str] | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    batch_tokens: int | None = None,
     seed: int = 0,
     command: str | None = None,
     progress: Progress | None = None,
+    **options: Unpack[ReadingOptions],
 ) -> Ablation:
     """Zeroes the shifted features of a run in the running model, and others beside them; see the module's equation.
 
@@ -82,6 +77,7 @@ def ablate(
     few_shot: asks behind demonstrations (`demos`, as for `score`), as many as the run shows; needs train and domains
     top_n:   how many of the most shifted features; by default all of D_N
     n_draws: sets of features of each control
+    options: how model and SAE are read, see Reading; the SAE reads where the run's did
 
     Raises InputError where the run, the model or the SAE cannot be used together, answers are missing, or the SAE's
     files have no decoder.
@@ -89,48 +85,43 @@ def ablate(
     scores, stats, importance, rows = _read_run(run)
     if n_draws < 1 or (top_n is not None and top_n < 1):
         raise InputError("--draws and --top-n must be at least 1")
-    source = scores["model"]["name"] if model is None else model
-    loaded = sae if isinstance(sae, SAE) else load_sae(scores["sae"]["source"] if sae is None else sae)
-    loaded = replace(loaded, hook_name=scores["sae"]["hook_name"])
-    _check_sae(loaded, stats)
-    whole: Any = source
-    if isinstance(source, (str, Path)):
-        whole = load_language_model(source, dtype=dtype, device=device)
-    name = str(source) if isinstance(source, (str, Path)) else "the model"
-    [hook] = find_hooks(whole, [loaded.hook_name], name=name)
-    check_width(loaded, hook, name)
-    hooked = HookedModel(whole, hook_layer(hook, loaded), name=name)
-
     if few_shot and train is None:
         raise InputError("--few-shot needs --train and --domains, which demonstrations are taken from")
-    if train is None and domains is None:
+    if (train is None) != (domains is None):
+        raise InputError("--train and --domains go together: both are asked, or neither is given")
+    reading = Reading(**options)
+    if reading.layer is not None or reading.hook is not None:
+        raise InputError("--layer and --hook are those of the run: leave them out, or make it again with them")
+    reading = replace(reading, hook=scores["sae"]["hook_name"])
+    loaded = open_sae(scores["sae"]["source"] if sae is None else sae, reading)
+    _check_sae(loaded, stats)
+    session = Session.open(
+        scores["model"]["name"] if model is None else model, [loaded], reading,
+        tokenizer=tokenizer, whole=True, texts=train is not None, needs=[("ablate", "the whole model")],
+    )  # fmt: skip
+    reader = session.reader
+    hooked = HookedModel(session.whole, hook_layer(reader.hook(loaded), loaded), name=reader.name)
+
+    if train is None or domains is None:
         sets = _stored_sets(rows)
     else:
-        if isinstance(source, (str, Path)):
-            tokenizer = tokenizer or load_tokenizer(source)
-        if tokenizer is None:
-            raise ValueError("a model in memory needs its tokenizer: ablate(..., tokenizer=...)")
         fields = Fields(question_fields or {}, answer_fields or {})
-        context_length = getattr(whole.config.get_text_config(), "max_position_embeddings", None)
-        if train is None or domains is None:
-            raise InputError("--train and --domains go together: both are asked, or neither is given")
         examples = Sets.read({scores["train"]["name"]: train}, domains, demos, fields)
-        template = common_template(tokenizer, [(loaded.source, loaded.prepend_bos)])
-        sets = _asked_sets(examples, scores, template, context_length, few_shot=few_shot)
+        sets = _asked_sets(examples, scores, session.template, reader.context_length, few_shot=few_shot)
+    session.check_fit(sets[0])
 
     top = np.asarray([feature["index"] for feature in scores["shifted_features"]][:top_n], np.int64)
     drawn = draw_features(stats, top, n_draws, seed, importance=importance, few_shot=few_shot)
+    batch_tokens = min(reading.batch_tokens or MOST_BATCH_TOKENS, MOST_BATCH_TOKENS)
     measured = []
     for n_done, prompt_set in enumerate(sets):
-        measured.append(
-            measure(hooked, loaded, prompt_set, drawn, min(batch_tokens or MOST_BATCH_TOKENS, MOST_BATCH_TOKENS))
-        )
+        measured.append(measure(hooked, loaded, prompt_set, drawn, batch_tokens))
         if progress is not None:
             progress("answers with features zeroed", n_done + 1, len(sets))
     kinds = ["domain" if i else "train" for i in range(len(measured))]
     document = {
         "schema_version": SCHEMA_VERSION,
-        "model": name,
+        "model": reader.name,
         "forecast_of": scores["model"]["name"],
         "sae": loaded.source,
         "hook_name": loaded.hook_name,

@@ -14,26 +14,29 @@ from sts_fast import files
 from sts_fast.ablate import Ablation
 from sts_fast.ablate import ablate as run_ablate
 from sts_fast.ablate.findings import WORDS, main_outcome, short_amount
-from sts_fast.cli.arguments import fields, set_threads, typed_command
+from sts_fast.cli.arguments import fields, load_saes, set_threads, typed_command
 from sts_fast.cli.console import err, out, progress, say
 from sts_fast.cli.options import (
     AnswerFieldOption,
     BatchTokensOption,
     DemosOption,
+    DeviceMapOption,
     DeviceOption,
     DtypeChoice,
     DtypeOption,
+    HookOption,
     JsonOption,
+    LayerOption,
     QuestionFieldOption,
     SaeDtypeOption,
     SeedOption,
+    StrictOption,
     ThreadsOption,
 )
 from sts_fast.errors import InputError
 from sts_fast.forecast.run import SCORES_FILE, read_scores
 from sts_fast.forecast.score import score
 from sts_fast.report import build_report
-from sts_fast.sae import load_sae
 
 OUTPUT = Path("sts-fast-ablation")
 
@@ -57,12 +60,16 @@ def ablate(
     limit: Annotated[int | None, typer.Option("--limit", help="Without a run: most prompts of a set.")] = None,
     question_field: QuestionFieldOption = None,
     answer_field: AnswerFieldOption = None,
+    hook: HookOption = None,
+    layer: LayerOption = None,
     norm_scaling_factor: Annotated[
         float | None, typer.Option("--norm-scaling-factor", help="As the run was made with.")
     ] = None,
+    strict: StrictOption = False,
     dtype: DtypeOption = DtypeChoice.auto,
     sae_dtype: SaeDtypeOption = None,
     device: DeviceOption = "auto",
+    device_map: DeviceMapOption = None,
     batch_tokens: BatchTokensOption = None,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
@@ -72,8 +79,10 @@ def ablate(
     as_json: JsonOption = False,
 ) -> None:
     """Zero the shifted features in the running model: does the trained ability go, do the others stay?"""
-    if run is not None and (shots is not None or limit is not None):
-        raise InputError("--shots and --limit are those of the run: leave them out, or make it again with them")
+    if run is not None and (shots, limit, hook, layer) != (None,) * 4:
+        raise InputError(
+            "--shots, --limit, --hook and --layer are those of the run: leave them out, or make it again with them"
+        )
     source = sae or (None if run is None else read_scores(run)["sae"]["source"])
     if source is None:
         raise InputError("give the folder of a run, or --model, --sae, --train and --domains")
@@ -83,9 +92,11 @@ def ablate(
     read: dict[str, Any] = {
         "question_fields": fields("--question-field", question_field),
         "answer_fields": fields("--answer-field", answer_field),
-        "dtype": str(dtype), "device": device, "batch_tokens": batch_tokens, "command": typed_command(),
+        "strict": strict, "dtype": str(dtype), "sae_dtype": sae_dtype and str(sae_dtype), "device": device,
+        "device_map": device_map, "batch_tokens": batch_tokens, "command": typed_command(),
     }  # fmt: skip
-    loaded = load_sae(source, norm_scaling_factor=norm_scaling_factor, dtype=sae_dtype and str(sae_dtype))
+    factors = None if norm_scaling_factor is None else [norm_scaling_factor]
+    [loaded] = load_saes([source], hook, layer, factors, dtype=read["sae_dtype"])
     with progress("sets") as tell:
         forecast: Any = run
         if run is None:
@@ -97,7 +108,7 @@ def ablate(
             forecast.save(folder)
         ablation = run_ablate(
             forecast, model=tuned or model, sae=loaded, train=train, domains=domains, demos=demos, few_shot=few_shot,
-            top_n=top_n, n_draws=draws, seed=seed, progress=tell, **read,
+            top_n=top_n, n_draws=draws, seed=seed, progress=tell, say=None if run is None else say, **read,
         )  # fmt: skip
     ablation.save(folder)
     if as_json:

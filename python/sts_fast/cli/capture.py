@@ -28,7 +28,7 @@ from sts_fast.cli.options import (
     TokensOption,
 )
 from sts_fast.errors import InputError
-from sts_fast.model.stored import capture_activations
+from sts_fast.model.stored.writing import capture_activations
 from sts_fast.places import place_name
 
 

@@ -13,19 +13,24 @@ from rich.table import Table
 
 from sts_fast import files
 from sts_fast.cli.arguments import fields, load_saes, set_threads, typed_command
-from sts_fast.cli.console import err, out, progress
+from sts_fast.cli.console import err, out, progress, say
 from sts_fast.cli.options import (
     AnswerFieldOption,
     BatchTokensOption,
+    DeviceMapOption,
     DeviceOption,
     DomainsOption,
     DtypeChoice,
     DtypeOption,
+    HookOption,
     JsonOption,
     LayerOption,
     LimitOption,
     QuestionFieldOption,
+    SaeDtypeOption,
+    ScalingOption,
     SeedOption,
+    StrictOption,
     ThreadsOption,
     TrainOption,
 )
@@ -67,9 +72,14 @@ def mix(
     limit: LimitOption = 64,
     question_field: QuestionFieldOption = None,
     answer_field: AnswerFieldOption = None,
+    hook: HookOption = None,
     layer: LayerOption = None,
+    norm_scaling_factor: ScalingOption = None,
+    strict: StrictOption = False,
     dtype: DtypeOption = DtypeChoice.auto,
+    sae_dtype: SaeDtypeOption = None,
     device: DeviceOption = "auto",
+    device_map: DeviceMapOption = None,
     batch_tokens: BatchTokensOption = None,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
@@ -79,13 +89,12 @@ def mix(
     as_json: JsonOption = False,
 ) -> None:
     """Say what to mix into a training set so that other abilities keep, and write the mixed set."""
-    if batch_tokens is not None and batch_tokens < 1:
-        raise InputError(f"--batch-tokens must be at least 1, not {batch_tokens}")
     if limit < 0:
         raise InputError(f"--limit must be at least 1, or 0 for all, not {limit}")
     set_threads(threads)
     files.prepare_folder(output)
-    loaded = None if sae is None else load_saes([sae], None, layer, None, dtype=None)[0]
+    where, held_as = (hook, layer, norm_scaling_factor), sae_dtype and str(sae_dtype)
+    loaded = None if sae is None else load_saes([sae], *where, dtype=held_as)[0]
     with progress() as tell:
         mixture = run_mix(
             train=train,
@@ -101,21 +110,23 @@ def mix(
             loss_left=loss_left,
             limit=limit or None,
             seed=seed,
+            strict=strict,
             dtype=str(dtype),
+            sae_dtype=held_as,
             device=device,
+            device_map=device_map,
             batch_tokens=batch_tokens,
             question_fields=fields("--question-field", question_field),
             answer_fields=fields("--answer-field", answer_field),
             command=typed_command(),
             progress=tell,
+            say=say,
         )
     mixture.save(output)
     if as_json:
         sys.stdout.write(files.to_json(mixture.to_dict()))
     else:
         _print_mixture(mixture)
-    for warning in mixture.warnings:
-        err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     err.print(f"Train on {output / MIXED_FILE}", highlight=False, markup=False, soft_wrap=True)
 
 

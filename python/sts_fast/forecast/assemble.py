@@ -18,12 +18,9 @@ from sts_fast.forecast.estimators import DomainRead, domain_scores, skipped
 from sts_fast.forecast.options import Settings
 from sts_fast.forecast.run import Forecast, ShiftedFeature, with_value_columns
 from sts_fast.model import explain
-from sts_fast.model.language_model import LanguageModel
 from sts_fast.model.log import AnswerLog
+from sts_fast.model.reader import Reader
 from sts_fast.model.sae_check import Fit
-from sts_fast.model.session import hook_of
-from sts_fast.model.stored import Activations
-from sts_fast.model.weights import unembedding, weights_sha256
 from sts_fast.ops import _cpu
 from sts_fast.ops.shift import ShiftStats
 from sts_fast.sae import SAE
@@ -38,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def forecast_of(
-    reader: LanguageModel | Activations,
+    reader: Reader,
     sae: SAE,
     fit: Fit,
     shift: Shift,
@@ -53,7 +50,7 @@ def forecast_of(
 ) -> Forecast:
     import pyarrow as pa
 
-    top_n, stats, hook = settings.top_n, shift.stats, hook_of(reader, sae)
+    top_n, stats, hook = settings.top_n, shift.stats, reader.hook(sae)
     n_moved = int((shift.importance > 0).sum())
     warnings = [*filter(None, (fit.warning, fit.names)), *(f"SAE: {note}" for note in sae.notes)]
     prompt_sets = [shift.prompt_set, *(read.prompt_set for read in domain_reads)]
@@ -89,9 +86,7 @@ def forecast_of(
             "dtype": reader.dtype,
             "context_length": reader.context_length,
             "revision": reader.revision,
-            "weights_sha256": weights_sha256(reader.model, hook.layer)
-            if isinstance(reader, LanguageModel)
-            else reader.weights_sha256,
+            "weights_sha256": reader.weights_sha256(hook),
         },
         sae={
             "source": sae.source,
@@ -221,11 +216,11 @@ def with_signed(
 
 
 def promoted_tokens(
-    decoder: LanguageModel, sae: SAE, features: list[int], tokenizer: PreTrainedTokenizerBase, source: str | Path | None
+    reader: Reader, sae: SAE, features: list[int], tokenizer: PreTrainedTokenizerBase
 ) -> dict[int, list[str]]:
     """The output tokens that each feature promotes; none where W_dec or the unembedding is not at hand."""
     try:
-        directions, matrix = sae.decoder_rows(features), unembedding(decoder.model, source)
+        directions, matrix = sae.decoder_rows(features), reader.unembedding()
         if directions is None or matrix is None or matrix.shape[1] != directions.shape[1]:
             return {}
         return dict(zip(features, explain.promoted_tokens(directions, matrix, tokenizer), strict=True))

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sts_fast.data.prompts import PromptSet
-from sts_fast.data.sets import Kind
 from sts_fast.errors import InputError
 from sts_fast.forecast import controls
 from sts_fast.forecast.options import Settings
 from sts_fast.model import explain
-from sts_fast.model.language_model import LanguageModel, PairedRows, capture
 from sts_fast.model.log import PromptLog
-from sts_fast.model.session import hook_of
-from sts_fast.model.stored import Activations
+from sts_fast.model.reader import PairedRows, Reader
 from sts_fast.ops.correlate import CorrelationStats
 from sts_fast.ops.shift import ShiftStats, top_indices
 from sts_fast.sae import SAE
@@ -33,14 +30,6 @@ if TYPE_CHECKING:
 N_REPLICATES = 32
 
 
-def rows_of(
-    reader: LanguageModel | Activations, kind: Kind, prompt_set: PromptSet, tuned: LanguageModel | None = None
-) -> Iterator[list[PairedRows]]:
-    if isinstance(reader, LanguageModel):
-        return capture(reader, prompt_set.prompts, other=tuned)
-    return reader.rows(kind, prompt_set)
-
-
 @dataclass(frozen=True)
 class Shift:
     """What the training set moves.
@@ -50,7 +39,6 @@ class Shift:
     top:         [top_n] D_N, most shifted first
     random, low_shift, most_active: [n_sets, top_n], [<= top_n], [top_n] features of the controls, ascending
     raw:         sums over the residual stream itself; raw_top: its dimensions that shift most
-    firings:     where the first of D_N fire, filled while the domains are read
     """
 
     prompt_set: PromptSet
@@ -66,11 +54,14 @@ class Shift:
     raw: controls.RawShift
     raw_top: Indices
     log: PromptLog
-    firings: explain.Firings
 
     @property
     def name(self) -> str:
         return self.prompt_set.name
+
+    def firings(self) -> explain.Firings:
+        """Of the first of D_N, none found yet."""
+        return explain.Firings(self.top[: explain.N_FEATURES], "score")
 
     def overlaps(self, top_n: int) -> Doubles:
         """[N_REPLICATES] share of D_N that each resampling of the prompts keeps."""
@@ -92,17 +83,17 @@ class Shift:
 
 
 def measure_shifts(
-    reader: LanguageModel | Activations,
+    reader: Reader,
     saes: Sequence[SAE],
     prompt_set: PromptSet,
     settings: Settings,
-    tuned: LanguageModel | None,
+    tuned: Reader | None,
 ) -> list[Shift]:
     """One pass over a training set, for all SAEs."""
     sums = [_ShiftSums(sae, prompt_set, settings) for sae in saes]
-    at = [reader.hooks.index(hook_of(reader, sae)) for sae in saes]
+    at = [reader.hooks.index(reader.hook(sae)) for sae in saes]
     done = 0
-    for of_hooks in rows_of(reader, "train", prompt_set, tuned):
+    for of_hooks in reader.rows("train", prompt_set, tuned):
         for one, hook in zip(sums, at, strict=True):
             one.update(of_hooks[hook])
         done += len(of_hooks[0].prompts)
@@ -198,5 +189,4 @@ def shift_of(
         raw=raw,
         raw_top=raw.top(settings.top_n),
         log=log,
-        firings=explain.Firings(top[: explain.N_FEATURES], "score"),
     )

@@ -11,13 +11,12 @@ import numpy as np
 from sts_fast.data.prompts import PromptSet
 from sts_fast.errors import InputError
 from sts_fast.forecast import controls
-from sts_fast.forecast.dims import Shift, rows_of
+from sts_fast.forecast.dims import Shift
 from sts_fast.forecast.options import Settings
 from sts_fast.forecast.run import ESTIMATORS, DomainScore
-from sts_fast.model.language_model import LanguageModel, PairedRows
+from sts_fast.model.explain import Firings
 from sts_fast.model.log import AnswerLog, PromptLog
-from sts_fast.model.session import hook_of
-from sts_fast.model.stored import Activations
+from sts_fast.model.reader import PairedRows, Reader
 from sts_fast.ops.encode import SparseFeatures, encode
 from sts_fast.ops.shift import ShiftStats
 from sts_fast.sae import SAE
@@ -34,6 +33,7 @@ class DomainRead:
     """Sums over a domain's tokens: sums[training set, control, estimator] is [n_prompts].
 
     raw:     sums over the residual stream itself
+    firings: by training set, where the first of its D_N fire
     columns: features that were looked at; mean_activation: [n_columns] E_x h_j(x), zero where no estimator asks for it
     """
 
@@ -41,6 +41,7 @@ class DomainRead:
     log: PromptLog
     sums: dict[tuple[str, str, str], Doubles]
     raw: controls.RawShift
+    firings: dict[str, Firings]
     columns: Indices
     mean_activation: Doubles
 
@@ -51,7 +52,7 @@ class DomainRead:
 
 
 def read_domain(
-    reader: LanguageModel | Activations,
+    reader: Reader,
     saes: Sequence[SAE],
     prompt_set: PromptSet,
     shifts_of: Sequence[Sequence[Shift]],
@@ -59,9 +60,9 @@ def read_domain(
 ) -> list[DomainRead]:
     """One pass over a domain, for all SAEs, training sets, controls and estimators."""
     sums = [_DomainSums(sae, prompt_set, shifts, settings) for sae, shifts in zip(saes, shifts_of, strict=True)]
-    at = [reader.hooks.index(hook_of(reader, sae)) for sae in saes]
+    at = [reader.hooks.index(reader.hook(sae)) for sae in saes]
     done = 0
-    for of_hooks in rows_of(reader, "domain", prompt_set):
+    for of_hooks in reader.rows("domain", prompt_set):
         for one, hook in zip(sums, at, strict=True):
             one.update(of_hooks[hook])
         done += len(of_hooks[0].prompts)
@@ -73,7 +74,8 @@ class _DomainSums:
     """Sums over a domain's tokens, for one SAE; see DomainRead."""
 
     def __init__(self, sae: SAE, prompt_set: PromptSet, shifts: Sequence[Shift], settings: Settings) -> None:
-        self.sae, self.prompt_set, self.shifts, self.estimators = sae, prompt_set, shifts, settings.estimators
+        self.sae, self.prompt_set, self.estimators = sae, prompt_set, settings.estimators
+        self.firings = {shift.name: shift.firings() for shift in shifts}
         self.columns = np.unique(np.concatenate([features for shift in shifts for features in shift.feature_sets()]))
         self.log = PromptLog("score", prompt_set)
         self.raw = controls.RawShift(sae.d_in)
@@ -98,8 +100,8 @@ class _DomainSums:
         positions = np.concatenate(
             [self.prompt_set.prompts[i].positions[kept] for i, kept in zip(rows.prompts, rows.kept, strict=True)]
         )
-        for shift in self.shifts:
-            shift.firings.add(self.prompt_set, rows.base_of, positions, active)
+        for firings in self.firings.values():
+            firings.add(self.prompt_set, rows.base_of, positions, active)
         if "act" in self.estimators or "act_sq" in self.estimators:
             self._add_activations(rows, active)
         if "icl" in self.estimators:
@@ -108,7 +110,7 @@ class _DomainSums:
 
     def read(self) -> DomainRead:
         mean_activation = self.sum_h / max(self.raw.n_tokens, 1)
-        return DomainRead(self.prompt_set, self.log, self.sums, self.raw, self.columns, mean_activation)
+        return DomainRead(self.prompt_set, self.log, self.sums, self.raw, self.firings, self.columns, mean_activation)
 
     def _add_activations(self, rows: PairedRows, active: SparseFeatures) -> None:
         n_prompts = len(self.prompt_set.prompts)

@@ -20,12 +20,10 @@ from sts_fast.forecast.estimators import read_domain
 from sts_fast.forecast.options import Options, Settings
 from sts_fast.forecast.run import ESTIMATORS, Forecast
 from sts_fast.model import explain
-from sts_fast.model.language_model import LanguageModel
 from sts_fast.model.log import AnswerLog
 from sts_fast.model.memory import MOST_BATCH_TOKENS
-from sts_fast.model.sae_check import Fit, fit_rows, measure_fit
-from sts_fast.model.session import SAESource, Session, hook_of, loaded_sae, open_model, with_head
-from sts_fast.model.stored import NO_PASSES, Activations, is_activations
+from sts_fast.model.sae_check import Fit
+from sts_fast.model.session import SAESource, Session
 from sts_fast.sae import SAE
 from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.signed import SIGNED_ESTIMATORS, SignedEstimator, SignedForecast, hook_layer, measure_signed
@@ -156,41 +154,27 @@ def compare(
     settings = replace(settings, estimators=unsigned or ["act"])
     if (settings.dims == "tuned") != (tuned is not None):
         raise InputError("--dims tuned and --tuned MODEL go together: the true shift needs the model after training")
-    saes = [
-        loaded_sae(one, settings.reading, settings.top_n)
-        for one in ([sae] if isinstance(sae, (str, Path, SAE)) else sae)
-    ]
-    if not saes:
+    sources = [sae] if isinstance(sae, (str, Path, SAE)) else sae
+    if not sources:
         raise InputError("there is no SAE to read the model with: give one or more with --sae")
 
     fields = Fields(settings.question_fields or {}, settings.answer_fields or {})
     sets = Sets.read(trains, domains, demos, fields)
-    sampling = settings.sampling
-    activations = Activations(model, device=settings.device) if is_activations(model) else None
-    if activations is not None:
-        _check_activations(activations, settings, signed, domain_shots=bool(sets.domains))
-    opened = open_model(model, saes, tuned, tokenizer, settings.reading, activations)
-    reader, template = opened.reader, opened.template
+    session = Session.open(
+        model, sources, settings.reading,
+        tokenizer=tokenizer, tuned=tuned, top_n=settings.top_n, needs=_beyond_activations(settings, signed),
+    )  # fmt: skip
+    reader, saes = session.reader, session.saes
     if settings.controls == "all" and not isinstance(model, (str, Path)) and model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
         raise InputError(
             "the base model's loss and accuracy need its head: give a model with one, or --controls features"
         )
-    layers = [hook_layer(hook_of(reader, one), one) for one in saes if signed]
+    layers = [hook_layer(reader.hook(one), one) for one in saes if signed]
 
-    def prompts_of(kind: Kind, name: str, *, show: bool, tokens: TokenClass | None = None) -> PromptSet:
+    def prompts_of(kind: Kind, name: str, *, show: bool, tokens: TokenClass = settings.tokens) -> PromptSet:
         examples = (sets.trains if kind == "train" else sets.domains)[name]
-        if activations is not None:
-            return activations.prompts(kind, name, examples, sets.demos.get(name), show=show)
-        return sampling.prompts(
-            name,
-            examples,
-            sets.demos.get(name),
-            template,
-            reader.context_length,
-            kind=kind,
-            show=show,
-            tokens=tokens,
-        )
+        sampling = replace(settings.sampling, tokens=tokens)
+        return reader.prompts(kind, name, examples, sets.demos.get(name), sampling, session.template, show=show)
 
     # Every set is made ready before the first forward pass, so that bad input is told at once.
     train_sets = [prompts_of("train", name, show=settings.dims == "icl") for name in sets.trains]
@@ -209,7 +193,7 @@ def compare(
 
     if settings.show is not None:
         for prompt_set in (*train_sets, *domain_sets):
-            settings.show(show_prompt(prompt_set, opened.tokenizer))
+            settings.show(show_prompt(prompt_set, session.tokenizer))
     train_answers = [prompts_of("train", name, show=False, tokens="answer") for name in sets.trains if signed]
     for prompt_set in train_answers:
         check_enough(prompt_set, reader.context_length, "train")
@@ -221,22 +205,14 @@ def compare(
 
     labels = {} if settings.labels is None else explain.read_labels(settings.labels)
 
-    measured = (
-        measure_fit(reader, saes, train_sets[0].prompts)
-        if isinstance(reader, LanguageModel)
-        else fit_rows(saes, reader.sample(train_sets[0]))
-    )
-    fits = [replace(fit, names=name) for fit, name in zip(measured, opened.names, strict=True)]
-    settings.reading.warn(*(fit.warning for fit in fits))
-
-    shifts = [measure_shifts(reader, saes, train_set, settings, opened.tuned) for train_set in train_sets]
+    fits = session.check_fit(train_sets[0])
+    shifts = [measure_shifts(reader, saes, train_set, settings, session.tuned) for train_set in train_sets]
     forecasts = forecasts_of(
-        opened,
+        session,
         [[of_saes[i] for of_saes in shifts] for i in range(len(saes))],
         fits,
         domain_sets,
         answer_sets,
-        lambda: with_head(model, settings.reading),
         lambda language_model: [
             measure_signed(
                 HookedModel(language_model, layer, name=reader.name, say=settings.tell_line),
@@ -260,12 +236,11 @@ def compare(
 
 
 def forecasts_of(
-    opened: Session,
+    session: Session,
     shifts_of: Sequence[Sequence[Shift]],
     fits: Sequence[Fit],
     domain_sets: Sequence[PromptSet],
     answer_sets: Sequence[PromptSet],
-    load_whole: Callable[[], Any],
     measure: Callable[[Any], list[dict[str, SignedForecast]]],
     trains: Mapping[str, object],
     inputs: Mapping[str, object],
@@ -276,11 +251,10 @@ def forecasts_of(
 
     shifts_of: by SAE, the shift of each training set
     answer_sets: the domains with answers enough, where the whole model is asked for them
-    load_whole: gives the whole model; called only where it is needed
     measure: the signed forecasts by SAE and training set, if any, given the whole model
     trains, inputs: what the training sets, and everything else, were read from, for the provenance
     """
-    reader, saes, tokenizer = opened.reader, opened.saes, opened.tokenizer
+    reader, saes, tokenizer = session.reader, session.saes, session.tokenizer
     called = sae_names([(one.source, one.hook_name) for one in saes])
     with_sae = [f" with {name}" if len(saes) > 1 else "" for name in called]
     for of_sae, suffix in zip(shifts_of, with_sae, strict=True):
@@ -289,21 +263,21 @@ def forecasts_of(
             n_prompts = len(shift.prompt_set.prompts)
             settings.tell_line(stability.shift_line(shift.name + suffix, settings.top_n, n_prompts, overlap))
     reads = [read_domain(reader, saes, domain_set, shifts_of, settings) for domain_set in domain_sets]
-    language_model = load_whole() if answer_sets else None
+    language_model = session.whole if answer_sets else None
     answer_reads = _read_answers(language_model, answer_sets if settings.controls == "all" else [], settings)
     signed_of = measure(language_model)
 
-    if isinstance(reader, LanguageModel):
-        reader.passes.say_summary()
-    loaded_from = opened.source if isinstance(opened.source, (str, Path)) else None
+    reader.say_passes()
     forecasts: list[dict[str, Forecast]] = []
     for i, one in enumerate(saes):
         signed_by = signed_of[i] if signed_of else {}
-        explained = [*(shift.firings for shift in shifts_of[i]), *(found.firings for found in signed_by.values())]
-        shown = sorted({int(j) for firings in explained for j in firings.features})
-        promoted: dict[int, list[str]] = {}
-        if isinstance(reader, LanguageModel):
-            promoted = promoted_tokens(reader, one, shown, tokenizer, loaded_from)
+        firings = {
+            shift.name: shift.firings().take([of_saes[i].firings[shift.name] for of_saes in reads])
+            for shift in shifts_of[i]
+        }
+        explained = [*firings.values(), *(found.firings for found in signed_by.values())]
+        shown = sorted({int(j) for found in explained for j in found.features})
+        promoted = promoted_tokens(reader, one, shown, tokenizer)
         forecasts.append(
             {
                 shift.name: with_signed(
@@ -316,16 +290,14 @@ def forecasts_of(
                         [of_saes[i] for of_saes in reads],
                         answer_reads,
                         settings,
-                        None if opened.tuned is None else opened.tuned.name,
-                        shift.firings.table(tokenizer),
+                        None if session.tuned is None else session.tuned.name,
+                        firings[shift.name].table(tokenizer),
                         promoted,
                         labels,
                         {
                             **provenance_of({**inputs, "sae": one.source, "train": trains[shift.name]}, settings),
                             "prompts_sha256": prompts_sha256([shift.prompt_set, *domain_sets]),
-                            "forward_passes": reader.passes.summary()
-                            if isinstance(reader, LanguageModel)
-                            else NO_PASSES,
+                            "forward_passes": reader.forward_passes(),
                         },
                     ),
                     one,
@@ -348,22 +320,15 @@ def forecasts_of(
     return forecasts
 
 
-def _check_activations(
-    activations: Activations, settings: Settings, signed: Sequence[SignedEstimator], *, domain_shots: bool
-) -> None:
-    """Raises InputError for settings that need the model itself, or that differ from those captured with."""
-    for option, chosen, needs in (
+def _beyond_activations(settings: Settings, signed: Sequence[SignedEstimator]) -> list[tuple[str, str]]:
+    """The settings that need the model itself, and what of it."""
+    needs = (
         ("--dims tuned", settings.dims == "tuned", "the model before and after training"),
         ("--controls all", settings.controls == "all", "the whole model"),
         (f"--estimators {','.join(signed)}", bool(signed), "the whole model, and its gradients"),
         ("--device-map", settings.device_map is not None, "a model to spread"),
-    ):
-        if chosen:
-            raise InputError(
-                f"{option} needs {needs}, but {activations.folder} holds activations: give a folder or hub id of a "
-                "model with --model"
-            )
-    activations.check_sampling(settings.sampling, domain_shots=domain_shots)
+    )
+    return [(option, why) for option, chosen, why in needs if chosen]
 
 
 def _read_answers(whole: Any, answer_sets: Sequence[PromptSet], settings: Settings) -> dict[str, AnswerLog]:

@@ -6,24 +6,21 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
 
 import numpy as np
 
 from sts_fast import files
 from sts_fast.data.examples import Example
 from sts_fast.data.prompts import Progress, build_prompts
-from sts_fast.data.sets import Fields, Sets, Source, check_enough, common_template
+from sts_fast.data.sets import Fields, Sets, Source, check_enough
 from sts_fast.errors import InputError
 from sts_fast.forecast.run import ESTIMATORS, SCORES_FILE, check_has_scores
 from sts_fast.mix.allot import fill, least_loss, whole_examples
 from sts_fast.mix.flow import Flow
 from sts_fast.mix.kernel import Kernel, measure_kernel
-from sts_fast.model.language_model import LanguageModel, load_config, load_language_model, load_tokenizer
 from sts_fast.model.memory import MOST_BATCH_TOKENS
-from sts_fast.model.sae_check import check_names, check_width, measure_fit
-from sts_fast.model.stored import is_activations
-from sts_fast.sae import SAE, load_sae
+from sts_fast.model.session import Reading, ReadingOptions, SAESource, Session
 from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.projection import projection
 from sts_fast.signed.push import Features
@@ -129,7 +126,7 @@ def mix(
     budget: int,
     rule: Rule = "forecast",
     model: str | Path | PreTrainedModel | None = None,
-    sae: str | Path | SAE | None = None,
+    sae: SAESource | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     scores: str | Path | None = None,
     estimator: str | None = None,
@@ -138,13 +135,11 @@ def mix(
     loss_left: float = LOSS_LEFT,
     limit: int | None = 64,
     seed: int = 0,
-    dtype: str = "auto",
-    device: str = "auto",
-    batch_tokens: int | None = None,
     question_fields: Mapping[str, str] | None = None,
     answer_fields: Mapping[str, str] | None = None,
     command: str | None = None,
     progress: Progress | None = None,
+    **options: Unpack[ReadingOptions],
 ) -> Mixture:
     """Allots `budget` further examples over domains, to be trained on together with the training set.
 
@@ -168,10 +163,11 @@ def mix(
     protect:       domains that alone count; examples may still come from all
     loss_left:     how long the training is: what it would leave of the training set's own loss without any mixing
     limit:         most prompts of a set that are measured, drawn with `seed`; None for all
-    other options: as in Settings
+    options:       how model and SAE are read, see Reading; all others as in Settings
 
     Raises InputError, in one sentence with the remedy, for whatever in the input cannot be used.
     """
+    reading = Reading(**options)
     if rule not in RULES:
         raise InputError(f"rule must be one of {', '.join(RULES)}, not '{rule}'")
     if budget < 1:
@@ -211,10 +207,7 @@ def mix(
 
     kernel = flow = None
     if model is not None and sae is not None:
-        kernel = _measure(
-            pools, model, sae, tokenizer,
-            limit=limit, seed=seed, dtype=dtype, device=device, batch_tokens=batch_tokens, progress=progress,
-        )  # fmt: skip
+        kernel = _measure(pools, model, sae, tokenizer, reading, limit=limit, seed=seed, progress=progress)
         flow = Flow.of(*kernel.means(), 0, loss_left)
     if rule == "forecast" and flow is not None:
         shares = least_loss(flow, 0, train_share, counted, most)
@@ -226,6 +219,14 @@ def mix(
         MixedSet(name, float(shares[i]), int(available[i] if i == 0 else counts[i]), int(available[i]))
         for i, name in enumerate(pools)
     ]
+    used_up = [
+        f"'{one.name}' gives all its {one.n_available} answered examples, and would give more: the others make "
+        "up for it, so add examples to it"
+        for one in mixed_sets[1:]
+        if one.n_examples == one.n_available < budget and one.n_examples > 0
+    ]
+    for warning in used_up:
+        reading.tell_line(f"warning: {warning}")
     mean_change = None
     if kernel is not None and flow is not None:
         trained_on = np.where(np.arange(len(pools)) == 0, available, counts) / (available[0] + budget)
@@ -244,15 +245,7 @@ def mix(
             "confidence": CONFIDENCE,
             "command": command,
         },
-        warnings=[
-            *(kernel.warnings if kernel is not None else []),
-            *(
-                f"'{one.name}' gives all its {one.n_available} answered examples, and would give more: the others make "
-                "up for it, so add examples to it"
-                for one in mixed_sets[1:]
-                if one.n_examples == one.n_available < budget and one.n_examples > 0
-            ),
-        ],
+        warnings=[*(kernel.warnings if kernel is not None else []), *used_up],
         examples=_drawn(pools, [one.n_examples for one in mixed_sets], seed),
     )
 
@@ -274,49 +267,35 @@ def _weights(names: Sequence[str], weights: Mapping[str, float], protect: Sequen
 def _measure(
     pools: Mapping[str, list[Example]],
     model: str | Path | PreTrainedModel,
-    sae: str | Path | SAE,
+    sae: SAESource,
     tokenizer: PreTrainedTokenizerBase | None,
+    reading: Reading,
     *,
     limit: int | None,
     seed: int,
-    dtype: str,
-    device: str,
-    batch_tokens: int | None,
     progress: Progress | None,
 ) -> Kernel:
     if limit is not None and limit < 1:
         raise InputError(f"--limit must be at least 1, not {limit}")
-    if is_activations(model):
-        raise InputError(f"mix needs the whole model, and its gradients, but {model} holds activations: give the model")
-    one = sae if isinstance(sae, SAE) else load_sae(sae)
-    if not one.hook_name:
-        raise InputError(f"the SAE {one.source} does not say which layer it reads: give --layer")
-    name = str(model) if isinstance(model, (str, Path)) else "the model"
-    told_apart = check_names(one, load_config(model) if isinstance(model, (str, Path)) else model.config, name)
-    tokenizer = tokenizer or (load_tokenizer(model) if isinstance(model, (str, Path)) else None)
-    if tokenizer is None:
-        raise ValueError("a model in memory needs its tokenizer: mix(..., tokenizer=...)")
-    template = common_template(tokenizer, [(one.source, one.prepend_bos)])
-    whole: Any = model
-    if isinstance(model, (str, Path)):
-        whole = load_language_model(model, dtype=dtype, device=device)
-    decoder = LanguageModel(whole, one.hook_name, name=name)
-    check_width(one, decoder.hooks[0], name)
-    hooked = HookedModel(whole, hook_layer(decoder.hooks[0], one), name=name)
+    needs = [("mix", "the whole model, and its gradients")]
+    session = Session.open(model, [sae], reading, tokenizer=tokenizer, whole=True, needs=needs)
+    reader, [one] = session.reader, session.saes
+    hooked = HookedModel(session.whole, hook_layer(reader.hook(one), one), name=reader.name)
+    template, context_length = session.template, reader.context_length
     asked = [
-        build_prompts(
-            name, pool, template, tokens="answer", context_length=decoder.context_length, limit=limit, seed=seed
-        )
+        build_prompts(name, pool, template, tokens="answer", context_length=context_length, limit=limit, seed=seed)
         for name, pool in pools.items()
     ]
     for prompt_set in asked:
-        check_enough(prompt_set, decoder.context_length, "train" if prompt_set is asked[0] else "domain")
-    fit = measure_fit(decoder, [one], asked[0].prompts)[0]
+        check_enough(prompt_set, context_length, "train" if prompt_set is asked[0] else "domain")
+    [fit] = session.check_fit(asked[0])
     kernel = measure_kernel(
         hooked, Features(one), projection(one.d_in, seed=seed), asked,
-        batch_tokens=min(batch_tokens or MOST_BATCH_TOKENS, MOST_BATCH_TOKENS), tell=progress,
+        batch_tokens=min(reading.batch_tokens or MOST_BATCH_TOKENS, MOST_BATCH_TOKENS), tell=progress,
     )  # fmt: skip
-    return replace(kernel, warnings=[*filter(None, (fit.warning, told_apart)), *kernel.warnings])
+    for warning in kernel.warnings:
+        reading.tell_line(f"warning: {warning}")
+    return replace(kernel, warnings=[*filter(None, (fit.warning, fit.names)), *kernel.warnings])
 
 
 def _scores(run: str | Path, names: Sequence[str], estimator: str | None) -> Doubles:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,6 +71,18 @@ class Firings:
                 for one in sorted(best):
                     strongest.setdefault((one.prompt_set, one.prompt), one)
                 best[:] = list(strongest.values())[:N_EXAMPLES]
+
+    def take(self, others: Sequence[Firings]) -> Firings:
+        """Adds those found in further sets, none of which was looked at before; returns itself."""
+        for other in others:
+            n_sets = len(self._sets)
+            for feature, best in self._best.items():
+                for one in other._best[feature]:
+                    value, n_set, prompt, position = one.rank_key
+                    best.append(replace(one, rank_key=(value, n_sets + n_set, prompt, position)))
+                best[:] = sorted(best)[:N_EXAMPLES]
+            self._sets |= other._sets
+        return self
 
     def table(self, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
         """One row per example: feature, rank, value, stage, domain, id, and the text before, at and after the token."""

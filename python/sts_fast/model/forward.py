@@ -50,8 +50,8 @@ UNKNOWN_WINDOWS = ("window_size", "attention_types", "local_attention", "block_s
 CHECK_TOLERANCE = {"float64": 1e-8, "float32": 1e-4, "bfloat16": 6e-2, "float16": 1e-2}
 
 
-class Reader(Protocol):
-    """A model of which one place or more is read; see sts_fast.model.language_model.LanguageModel."""
+class Runnable(Protocol):
+    """A model that is run up to the places read; see sts_fast.model.language_model.LanguageModel."""
 
     model: torch.nn.Module
     device: torch.device
@@ -110,7 +110,7 @@ class _Launched:
 class ForwardPasses:
     """The forward passes of one model: how sequences are run, how many there were, and how long they took.
 
-    reader:       the model; nothing is kept of what it returns but the rows asked for
+    runnable:     the model; nothing is kept of what it returns but the rows asked for
     batch_tokens: most tokens of one pass; None: as many as the free memory allows, 256 to 8,192 (2,048 on a CPU)
     say:          is told, in one line each, what was chosen and what went wrong and was put right
 
@@ -121,12 +121,14 @@ class ForwardPasses:
     """
 
     def __init__(
-        self, reader: Reader, *, batch_tokens: int | None = None, say: Callable[[str], None] | None = None
+        self, runnable: Runnable, *, batch_tokens: int | None = None, say: Callable[[str], None] | None = None
     ) -> None:
-        self.reader, self.say = reader, say or (lambda line: None)
-        self.memory = TokenBudget(reader.device, reader.name, n_tokens=batch_tokens, say=lambda line: self.say(line))
-        self.config = reader.model.config.get_text_config()  # type: ignore[union-attr, operator]
-        self.dtype = next(reader.model.parameters()).dtype
+        self.runnable, self.say = runnable, say or (lambda line: None)
+        self.memory = TokenBudget(
+            runnable.device, runnable.name, n_tokens=batch_tokens, say=lambda line: self.say(line)
+        )
+        self.config = runnable.model.config.get_text_config()  # type: ignore[union-attr, operator]
+        self.dtype = next(runnable.model.parameters()).dtype
         self.strategy: Strategy | None = None
         self.why = ""
         self.n_passes = self.n_tokens = 0
@@ -145,13 +147,13 @@ class ForwardPasses:
         """Sequences to be read at their positions; [] for a sequence of which nothing is read and nothing run."""
         ends = [int(read.max(initial=-1)) + 1 for read in positions]
         needed = [sequence[:end] for sequence, end in zip(ids, ends, strict=True)]
-        check_vocabulary(self.reader.model, needed, name=self.reader.name)
+        check_vocabulary(self.runnable.model, needed, name=self.runnable.name)
         if self.strategy is None:
             self._choose([sequence for sequence in ids if len(sequence)])
         if self._stream is not None:
             import torch
 
-            self._stream.wait_stream(torch.cuda.current_stream(self.reader.device))  # it may have changed the weights
+            self._stream.wait_stream(torch.cuda.current_stream(self.runnable.device))  # it may have changed the weights
         sequences = Sequences(self, needed, list(positions))
         if self.strategy != "plain":
             sequences.n_shared = shared_length(sequences.ids, sequences.positions)
@@ -176,7 +178,7 @@ class ForwardPasses:
 
     def say_summary(self) -> None:
         rate = f", {self.n_tokens / self.seconds:,.0f} tokens/s" if self.seconds else ""
-        self.say(f"{self.n_passes:,} forward passes of {self.reader.name}, {self.n_tokens:,} tokens{rate}")
+        self.say(f"{self.n_passes:,} forward passes of {self.runnable.name}, {self.n_tokens:,} tokens{rate}")
 
     # One batch --------------------------------------------------------------------------------------------------------
 
@@ -195,7 +197,7 @@ class ForwardPasses:
             starts = np.repeat([start for start, _ in laid_out.spans], [len(sequences.positions[i]) for i in batch])
             read = np.concatenate([sequences.positions[i] for i in batch]) - n_shared + starts
 
-            device = self.reader.device
+            device = self.runnable.device
             inputs: dict[str, Any] = {"input_ids": moved(laid_out.ids, device), "use_cache": bool(n_shared)}
             if n_shared:
                 inputs["past_key_values"] = self._cache_for(sequences.cache, len(laid_out.ids))
@@ -247,7 +249,7 @@ class ForwardPasses:
         """On CUDA the model has a stream to itself, so that what is made of one batch need not wait for the next."""
         import torch
 
-        device = self.reader.device
+        device = self.runnable.device
         if device.type != "cuda":
             yield
             return
@@ -258,7 +260,7 @@ class ForwardPasses:
             yield
 
     def _run(self, inputs: dict[str, Any], n_tokens: int) -> list[torch.Tensor]:
-        activations = self.reader.run(**inputs)
+        activations = self.runnable.run(**inputs)
         self.n_passes += 1
         self.n_tokens += n_tokens
         return activations
@@ -274,7 +276,7 @@ class ForwardPasses:
         cache = DynamicCache(config=self.config) if self.strategy == "copied" else DynamicCache()
         parts: list[list[Doubles]] = []
         for piece in torch.split(ids, self.budget(sequences.n_shared), dim=1):
-            inputs = {"input_ids": moved(piece, self.reader.device), "past_key_values": cache, "use_cache": True}
+            inputs = {"input_ids": moved(piece, self.runnable.device), "past_key_values": cache, "use_cache": True}
             activations = self._run(inputs, piece.shape[1])
             parts.append([row_norms(activation[0]).cpu().numpy() for activation in activations])
         sequences.shared_norms = [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]
@@ -286,14 +288,14 @@ class ForwardPasses:
         if self.strategy != "copied":
             return shared_cache(cache)
         copied = copy.deepcopy(cache)
-        copied.reorder_cache(torch.zeros(n_rows, dtype=torch.long, device=self.reader.device))
+        copied.reorder_cache(torch.zeros(n_rows, dtype=torch.long, device=self.runnable.device))
         return copied
 
     def _layout(self, lengths: list[int], n_shared: int) -> list[list[int]]:
         """Which sequences share a row: one in each, or, packed, as many as make the arithmetic least."""
         if self.strategy != "packed" or len(lengths) == 1:
             return [[slot] for slot in range(len(lengths))]
-        return cheapest_rows(lengths, n_shared, layer_sizes(self.reader.model, self.config))
+        return cheapest_rows(lengths, n_shared, layer_sizes(self.runnable.model, self.config))
 
     def budget(self, n_shared: int) -> int:
         """Most tokens of a batch behind n_shared that all have in common."""
@@ -320,7 +322,7 @@ class ForwardPasses:
         self.strategy = strategy
         self.n_passes, self.n_tokens = counted
         self.why = "equals each sequence run alone" + (f"; not {'; not '.join(refused)}" if refused else "")
-        self.say(f"forward passes of {self.reader.name}: {strategy} ({self.why})")
+        self.say(f"forward passes of {self.runnable.name}: {strategy} ({self.why})")
 
     def _fault(self, strategy: Strategy, ids: list[IntArray], expected: list[list[torch.Tensor]]) -> str | None:
         """What is wrong with a strategy; None where it gives the activations expected at every token."""
@@ -363,7 +365,7 @@ def run_batches(*sides: Sequences, n_done: int = 0) -> Iterator[tuple[list[int],
     lengths = np.max([[side.n_own(i) for i in range(n_sequences)] for side in sides], axis=0, initial=0)
     order = [int(i) for i in np.argsort(lengths, kind="stable")][n_done:] if n_sequences else []
     ahead: deque[tuple[list[int], list[_Launched]]] = deque()
-    n_ahead = 1 if sides[0].passes.reader.device.type == "cuda" else 0
+    n_ahead = 1 if sides[0].passes.runnable.device.type == "cuda" else 0
     while order or ahead:
         if order and len(ahead) <= n_ahead:
             batch = take(order, lengths, min(side.passes.budget(side.n_shared) for side in sides))

@@ -6,22 +6,25 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sts_fast.data.prompts import Prompt
+from sts_fast.data.examples import Example
+from sts_fast.data.prompts import Prompt, PromptSet, PromptTemplate
+from sts_fast.data.sets import Kind, Sampling
 from sts_fast.errors import InputError
+from sts_fast.model import weights
 from sts_fast.model.forward import ForwardPasses, Read, Sequences, run_batches
 from sts_fast.model.hooks import Hook, find_hooks
 from sts_fast.model.layer_trace import input_device
 from sts_fast.model.packing import check_vocabulary, moved
-from sts_fast.model.weights import DeviceMap, Placement, weights_sha256
+from sts_fast.model.reader import PairedRows, Reader
+from sts_fast.model.weights import DeviceMap, Placement
 from sts_fast.ops import cuda
-from sts_fast.places import layer_of
+from sts_fast.places import layer_of, split_name
 
 if TYPE_CHECKING:
     import torch
@@ -40,35 +43,12 @@ class _Reached(Exception):
     """Raised by the last hook to leave the model's forward: nothing after it is needed."""
 
 
-@dataclass(frozen=True)
-class PairedRows:
-    """One hook's rows of some prompts, at the tokens that are read.
-
-    prompts:    index of each prompt in the list that was captured
-    base:       [n_read, d_in], tokens of the prompts without demonstrations
-    base_of:    [n_read] int64, which prompt (index in the list) each row belongs to
-    paired:     [n_pairs, d_in], those rows of `base` that have a partner with demonstrations
-    demos:      [n_pairs, d_in], their partners, row by row
-    paired_of:  [n_pairs] int64, which prompt each pair belongs to
-    kept, kept_paired: per prompt, which of its `positions` and of its `paired` were not attention sinks
-    """
-
-    prompts: list[int]
-    base: torch.Tensor
-    base_of: NDArray[np.int64]
-    paired: torch.Tensor
-    demos: torch.Tensor
-    paired_of: NDArray[np.int64]
-    kept: list[NDArray[np.bool_]]
-    kept_paired: list[NDArray[np.bool_]]
-
-
-class LanguageModel:
+class LanguageModel(Reader):
     """A causal language model, read at one or more places in one forward pass.
 
     model:   any Hugging Face decoder, in memory; it is run up to the last of its hooks
     places:  where to read: hook names as `find_hooks` knows them, or the index of a layer, for that layer's output
-    name:    how errors call it
+    name:    how errors call it; source: the folder or hub id that it was loaded from, if it was
     hooks:   the places as found in the model, in the order asked for
     passes:  its forward passes: how they are run, how large they may be, how many there were
     context_length: most tokens a prompt may have; None where the model's config sets no limit
@@ -77,9 +57,15 @@ class LanguageModel:
     Raises InputError where the model has no such place.
     """
 
-    def __init__(self, model: torch.nn.Module, *places: str | int, name: str = "the model") -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *places: str | int,
+        name: str = "the model",
+        source: str | Path | None = None,
+    ) -> None:
         config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-        self.model, self.name = model.eval(), name
+        self.model, self.name, self.source = model.eval(), name, source
         self.context_length: int | None = getattr(config, "max_position_embeddings", None)
         self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         self.revision: str | None = getattr(model.config, "_commit_hash", None)
@@ -87,11 +73,72 @@ class LanguageModel:
         self.hooks: list[Hook] = find_hooks(model, places, name=name)
         self.passes = ForwardPasses(self)
 
-    @cached_property
-    def weights_sha256(self) -> str:
-        """Of the layers that are run; see weights.weights_sha256."""
+    def prompts(
+        self,
+        kind: Kind,
+        name: str,
+        examples: Sequence[Example],
+        demos: Sequence[Example] | None,
+        sampling: Sampling,
+        template: PromptTemplate,
+        *,
+        show: bool,
+    ) -> PromptSet:
+        return sampling.prompts(name, examples, demos, template, self.context_length, kind=kind, show=show)
+
+    def rows(self, kind: Kind, prompt_set: PromptSet, other: Reader | None = None) -> Iterator[list[PairedRows]]:
+        if not isinstance(other, LanguageModel | None):
+            raise TypeError("the model after training is read by a LanguageModel")
+        return capture(self, prompt_set.prompts, other=other)
+
+    def sample(self, prompt_set: PromptSet, beside: Sequence[str], n_tokens: int) -> dict[str, torch.Tensor]:
+        import torch
+
+        chosen: list[Prompt] = []
+        for prompt in prompt_set.prompts:
+            if sum(len(one.base_ids) for one in chosen) + len(prompt.base_ids) > 2 * n_tokens and chosen:
+                break
+            chosen.append(prompt)
+        places = sorted({*(hook.name for hook in self.hooks), *filter(self._has, beside)})
+        reader = LanguageModel(self.model, *places, name=self.name)
+        rows: dict[str, dict[int, torch.Tensor]] = {place: {} for place in places}
+        for batch in batches([len(prompt.base_ids) for prompt in chosen], 2 * n_tokens):
+            of_places = reader.residuals([chosen[i].base_ids for i in batch])
+            seen = dict(zip(places, of_places, strict=True))
+            for row, i in enumerate(batch):
+                read = torch.from_numpy(chosen[i].positions.astype(np.int64))
+                kept = torch.ones(len(read), dtype=torch.bool)
+                for hook in self.hooks:
+                    norms = seen[hook.name][row].float().norm(dim=-1).cpu()
+                    kept &= norms[read] <= SINK_NORM_RATIO * norms.median()
+                for place in places:
+                    rows[place][i] = seen[place][row].cpu()[read[kept]].float()
+        return {place: torch.cat([of[i] for i in range(len(chosen))])[:n_tokens] for place, of in rows.items()}
+
+    def _has(self, place: str) -> bool:
+        """Whether a place is there, and run anyway."""
         layers = [hook.layer for hook in self.hooks if hook.layer is not None]
-        return weights_sha256(self.model, max(layers) if len(layers) == len(self.hooks) else None)
+        layer = split_name(place)[1]
+        if layer is None or layer > max(layers, default=-1):
+            return False
+        try:
+            return bool(find_hooks(self.model, [place], name=self.name))
+        except InputError:  # a forecast does without it
+            return False
+
+    def weights_sha256(self, hook: Hook | None = None) -> str:
+        read = self.hooks if hook is None else [hook]
+        layers = [one.layer for one in read if one.layer is not None]
+        return weights.weights_sha256(self.model, max(layers) if len(layers) == len(read) else None)
+
+    def unembedding(self) -> torch.Tensor | None:
+        return weights.unembedding(self.model, self.source)
+
+    def forward_passes(self) -> dict[str, Any]:
+        return self.passes.summary()
+
+    def say_passes(self) -> None:
+        self.passes.say_summary()
 
     def residuals(self, sequences: Sequence[IntArray]) -> list[list[torch.Tensor]]:
         """What each hook sees of each sequence, from one forward pass with padding on the right.
@@ -180,7 +227,7 @@ def _mend(side: Sequences, batch: list[int], reads: list[Read], prompts: Sequenc
     for slot, index in enumerate(batch):
         if not any(np.isnan(norms).any() for norms in reads[slot].norms):
             continue
-        model = side.passes.reader
+        model = side.passes.runnable
         reads[slot] = side.passes.alone(side.ids[index], side.positions[index])
         for hook, norms in zip(model.hooks, reads[slot].norms, strict=True):
             if np.isnan(norms).any():
@@ -285,7 +332,7 @@ def load_decoder(
     if None not in layers and not any(getattr(text_config, name, None) for name in DEPTH_OPTIONS):
         _truncate(text_config, last + 1)
     model = _load(AutoModel, source, config, dtype, device, device_map)
-    return LanguageModel(model, *places, name=str(source))
+    return LanguageModel(model, *places, name=str(source), source=source)
 
 
 def load_language_model(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sts_fast.data.prompts import Prompt, PromptSet
-from sts_fast.model.language_model import PairedRows
+from sts_fast.model.reader import PairedRows
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sts_fast.data.prompts import Prompt
+from sts_fast.data.prompts import PromptSet
 from sts_fast.errors import InputError
-from sts_fast.model.hooks import Hook, find_hooks
-from sts_fast.model.language_model import SINK_NORM_RATIO, LanguageModel, batches, padded_ids
+from sts_fast.model.hooks import Hook
+from sts_fast.model.reader import Reader
 from sts_fast.ops.encode import encode
 from sts_fast.places import PLACES, place_name, split_name
 from sts_fast.sae import SAE
@@ -114,25 +114,13 @@ def _model_type(name: str) -> str | None:
     return max(types, key=len, default=None)
 
 
-def measure_fit(decoder: LanguageModel, saes: Sequence[SAE], prompts: Sequence[Prompt]) -> list[Fit]:
-    """Runs the first prompts, without demonstrations, and looks at what each SAE makes of at most N_TOKENS tokens.
+def measure_fit(reader: Reader, saes: Sequence[SAE], prompt_set: PromptSet) -> list[Fit]:
+    """Looks at what each SAE makes of at most N_TOKENS tokens of a training set's first prompts.
 
-    decoder: read at the SAEs' places; what transcoders predict, and lower layers, are read in the same pass
+    What transcoders predict, and lower layers, are looked at too, as far as they are at hand.
     """
-    last = max((hook.layer for hook in decoder.hooks if hook.layer is not None), default=-1)
-    targets = {sae.target_hook_name for sae in saes if _layer(sae.target_hook_name, last + 1) <= last}
-    targets = {place for place in targets if _has(decoder, place)}
-    places = {sae.hook_name for sae in saes} | targets
-    places |= {place for sae in saes for place in _lower_places(sae)}
-    return fit_rows(saes, _sample(decoder, sorted(places), prompts))
-
-
-def fit_rows(saes: Sequence[SAE], rows: Mapping[str, torch.Tensor]) -> list[Fit]:
-    """What each SAE makes of the same tokens at each place.
-
-    rows: [n_tokens, d] float32 by place: where the SAEs read, and, as far as they are at hand, what transcoders predict
-        and lower layers
-    """
+    beside = {place for sae in saes for place in (sae.target_hook_name, *_lower_places(sae)) if place}
+    rows = reader.sample(prompt_set, sorted(beside), N_TOKENS)
     fits = []
     for sae in saes:
         elsewhere = {place: rows[place] for place in _lower_places(sae) if place in rows}
@@ -140,48 +128,11 @@ def fit_rows(saes: Sequence[SAE], rows: Mapping[str, torch.Tensor]) -> list[Fit]
     return fits
 
 
-def _layer(name: str, otherwise: int) -> int:
-    layer = split_name(name)[1]
-    return otherwise if layer is None else layer
-
-
-def _has(decoder: LanguageModel, place: str) -> bool:
-    try:
-        return bool(find_hooks(decoder.model, [place], name=decoder.name))
-    except InputError:  # a forecast does without what its transcoder predicts
-        return False
-
-
 def _lower_places(sae: SAE) -> list[str]:
     place, layer = split_name(sae.hook_name)
     if layer is None or place not in ("resid_pre", "resid_post") or sae.target_hook_name:
         return []
     return [place_name(place, lower) for lower in range(max(0, layer - N_LOWER_LAYERS), layer)]
-
-
-def _sample(decoder: LanguageModel, places: list[str], prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
-    """By place [n_tokens, d] float32: the same tokens at each, none of them an attention sink where an SAE reads."""
-    import torch
-
-    chosen: list[Prompt] = []
-    for prompt in prompts:
-        if sum(len(one.base_ids) for one in chosen) + len(prompt.base_ids) > 2 * N_TOKENS and chosen:
-            break
-        chosen.append(prompt)
-    reader = LanguageModel(decoder.model, *places, name=decoder.name)
-    rows: dict[str, dict[int, torch.Tensor]] = {place: {} for place in places}
-    for batch in batches([len(prompt.base_ids) for prompt in chosen], 2 * N_TOKENS):
-        ids = padded_ids(decoder.model, [chosen[i].base_ids for i in batch], name=decoder.name)
-        seen = dict(zip(places, reader.run(input_ids=ids.to(decoder.device), use_cache=False), strict=True))
-        for row, i in enumerate(batch):
-            read = torch.from_numpy(chosen[i].positions.astype(np.int64))
-            kept = torch.ones(len(read), dtype=torch.bool)
-            for hook in decoder.hooks:
-                norms = seen[hook.name][row, : len(chosen[i].base_ids)].float().norm(dim=-1).cpu()
-                kept &= norms[read] <= SINK_NORM_RATIO * norms.median()
-            for place in places:
-                rows[place][i] = seen[place][row].cpu()[read[kept]].float()
-    return {place: torch.cat([of[i] for i in range(len(chosen))])[:N_TOKENS] for place, of in rows.items()}
 
 
 def _fit(sae: SAE, acts: torch.Tensor, target: torch.Tensor | None, elsewhere: dict[str, torch.Tensor]) -> Fit:

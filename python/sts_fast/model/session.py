@@ -1,40 +1,57 @@
-"""The model, the SAEs and the tokenizer that a forecast reads with, opened together."""
+"""A model, its tokenizer and the SAEs that it is read with, each opened once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
-from sts_fast.data.prompts import PromptTemplate
+from sts_fast.data.prompts import PromptSet, PromptTemplate
 from sts_fast.data.sets import common_template
 from sts_fast.errors import InputError
-from sts_fast.model.hooks import Hook
 from sts_fast.model.language_model import LanguageModel, load_config, load_decoder, load_language_model, load_tokenizer
-from sts_fast.model.sae_check import check_names, check_width
-from sts_fast.model.stored import MODEL_FOLDER, Activations
+from sts_fast.model.reader import Reader
+from sts_fast.model.sae_check import Fit, check_names, check_width, measure_fit
+from sts_fast.model.stored import MODEL_FOLDER, Activations, is_activations
 from sts_fast.model.weights import DeviceMap
 from sts_fast.ops import cuda
 from sts_fast.places import place_name
 from sts_fast.sae import SAE, load_sae
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SAESource = str | Path | SAE
+
+
+class ReadingOptions(TypedDict, total=False):
+    """Options of how a model and its SAEs are read; `Reading` has the defaults and the meaning of each."""
+
+    layer: int | None
+    dtype: str
+    sae_dtype: str | None
+    device: str
+    device_map: DeviceMap | None
+    batch_tokens: int | None
+    say: Callable[[str], None] | None
+    strict: bool
+    hook: str | None
 
 
 @dataclass(frozen=True)
 class Reading:
     """How a model and its SAEs are read.
 
-    layer:     reads the residual stream after this layer, whatever the SAE's files say
+    layer:     reads the residual stream after this layer, whatever the SAE's files say; hook: the same by name
     dtype, device: of the model, see load_decoder; sae_dtype: 'float32' or 'bfloat16', None as stored
     device_map: spreads the model over devices, memory and disk; see weights.Placement
     batch_tokens: most tokens of one forward pass; None: as many as the free memory allows
     say:       called with a line about how the run goes
     strict:    raises InputError where an SAE does not seem to belong to the model, instead of a warning
+
+    Raises InputError for a batch_tokens below 1.
     """
 
     layer: int | None = None
@@ -45,6 +62,11 @@ class Reading:
     batch_tokens: int | None = None
     say: Callable[[str], None] | None = None
     strict: bool = False
+    hook: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_tokens is not None and self.batch_tokens < 1:
+            raise InputError(f"--batch-tokens must be at least 1, not {self.batch_tokens}")
 
     def warn(self, *warnings: str | None) -> None:
         """Tells at once, or stops, where an SAE does not seem to belong."""
@@ -58,70 +80,178 @@ class Reading:
             self.say(line)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Session:
-    """What a forecast reads with.
+    """A model, its tokenizer and the SAEs that it is read with. Use `open`; every part is loaded once.
 
-    source: the model as it was given; reader: it, read where the SAEs read; tuned: the model after training, likewise
-    names:  by SAE, that its files name another model, if they do
+    model:  as it was given: a folder or hub id, a model in memory, or a folder of activations
+    saes:   read at the reader's hooks; places: further hooks
+    reads_whole: the reader runs in the whole model, which is loaded for it
+    given_tokenizer, given_tuned: as they were given
     """
 
-    source: str | Path | PreTrainedModel
-    reader: LanguageModel | Activations
-    tuned: LanguageModel | None
+    model: str | Path | PreTrainedModel
     saes: list[SAE]
-    names: list[str | None]
-    tokenizer: PreTrainedTokenizerBase
-    template: PromptTemplate
+    reading: Reading
+    places: Sequence[str]
+    reads_whole: bool
+    given_tokenizer: PreTrainedTokenizerBase | None
+    given_tuned: str | Path | PreTrainedModel | None
+
+    @classmethod
+    def open(
+        cls,
+        model: str | Path | PreTrainedModel,
+        saes: Sequence[SAESource],
+        reading: Reading = Reading(),
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        tuned: str | Path | PreTrainedModel | None = None,
+        places: Sequence[str] = (),
+        top_n: int = 0,
+        whole: bool = False,
+        texts: bool = True,
+        needs: Sequence[tuple[str, str]] = (),
+    ) -> Session:
+        """Opens a model and its SAEs, and checks them against each other.
+
+        tokenizer: of a model in memory; tuned: the model after training
+        places: hooks to read besides those of the SAEs
+        top_n:  features that every SAE must have
+        whole:  reads in the whole model, head included, where that is needed anyway
+        texts:  whether prompts are written, for which a tokenizer is needed
+        needs:  (what, why) that stored activations cannot give
+
+        Raises InputError where model and SAEs do not go together, and warns where they only seem not to; ValueError
+        where the tokenizer of a model in memory is missing.
+        """
+        if is_activations(model):
+            for what, why in needs:
+                raise InputError(
+                    f"{what} needs {why}, but {model} holds activations: give a folder or hub id of a model with "
+                    "--model"
+                )
+        opened = [open_sae(sae, reading, top_n) for sae in saes]
+        session = cls(model, opened, reading, places, whole, tokenizer, tuned)
+        reading.warn(*session.names)
+        # Whatever can be wrong is told now, and the smallest files are read first.
+        for part in (("template",) if texts else ()) + ("reader", "tuned"):
+            getattr(session, part)
+        return session
+
+    @cached_property
+    def activations(self) -> Activations | None:
+        return Activations(self.model, device=self.reading.device) if is_activations(self.model) else None
+
+    @property
+    def name(self) -> str:
+        """How errors call the model."""
+        if self.activations is not None:
+            return self.activations.name
+        return "the model" if self._files is None else str(self._files)
+
+    @property
+    def _files(self) -> str | Path | None:
+        """Where config and tokenizer are; None for a model in memory."""
+        if self.activations is not None:
+            return self.activations.folder / MODEL_FOLDER
+        return self.model if isinstance(self.model, (str, Path)) else None
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        return self.model.config if self._files is None else load_config(self._files)  # type: ignore[union-attr]
+
+    @cached_property
+    def names(self) -> list[str | None]:
+        """By SAE, a warning where its files name another model."""
+        return [check_names(sae, self.config, self.name) for sae in self.saes]
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.given_tokenizer is not None:
+            return self.given_tokenizer
+        if self._files is None:
+            raise ValueError("a model in memory needs its tokenizer: give tokenizer=...")
+        return load_tokenizer(self._files)
+
+    @cached_property
+    def template(self) -> PromptTemplate:
+        """How prompts are written: as all SAEs were trained, and with BOS where there is none."""
+        if not self.saes:
+            return PromptTemplate(self.tokenizer, prepend_bos=True)
+        return common_template(self.tokenizer, [(sae.source, sae.prepend_bos) for sae in self.saes])
+
+    @cached_property
+    def reader(self) -> Reader:
+        if self.activations is not None:
+            self.activations.check_template(self.template, self.saes[0])
+            self.activations.read_at(self.saes)
+            return self.activations
+        decoder = self._decoder(self.whole if self.reads_whole else self.model, self.name, self.reading)
+        if decoder.device.type == "cuda" and (reason := cuda.missing_reason()) is not None:
+            self.reading.tell_line(
+                f"the model runs on {decoder.device}, its features are computed on the CPU: {reason}"
+            )
+        return decoder
+
+    @cached_property
+    def tuned(self) -> LanguageModel | None:
+        """The model after training, read at the same hooks."""
+        if self.given_tuned is None:
+            return None
+        reading = self.reading
+        if self._files is None and reading.device == "auto" and reading.device_map is None:
+            # One read from files joins the one in memory.
+            reading = replace(reading, device=str(self.reader.device))  # type: ignore[attr-defined]
+        return self._decoder(self.given_tuned, "the tuned model", reading)
+
+    @cached_property
+    def whole(self) -> Any:
+        """The causal language model with its head."""
+        if not isinstance(self.model, (str, Path)):
+            return self.model
+        reading = self.reading
+        return load_language_model(
+            self.model, dtype=reading.dtype, device=reading.device, device_map=reading.device_map
+        )
+
+    def check_fit(self, prompt_set: PromptSet) -> list[Fit]:
+        """What the first tokens of a training set say about each SAE; see sae_check.Fit.
+
+        Raises InputError or warns, as the session's reading has it, where one does not seem to belong.
+        """
+        measured = measure_fit(self.reader, self.saes, prompt_set)
+        self.reading.warn(*(fit.warning for fit in measured))
+        return [replace(fit, names=name) for fit, name in zip(measured, self.names, strict=True)]
+
+    def _decoder(self, model: Any, name: str, reading: Reading) -> LanguageModel:
+        """A model, read at the session's hooks; name: how errors call one in memory."""
+        places = list(dict.fromkeys([*(sae.hook_name for sae in self.saes), *self.places]))
+        if isinstance(model, (str, Path)):
+            decoder = load_decoder(
+                model, *places, dtype=reading.dtype, device=reading.device, device_map=reading.device_map
+            )
+        else:
+            decoder = LanguageModel(model, *places, name=name)
+        for sae in self.saes:
+            check_width(sae, decoder.hook(sae), decoder.name)
+        decoder.passes.batch_tokens = reading.batch_tokens
+        decoder.passes.say = reading.say or decoder.passes.say
+        return decoder
 
 
-def open_model(
-    model: str | Path | PreTrainedModel,
-    saes: list[SAE],
-    tuned: str | Path | PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-    reading: Reading,
-    activations: Activations | None = None,
-) -> Session:
-    """Raises InputError where model and SAEs do not go together, and warns where they only seem not to."""
-    source = model if activations is None else activations.folder / MODEL_FOLDER
-    tokenizer = tokenizer or (load_tokenizer(source) if isinstance(source, (str, Path)) else None)
-    if tokenizer is None:
-        raise ValueError("a model in memory needs its tokenizer: give tokenizer=...")
-    config = load_config(source) if isinstance(source, (str, Path)) else source.config
-    model_name = str(model) if isinstance(model, (str, Path)) else "the model"
-    model_name = model_name if activations is None else activations.name
-    names = [check_names(sae, config, model_name) for sae in saes]
-    reading.warn(*names)
-    template = common_template(tokenizer, [(sae.source, sae.prepend_bos) for sae in saes])
-    reader: LanguageModel | Activations
-    if activations is not None:
-        activations.check_template(template, saes[0])
-        activations.read_at(saes)
-        reader = activations
+def open_sae(source: SAESource, reading: Reading, top_n: int = 0) -> SAE:
+    """The SAE of a source, where and as it is to be read.
+
+    Raises InputError where it has fewer than top_n features, or nothing says where it reads.
+    """
+    if reading.layer is not None and reading.hook is not None:
+        raise InputError("--layer and --hook say the same thing: give one of them")
+    if isinstance(source, SAE):
+        hook = reading.hook if reading.layer is None else place_name("resid_post", reading.layer)
+        sae = source if hook is None else replace(source, hook_name=hook)
     else:
-        reader = _decoder(model, saes, reading, name="the model")
-        if reader.device.type == "cuda" and (reason := cuda.missing_reason()) is not None:
-            reading.tell_line(f"the model runs on {reader.device}, its features are computed on the CPU: {reason}")
-    opened_tuned = None
-    if tuned is not None:
-        beside = reading
-        anywhere = reading.device == "auto" and reading.device_map is None
-        if anywhere and isinstance(reader, LanguageModel) and not isinstance(model, (str, Path)):
-            beside = replace(reading, device=str(reader.device))  # one read from files joins the one in memory
-        opened_tuned = _decoder(tuned, saes, beside, name="the tuned model")
-    return Session(model, reader, opened_tuned, saes, names, tokenizer, template)
-
-
-def hook_of(reader: LanguageModel | Activations, sae: SAE) -> Hook:
-    return next(hook for hook in reader.hooks if hook.name == sae.hook_name)
-
-
-def loaded_sae(source: SAESource, reading: Reading, top_n: int) -> SAE:
-    """The SAE of a source, where and as it is to be read; top_n: features of D_N, which it must have."""
-    sae = source if isinstance(source, SAE) else load_sae(source, layer=reading.layer, dtype=reading.sae_dtype)
-    if isinstance(source, SAE) and reading.layer is not None:
-        sae = replace(sae, hook_name=place_name("resid_post", reading.layer))
+        sae = load_sae(source, layer=reading.layer, hook=reading.hook, dtype=reading.sae_dtype)
     if reading.sae_dtype is not None:
         sae = sae.with_dtype(reading.sae_dtype)
     if top_n > sae.d_sae:
@@ -129,26 +259,3 @@ def loaded_sae(source: SAESource, reading: Reading, top_n: int) -> SAE:
     if not sae.hook_name:
         raise InputError(f"the SAE {sae.source} does not say which layer it reads: give --layer, or --hook")
     return sae
-
-
-def _decoder(model: str | Path | PreTrainedModel, saes: Sequence[SAE], reading: Reading, *, name: str) -> LanguageModel:
-    """The model, to be read where the SAEs read."""
-    places = list(dict.fromkeys(sae.hook_name for sae in saes))
-    if isinstance(model, (str, Path)):
-        decoder = load_decoder(
-            model, *places, dtype=reading.dtype, device=reading.device, device_map=reading.device_map
-        )
-    else:
-        decoder = LanguageModel(model, *places, name=name)
-    for sae in saes:
-        check_width(sae, hook_of(decoder, sae), decoder.name)
-    decoder.passes.batch_tokens = reading.batch_tokens
-    decoder.passes.say = reading.say or decoder.passes.say
-    return decoder
-
-
-def with_head(model: str | Path | PreTrainedModel, reading: Reading) -> Any:
-    """The whole model."""
-    if isinstance(model, (str, Path)):
-        return load_language_model(model, dtype=reading.dtype, device=reading.device, device_map=reading.device_map)
-    return model

@@ -18,12 +18,11 @@ import numpy as np
 
 from sts_fast.data.prompts import PromptSet
 from sts_fast.forecast import controls
-from sts_fast.forecast.dims import N_REPLICATES, Shift, rows_of, shift_of
+from sts_fast.forecast.dims import N_REPLICATES, Shift, shift_of
 from sts_fast.forecast.options import Settings
-from sts_fast.model.language_model import LanguageModel
 from sts_fast.model.log import PromptLog
 from sts_fast.model.memory import MOST_BATCH_TOKENS
-from sts_fast.model.session import hook_of
+from sts_fast.model.reader import Reader
 from sts_fast.ops.correlate import CorrelationStats
 from sts_fast.ops.shift import ShiftStats
 from sts_fast.sae import SAE
@@ -62,7 +61,7 @@ class Completions:
 
 
 def correlation_shifts(
-    reader: LanguageModel, saes: Sequence[SAE], completions: Completions, settings: Settings
+    reader: Reader, saes: Sequence[SAE], completions: Completions, settings: Settings
 ) -> list[Shift]:
     """One pass over completions, for all SAEs: D_N holds the features of the largest |r| with the advantage.
 
@@ -77,9 +76,9 @@ def correlation_shifts(
     logs = [PromptLog("shift", prompt_set) for _ in saes]
     for log in logs:
         log.values["advantage"] = completions.advantages
-    at = [reader.hooks.index(hook_of(reader, sae)) for sae in saes]
+    at = [reader.hooks.index(reader.hook(sae)) for sae in saes]
     done = 0
-    for of_hooks in rows_of(reader, "train", prompt_set):
+    for of_hooks in reader.rows("train", prompt_set):
         for stats, raw, log, hook in zip(sums, raws, logs, at, strict=True):
             rows = of_hooks[hook]
             stats.update(rows.base, targets[rows.base_of])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
 
@@ -18,11 +17,8 @@ from sts_fast.forecast.options import Options, Settings
 from sts_fast.forecast.run import ESTIMATORS, Forecast
 from sts_fast.forecast.score import forecasts_of
 from sts_fast.model import explain
-from sts_fast.model.language_model import LanguageModel
 from sts_fast.model.memory import MOST_BATCH_TOKENS
-from sts_fast.model.sae_check import measure_fit
-from sts_fast.model.session import SAESource, Session, hook_of, loaded_sae, open_model, with_head
-from sts_fast.model.stored import is_activations
+from sts_fast.model.session import SAESource, Session
 from sts_fast.rollouts.dims import (
     N_FOLDS,
     Completions,
@@ -88,32 +84,28 @@ def rollouts(
     signed: list[SignedEstimator] = [name for name in settings.estimators if name in SIGNED_ESTIMATORS]  # type: ignore[misc]
     unsigned = [name for name in settings.estimators if name in ESTIMATORS]
     settings = replace(settings, estimators=unsigned or ["act"])
-    if is_activations(model):
-        raise InputError(
-            f"{model} holds activations, but rollouts need a model: give its folder or hub id with --model"
-        )
-    one = loaded_sae(sae, settings.reading, settings.top_n)
     data = rollouts if isinstance(rollouts, Rollouts) else load_rollouts(rollouts, columns or Columns())
     fields = Fields(settings.question_fields or {}, settings.answer_fields or {})
     sets = Sets.read({"rollouts": []}, domains, demos, fields)
-    opened = open_model(model, [one], tuned, tokenizer, settings.reading)
-    reader = opened.reader
-    if not isinstance(reader, LanguageModel):
-        raise TypeError("a model is read by a LanguageModel")
-    rendering = Rendering(opened.template)
+    session = Session.open(
+        model, [sae], settings.reading,
+        tokenizer=tokenizer, tuned=tuned, top_n=settings.top_n, needs=[("rollouts", "a model")],
+    )  # fmt: skip
+    reader, [one] = session.reader, session.saes
+    rendering = Rendering(session.template)
     data = with_endings(data, rendering)
-    layer = hook_layer(hook_of(reader, one), one) if signed or {"gradient", "step"} & {*ways} else -1
+    layer = hook_layer(reader.hook(one), one) if signed or {"gradient", "step"} & {*ways} else -1
 
     def prompts_of(name: str, *, show: bool, tokens: TokenClass | None = None, kind: Kind = "domain") -> PromptSet:
         return settings.sampling.prompts(
-            name, sets.domains[name], sets.demos.get(name), opened.template, reader.context_length,
+            name, sets.domains[name], sets.demos.get(name), session.template, reader.context_length,
             kind=kind, show=show, tokens=tokens,
         )  # fmt: skip
 
     # Every set is made ready before the first forward pass, so that bad input is told at once.
     verified = verified_demos(data, rendering, verified_reward)
-    own = _verified_prompts(verified, opened, settings) if "verified" in ways else None
-    plain = _plain_prompts(verified, opened, settings) if tuned is not None else None
+    own = _verified_prompts(verified, session, settings) if "verified" in ways else None
+    plain = _plain_prompts(verified, session, settings) if tuned is not None else None
     completions = None
     if signed or {"correlation", "gradient", "step"} & {*ways}:
         completions = read_completions(
@@ -138,14 +130,11 @@ def rollouts(
     read_sets = [found for found in (own, of_completions, plain) if found is not None]
     if settings.show is not None:
         for prompt_set in (*read_sets, *domain_sets):
-            settings.show(show_prompt(prompt_set, opened.tokenizer))
+            settings.show(show_prompt(prompt_set, session.tokenizer))
     labels = {} if settings.labels is None else explain.read_labels(settings.labels)
-    [measured] = measure_fit(reader, [one], read_sets[0].prompts)
-    fit = replace(measured, names=opened.names[0])
-    settings.reading.warn(fit.warning)
+    fits = session.check_fit(read_sets[0])
     warnings = _warnings(data)
 
-    load_whole = cache(lambda: with_head(model, settings.reading))
     shifts: dict[str, Shift] = {}
     if own is not None:
         [shifts["verified"]] = measure_shifts(reader, [one], own, settings, None)
@@ -156,7 +145,7 @@ def rollouts(
         if "correlation" in ways:
             shifts["correlation"] = read
         if signed or {"gradient", "step"} & {*ways}:
-            hooked, Q = HookedModel(load_whole(), layer, name=reader.name), projection(one.d_in, seed=settings.seed)
+            hooked, Q = HookedModel(session.whole, layer, name=reader.name), projection(one.d_in, seed=settings.seed)
             push = _push(hooked, one, Q, completions, ways, signed, settings)
             if "gradient" in ways:
                 shifts["gradient"] = gradient_shift(one, push, read, settings)
@@ -166,7 +155,7 @@ def rollouts(
                     hooked, one, Q, push, read, completions, settings, batch_tokens=_budget(settings)
                 )
     if plain is not None:
-        [shifts["tuned"]] = measure_shifts(reader, [one], plain, replace(settings, dims="tuned"), opened.tuned)
+        [shifts["tuned"]] = measure_shifts(reader, [one], plain, replace(settings, dims="tuned"), session.tuned)
 
     def measure(whole: Any) -> list[dict[str, SignedForecast]]:
         if push is None or Q is None or completions is None or not signed:
@@ -181,7 +170,7 @@ def rollouts(
 
     source = rollouts if isinstance(rollouts, (str, Path)) else None
     [forecasts] = forecasts_of(
-        opened, [list(shifts.values())], [fit], domain_sets, answer_sets, load_whole, measure,
+        session, [list(shifts.values())], fits, domain_sets, answer_sets, measure,
         dict.fromkeys(shifts, source),
         {"model": model, "tuned": tuned, "labels": settings.labels, "domains": domains, "demos": demos or {}},
         labels, settings,
@@ -207,7 +196,7 @@ def _check_ways(ways: Sequence[str]) -> None:
         raise InputError("--ways must name one or more, each once")
 
 
-def _verified_prompts(verified: Verified, opened: Session, settings: Settings) -> PromptSet:
+def _verified_prompts(verified: Verified, session: Session, settings: Settings) -> PromptSet:
     """The rollouts' prompts, with the best verified completions as demonstrations."""
     if verified.alike and settings.shots:
         raise InputError(
@@ -221,20 +210,20 @@ def _verified_prompts(verified: Verified, opened: Session, settings: Settings) -
             "verified out of --ways"
         )
     prompt_set = settings.sampling.prompts(
-        "verified", verified.queries, verified.demos, opened.template, opened.reader.context_length,
+        "verified", verified.queries, verified.demos, session.template, session.reader.context_length,
         kind="train", show=True,
     )  # fmt: skip
-    check_enough(prompt_set, opened.reader.context_length, "train")
+    check_enough(prompt_set, session.reader.context_length, "train")
     return prompt_set
 
 
-def _plain_prompts(verified: Verified, opened: Session, settings: Settings) -> PromptSet:
+def _plain_prompts(verified: Verified, session: Session, settings: Settings) -> PromptSet:
     """The same prompts without demonstrations, on which the true shift is measured."""
     prompt_set = settings.sampling.prompts(
-        "tuned", verified.queries, verified.demos, opened.template, opened.reader.context_length,
+        "tuned", verified.queries, verified.demos, session.template, session.reader.context_length,
         kind="train", show=False,
     )  # fmt: skip
-    check_enough(prompt_set, opened.reader.context_length, "train")
+    check_enough(prompt_set, session.reader.context_length, "train")
     return prompt_set
 
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from sts_fast.data.examples import Example, Turn, load_examples
 from sts_fast.data.prompts import PromptTemplate, Tell
 from sts_fast.errors import InputError
-from sts_fast.model.language_model import load_language_model, load_tokenizer
 from sts_fast.model.packing import check_vocabulary
+from sts_fast.model.session import Reading, Session
 from sts_fast.model.weights import DeviceMap
 from sts_fast.rollouts.read import Rollout, Rollouts
 
@@ -79,15 +79,14 @@ def sample_rollouts(
             f"--check {check} compares with the answer, but question {lacking[0]} has none: fill it in, name its "
             "column with --answer-field, or give a checker of your own"
         )
-    if tokenizer is None and not isinstance(model, (str, Path)):
-        raise ValueError("a model in memory needs its tokenizer: give tokenizer=...")
-    template = PromptTemplate(tokenizer or load_tokenizer(model))  # type: ignore[arg-type]
-    whole: Any = model
-    if isinstance(model, (str, Path)):
-        whole = load_language_model(model, dtype=dtype, device=device, device_map=device_map)
+    session = Session.open(
+        model, [], Reading(dtype=dtype, device=device, device_map=device_map),
+        tokenizer=tokenizer, whole=True, needs=[("sampling", "a model")],
+    )  # fmt: skip
+    template, whole = PromptTemplate(session.tokenizer), session.whole
     conversations: list[tuple[Turn, ...]] = [(*example.context, ("user", example.question)) for example in examples]
     ids = [template.token_ids(turns) for turns in conversations]
-    check_vocabulary(whole, ids, name=str(model) if isinstance(model, (str, Path)) else "the model")
+    check_vocabulary(whole, ids, name=session.name)
     room = _room(whole, examples, [len(one) for one in ids])
     rows: list[Rollout] = []
     for group, (example, turns) in enumerate(zip(examples, conversations, strict=True)):

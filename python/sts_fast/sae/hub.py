@@ -12,7 +12,7 @@ from sts_fast.errors import InputError
 from sts_fast.sae import detect, saelens
 from sts_fast.sae.checkpoint import Checkpoint
 from sts_fast.sae.config import Config
-from sts_fast.sae.sae import FORGOTTEN_FOLDING, SAE
+from sts_fast.sae.sae import SAE
 
 # sae-lens' names for the layouts of its releases that are read here from the files; it loads the others itself.
 READ_HERE = {None, "gemma_2", "gemma_2_transcoder", "gemma_3", "goodfire", "deepseek_r1", "qwen_scope", "sparsify"}
@@ -64,7 +64,7 @@ def _read_release(release: Any, sae_id: str, name: str, dtype: str | None) -> SA
         sae = _read_repository(release.repo_id, release.saes_map[sae_id], dtype=dtype, source=name)
     said = f"sae-lens' list: {release.release}"
     factor = release.norm_scaling_factor.get(sae_id)
-    if factor and FORGOTTEN_FOLDING in sae.notes:
+    if factor and sae.needs_scaling:
         sae = sae.scaled(float(factor), said)
     l0 = float(release.expected_l0.get(sae_id) or 0)
     neuronpedia = release.neuronpedia_id.get(sae_id)

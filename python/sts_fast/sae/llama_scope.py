@@ -70,6 +70,7 @@ def read(folder: Path, *, dtype: str | None = None) -> SAE:
         else None,
         source=str(folder),
         layout="Llama Scope",
+        needs_scaling=not scale,
         notes=() if scale else (FORGOTTEN_FOLDING,),
         origin={
             "architecture": f"{said}: act_fn",

@@ -11,7 +11,7 @@ from sts_fast.errors import InputError
 from sts_fast.sae.checkpoint import Checkpoint, Matrix
 from sts_fast.sae.config import Config
 from sts_fast.sae.decoder import Decoder
-from sts_fast.sae.sae import NO_HOOK, SAE
+from sts_fast.sae.sae import SAE
 
 NAMES = {
     "W_enc": ("W_enc", "w_enc", "encoder.weight"),
@@ -65,7 +65,7 @@ def read(path: Path, *, dtype: str | None = None) -> SAE:
         architecture = "standard"
     subtracts = found["b_dec"] not in (None, "decoder.bias")
     b_dec = vector("b_dec", d_in)
-    notes = [NO_HOOK]
+    notes = ["the file does not say where in the model it reads: give --layer or --hook"]
     if b_dec.any():
         notes.append(ASSUMED_B_DEC.format(name=found["b_dec"], taken="subtracted" if subtracts else "not subtracted"))
     decoder = None
@@ -82,6 +82,7 @@ def read(path: Path, *, dtype: str | None = None) -> SAE:
         decoder=decoder,
         source=str(path),
         layout="named tensors",
+        needs_scaling=True,
         notes=tuple(notes),
         origin={
             "architecture": said,

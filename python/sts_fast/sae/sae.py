@@ -19,12 +19,11 @@ if TYPE_CHECKING:
 
     from sts_fast.statistics import Floats
 
-# Notes that readers give, and that `SAE.scaled` looks for.
+# The note of readers where `needs_scaling`; a scaled SAE is without it.
 FORGOTTEN_FOLDING = (
     "its config says 'expected_average_only_in', a scaling that a folder does not carry: if it was not folded into the "
     "weights when it was saved, the features are wrong (give --norm-scaling-factor then)"
 )
-NO_HOOK = "the file does not say where in the model it reads: give --layer or --hook"
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +47,7 @@ class SAE:
     threshold:   [d_sae] float32, jumprelu only
     r_mag, b_mag, b_gate: [d_sae] float32, gated only
     W_dec_norm:  [d_sae] float32, Euclidean norms of W_dec's rows, for (abs)topk trained with rescaled activations
+    needs_scaling: whether its input may have been scaled in training by a factor that the files do not give
     hook_name:   where in the model the SAE reads, as its file says: a name of TransformerLens such as
                  'blocks.25.hook_resid_post', or a module's path ('model.layers.25', its input 'model.layers.25.input')
     target_hook_name: what a transcoder predicts, in the same spelling; '' for an SAE, which predicts what it reads
@@ -74,6 +74,7 @@ class SAE:
     apply_b_dec_to_input: bool = True
     input_norm: str = "none"
     input_scale: float = 1.0
+    needs_scaling: bool = False
     hook_name: str = ""
     target_hook_name: str = ""
     model_name: str = ""
@@ -204,7 +205,7 @@ class SAE:
         """
         if not 0 < factor < math.inf:
             raise InputError(f"--norm-scaling-factor must be a positive number, not {factor}")
-        if FORGOTTEN_FOLDING not in self.notes and NO_HOOK not in self.notes:
+        if not self.needs_scaling:
             if factor == 1:  # beside other SAEs, to which the option gives a factor
                 return self
             why = self.origin.get("input_norm", "no normalisation")
@@ -213,6 +214,7 @@ class SAE:
         return replace(
             self,
             input_scale=factor,
+            needs_scaling=False,
             # Folding divides W_dec, and so the norms that activations are rescaled by.
             W_dec_norm=None if self.W_dec_norm is None else (self.W_dec_norm / factor).astype(np.float32),
             decoder=replace(self.decoder, scale=factor) if self.decoder and is_transcoder else self.decoder,

@@ -107,6 +107,7 @@ def read_files(file: Checkpoint, config: Config, *, source: str, dtype: str | No
         prepend_bos=metadata.flag("prepend_bos", config.flag("prepend_bos", not metadata.values)),
         l0=metadata.number("l0"),
         decoder=None if W_dec is None else Decoder(W_dec, b_dec, W_skip),
+        needs_scaling=norm == "expected_average_only_in",
         source=source,
         layout=_version(config, metadata),
         notes=(*((notes[norm],) if norm in notes else ()), *((SCALING_FACTOR,) if ignored else ())),

@@ -14,8 +14,9 @@ from sts_fast.data.prompts import PromptSet, PromptTemplate
 from sts_fast.data.sets import Kind, Sampling
 from sts_fast.errors import InputError
 from sts_fast.model.hooks import Hook
-from sts_fast.model.language_model import PairedRows, load_config
-from sts_fast.model.sae_check import N_TOKENS, check_width
+from sts_fast.model.language_model import load_config
+from sts_fast.model.reader import PairedRows, Reader
+from sts_fast.model.sae_check import check_width
 from sts_fast.model.stored.index import (
     MODEL_FOLDER,
     PROMPTS_FILE,
@@ -36,17 +37,11 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-# What a forecast from a folder records in the place of ForwardPasses.summary().
-NO_PASSES: dict[str, Any] = {
-    **{"strategy": None, "why": "activations were read from files", "batch_tokens": None},
-    **{"n_passes": 0, "n_tokens": 0, "seconds": 0.0, "tokens_per_second": None},
-}
 
-
-class Activations:
+class Activations(Reader):
     """A folder of captured activations, which stands in for the model that they are of.
 
-    name, dtype, revision, weights_sha256: of the model; context_length: most tokens of a prompt of it
+    name, dtype, revision, context_length: of the model, see Reader
     hooks: the places that are read, in the order of the SAEs given to `read_at`; before that, all that were captured
     device: where the rows go, as `load_decoder` has it
 
@@ -59,7 +54,6 @@ class Activations:
         self.hooks, self._stored = self._index.hooks, list(range(len(self._index.hooks)))
         self.name, self.dtype = str(self._index.model["name"]), str(self._index.model["dtype"])
         self.revision: str | None = self._index.model.get("revision")
-        self.weights_sha256: str | None = self._index.model.get("weights_sha256")
         if not (self.folder / MODEL_FOLDER).is_dir():
             raise InputError(
                 f"{self.folder} lacks the folder {MODEL_FOLDER} with the model's config and tokenizer: put them there, "
@@ -94,7 +88,7 @@ class Activations:
                 self.hooks.append(replace(captured[at], name=sae.hook_name))
                 self._stored.append(at)
 
-    def check_sampling(self, sampling: Sampling, *, domain_shots: bool) -> None:
+    def _check_sampling(self, sampling: Sampling, *, domain_shots: bool) -> None:
         """Raises InputError where prompts would be made in another way; domain_shots: whether those count."""
         for name, chosen in asdict(sampling).items():
             captured = self._index.settings.get(name, chosen)
@@ -116,12 +110,22 @@ class Activations:
             )
 
     def prompts(
-        self, kind: Kind, name: str, examples: Sequence[Example], demos: Sequence[Example] | None, *, show: bool
+        self,
+        kind: Kind,
+        name: str,
+        examples: Sequence[Example],
+        demos: Sequence[Example] | None,
+        sampling: Sampling,
+        template: PromptTemplate,
+        *,
+        show: bool,
     ) -> PromptSet:
         """The prompts of a set as captured; a training set may bear another name now. show: with demonstrations.
 
-        Raises InputError where the set was not captured, not whole, without the demonstrations, or of other examples.
+        Raises InputError where the set was not captured, not whole, without the demonstrations, of other examples, or
+        sampled in another way.
         """
+        self._check_sampling(sampling, domain_shots=kind == "domain")
         of_kind = [one for one in self._index.sets if one.kind == kind]
         digest = examples_sha256(examples)
         found = next((one for one in of_kind if one.name == name), None)
@@ -162,33 +166,51 @@ class Activations:
         self._chosen[kind, name] = found, prompt_set
         return prompt_set
 
-    def rows(self, kind: Kind, prompt_set: PromptSet) -> Iterator[list[PairedRows]]:
+    def rows(self, kind: Kind, prompt_set: PromptSet, other: Reader | None = None) -> Iterator[list[PairedRows]]:
         """What `capture` yielded of a set that `prompts` gave, a shard at a time, for each hook.
 
         Raises InputError where a shard is damaged.
         """
+        if other is not None:
+            raise TypeError("stored activations are not paired with another model's")
         found, _ = self._chosen[kind, prompt_set.name]
         for shard in found.shards or []:
             yield self._read_shard(shard, prompt_set, self._stored, self.hooks)
 
-    def sample(self, prompt_set: PromptSet) -> dict[str, torch.Tensor]:
-        """By place [n_tokens, d_in] float32: the first tokens of a training set, the same ones at each place."""
+    def sample(self, prompt_set: PromptSet, beside: Sequence[str], n_tokens: int) -> dict[str, torch.Tensor]:
+        """The first tokens of a training set at every place that was captured; see Reader."""
         import torch
 
         found, _ = self._chosen["train", prompt_set.name]
         captured = self._index.hooks
         parts: list[list[torch.Tensor]] = [[] for _ in captured]
         for shard in found.shards or []:
-            if parts[0] and sum(map(len, parts[0])) >= N_TOKENS:
+            if parts[0] and sum(map(len, parts[0])) >= n_tokens:
                 break
             of_hooks = self._read_shard(shard, prompt_set, list(range(len(captured))), captured)
             kept = [np.concatenate(rows.kept) for rows in of_hooks]
             everywhere = np.logical_and.reduce(kept)
             for part, rows, of_hook in zip(parts, of_hooks, kept, strict=True):
                 part.append(rows.base[torch.from_numpy(everywhere[of_hook]).to(rows.base.device)].float().cpu())
-        by_place = {hook.name: torch.cat(part)[:N_TOKENS] for hook, part in zip(captured, parts, strict=True)}
+        by_place = {hook.name: torch.cat(part)[:n_tokens] for hook, part in zip(captured, parts, strict=True)}
         asked = zip(self.hooks, self._stored, strict=True)
         return {**by_place, **{hook.name: by_place[captured[at].name] for hook, at in asked}}
+
+    def weights_sha256(self, hook: Hook | None = None) -> str | None:
+        digest: str | None = self._index.model.get("weights_sha256")
+        return digest
+
+    def unembedding(self) -> None:
+        return None
+
+    def forward_passes(self) -> dict[str, Any]:
+        return {
+            **{"strategy": None, "why": "activations were read from files", "batch_tokens": None},
+            **{"n_passes": 0, "n_tokens": 0, "seconds": 0.0, "tokens_per_second": None},
+        }
+
+    def say_passes(self) -> None:
+        pass
 
     def _read_shard(
         self, shard: Shard, prompt_set: PromptSet, stored: Sequence[int], hooks: Sequence[Hook]

@@ -11,7 +11,7 @@ import numpy as np
 
 from sts_fast import files
 from sts_fast.errors import InputError
-from sts_fast.model.language_model import PairedRows
+from sts_fast.model.reader import PairedRows
 from sts_fast.model.stored.index import damaged
 
 if TYPE_CHECKING:

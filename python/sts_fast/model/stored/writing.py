@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from sts_fast import files
 from sts_fast.data.examples import Example
-from sts_fast.data.prompts import Progress, PromptSet, PromptTemplate, TokenClass, prompts_sha256
-from sts_fast.data.sets import Fields, Kind, Sampling, Sets, Source, check_enough, common_template
+from sts_fast.data.prompts import Progress, PromptSet, TokenClass, prompts_sha256
+from sts_fast.data.sets import Fields, Kind, Sampling, Sets, Source, check_enough
 from sts_fast.errors import InputError
-from sts_fast.model.language_model import LanguageModel, PairedRows, capture, load_config, load_decoder, load_tokenizer
-from sts_fast.model.sae_check import check_names, check_width
+from sts_fast.model.language_model import LanguageModel, capture
+from sts_fast.model.reader import PairedRows
+from sts_fast.model.session import Reading, Session
 from sts_fast.model.stored.folder import Activations
 from sts_fast.model.stored.index import (
     MODEL_FOLDER,
@@ -79,28 +80,20 @@ def capture_activations(
     if activation_dtype not in STORED_DTYPES:
         raise InputError(f"--activation-dtype must be one of {', '.join(STORED_DTYPES)}, not '{activation_dtype}'")
     output = Path(output)
-    say = say or (lambda line: None)
     places = list(dict.fromkeys([*(sae.hook_name for sae in saes), *hooks]))
     if not places or not all(places):
         raise InputError("there is no place to read the model at: name one or more with --hook, --layer or --sae")
     sets = Sets.read(trains, domains, demos, Fields(question_fields or {}, answer_fields or {}))
-    tokenizer = tokenizer or (load_tokenizer(model) if isinstance(model, (str, Path)) else None)
-    if tokenizer is None:
-        raise ValueError("a model in memory needs its tokenizer: capture_activations(..., tokenizer=...)")
-    config = load_config(model) if isinstance(model, (str, Path)) else model.config
-    for warning in (check_names(sae, config, str(model)) for sae in saes if isinstance(model, (str, Path))):
-        if warning is not None:
-            say(f"warning: {warning}")
-    starts = [(sae.source, sae.prepend_bos) for sae in saes]
-    template = common_template(tokenizer, starts) if saes else PromptTemplate(tokenizer, prepend_bos=True)
-    decoder = (
-        load_decoder(model, *places, dtype=dtype, device=device, device_map=device_map)
-        if isinstance(model, (str, Path))
-        else LanguageModel(model, *places)
+    session = Session.open(
+        model,
+        saes,
+        Reading(dtype=dtype, device=device, device_map=device_map, batch_tokens=batch_tokens, say=say),
+        tokenizer=tokenizer,
+        places=hooks,
+        needs=[("capture", "a model")],
     )
-    decoder.passes.batch_tokens, decoder.passes.say = batch_tokens, say
-    for sae in saes:
-        check_width(sae, next(hook for hook in decoder.hooks if hook.name == sae.hook_name), decoder.name)
+    decoder, template = session.reader, session.template
+    assert isinstance(decoder, LanguageModel)
 
     sampling = Sampling(shots, domain_shots, tokens, limit, seed)
     prompt_sets: list[PromptSet] = []
@@ -112,9 +105,7 @@ def capture_activations(
     for kind, of_kind, show in kinds:
         for name, examples in of_kind.items():
             own_demos = sets.demos.get(name)
-            prompt_set = sampling.prompts(
-                name, examples, own_demos, template, decoder.context_length, kind=kind, show=show
-            )
+            prompt_set = decoder.prompts(kind, name, examples, own_demos, sampling, template, show=show)
             check_enough(prompt_set, decoder.context_length, kind)
             described.append(
                 StoredSet(
@@ -135,17 +126,17 @@ def capture_activations(
     index = Index(
         model={
             **{"name": decoder.name, "dtype": decoder.dtype, "revision": decoder.revision},
-            "weights_sha256": decoder.weights_sha256,
+            "weights_sha256": decoder.weights_sha256(),
         },
         hooks=decoder.hooks,
         dtype=activation_dtype,
         settings={**asdict(sampling), "starts_with_bos": starts_with_bos(template)},
         sets=described,
     )
-    _begin(output, index, prompt_sets, config, tokenizer)
+    _begin(output, index, prompt_sets, session.config, session.tokenizer)
     for one, prompt_set in zip(index.sets, prompt_sets, strict=True):
         _capture_set(output, index, one, prompt_set, decoder, progress or (lambda stage, done, total: None))
-    decoder.passes.say_summary()
+    decoder.say_passes()
     return Activations(output, device=device)
 
 

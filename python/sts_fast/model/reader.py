@@ -1,0 +1,103 @@
+"""What a forecast reads prompts with: a language model, or activations that were captured of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from sts_fast.data.examples import Example
+from sts_fast.data.prompts import PromptSet, PromptTemplate
+from sts_fast.data.sets import Kind, Sampling
+from sts_fast.model.hooks import Hook
+from sts_fast.sae import SAE
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class PairedRows:
+    """One hook's rows of some prompts, at the tokens that are read.
+
+    prompts:    index of each prompt in the list that was captured
+    base:       [n_read, d_in], tokens of the prompts without demonstrations
+    base_of:    [n_read] int64, which prompt (index in the list) each row belongs to
+    paired:     [n_pairs, d_in], those rows of `base` that have a partner with demonstrations
+    demos:      [n_pairs, d_in], their partners, row by row
+    paired_of:  [n_pairs] int64, which prompt each pair belongs to
+    kept, kept_paired: per prompt, which of its `positions` and of its `paired` were not attention sinks
+    """
+
+    prompts: list[int]
+    base: torch.Tensor
+    base_of: NDArray[np.int64]
+    paired: torch.Tensor
+    demos: torch.Tensor
+    paired_of: NDArray[np.int64]
+    kept: list[NDArray[np.bool_]]
+    kept_paired: list[NDArray[np.bool_]]
+
+
+class Reader(Protocol):
+    """Reads prompts at the places of some SAEs; LanguageModel and stored.Activations are readers.
+
+    name, dtype, revision: of the model; revision is its commit on the hub, where that is known
+    context_length: most tokens a prompt may have; None where the model sets no limit
+    hooks: the places that are read
+    """
+
+    name: str
+    dtype: str
+    revision: str | None
+    context_length: int | None
+    hooks: list[Hook]
+
+    def hook(self, sae: SAE) -> Hook:
+        """The place that an SAE reads."""
+        return next(hook for hook in self.hooks if hook.name == sae.hook_name)
+
+    def prompts(
+        self,
+        kind: Kind,
+        name: str,
+        examples: Sequence[Example],
+        demos: Sequence[Example] | None,
+        sampling: Sampling,
+        template: PromptTemplate,
+        *,
+        show: bool,
+    ) -> PromptSet:
+        """Prompts of a training set or domain. show: with demonstrations.
+
+        Raises InputError where prompts cannot be made of the set, or were not captured in this way.
+        """
+
+    def rows(self, kind: Kind, prompt_set: PromptSet, other: Reader | None = None) -> Iterator[list[PairedRows]]:
+        """Rows of a set that `prompts` gave, a batch at a time, for each hook.
+
+        other: the model after training, whose rows are paired with these instead of those with demonstrations
+
+        Raises InputError where the model gives NaN, does not fit into memory, or what was captured is damaged.
+        """
+
+    def sample(self, prompt_set: PromptSet, beside: Sequence[str], n_tokens: int) -> dict[str, torch.Tensor]:
+        """By place [<= n_tokens, d] float32: the first tokens of a training set, the same ones at each place.
+
+        beside: further places, left out where they are not at hand. No token is an attention sink.
+        """
+
+    def weights_sha256(self, hook: Hook | None = None) -> str | None:
+        """SHA-256 of the weights that are run to read a hook, or all hooks; None where it is not known."""
+
+    def unembedding(self) -> torch.Tensor | None:
+        """[vocabulary, d_in] the matrix that turns residuals into logits; None where it is not at hand."""
+
+    def forward_passes(self) -> dict[str, Any]:
+        """How forward passes were run, and how many, for the record."""
+
+    def say_passes(self) -> None:
+        """Says the same in one line, if there were any."""

@@ -1,0 +1,52 @@
+"""A model and the SAEs that it is read with, opened together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny import LAYER, Tiny
+from transformers import AutoModelForCausalLM
+
+from sts_fast import InputError, load_sae
+from sts_fast.model.session import Reading, Session, open_sae
+from sts_fast.model.stored.index import INDEX_FILE
+
+
+def test_the_whole_model_is_loaded_once_and_read_in(tiny: Tiny) -> None:
+    session = Session.open(tiny.model, [tiny.saes["topk"]], whole=True)
+    assert session.whole is session.whole
+    assert session.reader.model is session.whole
+    assert session.reader.name == str(tiny.model)
+    truncated = Session.open(tiny.model, [tiny.saes["topk"]])
+    assert len(truncated.reader.model.layers) == LAYER + 1
+    assert truncated.reader.weights_sha256() == session.reader.weights_sha256()
+
+
+def test_a_model_in_memory_needs_its_tokenizer_only_for_texts(tiny: Tiny) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny.model)
+    with pytest.raises(ValueError, match="a model in memory needs its tokenizer"):
+        Session.open(model, [tiny.saes["topk"]])
+    session = Session.open(model, [tiny.saes["topk"]], texts=False)
+    assert (session.whole, session.name) == (model, "the model")
+
+
+def test_activations_are_refused_where_more_is_needed(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / INDEX_FILE).write_text("{}")
+    with pytest.raises(InputError, match=r"--this needs the whole model, but .* holds activations: give a folder"):
+        Session.open(tmp_path, [tiny.saes["topk"]], needs=[("--this", "the whole model")])
+
+
+def test_an_sae_is_read_where_and_as_asked(tiny: Tiny) -> None:
+    path = tiny.saes["topk"]
+    for source in (path, load_sae(path)):
+        assert open_sae(source, Reading()).hook_name == load_sae(path).hook_name
+        assert open_sae(source, Reading(layer=1)).hook_name == "blocks.1.hook_resid_post"
+        assert open_sae(source, Reading(hook="blocks.0.hook_mlp_out")).hook_name == "blocks.0.hook_mlp_out"
+        assert "bfloat16" in str(open_sae(source, Reading(sae_dtype="bfloat16")).W_enc.dtype)
+        with pytest.raises(InputError, match="--layer and --hook say the same thing"):
+            open_sae(source, Reading(layer=1, hook="blocks.0.hook_mlp_out"))
+    with pytest.raises(InputError, match="--top-n is 100000, but the SAE"):
+        open_sae(path, Reading(), 100_000)
+    with pytest.raises(InputError, match="--batch-tokens must be at least 1, not 0"):
+        Reading(batch_tokens=0)
