@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from sts_fast.forecast.run import SCHEMA_VERSION, Forecast
+from sts_fast.forecast.run import ESTIMATORS, SCHEMA_VERSION, Forecast
 
 
 def comparison(forecasts: Sequence[Forecast]) -> dict[str, Any]:
     """What compare.json holds: the scores of several training sets over the same domains, and how alike they are.
 
-    scores: by estimator and training set, `value` and `ci` in the order of `domains`
-    signed: the same of signed estimators, null for a domain without answers; null where none was asked for
+    scores: by estimator and training set, `value` and `ci` in the order of `domains`; null for a domain without answers
     changes: unit, sign and level, and by training set `value` and `interval`; null without a calibration
     shared_features: [n_trains][n_trains] part of D_N that two training sets have in common
     """
@@ -25,38 +24,18 @@ def comparison(forecasts: Sequence[Forecast]) -> dict[str, Any]:
         "trains": [{"name": forecast.train["name"], **forecast.shift} for forecast in forecasts],
         "domains": [domain.name for domain in forecasts[0].domains],
         "scores": {
-            f"sts_{estimator}": {
-                forecast.train["name"]: {
-                    "value": [getattr(domain, f"sts_{estimator}") for domain in forecast.domains],
-                    "ci": [list(getattr(domain, f"sts_{estimator}_ci")) for domain in forecast.domains],
-                }
-                for forecast in forecasts
-            }
-            for estimator in forecasts[0].settings["estimators"]
+            estimator.name: {forecast.train["name"]: _column(forecast, estimator.name) for forecast in forecasts}
+            for estimator in ESTIMATORS
+            if any(estimator.name in domain.scores for domain in forecasts[0].domains)
         },
-        "signed": _signed_comparison(forecasts),
         "changes": _changes(forecasts),
         "shared_features": [[len(one & other) / len(one) for other in tops] for one in tops],
     }
 
 
-def _signed_comparison(forecasts: Sequence[Forecast]) -> dict[str, Any] | None:
-    domains_of = {forecast.train["name"]: forecast.signed["domains"] for forecast in forecasts if forecast.signed}
-    if not domains_of:
-        return None
-    # Which fields there are is the same for all training sets and domains.
-    some = next(iter(next(iter(domains_of.values())).values()))
-    names = [domain.name for domain in forecasts[0].domains]
-    return {
-        field: {
-            train: {
-                key: [found[name][field][key] if name in found else None for name in names] for key in ("value", "ci")
-            }
-            for train, found in domains_of.items()
-        }
-        for field, value in some.items()
-        if isinstance(value, dict)
-    }
+def _column(forecast: Forecast, estimator: str) -> dict[str, Any]:
+    scores = [domain.scores.get(estimator) for domain in forecast.domains]
+    return {"value": [score and score.value for score in scores], "ci": [score and list(score.ci) for score in scores]}
 
 
 def _changes(forecasts: Sequence[Forecast]) -> dict[str, Any] | None:
@@ -130,12 +109,13 @@ def sae_comparison(forecasts: Sequence[Forecast]) -> dict[str, Any]:
     }
 
 
-def _rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
-    if len(one) < 3:
+def _rank_correlation(one: Sequence[float | None], other: Sequence[float | None]) -> float | None:
+    both = [pair for pair in zip(one, other, strict=True) if None not in pair]
+    if len(both) < 3:
         return None
     ranks = [
         np.asarray([(np.sum(values < value) + np.sum(values <= value)) / 2 for value in values])
-        for values in (np.asarray(one), np.asarray(other))
+        for values in np.asarray(both, np.float64).T
     ]
     if not all(np.ptp(rank) for rank in ranks):
         return None
