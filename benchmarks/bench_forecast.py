@@ -342,7 +342,7 @@ def check(forecast: Any, authors: Any) -> str:
     top = {int(j) for j in np.argsort(-expected)[:TOP_N]}
     n_same = len(top & {feature.index for feature in forecast.shifted_features})
     off = max(
-        abs(getattr(domain, f"sts_{kind}") / values[domain.name] - 1)
+        abs(domain.scores[kind].value / values[domain.name] - 1)
         for domain in forecast.domains
         for kind, values in (("act", act), ("icl", icl))
     )

@@ -57,8 +57,8 @@ def main(folder: Path) -> None:
 
     last = monitor.history[-1]
     print(f"step {last.step}: {last.overlap:.0%} of the features that moved most were forecast")
-    for domain in sorted(forecast.domains, key=lambda domain: -(domain.sts_act or 0)):
-        print(f"{domain.name}: forecast {domain.sts_act:.3g}, exposure {last.exposure[domain.name]:.3g}")
+    for domain in sorted(forecast.domains, key=lambda domain: -domain.scores["act"].value):
+        print(f"{domain.name}: forecast {domain.scores['act'].value:.3g}, exposure {last.exposure[domain.name]:.3g}")
 
 
 if __name__ == "__main__":

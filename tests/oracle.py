@@ -422,7 +422,7 @@ def expect(
         of_domains.append(sums)
         expected.n_flips += sums.n_flips
         expected.n_features_read += sums.n_features_read
-        entry: dict[str, Any] = {"name": name, **counts_of(rows)}
+        entry: dict[str, Any] = {"name": name, "scores": {}, **counts_of(rows)}
         controls: dict[str, dict[str, Any]] = {control: {} for control in of_control if control}
         values: dict[str, Doubles] = {}
         resamples = np.random.default_rng([seed, zlib.crc32(name.encode())]).multinomial(
@@ -430,7 +430,6 @@ def expect(
         )
         for estimator in ("act", "icl", "act_sq"):
             if estimator not in settings["estimators"]:
-                entry |= {f"sts_{estimator}": None, f"sts_{estimator}_ci": None}
                 continue
             per_feature = {"act": sums.h, "icl": sums.sq_shift, "act_sq": sums.sq_h}[estimator]
             per_dimension = {"act": sums.raw, "icl": sums.raw_sq_shift, "act_sq": sums.sq_raw}[estimator]
@@ -443,10 +442,10 @@ def expect(
                 values[f"{control}_{estimator}_sum".removeprefix("_")] = of_prompts
                 ratio = of_prompts.sum(axis=1) / per_token.sum()
                 if control:
-                    controls[control][f"sts_{estimator}"] = ratio
+                    controls[control][estimator] = ratio
                 else:
-                    entry[f"sts_{estimator}"] = ratio
-                    entry[f"sts_{estimator}_ci"] = interval(of_prompts, per_token, resamples, percentages(settings))
+                    ci = interval(of_prompts, per_token, resamples, percentages(settings))
+                    entry["scores"][estimator] = {"value": ratio, "ci": ci}
         means = [part.residual.sum(axis=0) / part.n_read.sum() for part in (train, sums)]
         check_means(np.stack([saved["mean_residual"], mean_residual]), np.stack(means))
         cosine = np.sum(means[0] * means[1]) / np.sqrt(np.sum(means[0] ** 2) * np.sum(means[1] ** 2))
@@ -467,7 +466,7 @@ def expect(
         expected.scores["domains"].append(entry)
     for entry, more in zip(expected.scores["domains"], set_controls(train, of_domains, claimed), strict=True):
         if "act" in settings["estimators"] and len(of_domains) > 2:
-            entry["controls"]["z_scored"] = {"sts_act": more.pop("z_scored")}
+            entry["controls"]["z_scored"] = {"act": more.pop("z_scored")}
         else:
             assert entry["controls"].setdefault("z_scored", {}) == {}
         entry["controls"] |= {"cka": {"cka": more["cka"]}, "probe": {"logit": more["logit"]}}

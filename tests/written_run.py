@@ -49,12 +49,11 @@ def make_scores(n: int = 6, seed: int = 0) -> dict[str, Any]:
         domains.append(
             {
                 "name": f"domain {i}",
-                "sts_act": act,
-                "sts_act_ci": [act * 0.92, act * 1.06],
-                "sts_icl": icl,
-                "sts_icl_ci": [icl * 0.9, icl * 1.1],
-                "sts_act_sq": icl / 100,
-                "sts_act_sq_ci": [icl / 110, icl / 90],
+                "scores": {
+                    "act": {"value": act, "ci": [act * 0.92, act * 1.06]},
+                    "icl": {"value": icl, "ci": [icl * 0.9, icl * 1.1]},
+                    "act_sq": {"value": icl / 100, "ci": [icl / 110, icl / 90]},
+                },
                 "n_prompts": 40 + i,
                 "n_tokens": 4000 + i,
                 "n_pairs": 3900 + i,
@@ -64,9 +63,9 @@ def make_scores(n: int = 6, seed: int = 0) -> dict[str, Any]:
                 "n_special": 7,
                 "n_sinks": 1,
                 "controls": {
-                    "random": {f"sts_{name}": float(rng.uniform(1, 9)) / 1e4 for name in ("act", "icl", "act_sq")},
-                    "low_shift": {"sts_act": float(rng.uniform(0, 1)), "sts_icl": float(rng.uniform(0, 1))},
-                    "most_active": {"sts_act": act + 1},
+                    "random": {name: float(rng.uniform(1, 9)) / 1e4 for name in ("act", "icl", "act_sq")},
+                    "low_shift": {"act": float(rng.uniform(0, 1)), "icl": float(rng.uniform(0, 1))},
+                    "most_active": {"act": act + 1},
                     "cosine_of_means": {"cosine": float(rng.uniform(0.5, 1))},
                     "base_loss": {"nll": float(rng.uniform(1, 3))},
                     "base_accuracy": {"accuracy": 0.25},
@@ -147,16 +146,16 @@ def make_scores(n: int = 6, seed: int = 0) -> dict[str, Any]:
 
 
 def make_signed(scores: dict[str, Any], seed: int = 0) -> dict[str, Any]:
-    """A block of signed forecasts for every domain of a run, by adapter and ntk."""
+    """Signed scores of every domain of a run, by adapter and ntk, and the block that they rest on."""
     rng = np.random.default_rng([seed, 2])
     domains: dict[str, Any] = {}
     for domain in scores["domains"]:
         found: dict[str, Any] = {
-            "n_prompts": 40, "base_loss": 0.7, "p_answer": 0.4, "gradient_cosine": 0.2, "step": None, "step_loss": None
+            "n_prompts": 40, "base_loss": 0.7, "p_answer": 0.4, "gradient_cosine": 0.2
         }  # fmt: skip
         for number in ("adapter", "adapter_loss", "ntk", "ntk_loss"):
             value = float(rng.normal(0, 0.3))
-            found[number] = {"value": value, "ci": [value - 0.15, value + 0.1]}
+            domain["scores"][number] = {"value": value, "ci": [value - 0.15, value + 0.1]}
         parts = rng.normal(0, 0.1, 8)
         found["top_features"] = [
             {"index": int(j), "contribution": float(parts[j])} for j in np.argsort(-np.abs(parts), kind="stable")

@@ -76,8 +76,8 @@ class TransferMonitor(TrainerCallback):
     every:     steps from one measurement to the next
     n_probes:  prompts run per measurement
     domains:   those to watch; by default all of the forecast
-    stop_when: by domain, the exposure at which training stops; a domain's `sts_icl` in the forecast, which is in the
-               same unit, tells what the demonstrations alone did
+    stop_when: by domain, the exposure at which training stops; a domain's score by icl in the forecast, which is in
+               the same unit, tells what the demonstrations alone did
     sae:       the forecast's SAE where it is not to be loaded again
     history:   one Measurement after another
 
@@ -227,12 +227,12 @@ class TransferMonitor(TrainerCallback):
                 )
                 control.should_training_stop = True
         for domain in self.scores["domains"]:
-            forecast, exposure = domain["sts_icl"], found.exposure.get(domain["name"])
-            if exposure and forecast and exposure > forecast and domain["name"] not in self._warned:
+            forecast, exposure = domain["scores"].get("icl"), found.exposure.get(domain["name"])
+            if exposure and forecast and exposure > forecast["value"] > 0 and domain["name"] not in self._warned:
                 self._warned.add(domain["name"])
                 logger.warning(
                     "at step %d training has moved '%s' further (%.4g) than the demonstrations did (%.4g)",
-                    *(found.step, domain["name"], exposure, forecast),
+                    *(found.step, domain["name"], exposure, forecast["value"]),
                 )
         if found.overlap < LEAST_OVERLAP and found.shift and "" not in self._warned:
             self._warned.add("")
@@ -386,7 +386,7 @@ def _read_scores(folder: Path) -> dict[str, Any]:
     path = folder / SCORES_FILE
     try:
         scores: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        scores["domains"], scores["sae"]["source"], scores["sae"]["hook_name"]
+        [domain["scores"] for domain in scores["domains"]], scores["sae"]["source"], scores["sae"]["hook_name"]
         [(feature["index"], feature["mean_squared_shift"]) for feature in scores["shifted_features"]]
     except FileNotFoundError as error:
         raise InputError(f"{folder} has no {SCORES_FILE}: give the --output folder of sts-fast score") from error

@@ -221,11 +221,10 @@ def test_score_prints_tables_and_writes_files(score: Options, run: Callable[...,
     assert sorted(by_name) == ["blue", "red"]
     for domain in by_name.values():
         assert domain["n_prompts"] == N_ROWS - 1
-        assert domain["sts_act"] > 0
-        assert domain["sts_icl"] > 0
-        assert domain["sts_act_sq"] is None
-        assert f"{domain['sts_act']:.3g}" in ran.out
-        assert f"{domain['sts_icl']:.3g}" in ran.out
+        assert set(domain["scores"]) == {"act", "icl"}
+        for found in domain["scores"].values():
+            assert found["value"] > 0
+            assert f"{found['value']:.3g}" in ran.out
     assert len(scores["shifted_features"]) == 5
     assert pq.read_table(score.output / "prompts.parquet").num_rows == 3 * (N_ROWS - 1)
     assert sts_fast.ShiftStats.load(score.output / "shift.safetensors").top(5).tolist() == [
@@ -236,7 +235,7 @@ def test_score_prints_tables_and_writes_files(score: Options, run: Callable[...,
 def test_domains_are_printed_highest_first(score: Options, run: Callable[..., Ran]) -> None:
     ran = run(score.with_(estimators="act"))
     scores = json.loads((score.output / "scores.json").read_text())
-    order = [d["name"] for d in sorted(scores["domains"], key=lambda domain: -domain["sts_act"])]
+    order = [d["name"] for d in sorted(scores["domains"], key=lambda domain: -domain["scores"]["act"]["value"])]
     assert ran.out.index(order[0]) < ran.out.index(order[1])
     assert "STS_icl" not in ran.out
 
@@ -278,11 +277,14 @@ def test_compare_puts_training_sets_side_by_side(score: Options, run: Callable[.
     for name in ("first", "red"):
         assert sorted(contents(both.output / name)) == FILES
         alone = json.loads((both.output / name / "scores.json").read_text())["domains"][0]
-        assert comparison["scores"]["sts_act"][name] == {"value": [alone["sts_act"]], "ci": [alone["sts_act_ci"]]}
-        assert f"{alone['sts_act']:.3g}" in ran.out
+        act = alone["scores"]["act"]
+        assert comparison["scores"]["act"][name] == {"value": [act["value"]], "ci": [act["ci"]]}
+        assert f"{act['value']:.3g}" in ran.out
     of_first = json.loads((both.output / "first" / "scores.json").read_text())["domains"][0]
     single = score.with_(domains=f"blue={folder}/blue.jsonl", output=tmp_path / "single", json=True)
-    assert json.loads(run(single).out)["domains"][0]["sts_act"] == pytest.approx(of_first["sts_act"], rel=1e-12)
+    assert json.loads(run(single).out)["domains"][0]["scores"]["act"] == {
+        key: pytest.approx(of_first["scores"]["act"][key], rel=1e-12) for key in ("value", "ci")
+    }
 
 
 def test_the_same_output_again_holds_the_new_results_alone(
@@ -459,11 +461,13 @@ def test_several_saes_side_by_side(score: Options, run: Callable[..., Ran], tmp_
     assert all(sorted(contents(both.output / name)) == FILES for name in names)
     assert [one["model"]["layer"] for one in scores] == [0, 1]
     for name, one in zip(names, scores, strict=True):
-        values = [domain["sts_act"] for domain in one["domains"]]
-        assert comparison["scores"]["sts_act"]["train"][name]["value"] == values
+        values = [domain["scores"]["act"]["value"] for domain in one["domains"]]
+        assert comparison["scores"]["act"]["train"][name]["value"] == values
         assert f"read at {one['sae']['hook_name']}" in ran.out
-    [[one, r], [other_r, other]] = comparison["rank_correlation"]["sts_act"]["train"]
-    ranks = [np.argsort(np.argsort([domain["sts_act"] for domain in scores[i]["domains"]])) for i in (0, 1)]
+    [[one, r], [other_r, other]] = comparison["rank_correlation"]["act"]["train"]
+    ranks = [
+        np.argsort(np.argsort([domain["scores"]["act"]["value"] for domain in scores[i]["domains"]])) for i in (0, 1)
+    ]
     assert (one, other, r) == pytest.approx((1, 1, np.corrcoef(*ranks)[0, 1]))
     assert other_r == r
     assert json.loads(run(both.with_(json=True)).out) == comparison

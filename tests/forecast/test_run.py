@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,20 @@ from tiny import Tiny
 
 import sts_fast
 from sts_fast import files
-from sts_fast.forecast.run import FEATURES_FILE, PROMPTS_FILE, SCORES_FILE, SHIFT_FILE, scores_schema, validate_scores
+from sts_fast.forecast.run import (
+    BY_NAME,
+    ESTIMATOR_OPTIONS,
+    FEATURES_FILE,
+    PROMPTS_FILE,
+    SCORES_FILE,
+    SHIFT_FILE,
+    SIGNED,
+    SIZES,
+    Score,
+    scores_schema,
+    validate_scores,
+)
+from sts_fast.signed.signed import SIGNED_ESTIMATORS, SIGNED_FIELDS
 
 FILES = {SCORES_FILE, SHIFT_FILE, PROMPTS_FILE, FEATURES_FILE}
 
@@ -78,6 +92,19 @@ def test_schema_names_every_key_and_wants_each() -> None:
         assert set(schema["required"]) == set(schema["properties"]), path
 
 
+def test_schema_knows_the_estimators_of_the_table() -> None:
+    schema = scores_schema()
+    scores = schema["properties"]["domains"]["items"]["properties"]["scores"]
+    assert scores["propertyNames"]["enum"] == list(BY_NAME)
+    [sizes] = scores["patternProperties"]
+    assert [name for name in BY_NAME if re.search(sizes, name)] == list(SIZES)
+    assert schema["properties"]["settings"]["properties"]["estimators"]["items"]["enum"] == list(SIZES)
+    calibration = Path(sts_fast.__file__).parent / "outcomes" / "calibration" / "calibration.schema.json"
+    assert json.loads(calibration.read_text())["properties"]["estimator"]["enum"] == list(BY_NAME)
+    assert SIGNED == SIGNED_FIELDS
+    assert set(ESTIMATOR_OPTIONS) == {*SIZES, *SIGNED_ESTIMATORS}
+
+
 def drop(*path: Any) -> Callable[[Any], None]:
     def change(document: Any) -> None:
         del step_into(document, path[:-1])[path[-1]]
@@ -102,19 +129,21 @@ def step_into(document: Any, path: tuple[Any, ...]) -> Any:
     "change",
     [
         drop("domains"),
-        drop("domains", 0, "sts_act_ci"),
+        drop("domains", 0, "scores", "act", "ci"),
         drop("shift", "stability", "mean_overlap"),
         drop("provenance", "seed"),
         put("2.0", "schema_version"),
-        put("high", "domains", 0, "sts_act"),
-        put(-1.0, "domains", 0, "sts_icl"),
-        put([0.1], "domains", 0, "sts_act_ci"),
-        put([0.1, 0.2, 0.3], "domains", 0, "sts_act_ci"),
+        put("high", "domains", 0, "scores", "act", "value"),
+        put(-1.0, "domains", 0, "scores", "icl", "value"),
+        put(None, "domains", 0, "scores", "icl"),
+        put({"value": 1.0, "ci": [0.0, 2.0]}, "domains", 0, "scores", "new"),
+        put([0.1], "domains", 0, "scores", "act", "ci"),
+        put([0.1, 0.2, 0.3], "domains", 0, "scores", "act", "ci"),
         put(1.5, "domains", 0, "n_prompts"),
         put(-1, "train", "n_tokens"),
         put(1.0, "domains", 0, "accuracy"),
-        put({"sts_new": 1.0}, "domains", 0, "controls", "random"),
-        put(None, "domains", 0, "controls", "random", "sts_act"),
+        put({"new": 1.0}, "domains", 0, "controls", "random"),
+        put(None, "domains", 0, "controls", "random", "act"),
         put(1.0, "domains", 0, "controls", "random"),
         put("high", "domains", 0, "controls", "cosine_of_means", "cosine"),
         put({"perplexity": 1.0}, "domains", 0, "controls", "base_loss"),
@@ -146,7 +175,7 @@ def test_schema_rejects_a_broken_document(scores: dict[str, Any], change: Callab
         drop("domains", 0, "controls", "base_loss"),  # a domain without answers
         put({}, "domains", 0, "controls"),
         put(-1.0, "domains", 0, "controls", "cosine_of_means", "cosine"),
-        put({"sts_act_sq": 1.0}, "domains", 0, "controls", "a control of one's own"),
+        put({"act_sq": 1.0}, "domains", 0, "controls", "a control of one's own"),
         put("features", "settings", "controls"),
         put([], "domains"),
     ],
@@ -160,7 +189,7 @@ def test_schema_accepts_other_controls(scores: dict[str, Any], change: Callable[
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_no_number_in_json_is_infinite(scores: dict[str, Any], value: float) -> None:
     broken = copy.deepcopy(scores)
-    broken["domains"][0]["sts_act"] = value
+    broken["domains"][0]["scores"]["act"]["value"] = value
     with pytest.raises(ValueError, match="JSON"):
         files.to_json(broken)
     with pytest.raises(ValueError, match="JSON"):
@@ -214,7 +243,7 @@ def test_a_file_in_the_place_of_the_folder(forecast: sts_fast.Forecast, tmp_path
 
 
 def test_an_invalid_forecast_is_not_saved(forecast: sts_fast.Forecast, tmp_path: Path) -> None:
-    broken = replace(forecast, domains=[replace(forecast.domains[0], sts_act=math.nan)])
+    broken = replace(forecast, domains=[replace(forecast.domains[0], scores={"act": Score(math.nan, (0.0, 1.0))})])
     with pytest.raises(ValueError, match="JSON"):
         broken.save(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -292,8 +321,7 @@ def test_every_score_follows_from_the_prompts(forecast: sts_fast.Forecast) -> No
         for estimator, n_read in n.items():
             for control in ("", "random", "low_shift", "most_active", "raw"):
                 column = f"{control}_{estimator}_sum".removeprefix("_")
-                score = getattr(domain, f"sts_{estimator}")
-                wanted = domain.controls[control][f"sts_{estimator}"] if control else score
+                wanted = domain.controls[control][estimator] if control else domain.scores[estimator].value
                 assert wanted == pytest.approx(sum(row[column] for row in of) / n_read, rel=1e-12)
         answers = [row for row in rows if row["domain"] == domain.name and row["stage"] == "answer"]
         n_answer = sum(len(row["positions"]) for row in answers)
@@ -308,12 +336,11 @@ def test_to_pandas_has_a_row_per_domain(forecast: sts_fast.Forecast) -> None:
     pytest.importorskip("pandas")
     table = forecast.to_pandas()
     assert table["name"].tolist() == [domain.name for domain in forecast.domains]
-    assert table["sts_act"].tolist() == [domain.sts_act for domain in forecast.domains]
-    assert table["sts_icl_ci"].tolist() == [list(domain.sts_icl_ci or ()) for domain in forecast.domains]
-    assert table["sts_act_sq"].isna().all()
+    assert table["act"].tolist() == [domain.scores["act"].value for domain in forecast.domains]
+    assert table["icl_ci"].tolist() == [list(domain.scores["icl"].ci) for domain in forecast.domains]
     assert table["n_tokens"].tolist() == [domain.n_tokens for domain in forecast.domains]
     columns = [
-        *itertools.product(("random", "low_shift", "most_active", "raw"), ("sts_act", "sts_icl")),
+        *itertools.product(("random", "low_shift", "most_active", "raw"), ("act", "icl")),
         *(
             ("cosine_of_means", "cosine"),
             ("cka", "cka"),
@@ -324,7 +351,7 @@ def test_to_pandas_has_a_row_per_domain(forecast: sts_fast.Forecast) -> None:
     ]
     for control, name in columns:
         assert table[f"{control}_{name}"].tolist() == [domain.controls[control][name] for domain in forecast.domains]
-    plain = set(forecast.to_dict()["domains"][0]) - {"controls"}
+    plain = set(forecast.to_dict()["domains"][0]) - {"controls", "scores"} | {"act", "act_ci", "icl", "icl_ci"}
     assert set(table.columns) == plain | {f"{control}_{name}" for control, name in columns}
 
 
@@ -334,7 +361,7 @@ def test_to_pandas_where_a_domain_has_no_answers(forecast: sts_fast.Forecast) ->
     silent = {name: values for name, values in first.controls.items() if not name.startswith("base_")}
     table = replace(forecast, domains=[replace(first, controls=silent), *others]).to_pandas()
     assert table["base_loss_nll"].isna().tolist() == [True, *(False for _ in others)]
-    assert table["raw_sts_act"].notna().all()
+    assert table["raw_act"].notna().all()
 
 
 def test_to_pandas_without_domains(forecast: sts_fast.Forecast) -> None:

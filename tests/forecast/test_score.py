@@ -475,7 +475,7 @@ def recomputed(run: Path) -> dict[str, Any]:
         z = ((activations[i] - activations.mean(axis=0))[varies] / spread[varies]).sum()
         domains[-1]["controls"] |= {
             "cosine_of_means": {"cosine": number(cosine)},
-            "z_scored": {"sts_act": number(z)} if "act" in settings["estimators"] and len(activations) > 2 else {},
+            "z_scored": {"act": number(z)} if "act" in settings["estimators"] and len(activations) > 2 else {},
             "cka": {"cka": number(alike)},
             "probe": {"logit": number(direction @ (means[i] - middle))},
         }
@@ -526,23 +526,22 @@ def recomputed_domain(
         "raw": len(saved["raw_dimensions"]),
     }
     controls: dict[str, dict[str, Any]] = {control: {} for control in sizes if control}
-    entry: dict[str, Any] = {"name": name, **oracle.counts_of(rows), "controls": controls}
+    entry: dict[str, Any] = {"name": name, "scores": {}, **oracle.counts_of(rows), "controls": controls}
     n_read = np.asarray([float(len(row["positions"])) for row in rows])
     n_pairs = np.asarray([float(len(row["paired"])) for row in rows])
     for estimator, (control, size) in itertools.product(("act", "icl", "act_sq"), sizes.items()):
         column = f"{control}_{estimator}_sum".removeprefix("_")
         if estimator not in settings["estimators"]:
             assert all(row[column] is None for row in rows)
-            entry |= {f"sts_{estimator}": None, f"sts_{estimator}_ci": None}
             continue
         numerator = np.asarray([row[column] for row in rows])
         denominator = {"act": n_read, "icl": n_pairs, "act_sq": n_read * max(size, 1)}[estimator]
         ratio = number(numerator.sum() / denominator.sum())
         if control:
-            controls[control][f"sts_{estimator}"] = ratio
+            controls[control][estimator] = ratio
         else:
             bounds = oracle.interval(np.stack([numerator] * 3), denominator, draws, oracle.percentages(settings))
-            entry |= {f"sts_{estimator}": ratio, f"sts_{estimator}_ci": bounds}
+            entry["scores"][estimator] = {"value": ratio, "ci": bounds}
     if answers:
         n_tokens = sum(len(row["positions"]) for row in answers)
         controls["base_loss"] = {"nll": number(sum(row["answer_nll_sum"] for row in answers) / n_tokens)}
@@ -824,7 +823,7 @@ def test_a_place_inside_a_layer_gives_the_sums_of_its_own_rows(
             total += float(torch.relu(x @ W_enc[:, top] + b_enc[top]).sum())
             n_tokens += len(x)
     [days] = [domain for domain in forecast.domains if domain.name == "days"]
-    assert days.sts_act == pytest.approx(total / n_tokens, rel=TOLERANCE)
+    assert days.scores["act"].value == pytest.approx(total / n_tokens, rel=TOLERANCE)
 
 
 def test_saes_that_cannot_share_a_pass(tiny: Tiny) -> None:

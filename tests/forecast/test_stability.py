@@ -73,5 +73,5 @@ def test_lines_say_what_it_takes() -> None:
         "train", 100, 64, 0.8
     )
     assert "0% of the pairs of domains are apart; a domain has 8 prompts, more than 100 times the prompts" in (
-        stability.ranking_line("train", "act", 8, [1.0, 1.0], [(0.5, 1.5), (0.5, 1.5)])
+        stability.ranking_line("train", "STS_act", 8, [1.0, 1.0], [(0.5, 1.5), (0.5, 1.5)])
     )

@@ -46,7 +46,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As much of a scores.json as is read."""
     folder = tmp_path_factory.mktemp("run")
     domains = [
-        {"name": name, "sts_act": act, "sts_icl": icl, "sts_act_sq": None}
+        {"name": name, "scores": {"act": {"value": act}, "icl": {"value": icl}}}
         for name, act, icl in (("spelling", 3.0, 1.0), ("days", 1.0, 4.0), ("sums", 7.0, 7.0))
     ]
     (folder / "scores.json").write_text(json.dumps({"domains": domains}))
@@ -204,7 +204,7 @@ def test_what_cannot_be_used_is_told_in_a_sentence(tiny: Tiny, options: dict[str
 def test_scores_of_other_domains_or_of_another_kind_are_refused(tiny: Tiny, run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no scores by 'act_sq': it has act, icl"):
         mixed(tiny, rule="proportional", scores=run, estimator="act_sq")
-    (tmp_path / "scores.json").write_text(json.dumps({"domains": [{"name": "law", "sts_act": 1.0, "sts_icl": None}]}))
+    (tmp_path / "scores.json").write_text(json.dumps({"domains": [{"name": "law"}]}))
     with pytest.raises(InputError, match=r"is no scores\.json"):
         mixed(tiny, rule="proportional", scores=tmp_path)
     with pytest.raises(InputError, match="has no score of 'law'"):

@@ -145,8 +145,8 @@ def test_bfloat16_is_close(tiny: Tiny, tmp_path: Path) -> None:
     indices = [{feature.index for feature in forecast.shifted_features} for forecast in (expected, found)]
     assert len(indices[0] & indices[1]) >= 22
     for one, other in zip(expected.domains, found.domains, strict=True):
-        assert other.sts_act == pytest.approx(one.sts_act, rel=BFLOAT16_TOLERANCE)
-        assert other.sts_icl == pytest.approx(one.sts_icl, rel=BFLOAT16_TOLERANCE)
+        for name in ("act", "icl"):
+            assert other.scores[name].value == pytest.approx(one.scores[name].value, rel=BFLOAT16_TOLERANCE)
 
 
 def test_rows_are_what_the_model_gives(tiny: Tiny, captured: Path) -> None:
@@ -358,7 +358,7 @@ def test_other_tools_need_not_say_how_they_sampled(tiny: Tiny, captured: Path, t
     (folder / "activations.json").write_text(json.dumps(index))
     expected = score_tiny(tiny, captured)
     found = score_tiny(tiny, folder, seed=0, limit=7, shots=2)
-    assert [domain.sts_icl for domain in found.domains] == [domain.sts_icl for domain in expected.domains]
+    assert [domain.scores["icl"] for domain in found.domains] == [domain.scores["icl"] for domain in expected.domains]
 
 
 def test_command_line(tiny: Tiny, tmp_path: Path) -> None:
@@ -378,7 +378,7 @@ def test_command_line(tiny: Tiny, tmp_path: Path) -> None:
     assert ran.exit_code == 0, ran.output
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())
     assert scores["model"]["name"] == str(model)
-    assert np.isfinite([domain["sts_icl"] for domain in scores["domains"]]).all()
+    assert np.isfinite([domain["scores"]["icl"]["value"] for domain in scores["domains"]]).all()
     assert (tmp_path / "run" / "report.html").is_file()
     ran = runner.invoke(app, ["shift", "--model", folder, *sae, *sets[:2], "--shots", "1", "--output", str(tmp_path)])
     assert ran.exit_code == 0, ran.output

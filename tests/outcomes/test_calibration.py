@@ -153,7 +153,7 @@ def test_the_assessment_tells_the_coverage_and_what_a_constant_would_reach() -> 
 
 
 def put_run(folder: Path, number: int, *, slope: float = 0.05, edit: Any = None, outcomes: bool = True) -> Path:
-    """A run on training set `number`, whose domains changed by about slope * sts_act."""
+    """A run on training set `number`, whose domains changed by about slope * score by act."""
     scores = make_scores(6, seed=number)
     scores["provenance"]["inputs"][0]["sha256"] = f"{number:064x}"
     if edit is not None:
@@ -165,8 +165,11 @@ def put_run(folder: Path, number: int, *, slope: float = 0.05, edit: Any = None,
         domains = [
             {
                 "name": domain["name"],
-                "score": domain["sts_act"],
-                "outcome": {"change": (slope * domain["sts_act"] + rng.normal() * 0.02), "metric": "acc,none"},
+                "score": domain["scores"]["act"]["value"],
+                "outcome": {
+                    "change": (slope * domain["scores"]["act"]["value"] + rng.normal() * 0.02),
+                    "metric": "acc,none",
+                },
             }
             for domain in scores["domains"]
         ]
@@ -186,10 +189,7 @@ def made_forecast(seed: int, edit: Any = None) -> Forecast:
     scores = make_scores(6, seed=seed)
     if edit is not None:
         edit(scores)
-    domains = [
-        DomainScore(**{key: tuple(value) if isinstance(value, list) else value for key, value in domain.items()})
-        for domain in scores.pop("domains")
-    ]
+    domains = [DomainScore.from_plain(domain) for domain in scores.pop("domains")]
     features = [ShiftedFeature(**one) for one in scores.pop("shifted_features")]
     nothing: Any = None
     plain = {field.name: scores[field.name] for field in fields(Forecast) if field.name in scores}
@@ -215,8 +215,10 @@ def test_a_calibration_is_learned_saved_read_and_applied(past: Path, tmp_path: P
     for domain in document["domains"]:
         low, high = domain["change_interval"]
         assert 0 <= low < domain["change"] < high
-        assert domain["change"] == pytest.approx(0.05 * domain["sts_act"], abs=0.03)
-        half = calibration.multiplier * (calibration.line.floor + calibration.line.per_score * domain["sts_act"])
+        assert domain["change"] == pytest.approx(0.05 * domain["scores"]["act"]["value"], abs=0.03)
+        half = calibration.multiplier * (
+            calibration.line.floor + calibration.line.per_score * domain["scores"]["act"]["value"]
+        )
         assert high - domain["change"] == pytest.approx(half)
 
 
@@ -231,13 +233,13 @@ def test_signed_scores_give_changes_with_a_sign(tmp_path: Path) -> None:
         rng = np.random.default_rng(len(str(scores["shifted_features"])))
         scores["signed"] = make_signed(scores)
         for domain, value in zip(scores["domains"], rng.normal(size=len(scores["domains"])).tolist(), strict=True):
-            scores["signed"]["domains"][domain["name"]]["adapter"] = {"value": value, "ci": [value - 0.1, value + 0.1]}
-            domain["sts_act"] = value  # what put_run makes changes from
+            domain["scores"]["adapter"] = {"value": value, "ci": [value - 0.1, value + 0.1]}
+            domain["scores"]["act"]["value"] = value  # what put_run makes changes from
 
     def repaired(scores: dict[str, Any]) -> None:
         signed(scores)
         for domain in scores["domains"]:
-            domain["sts_act"] = abs(domain["sts_act"])
+            domain["scores"]["act"]["value"] = abs(domain["scores"]["act"]["value"])
 
     for number in range(10):
         folder = put_run(tmp_path / "past" / str(number), number, slope=0.1, edit=signed)
@@ -251,9 +253,7 @@ def test_signed_scores_give_changes_with_a_sign(tmp_path: Path) -> None:
     applied = calibration.apply(made_forecast(3, repaired)).to_dict()
     assert {np.sign(domain["change"]) for domain in applied["domains"]} == {-1, 1}
     for domain in applied["domains"]:
-        assert domain["change"] == pytest.approx(
-            calibration.line.slope * applied["signed"]["domains"][domain["name"]]["adapter"]["value"]
-        )
+        assert domain["change"] == pytest.approx(calibration.line.slope * domain["scores"]["adapter"]["value"])
 
 
 # ---- what is refused
@@ -322,7 +322,7 @@ def test_scores_beyond_those_learned_from_get_no_interval_and_most_of_them_a_ref
     def scaled(factor: float, first: int) -> Any:
         def edit(scores: dict[str, Any]) -> None:
             for domain in scores["domains"][:first]:
-                domain["sts_act"] = factor * calibration.largest
+                domain["scores"]["act"]["value"] = factor * calibration.largest
 
         return edit
 
@@ -361,7 +361,9 @@ def test_a_forecast_without_the_estimator_is_refused(past: Path) -> None:
         (lambda past: (past / "run-0" / "scores.json").write_text('{"domains": []}'), "lacks 'provenance'"),
         (
             lambda past: (past / "run-0" / "scores.json").write_text(
-                (past / "run-0" / "scores.json").read_text().replace('"sts_act": ', '"sts_act": "much", "was": ')
+                (past / "run-0" / "scores.json")
+                .read_text()
+                .replace('"act": {"value": ', '"act": {"value": "much", "was": ')
             ),
             "the score of 'domain 0' in .* is much, not a number",
         ),
@@ -464,14 +466,17 @@ def learned_for(tiny: Tiny, run: Path, tmp_path: Path, edit: Any = None) -> Path
             if entry["role"] == "train":
                 entry["sha256"] = f"{number:064x}"
         for domain in one["domains"]:
-            domain["sts_act"] *= float(rng.uniform(0.2, 3))
+            domain["scores"]["act"]["value"] *= float(rng.uniform(0.2, 3))
         if edit is not None:
             edit(one)
         folder = tmp_path / "past" / str(number)
         folder.mkdir(parents=True)
         (folder / "scores.json").write_text(json.dumps(one))
         domains = [
-            {"name": d["name"], "outcome": {"change": -0.1 * d["sts_act"] + rng.normal() * 0.001, "metric": "acc"}}
+            {
+                "name": d["name"],
+                "outcome": {"change": -0.1 * d["scores"]["act"]["value"] + rng.normal() * 0.001, "metric": "acc"},
+            }
             for d in one["domains"]
         ]
         (folder / "validation.json").write_text(json.dumps({"domains": domains}))
@@ -499,8 +504,8 @@ def test_score_and_compare_apply_it(
     validate_scores(scores)
     page = (run / "report.html").read_text()
     for domain in scores["domains"]:
-        assert domain["change"] == pytest.approx(calibration.change(domain["sts_act"]))
-        assert domain["change_interval"] == pytest.approx(calibration.interval(domain["sts_act"]))
+        assert domain["change"] == pytest.approx(calibration.change(domain["scores"]["act"]["value"]))
+        assert domain["change_interval"] == pytest.approx(calibration.interval(domain["scores"]["act"]["value"]))
         shown = f"{100 * domain['change']:.1f}"
         assert shown in printed
         assert f">{shown}</data>" in page

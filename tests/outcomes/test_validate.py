@@ -253,14 +253,16 @@ def run_domains() -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "sts_act": 1 + 10 * change + 0.2 * rng.random(),
-            "sts_act_ci": [1 + 10 * change - 0.1, 1 + 10 * change + 0.3],
-            "sts_icl": 2.0 + rng.random(),
-            "sts_icl_ci": None,
-            "sts_act_sq": None,
+            "scores": {
+                "act": {
+                    "value": 1 + 10 * change + 0.2 * rng.random(),
+                    "ci": [1 + 10 * change - 0.1, 1 + 10 * change + 0.3],
+                },
+                "icl": {"value": 2.0 + rng.random(), "ci": [1.0, 4.0]},
+            },
             "controls": {
-                "random": {"sts_act": rng.random(), "sts_icl": 1.0},
-                "best": {"sts_act": change, "sts_icl": None},
+                "random": {"act": rng.random(), "icl": 1.0},
+                "best": {"act": change, "icl": None},
                 "base": {"loss": rng.random()},
                 "cosine": rng.random() if name != "law" else None,
             },
@@ -275,12 +277,12 @@ def test_a_run_is_read_with_its_controls(tmp_path: Path) -> None:
     outcomes = {name.replace(" ", "_"): Outcome(change, stderr=0.02) for name, change in PUBLISHED.items()}
     result = validate(run, outcomes)
     assert [row.name for row in result.domains] == list(PUBLISHED)
-    assert result.domains[0].score_ci == tuple(domains[0]["sts_act_ci"])
+    assert result.domains[0].score_ci == tuple(domains[0]["scores"]["act"]["ci"])
     # 'cosine' is not there for every domain.
     assert list(result.controls) == ["random", "best", "base loss"]
     change = list(PUBLISHED.values())
     for name, values in (
-        ("random", [domain["controls"]["random"]["sts_act"] for domain in domains]),
+        ("random", [domain["controls"]["random"]["act"] for domain in domains]),
         ("base loss", [domain["controls"]["base"]["loss"] for domain in domains]),
     ):
         assert result.controls[name].pearson.value == pytest.approx(stats.pearsonr(values, change).statistic)
@@ -296,10 +298,7 @@ def test_a_forecast_is_read_like_its_run() -> None:
     counts = dict.fromkeys(
         ("n_tokens", "n_pairs", "n_skipped", "n_too_long", "n_unanswered", "n_special", "n_sinks"), 0
     )
-    domains = [
-        DomainScore(**{**domain, "sts_act_ci": tuple(domain["sts_act_ci"])}, sts_act_sq_ci=None, n_prompts=9, **counts)
-        for domain in run_domains()
-    ]
+    domains = [DomainScore.from_plain({**counts, "n_prompts": 9, **domain}) for domain in run_domains()]
     nothing: Any = None
     train, settings, shift = {"n_prompts": 9}, {"estimators": ["act"]}, {"stability": {"mean_overlap": 1.0}}
     forecast = Forecast({}, {}, train, settings, shift, domains, [], [], {}, nothing, nothing, nothing, nothing)
@@ -345,7 +344,7 @@ def test_faults_of_numbers(change: Any, message: str) -> None:
 def test_faults_of_a_run(tmp_path: Path) -> None:
     _, outcomes = made_up(5)
     run = run_folder(tmp_path / "run", run_domains())
-    flat = [{**domain, "sts_act_ci": 3} for domain in run_domains()]
+    flat = [{**domain, "scores": {"act": {"value": 1.0, "ci": 3}}} for domain in run_domains()]
     with pytest.raises(InputError, match=r"holds an interval of '.*' that is no pair of numbers"):
         validate({"domains": flat}, outcomes)
     with pytest.raises(InputError, match=r"holds no scores of the estimator 'act_sq': it has act, icl"):

@@ -50,6 +50,10 @@ def rows_of(table: Node) -> list[list[Node]]:
     return [[cell for cell in row.children if isinstance(cell, Node)] for row in table.one("tbody").all("tr")]
 
 
+def scores_by(scores: dict[str, Any], estimator: str) -> dict[str, Any]:
+    return {domain["name"]: domain["scores"][estimator] for domain in scores["domains"]}
+
+
 def values_of(cell: Node) -> list[float]:
     return [float(data.attrs["value"]) for data in cell.all("data")]
 
@@ -79,42 +83,40 @@ def page_of(folder: Path, scores: dict[str, Any]) -> Node:
 @pytest.mark.parametrize("estimator", ["act", "icl", "act_sq"])
 def test_ranking_holds_the_scores(full: tuple[dict[str, Any], Node, Path], estimator: str) -> None:
     scores, page, _ = full
-    key = f"sts_{estimator}"
-    wanted = sorted(scores["domains"], key=lambda domain: -domain[key])
+    wanted = sorted(scores["domains"], key=lambda domain: -domain["scores"][estimator]["value"])
     rows = rows_of(page.one("table", id=f"table-{estimator}"))
     assert [cells[1].text() for cells in rows] == [domain["name"] for domain in wanted]
     for rank, (cells, domain, after) in enumerate(zip(rows, wanted, [*wanted[1:], None], strict=True), 1):
         assert cells[0].text() == str(rank)
-        assert values_of(cells[2]) == [domain[key]]
-        assert values_of(cells[3]) == domain[f"{key}_ci"]
-        assert values_of(cells[4]) == [domain["controls"]["random"][key]]
+        assert values_of(cells[2]) == [domain["scores"][estimator]["value"]]
+        assert values_of(cells[3]) == domain["scores"][estimator]["ci"]
+        assert values_of(cells[4]) == [domain["controls"]["random"][estimator]]
         assert cells[5].text() == str(domain["n_prompts"])
-        clear = after and domain[f"{key}_ci"][0] > after[f"{key}_ci"][1]
+        clear = after and domain["scores"][estimator]["ci"][0] > after["scores"][estimator]["ci"][1]
         assert cells[6].text() == ("–" if after is None else "yes" if clear else "no")
 
 
 @pytest.mark.parametrize("estimator", ["act", "icl", "act_sq"])
 def test_bars_are_as_long_as_scores_are_large(full: tuple[dict[str, Any], Node, Path], estimator: str) -> None:
     scores, page, _ = full
-    key = f"sts_{estimator}"
-    wanted = sorted(scores["domains"], key=lambda domain: -domain[key])
+    wanted = sorted(scores["domains"], key=lambda domain: -domain["scores"][estimator]["value"])
     svg = next(
         node for node in page.all("svg") if node.attrs["aria-labelledby"].startswith(f"ranking-{estimator}-0-title")
     )
     bars = svg.all("rect", class_="bar")
     widths = np.asarray([float(bar.attrs["width"].rstrip("%")) for bar in bars])
     assert all(bar.attrs["x"] == "0.00%" for bar in bars)
-    unit = widths[0] / wanted[0][key]
-    assert widths == pytest.approx([unit * domain[key] for domain in wanted], abs=0.02)
+    unit = widths[0] / wanted[0]["scores"][estimator]["value"]
+    assert widths == pytest.approx([unit * domain["scores"][estimator]["value"] for domain in wanted], abs=0.02)
     marks = [float(line.attrs["x1"].rstrip("%")) for line in svg.all("line", class_="control")]
-    assert marks == pytest.approx([unit * domain["controls"]["random"][key] for domain in wanted], abs=0.02)
+    assert marks == pytest.approx([unit * domain["controls"]["random"][estimator] for domain in wanted], abs=0.02)
     ends = [
         (float(line.attrs["x1"].rstrip("%")), float(line.attrs["x2"].rstrip("%")))
         for line in svg.all("line", class_="whisker")
         if line.attrs["x1"] != line.attrs["x2"]
     ]
     assert np.asarray(ends) == pytest.approx(
-        np.asarray([[unit * bound for bound in domain[f"{key}_ci"]] for domain in wanted]), abs=0.02
+        np.asarray([[unit * bound for bound in domain["scores"][estimator]["ci"]] for domain in wanted]), abs=0.02
     )
     ticks = {float(text.text().replace("−", "-")): text.attrs["x"] for text in svg.all("text", class_="tick")}
     assert all(float(x.rstrip("%")) == pytest.approx(unit * tick, abs=0.02) for tick, x in ticks.items())
@@ -124,7 +126,7 @@ def test_bars_are_as_long_as_scores_are_large(full: tuple[dict[str, Any], Node, 
 def test_signed_bars_lie_on_their_side_of_zero(full: tuple[dict[str, Any], Node, Path], field: str) -> None:
     scores, page, _ = full
     factor = 100 if field == "adapter" else 1  # points
-    found = {name: domain[field] for name, domain in scores["signed"]["domains"].items()}
+    found = scores_by(scores, field)
     wanted = sorted(found, key=lambda name: -found[name]["value"])
     rows = rows_of(page.one("table", id=f"table-{field}"))
     assert [cells[0].text() for cells in rows] == wanted
@@ -150,11 +152,11 @@ def test_signed_section_in_plain_words(full: tuple[dict[str, Any], Node, Path]) 
     scores, page, _ = full
     section = page.one("section", **{"aria-labelledby": "signed"})
     text = plain(section.text())
-    values = {name: 100 * found["adapter"]["value"] for name, found in scores["signed"]["domains"].items()}
+    values = {name: 100 * score["value"] for name, score in scores_by(scores, "adapter").items()}
     best, worst = max(values, key=lambda name: values[name]), min(values, key=lambda name: values[name])
     shown = {name: f"{values[name]:+.1f}".replace("-", "−") for name in (best, worst)}
     for name in (best, worst):
-        low, high = scores["signed"]["domains"][name]["adapter"]["ci"]
+        low, high = scores_by(scores, "adapter")[name]["ci"]
         shown[name] += " points" + (", with zero inside its interval" if low <= 0 <= high else "")
     lead = plain(page.all("p", class_="lead")[1].text())
     assert lead == f"By adapter training improves {best} most ({shown[best]}) and harms {worst} most ({shown[worst]})."
@@ -255,18 +257,21 @@ def test_features_zeroed_beside_random_ones(full: tuple[dict[str, Any], Node, Pa
 def test_summary_says_who_is_first_and_how_clearly(tmp_path: Path) -> None:
     scores = make_scores(5)
     for i, domain in enumerate(scores["domains"]):
-        domain["sts_act"], domain["sts_act_ci"] = 5.0 - i, [4.6 - i, 5.4 - i]
+        domain["scores"]["act"] = {"value": 5.0 - i, "ci": [4.6 - i, 5.4 - i]}
     lead = plain(page_of(tmp_path, scores).one("p", class_="lead").text())
     assert "a-model on maths/set.jsonl is forecast to move domain 0 most and domain 4 least of 5 domains" in lead
     assert "The first place is clear: its 95% interval lies above that of the next, domain 1." in lead
-    scores["domains"][1]["sts_act_ci"][1] = scores["domains"][3]["sts_act_ci"][1] = 4.7
+    for i in (1, 3):
+        scores["domains"][i]["scores"]["act"]["ci"][1] = 4.7
     lead = plain(page_of(tmp_path, scores).one("p", class_="lead").text())
     assert "The first place is not settled: its 95% interval overlaps domain 1 and domain 3." in lead
 
 
 def test_agreement_is_spearman(full: tuple[dict[str, Any], Node, Path]) -> None:
     scores, page, _ = full
-    columns = {name: [domain[f"sts_{name}"] for domain in scores["domains"]] for name in ("act", "icl", "act_sq")}
+    columns = {
+        name: [domain["scores"][name]["value"] for domain in scores["domains"]] for name in ("act", "icl", "act_sq")
+    }
     text = plain(page.text())
     for first, second in (("act", "icl"), ("act", "act_sq"), ("icl", "act_sq")):
         rho = stats.spearmanr(columns[first], columns[second]).statistic
@@ -284,9 +289,9 @@ def test_controls_are_held_against_every_score(full: tuple[dict[str, Any], Node,
         "loss of the model before training", "accuracy of the model before training",
     ]  # fmt: skip
     for i, estimator in enumerate(("act", "icl", "act_sq")):
-        score = [domain[f"sts_{estimator}"] for domain in domains]
+        score = [domain["scores"][estimator]["value"] for domain in domains]
         for label, control, quantity in (
-            ("random features", "random", f"sts_{estimator}"),
+            ("random features", "random", estimator),
             ("cosine of the mean activations", "cosine_of_means", "cosine"),
             ("loss of the model before training", "base_loss", "nll"),
         ):
@@ -315,7 +320,7 @@ def test_controls_that_nobody_foresaw(tmp_path: Path) -> None:
     scores = make_scores(5)
     for i, domain in enumerate(scores["domains"]):
         domain["controls"] = {
-            "my_own": {"a_b": float(i)}, "bare": 1.0 - i, "<i>": {"<b>": 1}, "null": {"sts_act": None}, "none": {},
+            "my_own": {"a_b": float(i)}, "bare": 1.0 - i, "<i>": {"<b>": 1}, "null": {"act": None}, "none": {},
         }  # fmt: skip
         if i == 2:
             del domain["controls"]["bare"]
@@ -418,7 +423,7 @@ def test_warnings_come_first(full: tuple[dict[str, Any], Node, Path]) -> None:
     ("change", "warning"),
     [
         (
-            lambda s: s["domains"][1]["controls"]["random"].update(sts_act=99.0),
+            lambda s: s["domains"][1]["controls"]["random"].update(act=99.0),
             "By STS_act, domain 1 does not stand out",
         ),
         (lambda s: s["domains"][0].update(n_skipped=1000), "could not be used in domain 0:"),
@@ -464,7 +469,7 @@ def test_one_estimator(tmp_path: Path) -> None:
     scores = make_scores()
     scores["settings"]["estimators"] = ["icl"]
     for domain in scores["domains"]:
-        domain |= {"sts_act": None, "sts_act_ci": None, "sts_act_sq": None, "sts_act_sq_ci": None}
+        domain["scores"] = {"icl": domain["scores"]["icl"]}
     page = page_of(tmp_path, scores)
     assert [h3.text() for h3 in page.all("h3")] == ["By STS_icl"]
     assert "Only one estimator was computed" in page.text()
@@ -473,7 +478,8 @@ def test_one_estimator(tmp_path: Path) -> None:
 def test_scores_of_zero(tmp_path: Path) -> None:
     scores = make_scores()
     for domain in scores["domains"]:
-        domain |= {"sts_act": 0.0, "sts_act_ci": [0.0, 0.0], "controls": {"random": {"sts_act": 0.0}}}
+        domain["scores"]["act"] = {"value": 0.0, "ci": [0.0, 0.0]}
+        domain["controls"] = {"random": {"act": 0.0}}
     scores["shift"] |= {"share_of_top_n": 0.0, "n_features_shifted": 0}
     write_scores(tmp_path, scores)
     top = np.asarray([feature["index"] for feature in scores["shifted_features"]])
@@ -563,7 +569,7 @@ def test_outcome_with_anything_missing_or_of_another_type(tmp_path: Path) -> Non
 
 def test_files_of_another_run_are_named(tmp_path: Path) -> None:
     scores = write_full_run(tmp_path)
-    scores["domains"][2]["sts_act"] += 0.01
+    scores["domains"][2]["scores"]["act"]["value"] += 0.01
     scores["shifted_features"].reverse()
     text = plain(page_of(tmp_path, scores).one("section", class_="warnings").text())
     assert "validation.json holds other scores than scores.json" in text
@@ -825,14 +831,14 @@ def with_features(rows: list[dict[str, Any]]) -> Any:
         (with_scores(lambda s: s.update(schema_version=["x"])), "without a schema version"),
         (with_scores(lambda s: s.update(domains={})), "not a scores.json"),
         (with_scores(lambda s: s.pop("train")), "'train' is a required property"),
-        (with_scores(lambda s: s["domains"][0].update(sts_act="5")), "not a scores.json: $.domains[0]"),
+        (with_scores(lambda s: s["domains"][0]["scores"]["act"].update(value="5")), "not a scores.json: $.domains[0]"),
         (with_scores(lambda s: s["domains"][0].update(controls=5)), "not a scores.json: $.domains[0].controls"),
         (
-            with_scores(lambda s: s["domains"][0]["controls"].update(x={"sts_act": []})),
+            with_scores(lambda s: s["domains"][0]["controls"].update(x={"act": []})),
             "not a scores.json: $.domains[0]",
         ),
-        (with_scores(lambda s: s["domains"][0].update(sts_act=math.nan)), "NaN"),
-        (with_scores(lambda s: s["domains"][0].update(sts_act=10**200)), "beyond 1e100"),
+        (with_scores(lambda s: s["domains"][0]["scores"]["act"].update(value=math.nan)), "NaN"),
+        (with_scores(lambda s: s["domains"][0]["scores"]["act"].update(value=10**200)), "beyond 1e100"),
         (with_file("shift.safetensors", b"junk"), "shift.safetensors"),
         (with_file("features.parquet", b"junk"), "features.parquet is not a readable parquet file"),
         (with_features([{"token": "x"}]), "features.parquet has no numbers"),
@@ -887,8 +893,9 @@ def test_training_sets_side_by_side(tmp_path: Path) -> None:
 
     scores = {name: {"value": [3.0, 1.0, 0.1], "ci": [[2.0, 4.0], [0.5, 1.5], [0.0, 0.2]]} for name in trains}
     document = {
-        "trains": [{"name": name} for name in trains], "domains": domains, "scores": {"sts_act": scores},
-        "signed": {"adapter": found(1.0), "ntk_loss": found(2.0)}, "shared_features": [[1.0, 0.25], [0.25, 1.0]],
+        "trains": [{"name": name} for name in trains], "domains": domains,
+        "scores": {"act": scores, "adapter": found(1.0), "ntk_loss": found(2.0)},
+        "shared_features": [[1.0, 0.25], [0.25, 1.0]],
     }  # fmt: skip
     changes = {
         "a set": {"value": [0.2, -0.1, 0.0], "interval": [[0.1, 0.3], None, [-0.1, 0.1]]},
@@ -903,7 +910,7 @@ def test_training_sets_side_by_side(tmp_path: Path) -> None:
         ["+0.0[−10.0, +10.0]", "no answers"],
     ]  # fmt: skip
     assert "its 90% interval" in page.one("table", id="table-changes").text()
-    assert [node.attrs["id"] for node in page.all("h2")] == ["changes", "adapter", "ntk_loss", "sts_act", "shared"]
+    assert [node.attrs["id"] for node in page.all("h2")] == ["changes", "adapter", "ntk_loss", "act", "shared"]
     rows = rows_of(page.one("table", id="table-adapter"))
     assert [cells[0].text() for cells in rows] == domains
     assert [[values_of(cell) for cell in cells[1:]] for cells in rows] == [
@@ -915,7 +922,7 @@ def test_training_sets_side_by_side(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert rows[0][1].text() == "+40.030.0 to +50.0".replace("30.0", "+30.0")
     assert rows[2][2].text() == "no answers"
-    sizes = rows_of(page.one("table", id="table-sts_act"))
+    sizes = rows_of(page.one("table", id="table-act"))
     assert [values_of(cells[1]) for cells in sizes] == [[3.0], [1.0], [0.1]]
     assert [cell.text() for cell in rows_of(page.one("table", id="table-shared"))[0][1:]] == ["100.0%", "25.0%"]
     links = [link.attrs["href"] for link in page.one("table", id="table-adapter").all("a")]
@@ -932,9 +939,9 @@ def test_report_of_a_real_forecast(tiny: tiny_material.Tiny, tmp_path: Path) -> 
     )  # fmt: skip
     forecast.save(tmp_path)
     page = read_page(build_report(tmp_path))
-    wanted = sorted(forecast.domains, key=lambda domain: -(domain.sts_act or 0))
+    wanted = sorted(forecast.domains, key=lambda domain: -domain.scores["act"].value)
     rows = rows_of(page.one("table", id="table-act"))
-    assert [values_of(cells[2]) for cells in rows] == [[domain.sts_act] for domain in wanted]
+    assert [values_of(cells[2]) for cells in rows] == [[domain.scores["act"].value] for domain in wanted]
     assert len(rows_of(page.all("table", class_="feature-table")[0])) == 20
     assert page.all("polyline")
     assert page.all("mark")

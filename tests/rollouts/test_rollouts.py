@@ -78,7 +78,8 @@ def test_each_way_gives_a_whole_forecast(tiny: Tiny, forecasts: dict[str, Foreca
         assert len(tops[way]) == TOP_N
         assert {domain["name"] for domain in scores["domains"]} == {"spelling", "days"}
         for domain in scores["domains"]:
-            assert domain["sts_act_ci"][0] <= domain["sts_act"] <= domain["sts_act_ci"][1]
+            low, high = domain["scores"]["act"]["ci"]
+            assert low <= domain["scores"]["act"]["value"] <= high
             assert {"random", "low_shift", "most_active", "raw", "cosine_of_means", "base_loss"} <= {
                 *domain["controls"]
             }
@@ -93,6 +94,8 @@ def test_each_way_gives_a_whole_forecast(tiny: Tiny, forecasts: dict[str, Foreca
         assert {*block["overlaps"]} == {*tops, "most_active"} - {way}
         # Signed forecasts do not depend on D_N.
         assert scores["signed"] == forecasts["verified"].to_dict()["signed"]
+        for domain, other in zip(forecast.domains, forecasts["verified"].domains, strict=True):
+            assert domain.scores["ntk"] == other.scores["ntk"]
         forecast.save(tmp_path / way)
         page = build_report(tmp_path / way).read_text(encoding="utf-8")
         assert "48 completions of 12 prompts" in page
@@ -105,9 +108,8 @@ def test_each_way_gives_a_whole_forecast(tiny: Tiny, forecasts: dict[str, Foreca
     ]
     ablated = sts_fast.ablate(tmp_path / "gradient", train=tiny.train, domains=tiny.domains, n_draws=1).to_dict()
     assert set(ablated["features"]["top"][0]) == tops["gradient"]
-    signed = forecasts["step"].signed
-    assert signed is not None
-    assert signed["domains"]["days"]["ntk"] is not None
+    days = {domain.name: domain for domain in forecasts["step"].domains}["days"]
+    assert "ntk" in days.scores
 
 
 def test_scores_are_those_of_d_n_on_the_domains_tokens(
@@ -123,7 +125,7 @@ def test_scores_are_those_of_d_n_on_the_domains_tokens(
                     x = oracle.residual(tiny.model, LAYER, tuple(row["base_ids"]), torch.float32)[row["positions"]]
                     total += float(oracle.literal_encode(tiny.saes["topk"], x)[oracle.VALUE][:, top].sum())
                     n += len(x)
-            assert domain.sts_act == pytest.approx(total / n, rel=1e-4)
+            assert domain.scores["act"].value == pytest.approx(total / n, rel=1e-4)
         # Which completion got which advantage can be read from the file.
         forecast.save(tmp_path)
         shift = [row for row in pq.read_table(tmp_path / "prompts.parquet").to_pylist() if row["stage"] == "shift"]
@@ -169,7 +171,9 @@ def test_verified_and_tuned_are_the_forecasts_of_the_same_prompts(
             top_n=TOP_N, domain_shots=1, shots=SHOTS, **options,
         )  # fmt: skip
         assert same.shifted_features == forecasts[way].shifted_features
-        assert [domain.sts_icl for domain in same.domains] == [domain.sts_icl for domain in forecasts[way].domains]
+        assert [domain.scores["icl"] for domain in same.domains] == [
+            domain.scores["icl"] for domain in forecasts[way].domains
+        ]
 
 
 def test_completions_are_read_behind_their_prompts_and_tokenised_apart(tiny: Tiny, path: Path) -> None:

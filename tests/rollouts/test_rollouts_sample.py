@@ -157,8 +157,8 @@ def test_the_command_samples_forecasts_and_writes_every_way(tiny: Tiny, tmp_path
     again = run(*shared, "--rollouts", output / "rollouts.jsonl", "--limit", 10, "--ways", "correlation",
                 "--estimators", "act", "--json", "--output", tmp_path / "again")  # fmt: skip
     assert again.returncode == 0, again.stderr
-    first = json.loads((output / "compare.json").read_text())["scores"]["sts_act"]["correlation"]
-    assert json.loads(again.stdout)["scores"]["sts_act"]["correlation"] == first
+    first = json.loads((output / "compare.json").read_text())["scores"]["act"]["correlation"]
+    assert json.loads(again.stdout)["scores"]["act"]["correlation"] == first
     assert len(load_examples(tiny.train)) > 10
 
     for arguments, message in (

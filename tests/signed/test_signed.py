@@ -55,7 +55,8 @@ def scores_of(folder: Path) -> dict[str, Any]:
 
 
 def test_block_holds_the_mean_over_prompts_of_each_estimator(tiny: Tiny, run: Path) -> None:
-    signed = scores_of(run)["signed"]
+    scores = scores_of(run)
+    signed, domains = scores["signed"], {domain["name"]: domain["scores"] for domain in scores["domains"]}
     template = PromptTemplate(AutoTokenizer.from_pretrained(tiny.model), prepend_bos=True)
     model = HookedModel(AutoModelForCausalLM.from_pretrained(tiny.model), LAYER)
     features, Q = Features(load_sae(tiny.saes["topk"])), projection(D_IN)
@@ -74,9 +75,10 @@ def test_block_holds_the_mean_over_prompts_of_each_estimator(tiny: Tiny, run: Pa
         assert found["n_prompts"] == LIMIT
         assert found["p_answer"] == pytest.approx(pull.p_answer.mean(), rel=1e-4)
         for estimator, values in pull.values.items():
-            assert found[estimator]["value"] == pytest.approx(values.mean(), rel=1e-3, abs=1e-9)
-            low, high = found[estimator]["ci"]
-            assert low <= found[estimator]["value"] <= high
+            score = domains[name][estimator]
+            assert score["value"] == pytest.approx(values.mean(), rel=1e-3, abs=1e-9)
+            low, high = score["ci"]
+            assert low <= score["value"] <= high
             # A mean over prompts has about this spread.
             assert high - low == pytest.approx(3.92 * values.std() / np.sqrt(LIMIT), rel=0.35)
         along = pull.contributions[0].sum()  # <M_S, M_T> / ||M_S||
@@ -110,12 +112,14 @@ def test_every_number_follows_from_the_files(tiny: Tiny, run: Path) -> None:
         )
         for field in ("ntk", "ntk_loss", "step", "step_loss"):
             values = column("signed", name, field)
-            assert found[field]["value"] == pytest.approx(values.mean(), rel=1e-12)
+            assert domain["scores"][field]["value"] == pytest.approx(values.mean(), rel=1e-12)
             ci = np.percentile((draws * values).sum(axis=1) / len(values), [2.5, 97.5])
-            assert found[field]["ci"] == pytest.approx(ci, rel=1e-9)
+            assert domain["scores"][field]["ci"] == pytest.approx(ci, rel=1e-9)
         assert set(column("signed", name, "adapter")) == {None}
         n_read = sum(len(row["positions"]) for row in rows if (row["stage"], row["domain"]) == ("score", name))
-        assert domain["sts_act"] == pytest.approx(column("score", name, "act_sum").sum() / n_read, rel=1e-12)
+        assert domain["scores"]["act"]["value"] == pytest.approx(
+            column("score", name, "act_sum").sum() / n_read, rel=1e-12
+        )
     for row in rows:  # what a stage has no value for is null
         assert (row["act_sum"] is not None) == (row["stage"] == "score")
         assert (row["step"] is not None) == (row["stage"] == "signed")
@@ -194,8 +198,10 @@ def test_validate_judges_direction_and_size() -> None:
     forecast = {"a": 3.0, "b": -2.0, "c": 1.0, "d": -0.5, "e": 0.2}
     change = {"a": 0.3, "b": -0.2, "c": 0.1, "d": 0.05, "e": -0.02}
     scores = {
-        "domains": [{"name": name, "sts_act": 1.0, "controls": {}} for name in forecast],
-        "signed": {"domains": {name: {"step": {"value": v, "ci": [v, v]}} for name, v in forecast.items()}},
+        "domains": [
+            {"name": name, "scores": {"step": {"value": v, "ci": [v, v]}}, "controls": {}}
+            for name, v in forecast.items()
+        ],
     }
     outcomes = {
         name: Outcome(change=v, before=0.5, after=0.5 + v, stderr=None, n=None, paired=False, metric="acc")
@@ -209,7 +215,7 @@ def test_validate_judges_direction_and_size() -> None:
     assert result.sign_auc == pytest.approx(5 / 6)
     assert "83%" in result.to_text()
     assert "size, not direction" not in result.to_text()
-    with pytest.raises(InputError, match="no forecast by 'ntk'"):
+    with pytest.raises(InputError, match="no scores of the estimator 'ntk'"):
         validate(scores, outcomes, estimator="ntk")
 
 
@@ -227,9 +233,9 @@ def test_command_line_prints_both_directions(tiny: Tiny, tmp_path: Path, capsys:
     scores = scores_of(tmp_path / "run")
     assert scores["signed"]["features"] == "raw"
     assert scores["settings"]["estimators"] == ["act"]
+    for domain in scores["domains"]:
+        assert set(domain["scores"]) == {"act", "ntk", "ntk_loss", "adapter", "adapter_loss"}
     for found in scores["signed"]["domains"].values():
-        asked = {"ntk", "ntk_loss", "adapter", "adapter_loss"}
-        assert all((found[name] is not None) == (name in asked) for name in (*asked, "step", "step_loss"))
         assert found["top_features"] is None
 
 
@@ -247,12 +253,12 @@ def test_several_training_sets_side_by_side(
     main()
     compared = json.loads((tmp_path / "run" / "compare.json").read_text(encoding="utf-8"))
     assert compared["domains"] == ["days", "rivers"]
-    assert set(compared["signed"]) == {"step", "step_loss"}
+    assert list(compared["scores"]) == ["act", "step", "step_loss"]
     printed = capsys.readouterr().out
-    for field, of_trains in compared["signed"].items():
+    for field, of_trains in [(field, compared["scores"][field]) for field in ("step", "step_loss")]:
         assert list(of_trains) == ["sums", "letters"]
         for train, found in of_trains.items():
-            alone = scores_of(tmp_path / "run" / train)["signed"]["domains"]["days"][field]
+            alone = scores_of(tmp_path / "run" / train)["domains"][0]["scores"][field]
             assert found == {"value": [alone["value"], None], "ci": [alone["ci"], None]}
             shown = f"{100 * alone['value']:+.1f}" if field == "step" else f"{alone['value']:+.3g}"
             assert f" {shown} [" in printed

@@ -34,6 +34,7 @@ from sts_fast.data.prompts import Progress, Prompt, PromptSet, PromptTemplate
 from sts_fast.data.sets import Fields, Kind, Sampling, Sets, Source, check_enough
 from sts_fast.errors import InputError
 from sts_fast.forecast.run import DIMS_OF_ACTIVITY, PROMPTS_FILE, SHIFT_FILE, Forecast, read_scores
+from sts_fast.model.memory import MOST_BATCH_TOKENS
 from sts_fast.model.session import Reading, ReadingOptions, SAESource, Session, open_sae
 from sts_fast.ops.correlate import CorrelationStats
 from sts_fast.ops.shift import ShiftStats

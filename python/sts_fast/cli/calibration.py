@@ -12,7 +12,7 @@ from rich.table import Table
 from sts_fast import files
 from sts_fast.cli.console import SIDE_WIDTH, err, out
 from sts_fast.errors import InputError
-from sts_fast.forecast.run import Forecast
+from sts_fast.forecast.run import BY_NAME, Forecast
 from sts_fast.outcomes.calibration import Calibration
 from sts_fast.outcomes.calibration.change_text import shown_change, shown_interval, unit_name
 
@@ -24,7 +24,7 @@ def read_calibration(path: Path, estimators: list[str], n_saes: int, options: di
     calibration = Calibration.load(path)
     if n_saes > 1:
         raise InputError("a calibration is of one SAE: give --calibration with one --sae")
-    estimator = calibration.estimator.removesuffix("_loss")
+    estimator = BY_NAME[calibration.estimator].option
     if estimator not in estimators:
         raise InputError(f"{path} was learned from '{calibration.estimator}': add {estimator} to --estimators")
     calibration.check({f"--{name.replace('_', '-')}": options[name] for name in OPTIONS if name in options})

@@ -35,6 +35,7 @@ from sts_fast.cli.options import (
     TrainOption,
 )
 from sts_fast.errors import InputError
+from sts_fast.forecast.run import SIZES
 from sts_fast.mix.mix import LOSS_LEFT, MIXED_FILE, MixedSet, Mixture
 from sts_fast.mix.mix import mix as run_mix
 
@@ -58,7 +59,7 @@ def mix(
         Path | None, typer.Option("--from", help="Run of sts-fast score over these domains, for --rule proportional.")
     ] = None,
     estimator: Annotated[
-        str | None, typer.Option("--estimator", help="Which scores of that run: act, icl or act_sq.")
+        str | None, typer.Option("--estimator", help=f"Which scores of that run: {', '.join(SIZES)}.")
     ] = None,
     weight: Annotated[
         list[str] | None, typer.Option("--weight", help="What a set's loss counts, as law=2 or train=0.5; repeatable.")

@@ -8,6 +8,10 @@ from typing import Annotated
 
 import typer
 
+from sts_fast.forecast.run import ESTIMATOR_OPTIONS, SIGNED, SIZES
+
+_SIGNED_OPTIONS = [name for name in ESTIMATOR_OPTIONS if name in SIGNED]
+
 
 class DimsChoice(StrEnum):
     icl = "icl"
@@ -69,7 +73,8 @@ DimsOption = Annotated[DimsChoice, typer.Option("--dims", help="What the shifted
 EstimatorsOption = Annotated[
     str,
     typer.Option(
-        "--estimators", help="Comma-separated, of: act, icl, act_sq; with a sign, from answers: ntk, step, adapter."
+        "--estimators",
+        help=f"Comma-separated, of: {', '.join(SIZES)}; with a sign, from answers: {', '.join(_SIGNED_OPTIONS)}.",
     ),
 ]
 SignedFeaturesOption = Annotated[

@@ -49,7 +49,7 @@ from sts_fast.cli.options import (
 from sts_fast.cli.tables import print_comparison, print_end, print_signed
 from sts_fast.errors import InputError
 from sts_fast.forecast.compare import comparison
-from sts_fast.forecast.run import COMPARISON_FILE, Forecast, clear_earlier
+from sts_fast.forecast.run import COMPARISON_FILE, SIZES, Forecast, clear_earlier
 from sts_fast.ops import backend
 from sts_fast.report import build_comparison_report, build_report
 from sts_fast.rollouts import WAYS, Columns, sample_rollouts
@@ -174,7 +174,7 @@ def rollouts(
         return
     one = next(iter(forecasts.values()))
     out.print(counts_in_words(one.rollouts or {}), highlight=False, markup=False)
-    print_comparison({**compared, "signed": None})
+    print_comparison({**compared, "scores": {name: of for name, of in compared["scores"].items() if name in SIZES}})
     _print_overlaps(forecasts)
     print_signed(one)  # the same whatever the way
     print_end(list(forecasts.values()), output)

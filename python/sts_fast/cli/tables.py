@@ -10,8 +10,7 @@ from rich.table import Table
 
 from sts_fast.cli.console import BAR_WIDTH, SIDE_WIDTH, err, out
 from sts_fast.forecast.compare import sae_comparison
-from sts_fast.forecast.run import ESTIMATORS, Forecast
-from sts_fast.signed.signed import SIGNED_FIELDS
+from sts_fast.forecast.run import BY_NAME, SIGNED, SIZES, Estimator, Forecast, Score
 
 
 def print_shift(forecast: Forecast, n_features: int) -> None:
@@ -32,27 +31,21 @@ def print_shift(forecast: Forecast, n_features: int) -> None:
 
 
 def print_scores(forecast: Forecast) -> None:
-    for estimator in (name for name in ESTIMATORS if name in forecast.settings["estimators"]):
-        rows = sorted(
-            (
-                (getattr(domain, f"sts_{estimator}"), getattr(domain, f"sts_{estimator}_ci"), domain)
-                for domain in forecast.domains
-            ),
-            key=lambda row: -row[0],
-        )
-        longest = max(value for value, _, _ in rows) or 1.0
-        table = Table(title=f"Forecast size of change, by STS_{estimator}", title_justify="left", width=79)
+    for estimator in (BY_NAME[name] for name in SIZES if name in forecast.settings["estimators"]):
+        rows = [(domain.scores[estimator.name], domain) for domain in forecast.domains]
+        longest = max(score.value for score, _ in rows) or 1.0
+        table = Table(title=_title(estimator), title_justify="left", width=79)
         table.add_column("domain", ratio=1)
         table.add_column("", width=BAR_WIDTH)
         table.add_column("score [95%]", justify="right", no_wrap=True)
         table.add_column("random", justify="right", no_wrap=True)
         table.add_column("prompts", justify="right", no_wrap=True)
-        for value, (low, high), domain in rows:
+        for score, domain in sorted(rows, key=lambda row: -row[0].value):
             table.add_row(
                 escape(domain.name),
-                "█" * round(BAR_WIDTH * value / longest),
-                f"{value:.3g} [{low:.3g}, {high:.3g}]",
-                f"{domain.controls['random'][f'sts_{estimator}']:.3g}",
+                "█" * round(BAR_WIDTH * score.value / longest),
+                estimator.text(score.value, score.ci),
+                f"{domain.controls['random'][estimator.name]:.3g}",
                 str(domain.n_prompts),
             )
         out.print(table)
@@ -68,64 +61,57 @@ def print_scores(forecast: Forecast) -> None:
     )
 
 
-def _signed_title(field: str) -> str:
-    if field.endswith("_loss"):
-        return f"Forecast fall of the loss, by {field}" + ("" if field == "ntk_loss" else ", nats per token")
-    return f"Forecast change of P(answer), by {field}" + ("" if field == "ntk" else ", in points")
-
-
-def _signed_text(field: str, value: float, ci: tuple[float, float]) -> str:
-    """'+12.3 [+10.1, +14.5]', better above zero; changes of P(answer) in points, but for ntk, which has no scale."""
-    in_points = not field.endswith("_loss") and field != "ntk"
-    texts = [f"{100 * one:+.1f}" if in_points else f"{one:+.3g}" for one in (value, *ci)]
-    return "{} [{}, {}]".format(*texts)
+def _title(estimator: Estimator) -> str:
+    unit = {"": "", "points": ", in points"}.get(estimator.unit, f", {estimator.unit}")
+    return f"Forecast {estimator.quantity}, by {estimator.label}{unit}"
 
 
 def print_signed(forecast: Forecast) -> None:
-    if forecast.signed is None:
-        return
-    domains = forecast.signed["domains"]
-    for estimator in (name for name in SIGNED_FIELDS if next(iter(domains.values()))[name] is not None):
-        table = Table(title=_signed_title(estimator), title_justify="left", width=79)
+    for estimator in (BY_NAME[name] for name in SIGNED):
+        rows: list[tuple[Score, str]] = [
+            (domain.scores[estimator.name], domain.name)
+            for domain in forecast.domains
+            if estimator.name in domain.scores
+        ]
+        if not rows:
+            continue
+        table = Table(title=_title(estimator), title_justify="left", width=79)
         table.add_column("domain", ratio=1)
         for column in ("worse", "better"):
             table.add_column(column, width=SIDE_WIDTH, justify="right" if column == "worse" else "left")
         table.add_column("forecast [95%]", justify="right", no_wrap=True)
-        largest = max(abs(found[estimator]["value"]) for found in domains.values()) or 1.0
-        for name, found in sorted(domains.items(), key=lambda item: -item[1][estimator]["value"]):
-            value = found[estimator]["value"]
-            bar = "█" * round(SIDE_WIDTH * abs(value) / largest)
-            sides = (bar, "") if value < 0 else ("", bar)
-            table.add_row(escape(name), *sides, _signed_text(estimator, value, found[estimator]["ci"]))
+        largest = max(abs(score.value) for score, _ in rows) or 1.0
+        for score, name in sorted(rows, key=lambda row: -row[0].value):
+            bar = "█" * round(SIDE_WIDTH * abs(score.value) / largest)
+            sides = (bar, "") if score.value < 0 else ("", bar)
+            table.add_row(escape(name), *sides, estimator.text(score.value, score.ci))
         out.print(table)
 
 
 def print_comparison(comparison: dict[str, Any]) -> None:
-    names = [train["name"] for train in comparison["trains"]]
-    for estimator, scores in comparison["scores"].items():
-        table = Table(title=f"Forecast size of change, by {estimator.replace('sts', 'STS')}", title_justify="left")
-        table.add_column("domain")
-        for name in names:
-            table.add_column(escape(name), justify="right")
-        for i, domain in enumerate(comparison["domains"]):
-            cells = [(scores[name]["value"][i], *scores[name]["ci"][i]) for name in names]
-            table.add_row(escape(domain), *(f"{value:.3g} [{low:.3g}, {high:.3g}]" for value, low, high in cells))
-        out.print(table)
-    out.print(
-        "Read down a column to see what a training set moves most; scores of one domain may be compared along its row "
-        "where the training sets shift the same kind of features. Scores say how much, not for better or worse.",
-        highlight=False,
-    )
-    for field, of_trains in (comparison["signed"] or {}).items():
-        table = Table(title=_signed_title(field), title_justify="left")
-        table.add_column("domain")
-        for name in names:
-            table.add_column(escape(name), justify="right")
-        for i, domain in enumerate(comparison["domains"]):
-            found = [(of_trains[name]["value"][i], of_trains[name]["ci"][i]) for name in names]
-            texts = ["no answers" if value is None else _signed_text(field, value, ci) for value, ci in found]
-            table.add_row(escape(domain), *texts)
-        out.print(table)
+    for names in (SIZES, SIGNED):
+        for estimator in (BY_NAME[name] for name in names if name in comparison["scores"]):
+            out.print(_comparison_table(comparison, estimator))
+        if names == SIZES:
+            out.print(
+                "Read down a column to see what a training set moves most; scores of one domain may be compared along "
+                "its row where the training sets shift the same kind of features. Scores say how much, not for better "
+                "or worse.",
+                highlight=False,
+            )
+
+
+def _comparison_table(comparison: dict[str, Any], estimator: Estimator) -> Table:
+    columns = [comparison["scores"][estimator.name][train["name"]] for train in comparison["trains"]]
+    table = Table(title=_title(estimator), title_justify="left")
+    table.add_column("domain")
+    for train in comparison["trains"]:
+        table.add_column(escape(train["name"]), justify="right")
+    for i, domain in enumerate(comparison["domains"]):
+        found = [(column["value"][i], column["ci"][i]) for column in columns]
+        texts = ["no answers" if value is None else estimator.text(value, ci) for value, ci in found]
+        table.add_row(escape(domain), *texts)
+    return table
 
 
 def print_sae(forecast: Forecast, forecasts: list[Forecast]) -> None:
@@ -143,7 +129,7 @@ def print_agreement(forecasts: list[Forecast]) -> None:
     names = [sae["name"] for sae in comparison["saes"]]
     for estimator, of_trains in comparison["rank_correlation"].items():
         for train, matrix in of_trains.items():
-            title = f"Rank correlation of {estimator.replace('sts', 'STS')} over domains, trained on {train}"
+            title = f"Rank correlation of {BY_NAME[estimator].label} over domains, trained on {train}"
             table = Table(title=title, title_justify="left")
             table.add_column("SAE")
             for name in names:

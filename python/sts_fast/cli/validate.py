@@ -12,7 +12,7 @@ from sts_fast import files
 from sts_fast.cli.console import err, out
 from sts_fast.cli.options import JsonOption, SeedOption
 from sts_fast.errors import InputError
-from sts_fast.forecast.run import VALIDATION_FILE
+from sts_fast.forecast.run import BY_NAME, VALIDATION_FILE
 from sts_fast.outcomes.calibration import fit_calibration
 from sts_fast.outcomes.calibration.calibration import CALIBRATION_FILE
 from sts_fast.outcomes.validate import validate as run_validate
@@ -26,9 +26,7 @@ def validate(
     ] = None,
     after: Annotated[Path | None, typer.Option("--after", help="Evaluation after training.")] = None,
     metric: Annotated[str | None, typer.Option("--metric", help="Such as acc, or exact_match,strict-match.")] = None,
-    estimator: Annotated[
-        str | None, typer.Option("--estimator", help="act, icl, act_sq; ntk, step, adapter, or ntk_loss and so on.")
-    ] = None,
+    estimator: Annotated[str | None, typer.Option("--estimator", help=f"Whose scores: {', '.join(BY_NAME)}.")] = None,
     fit: Annotated[
         bool, typer.Option("--fit", help="Learn from past runs, each validated, to forecast changes with intervals.")
     ] = False,

@@ -49,13 +49,13 @@ LIGHT, HEAVY = (12, 2e-4), (60, 5e-4)  # steps, learning rate
 
 # What stands beside the outcome: (name shown, how to find it in a domain's scores).
 PREDICTORS: dict[str, tuple[str, ...]] = {
-    "STS_act": ("sts_act",),
-    "STS_icl": ("sts_icl",),
-    "most active features": ("controls", "most_active", "sts_act"),
+    "STS_act": ("scores", "act", "value"),
+    "STS_icl": ("scores", "icl", "value"),
+    "most active features": ("controls", "most_active", "act"),
     "cosine of means": ("controls", "cosine_of_means", "cosine"),
-    "raw activations": ("controls", "raw", "sts_act"),
-    "least shifted features": ("controls", "low_shift", "sts_act"),
-    "random features": ("controls", "random", "sts_act"),
+    "raw activations": ("controls", "raw", "act"),
+    "least shifted features": ("controls", "low_shift", "act"),
+    "random features": ("controls", "random", "act"),
     "base loss": ("controls", "base_loss", "nll"),
     "base accuracy": ("controls", "base_accuracy", "accuracy"),
 }

@@ -16,7 +16,7 @@ from sts_fast._version import __version__
 from sts_fast.forecast.dims import N_REPLICATES, Shift
 from sts_fast.forecast.estimators import DomainRead, domain_scores, skipped
 from sts_fast.forecast.options import Settings
-from sts_fast.forecast.run import Forecast, ShiftedFeature, with_value_columns
+from sts_fast.forecast.run import Forecast, Score, ShiftedFeature, with_value_columns
 from sts_fast.model import explain
 from sts_fast.model.log import AnswerLog
 from sts_fast.model.reader import Reader
@@ -205,8 +205,10 @@ def with_signed(
     ]
     unanswered = [domain.name for domain in forecast.domains if domain.name not in signed.block["domains"]]
     more = [f"too few answers for a signed forecast of {', '.join(unanswered)}"] if unanswered else []
+    scores = {name: {key: Score(*score) for key, score in of.items()} for name, of in signed.scores.items()}
     return replace(
         forecast,
+        domains=[replace(domain, scores=domain.scores | scores.get(domain.name, {})) for domain in forecast.domains],
         signed={**signed.block, "top_features": described},
         warnings=[*forecast.warnings, *signed.warnings, *more],
         # Runs without signed estimators have no columns for their values.

@@ -6,15 +6,16 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from sts_fast.forecast.run import SCHEMA_VERSION, Forecast
+import numpy as np
+
+from sts_fast.forecast.run import ESTIMATORS, SCHEMA_VERSION, Forecast
 from sts_fast.statistics import defined, spearman
 
 
 def comparison(forecasts: Sequence[Forecast]) -> dict[str, Any]:
     """What compare.json holds: the scores of several training sets over the same domains, and how alike they are.
 
-    scores: by estimator and training set, `value` and `ci` in the order of `domains`
-    signed: the same of signed estimators, null for a domain without answers; null where none was asked for
+    scores: by estimator and training set, `value` and `ci` in the order of `domains`; null for a domain without answers
     changes: unit, sign and level, and by training set `value` and `interval`; null without a calibration
     shared_features: [n_trains][n_trains] part of D_N that two training sets have in common
     """
@@ -24,38 +25,18 @@ def comparison(forecasts: Sequence[Forecast]) -> dict[str, Any]:
         "trains": [{"name": forecast.train["name"], **forecast.shift} for forecast in forecasts],
         "domains": [domain.name for domain in forecasts[0].domains],
         "scores": {
-            f"sts_{estimator}": {
-                forecast.train["name"]: {
-                    "value": [getattr(domain, f"sts_{estimator}") for domain in forecast.domains],
-                    "ci": [list(getattr(domain, f"sts_{estimator}_ci")) for domain in forecast.domains],
-                }
-                for forecast in forecasts
-            }
-            for estimator in forecasts[0].settings["estimators"]
+            estimator.name: {forecast.train["name"]: _column(forecast, estimator.name) for forecast in forecasts}
+            for estimator in ESTIMATORS
+            if any(estimator.name in domain.scores for domain in forecasts[0].domains)
         },
-        "signed": _signed_comparison(forecasts),
         "changes": _changes(forecasts),
         "shared_features": [[len(one & other) / len(one) for other in tops] for one in tops],
     }
 
 
-def _signed_comparison(forecasts: Sequence[Forecast]) -> dict[str, Any] | None:
-    domains_of = {forecast.train["name"]: forecast.signed["domains"] for forecast in forecasts if forecast.signed}
-    if not domains_of:
-        return None
-    # Which fields there are is the same for all training sets and domains.
-    some = next(iter(next(iter(domains_of.values())).values()))
-    names = [domain.name for domain in forecasts[0].domains]
-    return {
-        field: {
-            train: {
-                key: [found[name][field][key] if name in found else None for name in names] for key in ("value", "ci")
-            }
-            for train, found in domains_of.items()
-        }
-        for field, value in some.items()
-        if isinstance(value, dict)
-    }
+def _column(forecast: Forecast, estimator: str) -> dict[str, Any]:
+    scores = [domain.scores.get(estimator) for domain in forecast.domains]
+    return {"value": [score and score.value for score in scores], "ci": [score and list(score.ci) for score in scores]}
 
 
 def _changes(forecasts: Sequence[Forecast]) -> dict[str, Any] | None:
@@ -120,12 +101,16 @@ def sae_comparison(forecasts: Sequence[Forecast]) -> dict[str, Any]:
         },
         "rank_correlation": {
             estimator: {
-                train: [
-                    [defined(spearman(one, other)) if len(one) > 2 else None for other in of_saes] for one in of_saes
-                ]
+                train: [[_rank_correlation(one, other) for other in of_saes] for one in of_saes]
                 for train in trains
                 for of_saes in [values[estimator, train]]
             }
             for estimator in estimators
         },
     }
+
+
+def _rank_correlation(one: Sequence[float | None], other: Sequence[float | None]) -> float | None:
+    """Spearman's over the domains that both have a score of; None for fewer than 3."""
+    both = [pair for pair in zip(one, other, strict=True) if None not in pair]
+    return defined(spearman(*np.asarray(both, np.float64).T)) if len(both) > 2 else None

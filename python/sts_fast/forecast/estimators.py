@@ -13,14 +13,14 @@ from sts_fast.errors import InputError
 from sts_fast.forecast import controls
 from sts_fast.forecast.dims import Shift
 from sts_fast.forecast.options import Settings
-from sts_fast.forecast.run import ESTIMATORS, DomainScore
+from sts_fast.forecast.run import DomainScore, Score
 from sts_fast.model.explain import Firings
 from sts_fast.model.log import AnswerLog, PromptLog
 from sts_fast.model.reader import PairedRows, Reader
 from sts_fast.ops.encode import SparseFeatures, encode
 from sts_fast.ops.shift import ShiftStats
 from sts_fast.sae import SAE
-from sts_fast.statistics import Interval, ratio_interval, resamples
+from sts_fast.statistics import ratio_interval, resamples
 
 if TYPE_CHECKING:
     import torch
@@ -162,7 +162,7 @@ def domain_scores(
     scores = []
     for read, z_score, logit in zip(reads, z_scores, logits, strict=True):
         more = {
-            "z_scored": {"sts_act": float(z_score)} if judged else {},
+            "z_scored": {"act": float(z_score)} if judged else {},
             "cosine_of_means": {"cosine": controls.cosine(shift.raw.mean, read.raw.mean)},
             "cka": {"cka": controls.cka(shift.raw.moments.covariance, read.raw.moments.covariance)},
             "probe": {"logit": float(logit)},
@@ -188,8 +188,7 @@ def _domain_score(
         "most_active": len(shift.most_active),
         controls.RAW_CONTROL: len(shift.raw_top),
     }
-    value: dict[str, float | None] = dict.fromkeys(ESTIMATORS)
-    interval: dict[str, Interval | None] = dict.fromkeys(ESTIMATORS)
+    scores: dict[str, Score] = {}
     found: dict[str, dict[str, float]] = {control: {} for control in sizes if control}
     for estimator in settings.estimators:
         for control, size in sizes.items():
@@ -202,22 +201,16 @@ def _domain_score(
                 )
             ratio = float(numerator.sum() / denominator.sum())
             if control:
-                found[control][f"sts_{estimator}"] = ratio
+                found[control][estimator] = ratio
             else:
-                value[estimator] = ratio
-                interval[estimator] = ratio_interval(numerator, denominator, drawn)
+                scores[estimator] = Score(ratio, ratio_interval(numerator, denominator, drawn))
     found |= more
     if answers is not None:
         found["base_loss"] = {"nll": float(answers.nll.sum() / answers.n_tokens.sum())}
         found["base_accuracy"] = {"accuracy": float(answers.exact.mean())}
     return DomainScore(
         name=name,
-        sts_act=value["act"],
-        sts_act_ci=interval["act"],
-        sts_icl=value["icl"],
-        sts_icl_ci=interval["icl"],
-        sts_act_sq=value["act_sq"],
-        sts_act_sq_ci=interval["act_sq"],
+        scores=scores,
         n_prompts=n_prompts,
         **skipped(read.prompt_set),
         **log.counts(),

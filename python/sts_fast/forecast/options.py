@@ -10,21 +10,22 @@ from typing import Literal, TypedDict, get_args
 from sts_fast.data.prompts import Progress, TokenClass
 from sts_fast.data.sets import Sampling
 from sts_fast.errors import InputError
-from sts_fast.forecast.run import ESTIMATORS, Estimator
+from sts_fast.forecast.run import ESTIMATOR_OPTIONS
 from sts_fast.model.session import Reading
 from sts_fast.model.weights import DeviceMap
 from sts_fast.signed.push import FeatureKind
-from sts_fast.signed.signed import SIGNED_ESTIMATORS, SignedEstimator
+from sts_fast.signed.signed import SignedEstimator
 
 Dims = Literal["icl", "tuned", "active"]
 Controls = Literal["features", "all"]
+SizeEstimator = Literal["act", "icl", "act_sq"]
 
 
 class Options(TypedDict, total=False):
     """What can be chosen; `Settings` has the defaults and the meaning of each."""
 
     dims: Dims
-    estimators: Sequence[Estimator | SignedEstimator]
+    estimators: Sequence[SizeEstimator | SignedEstimator]
     signed_features: FeatureKind
     controls: Controls
     shots: int
@@ -82,7 +83,7 @@ class Settings:
     """
 
     dims: Dims = "icl"
-    estimators: Sequence[Estimator | SignedEstimator] = ("act", "icl")
+    estimators: Sequence[SizeEstimator | SignedEstimator] = ("act", "icl")
     signed_features: FeatureKind = "sae"
     controls: Controls = "features"
     shots: int = 2
@@ -116,9 +117,8 @@ class Settings:
             if value not in choices:
                 raise InputError(f"{name} must be one of {', '.join(choices)}, not '{value}'")
         for estimator in self.estimators:
-            if estimator not in (*ESTIMATORS, *SIGNED_ESTIMATORS):
-                known = ", ".join((*ESTIMATORS, *SIGNED_ESTIMATORS))
-                raise InputError(f"estimators must be among {known}, not '{estimator}'")
+            if estimator not in ESTIMATOR_OPTIONS:
+                raise InputError(f"estimators must be among {', '.join(ESTIMATOR_OPTIONS)}, not '{estimator}'")
         if not self.estimators or len(set(self.estimators)) < len(self.estimators):
             raise InputError("estimators must name one or more, each once")
         for name in ("shots", "domain_shots", "top_n", "limit", "batch_tokens"):

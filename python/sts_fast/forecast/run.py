@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -40,24 +41,118 @@ RUN_FILES = (
 # D_N that holds features by what they do on the tokens read; of all others, shift.safetensors has sums of shifts.
 DIMS_OF_ACTIVITY = ("active", "correlation", "gradient")
 
-Estimator = Literal["act", "icl", "act_sq"]
-ESTIMATORS = get_args(Estimator)
+
+@dataclass(frozen=True)
+class Estimator:
+    """One way of scoring a domain.
+
+    name:     key of its scores; label: its name for people
+    meaning:  how a score is made, for people
+    signed:   whether a score above zero is a change for the better; without a sign it is the size of a change
+    quantity: what a score forecasts; unit: 'points' or 'nats per token', '' for scores that only compare domains
+    """
+
+    name: str
+    label: str
+    meaning: str
+    signed: bool = False
+    quantity: str = "size of change"
+    unit: str = ""
+
+    @property
+    def option(self) -> str:
+        """The name that asks for it: a signed estimator gives a score of P(answer) and one of the loss."""
+        return self.name.removesuffix("_loss")
+
+    @property
+    def factor(self) -> float:
+        """Units in a score of 1."""
+        return 100.0 if self.unit == "points" else 1.0
+
+    @property
+    def title(self) -> str:
+        """The title of an axis."""
+        return f"{self.quantity}, {self.unit}" if self.unit else f"{self.quantity} (no scale)"
+
+    def text(self, value: float, ci: Interval) -> str:
+        """A score in its unit: '1.2 [1.1, 1.3]', with a sign '+12.3 [+10.1, +14.5]'."""
+        form = ".3g" if not self.signed else "+.1f" if self.unit == "points" else "+.3g"
+        return "{} [{}, {}]".format(*(format(self.factor * number, form) for number in (value, *ci)))
+
+
+def _signed(name: str, meaning: str, of_answer: str, of_loss: str) -> tuple[Estimator, Estimator]:
+    return (
+        Estimator(name, name, meaning, True, "change of P(answer)", of_answer),
+        Estimator(f"{name}_loss", f"{name}_loss", meaning, True, "fall of the loss", of_loss),
+    )
+
+
+ESTIMATORS = (
+    Estimator(
+        *("act", "STS_act"),
+        "how active the shifted features are on the domain's own questions: their activations summed, per token",
+    ),
+    Estimator(
+        *("icl", "STS_icl"),
+        "how far the shifted features move on the domain's questions when demonstrations of the domain are shown: "
+        "their squared changes summed, per token",
+    ),
+    Estimator(
+        *("act_sq", "STS_act_sq"),
+        "the mean square of the shifted features' activations on the domain's questions, the variant of the authors' "
+        "notebook",
+    ),
+    *_signed(
+        "ntk",
+        "to first order: how far the gradients of the training set and of the domain point the same way",
+        *("", ""),
+    ),
+    *_signed(
+        "step",
+        "one long step of that map, and the domain's questions are asked again",
+        *("points", "nats per token"),
+    ),
+    *_signed(
+        "adapter",
+        "a linear map at the SAE's hook is trained on the training set, the model itself left as it is, and the "
+        "domain's questions are asked again",
+        *("points", "nats per token"),
+    ),
+)
+BY_NAME = {estimator.name: estimator for estimator in ESTIMATORS}
+SIZES = tuple(estimator.name for estimator in ESTIMATORS if not estimator.signed)
+SIGNED = tuple(estimator.name for estimator in ESTIMATORS if estimator.signed)
+# The names that can be asked for.
+ESTIMATOR_OPTIONS = tuple(dict.fromkeys(estimator.option for estimator in ESTIMATORS))
 VALUE_COLUMNS = [
     f"{control}_{estimator}_sum".removeprefix("_")
     for control in ("", *FEATURE_CONTROLS, RAW_CONTROL)
-    for estimator in ESTIMATORS
+    for estimator in SIZES
 ] + ["answer_nll_sum", "answer_exact", "advantage"]
+
+
+def label_of(estimator: str) -> str:
+    """The name for people, also of an estimator that only another version knows."""
+    return BY_NAME[estimator].label if estimator in BY_NAME else estimator
+
+
+@dataclass(frozen=True)
+class Score:
+    """A number with its 95% percentile interval of a bootstrap over prompts, D_N held fixed."""
+
+    value: float
+    ci: Interval
 
 
 @dataclass(frozen=True)
 class DomainScore:
-    """The forecast for one domain; an estimator that was not asked for is None.
+    """The forecast for one domain.
 
-    sts_act:    E_x sum_{j in D_N} h_j(x)                          (STS paper, STS_act)
-    sts_icl:    E_x sum_{j in D_N} ||h_j(demos, x) - h_j(x)||^2     (STS paper, STS_ICL)
-    sts_act_sq: E_x mean_{j in D_N} h_j(x)^2                       (the variant in the authors' notebook)
-    *_ci:       95% percentile interval of a bootstrap over prompts, D_N held fixed
-    n_tokens:   tokens behind sts_act; n_pairs: token pairs behind sts_icl
+    scores:     by estimator, those that were asked for; signed ones of domains with answers only, see push
+        act:    E_x sum_{j in D_N} h_j(x)                          (STS paper, STS_act)
+        icl:    E_x sum_{j in D_N} ||h_j(demos, x) - h_j(x)||^2     (STS paper, STS_ICL)
+        act_sq: E_x mean_{j in D_N} h_j(x)^2                       (the variant in the authors' notebook)
+    n_tokens:   tokens behind act; n_pairs: token pairs behind icl
     n_skipped:  examples looked at and left out: n_too_long for the model's context, n_unanswered where answers are read
     n_special, n_sinks: tokens left out because they are special, because they are attention sinks
     controls:   the same estimators with other features in the place of D_N, by control and estimator
@@ -65,12 +160,7 @@ class DomainScore:
     """
 
     name: str
-    sts_act: float | None
-    sts_act_ci: Interval | None
-    sts_icl: float | None
-    sts_icl_ci: Interval | None
-    sts_act_sq: float | None
-    sts_act_sq_ci: Interval | None
+    scores: dict[str, Score]
     n_prompts: int
     n_tokens: int
     n_pairs: int
@@ -82,6 +172,13 @@ class DomainScore:
     controls: dict[str, dict[str, float]]
     change: float | None = None
     change_interval: Interval | None = None
+
+    @classmethod
+    def from_plain(cls, domain: Mapping[str, Any]) -> DomainScore:
+        """Reads one of `domains` of scores.json."""
+        scores = {name: Score(score["value"], tuple(score["ci"])) for name, score in domain["scores"].items()}
+        interval = domain.get("change_interval")
+        return cls(**{**domain, "scores": scores, "change_interval": interval and tuple(interval)})
 
 
 @dataclass(frozen=True)
@@ -113,7 +210,7 @@ class Forecast:
     controls: what the controls were computed from: feature sets, raw dimensions and mean residuals, by name
     prompts: one row per prompt and stage, as in prompts.parquet
     firings: where the most shifted features fire in the domains, as in features.parquet
-    signed: which way each domain moves, where such estimators were asked for; see signed.measure_signed
+    signed: what signed scores rest on, where they were asked for; see signed.measure_signed
     rollouts: the completions and rewards that it rests on, where it is one of RL; see rollouts.rollouts
     calibration: what `change` of the domains was made with; None without it
     """
@@ -147,10 +244,7 @@ class Forecast:
         times = stability.times_for_overlap(kept)
         ranking = {}
         for estimator in self.settings["estimators"] if len(self.domains) > 1 else ():
-            values = [getattr(domain, f"sts_{estimator}") for domain in self.domains]
-            apart, times_apart = stability.pairs_apart(
-                values, [getattr(d, f"sts_{estimator}_ci") for d in self.domains]
-            )
+            apart, times_apart = stability.pairs_apart(*self.column(estimator))
             ranking[estimator] = {
                 "pairs_apart": apart,
                 "more_prompts": stability.n_more(self.prompts_per_domain, times_apart),
@@ -164,6 +258,11 @@ class Forecast:
     def prompts_per_domain(self) -> int:
         """In the mean."""
         return round(np.mean([domain.n_prompts for domain in self.domains])) if self.domains else 0
+
+    def column(self, estimator: str) -> tuple[list[float], list[Interval]]:
+        """Scores of all domains by an estimator without sign, and their intervals."""
+        scores = [domain.scores[estimator] for domain in self.domains]
+        return [score.value for score in scores], [score.ci for score in scores]
 
     def to_dict(self) -> dict[str, Any]:
         """What scores.json holds."""
@@ -185,11 +284,11 @@ class Forecast:
         }
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per domain, controls as columns `random_sts_act` and so on."""
+        """One row per domain: scores as columns `act` and `act_ci`, controls as `random_act`, and so on."""
         import pandas as pd
 
         return pd.json_normalize([_plain(domain) for domain in self.domains], sep="_").rename(
-            columns=lambda name: name.removeprefix("controls_")
+            columns=lambda name: re.sub("^scores_(.*?)(_value)?$", r"\1", name).removeprefix("controls_")
         )
 
     def save(self, folder: str | Path) -> None:
@@ -292,4 +391,4 @@ def with_value_columns(table: pa.Table) -> pa.Table:
 
 
 def _plain(record: DomainScore | ShiftedFeature) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(record).items()}
+    return asdict(record, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items})

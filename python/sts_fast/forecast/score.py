@@ -18,7 +18,7 @@ from sts_fast.forecast.compare import sae_names
 from sts_fast.forecast.dims import Shift, measure_shifts
 from sts_fast.forecast.estimators import read_domain
 from sts_fast.forecast.options import Options, Settings
-from sts_fast.forecast.run import ESTIMATORS, Forecast
+from sts_fast.forecast.run import BY_NAME, SIZES, Forecast
 from sts_fast.model import explain
 from sts_fast.model.log import AnswerLog
 from sts_fast.model.memory import MOST_BATCH_TOKENS
@@ -26,7 +26,7 @@ from sts_fast.model.sae_check import Fit
 from sts_fast.model.session import SAESource, Session
 from sts_fast.sae import SAE
 from sts_fast.signed.gradients import HookedModel
-from sts_fast.signed.signed import SIGNED_ESTIMATORS, SignedEstimator, SignedForecast, hook_layer, measure_signed
+from sts_fast.signed.signed import SignedEstimator, SignedForecast, hook_layer, measure_signed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -149,8 +149,8 @@ def compare(
     several SAEs, that of each in their order.
     """
     settings = Settings(**options)
-    signed: list[SignedEstimator] = [name for name in settings.estimators if name in SIGNED_ESTIMATORS]  # type: ignore[misc]
-    unsigned = [name for name in settings.estimators if name in ESTIMATORS]
+    signed: list[SignedEstimator] = [name for name in settings.estimators if name not in SIZES]  # type: ignore[misc]
+    unsigned = [name for name in settings.estimators if name in SIZES]
     settings = replace(settings, estimators=unsigned or ["act"])
     if (settings.dims == "tuned") != (tuned is not None):
         raise InputError("--dims tuned and --tuned MODEL go together: the true shift needs the model after training")
@@ -312,10 +312,9 @@ def forecasts_of(
         for by_train, suffix in zip(forecasts, with_sae, strict=True):
             for name, forecast in by_train.items():
                 for estimator in settings.estimators:
-                    values = [getattr(domain, f"sts_{estimator}") for domain in forecast.domains]
-                    intervals = [getattr(domain, f"sts_{estimator}_ci") for domain in forecast.domains]
+                    label, n_prompts = BY_NAME[estimator].label, forecast.prompts_per_domain
                     settings.tell_line(
-                        stability.ranking_line(name + suffix, estimator, forecast.prompts_per_domain, values, intervals)
+                        stability.ranking_line(name + suffix, label, n_prompts, *forecast.column(estimator))
                     )
     return forecasts
 

@@ -65,11 +65,11 @@ def shift_line(name: str, top_n: int, n_prompts: int, overlap: float) -> str:
 
 
 def ranking_line(
-    name: str, estimator: str, n_prompts: int, values: Sequence[float], intervals: Sequence[Sequence[float]]
+    name: str, label: str, n_prompts: int, values: Sequence[float], intervals: Sequence[Sequence[float]]
 ) -> str:
-    """One line after the domains have been scored; n_prompts: of a domain, in the mean."""
+    """One line after the domains have been scored; label: of the estimator; n_prompts: of a domain, in the mean."""
     apart, times = pairs_apart(values, intervals)
     return (
-        f"{name}: by STS_{estimator} {apart:.0%} of the pairs of domains are apart; a domain has {n_prompts} prompts, "
+        f"{name}: by {label} {apart:.0%} of the pairs of domains are apart; a domain has {n_prompts} prompts, "
         f"{more(n_prompts, times)} ({SETTLED:.0%} apart)"
     )

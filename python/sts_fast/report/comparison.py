@@ -10,12 +10,11 @@ from urllib.parse import quote
 
 from sts_fast import files
 from sts_fast.errors import InputError
-from sts_fast.forecast.run import COMPARISON_FILE, REPORT_FILE
+from sts_fast.forecast.run import BY_NAME, COMPARISON_FILE, REPORT_FILE, SIZES, Estimator
 from sts_fast.outcomes.calibration.change_text import shown_change, shown_interval, unit_name
 from sts_fast.report.numbers import counted, percent, significant
 from sts_fast.report.page import render
-from sts_fast.report.ranking import MEANINGS, label_of
-from sts_fast.report.signed import ESTIMATORS, HOW, number_text, unit_of
+from sts_fast.report.signed import PREFERRED, number_text
 
 TEMPLATE = "comparison.html.j2"
 N_SHADES = 3
@@ -57,8 +56,7 @@ def build_comparison_report(folder: str | Path) -> Path:
             "domains": compared["domains"],
             "grids": [
                 *_change_grids(compared, trains),
-                *_signed_grids(compared, trains),
-                *_size_grids(compared, trains),
+                *_score_grids(compared, trains),
             ],
             "shared": [
                 (name, [percent(share) for share in row])
@@ -105,39 +103,20 @@ def _shade(value: float, largest: float, kind: str = "size") -> str:
     return f"{kind}{size}" if size else ""
 
 
-def _signed_grids(compared: dict[str, Any], trains: list[str]) -> list[Grid]:
-    grids = []
-    for name in ESTIMATORS:
-        for field in (name, f"{name}_loss"):
-            if field in (compared.get("signed") or {}):
-                factor, _, title = unit_of(field)
-                grids.append(
-                    _grid(compared, compared["signed"][field], trains, field, f"{field}: {title}", HOW[name], factor)
-                )
-    return grids
+def _score_grids(compared: dict[str, Any], trains: list[str]) -> list[Grid]:
+    names = (*(f"{name}{of}" for name in PREFERRED for of in ("", "_loss")), *SIZES)
+    return [_grid(compared, trains, BY_NAME[name]) for name in names if name in compared["scores"]]
 
 
-def _size_grids(compared: dict[str, Any], trains: list[str]) -> list[Grid]:
-    grids = []
-    for key, found in compared["scores"].items():
-        estimator = key.removeprefix("sts_")
-        title = f"{label_of(estimator)}: size of the change, for better or worse"
-        grids.append(_grid(compared, found, trains, key, title, MEANINGS.get(estimator, "see the documentation"), None))
-    return grids
-
-
-def _grid(
-    compared: dict[str, Any],
-    found: dict[str, Any],
-    trains: list[str],
-    field: str,
-    title: str,
-    meaning: str,
-    factor: float | None,
-) -> Grid:
-    """factor: what signed values are multiplied by; None for sizes, which have one colour."""
+def _grid(compared: dict[str, Any], trains: list[str], estimator: Estimator) -> Grid:
+    """Signed scores have a colour for each direction, sizes one."""
+    found = compared["scores"][estimator.name]
     known = [abs(value) for name in trains for value in found[name]["value"] if value is not None]
     largest = max(known, default=0.0) or 1.0
+
+    def text(number: float) -> str:
+        return number_text(estimator.name, estimator.factor * number) if estimator.signed else significant(number)
+
     rows = []
     for i, domain in enumerate(compared["domains"]):
         cells: list[Cell | None] = []
@@ -146,13 +125,9 @@ def _grid(
             if value is None:
                 cells.append(None)
                 continue
-            kind = "size" if factor is None else "better" if value > 0 else "worse"
-            scale = 1.0 if factor is None else factor
-
-            def text(number: float, is_size: bool = factor is None, scale: float = scale) -> str:
-                return significant(number) if is_size else number_text(field, scale * number)
-
-            interval = f"{text(ci[0])} to {text(ci[1])}"
-            cells.append(Cell(scale * value, text(value), interval, _shade(value, largest, kind)))
+            kind = "size" if not estimator.signed else "better" if value > 0 else "worse"
+            shade = _shade(value, largest, kind)
+            cells.append(Cell(estimator.factor * value, text(value), f"{text(ci[0])} to {text(ci[1])}", shade))
         rows.append((domain, cells))
-    return Grid(field, title, meaning, rows)
+    title = estimator.title if estimator.signed else "size of the change, for better or worse"
+    return Grid(estimator.name, f"{estimator.label}: {title}", estimator.meaning, rows)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sts_fast.forecast.run import BY_NAME, SIZES
 from sts_fast.report.numbers import MIN_DOMAINS, SAME, SIMILAR, listed
-from sts_fast.report.ranking import estimators_of, label_of
+from sts_fast.report.ranking import estimators_of
 from sts_fast.statistics import defined, spearman
 
 CONTROLS = {
@@ -79,14 +80,14 @@ def control_section(scores: dict[str, Any]) -> ControlSection:
                     found.setdefault(control, {}).setdefault(quantity, {})[domain["name"]] = float(value)
     controls = []
     for control, numbers in found.items():
-        alone = next(iter(numbers.values())) if not any(key.startswith("sts_") for key in numbers) else {}
+        alone = next(iter(numbers.values())) if not any(key in SIZES for key in numbers) else {}
         compared = []
         for estimator in known:
-            values = numbers.get(f"sts_{estimator}", alone)
-            scored = {d["name"]: d[f"sts_{estimator}"] for d in domains if d.get(f"sts_{estimator}") is not None}
+            values = numbers.get(estimator, alone)
+            scored = {d["name"]: d["scores"][estimator]["value"] for d in domains if estimator in d["scores"]}
             compared.append(_compare(values, scored) if values else None)
         controls.append(Control(control_label(control), compared))
-    labels = [label_of(estimator) for estimator in known]
+    labels = [BY_NAME[estimator].label for estimator in known]
     return ControlSection(
         labels=labels,
         controls=controls,
@@ -129,6 +130,6 @@ def _control_sentences(labels: Sequence[str], controls: Sequence[Control]) -> li
 
 
 def _quantity_label(quantity: str) -> str:
-    if quantity.startswith("sts_"):
-        return label_of(quantity.removeprefix("sts_"))
+    if quantity in SIZES:
+        return BY_NAME[quantity].label
     return QUANTITIES.get(quantity, quantity.replace("_", " "))

@@ -8,10 +8,10 @@ from typing import Any
 
 from markupsafe import Markup
 
+from sts_fast.forecast.run import label_of
 from sts_fast.report import figures
 from sts_fast.report.controls import control_label
 from sts_fast.report.numbers import bracketed, correlation, correlations, percent
-from sts_fast.report.ranking import label_of
 from sts_fast.statistics import Z_95, Interval
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from sts_fast.forecast.run import BY_NAME, SIZES
 from sts_fast.report import figures
 from sts_fast.report.numbers import (
     MIN_DOMAINS,
@@ -28,14 +29,6 @@ MOST_BARS = 30
 FIRST_BARS = 24
 MUCH_SKIPPED = 0.5
 SHAKY_OVERLAP = 0.5
-
-MEANINGS = {
-    "act": "how active the shifted features are on the domain's own questions: their activations summed, per token",
-    "icl": "how far the shifted features move on the domain's questions when demonstrations of the domain are shown: "
-    "their squared changes summed, per token",
-    "act_sq": "the mean square of the shifted features' activations on the domain's questions, the variant of the "
-    "authors' notebook",
-}
 
 
 @dataclass(frozen=True)
@@ -74,15 +67,14 @@ class Agreement:
     sentence: str
 
 
-def label_of(estimator: str) -> str:
-    return f"STS_{estimator}"
-
-
 def estimators_of(scores: dict[str, Any]) -> list[str]:
-    """Those with a score for some domain, the first of which is the main one."""
-    order = {"act": 0, "icl": 1, "act_sq": 2}
-    names = sorted(scores["settings"]["estimators"], key=lambda name: (order.get(name, len(order)), name))
-    return [name for name in names if any(domain.get(f"sts_{name}") is not None for domain in scores["domains"])]
+    """Those without sign that score some domain, the first of which is the main one."""
+    return [name for name in SIZES if any(name in domain["scores"] for domain in scores["domains"])]
+
+
+def value_of(domain: dict[str, Any], estimator: str) -> float | None:
+    score = domain["scores"].get(estimator)
+    return None if score is None else float(score["value"])
 
 
 def rankings(scores: dict[str, Any]) -> list[Ranking]:
@@ -154,7 +146,7 @@ def agreements(scores: dict[str, Any]) -> list[Agreement]:
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
             _, x, y = _both(scores["domains"], first, second)
-            labels = (label_of(first), label_of(second))
+            labels = (BY_NAME[first].label, BY_NAME[second].label)
             rho = defined(spearman(x, y)) if len(x) >= MIN_DOMAINS else None
             found.append(Agreement(labels, rho, _agreement_sentence(labels, rho, x, y)))
     return found
@@ -172,7 +164,7 @@ def agreement_figure(scores: dict[str, Any]) -> Markup | None:
         figures.Point(d["name"], a, b, _interval(d, names[0]), _interval(d, names[1]))
         for d, a, b in zip(domains, x, y, strict=True)
     ]
-    first, second = map(label_of, names)
+    first, second = (BY_NAME[name].label for name in names)
     return figures.scatter(
         "agreement",
         points,
@@ -184,33 +176,34 @@ def agreement_figure(scores: dict[str, Any]) -> Markup | None:
     )
 
 
-def _interval(domain: dict[str, Any], estimator: str) -> Interval | None:
-    bounds = domain.get(f"sts_{estimator}_ci")
-    return None if bounds is None else (float(bounds[0]), float(bounds[1]))
+def _interval(domain: dict[str, Any], estimator: str) -> Interval:
+    low, high = domain["scores"][estimator]["ci"]
+    return float(low), float(high)
 
 
 def _both(domains: Sequence[dict[str, Any]], first: str, second: str) -> tuple[list[Any], list[float], list[float]]:
-    having = [d for d in domains if d.get(f"sts_{first}") is not None and d.get(f"sts_{second}") is not None]
-    return having, [float(d[f"sts_{first}"]) for d in having], [float(d[f"sts_{second}"]) for d in having]
+    having = [domain for domain in domains if {first, second} <= domain["scores"].keys()]
+    x, y = ([float(domain["scores"][name]["value"]) for domain in having] for name in (first, second))
+    return having, x, y
 
 
 def _ranking(domains: Sequence[dict[str, Any]], estimator: str) -> Ranking:
-    having = [domain for domain in domains if domain.get(f"sts_{estimator}") is not None]
-    having.sort(key=lambda domain: (-domain[f"sts_{estimator}"], domain["name"]))
+    having = [domain for domain in domains if estimator in domain["scores"]]
+    having.sort(key=lambda domain: (-domain["scores"][estimator]["value"], domain["name"]))
     rows = []
     for domain, after in zip(having, [*having[1:], None], strict=True):
         bounds, below = _interval(domain, estimator), after and _interval(after, estimator)
         entry = domain["controls"].get("random")
-        random = entry.get(f"sts_{estimator}") if isinstance(entry, dict) else None
-        clear = bounds[0] > below[1] if bounds and below else None
-        value = float(domain[f"sts_{estimator}"])
+        random = entry.get(estimator) if isinstance(entry, dict) else None
+        clear = bounds[0] > below[1] if below else None
+        value = float(domain["scores"][estimator]["value"])
         rows.append(Row(domain["name"], value, bounds, random, domain["n_prompts"], clear))
     first = rows if len(rows) <= MOST_BARS else rows[:FIRST_BARS]
     more = rows[len(first) :]
     return Ranking(
         estimator=estimator,
-        label=label_of(estimator),
-        meaning=MEANINGS.get(estimator, "see the documentation"),
+        label=BY_NAME[estimator].label,
+        meaning=BY_NAME[estimator].meaning,
         rows=rows,
         figure=_bars(estimator, first, rows),
         more=_bars(estimator, more, rows, start=len(first)) if more else None,
@@ -232,7 +225,7 @@ def _bars(estimator: str, shown: Sequence[Row], rows: Sequence[Row], *, start: i
         f"ranking-{estimator}-{start}",
         bars,
         scale,
-        title=f"Domains {start + 1} to {start + len(shown)} by {label_of(estimator)}, highest first",
+        title=f"Domains {start + 1} to {start + len(shown)} by {BY_NAME[estimator].label}, highest first",
         description=f"Highest: {shown[0].name} with {_score_text(shown[0])}; lowest: {shown[-1].name} with "
         f"{_score_text(shown[-1])}. In brackets 95% intervals. The table below the figure has all numbers.",
     )

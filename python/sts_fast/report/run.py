@@ -13,6 +13,7 @@ from sts_fast import files
 from sts_fast.ablate.record import ABLATION_FILE, ablation_schema
 from sts_fast.errors import InputError
 from sts_fast.forecast.run import (
+    BY_NAME,
     DIMS_OF_ACTIVITY,
     FEATURES_FILE,
     SCHEMA_VERSION,
@@ -221,12 +222,17 @@ def _read_firings(path: Path, wanted: dict[str, list[int]]) -> dict[str, dict[in
 
 def _is_stale(validation: dict[str, Any], scores: dict[str, Any]) -> bool:
     """Whether any domain that both name has another score there."""
-    known = {domain["name"]: domain.get(f"sts_{validation.get('estimator')}") for domain in scores["domains"]}
+    estimator = str(validation.get("estimator"))
+    known = {
+        domain["name"]: domain["scores"][estimator]["value"]
+        for domain in scores["domains"]
+        if estimator in BY_NAME and estimator in domain["scores"]
+    }
     domains = validation.get("domains")
     for domain in domains if isinstance(domains, list) else []:
         if isinstance(domain, dict) and isinstance(domain.get("name"), str) and domain["name"] in known:
             value, here = domain.get("score"), known[domain["name"]]
-            if isinstance(value, (int, float)) and here is not None and not math.isclose(value, here, rel_tol=1e-9):
+            if isinstance(value, (int, float)) and not math.isclose(value, here, rel_tol=1e-9):
                 return True
     return False
 

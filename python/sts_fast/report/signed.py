@@ -8,6 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from sts_fast.forecast.run import BY_NAME, ESTIMATOR_OPTIONS, SIGNED
 from sts_fast.report import figures
 from sts_fast.report.features import FIRST_FEATURES, Feature, FeatureSection, feature_of, section_of
 from sts_fast.report.numbers import counted, isolated, listed, percent, significant, with_sign
@@ -17,13 +18,7 @@ from sts_fast.signed.push import SMALLEST_P, SOLVED_LOSS
 from sts_fast.statistics import Interval
 
 # The one that came closest to what training did (docs/signed.md) first.
-ESTIMATORS = ("adapter", "step", "ntk")
-HOW = {
-    "adapter": "a linear map at the SAE's hook is trained on the training set, the model itself left as it is, and the "
-    "domain's questions are asked again",
-    "step": "one long step of that map, and the domain's questions are asked again",
-    "ntk": "to first order: how far the gradients of the training set and of the domain point the same way",
-}
+PREFERRED = tuple(name for name in reversed(ESTIMATOR_OPTIONS) if name in SIGNED)
 MOST_PARTS = 5
 MOST_DOMAINS = 3
 
@@ -109,16 +104,17 @@ def signed_section(run: Run) -> SignedSection | None:
     if not signed or not signed["domains"]:
         return None
     domains = signed["domains"]
-    known = [name for name in ESTIMATORS if all(found[name] is not None for found in domains.values())]
+    scores = {domain["name"]: domain["scores"] for domain in run.scores["domains"] if domain["name"] in domains}
+    known = [name for name in PREFERRED if all(name in of_domain for of_domain in scores.values())]
     if not known:
         return None
     # Where most answers are too long, a change of their probability is shown after that of their loss.
     unlikely = sum(found["p_answer"] < SMALLEST_P for found in domains.values()) > len(domains) / 2
     estimators = []
     for name in known:
-        of_p, of_loss = _ranking(domains, name), _ranking(domains, f"{name}_loss")
+        of_p, of_loss = _ranking(scores, domains, name), _ranking(scores, domains, f"{name}_loss")
         main, other = (of_loss, of_p) if unlikely else (of_p, of_loss)
-        estimators.append(Estimated(name, HOW[name], main, other))
+        estimators.append(Estimated(name, BY_NAME[name].meaning, main, other))
     carriers, carried = _carriers(run)
     return SignedSection(
         summary=_summary(estimators[0]),
@@ -130,32 +126,21 @@ def signed_section(run: Run) -> SignedSection | None:
     )
 
 
-def unit_of(field: str) -> tuple[float, str, str]:
-    """What a value is multiplied by, its unit, and the title of its axis."""
-    if field.endswith("_loss"):
-        if field == "ntk_loss":
-            return 1.0, "", "fall of the loss (no scale)"
-        return 1.0, "nats per token", "fall of the loss, nats per token"
-    if field == "ntk":
-        return 1.0, "", "change of P(answer) (no scale)"
-    return 100.0, "points", "change of P(answer), points"
-
-
 def number_text(field: str, value: float) -> str:
-    if unit_of(field)[1] != "points":
+    if BY_NAME[field].unit != "points":
         return with_sign(value)
     return "0.0" if abs(value) < 0.05 else f"{value:+.1f}".replace("-", "−")
 
 
-def _ranking(domains: dict[str, Any], field: str) -> SignedRanking:
-    factor, unit, title = unit_of(field)
-    rows = []
+def _ranking(scores: dict[str, Any], domains: dict[str, Any], field: str) -> SignedRanking:
+    estimator, rows = BY_NAME[field], []
     for name, found in domains.items():
-        low, high = (factor * bound for bound in found[field]["ci"])
+        score = scores[name][field]
+        low, high = (estimator.factor * bound for bound in score["ci"])
         rows.append(
             SignedRow(
                 name=name,
-                value=factor * found[field]["value"],
+                value=estimator.factor * score["value"],
                 interval=(low, high),
                 direction="better" if low > 0 else "worse" if high < 0 else "open",
                 unlikely=found["p_answer"] < SMALLEST_P and not field.endswith("_loss"),
@@ -172,19 +157,18 @@ def _ranking(domains: dict[str, Any], field: str) -> SignedRanking:
     more = [row for row in rows if row not in first]
     return SignedRanking(
         field=field,
-        title=title,
-        unit=unit,
+        title=estimator.title,
+        unit=estimator.unit,
         rows=rows,
-        figure=_bars(field, title, first, rows),
-        more=_bars(field, title, more, rows, part="more") if more else None,
+        figure=_bars(field, first, rows),
+        more=_bars(field, more, rows, part="more") if more else None,
         n_first=len(first),
         sentences=_ranking_sentences(rows),
     )
 
 
-def _bars(
-    field: str, title: str, shown: Sequence[SignedRow], rows: Sequence[SignedRow], *, part: str = "first"
-) -> Markup:
+def _bars(field: str, shown: Sequence[SignedRow], rows: Sequence[SignedRow], *, part: str = "first") -> Markup:
+    title = BY_NAME[field].title
     scale = figures.Scale.over([0.0, *(v for row in rows for v in (row.value, *row.interval))], most_ticks=5)
     bars = [
         figures.Bar(

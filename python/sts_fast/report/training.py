@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from sts_fast.report import figures
 from sts_fast.report.numbers import count, counted, isolated, listed, percent, significant
+from sts_fast.report.ranking import value_of
 
 # Lines of more domains than these cannot be told apart.
 MOST_LINES = 6
@@ -18,7 +19,7 @@ MOST_LINES = 6
 
 @dataclass(frozen=True)
 class Exposed:
-    """A domain's exposure at the end, the forecast's sts_icl in the same unit, and its budget."""
+    """A domain's exposure at the end, the forecast's score by icl in the same unit, and its budget."""
 
     name: str
     exposure: float
@@ -43,7 +44,7 @@ def training_section(training: dict[str, Any], scores: dict[str, Any]) -> Traini
         return None
     steps = [found["step"] for found in history]
     first, last = history[0], history[-1]
-    forecasts = {domain["name"]: domain.get("sts_icl") for domain in scores["domains"]}
+    forecasts = {domain["name"]: value_of(domain, "icl") for domain in scores["domains"]}
     budgets = training.get("stop_when") or {}
     rows = sorted(
         (

@@ -14,7 +14,7 @@ from sts_fast.data.sets import MIN_PROMPTS, Fields, Kind, Sets, Source, check_en
 from sts_fast.errors import InputError
 from sts_fast.forecast.dims import Shift, measure_shifts
 from sts_fast.forecast.options import Options, Settings
-from sts_fast.forecast.run import ESTIMATORS, Forecast
+from sts_fast.forecast.run import SIZES, Forecast
 from sts_fast.forecast.score import forecasts_of
 from sts_fast.model import explain
 from sts_fast.model.memory import MOST_BATCH_TOKENS
@@ -33,7 +33,6 @@ from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.projection import projection
 from sts_fast.signed.push import Features, MapKind, Push, measure_push
 from sts_fast.signed.signed import (
-    SIGNED_ESTIMATORS,
     SignedEstimator,
     SignedForecast,
     hook_layer,
@@ -81,8 +80,8 @@ def rollouts(
         raise TypeError("rollouts() takes no dims: give ways")
     settings = Settings(**options)
     _check_ways(ways)
-    signed: list[SignedEstimator] = [name for name in settings.estimators if name in SIGNED_ESTIMATORS]  # type: ignore[misc]
-    unsigned = [name for name in settings.estimators if name in ESTIMATORS]
+    signed: list[SignedEstimator] = [name for name in settings.estimators if name not in SIZES]  # type: ignore[misc]
+    unsigned = [name for name in settings.estimators if name in SIZES]
     settings = replace(settings, estimators=unsigned or ["act"])
     data = rollouts if isinstance(rollouts, Rollouts) else load_rollouts(rollouts, columns or Columns())
     fields = Fields(settings.question_fields or {}, settings.answer_fields or {})

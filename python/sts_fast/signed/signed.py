@@ -53,12 +53,14 @@ class SignedForecast:
     """The signed forecasts of one training set.
 
     block:    `signed` in scores.json
+    scores:   by domain and field, its value and interval
     warnings: what a reader should know
     prompts:  rows of prompts.parquet, one for each answered prompt of the training set and of the domains
     firings:  where the features that carry the forecasts fire in the domains' prompts
     """
 
     block: dict[str, Any]
+    scores: dict[str, dict[str, tuple[float, tuple[float, float]]]]
     warnings: list[str]
     prompts: pa.Table
     firings: Firings
@@ -136,7 +138,7 @@ def signed_forecasts(
         )
         for domain in domains
     ]
-    blocks = [_block(i, push, pulls, features, estimators, seed) for i, push in enumerate(pushes)]
+    blocks = [_block(i, push, pulls, features) for i, push in enumerate(pushes)]
     carriers = [[found["index"] for found in block["top_features"][:N_FEATURES]] for block in blocks]
     firings = [Firings(np.asarray(indices, np.int64), "signed") for indices in carriers]
     for domain in domains:
@@ -144,6 +146,7 @@ def signed_forecasts(
     return {
         push.name: SignedForecast(
             block,
+            {pull.name: _scores(i, pull, estimators, seed) for pull in pulls},
             [*push_warnings(push), *pull_warnings(pulls)],
             _prompt_table(i, train, push, domains, pulls),
             found,
@@ -208,10 +211,8 @@ def _centre(model: HookedModel, domains: Sequence[PromptSet], batch_tokens: int)
     return centre
 
 
-def _block(
-    i: int, push: Push, pulls: Sequence[Pull], features: Features, estimators: Sequence[str], seed: int
-) -> dict[str, Any]:
-    found = {pull.name: _domain(i, pull, features, estimators, seed) for pull in pulls}
+def _block(i: int, push: Push, pulls: Sequence[Pull], features: Features) -> dict[str, Any]:
+    found = {pull.name: _domain(i, pull, features) for pull in pulls}
     sizes = np.sum([np.abs(pull.contributions[i]) for pull in pulls], axis=0)
     listed = {top["index"] for domain in found.values() for top in domain["top_features"] or []}
     shares = {j: float(sizes[j] / sizes.sum()) for j in listed}
@@ -225,20 +226,23 @@ def _block(
     }
 
 
-def _domain(i: int, pull: Pull, features: Features, estimators: Sequence[str], seed: int) -> dict[str, Any]:
+def _scores(i: int, pull: Pull, estimators: Sequence[str], seed: int) -> dict[str, tuple[float, tuple[float, float]]]:
     n = len(pull.nll)
     shares = resamples(n, seed, pull.name) / n
+    found = {}
+    for field in (field for field in SIGNED_FIELDS if field.removesuffix("_loss") in estimators):
+        values = pull.values[field][i]
+        found[field] = float(values.mean()), mean_interval(values, shares)
+    return found
+
+
+def _domain(i: int, pull: Pull, features: Features) -> dict[str, Any]:
     found: dict[str, Any] = {
-        "n_prompts": n,
+        "n_prompts": len(pull.nll),
         "base_loss": float(pull.nll.mean()),
         "p_answer": float(pull.p_answer.mean()),
         "gradient_cosine": float(pull.values["ntk_loss"][i].mean() / pull.norm) if pull.norm else 0.0,
     }
-    for field in SIGNED_FIELDS:
-        found[field] = None
-        if field.removesuffix("_loss") in estimators:
-            values = pull.values[field][i]
-            found[field] = {"value": float(values.mean()), "ci": list(mean_interval(values, shares))}
     if features.kind == "raw":
         return found | {"top_features": None, "share_of_top_features": None}
     contributions = pull.contributions[i]

@@ -13,7 +13,7 @@ import numpy as np
 
 from sts_fast import files
 from sts_fast.errors import InputError
-from sts_fast.forecast.run import Forecast
+from sts_fast.forecast.run import BY_NAME, SIGNED, Forecast
 from sts_fast.outcomes.calibration import past
 from sts_fast.outcomes.calibration.change_text import shown_change, unit_name
 from sts_fast.outcomes.calibration.conformal import (
@@ -27,7 +27,6 @@ from sts_fast.outcomes.calibration.conformal import (
     trains_needed,
 )
 from sts_fast.outcomes.evaluation import listed
-from sts_fast.signed.signed import SIGNED_FIELDS
 from sts_fast.statistics import Interval
 
 CALIBRATION_FILE = "calibration.json"
@@ -67,7 +66,7 @@ class Calibration:
     @property
     def signed(self) -> bool:
         """Whether the direction of a change is forecast; otherwise its size alone."""
-        return self.estimator in SIGNED_FIELDS
+        return self.estimator in SIGNED
 
     @property
     def n_trains(self) -> int:
@@ -106,8 +105,8 @@ class Calibration:
         document = forecast.to_dict()
         scores = past.forecasts_of(document, self.estimator)
         if not scores:
-            name = self.estimator.removesuffix("_loss")
-            raise InputError(f"the calibration is one of '{self.estimator}': score with --estimators {name}")
+            option = BY_NAME[self.estimator].option
+            raise InputError(f"the calibration is one of '{self.estimator}': score with --estimators {option}")
         self.check(past.conditions(document, self.estimator))
         beyond = {name: abs(score) / self.largest for name, score in scores.items() if abs(score) > self.largest}
         if 2 * len(beyond) > len(scores):

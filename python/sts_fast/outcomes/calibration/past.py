@@ -13,14 +13,13 @@ import numpy as np
 
 from sts_fast import files
 from sts_fast.errors import InputError
-from sts_fast.forecast.run import ESTIMATORS, SCORES_FILE, VALIDATION_FILE
+from sts_fast.forecast.run import BY_NAME, ESTIMATOR_OPTIONS, SCORES_FILE, SIGNED, SIZES, VALIDATION_FILE
 from sts_fast.outcomes.calibration.conformal import Points
 from sts_fast.outcomes.evaluation import METRICS, listed
 from sts_fast.outcomes.validate.reading import finite, read_run_scores
-from sts_fast.signed.signed import SIGNED_ESTIMATORS, SIGNED_FIELDS
 
 # Which estimator is learned from where none is named: the first that all runs hold.
-PREFERRED = (*reversed(SIGNED_ESTIMATORS), *ESTIMATORS)
+PREFERRED = (*(name for name in reversed(ESTIMATOR_OPTIONS) if name in SIGNED), *SIZES)
 # What identifies a local model or SAE, of all the files that were hashed.
 WEIGHTS = (".safetensors", ".npz", ".pt", ".bin")
 SHOWN_DIGITS = 12
@@ -88,24 +87,25 @@ def _read_one(folder: Path) -> PastRun:
 
 def forecasts_of(scores: dict[str, Any], estimator: str) -> dict[str, float]:
     """Score by domain, of those that have one; empty where the run was made without the estimator."""
-    if estimator in SIGNED_FIELDS:
-        of_domains = (scores.get("signed") or {"domains": {}})["domains"]
-        return {name: entry[estimator]["value"] for name, entry in of_domains.items() if entry.get(estimator)}
-    if any(domain[f"sts_{estimator}"] is None for domain in scores["domains"]):
-        return {}
-    return {domain["name"]: domain[f"sts_{estimator}"] for domain in scores["domains"]}
+    return {
+        domain["name"]: domain["scores"][estimator]["value"]
+        for domain in scores["domains"]
+        if estimator in domain["scores"]
+    }
 
 
 def choose_estimator(runs: Sequence[PastRun], asked: str | None) -> str:
     """Raises InputError where not every run holds it."""
-    if asked is not None and asked not in (*ESTIMATORS, *SIGNED_FIELDS):
-        raise InputError(f"--estimator must be one of {', '.join((*ESTIMATORS, *SIGNED_FIELDS))}, not '{asked}'")
+    if asked is not None and asked not in BY_NAME:
+        raise InputError(f"--estimator must be one of {', '.join(BY_NAME)}, not '{asked}'")
     for estimator in [asked] if asked else PREFERRED:
         lacking = [run for run in runs if not run.forecasts(estimator)]
         if not lacking:
             return estimator
     if asked:
-        raise InputError(f"{lacking[0].folder} holds no scores by '{asked}': score it with --estimators {asked}")
+        raise InputError(
+            f"{lacking[0].folder} holds no scores by '{asked}': score it with --estimators {BY_NAME[asked].option}"
+        )
     raise InputError("the past runs have no estimator in common: score them with the same --estimators")
 
 
@@ -114,7 +114,7 @@ def points_of(runs: Sequence[PastRun], estimator: str) -> tuple[Points, list[str
 
     Raises InputError where a run has none.
     """
-    signed = estimator in SIGNED_FIELDS
+    signed = estimator in SIGNED
     keys = list(dict.fromkeys(train_key(run.scores) for run in runs))
     score, change, train = [], [], []
     for run in runs:
@@ -162,7 +162,7 @@ def conditions(scores: dict[str, Any], estimator: str) -> dict[str, Any]:
         "place": f"{model['side']} of {model['module']}",
         "forecast of": "RL" if scores.get("rollouts") else "fine-tuning",
     }
-    if estimator in SIGNED_FIELDS:
+    if estimator in SIGNED:
         return found | {"--signed-features": (scores.get("signed") or {"features": None})["features"]}
     found |= {"--dims": settings["dims"], "--top-n": settings["top_n"], "--tokens": settings["tokens"]}
     if settings["dims"] in ("icl", "verified"):

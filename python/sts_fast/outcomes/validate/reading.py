@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sts_fast.errors import InputError
-from sts_fast.forecast.run import SCORES_FILE, Forecast, check_has_scores
+from sts_fast.forecast.run import BY_NAME, SCORES_FILE, SIGNED, Forecast, check_has_scores
 from sts_fast.outcomes.evaluation import listed
 from sts_fast.outcomes.outcomes import Outcome
-from sts_fast.signed.signed import SIGNED_FIELDS
 from sts_fast.statistics import Z_95, Interval
 
 if TYPE_CHECKING:
@@ -39,33 +38,23 @@ def read_scores(source: Scores, estimator: str) -> tuple[dict[str, Number], dict
         return {str(name): value for name, value in source.items()}, {}
     scores: dict[str, Number] = {}
     controls: dict[str, dict[str, Any]] = {}
-    signed = source["signed"]["domains"] if estimator in SIGNED_FIELDS and source.get("signed") else {}
+    # A control has no number for a signed estimator, and is compared by its size.
+    key = "act" if estimator in SIGNED else estimator
     for domain in source["domains"]:
         if not isinstance(domain, dict) or "name" not in domain:
             raise InputError(f"{where} is not a forecast: it lists a domain without a name")
-        if signed:
-            if found := signed.get(domain["name"], {}).get(estimator):
-                scores[domain["name"]] = (found["value"], *found["ci"])
-                for control, entry in (domain.get("controls") or {}).items():
-                    for label, number in _control_values(control, entry, "sts_act"):
-                        controls.setdefault(label, {})[domain["name"]] = number
+        score = domain.get("scores", {}).get(estimator)
+        if score is None:
             continue
-        value = domain.get(f"sts_{estimator}")
-        if value is None:
-            held = sorted({key for key in domain if key.startswith("sts_") and not key.endswith("_ci") and domain[key]})
-            raise InputError(
-                f"{where} holds no scores of the estimator '{estimator}': it has "
-                f"{', '.join(key.removeprefix('sts_') for key in held) or 'none'}"
-            )
-        interval = domain.get(f"sts_{estimator}_ci")
-        if interval is not None and not (isinstance(interval, list) and len(interval) == 2):
+        if not isinstance(score.get("ci"), list) or len(score["ci"]) != 2:
             raise InputError(f"{where} holds an interval of '{domain['name']}' that is no pair of numbers")
-        scores[domain["name"]] = (value, *interval) if interval else value
+        scores[domain["name"]] = (score["value"], *score["ci"])
         for control, entry in (domain.get("controls") or {}).items():
-            for label, number in _control_values(control, entry, f"sts_{estimator}"):
+            for label, number in _control_values(control, entry, key):
                 controls.setdefault(label, {})[domain["name"]] = number
-    if signed and not scores:
-        raise InputError(f"{where} holds no forecast by '{estimator}': score it with --estimators {estimator}")
+    if not scores:
+        held = dict.fromkeys(name for domain in source["domains"] for name in domain.get("scores", {}))
+        raise InputError(f"{where} holds no scores of the estimator '{estimator}': it has {', '.join(held) or 'none'}")
     return scores, controls
 
 
@@ -73,7 +62,7 @@ def _control_values(control: str, entry: Any, key: str) -> list[tuple[str, Any]]
     """A control is a number, or numbers by estimator (only the one in question counts) or by other names."""
     if not isinstance(entry, dict):
         return [(control, entry)]
-    others = [(f"{control} {name}", value) for name, value in entry.items() if not name.startswith("sts_")]
+    others = [(f"{control} {name}", value) for name, value in entry.items() if name not in BY_NAME]
     return [*([(control, entry[key])] if key in entry else []), *others]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from sts_fast.errors import InputError
+from sts_fast.forecast.run import SIGNED
 from sts_fast.outcomes.outcomes import Outcome, Outcomes, cautions, match_domains, read_outcomes
 from sts_fast.outcomes.validate.reading import Scores, interval_of, outcome_arrays, read_scores, score_arrays, unmatched
 from sts_fast.outcomes.validate.record import DomainResult
@@ -20,7 +21,6 @@ from sts_fast.outcomes.validate.statistics import (
     without_most_helpful,
 )
 from sts_fast.outcomes.validate.validation import Validation, verdict
-from sts_fast.signed.signed import SIGNED_FIELDS
 
 
 def validate(
@@ -37,7 +37,7 @@ def validate(
 
     scores:   a Forecast, the folder or scores.json of a run, its content, or domain -> score or (score, low, high)
     outcomes: domain -> Outcome; or give `before`, `after`, `metric` for read_outcomes
-    estimator: whose scores to take: 'act', 'icl', 'act_sq'
+    estimator: whose scores to take, by its name in scores.json
     seed:     of every draw; the same seed gives the same numbers
 
     Raises InputError where scores or outcomes cannot be read or fewer than four domains are in both.
@@ -59,7 +59,7 @@ def validate(
     noise_known = bool(np.isfinite(stderr).any()), bool(score_sd.any())
     draws = Draws.make(len(matched), seed)
     limits = outcome_limits(matched, seed=seed)
-    is_signed = estimator in SIGNED_FIELDS
+    is_signed = estimator in SIGNED
     size_score = np.abs(score) if is_signed else score
     size = associate(size_score, score_sd, change, stderr, np.abs, draws)
     signed = associate(score, score_sd, change, stderr, np.positive, draws)

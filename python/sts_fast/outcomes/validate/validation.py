@@ -9,9 +9,9 @@ import textwrap
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sts_fast.forecast.run import SIGNED, label_of
 from sts_fast.outcomes.validate.record import Association, DomainResult, Limits
 from sts_fast.outcomes.validate.statistics import GOOD, LEVEL, N_DRAWS, critical_r
-from sts_fast.signed.signed import SIGNED_FIELDS
 from sts_fast.statistics import Interval
 
 ENOUGH_POWER = 0.8
@@ -99,7 +99,7 @@ def verdict(
 
 
 def domain_lines(validation: Validation) -> list[str]:
-    label = validation.estimator if validation.estimator in SIGNED_FIELDS else f"STS_{validation.estimator}"
+    label = label_of(validation.estimator)
     title = f"Forecast {label} beside the measured change, {len(validation.domains)} domains"
     lines = [title, "", f"{'domain':<24}{'score [95%]':>25}{'change':>10}{'± stderr':>10}{'z':>7}"]
     for row in sorted(validation.domains, key=lambda row: -row.score):
@@ -126,7 +126,7 @@ def association_lines(validation: Validation) -> list[str]:
     orders = "all" if validation.exact_permutation else f"{N_DRAWS:,} random"
     low, high = size.pearson.leave_one_out
     direction = "The score forecasts size, not direction: see r of the signed change."
-    if validation.estimator in SIGNED_FIELDS:
+    if validation.estimator in SIGNED:
         auc = "not known" if validation.sign_auc is None else f"{validation.sign_auc:.0%}"
         direction = (
             "This forecast has a sign. Of all pairs of a domain that rose and one that fell, the share in the right "
