@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sts_fast import files
 from sts_fast._version import __version__
 from sts_fast.ablate.measure import draw_features, measure
 from sts_fast.ablate.record import SCHEMA_VERSION, Ablation, answers_table, outcome_of
@@ -33,7 +32,7 @@ from sts_fast.data.examples import Example
 from sts_fast.data.prompts import Prompt, PromptSet, PromptTemplate
 from sts_fast.data.sets import Fields, Kind, Sampling, Sets, Source, check_enough, common_template
 from sts_fast.errors import InputError
-from sts_fast.forecast.run import DIMS_OF_ACTIVITY, PROMPTS_FILE, SHIFT_FILE, Forecast, read_scores
+from sts_fast.forecast.run import Forecast
 from sts_fast.model.hooks import find_hooks
 from sts_fast.model.language_model import load_language_model, load_tokenizer
 from sts_fast.model.sae_check import check_width
@@ -89,7 +88,8 @@ def ablate(
     Raises InputError where the run, the model or the SAE cannot be used together, answers are missing, or the SAE's
     files have no decoder.
     """
-    scores, stats, importance, rows = _read_run(run)
+    forecast = run if isinstance(run, Forecast) else Forecast.load(run)
+    scores, stats, importance = forecast.to_dict(), forecast.stats, forecast.controls.get("importance")
     if n_draws < 1 or (top_n is not None and top_n < 1):
         raise InputError("--draws and --top-n must be at least 1")
     source = scores["model"]["name"] if model is None else model
@@ -107,7 +107,7 @@ def ablate(
     if few_shot and train is None:
         raise InputError("--few-shot needs --train and --domains, which demonstrations are taken from")
     if train is None and domains is None:
-        sets = _stored_sets(rows)
+        sets = _stored_sets(forecast.prompts.to_pylist())
     else:
         if isinstance(source, (str, Path)):
             tokenizer = tokenizer or load_tokenizer(source)
@@ -148,27 +148,6 @@ def ablate(
         },
     }
     return Ablation(document, answers_table(measured, kinds))
-
-
-def _read_run(
-    run: Forecast | str | Path,
-) -> tuple[dict[str, Any], ShiftStats | CorrelationStats, Doubles | None, list[dict[str, Any]]]:
-    """What scores.json holds, the statistics that D_N was taken from, what else it was ranked by, and the prompts."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if isinstance(run, Forecast):
-        return run.to_dict(), run.stats, run.controls.get("importance"), run.prompts.to_pylist()
-    folder = Path(run)
-    scores = read_scores(folder)
-    try:
-        prompts = pq.read_table(folder / PROMPTS_FILE).to_pylist()
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise InputError(f"{folder / PROMPTS_FILE} cannot be read ({error}): make the run again") from error
-    kind = CorrelationStats if scores["settings"]["dims"] in DIMS_OF_ACTIVITY else ShiftStats
-    arrays, _ = files.load_arrays(folder / SHIFT_FILE, kind.__name__)
-    importance: Any = arrays.get("importance")
-    return scores, kind.load(folder / SHIFT_FILE), importance, prompts
 
 
 def _check_sae(sae: SAE, stats: ShiftStats | CorrelationStats) -> None:
