@@ -40,8 +40,9 @@ $(VENV)/installed: $(VENV)/build_tools pyproject.toml $(SOURCES)
 	  -C cmake.define.STS_WERROR=ON -C cmake.define.STS_CUDA=$(CUDA) '.[dev]'
 	@touch $@
 
+# On all cores; the tests of one file share a core, and with it the models and emulators that they make.
 test: lint
-	HF_HUB_OFFLINE=1 $(BIN)/pytest
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto --dist loadfile
 
 # Whole forecasts against the oracle, with our products and torch's as on processors with fewer instructions.
 test-dispatch: $(VENV)/installed

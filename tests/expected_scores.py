@@ -53,9 +53,9 @@ def assert_as_expected(run: Path, expected: oracle.Expected, request: pytest.Fix
         for control in sorted({*CONTROLS, *ANSWER_CONTROLS, "answer"})
     }
     request.node.user_properties += [
-        *((f"largest_deviation_{control}", max(some)) for control, some in by_control.items() if some),
+        *((f"largest_deviation_{control}", float(max(some))) for control, some in by_control.items() if some),
         ("n_numbers", len(found)),
-        ("largest_deviation", max(deviation for _, deviation in found)),
+        ("largest_deviation", float(max(deviation for _, deviation in found))),
         ("n_flips", expected.n_flips),
         ("n_ties", expected.n_ties),
     ]

@@ -332,7 +332,7 @@ def test_sharded_parameters_are_refused(
 
 
 def test_damaged_forecasts_are_told(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"has no scores\.json"):
+    with pytest.raises(InputError, match="there is no folder"):
         TransferMonitor(tmp_path / "nothing", output=tmp_path / "watch")
     damaged = tmp_path / "damaged"
     shutil.copytree(run, damaged)
@@ -340,7 +340,7 @@ def test_damaged_forecasts_are_told(run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"prompts\.parquet cannot be read"):
         TransferMonitor(damaged, output=tmp_path / "watch")
     (damaged / "scores.json").write_text("{}")
-    with pytest.raises(InputError, match=r"scores\.json is not a forecast"):
+    with pytest.raises(InputError, match=r"scores\.json is a file without a schema version"):
         TransferMonitor(damaged, output=tmp_path / "watch")
 
 

@@ -12,13 +12,14 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sts_fast.errors import InputError
+from sts_fast.errors import InputError, one_line
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 METADATA_KEY = "sts_fast"
+LARGEST = 1e100  # beyond it no score or count is meant, and squares and plots would overflow
 
 
 @contextmanager
@@ -88,6 +89,34 @@ def load_arrays(path: str | Path, kind: str) -> tuple[dict[str, NDArray[np.gener
         raise InputError(f"there is no file {path}") from error
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises InputError where it cannot be read, is no object, or contains a NaN, an infinity or a number beyond 1e100.
+    """
+    try:
+        document = json.loads(
+            path.read_text(encoding="utf-8"), parse_constant=_number, parse_float=_number, parse_int=_whole_number
+        )
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not readable JSON: {one_line(error)}") from error
+    if not isinstance(document, dict):
+        raise InputError(f"{path} is not a JSON object")
+    return document
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not abs(value) <= LARGEST:
+        raise ValueError(f"it has a number beyond 1e100, {text}")
+    return value
+
+
+def _whole_number(text: str) -> int:
+    _number(text)
+    return int(text)
 
 
 def sha256(path: str | Path) -> str:

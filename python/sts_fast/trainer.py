@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback
 
 from sts_fast import files
 from sts_fast.errors import InputError
-from sts_fast.forecast.run import FEATURES_FILE, PROMPTS_FILE, SCORES_FILE, SHIFT_FILE, TRAINING_FILE
+from sts_fast.forecast.run import FEATURES_FILE, PROMPTS_FILE, SCORES_FILE, SHIFT_FILE, TRAINING_FILE, Run
 from sts_fast.model.language_model import LanguageModel, batches
 from sts_fast.model.memory import MOST_BATCH_TOKENS
 from sts_fast.ops.shift import ShiftStats
@@ -99,7 +99,8 @@ class TransferMonitor(TrainerCallback):
         self.folder, self.output = Path(forecast), Path(output)
         self.every, self.stop_when = every, dict(stop_when or {})
         self.history: list[Measurement] = []
-        self.scores = _read_scores(self.folder)
+        run = Run.load(self.folder)
+        self.scores = run.scores
         names = [domain["name"] for domain in self.scores["domains"]]
         self.domains = list(names if domains is None else domains)
         for name in (*self.domains, *self.stop_when):
@@ -117,7 +118,7 @@ class TransferMonitor(TrainerCallback):
         if files.load_arrays(self.folder / SHIFT_FILE, kind)[1].get("sae_fingerprint") != self.sae.fingerprint:
             raise InputError(f"{self.sae.source} is not the SAE that {self.folder} was made with: give that as sae")
         self.features = np.sort([feature["index"] for feature in self.scores["shifted_features"]])
-        self.probes = _choose_probes(self.folder, self.scores["train"]["name"], self.domains, n_probes)
+        self.probes = _choose_probes(run, self.scores["train"]["name"], self.domains, n_probes)
         self._base: torch.Tensor | None = None
         self._trainer: Trainer | None = None
         self._warned: set[str] = set()
@@ -325,14 +326,8 @@ class _Probes:
     act_sums: NDArray[np.float64]
 
 
-def _choose_probes(folder: Path, train: str, domains: Sequence[str], n_probes: int) -> _Probes:
-    import pyarrow.parquet as pq
-
-    columns = ["stage", "domain", "base_ids", "positions", "act_sum"]
-    try:
-        table = pq.read_table(folder / PROMPTS_FILE, columns=columns).to_pydict()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / PROMPTS_FILE} cannot be read ({error}): forecast again") from error
+def _choose_probes(run: Run, train: str, domains: Sequence[str], n_probes: int) -> _Probes:
+    table = run.table(PROMPTS_FILE, ["stage", "domain", "base_ids", "positions", "act_sum"]).to_pydict()
     of_sets: list[list[int]] = []
     sets = [("shift", train), *(("score", name) for name in domains)]
     for i, key in enumerate(sets):
@@ -342,7 +337,7 @@ def _choose_probes(folder: Path, train: str, domains: Sequence[str], n_probes: i
             if found == key and table["positions"][row]
         ]
         if not rows:
-            raise InputError(f"{folder / PROMPTS_FILE} has no prompts of '{key[1]}': forecast again")
+            raise InputError(f"{run.folder / PROMPTS_FILE} has no prompts of '{key[1]}': forecast again")
         n = n_probes - n_probes // 2 if i == 0 and domains else n_probes // (2 * len(domains)) if domains else n_probes
         of_sets.append([rows[j] for j in np.unique(np.linspace(0, len(rows) - 1, n).astype(int))])
     chosen = [row for rows in of_sets for row in rows]
@@ -380,19 +375,6 @@ def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
         finally:
             for module, mode in modes:
                 module.training = mode
-
-
-def _read_scores(folder: Path) -> dict[str, Any]:
-    path = folder / SCORES_FILE
-    try:
-        scores: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        [domain["scores"] for domain in scores["domains"]], scores["sae"]["source"], scores["sae"]["hook_name"]
-        [(feature["index"], feature["mean_squared_shift"]) for feature in scores["shifted_features"]]
-    except FileNotFoundError as error:
-        raise InputError(f"{folder} has no {SCORES_FILE}: give the --output folder of sts-fast score") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not a forecast of this version ({error}): forecast again") from error
-    return scores
 
 
 def _read_history(path: Path) -> list[Measurement]:

@@ -232,6 +232,18 @@ def test_saving_again_replaces_the_files(forecast: sts_fast.Forecast, tmp_path: 
     assert pq.read_table(tmp_path / PROMPTS_FILE).num_rows == forecast.prompts.num_rows
 
 
+def test_a_forecast_is_loaded_as_it_was_saved(forecast: sts_fast.Forecast, tmp_path: Path) -> None:
+    forecast.save(tmp_path / "one")
+    loaded = sts_fast.Forecast.load(tmp_path / "one")
+    assert loaded.to_dict() == json.loads((tmp_path / "one" / SCORES_FILE).read_text(encoding="utf-8"))
+    assert loaded.domains == forecast.domains
+    loaded.save(tmp_path / "two")
+    for name in (SCORES_FILE, SHIFT_FILE):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
+    assert loaded.prompts.equals(forecast.prompts)
+    assert loaded.firings.equals(forecast.firings)
+
+
 @pytest.mark.parametrize("below", [(), ("run",), ("deep", "run")], ids=str)
 def test_a_file_in_the_place_of_the_folder(forecast: sts_fast.Forecast, tmp_path: Path, below: tuple[str, ...]) -> None:
     occupied = tmp_path / "occupied"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tiny import N_QUESTIONS, N_TOO_LONG, Tiny
+from written_run import make_scores, write_scores
 
 import sts_fast
 from sts_fast.cli import main
@@ -43,14 +44,12 @@ def best(tiny: Tiny) -> sts_fast.Mixture:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As much of a scores.json as is read."""
-    folder = tmp_path_factory.mktemp("run")
-    domains = [
-        {"name": name, "scores": {"act": {"value": act}, "icl": {"value": icl}}}
-        for name, act, icl in (("spelling", 3.0, 1.0), ("days", 1.0, 4.0), ("sums", 7.0, 7.0))
-    ]
-    (folder / "scores.json").write_text(json.dumps({"domains": domains}))
-    return folder
+    scores = make_scores(3)
+    values = (("spelling", 3.0, 1.0), ("days", 1.0, 4.0), ("sums", 7.0, 7.0))
+    for domain, (name, act, icl) in zip(scores["domains"], values, strict=True):
+        domain["name"] = name
+        domain["scores"] = {key: {"value": value, "ci": [0.0, 9.0]} for key, value in (("act", act), ("icl", icl))}
+    return write_scores(tmp_path_factory.mktemp("run"), scores)
 
 
 def test_forecast_rule_has_the_least_forecast_loss(tiny: Tiny, best: sts_fast.Mixture) -> None:
@@ -204,8 +203,8 @@ def test_what_cannot_be_used_is_told_in_a_sentence(tiny: Tiny, options: dict[str
 def test_scores_of_other_domains_or_of_another_kind_are_refused(tiny: Tiny, run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no scores by 'act_sq': it has act, icl"):
         mixed(tiny, rule="proportional", scores=run, estimator="act_sq")
-    (tmp_path / "scores.json").write_text(json.dumps({"domains": [{"name": "law"}]}))
-    with pytest.raises(InputError, match=r"is no scores\.json"):
+    write_scores(tmp_path, make_scores() | {"domains": [{"name": "law"}]})
+    with pytest.raises(InputError, match=r"is not a scores\.json: \$\.domains\[0\]"):
         mixed(tiny, rule="proportional", scores=tmp_path)
     with pytest.raises(InputError, match="has no score of 'law'"):
         mixed(tiny, rule="proportional", scores=run, domains={"law": tiny.domains["days"]})

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import special, stats
+from written_run import make_scores, write_scores
 
 from sts_fast.errors import InputError
 from sts_fast.forecast.run import DomainScore, Forecast
@@ -243,9 +244,8 @@ def test_output_is_the_same_for_a_seed_and_plain() -> None:
 
 
 def run_folder(folder: Path, domains: list[dict[str, Any]]) -> Path:
-    folder.mkdir()
-    (folder / "scores.json").write_text(json.dumps({"schema_version": "1.0", "domains": domains}))
-    return folder
+    counts = {key: value for key, value in make_scores(1)["domains"][0].items() if key not in ("scores", "controls")}
+    return write_scores(folder, make_scores(0) | {"domains": [counts | domain for domain in domains]})
 
 
 def run_domains() -> list[dict[str, Any]]:
@@ -351,13 +351,12 @@ def test_faults_of_a_run(tmp_path: Path) -> None:
         validate(run, outcomes, estimator="act_sq")
     with pytest.raises(InputError, match=r"has no scores\.json itself, but folders that do \(run\): give one of them"):
         validate(tmp_path, outcomes)
-    for text, message in (("{", "not a readable scores.json"), ("[]", "it lists no domains"), ("{}", "lists no dom")):
+    for text, message in (("{", "not readable JSON"), ("[]", "not a JSON object"), ("{}", "without a schema version")):
         (tmp_path / "scores.json").write_text(text)
         with pytest.raises(InputError, match=message):
             validate(tmp_path, outcomes)
-    (tmp_path / "scores.json").write_text('{"domains": [3]}')
     with pytest.raises(InputError, match="a domain without a name"):
-        validate(tmp_path, outcomes)
+        validate({"domains": [3]}, outcomes)
     with pytest.raises(ValueError, match="give outcomes, or before and after"):
         validate(run)
     with pytest.raises(InputError, match="4 domains are needed, not 2"):

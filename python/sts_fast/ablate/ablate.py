@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
-from sts_fast import files
 from sts_fast._version import __version__
 from sts_fast.ablate.measure import draw_features, measure
 from sts_fast.ablate.record import SCHEMA_VERSION, Ablation, answers_table, outcome_of
@@ -33,7 +32,7 @@ from sts_fast.data.examples import Example
 from sts_fast.data.prompts import Progress, Prompt, PromptSet, PromptTemplate
 from sts_fast.data.sets import Fields, Kind, Sampling, Sets, Source, check_enough
 from sts_fast.errors import InputError
-from sts_fast.forecast.run import DIMS_OF_ACTIVITY, PROMPTS_FILE, SHIFT_FILE, Forecast, read_scores
+from sts_fast.forecast.run import Forecast
 from sts_fast.model.memory import MOST_BATCH_TOKENS
 from sts_fast.model.session import Reading, ReadingOptions, SAESource, Session, open_sae
 from sts_fast.ops.correlate import CorrelationStats
@@ -45,7 +44,6 @@ from sts_fast.signed.signed import hook_layer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from sts_fast.statistics import Doubles
 
 N_DRAWS = 5
 
@@ -83,7 +81,8 @@ def ablate(
     Raises InputError where the run, the model or the SAE cannot be used together, answers are missing, or the SAE's
     files have no decoder.
     """
-    scores, stats, importance, rows = _read_run(run)
+    forecast = run if isinstance(run, Forecast) else Forecast.load(run)
+    scores, stats, importance = forecast.to_dict(), forecast.stats, forecast.controls.get("importance")
     if n_draws < 1 or (top_n is not None and top_n < 1):
         raise InputError("--draws and --top-n must be at least 1")
     if few_shot and train is None:
@@ -104,7 +103,7 @@ def ablate(
     hooked = HookedModel(session.whole, hook_layer(reader.hook(loaded), loaded), name=reader.name)
 
     if train is None or domains is None:
-        sets = _stored_sets(rows)
+        sets = _stored_sets(forecast.prompts.to_pylist())
     else:
         fields = Fields(question_fields or {}, answer_fields or {})
         examples = Sets.read({scores["train"]["name"]: train}, domains, demos, fields)
@@ -139,27 +138,6 @@ def ablate(
         },
     }
     return Ablation(document, answers_table(measured, kinds))
-
-
-def _read_run(
-    run: Forecast | str | Path,
-) -> tuple[dict[str, Any], ShiftStats | CorrelationStats, Doubles | None, list[dict[str, Any]]]:
-    """What scores.json holds, the statistics that D_N was taken from, what else it was ranked by, and the prompts."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if isinstance(run, Forecast):
-        return run.to_dict(), run.stats, run.controls.get("importance"), run.prompts.to_pylist()
-    folder = Path(run)
-    scores = read_scores(folder)
-    try:
-        prompts = pq.read_table(folder / PROMPTS_FILE).to_pylist()
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise InputError(f"{folder / PROMPTS_FILE} cannot be read ({error}): make the run again") from error
-    kind = CorrelationStats if scores["settings"]["dims"] in DIMS_OF_ACTIVITY else ShiftStats
-    arrays, _ = files.load_arrays(folder / SHIFT_FILE, kind.__name__)
-    importance: Any = arrays.get("importance")
-    return scores, kind.load(folder / SHIFT_FILE), importance, prompts
 
 
 def _check_sae(sae: SAE, stats: ShiftStats | CorrelationStats) -> None:

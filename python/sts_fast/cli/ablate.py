@@ -34,7 +34,7 @@ from sts_fast.cli.options import (
     ThreadsOption,
 )
 from sts_fast.errors import InputError
-from sts_fast.forecast.run import SCORES_FILE, read_scores
+from sts_fast.forecast.run import SCORES_FILE, Run
 from sts_fast.forecast.score import score
 from sts_fast.report import build_report
 
@@ -83,7 +83,7 @@ def ablate(
         raise InputError(
             "--shots, --limit, --hook and --layer are those of the run: leave them out, or make it again with them"
         )
-    source = sae or (None if run is None else read_scores(run)["sae"]["source"])
+    source = sae or (None if run is None else Run.load(run).scores["sae"]["source"])
     if source is None:
         raise InputError("give the folder of a run, or --model, --sae, --train and --domains")
     folder = output or run or OUTPUT

@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sts_fast import files
 from sts_fast.errors import InputError
-from sts_fast.forecast.run import DIMS_OF_ACTIVITY, SHIFT_FILE, read_scores
+from sts_fast.forecast.run import Run
 
 
 @dataclass(frozen=True)
@@ -49,40 +48,23 @@ def overlap(reference: str | Path, runs: Sequence[str | Path]) -> Overlap:
 
     Raises InputError for a folder without a run, and where the runs have different SAEs.
     """
-    truth = _Run.read(Path(reference))
-    found = []
+    scores, truth, fingerprint = _read(reference)
+    shifted, found = truth["shifted"], []
     for folder in runs:
-        run = _Run.read(Path(folder))
-        if run.fingerprint != truth.fingerprint:
+        _, features_of, other_fingerprint = _read(folder)
+        if other_fingerprint != fingerprint:
             raise InputError(
                 f"{folder} and {reference} were made with different SAEs, so their features do not compare"
             )
-        for name, features in (("shifted", run.shifted), ("most active", run.most_active)):
-            share = len(features & truth.shifted) / len(truth.shifted)
-            found.append(Found(str(folder), name, share, len(features) / truth.d_sae))
-    return Overlap(str(reference), truth.train, truth.dims, len(truth.shifted), found)
+        for name, features in features_of.items():
+            share = len(features & shifted) / len(shifted)
+            found.append(Found(str(folder), name, share, len(features) / scores["sae"]["d_sae"]))
+    return Overlap(str(reference), scores["train"]["name"], scores["settings"]["dims"], len(shifted), found)
 
 
-@dataclass(frozen=True)
-class _Run:
-    train: str
-    dims: str
-    d_sae: int
-    fingerprint: str
-    shifted: set[int]
-    most_active: set[int]
-
-    @classmethod
-    def read(cls, folder: Path) -> _Run:
-        scores = read_scores(folder)
-        dims = scores["settings"]["dims"]
-        kind = "CorrelationStats" if dims in DIMS_OF_ACTIVITY else "ShiftStats"
-        arrays, metadata = files.load_arrays(folder / SHIFT_FILE, kind)
-        return cls(
-            train=scores["train"]["name"],
-            dims=dims,
-            d_sae=scores["sae"]["d_sae"],
-            fingerprint=metadata["sae_fingerprint"],
-            shifted=set(arrays["shifted_features"].tolist()),
-            most_active=set(arrays["most_active_features"].tolist()),
-        )
+def _read(folder: str | Path) -> tuple[dict[str, Any], dict[str, set[int]], str]:
+    """What scores.json of a run holds, its sets of features by name, and the SAE's fingerprint."""
+    run = Run.load(folder)
+    stats, arrays = run.stats()
+    names = {"shifted": "shifted_features", "most active": "most_active_features"}
+    return run.scores, {name: set(arrays[key].tolist()) for name, key in names.items()}, stats.sae_fingerprint

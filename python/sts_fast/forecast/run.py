@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sts_fast import files
-from sts_fast.errors import InputError
+from sts_fast.errors import InputError, one_line
 from sts_fast.forecast import stability
 from sts_fast.forecast.controls import FEATURE_CONTROLS, RAW_CONTROL
 from sts_fast.ops.correlate import CorrelationStats
@@ -22,6 +22,7 @@ from sts_fast.statistics import Interval
 if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
+    from jsonschema import ValidationError
     from numpy.typing import NDArray
 
 SCHEMA_VERSION = "1.0"
@@ -178,7 +179,7 @@ class DomainScore:
         """Reads one of `domains` of scores.json."""
         scores = {name: Score(score["value"], tuple(score["ci"])) for name, score in domain["scores"].items()}
         interval = domain.get("change_interval")
-        return cls(**{**domain, "scores": scores, "change_interval": interval and tuple(interval)})
+        return cls(**_known(cls, {**domain, "scores": scores, "change_interval": interval and tuple(interval)}))
 
 
 @dataclass(frozen=True)
@@ -231,6 +232,22 @@ class Forecast:
     signed: dict[str, Any] | None = None
     rollouts: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = None
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Forecast:
+        """The forecast that `save` wrote. Raises InputError where one of its files is missing or damaged."""
+        run = Run.load(folder)
+        stats, more = run.stats()
+        features = [ShiftedFeature(**_known(ShiftedFeature, one)) for one in run.scores["shifted_features"]]
+        read = {
+            "domains": [DomainScore.from_plain(domain) for domain in run.scores["domains"]],
+            "shifted_features": features,
+            "stats": stats,
+            "controls": {name: array for name, array in more.items() if name != "shifted_features"},
+            "prompts": run.table(PROMPTS_FILE),
+            "firings": run.table(FEATURES_FILE),
+        }
+        return cls(**_known(cls, run.scores | read))
 
     @property
     def settled(self) -> dict[str, Any]:
@@ -312,6 +329,52 @@ class Forecast:
             path.write_text(files.to_json(scores), encoding="utf-8")
 
 
+@dataclass(frozen=True)
+class Run:
+    """The folder of a forecast. scores: scores.json; the other files are read when they are asked for."""
+
+    folder: Path
+    scores: dict[str, Any]
+
+    @classmethod
+    def load(cls, place: str | Path) -> Run:
+        """Reads the folder, or the scores.json, that is given.
+
+        A later minor version may add keys, and a control may be any number.
+
+        Raises InputError where scores.json is missing, damaged, of another kind or of another version.
+        """
+        place = Path(place)
+        if not place.is_file():
+            _check_has_scores(place)
+        path = place if place.is_file() else place / SCORES_FILE
+        scores = files.read_json(path)
+        _check_scores(scores, path)
+        return cls(path.parent, scores)
+
+    def arrays(self) -> tuple[dict[str, NDArray[Any]], type[ShiftStats | CorrelationStats]]:
+        """The arrays of shift.safetensors, and the kind of statistics among them."""
+        kind = CorrelationStats if self.scores["settings"]["dims"] in DIMS_OF_ACTIVITY else ShiftStats
+        arrays, _ = files.load_arrays(self.folder / SHIFT_FILE, kind.__name__)
+        return arrays, kind
+
+    def stats(self) -> tuple[ShiftStats | CorrelationStats, dict[str, NDArray[Any]]]:
+        """The statistics that D_N was taken from, and the other arrays beside them."""
+        arrays, kind = self.arrays()
+        stats = kind.load(self.folder / SHIFT_FILE)
+        return stats, {name: array for name, array in arrays.items() if name not in stats.arrays()}
+
+    def table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """One of the parquet files."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            return pq.read_table(self.folder / name, columns=columns)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise InputError(f"{self.folder / name} cannot be read ({one_line(error)}): make the run again") from error
+
+
 def scores_schema() -> dict[str, Any]:
     """The JSON schema of scores.json."""
     return files.load_schema("forecast/scores.schema.json")
@@ -349,10 +412,12 @@ def clear_earlier(folder: Path, written: Collection[Path]) -> None:
             folder.rmdir()
 
 
-def check_has_scores(folder: Path) -> None:
+def _check_has_scores(folder: Path) -> None:
     """Raises InputError for a folder without scores.json, with those below it: one for each SAE or training set."""
     if (folder / SCORES_FILE).is_file():
         return
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}: give the --output folder of sts-fast score")
     found = [path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{SCORES_FILE}")]
     below = sorted(path.relative_to(folder).as_posix() for path in found)
     if below:
@@ -361,23 +426,29 @@ def check_has_scores(folder: Path) -> None:
     raise InputError(f"{folder} has no {SCORES_FILE}: give the --output folder of sts-fast score")
 
 
-def read_scores(folder: Path) -> dict[str, Any]:
-    """What scores.json of a run's folder holds.
+def _check_scores(scores: dict[str, Any], path: Path) -> None:
+    import jsonschema
 
-    Raises InputError where it is missing, damaged or of another version.
-    """
-    check_has_scores(folder)
-    path = folder / SCORES_FILE
-    try:
-        scores = json.loads(path.read_text(encoding="utf-8"))
-        version = scores["schema_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not a readable {SCORES_FILE}: make the run again") from error
-    if str(version).partition(".")[0] != SCHEMA_VERSION.partition(".")[0]:
+    version = scores.get("schema_version")
+    if not isinstance(version, str) or version.partition(".")[0] != SCHEMA_VERSION.partition(".")[0]:
+        shown = f"of schema version {version}" if isinstance(version, (str, int, float)) else "without a schema version"
         raise InputError(
-            f"{path} has schema version {version}, and this sts-fast reads {SCHEMA_VERSION}: make the run again"
+            f"{path} is a file {one_line(shown)}, and this sts-fast reads {SCHEMA_VERSION}: make the run again"
         )
-    return dict(scores)
+    for error in jsonschema.Draft202012Validator(scores_schema()).iter_errors(scores):
+        if not _is_extension(error):
+            reason = f"{one_line(error.json_path)}: {one_line(error.message)}"
+            raise InputError(f"{path} is not a {SCORES_FILE}: {reason}; make the run again")
+
+
+def _is_extension(error: ValidationError) -> bool:
+    """Whether what breaks a rule of the schema is a new key, a control that is one number or none, or a version."""
+    where = list(error.absolute_path)
+    if error.validator == "additionalProperties" or "propertyNames" in error.absolute_schema_path:
+        return True
+    if where == ["schema_version"]:
+        return True
+    return "controls" in where[:-1] and (error.instance is None or isinstance(error.instance, (int, float)))
 
 
 def with_value_columns(table: pa.Table) -> pa.Table:
@@ -388,6 +459,11 @@ def with_value_columns(table: pa.Table) -> pa.Table:
     for name in VALUE_COLUMNS:
         columns[name] = table[name] if name in table.column_names else pa.nulls(len(table), pa.float64())
     return pa.table(columns)
+
+
+def _known(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the keys that a later version added."""
+    return {field.name: values[field.name] for field in fields(kind) if field.name in values}
 
 
 def _plain(record: DomainScore | ShiftedFeature) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from sts_fast.data.examples import Example
 from sts_fast.data.prompts import Progress, build_prompts
 from sts_fast.data.sets import Fields, Sets, Source, check_enough
 from sts_fast.errors import InputError
-from sts_fast.forecast.run import SCORES_FILE, SIZES, check_has_scores
+from sts_fast.forecast.run import SIZES, Run
 from sts_fast.mix.allot import fill, least_loss, whole_examples
 from sts_fast.mix.flow import Flow
 from sts_fast.mix.kernel import Kernel, measure_kernel
@@ -300,21 +300,14 @@ def _measure(
 
 def _scores(run: str | Path, names: Sequence[str], estimator: str | None) -> Doubles:
     """[n_domains] STS of each domain in a run."""
-    path = Path(run)
-    path = path if path.is_file() else path / SCORES_FILE
-    check_has_scores(path.parent)
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        of = {domain["name"]: domain["scores"] for domain in found["domains"]}
-        has = [name for name in SIZES if all(name in scores for scores in of.values())]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is no scores.json of sts-fast score: give the folder of a run") from error
+    of = {domain["name"]: domain["scores"] for domain in Run.load(run).scores["domains"]}
+    has = [name for name in SIZES if all(name in scores for scores in of.values())]
     estimator = estimator or next(iter(has), None)
     if estimator not in has:
-        raise InputError(f"{path} has no scores by '{estimator}': it has {', '.join(has) or 'none'}")
+        raise InputError(f"{run} has no scores by '{estimator}': it has {', '.join(has) or 'none'}")
     missing = [name for name in names if name not in of]
     if missing:
-        raise InputError(f"{path} has no score of '{missing[0]}': run sts-fast score over the same domains")
+        raise InputError(f"{run} has no score of '{missing[0]}': run sts-fast score over the same domains")
     return np.asarray([float(of[name][estimator]["value"]) for name in names])
 
 

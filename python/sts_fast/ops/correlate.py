@@ -131,14 +131,17 @@ class CorrelationStats:
         total.n_tokens = mine.n_tokens + theirs.n_tokens
         return total
 
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The arrays that `save` writes."""
+        return {name: getattr(self, name) for name in (*_OF_FEATURES, *_OF_TARGETS)}
+
     def save(self, path: str | Path, **more: NDArray[np.int64]) -> None:
         """Writes the sums as safetensors, with `more` arrays beside them. Raises InputError where that fails."""
-        arrays: dict[str, NDArray[Any]] = {name: getattr(self, name) for name in (*_OF_FEATURES, *_OF_TARGETS)}
         metadata = {
             **{"n_tokens": str(self.n_tokens)},
             **{"sae_source": self.sae_source, "sae_fingerprint": self.sae_fingerprint},
         }
-        files.save_arrays(path, {**arrays, **more}, {"kind": "CorrelationStats", "version": "1", **metadata})
+        files.save_arrays(path, {**self.arrays(), **more}, {"kind": "CorrelationStats", "version": "1", **metadata})
 
     @classmethod
     def load(cls, path: str | Path, sae: SAE | None = None) -> CorrelationStats:

@@ -136,16 +136,18 @@ class ShiftStats:
         total._sums = backend.Accumulators(**{name: self._sums[name] + other._sums[name] for name in _ARRAYS})
         return total
 
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The arrays that `save` writes."""
+        subset = {} if self._subset is None else {"columns": self._subset}
+        return {name: getattr(self, name) for name in _ARRAYS} | subset
+
     def save(self, path: str | Path, **more: NDArray[np.int64]) -> None:
         """Writes the sums as safetensors, with `more` arrays beside them. Raises InputError where that fails."""
-        arrays: dict[str, NDArray[Any]] = {name: getattr(self, name) for name in _ARRAYS}
-        if self._subset is not None:
-            arrays["columns"] = self._subset
         metadata = {
             **{"n_tokens": str(self.n_tokens), "d_sae": str(self.d_sae)},
             **{"sae_source": self.sae_source, "sae_fingerprint": self.sae_fingerprint},
         }
-        files.save_arrays(path, {**arrays, **more}, {"kind": "ShiftStats", "version": "1", **metadata})
+        files.save_arrays(path, {**self.arrays(), **more}, {"kind": "ShiftStats", "version": "1", **metadata})
 
     @classmethod
     def load(cls, path: str | Path, sae: SAE | None = None) -> ShiftStats:

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from sts_fast.report import figures
 from sts_fast.report.numbers import count, counted, percent
-from sts_fast.report.run import Firing, Run
+from sts_fast.report.run import Firing, Material
 
 if TYPE_CHECKING:
     pass
@@ -79,7 +79,7 @@ class Concentration:
     sentences: list[str]
 
 
-def feature_section(run: Run) -> FeatureSection:
+def feature_section(run: Material) -> FeatureSection:
     """The features of D_N."""
     entries = run.scores["shifted_features"]
     measure = MEASURES.get(run.scores["settings"]["dims"], "shift")
@@ -99,7 +99,7 @@ def section_of(features: Sequence[Feature], share_of: str) -> FeatureSection:
     )
 
 
-def concentration(run: Run) -> Concentration:
+def concentration(run: Material) -> Concentration:
     """How much of what D_N is ranked by lies in how few features."""
     scores = run.scores
     what = SHIFT_WORDS[scores["settings"]["dims"]]

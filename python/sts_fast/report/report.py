@@ -10,7 +10,7 @@ from sts_fast import files
 from sts_fast.forecast.run import REPORT_FILE
 from sts_fast.report import ablation, changes, controls, features, outcome, ranking, signed, training
 from sts_fast.report.page import render
-from sts_fast.report.run import Run, read_run
+from sts_fast.report.run import Material, read_material
 from sts_fast.rollouts.counts_text import counts_in_words, overlaps_in_words
 
 TEMPLATE = "report.html.j2"
@@ -26,13 +26,13 @@ def build_report(folder: str | Path) -> Path:
     Raises InputError where the folder holds no run, a file is damaged or of another version, or nothing can be written.
     """
     folder = Path(folder)
-    page = render(TEMPLATE, **_content(read_run(folder)))
+    page = render(TEMPLATE, **_content(read_material(folder)))
     with files.atomic_path(folder / REPORT_FILE) as path:
         path.write_text(page, encoding="utf-8", newline="\n")
     return folder / REPORT_FILE
 
 
-def _content(run: Run) -> dict[str, Any]:
+def _content(run: Material) -> dict[str, Any]:
     """Everything that the template names."""
     scores = run.scores
     block = scores.get("rollouts")

@@ -13,7 +13,7 @@ from sts_fast.report import figures
 from sts_fast.report.features import FIRST_FEATURES, Feature, FeatureSection, feature_of, section_of
 from sts_fast.report.numbers import counted, isolated, listed, percent, significant, with_sign
 from sts_fast.report.ranking import FIRST_BARS, MOST_BARS
-from sts_fast.report.run import Run
+from sts_fast.report.run import Material
 from sts_fast.signed.push import SMALLEST_P, SOLVED_LOSS
 from sts_fast.statistics import Interval
 
@@ -98,7 +98,7 @@ class SignedSection:
     carrier_sentences: list[str]
 
 
-def signed_section(run: Run) -> SignedSection | None:
+def signed_section(run: Material) -> SignedSection | None:
     """None where the run has no signed forecast."""
     signed = run.scores.get("signed")
     if not signed or not signed["domains"]:
@@ -249,7 +249,7 @@ def _sentences(scores: dict[str, Any]) -> list[str]:
     return said
 
 
-def _carriers(run: Run) -> tuple[FeatureSection | None, list[Carried]]:
+def _carriers(run: Material) -> tuple[FeatureSection | None, list[Carried]]:
     signed = run.scores["signed"]
     known = {entry["index"]: entry for entry in signed["top_features"]}
     explained = list(known)[:FIRST_FEATURES]

@@ -13,10 +13,10 @@ import numpy as np
 
 from sts_fast import files
 from sts_fast.errors import InputError
-from sts_fast.forecast.run import BY_NAME, ESTIMATOR_OPTIONS, SCORES_FILE, SIGNED, SIZES, VALIDATION_FILE
+from sts_fast.forecast.run import BY_NAME, ESTIMATOR_OPTIONS, SCORES_FILE, SIGNED, SIZES, VALIDATION_FILE, Run
 from sts_fast.outcomes.calibration.conformal import Points
 from sts_fast.outcomes.evaluation import METRICS, listed
-from sts_fast.outcomes.validate.reading import finite, read_run_scores
+from sts_fast.outcomes.validate.reading import finite
 
 # Which estimator is learned from where none is named: the first that all runs hold.
 PREFERRED = (*(name for name in reversed(ESTIMATOR_OPTIONS) if name in SIGNED), *SIZES)
@@ -62,18 +62,7 @@ def read_past(sources: Iterable[str | Path]) -> tuple[list[PastRun], list[Path]]
 
 
 def _read_one(folder: Path) -> PastRun:
-    scores, path = read_run_scores(folder), folder / VALIDATION_FILE
-    try:  # leniently: other versions may have written other keys
-        train_key(scores)
-        for estimator in PREFERRED:
-            conditions(scores, estimator)
-            for name, score in forecasts_of(scores, estimator).items():
-                finite(f"the score of '{name}' in {folder / SCORES_FILE}", score)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise InputError(
-            f"{folder / SCORES_FILE} cannot be learned from: it lacks {error}, or holds something else there; make the "
-            "run again"
-        ) from error
+    scores, path = Run.load(folder).scores, folder / VALIDATION_FILE
     try:
         domains = json.loads(path.read_text(encoding="utf-8"))["domains"]
         found = {str(one["name"]): (one["outcome"]["change"], str(one["outcome"]["metric"])) for one in domains}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sts_fast.errors import InputError
-from sts_fast.forecast.run import BY_NAME, SCORES_FILE, SIGNED, Forecast, check_has_scores
+from sts_fast.forecast.run import BY_NAME, SIGNED, Forecast, Run
 from sts_fast.outcomes.evaluation import listed
 from sts_fast.outcomes.outcomes import Outcome
 from sts_fast.statistics import Z_95, Interval
@@ -33,7 +32,7 @@ def read_scores(source: Scores, estimator: str) -> tuple[dict[str, Number], dict
         source = source.to_dict()
     where = "the forecast"
     if isinstance(source, (str, Path)):
-        where, source = str(source), read_run_scores(Path(source))
+        where, source = str(source), Run.load(source).scores
     if not isinstance(source.get("domains"), list):
         return {str(name): value for name, value in source.items()}, {}
     scores: dict[str, Number] = {}
@@ -64,21 +63,6 @@ def _control_values(control: str, entry: Any, key: str) -> list[tuple[str, Any]]
         return [(control, entry)]
     others = [(f"{control} {name}", value) for name, value in entry.items() if name not in BY_NAME]
     return [*([(control, entry[key])] if key in entry else []), *others]
-
-
-def read_run_scores(path: Path) -> dict[str, Any]:
-    if path.is_dir():
-        check_has_scores(path)
-    file = path / SCORES_FILE if path.is_dir() else path
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"there is no {file}: give the folder that sts-fast score wrote") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file} is not a readable scores.json: {error}") from error
-    if not isinstance(document, dict) or not isinstance(document.get("domains"), list):
-        raise InputError(f"{file} is not a scores.json: it lists no domains")
-    return document
 
 
 def unmatched(scores: Mapping[str, Any], outcomes: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
