@@ -301,7 +301,7 @@ def test_command_line(
         ((tmp_path, "--device-map", "everywhere"), "--device-map is one of"),
         ((), "give the folder of a run"),
         (("--model", tiny.model, "--sae", tiny.saes["topk"]), "needs --model, --sae, --train and --domains"),
-        ((tmp_path / "nowhere",), "no scores.json"),
+        ((tmp_path / "nowhere",), "there is no folder"),
     ):
         with pytest.raises(SystemExit) as stopped:
             call(monkeypatch, *words, *(["--output", tmp_path / "other"] if len(words) != 1 else []))

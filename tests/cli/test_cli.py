@@ -805,6 +805,20 @@ def test_interrupted_while_it_runs(
     assert contents(score.output) == {}
 
 
+def test_interrupted_inside_exec(tmp_path: Path) -> None:
+    """As while a dataclass is being made: `python -m` then ends by the signal, though the interrupt was caught."""
+    (tmp_path / "interrupted.py").write_text(
+        "from sts_fast.cli import app\n"
+        "def interrupted(*args, **options):\n"
+        "    exec('raise KeyboardInterrupt')\n"
+        "app.app = interrupted\n"
+        "app.main()\n"
+    )
+    command = [sys.executable, "-m", "interrupted"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (2, "error: interrupted: no result was written\n")
+
+
 # As a process of its own ----------------------------------------------------------------------------------------------
 
 

@@ -184,7 +184,7 @@ def test_json_is_what_the_file_holds(
         ({"rule": "forecast"}, "needs both --model and --sae"),
         ({"rule": "proportional"}, "--from RUN go together"),
         ({"scores": "elsewhere"}, "--from RUN go together"),
-        ({"rule": "proportional", "scores": "elsewhere"}, "has no scores.json"),
+        ({"rule": "proportional", "scores": "elsewhere"}, "there is no folder elsewhere"),
         ({"loss_left": 1.0}, "--loss-left must lie between 0 and 1"),
         ({"weights": {"law": 1.0}}, "a weight is given for 'law', but the domains are spelling, days"),
         ({"protect": ["train"]}, "a weight is given for 'train'"),

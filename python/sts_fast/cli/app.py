@@ -58,6 +58,9 @@ def main() -> None:
     except CommandLineError as error:
         fail(f"{error.format_message()} See sts-fast --help")  # type: ignore[attr-defined]
     except (typer.Abort, KeyboardInterrupt):
+        # An interrupt inside exec(), as of a dataclass that is being imported, would make Python end by the signal
+        # though it was caught here: CPython forgets it with the next exec().
+        exec("")
         fail("interrupted: no result was written")
     except (MemoryError, RuntimeError) as error:  # torch has no class of its own for memory that ran out on the CPU
         if not (isinstance(error, MemoryError) or "memory" in str(error)):
