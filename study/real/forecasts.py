@@ -84,9 +84,8 @@ def make_and_write(work: Path, asked: Asked, part: dict[str, list[str]], path: P
         "seconds": round(time.process_time() - start, 1),
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
-    for layer in asked.layers:
-        folders = [folder for folder in sorted(output.rglob("scores.json"))]
-        record[str(layer)] = numbers([runs.read_json(folder) for folder in folders], layer)
+    made = [runs.read_json(scores) for scores in sorted(output.rglob("scores.json"))]
+    record |= {str(layer): numbers(made, layer) for layer in asked.layers}
     runs.write_json(path, record)
 
 

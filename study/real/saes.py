@@ -44,6 +44,7 @@ def make_saes(work: Path, tell: Tell) -> dict[str, Any]:
 
 
 def make_sae(work: Path, layer: int, tell: Tell) -> dict[str, Any]:
+    """Trains the SAE of one layer and saves it; returns its quality on rows that it was not trained on."""
     rows = torch.from_numpy(np.fromfile(rows_path(work, layer), np.float32)).reshape(-1, D_IN)
     held_out, rows = rows[:N_HELD_OUT], rows[N_HELD_OUT:]
     n_steps = EPOCHS * len(rows) // BATCH

@@ -35,7 +35,8 @@ FAMILIES = {  # of generators of reasoning-gym: each family is a training set
     "rg games": ("countdown", "puzzle24", "mini_sudoku", "maze"),
 }
 # Each is a domain: of the generators with short questions, those whose answers the base model finds likelier behind
-# their own question than behind another (z >= 2 over 24 questions).
+# their own question than behind another (z >= 2 over 24 questions). simple_integration and polynomial_multiplication
+# are short only without their guidelines, and were taken unseen.
 GENERATORS = (
     "basic_arithmetic",
     "decimal_chain_sum",
@@ -54,7 +55,7 @@ GENERATORS = (
     "countdown",
     "puzzle24",
 )
-# Of MMLU, each is a domain, answered with the right option's text: of 24 subjects, those where the base model finds it
+# Of MMLU, each is a domain, answered with the right option's text: of 22 subjects, those where the base model finds it
 # likeliest beside the other options' (z over 32 questions).
 SUBJECTS = (
     "miscellaneous",
