@@ -1,4 +1,4 @@
-"""Arrays of numbers, resamplings and their intervals, ranks and correlations: what more than one room needs of them."""
+"""Types of arrays, resamplings and their intervals, ranks and correlations, for all rooms."""
 
 from __future__ import annotations
 

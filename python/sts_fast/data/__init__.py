@@ -1,1 +1,1 @@
-"""What the user gave: rows of files, examples, sets, and the prompts made of them."""
+"""The user's data: rows of files, examples, sets, and the prompts made of them."""

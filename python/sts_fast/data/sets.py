@@ -140,7 +140,7 @@ def _read_demos(
 
 
 def common_template(tokenizer: PreTrainedTokenizerBase, starts: Sequence[tuple[str, bool]]) -> PromptTemplate:
-    """How prompts are written; SAEs that were trained with another start of text cannot share them.
+    """Template of the prompts that all SAEs read; they must agree on the token that starts a text.
 
     starts: of each SAE its source, and whether the texts that it was trained on start with BOS
     """

@@ -196,7 +196,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, str | None, Any]]:
 
 
 def _is_json_lines(text: str) -> bool:
-    """Whether the first line is an object of its own and something follows it."""
+    """True if the first line is a whole JSON object and more lines follow."""
     first, _, rest = text.lstrip().partition("\n")
     try:
         return bool(rest.strip()) and isinstance(json.loads(first), dict)

@@ -13,7 +13,7 @@ from sts_fast.statistics import defined, spearman
 
 
 def comparison(forecasts: Sequence[Forecast]) -> dict[str, Any]:
-    """What compare.json holds: the scores of several training sets over the same domains, and how alike they are.
+    """Content of compare.json: scores of several training sets over the same domains, and their likeness.
 
     scores: by estimator and training set, `value` and `ci` in the order of `domains`; null for a domain without answers
     changes: unit, sign and level, and by training set `value` and `interval`; null without a calibration
@@ -71,7 +71,7 @@ def sae_names(saes: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def sae_comparison(forecasts: Sequence[Forecast]) -> dict[str, Any]:
-    """What compare.json holds beside the folders of several SAEs: their scores of the same domains, and how alike.
+    """Content of compare.json for several SAEs: their scores of the same domains, and their likeness.
 
     scores: by estimator, training set and SAE, `value` and `ci` in the order of `domains`; scores of different SAEs are
         in different units
