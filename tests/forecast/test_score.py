@@ -28,6 +28,7 @@ from tiny import ARCHITECTURES, Tiny
 from transformers import AutoTokenizer
 
 import sts_fast
+from sts_fast.errors import InputError
 from sts_fast.forecast.score import compare
 from sts_fast.model.forward import ForwardPasses, Sequences
 from sts_fast.model.language_model import LanguageModel
@@ -848,3 +849,14 @@ def test_a_tuned_model_from_files_joins_the_one_in_memory(tiny: Tiny, monkeypatc
     options: dict[str, Any] = {"sae": tiny.saes["standard"], "train": tiny.train, "domains": {}, "top_n": TOP_N}
     forecast = sts_fast.score(model=model, tokenizer=tokenizer, tuned=tiny.tuned, dims="tuned", **options)
     assert forecast.stats.n_tokens > 0
+
+
+def test_a_hook_may_be_given_by_name(tiny: Tiny) -> None:
+    by_layer, by_name = (
+        forecast_tiny(tiny, "standard", **where) for where in ({"layer": 0}, {"hook": "blocks.0.hook_resid_post"})
+    )
+    assert by_name.model["layer"] == by_layer.model["layer"] == 0
+    assert by_name.domains == by_layer.domains
+    assert by_name.domains != forecast_tiny(tiny, "standard").domains
+    with pytest.raises(InputError, match="--layer and --hook say the same thing"):
+        forecast_tiny(tiny, "standard", layer=0, hook="blocks.0.hook_resid_post")

@@ -161,7 +161,7 @@ def compare(
     fields = Fields(settings.question_fields or {}, settings.answer_fields or {})
     sets = Sets.read(trains, domains, demos, fields)
     session = Session.open(
-        model, sources, settings.reading,
+        model, sources, settings,
         tokenizer=tokenizer, tuned=tuned, top_n=settings.top_n, needs=_beyond_activations(settings, signed),
     )  # fmt: skip
     reader, saes = session.reader, session.saes

@@ -46,9 +46,11 @@ class Reading:
 
     layer:     reads the residual stream after this layer, whatever the SAE's files say; hook: the same by name
     dtype, device: of the model, see load_decoder; sae_dtype: 'float32' or 'bfloat16', None as stored
-    device_map: spreads the model over devices, memory and disk; see weights.Placement
+    device_map: spreads the model over devices, memory and disk: 'auto', 'balanced', 'cpu', 'disk', ...; see
+        weights.Placement
     batch_tokens: most tokens of one forward pass; None: as many as the free memory allows
-    say:       called with a line about how the run goes
+    say:       called with a line about how the run goes: how the model is run, what went wrong and was put right, or
+               a warning that should not wait for its end
     strict:    raises InputError where an SAE does not seem to belong to the model, instead of a warning
 
     Raises InputError for a batch_tokens below 1.

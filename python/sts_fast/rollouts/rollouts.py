@@ -87,7 +87,7 @@ def rollouts(
     fields = Fields(settings.question_fields or {}, settings.answer_fields or {})
     sets = Sets.read({"rollouts": []}, domains, demos, fields)
     session = Session.open(
-        model, [sae], settings.reading,
+        model, [sae], settings,
         tokenizer=tokenizer, tuned=tuned, top_n=settings.top_n, needs=[("rollouts", "a model")],
     )  # fmt: skip
     reader, [one] = session.reader, session.saes
