@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import PeftModel
-from study.real import runs, sets, split
+from study.real import forecasts, runs, sets, split
 from study.real.changes import ceiling, split_half, trainings
 from study.real.measure import Asking, measure, paired
 from study.real.model import load_model
@@ -19,6 +20,8 @@ from study.real.runs import Job, read_json, write_json
 from study.real.sources import Row, asked, continued
 from study.real.training import WAYS, Way, answer_loss, held_out_loss, train, with_lora
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from sts_fast.demo.organism.autoencoder import TopK, save_sae
 
 # Of peft, which asks transformers by a name that has become old.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -213,6 +216,37 @@ def test_a_run_may_be_stopped_and_gives_the_same_again(
 
 def without_costs(record: str) -> str:
     return "\n".join(line for line in record.splitlines() if "seconds" not in line and "peak_mb" not in line)
+
+
+def test_a_forecast_without_template_reads_the_content_alone(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(64, 32), dim=1)
+    sae = TopK(directions.T.contiguous(), torch.zeros(64), directions, torch.zeros(32), k=4)
+    save_sae(sae, work / "sae" / "0", layer=0, model_name="tiny", prepend_bos=False)
+    write_json(tmp_path / "split.json", {"design": {"trains": ["sums"], "domains": ["gsm8k"]}})
+    monkeypatch.setattr(runs, "RESULTS", tmp_path)
+    monkeypatch.setattr(forecasts, "RESULTS", tmp_path / "forecasts")
+    options = ("--estimators", "act,icl", "--top-n", "8", "--domain-shots", "2")
+    both = (forecasts.Asked("whole", options, (0,)), forecasts.Asked("content", options, (0,), content_alone=True))
+    monkeypatch.setattr(forecasts, "FORECASTS", both)
+    forecasts.forecast(work, [], lambda text: None)
+
+    tokenizer = load_model(work / "model")[1]
+    asked_in = {row["question"] for row in sets.read_rows(work / "domains" / "gsm8k.jsonl")}
+    for name, is_content in (("whole", False), ("content", True)):
+        [table] = (work / "forecasts" / name).rglob("prompts.parquet")
+        rows = [row for row in pq.read_table(table).to_pylist() if row["stage"] == "score"]
+        read = {tokenizer.decode([row["base_ids"][i] for i in row["positions"]]) for row in rows}
+        assert len(read) > 3
+        assert (read <= asked_in) == is_content
+        record = read_json(tmp_path / "forecasts" / f"{name}.json")
+        [scores] = (work / "forecasts" / name).rglob("scores.json")
+        for domain in read_json(scores)["domains"]:
+            found = record["0"]["sums"][domain["name"]]
+            assert found["act"] == pytest.approx(domain["scores"]["act"]["value"], rel=1e-5)
+            assert found["random icl"] == pytest.approx(domain["controls"]["random"]["icl"], rel=1e-5)
 
 
 # Rules and statistics -------------------------------------------------------------------------------------------------
