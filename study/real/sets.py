@@ -55,7 +55,7 @@ GENERATORS = (
     "countdown",
     "puzzle24",
 )
-# Of MMLU, each is a domain, answered with the right option's text: of 22 subjects, those where the base model finds it
+# Of MMLU, each is a domain, answered with the right option's text: of 24 subjects, those where the base model finds it
 # likeliest beside the other options' (z over 32 questions).
 SUBJECTS = (
     "miscellaneous",
