@@ -24,6 +24,7 @@ WORK = Path("build") / "study" / "real"
 def main() -> None:
     from study.real import runs
     from study.real.forecasts import FORECASTS, forecast
+    from study.real.sources import ASSETS
     from study.real.table import write_tables
     from study.real.training import WAYS
 
@@ -35,7 +36,11 @@ def main() -> None:
     known = {"run": {*WAYS}, "forecast": {asked.name for asked in FORECASTS}}.get(arguments.what, set())
     if unknown := {*arguments.names} - known:
         parser.error(f"{arguments.what} knows no {', '.join(sorted(unknown))}: choose from {', '.join(sorted(known))}")
+    if arguments.what in ("run", "forecast") and not (arguments.work / "texts.jsonl").exists():
+        parser.error(f"{arguments.work} has no model and sets yet: python -m study.real prepare makes them")
     if arguments.what == "prepare":
+        if not ASSETS.is_dir():
+            parser.error("the sets are made of ../shared/assets, which is not beside this checkout")
         prepare(arguments.work)
     if arguments.what == "run":
         runs.run(arguments.work, arguments.names or [*WAYS], tell)
