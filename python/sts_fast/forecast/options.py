@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from sts_fast.data.prompts import Progress, TokenClass
 from sts_fast.data.sets import Sampling
 from sts_fast.errors import InputError
-from sts_fast.forecast.run import ESTIMATOR_OPTIONS
+from sts_fast.forecast.run import ESTIMATOR_OPTIONS, SIZES
 from sts_fast.model.session import Reading, ReadingOptions
 from sts_fast.signed.push import FeatureKind
 from sts_fast.signed.signed import SignedEstimator
@@ -101,6 +101,16 @@ class Settings(Reading):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+
+    @property
+    def signed(self) -> list[SignedEstimator]:
+        """The estimators with a sign."""
+        return [name for name in self.estimators if name not in SIZES]  # type: ignore[misc]
+
+    @property
+    def sizes(self) -> list[SizeEstimator]:
+        """The estimators without a sign; `act` where none is named."""
+        return [name for name in self.estimators if name in SIZES] or ["act"]  # type: ignore[misc]
 
     @property
     def sampling(self) -> Sampling:

@@ -8,8 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from sts_fast.data.examples import Example
 from sts_fast.data.prompts import PromptSet, PromptTemplate
-from sts_fast.data.sets import common_template
+from sts_fast.data.sets import Kind, Sampling, common_template
 from sts_fast.errors import InputError
 from sts_fast.model.language_model import LanguageModel, load_config, load_decoder, load_language_model, load_tokenizer
 from sts_fast.model.reader import Reader
@@ -216,6 +217,24 @@ class Session:
         return load_language_model(
             self.model, dtype=reading.dtype, device=reading.device, device_map=reading.device_map
         )
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the model can say how likely an answer is; one of files always can."""
+        return isinstance(self.model, (str, Path)) or self.model.get_output_embeddings() is not None  # type: ignore[no-untyped-call]
+
+    def prompts(
+        self,
+        kind: Kind,
+        name: str,
+        examples: Sequence[Example],
+        demos: Sequence[Example] | None,
+        sampling: Sampling,
+        *,
+        show: bool,
+    ) -> PromptSet:
+        """Prompts of a training set or domain, as the reader takes them. show: with demonstrations."""
+        return self.reader.prompts(kind, name, examples, demos, sampling, self.template, show=show)
 
     def check_fit(self, prompt_set: PromptSet) -> list[Fit]:
         """What the first tokens of a training set say about each SAE; see sae_check.Fit.
