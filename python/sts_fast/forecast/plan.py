@@ -23,6 +23,7 @@ class Plan:
         estimators; of domains that have enough answers, for signed estimators and for --controls all
     labels:  explanations of features, by index
     sources: what everything was read from, by role, for the provenance
+    sets:    the examples that the prompts are made of
     """
 
     session: Session
@@ -31,6 +32,7 @@ class Plan:
     domain_answers: list[PromptSet]
     labels: dict[int, str]
     sources: Mapping[str, object]
+    sets: Sets
     trains: list[PromptSet] = field(default_factory=list)
     train_answers: list[PromptSet] = field(default_factory=list)
 
@@ -46,7 +48,7 @@ class Plan:
                 "the base model's loss and accuracy need its head: give a model with one, or --controls features"
             )
         for sae in session.saes if signed else ():
-            hook_layer(session.reader.hook(sae), sae)
+            hook_layer(sae)
 
         def prompts(kind: Kind, name: str, *, show: bool, tokens: TokenClass = settings.tokens) -> PromptSet:
             examples = (sets.trains if kind == "train" else sets.domains)[name]
@@ -56,9 +58,9 @@ class Plan:
         trains = [prompts("train", name, show=settings.dims == "icl") for name in sets.trains]
         domains = [prompts("domain", name, show="icl" in sizes) for name in sets.domains]
         for prompt_set in trains:
-            check_enough(prompt_set, session.reader.context_length, "train")
+            check_enough(prompt_set, session.context_length, "train")
         for prompt_set in domains:
-            check_enough(prompt_set, session.reader.context_length, "domain")
+            check_enough(prompt_set, session.context_length, "domain")
         # Without demonstrations, and of domains with answers enough.
         asked = sets.domains if signed or settings.controls == "all" else ()
         domain_answers = [prompts("domain", name, show=False, tokens="answer") for name in asked]
@@ -70,9 +72,9 @@ class Plan:
             )
         train_answers = [prompts("train", name, show=False, tokens="answer") for name in sets.trains if signed]
         for answers in train_answers:
-            check_enough(answers, session.reader.context_length, "train")
+            check_enough(answers, session.context_length, "train")
         labels = {} if settings.labels is None else explain.read_labels(settings.labels)
-        return cls(session, settings, domains, domain_answers, labels, sources, trains, train_answers)
+        return cls(session, settings, domains, domain_answers, labels, sources, sets, trains, train_answers)
 
     def train_source(self, name: str) -> object:
         trains = self.sources["trains"]

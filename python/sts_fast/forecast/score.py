@@ -13,6 +13,7 @@ from sts_fast.errors import InputError
 from sts_fast.forecast import controls, stability
 from sts_fast.forecast.assemble import Measured, assemble
 from sts_fast.forecast.compare import sae_names
+from sts_fast.forecast.cost import Outlook
 from sts_fast.forecast.dims import Shift, measure_shifts
 from sts_fast.forecast.estimators import read_domain
 from sts_fast.forecast.options import Options, Settings
@@ -146,7 +147,48 @@ def compare(
     Returns a forecast by training set, each the same as `score` gives for it alone (up to the rounding of a sum); for
     several SAEs, that of each in their order.
     """
+    plan = _plan(model, sae, trains, domains, demos, tokenizer, tuned, Settings(**options))
+    session, settings = plan.session, plan.settings
+    plan.show()
+    fits = session.check_fit(plan.trains[0])
+    shifts = [measure_shifts(session.reader, session.saes, train, settings, session.tuned) for train in plan.trains]
+    forecasts = forecasts_of(plan, fits, [list(of_sae) for of_sae in zip(*shifts, strict=True)], _signed(plan))
+    return forecasts[0] if isinstance(sae, (str, Path, SAE)) else forecasts
+
+
+def plan(
+    *,
+    model: str | Path | PreTrainedModel,
+    sae: SAESource | Sequence[SAESource],
+    trains: Mapping[str, Source],
+    domains: Mapping[str, Source] | Sequence[str],
+    demos: Mapping[str, Source] | Sequence[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    tuned: str | Path | PreTrainedModel | None = None,
+    **options: Unpack[Options],
+) -> Outlook:
+    """Tells what `compare` will read and cost, without loading the model's weights.
+
+    Raises InputError for everything in the input that `compare` would refuse before its first forward pass.
+    """
     settings = Settings(**options)
+    made = _plan(model, sae, trains, domains, demos, tokenizer, tuned, settings, run=False)
+    made.show()
+    return Outlook.of(made)
+
+
+def _plan(
+    model: str | Path | PreTrainedModel,
+    sae: SAESource | Sequence[SAESource],
+    trains: Mapping[str, Source],
+    domains: Mapping[str, Source] | Sequence[str],
+    demos: Mapping[str, Source] | Sequence[str] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    tuned: str | Path | PreTrainedModel | None,
+    settings: Settings,
+    *,
+    run: bool = True,
+) -> Plan:
     if (settings.dims == "tuned") != (tuned is not None):
         raise InputError("--dims tuned and --tuned MODEL go together: the true shift needs the model after training")
     saes = [sae] if isinstance(sae, (str, Path, SAE)) else sae
@@ -156,15 +198,10 @@ def compare(
     sets = Sets.read(trains, domains, demos, fields)
     session = Session.open(
         model, saes, settings,
-        tokenizer=tokenizer, tuned=tuned, top_n=settings.top_n, needs=_beyond_activations(settings),
+        tokenizer=tokenizer, tuned=tuned, top_n=settings.top_n, run=run, needs=_beyond_activations(settings),
     )  # fmt: skip
     sources = {"model": model, "tuned": tuned, "labels": settings.labels, "domains": domains, "demos": demos or {}}
-    plan = Plan.make(session, settings, sets, sources | {"trains": trains})
-    plan.show()
-    fits = session.check_fit(plan.trains[0])
-    shifts = [measure_shifts(session.reader, session.saes, train, settings, session.tuned) for train in plan.trains]
-    forecasts = forecasts_of(plan, fits, [list(of_sae) for of_sae in zip(*shifts, strict=True)], _signed(plan))
-    return forecasts[0] if isinstance(sae, (str, Path, SAE)) else forecasts
+    return Plan.make(session, settings, sets, sources | {"trains": trains})
 
 
 def forecasts_of(
@@ -211,7 +248,7 @@ def _signed(plan: Plan) -> list[dict[str, SignedForecast]]:
     return [
         measure_signed(
             HookedModel(
-                session.whole, hook_layer(session.reader.hook(sae), sae), name=session.reader.name,
+                session.whole, hook_layer(sae), name=session.reader.name,
                 say=settings.tell_line,
             ),
             sae,

@@ -90,7 +90,7 @@ def rollouts(
     data = with_endings(data, rendering)
     by_gradient = bool(settings.signed or {"gradient", "step"} & {*ways})
     if by_gradient:
-        hook_layer(reader.hook(one), one)
+        hook_layer(one)
         if settings.signed_features != "sae":
             raise InputError("--signed-features must be sae for rollouts: their D_N are rows of the same gradient")
 
@@ -165,20 +165,20 @@ def _verified_prompts(verified: Verified, session: Session, settings: Settings) 
             "verified out of --ways"
         )
     prompt_set = settings.sampling.prompts(
-        "verified", verified.queries, verified.demos, session.template, session.reader.context_length,
+        "verified", verified.queries, verified.demos, session.template, session.context_length,
         kind="train", show=True,
     )  # fmt: skip
-    check_enough(prompt_set, session.reader.context_length, "train")
+    check_enough(prompt_set, session.context_length, "train")
     return prompt_set
 
 
 def _plain_prompts(verified: Verified, session: Session, settings: Settings) -> PromptSet:
     """The same prompts without demonstrations, on which the true shift is measured."""
     prompt_set = settings.sampling.prompts(
-        "tuned", verified.queries, verified.demos, session.template, session.reader.context_length,
+        "tuned", verified.queries, verified.demos, session.template, session.context_length,
         kind="train", show=False,
     )  # fmt: skip
-    check_enough(prompt_set, session.reader.context_length, "train")
+    check_enough(prompt_set, session.context_length, "train")
     return prompt_set
 
 
@@ -204,7 +204,7 @@ def _read_completions(
     ]
     if not (maps or settings.signed or "gradient" in ways):
         return shifts, None
-    hooked = HookedModel(plan.session.whole, hook_layer(reader.hook(sae), sae), name=reader.name)
+    hooked = HookedModel(plan.session.whole, hook_layer(sae), name=reader.name)
     features, Q = Features(sae), projection(sae.d_in, seed=settings.seed)
     push = measure_push(
         hooked, features, Q, "rollouts", completions.prompt_set.prompts,

@@ -116,7 +116,6 @@ class Activations(Reader):
         examples: Sequence[Example],
         demos: Sequence[Example] | None,
         sampling: Sampling,
-        template: PromptTemplate,
         *,
         show: bool,
     ) -> PromptSet:

@@ -105,8 +105,8 @@ def capture_activations(
     for kind, of_kind, show in kinds:
         for name, examples in of_kind.items():
             own_demos = sets.demos.get(name)
-            prompt_set = decoder.prompts(kind, name, examples, own_demos, sampling, template, show=show)
-            check_enough(prompt_set, decoder.context_length, kind)
+            prompt_set = session.prompts(kind, name, examples, own_demos, sampling, show=show)
+            check_enough(prompt_set, session.context_length, kind)
             described.append(
                 StoredSet(
                     name=name,
