@@ -23,10 +23,10 @@ if "STS_TEST_INSTRUCTION_SET" in os.environ:
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A torch.device of the CUDA ops: a GPU, or the CPU with their source compiled for an emulated one."""
     torch = pytest.importorskip("torch")
-    from sts_fast.ops import cuda
+    from sts_fast.ops import cuda_kernels
 
     if request.param == "cuda":
-        reason = cuda.missing_reason()
+        reason = cuda_kernels.missing_reason()
         if reason is not None:
             pytest.skip(reason)
         yield torch.device("cuda:0")
@@ -34,7 +34,7 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     module = emulator.load()
     if module is None:
         pytest.skip("no C++ compiler to build the emulator with")
-    monkeypatch.setattr(cuda, "kernels", module)
+    monkeypatch.setattr(cuda_kernels, "kernels", module)
     yield torch.device("cpu")
 
 
