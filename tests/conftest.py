@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,17 @@ if "STS_TEST_INSTRUCTION_SET" in os.environ:
     from sts_fast.ops import _cpu
 
     _cpu.set_instruction_set(os.environ["STS_TEST_INSTRUCTION_SET"])
+
+
+# What is imported and collected lives as long as the tests do: the garbage collector, which would go through it again
+# and again, costs a third of collecting, and later some of every test that makes much garbage.
+def pytest_collection() -> None:
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(params=["emulator", "cuda"])
