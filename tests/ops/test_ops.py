@@ -759,14 +759,14 @@ import resource, sys
 import numpy as np
 from sts_fast.ops import _cpu
 rng = np.random.default_rng(0)
-W = rng.standard_normal((64, 512)).astype(np.float32)
-acts = rng.standard_normal((10_000, 64)).astype(np.float32)
-zero = np.zeros(512, np.float32)
+W = rng.standard_normal((16, 128)).astype(np.float32)
+acts = rng.standard_normal((10_000, 16)).astype(np.float32)
+zero = np.zeros(128, np.float32)
 encoders = [
-    _cpu.Encoder(W, zero, activation="jumprelu", threshold=zero + 20),
+    _cpu.Encoder(W, zero, activation="jumprelu", threshold=zero + 4),
     _cpu.Encoder(W, zero, activation="topk", k=8),
 ]
-shift, sums, fired = np.zeros(512), [np.zeros(512), np.zeros(512)], np.zeros(512, np.int64)
+shift, sums, fired = np.zeros(128), [np.zeros(128), np.zeros(128)], np.zeros(128, np.int64)
 for _ in range(int(sys.argv[1]) // 10_000):
     for encoder in encoders:
         _cpu.accumulate_shift(encoder, acts, acts[::-1], sum_sq_shift=shift)
