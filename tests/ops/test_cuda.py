@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from exact_sae import features, make_acts, make_sae
+from ops_problem import ACTIVATIONS, INTEGER, NORMS, Problem, assert_close, assert_exact, assert_same, some_columns
 from safetensors.numpy import load_file
-from test_ops import ACTIVATIONS, INTEGER, NORMS, Problem, assert_close, assert_exact, assert_same, some_columns
 
 from sts_fast import CorrelationStats, InputError, ShiftStats, encode
 from sts_fast.ops import backend, cuda, cuda_encoder, cuda_kernels
