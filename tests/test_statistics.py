@@ -56,7 +56,8 @@ def test_interval_of_a_ratio_leaves_out_resamplings_without_tokens() -> None:
 
 
 def test_percentages_and_the_normal_quantile_are_those_of_95_percent() -> None:
-    np.testing.assert_allclose(statistics.INTERVAL, statistics.SCORE_INTERVAL, rtol=1e-14)
+    outside = 50 * (1 - statistics.CONFIDENCE)
+    np.testing.assert_allclose(statistics.INTERVAL, (outside, 100 - outside), rtol=1e-14)
     assert stats.norm.ppf(0.975) == statistics.Z_95
     assert percentile_interval(np.arange(41.0)) == pytest.approx((1.0, 39.0))
 

@@ -23,9 +23,7 @@ Interval = tuple[float, float]
 
 N_BOOTSTRAP = 1000
 CONFIDENCE = 0.95
-INTERVAL = (2.5, 97.5)  # its percentages
-# The same as scores have it: beside INTERVAL by a rounding error, which no earlier score is to differ by.
-SCORE_INTERVAL = (50 * (1 - CONFIDENCE), 100 - 50 * (1 - CONFIDENCE))
+INTERVAL = (2.5, 97.5)  # the percentiles that leave CONFIDENCE between them
 Z_95 = 1.959963984540054
 # Up to 8! = 40,320 orders are gone through one by one.
 MAX_EXACT = 8
@@ -37,9 +35,9 @@ def resamples(n: int, seed: int, name: str, size: int = N_BOOTSTRAP) -> Doubles:
     return rng.multinomial(n, [1 / n] * n, size=size).astype(np.float64)
 
 
-def percentile_interval(values: Doubles, percentages: Interval = INTERVAL) -> Interval:
+def percentile_interval(values: Doubles) -> Interval:
     """95% interval of what resamplings gave."""
-    low, high = np.percentile(values, percentages)
+    low, high = np.percentile(values, INTERVAL)
     return float(low), float(high)
 
 
@@ -62,7 +60,7 @@ def ratio_interval(numerator: Doubles, denominator: Doubles, resamples: Doubles)
     """
     totals = np.einsum("rp,p->r", resamples, denominator)
     ratios = np.einsum("rp,p->r", resamples, numerator)[totals > 0] / totals[totals > 0]
-    return percentile_interval(ratios, SCORE_INTERVAL)
+    return percentile_interval(ratios)
 
 
 def mean_ranks(values: ArrayLike) -> Doubles:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from sts_fast import files
 from sts_fast.errors import InputError
@@ -28,6 +28,7 @@ from sts_fast.sae import SAE, load_sae
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
+    from transformers import Trainer
 
     from sts_fast.statistics import IntArray
 
@@ -213,6 +214,8 @@ class TransferMonitor(TrainerCallback):
         logs = {"transfer/shift": found.shift, "transfer/overlap": found.overlap}
         logs |= {"transfer/share_of_top_n": found.share_of_top_n, "transfer/seconds": found.seconds}
         logs |= {f"transfer/exposure/{name}": value for name, value in found.exposure.items()}
+        from transformers import Trainer
+
         # Not the subclass' own, which in TRL ends the window that it averages over; and what the trainer itself is
         # about to log at this step must not count as done.
         due = control.should_log

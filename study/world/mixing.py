@@ -24,6 +24,7 @@ from sts_fast.sae import load_sae
 from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.projection import projection
 from sts_fast.signed.push import Features
+from study.world.predictors import BATCH_TOKENS, LAYER
 from study.world.trials import DOMAINS, REGIMES, TRAINS, Remembering
 
 RESULTS = Path(__file__).parent / "results" / "mixing.json"
@@ -32,7 +33,6 @@ RULES = ("uniform", "forecast", "none", "proportional", "random", "loss")
 WAYS = ("light", "heavy")
 N_EVALUATED, N_TRAIN, BUDGET, N_PROMPTS = 64, 512, 256, 48
 EVERY_QUESTION = 216
-LAYER, BATCH_TOKENS = 1, 8192
 N_WORST = 5
 
 

@@ -20,11 +20,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import sts_fast
 from sts_fast import cli
@@ -87,8 +87,8 @@ def write_rows(path: Path, n: int = N_ROWS, *, answered: bool = True, n_words: i
 
 def write_model(folder: Path, *, d_in: int = D_IN, seed: int = 0) -> Path:
     torch.manual_seed(seed)
-    LlamaForCausalLM(
-        LlamaConfig(
+    transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
             vocab_size=len(WORDS),
             hidden_size=d_in,
             intermediate_size=32,
@@ -100,7 +100,9 @@ def write_model(folder: Path, *, d_in: int = D_IN, seed: int = 0) -> Path:
     ).save_pretrained(folder)
     core = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     core.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<bos>", eos_token="<eos>")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", bos_token="<bos>", eos_token="<eos>"
+    )
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy import linalg, special, stats
 from scipy.spatial import distance
 from tiny import SINK, Tiny
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sts_fast.data.examples import load_examples
 from sts_fast.data.prompts import Prompt, PromptTemplate, build_prompts
@@ -378,6 +378,8 @@ def test_one_nan_among_the_answers_is_enough() -> None:
 
 
 def test_token_that_the_model_does_not_know() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     )

@@ -49,7 +49,7 @@ READINGS = [
 ]
 
 # Prompts of a set of the real material; the oracle takes them one by one.
-REAL_LIMIT = 24
+REAL_LIMIT = 12
 
 # What says what a feature is about, and follows from the model and from labels.
 EXPLANATIONS = {"promoted_tokens", "neuronpedia", "label"}

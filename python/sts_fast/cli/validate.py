@@ -12,7 +12,7 @@ from sts_fast import files
 from sts_fast.cli.console import err, out
 from sts_fast.cli.options import JsonOption, SeedOption
 from sts_fast.errors import InputError
-from sts_fast.forecast.run import BY_NAME, VALIDATION_FILE
+from sts_fast.forecast.run import BY_NAME
 from sts_fast.outcomes.calibration import fit_calibration
 from sts_fast.outcomes.calibration.calibration import CALIBRATION_FILE
 from sts_fast.outcomes.validate import validate as run_validate
@@ -48,12 +48,10 @@ def validate(
         raise InputError("--before is missing: give the evaluation before training, or a CSV with the changes")
     run = runs[0]
     result = run_validate(run, before=before, after=after, metric=metric, estimator=estimator or "act", seed=seed)
-    text = files.to_json(result.to_dict())
     if run.is_dir():
-        with files.atomic_path(run / VALIDATION_FILE) as path:
-            path.write_text(text, encoding="utf-8")
+        result.save(run)
         build_report(run)
-    sys.stdout.write(text if as_json else result.to_text() + "\n")
+    sys.stdout.write(files.to_json(result.to_dict()) if as_json else result.to_text() + "\n")
     for warning in result.warnings:
         err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from sts_fast.errors import InputError
+from sts_fast.errors import InputError, listed
 
 Row = dict[str, Any]
 
@@ -282,8 +282,3 @@ def _parsed(text: str, path: Path, number: int | None) -> Any:
 def _unreadable(path: Path, error: Exception) -> InputError:
     reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0] or type(error).__name__
     return InputError(f"{path} cannot be read ({reason}); is it complete, and of the kind that its name says?")
-
-
-def listed(names: Iterable[object], limit: int = 20) -> str:
-    found = [str(name) for name in names]
-    return ", ".join(found[:limit]) + (f" and {len(found) - limit} more" if len(found) > limit else "")

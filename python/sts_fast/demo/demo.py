@@ -18,7 +18,7 @@ from sts_fast.data.prompts import Progress
 from sts_fast.demo import organism
 from sts_fast.demo.organism import Abilities, one_thread
 from sts_fast.errors import InputError
-from sts_fast.forecast.run import SCHEMA_VERSION, VALIDATION_FILE, Forecast
+from sts_fast.forecast.run import SCHEMA_VERSION, Forecast
 from sts_fast.forecast.score import compare
 from sts_fast.outcomes.outcomes import Outcome
 from sts_fast.outcomes.validate import Validation, validate
@@ -232,8 +232,7 @@ class Demo:
         for train, forecast in self.forecasts.items():
             trial = next(trial for trial in self.trials if trial.train == train)
             forecast.save(folder / train)
-            with files.atomic_path(folder / train / VALIDATION_FILE) as path:
-                path.write_text(files.to_json(trial.validation.to_dict()), encoding="utf-8")
+            trial.validation.save(folder / train)
             build_report(folder / train)
         with files.atomic_path(folder / DEMO_FILE) as path:
             path.write_text(files.to_json(self.to_dict()), encoding="utf-8")

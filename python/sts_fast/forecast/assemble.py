@@ -27,7 +27,7 @@ from sts_fast.ops import _cpu
 from sts_fast.ops.shift import ShiftStats
 from sts_fast.sae import SAE
 from sts_fast.signed.signed import SignedForecast
-from sts_fast.statistics import CONFIDENCE, N_BOOTSTRAP, SCORE_INTERVAL, percentile_interval
+from sts_fast.statistics import CONFIDENCE, N_BOOTSTRAP, percentile_interval
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -159,7 +159,7 @@ def _forecast(
             "stability": {
                 "n_replicates": N_REPLICATES,
                 "mean_overlap": float(np.mean(stability)),
-                "overlap_ci": list(percentile_interval(stability, SCORE_INTERVAL)),
+                "overlap_ci": list(percentile_interval(stability)),
             },
         },
         domains=domain_scores(domain_reads, shift, answers, settings),

@@ -21,7 +21,7 @@ from sts_fast.model.layer_trace import input_device
 from sts_fast.model.packing import check_vocabulary, moved
 from sts_fast.model.reader import PairedRows, Reader
 from sts_fast.model.weights import DeviceMap, Placement
-from sts_fast.ops import cuda
+from sts_fast.ops import cuda_kernels
 from sts_fast.places import layer_of, split_name
 
 if TYPE_CHECKING:
@@ -270,7 +270,7 @@ def _for_core(rows: list[torch.Tensor]) -> torch.Tensor:
     import torch
 
     joined = torch.cat(rows)
-    if joined.is_cuda and cuda.missing_reason() is None:
+    if joined.is_cuda and cuda_kernels.missing_reason() is None:
         return joined  # the core reads them where they are
     joined = joined.cpu()
     return joined if joined.dtype in (torch.float32, torch.bfloat16) else joined.float()

@@ -18,7 +18,7 @@ from sts_fast.model.reader import Reader
 from sts_fast.model.sae_check import Fit, check_names, check_width, measure_fit
 from sts_fast.model.stored import MODEL_FOLDER, Activations, is_activations
 from sts_fast.model.weights import DeviceMap
-from sts_fast.ops import cuda
+from sts_fast.ops import cuda_kernels
 from sts_fast.places import layer_of, place_name, split_name
 from sts_fast.sae import SAE, load_sae
 
@@ -209,7 +209,7 @@ class Session:
             self.activations.read_at(self.saes)
             return self.activations
         decoder = self._decoder(self.whole if self.reads_whole else self.model, self.name, self.reading)
-        if decoder.device.type == "cuda" and (reason := cuda.missing_reason()) is not None:
+        if decoder.device.type == "cuda" and (reason := cuda_kernels.missing_reason()) is not None:
             self.reading.tell_line(
                 f"the model runs on {decoder.device}, its features are computed on the CPU: {reason}"
             )

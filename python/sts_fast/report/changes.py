@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from sts_fast.outcomes.calibration.change_text import shown_change, shown_interval, unit_name
 from sts_fast.report import figures
-from sts_fast.report.numbers import counted, listed, percent
+from sts_fast.report.numbers import counted, joined, percent
 from sts_fast.report.ranking import FIRST_BARS, MOST_BARS
 from sts_fast.statistics import Interval
 
@@ -81,7 +81,7 @@ def _sentences(rows: list[ChangeRow], said: dict[str, Any]) -> list[str]:
             ("fall", [row.name for row in rows if row.interval and row.interval[1] < 0]),
         ):
             if names:
-                sentences.append(f"The whole interval says that {listed(names)} will {word}.")
+                sentences.append(f"The whole interval says that {joined(names)} will {word}.")
         if not any(row.interval and (row.interval[0] > 0 or row.interval[1] < 0) for row in rows):
             sentences.append("Every interval holds zero: no domain is sure to rise or fall.")
     else:

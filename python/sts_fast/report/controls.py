@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sts_fast.forecast.run import BY_NAME, SIZES
-from sts_fast.report.numbers import MIN_DOMAINS, SAME, SIMILAR, listed
+from sts_fast.report.numbers import MIN_DOMAINS, SAME, SIMILAR, joined
 from sts_fast.report.ranking import estimators_of
 from sts_fast.statistics import defined, spearman
 
@@ -121,7 +121,7 @@ def _control_sentences(labels: Sequence[str], controls: Sequence[Control]) -> li
         same = [name for name, rho in rhos.items() if rho >= SAME]
         if same:
             said.append(
-                f"{label}: {listed(same)} {'puts' if len(same) == 1 else 'put'} the domains in nearly the same order, "
+                f"{label}: {joined(same)} {'puts' if len(same) == 1 else 'put'} the domains in nearly the same order, "
                 f"so over these domains it says little that {'this does' if len(same) == 1 else 'these do'} not."
             )
         elif rhos:

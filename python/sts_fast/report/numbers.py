@@ -81,7 +81,7 @@ def isolated(name: str) -> str:
     return f"\u2068{name}\u2069"
 
 
-def listed(names: Sequence[str], most: int = MOST_NAMED) -> str:
+def joined(names: Sequence[str], most: int = MOST_NAMED) -> str:
     """'a, b and c', or 'a, b and 5 others'."""
     names = [isolated(name) for name in names]
     if len(names) > most:

@@ -17,7 +17,7 @@ from sts_fast.report.numbers import (
     correlation,
     counted,
     isolated,
-    listed,
+    joined,
     percent,
     share,
     significant,
@@ -124,7 +124,7 @@ def cautions(scores: dict[str, Any], ranked: Sequence[Ranking]) -> list[str]:
         ]
         if low:
             said.append(
-                f"By {ranking.label}, {listed(low)} {'does' if len(low) == 1 else 'do'} not stand out from random "
+                f"By {ranking.label}, {joined(low)} {'does' if len(low) == 1 else 'do'} not stand out from random "
                 "features: such a score says nothing."
             )
     mostly = [
@@ -134,7 +134,7 @@ def cautions(scores: dict[str, Any], ranked: Sequence[Ranking]) -> list[str]:
     ]
     if mostly:
         said.append(
-            f"More than half of the examples looked at could not be used in {listed(mostly)}: what is left may not be "
+            f"More than half of the examples looked at could not be used in {joined(mostly)}: what is left may not be "
             "like the whole."
         )
     return said
@@ -263,7 +263,7 @@ def _how_clear(rows: Sequence[Row]) -> str:
     if first.clear:
         return f"The first place is clear: its 95% interval lies above that of the next, {isolated(second.name)}."
     rivals = [row.name for row in rows[1:] if row.interval and row.interval[1] >= first.interval[0]]
-    return f"The first place is not settled: its 95% interval overlaps {listed(rivals, 3)}."
+    return f"The first place is not settled: its 95% interval overlaps {joined(rivals, 3)}."
 
 
 def _agreement_sentence(labels: tuple[str, str], rho: float | None, x: Sequence[float], y: Sequence[float]) -> str:

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from sts_fast.forecast.run import BY_NAME, ESTIMATOR_OPTIONS, SIGNED
 from sts_fast.report import figures
 from sts_fast.report.features import FIRST_FEATURES, Feature, FeatureSection, feature_of, section_of
-from sts_fast.report.numbers import counted, isolated, listed, percent, significant, with_sign
+from sts_fast.report.numbers import counted, isolated, joined, percent, significant, with_sign
 from sts_fast.report.ranking import FIRST_BARS, MOST_BARS
 from sts_fast.report.run import Material
 from sts_fast.signed.push import SMALLEST_P, SOLVED_LOSS
@@ -240,12 +240,12 @@ def _sentences(scores: dict[str, Any]) -> list[str]:
     unlikely = [name for name, found in signed["domains"].items() if found["p_answer"] < SMALLEST_P]
     if unlikely:
         said.append(
-            f"The answers of {listed(unlikely)} are too long or too unlikely for a change of their probability to say "
+            f"The answers of {joined(unlikely)} are too long or too unlikely for a change of their probability to say "
             "much: read the fall of the loss there."
         )
     absent = [domain["name"] for domain in scores["domains"] if domain["name"] not in signed["domains"]]
     if absent:
-        said.append(f"Too few answers for {listed(absent)}.")
+        said.append(f"Too few answers for {joined(absent)}.")
     return said
 
 

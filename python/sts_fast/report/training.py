@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from sts_fast.report import figures
-from sts_fast.report.numbers import count, counted, isolated, listed, percent, significant
+from sts_fast.report.numbers import count, counted, isolated, joined, percent, significant
 from sts_fast.report.ranking import value_of
 
 # Lines of more domains than these cannot be told apart.
@@ -61,10 +61,10 @@ def training_section(training: dict[str, Any], scores: dict[str, Any]) -> Traini
     ]
     passed = [row.name for row in rows if row.forecast and row.exposure > row.forecast]
     if passed:
-        sentences.append(f"Training moved {listed(passed)} further than the domain's own demonstrations do (STS_icl).")
+        sentences.append(f"Training moved {joined(passed)} further than the domain's own demonstrations do (STS_icl).")
     over = [row.name for row in rows if row.budget is not None and row.exposure > row.budget]
     if over:
-        sentences.append(f"Training was stopped: the exposure of {listed(over)} passed its budget.")
+        sentences.append(f"Training was stopped: the exposure of {joined(over)} passed its budget.")
     shown = [row.name for row in rows[:MOST_LINES]]
     return TrainingSection(
         sentences,

@@ -37,8 +37,8 @@ from sts_fast.data.examples import (
     lookup,
     parsed_turns,
 )
-from sts_fast.data.tables import KINDS, Row, exists, file_rows, listdir, listed, suffix_of
-from sts_fast.errors import InputError
+from sts_fast.data.tables import KINDS, Row, exists, file_rows, listdir, suffix_of
+from sts_fast.errors import InputError, listed
 from sts_fast.signed.objectives import group_advantages, group_spread
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from sts_fast.model.stored.index import (
     starts_with_bos,
 )
 from sts_fast.model.stored.shards import check_rows, load_tensors, mask_of
-from sts_fast.ops import cuda
+from sts_fast.ops import cuda_kernels
 from sts_fast.places import split_name
 from sts_fast.sae import SAE
 
@@ -259,7 +259,7 @@ class Activations(Reader):
         device = self._device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device != "cpu" and cuda.missing_reason() is None:
+        if device != "cpu" and cuda_kernels.missing_reason() is None:
             rows = rows.to(device)
         return rows if rows.dtype in (torch.float32, torch.bfloat16) else rows.float()
 

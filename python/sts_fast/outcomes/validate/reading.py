@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sts_fast.errors import InputError
+from sts_fast.errors import InputError, listed
 from sts_fast.forecast.run import BY_NAME, SIGNED, Forecast, Run
-from sts_fast.outcomes.evaluation import listed
 from sts_fast.outcomes.outcomes import Outcome
 from sts_fast.statistics import Z_95, Interval
 

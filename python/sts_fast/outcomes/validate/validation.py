@@ -7,9 +7,14 @@ import json
 import math
 import textwrap
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from sts_fast.forecast.run import SIGNED, label_of
+from sts_fast import files
+from sts_fast.errors import InputError
+from sts_fast.forecast.run import SIGNED, VALIDATION_FILE, label_of
+from sts_fast.outcomes.outcomes import Outcome
+from sts_fast.outcomes.validate.reading import finite
 from sts_fast.outcomes.validate.record import Association, DomainResult, Limits
 from sts_fast.outcomes.validate.statistics import GOOD, LEVEL, N_DRAWS, critical_r
 from sts_fast.statistics import Interval
@@ -52,6 +57,30 @@ class Validation:
     def to_text(self) -> str:
         """The whole comparison as lines of text."""
         return text_of(self)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes validation.json into a run's folder. Raises InputError where it cannot be written."""
+        with files.atomic_path(Path(folder) / VALIDATION_FILE) as path:
+            path.write_text(files.to_json(self.to_dict()), encoding="utf-8")
+
+
+def load_outcomes(folder: str | Path) -> dict[str, Outcome]:
+    """Outcome by domain, as `Validation.save` wrote them into a run's folder.
+
+    Raises InputError where validation.json is missing or damaged, or a change is no number.
+    """
+    path = Path(folder) / VALIDATION_FILE
+    try:
+        domains = json.loads(path.read_text(encoding="utf-8"))["domains"]
+        outcomes = {
+            str(domain["name"]): Outcome(**domain["outcome"] | {"metric": str(domain["outcome"]["metric"])})
+            for domain in domains
+        }
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path} is not what sts-fast validate wrote: validate the run again") from error
+    for name, outcome in outcomes.items():
+        finite(f"the change of '{name}' in {path}", outcome.change)
+    return outcomes
 
 
 def text_of(validation: Validation) -> str:
