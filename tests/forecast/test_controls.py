@@ -19,6 +19,7 @@ from sts_fast.data.examples import load_examples
 from sts_fast.data.prompts import Prompt, PromptTemplate, build_prompts
 from sts_fast.errors import InputError
 from sts_fast.forecast import controls
+from sts_fast.forecast.run import SIZES, scores_schema
 
 BATCH_BUDGETS = (1, 64, 300, 10**6)
 NONE = np.empty(0, np.int32)
@@ -431,3 +432,21 @@ def test_sets_without_spread_or_difference_say_nothing() -> None:
     assert controls.z_scored(np.asarray([[1.0, 0.1], [3.0, 0.1], [5.0, 0.1]])) == pytest.approx(
         np.asarray([-1, 0, 1]) * 1.5**0.5
     )
+
+
+# --- the tuple of all controls ---
+
+
+def test_every_control_is_a_pick_or_a_comparison() -> None:
+    names = [control.name for control in controls.CONTROLS]
+    assert len(set(names)) == len(names)
+    for control in controls.CONTROLS:
+        assert (control.pick is None) != (control.compare is None)
+        assert bool(control.quantity) == (control.compare is not None)
+        assert control.of in ("features", "residual") or control.pick is None
+
+
+def test_the_schema_knows_the_number_of_every_control() -> None:
+    names = scores_schema()["$defs"]["control_number"]["enum"]
+    assert {control.quantity for control in controls.CONTROLS if control.quantity} <= {*names}
+    assert names[: len(SIZES)] == list(SIZES)

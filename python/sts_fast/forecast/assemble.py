@@ -150,10 +150,8 @@ def forecast_of(
         provenance=provenance,
         stats=stats,
         controls={
-            "random_features": shift.random,
-            "low_shift_features": shift.low_shift,
-            "most_active_features": shift.most_active,
-            "raw_dimensions": shift.raw_top,
+            **{f"{control}_features": members for control, members in shift.feature_sets.items() if control},
+            **{f"{control}_dimensions": dims for control, dims in shift.raw_sets.items()},
             "mean_residual": shift.raw.mean,
             "domain_mean_residuals": np.stack([read.raw.mean for read in domain_reads] or [np.zeros(sae.d_in)]),
             "projected_mean": shift.raw.moments.mean,

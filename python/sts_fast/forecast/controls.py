@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -11,6 +13,7 @@ from sts_fast.data.prompts import Prompt
 from sts_fast.errors import InputError
 from sts_fast.model.language_model import padded_ids
 from sts_fast.model.layer_trace import input_device
+from sts_fast.model.log import AnswerLog
 from sts_fast.model.memory import TokenBudget
 from sts_fast.ops.shift import top_indices
 from sts_fast.signed.gradients import MOST_LOGITS
@@ -21,10 +24,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sts_fast.statistics import Doubles, Indices
-
-# Controls that read other features in the place of D_N, and the residual stream's own dimensions.
-FEATURE_CONTROLS = ("random", "low_shift", "most_active")
-RAW_CONTROL = "raw"
 
 # Relative: means of float32 activations that differ by less are the same.
 ROUNDING = 1e-5
@@ -243,3 +242,136 @@ def answer_outcomes(
     for _ in memory.in_batches([len(prompt.base_ids) for prompt in prompts], batch_tokens, read):
         pass
     return nll, np.asarray([len(prompt.positions) for prompt in prompts]), exact
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A training set's features, as controls pick among them.
+
+    top:        [top_n] D_N, most shifted first
+    importance: [d_sae] what D_N is ranked by; mean_activation: [d_sae]
+    n_fired:    [d_sae] on how many of the training set's tokens each feature fires
+    raw:        sums over the residual stream itself
+    seed:       of whatever is drawn
+    """
+
+    top: Indices
+    importance: Doubles
+    mean_activation: Doubles
+    n_fired: NDArray[np.int64]
+    raw: RawShift
+    seed: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A training set beside the domains, as controls compare them.
+
+    train, domains: sums over the residual stream
+    activations:    [n_domains, top_n] E_x h_j(x) of D_N; None where no estimator asks for them
+    answers:        how well the base model answers each domain; None where it was not asked
+    """
+
+    train: RawShift
+    domains: Sequence[RawShift]
+    activations: Doubles | None
+    answers: Sequence[AnswerLog | None]
+
+
+@dataclass(frozen=True)
+class Control:
+    """One thing beside a score that the score has to beat.
+
+    name:     its key in scores.json; meaning: what it is, for people
+    of:       what it is made from
+    pick:     features (or dimensions, of the residual stream) to read in the place of D_N, [n] or [n_sets, n]; scores
+              are made of them by every estimator, as of D_N, and averaged over sets
+    compare:  or one number for each domain, None where it is not known
+    quantity: the name of that number in scores.json; unit: the same for people
+    """
+
+    name: str
+    meaning: str
+    of: Literal["features", "residual", "answers"]
+    pick: Callable[[Ranking], Indices] | None = None
+    compare: Callable[[Comparison], Sequence[float | None]] | None = None
+    quantity: str = ""
+    unit: str = ""
+
+
+def _random(ranking: Ranking) -> Indices:
+    rng = np.random.default_rng([ranking.seed, zlib.crc32(b"random features")])
+    return random_sets(len(ranking.importance), ranking.top, rng)
+
+
+def _low_shift(ranking: Ranking) -> Indices:
+    return low_shift(ranking.importance, ranking.n_fired, ranking.top)
+
+
+def _most_active(ranking: Ranking) -> Indices:
+    return most_active(ranking.mean_activation, len(ranking.top))
+
+
+def _raw(ranking: Ranking) -> Indices:
+    return ranking.raw.top(len(ranking.top))
+
+
+def _z_scores(sets: Comparison) -> list[float | None]:
+    # Of two domains each feature would say no more than which is ahead.
+    if sets.activations is None or len(sets.domains) < 3:
+        return [None] * len(sets.domains)
+    return [float(z) for z in z_scored(sets.activations)]
+
+
+def _cosine_of_means(sets: Comparison) -> list[float]:
+    return [cosine(sets.train.mean, domain.mean) for domain in sets.domains]
+
+
+def _cka(sets: Comparison) -> list[float]:
+    return [cka(sets.train.moments.covariance, domain.moments.covariance) for domain in sets.domains]
+
+
+def _probe(sets: Comparison) -> list[float]:
+    means = np.stack([domain.moments.mean for domain in sets.domains])
+    covariances = np.stack([raw.moments.covariance for raw in (sets.train, *sets.domains)])
+    return [float(logit) for logit in probe_logits(sets.train.moments.mean, means, covariances)]
+
+
+def _base_loss(sets: Comparison) -> list[float | None]:
+    return [None if log is None else float(log.nll.sum() / log.n_tokens.sum()) for log in sets.answers]
+
+
+def _base_accuracy(sets: Comparison) -> list[float | None]:
+    return [None if log is None else float(log.exact.mean()) for log in sets.answers]
+
+
+CONTROLS = (
+    Control("random", "random features", of="features", pick=_random),
+    Control("low_shift", "least shifted features", of="features", pick=_low_shift),
+    Control("most_active", "most active features", of="features", pick=_most_active),
+    Control("raw", "raw activations (no SAE)", of="residual", pick=_raw),
+    Control(
+        "z_scored", "shifted features, z-scored over the domains",
+        of="features", compare=_z_scores, quantity="act",
+    ),
+    Control(
+        "cosine_of_means", "cosine of the mean activations",
+        of="residual", compare=_cosine_of_means, quantity="cosine", unit="cosine",
+    ),
+    Control(
+        "cka", "alignment of the covariances (CKA)",
+        of="residual", compare=_cka, quantity="cka", unit="CKA",
+    ),
+    Control(
+        "probe", "linear probe for the training set",
+        of="residual", compare=_probe, quantity="logit", unit="logit",
+    ),
+    Control(
+        "base_loss", "loss of the model before training",
+        of="answers", compare=_base_loss, quantity="nll", unit="nats per answer token",
+    ),
+    Control(
+        "base_accuracy", "accuracy of the model before training",
+        of="answers", compare=_base_accuracy, quantity="accuracy", unit="share of exact answers",
+    ),
+)  # fmt: skip
