@@ -9,14 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from sts_fast.data.prompts import Prompt
-from sts_fast.errors import InputError
-from sts_fast.model.language_model import padded_ids
-from sts_fast.model.layer_trace import input_device
 from sts_fast.model.log import AnswerLog
-from sts_fast.model.memory import TokenBudget
 from sts_fast.ops.shift import top_indices
-from sts_fast.signed.gradients import MOST_LOGITS
 from sts_fast.signed.projection import projection
 
 if TYPE_CHECKING:
@@ -198,50 +192,6 @@ def cosine(a: Doubles, b: Doubles) -> float:
     """Cosine of the angle between two vectors; 0 where one of them is zero."""
     norms = float(np.sqrt(np.sum(a * a) * np.sum(b * b)))
     return float(np.sum(a * b)) / norms if norms else 0.0
-
-
-def answer_outcomes(
-    model: torch.nn.Module,
-    prompts: Sequence[Prompt],
-    *,
-    batch_tokens: int,
-    say: Callable[[str], None] | None = None,
-) -> tuple[Doubles, NDArray[np.int64], NDArray[np.bool_]]:
-    """How well a language model predicts the answers, at the positions that `prompts` read (tokens='answer').
-
-    model: with its head: what it returns has `logits` [batch, n_tokens, vocabulary]
-    batch_tokens: most tokens of a pass; say: is told where that did not fit into memory, and half of it follows
-
-    Returns, per prompt: [n_prompts] summed negative log-likelihood of the answer's tokens (nats), [n_prompts] their
-    number, [n_prompts] whether each of them is the model's first choice (then greedy decoding gives this answer).
-    Raises InputError where the model returns NaN or lacks a token, or a single prompt does not fit into memory.
-    """
-    import torch
-
-    nll = np.zeros(len(prompts))
-    exact = np.zeros(len(prompts), bool)
-    device = input_device(model)
-    if config := getattr(model, "config", None):
-        batch_tokens = min(batch_tokens, max(1, MOST_LOGITS // config.get_text_config().vocab_size))
-
-    def read(batch: list[int]) -> None:
-        ids = padded_ids(model, [prompts[i].base_ids for i in batch])
-        with torch.inference_mode():
-            logits = model(input_ids=ids.to(device), use_cache=False).logits
-        for row, i in enumerate(batch):
-            at = torch.from_numpy(prompts[i].positions.astype(np.int64))
-            # In float64, because the loss of an answer that is nearly certain is the difference of near equals.
-            log_p = torch.log_softmax(logits[row, at.to(logits.device) - 1].double(), dim=-1).cpu()
-            tokens = ids[row, at]
-            nll[i] = -float(log_p[torch.arange(len(at)), tokens].sum())
-            exact[i] = bool((log_p.argmax(dim=-1) == tokens).all())
-        if np.isnan(nll[batch]).any():
-            raise InputError("the model gives NaN for the answers' likelihood: try --dtype float32")
-
-    memory = TokenBudget(device, "the model", say=say)
-    for _ in memory.in_batches([len(prompt.base_ids) for prompt in prompts], batch_tokens, read):
-        pass
-    return nll, np.asarray([len(prompt.positions) for prompt in prompts]), exact
 
 
 @dataclass(frozen=True)

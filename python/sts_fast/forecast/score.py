@@ -12,7 +12,7 @@ import numpy as np
 from sts_fast.data.prompts import PromptSet, TokenClass, prompts_sha256, show_prompt
 from sts_fast.data.sets import MIN_PROMPTS, Fields, Kind, Sets, Source, check_enough
 from sts_fast.errors import InputError
-from sts_fast.forecast import controls, stability
+from sts_fast.forecast import stability
 from sts_fast.forecast.assemble import forecast_of, promoted_tokens, provenance_of, with_signed
 from sts_fast.forecast.compare import sae_names
 from sts_fast.forecast.dims import Shift, measure_shifts
@@ -20,6 +20,7 @@ from sts_fast.forecast.estimators import read_domain
 from sts_fast.forecast.options import Options, Settings
 from sts_fast.forecast.run import BY_NAME, SIZES, Forecast
 from sts_fast.model import explain
+from sts_fast.model.answers import answer_outcomes
 from sts_fast.model.log import AnswerLog
 from sts_fast.model.memory import MOST_BATCH_TOKENS
 from sts_fast.model.sae_check import Fit
@@ -264,8 +265,8 @@ def forecasts_of(
             settings.tell_line(stability.shift_line(shift.name + suffix, settings.top_n, n_prompts, overlap))
     reads = [read_domain(reader, saes, domain_set, shifts_of, settings) for domain_set in domain_sets]
     language_model = session.whole if answer_sets else None
-    answer_reads = _read_answers(language_model, answer_sets if settings.controls == "all" else [], settings)
     signed_of = measure(language_model)
+    answer_reads = _read_answers(language_model, answer_sets if settings.controls == "all" else [], signed_of, settings)
 
     reader.say_passes()
     forecasts: list[dict[str, Forecast]] = []
@@ -330,14 +331,20 @@ def _beyond_activations(settings: Settings, signed: Sequence[SignedEstimator]) -
     return [(option, why) for option, chosen, why in needs if chosen]
 
 
-def _read_answers(whole: Any, answer_sets: Sequence[PromptSet], settings: Settings) -> dict[str, AnswerLog]:
-    """How well the base model answers each domain, by domain name."""
+def _read_answers(
+    whole: Any,
+    answer_sets: Sequence[PromptSet],
+    signed_of: Sequence[Mapping[str, SignedForecast]],
+    settings: Settings,
+) -> dict[str, AnswerLog]:
+    """How well the base model answers each domain, by domain name; signed forecasts have asked it already."""
+    signed = next((forecast for by_train in signed_of for forecast in by_train.values()), None)
+    if signed is not None:
+        return {answer_set.name: signed.answers[answer_set.name] for answer_set in answer_sets}
     batch_tokens = settings.batch_tokens or MOST_BATCH_TOKENS
     reads = {}
     for done, answer_set in enumerate(answer_sets):
-        outcomes = controls.answer_outcomes(
-            whole, answer_set.prompts, batch_tokens=batch_tokens, say=settings.tell_line
-        )
+        outcomes = answer_outcomes(whole, answer_set.prompts, batch_tokens=batch_tokens, say=settings.tell_line)
         reads[answer_set.name] = AnswerLog(answer_set, *outcomes)
         settings.tell("base loss and accuracy", done + 1, len(answer_sets))
     return reads
