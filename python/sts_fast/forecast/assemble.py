@@ -55,6 +55,11 @@ def forecast_of(
     warnings = [*filter(None, (fit.warning, fit.names)), *(f"SAE: {note}" for note in sae.notes)]
     prompt_sets = [shift.prompt_set, *(read.prompt_set for read in domain_reads)]
     warnings += [warning for prompt_set in prompt_sets for warning in prompt_set.warnings]
+    untold = [prompt_set.name for prompt_set in prompt_sets if prompt_set.questions is None]
+    if untold:
+        warnings.append(
+            f"the text of the questions is not known of {', '.join(untold)}: no control is made of it there"
+        )
     if settings.controls == "all":
         unanswered = [read.prompt_set.name for read in domain_reads if read.prompt_set.name not in answer_reads]
         if unanswered:

@@ -220,12 +220,15 @@ class Comparison:
     train, domains: sums over the residual stream
     activations:    [n_domains, top_n] E_x h_j(x) of D_N; None where no estimator asks for them
     answers:        how well the base model answers each domain; None where it was not asked
+    train_questions, domain_questions: the text of every question; None where it is not known
     """
 
     train: RawShift
     domains: Sequence[RawShift]
     activations: Doubles | None
     answers: Sequence[AnswerLog | None]
+    train_questions: tuple[str, ...] | None
+    domain_questions: Sequence[tuple[str, ...] | None]
 
 
 @dataclass(frozen=True)
@@ -242,7 +245,7 @@ class Control:
 
     name: str
     meaning: str
-    of: Literal["features", "residual", "answers"]
+    of: Literal["features", "residual", "answers", "text"]
     pick: Callable[[Ranking], Indices] | None = None
     compare: Callable[[Comparison], Sequence[float | None]] | None = None
     quantity: str = ""

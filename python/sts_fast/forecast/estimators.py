@@ -173,6 +173,8 @@ def domain_scores(
         domains=[read.raw for read in reads],
         activations=np.stack([read.activations(shift.top) for read in reads]) if "act" in settings.estimators else None,
         answers=[answers.get(read.prompt_set.name) for read in reads],
+        train_questions=shift.prompt_set.questions,
+        domain_questions=[read.prompt_set.questions for read in reads],
     )
     compared = {one: one.compare(comparison) for one in controls.CONTROLS if one.compare is not None}
     return [
