@@ -372,9 +372,14 @@ def test_a_folder_without_questions_is_read_with_a_warning(tiny: Tiny, captured:
         table = pq.read_table(path)
         assert set(table["question"].to_pylist()) <= {example.question for example in examples}
         pq.write_table(table.drop_columns(["question"]), path)
-    [warning] = [warning for warning in score_tiny(tiny, folder).warnings if "text of the questions" in warning]
+    found, whole = score_tiny(tiny, folder), score_tiny(tiny, captured)
+    [warning] = [warning for warning in found.warnings if "text of the questions" in warning]
     assert warning.startswith(f"the text of the questions is not known of {', '.join(files)}: ")
-    assert not any("text of the questions" in warning for warning in score_tiny(tiny, captured).warnings)
+    assert not any("text of the questions" in warning for warning in whole.warnings)
+    for domain, other in zip(found.domains, whole.domains, strict=True):
+        named = {name for name in other.controls if name.startswith("text_")}
+        assert named
+        assert set(domain.controls) == set(other.controls) - named
 
 
 def test_command_line(tiny: Tiny, tmp_path: Path) -> None:

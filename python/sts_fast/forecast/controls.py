@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from sts_fast.forecast import text
 from sts_fast.model.log import AnswerLog
 from sts_fast.ops.shift import top_indices
 from sts_fast.signed.projection import projection
@@ -298,6 +299,29 @@ def _base_accuracy(sets: Comparison) -> list[float | None]:
     return [None if log is None else float(log.exact.mean()) for log in sets.answers]
 
 
+def _text_similarity(sets: Comparison) -> list[float | None]:
+    return _of_both_texts(sets, text.similarity)
+
+
+def _text_compression(sets: Comparison) -> list[float | None]:
+    return _of_both_texts(sets, text.saved_bytes)
+
+
+def _text_length(sets: Comparison) -> list[float | None]:
+    return [None if domain is None else text.mean_words(domain) for domain in sets.domain_questions]
+
+
+def _text_digits(sets: Comparison) -> list[float | None]:
+    return [None if domain is None else text.digit_share(domain) for domain in sets.domain_questions]
+
+
+def _of_both_texts(
+    sets: Comparison, measure: Callable[[tuple[str, ...], tuple[str, ...]], float]
+) -> list[float | None]:
+    train = sets.train_questions
+    return [None if train is None or domain is None else measure(train, domain) for domain in sets.domain_questions]
+
+
 CONTROLS = (
     Control("random", "random features", of="features", pick=_random),
     Control("low_shift", "least shifted features", of="features", pick=_low_shift),
@@ -326,5 +350,21 @@ CONTROLS = (
     Control(
         "base_accuracy", "accuracy of the model before training",
         of="answers", compare=_base_accuracy, quantity="accuracy", unit="share of exact answers",
+    ),
+    Control(
+        "text_similarity", "character n-grams in common with the training set (no model)",
+        of="text", compare=_text_similarity, quantity="cosine", unit="cosine",
+    ),
+    Control(
+        "text_compression", "text in common with the training set, by compression (no model)",
+        of="text", compare=_text_compression, quantity="saved", unit="share of the bytes saved",
+    ),
+    Control(
+        "text_length", "length of the questions (no model)",
+        of="text", compare=_text_length, quantity="words", unit="words per question",
+    ),
+    Control(
+        "text_digits", "words with a digit in the questions (no model)",
+        of="text", compare=_text_digits, quantity="share", unit="share of the words",
     ),
 )  # fmt: skip
