@@ -25,6 +25,8 @@ N_BOOTSTRAP = 1000
 CONFIDENCE = 0.95
 INTERVAL = (2.5, 97.5)  # the percentiles that leave CONFIDENCE between them
 Z_95 = 1.959963984540054
+# A share of the variance below this is a rounding error.
+NOTHING_LEFT = 1e-12
 # Up to 8! = 40,320 orders are gone through one by one.
 MAX_EXACT = 8
 
@@ -82,6 +84,24 @@ def pearson(x: Doubles, y: Doubles) -> Doubles:
 def spearman(x: ArrayLike, y: ArrayLike) -> Doubles:
     """Correlation of the ranks along the last axis; NaN where x or y is constant."""
     return pearson(mean_ranks(x), mean_ranks(y))
+
+
+def partial_pearson(x: Doubles, y: Doubles, given: Doubles) -> Doubles:
+    """Correlation of x and y along the last axis, less what both owe to `given`: that of the residuals on it.
+
+    (r_xy - r_xz r_yz) / sqrt((1 - r_xz^2) (1 - r_yz^2)), with z what is given; NaN where x, y or z is constant, or z
+    determines x or y
+    """
+    r, of_x, of_y = pearson(x, y), pearson(x, given), pearson(y, given)
+    unexplained = (1 - of_x**2) * (1 - of_y**2)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        partial: Doubles = np.clip((r - of_x * of_y) / np.sqrt(unexplained), -1, 1)
+    return np.where(unexplained < NOTHING_LEFT, np.nan, partial)
+
+
+def partial_spearman(x: ArrayLike, y: ArrayLike, given: ArrayLike) -> Doubles:
+    """Partial correlation of the ranks along the last axis; NaN as for `partial_pearson`."""
+    return partial_pearson(mean_ranks(x), mean_ranks(y), mean_ranks(given))
 
 
 def defined(r: Doubles) -> float | None:

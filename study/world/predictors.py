@@ -14,8 +14,9 @@ from sts_fast.demo.demo import CONTROLS as DEMO_CONTROLS
 from sts_fast.demo.demo import PREDICTORS as DEMO_PREDICTORS
 from sts_fast.demo.demo import TOP_N
 from sts_fast.forecast.score import compare
+from sts_fast.model.answers import score_answers
 from sts_fast.sae import load_sae
-from sts_fast.signed.gradients import HookedModel, answer_nll
+from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.projection import projection
 from sts_fast.signed.push import Features, measure_pull, measure_push
 from study.world.grounds import Ground
@@ -139,7 +140,7 @@ def parameter_gradients(ground: Ground, model: Any, prompts: dict[str, list[Prom
     parameters = list(model.parameters())
     for asked in prompts.values():
         ids = torch.tensor(np.stack([prompt.base_ids for prompt in asked]).astype(np.int64))
-        nll = answer_nll(model(input_ids=ids, use_cache=False).logits, ids, asked)
+        nll, _ = score_answers(model(input_ids=ids, use_cache=False).logits, ids, asked)
         p = torch.exp(-len(asked[0].positions) * nll)
         for value, gradients in ((nll.mean(), of_loss), (-p.mean(), of_p)):
             parts = torch.autograd.grad(value, parameters, retain_graph=True)

@@ -14,11 +14,12 @@ from sts_fast.data.examples import Example
 from sts_fast.data.prompts import Prompt, PromptTemplate, build_prompts
 from sts_fast.demo import organism
 from sts_fast.forecast.controls import cosine
+from sts_fast.model.answers import score_answers
 from sts_fast.model.language_model import LanguageModel, capture
 from sts_fast.ops.correlate import CorrelationStats
 from sts_fast.ops.shift import ShiftStats, top_indices
 from sts_fast.sae import SAE, load_sae
-from sts_fast.signed.gradients import AnswerRows, HookedModel, answer_nll
+from sts_fast.signed.gradients import AnswerRows, HookedModel
 from sts_fast.signed.objectives import AnswerLoss, PolicyLoss
 from sts_fast.signed.projection import projection
 from sts_fast.signed.push import Features, LinearMap, Push, measure_pull, measure_push
@@ -256,25 +257,26 @@ def parameter_step(base: World, prompts: list[Prompt], slopes: Any) -> tuple[Any
     gradients = [torch.zeros_like(parameter) for parameter in parameters]
     for start in range(0, len(prompts), 128):
         part = prompts[start : start + 128]
-        loss = (answer_nll(logits(model, part), ids_of(part), part) * torch.tensor(slopes[start : start + 128])).sum()
+        nll, _ = score_answers(logits(model, part), ids_of(part), part)
+        loss = (nll * torch.tensor(slopes[start : start + 128])).sum()
         for total, found in zip(gradients, torch.autograd.grad(loss, parameters), strict=True):
             total += found
     right = [prompt for prompt, slope in zip(prompts, slopes, strict=True) if slope > 0][:64]
     with torch.no_grad():
         start = [parameter.clone() for parameter in parameters]
         eta, left = 0.05 / float(torch.cat([gradient.flatten() for gradient in gradients]).norm()), np.inf
-        goal = float(answer_nll(logits(base.model, right), ids_of(right), right).mean()) / 2
+        goal = float(score_answers(logits(base.model, right), ids_of(right), right)[0].mean()) / 2
         for _ in range(MOST_DOUBLINGS):
             if left <= goal:
                 break
             eta *= 2
             for parameter, before, gradient in zip(parameters, start, gradients, strict=True):
                 parameter.copy_(before - eta * gradient)
-            left = float(answer_nll(logits(model, right), ids_of(right), right).mean())
+            left = float(score_answers(logits(model, right), ids_of(right), right)[0].mean())
         dP, dloss = [], []
         for asked in base.prompts.values():
-            old = answer_nll(logits(base.model, asked), ids_of(asked), asked)
-            new = answer_nll(logits(model, asked), ids_of(asked), asked)
+            old, _ = score_answers(logits(base.model, asked), ids_of(asked), asked)
+            new, _ = score_answers(logits(model, asked), ids_of(asked), asked)
             dloss.append(float((old - new).mean()))
             dP.append(float((torch.exp(-3 * new) - torch.exp(-3 * old)).mean()))
     return model, {"dP": np.asarray(dP), "dloss": np.asarray(dloss)}

@@ -361,6 +361,27 @@ def test_other_tools_need_not_say_how_they_sampled(tiny: Tiny, captured: Path, t
     assert [domain.scores["icl"] for domain in found.domains] == [domain.scores["icl"] for domain in expected.domains]
 
 
+def test_a_folder_without_questions_is_read_with_a_warning(tiny: Tiny, captured: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(captured, tmp_path / "activations")
+    said = [sts_fast.load_examples(path)[SAMPLING["domain_shots"] :] for path in tiny.domains.values()]
+    index = json.loads((folder / "activations.json").read_text())
+    files = {
+        one["name"]: folder / one["folder"] / "prompts.parquet" for one in index["sets"] if one["kind"] == "domain"
+    }
+    for examples, path in zip(said, files.values(), strict=True):
+        table = pq.read_table(path)
+        assert set(table["question"].to_pylist()) <= {example.question for example in examples}
+        pq.write_table(table.drop_columns(["question"]), path)
+    found, whole = score_tiny(tiny, folder), score_tiny(tiny, captured)
+    [warning] = [warning for warning in found.warnings if "text of the questions" in warning]
+    assert warning.startswith(f"the text of the questions is not known of {', '.join(files)}: ")
+    assert not any("text of the questions" in warning for warning in whole.warnings)
+    for domain, other in zip(found.domains, whole.domains, strict=True):
+        named = {name for name in other.controls if name.startswith("text_")}
+        assert named
+        assert set(domain.controls) == set(other.controls) - named
+
+
 def test_command_line(tiny: Tiny, tmp_path: Path) -> None:
     runner = CliRunner()
     sets = ["--train", str(tiny.train), *(f"--domains={name}={path}" for name, path in tiny.domains.items())]

@@ -351,7 +351,7 @@ def test_weak_forecasts_carry_a_warning() -> None:
     assert "leaves 60%" in stuck
 
     def pull(nll: float, n_answer: int) -> Pull:
-        return Pull("t", {}, np.zeros((1, 1)), np.asarray([nll]), np.asarray([n_answer]), 1.0)
+        return Pull("t", {}, np.zeros((1, 1)), np.asarray([nll]), np.asarray([n_answer]), np.asarray([False]), 1.0)
 
     assert pull_warnings([pull(0.5, 3)]) == []
     [long] = pull_warnings([pull(0.5, 3), pull(0.5, 40)])

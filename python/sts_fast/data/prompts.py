@@ -46,6 +46,7 @@ class Prompt:
     paired:       [n_pairs] int32, those of `positions` whose token stands in demos_ids too
     paired_demos: [n_pairs] int32, positions in demos_ids; entry i is the same token as paired[i]
     n_special:    tokens of the query that are not read because they are special
+    question:     the query as the user gave it, without template, demonstrations and earlier turns; None if not known
     """
 
     id: str
@@ -55,6 +56,7 @@ class Prompt:
     paired: IntArray
     paired_demos: IntArray
     n_special: int
+    question: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,12 @@ class PromptSet:
     n_too_long: int
     n_unanswered: int
     warnings: tuple[str, ...] = ()
+
+    @property
+    def questions(self) -> tuple[str, ...] | None:
+        """The text of every query; None where one of them is not known."""
+        texts = tuple(prompt.question for prompt in self.prompts if prompt.question is not None)
+        return texts if len(texts) == len(self.prompts) else None
 
 
 class PromptTemplate:
@@ -321,6 +329,7 @@ def _pair(
         paired=paired,
         paired_demos=paired + np.int32(len(demos_ids) - len(base_ids)),
         n_special=n_special,
+        question=query.question,
     )
 
 

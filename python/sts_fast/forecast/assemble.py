@@ -90,6 +90,11 @@ def _forecast(
     warnings = [*filter(None, (fit.warning, fit.names)), *(f"SAE: {note}" for note in sae.notes)]
     prompt_sets = [shift.prompt_set, *(read.prompt_set for read in domain_reads)]
     warnings += [warning for prompt_set in prompt_sets for warning in prompt_set.warnings]
+    untold = [prompt_set.name for prompt_set in prompt_sets if prompt_set.questions is None]
+    if untold:
+        warnings.append(
+            f"the text of the questions is not known of {', '.join(untold)}: no control is made of it there"
+        )
     if settings.controls == "all":
         unanswered = [read.prompt_set.name for read in domain_reads if read.prompt_set.name not in answers]
         if unanswered:
@@ -189,10 +194,8 @@ def _forecast(
         },
         stats=stats,
         controls={
-            "random_features": shift.random,
-            "low_shift_features": shift.low_shift,
-            "most_active_features": shift.most_active,
-            "raw_dimensions": shift.raw_top,
+            **{f"{control}_features": members for control, members in shift.feature_sets.items() if control},
+            **{f"{control}_dimensions": dims for control, dims in shift.raw_sets.items()},
             "mean_residual": shift.raw.mean,
             "domain_mean_residuals": np.stack([read.raw.mean for read in domain_reads] or [np.zeros(sae.d_in)]),
             "projected_mean": shift.raw.moments.mean,

@@ -69,7 +69,7 @@ class PromptLog:
 
 @dataclass(frozen=True)
 class AnswerLog:
-    """How well the base model predicted each answer; see controls.answer_outcomes.
+    """How well the base model predicted each answer; see answers.answer_outcomes.
 
     nll: [n_prompts] nats; n_tokens: [n_prompts] answer tokens; exact: [n_prompts]
     """

@@ -249,7 +249,7 @@ def _overlaps(shifts: Mapping[str, Shift], way: str) -> dict[str, float]:
     """Part of D_N that each other way has too, and the most active features."""
     top = shifts[way].top
     others = {name: shift.top for name, shift in shifts.items() if name != way}
-    others["most_active"] = shifts[way].most_active
+    others["most_active"] = shifts[way].feature_sets["most_active"]
     return {name: len(np.intersect1d(top, other)) / len(top) for name, other in others.items()}
 
 

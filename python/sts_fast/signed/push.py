@@ -171,6 +171,7 @@ class Pull:
         equations: a domain's forecast is the mean over its prompts
     contributions: [n_pushes, n_features] <direction[j], M_T[j]>: each feature's part of the domain's ntk_loss
     nll, n_answer: [n_prompts] loss per token of the answer, in nats, and its number of tokens
+    exact:  [n_prompts] whether the whole answer is the model's first choice
     norm:   ||M_T||: <direction, M_T> / ||M_T|| is the cosine of both sets' gradients in features, from -1 to 1
     """
 
@@ -179,6 +180,7 @@ class Pull:
     contributions: Doubles
     nll: Doubles
     n_answer: NDArray[np.int64]
+    exact: NDArray[np.bool_]
     norm: float
 
     @property
@@ -342,11 +344,11 @@ def measure_pull(
     aligned = np.zeros((len(pushes), n))
     directions = [M for push in pushes for M in (push.direction, *(found.W for found in push.maps.values()))]
     moved_nll = {kind: np.zeros((len(pushes), n)) for push in pushes for kind in push.maps}
-    nll, n_answer = np.zeros(n), np.zeros(n, np.int64)
+    nll, n_answer, exact = np.zeros(n), np.zeros(n, np.int64), np.zeros(n, bool)
     done = 0
     for rows in model.answer_rows(prompts, Q, batch_tokens=batch_tokens):
         features.accumulate(M, rows.x, rows.g / n)
-        nll[rows.prompts], n_answer[rows.prompts] = rows.nll, rows.n_answer
+        nll[rows.prompts], n_answer[rows.prompts], exact[rows.prompts] = rows.nll, rows.n_answer, rows.exact
         along = iter(features.times(rows.x, *directions))
         for i, push in enumerate(pushes):
             per_token = np.einsum("tr,tr->t", next(along), rows.g)
@@ -361,7 +363,7 @@ def measure_pull(
     for kind, after in moved_nll.items():
         values |= {kind: np.exp(-after * n_answer) - p_answer, f"{kind}_loss": nll - after}
     contributions = np.stack([np.einsum("jr,jr->j", push.direction, M) for push in pushes])
-    return Pull(name, values, contributions, nll, n_answer, _norm(M))
+    return Pull(name, values, contributions, nll, n_answer, exact, _norm(M))
 
 
 def push_warnings(push: Push) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 from sts_fast.data.prompts import Progress, Prompt, PromptSet, Tell
 from sts_fast.errors import InputError
 from sts_fast.model.explain import N_FEATURES, Firings
-from sts_fast.model.log import PromptLog
+from sts_fast.model.log import AnswerLog, PromptLog
 from sts_fast.model.memory import MOST_BATCH_TOKENS
 from sts_fast.ops.encode import encode
 from sts_fast.places import split_name
@@ -56,6 +56,7 @@ class SignedForecast:
     warnings: what a reader should know
     prompts:  rows of prompts.parquet, one for each answered prompt of the training set and of the domains
     firings:  where the features that carry the forecasts fire in the domains' prompts
+    answers:  how well the base model answers each domain, whatever the training set
     """
 
     block: dict[str, Any]
@@ -63,6 +64,7 @@ class SignedForecast:
     warnings: list[str]
     prompts: pa.Table
     firings: Firings
+    answers: dict[str, AnswerLog]
 
 
 def hook_layer(sae: SAE) -> int:
@@ -142,6 +144,10 @@ def signed_forecasts(
     firings = [Firings(np.asarray(indices, np.int64), "signed") for indices in carriers]
     for domain in domains:
         _find_firings(model, features.sae, domain, firings, batch_tokens)
+    answers = {
+        domain.name: AnswerLog(domain, pull.nll * pull.n_answer, pull.n_answer, pull.exact)
+        for domain, pull in zip(domains, pulls, strict=True)
+    }
     return {
         push.name: SignedForecast(
             block,
@@ -149,6 +155,7 @@ def signed_forecasts(
             [*push_warnings(push), *pull_warnings(pulls)],
             _prompt_table(i, train, push, domains, pulls),
             found,
+            answers,
         )
         for i, (train, push, block, found) in enumerate(zip(trains, pushes, blocks, firings, strict=True))
     }

@@ -12,6 +12,7 @@ import numpy as np
 from sts_fast.data.examples import Example
 from sts_fast.demo.organism.model import MAX_SHOTS, one_thread
 from sts_fast.demo.organism.world import WORLD, World
+from sts_fast.model.answers import score_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -100,10 +101,9 @@ def measure(
             past = model(input_ids=demo_ids[first : first + BATCH], use_cache=True, logits_to_keep=1).past_key_values
             past.batch_select_indices(groups[of_batch] - first)
             answers = ids[of_batch, -world.n_answer :]
-            likelihoods = _answer_logits(model, ids[of_batch], world.n_answer, past).double().log_softmax(dim=-1)
-            found = likelihoods.gather(-1, answers[:, :, None])[:, :, 0].sum(dim=1)
-            log_p[of_batch.numpy()] = found.numpy()
-            is_exact[of_batch.numpy()] = (likelihoods.argmax(dim=-1) == answers).all(dim=1).numpy()
+            of_tokens, is_first = score_tokens(_answer_logits(model, ids[of_batch], world.n_answer, past), answers)
+            log_p[of_batch.numpy()] = of_tokens.sum(dim=1).numpy()
+            is_exact[of_batch.numpy()] = is_first.all(dim=1).numpy()
     return Abilities(tuple(domains), log_p.reshape(-1, n), is_exact.reshape(-1, n), world.n_answer)
 
 
