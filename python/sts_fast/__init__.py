@@ -9,7 +9,7 @@ from sts_fast.data.examples import Example, load_domains, load_examples
 from sts_fast.errors import InputError
 from sts_fast.forecast.overlap import Overlap, overlap
 from sts_fast.forecast.run import Forecast
-from sts_fast.forecast.score import compare, score
+from sts_fast.forecast.score import compare, plan, score
 from sts_fast.mix.mix import Mixture, mix
 from sts_fast.model.stored import Activations
 from sts_fast.model.stored.writing import capture_activations
@@ -51,6 +51,7 @@ __all__ = [
     "load_sae",
     "mix",
     "overlap",
+    "plan",
     "read_outcomes",
     "rollouts",
     "sample_rollouts",

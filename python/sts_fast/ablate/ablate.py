@@ -111,7 +111,7 @@ def ablate(
         tokenizer=tokenizer, whole=True, texts=train is not None, needs=[("ablate", "the whole model")],
     )  # fmt: skip
     reader = session.reader
-    hooked = HookedModel(session.whole, hook_layer(reader.hook(loaded), loaded), name=reader.name)
+    hooked = HookedModel(session.whole, hook_layer(loaded), name=reader.name)
 
     if train is None or domains is None:
         sets = _stored_sets(forecast.prompts.to_pylist())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -38,6 +38,8 @@ ROLES = {
     **dict.fromkeys(("tool", "observation", "function", "tool_response", "ipython"), "tool"),
 }
 
+# What columns are read for, in the order in which they are reported.
+ROLES_OF_COLUMNS = ("category", "id", "context", "question", "options", "answer", "label")
 
 ABSENT = object()
 _CHATML_TURN = re.compile(r"<\|im_start\|>(\w+)\r?\n(.*?)(<\|im_end\|>|\Z)", re.DOTALL)
@@ -60,6 +62,22 @@ class Example:
     context: tuple[Turn, ...] = ()
 
 
+@dataclass(frozen=True)
+class ReadColumns:
+    """Columns of the files of one set, as named there.
+
+    by_role: those that examples were made of, by 'question', 'options', 'context', 'answer', 'label', 'id', 'category'
+    unread:  others that hold text
+    """
+
+    by_role: dict[str, list[str]] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        read = [f"{role} from {listed(names)}" for role, names in self.by_role.items()]
+        return ", ".join(read) + (f"; not read: {listed(self.unread)}" if self.unread else "")
+
+
 def load_examples(
     path: str | Path, *, question_field: str | None = None, answer_field: str | None = None
 ) -> list[Example]:
@@ -75,8 +93,15 @@ def load_examples(
 
     Raises InputError, naming the file and the row, for whatever cannot be read as such.
     """
-    files = train_files(Path(path))
-    return [example for _, example in _read(files, question_field, answer_field, by_category=False)]
+    return read_examples(path, question_field, answer_field)[0]
+
+
+def read_examples(
+    path: str | Path, question_field: str | None = None, answer_field: str | None = None
+) -> tuple[list[Example], ReadColumns]:
+    """The same, with the columns that they were made of."""
+    rows, columns = _read(train_files(Path(path)), question_field, answer_field, by_category=False)
+    return [example for _, example in rows], columns
 
 
 def load_domains(
@@ -100,8 +125,18 @@ def load_domains(
     Raises InputError for unreadable sources, a domain named twice, a row without category, a name in the fields
     that no source has.
     """
-    question_fields, answer_fields = question_fields or {}, answer_fields or {}
-    domains: dict[str, list[Example]] = {}
+    domains = read_domains(sources, question_fields or {}, answer_fields or {}, other_names)
+    return {name: examples for name, (examples, _) in domains.items()}
+
+
+def read_domains(
+    sources: Sequence[str],
+    question_fields: Mapping[str, str],
+    answer_fields: Mapping[str, str],
+    other_names: Iterable[str] = (),
+) -> dict[str, tuple[list[Example], ReadColumns]]:
+    """The same, with the columns that each was made of."""
+    domains: dict[str, tuple[list[Example], ReadColumns]] = {}
     names = [""]
     for source in sources:
         for name, files, by_category in domain_files(source):
@@ -109,12 +144,13 @@ def load_domains(
             question_field = question_fields.get(name, question_fields.get(""))
             answer_field = answer_fields.get(name, answer_fields.get(""))
             found: dict[str, list[Example]] = {}
-            for category, example in _read(files, question_field, answer_field, by_category=by_category):
+            rows, columns = _read(files, question_field, answer_field, by_category=by_category)
+            for category, example in rows:
                 found.setdefault(name if category is None else category, []).append(example)
             for domain, examples in found.items():
                 if domain in domains:
                     raise InputError(f"domain {domain!r} of {source} exists already; name it with NAME=PATH")
-                domains[domain] = examples
+                domains[domain] = examples, columns
     allowed = {*names, *other_names}
     for name in (*question_fields, *answer_fields):
         if name not in allowed:
@@ -124,9 +160,9 @@ def load_domains(
 
 def _read(
     files: Sequence[Path], question_field: str | None, answer_field: str | None, *, by_category: bool
-) -> Iterator[tuple[str | None, Example]]:
+) -> tuple[list[tuple[str | None, Example]], ReadColumns]:
     """(category, example) of every row; its category is None where no column holds one or none is asked for."""
-    n_before = 0
+    rows, columns, n_before = [], ReadColumns(), 0
     for path in files:
         reader = _RowReader(path, question_field, answer_field, by_category=by_category)
         number = 0
@@ -135,11 +171,13 @@ def _read(
                 raise InputError(
                     f"{path}: row {number} is {kind_of(row)}; every row must be an object with named fields"
                 )
-            yield reader.read(row, f"{path}: row {number}", key or str(n_before + number))
+            rows.append(reader.read(row, f"{path}: row {number}", key or str(n_before + number)))
         reader.check_answer_field()
+        reader.add_columns(columns)
         n_before += number
     if not n_before:
         raise InputError(f"{listed(files)} holds no examples; give a file with at least one row")
+    return rows, columns
 
 
 class _RowReader:
@@ -154,6 +192,9 @@ class _RowReader:
         self.category_column: str | None = None
         self.columns: list[str] | None = None
         self.has_answer_field = False
+        # By role, and of text, the columns met so far, in lower case; dicts, because these keep the order.
+        self.used: dict[str, dict[str, None]] = {}
+        self.of_text: dict[str, None] = {}
 
     def read(self, row: Row, where: str, default_id: str) -> tuple[str | None, Example]:
         """(category, example) of a row; `where` names it in errors."""
@@ -163,7 +204,22 @@ class _RowReader:
         if self.columns is None:
             self.columns = [*row]
             self._choose_columns(row, fields)
+        self.of_text |= {name: None for name, value in fields.items() if _is_text(value) or is_turns(value)}
         return self._category(fields, where), self._example(row, fields, where, default_id)
+
+    def add_columns(self, columns: ReadColumns) -> None:
+        """Adds those of this file to those of a set, in the file's spelling."""
+        spelt = {name.strip().lower(): name.strip() for name in self.columns or ()}
+        for role in (role for role in ROLES_OF_COLUMNS if role in self.used):
+            names = columns.by_role.setdefault(role, [])
+            names += [name for used in self.used[role] if (name := spelt.get(used, used)) not in names]
+        # A field of a column, as `a.b`, reads that column.
+        read = {part.lower() for names in self.used.values() for name in names for part in (name, name.split(".")[0])}
+        unread = [spelt.get(name, name) for name in self.of_text if name not in read]
+        columns.unread.extend(name for name in unread if name not in columns.unread)
+
+    def _use(self, role: str, *names: str) -> None:
+        self.used.setdefault(role, {}).update(dict.fromkeys(names))
 
     def check_answer_field(self) -> None:
         if self.columns is not None and self.answer_field is not None and not self.has_answer_field:
@@ -189,6 +245,7 @@ class _RowReader:
         value = fields.get(self.category_column)
         if is_missing(value) or not isinstance(value, (str, int, float)):
             raise InputError(f"{where} has no {self.category_column}; fill it in, or give the file as NAME=PATH")
+        self._use("category", self.category_column)
         return encodable(value, where, self.category_column).strip()
 
     def _example(self, row: Row, fields: Row, where: str, default_id: str) -> Example:
@@ -201,13 +258,19 @@ class _RowReader:
         context, question, answer = _split_turns(turns, where)
         if not question.strip():
             raise InputError(f"{where} has an empty question; fill it in or remove the row")
+        if fields.get("label") is False:
+            self._use("label", "label")
         if fields.get("label") is False or answer is None or not answer.strip():
             answer = None
+        own_id = next((name for name in ID_COLUMNS if _is_id(fields.get(name))), None)
+        if own_id is not None:
+            self._use("id", own_id)
+        earlier = self._earlier_turns(fields, where, context)
         return Example(
-            id=_own_id(fields, where) or encodable(default_id, where, "id"),
+            id=encodable(default_id if own_id is None else fields[own_id], where, own_id or "id").strip(),
             question=question.strip(),
             answer=None if answer is None else _without_margin(begun + answer),
-            context=tuple(_earlier_turns(fields, where, context) + context),
+            context=tuple(earlier + context),
         )
 
     def _turns(self, row: Row, fields: Row, where: str) -> tuple[list[Turn], str]:
@@ -218,6 +281,7 @@ class _RowReader:
             raise InputError(f"{where} has no field {name!r}; its columns are {listed(row)}")
         if is_missing(value):
             raise InputError(f"{where} has no question in {name!r}; fill it in or remove the row")
+        self._use("question", name)
         if is_turns(value):
             return parsed_turns(value, where), ""
         if not isinstance(value, str):
@@ -226,9 +290,12 @@ class _RowReader:
         if question.startswith("<|im_start|>"):
             return chatml_turns(question, where)
         if name.lower() == "instruction":
-            added = [fields[column] for column in INPUT_COLUMNS if _is_text(fields.get(column))]
-            question = "\n\n".join([question, *(encodable(text, where, "input").strip() for text in added)])
+            added = [column for column in INPUT_COLUMNS if _is_text(fields.get(column))]
+            self._use("question", *added)
+            question = "\n\n".join([question, *(encodable(fields[name], where, "input").strip() for name in added)])
         lines = _option_lines(fields, where)
+        if lines:
+            self._use("options", next(name for name in OPTION_COLUMNS if not is_missing(fields.get(name))))
         if not all(line in question for line in lines):
             question = "\n".join([question, *lines])
         return [("user", question)], ""
@@ -241,6 +308,8 @@ class _RowReader:
         else:
             name = next((name for name in ANSWER_COLUMNS if not is_missing(fields.get(name))), "")
             value = fields.get(name)
+        if not (value is ABSENT or is_missing(value)):
+            self._use("answer", name)
         turns = [value] if isinstance(value, dict) else value
         if is_turns(turns):
             return parsed_turns(turns, where)
@@ -256,6 +325,21 @@ class _RowReader:
         text = encodable(value, where, name)
         return [("assistant", text.removeprefix("A: ") if name == "cot_content" else text)]
 
+    def _earlier_turns(self, fields: Row, where: str, context: list[Turn]) -> list[Turn]:
+        """Turns that are in columns of their own: Alpaca's `system` and `history`."""
+        turns: list[Turn] = []
+        system = next((name for name in SYSTEM_COLUMNS if _is_text(fields.get(name))), None)
+        if system is not None and not (context and context[0][0] == "system"):
+            self._use("context", system)
+            turns.append(("system", encodable(fields[system], where, "system")))
+        for pair in fields.get("history") or ():
+            if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+                raise InputError(f"{where} has a history that is no list of [question, answer] pairs; correct it")
+            self._use("context", "history")
+            question, answer = (encodable(text, where, "history") for text in pair)
+            turns += [("user", question), ("assistant", answer)]
+        return turns
+
 
 def lookup(row: Row, field: str) -> Any:
     """A column, or a field inside a struct column by dotted name; `ABSENT` where there is none."""
@@ -269,12 +353,8 @@ def lookup(row: Row, field: str) -> Any:
     return value
 
 
-def _own_id(fields: Row, where: str) -> str | None:
-    for name in ID_COLUMNS:
-        value = fields.get(name)
-        if type(value) in (str, int) and str(value).strip():
-            return encodable(value, where, name).strip()
-    return None
+def _is_id(value: Any) -> bool:
+    return type(value) in (str, int) and bool(str(value).strip())
 
 
 def parsed_turns(value: Any, where: str) -> list[Turn]:
@@ -327,19 +407,6 @@ def _split_turns(turns: list[Turn], where: str) -> tuple[list[Turn], str, str | 
     replied = [i for i in asked if i + 1 < len(turns) and turns[i + 1][0] == "assistant"]
     at = replied[-1] if replied else asked[-1]
     return turns[:at], turns[at][1], turns[at + 1][1] if replied else None
-
-
-def _earlier_turns(fields: Row, where: str, context: list[Turn]) -> list[Turn]:
-    """Turns that stand in columns of their own: Alpaca's `system` and `history`."""
-    turns: list[Turn] = []
-    system = next((fields[name] for name in SYSTEM_COLUMNS if _is_text(fields.get(name))), None)
-    if system is not None and not (context and context[0][0] == "system"):
-        turns.append(("system", encodable(system, where, "system")))
-    for pair in fields.get("history") or ():
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise InputError(f"{where} has a history that is no list of [question, answer] pairs; correct it")
-        turns += [("user", encodable(pair[0], where, "history")), ("assistant", encodable(pair[1], where, "history"))]
-    return turns
 
 
 def _option_lines(fields: Row, where: str) -> list[str]:

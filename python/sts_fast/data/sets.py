@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
 
-from sts_fast.data.examples import Example, load_domains, load_examples
+from sts_fast.data.examples import Example, ReadColumns, read_domains, read_examples
 from sts_fast.data.options import Checked, Option
 from sts_fast.data.prompts import PromptSet, PromptTemplate, TokenClass, build_prompts, choose_demos
 from sts_fast.errors import InputError
@@ -37,14 +37,12 @@ class Fields(Checked):
         Option("Column of the answers: FIELD, or SET=FIELD for one set; repeatable.", "--answer-field"),
     ] = field(default_factory=dict)
 
-    def read(self, name: str, source: Source) -> list[Example]:
+    def read(self, name: str, source: Source) -> tuple[list[Example], ReadColumns | None]:
+        """The examples of a set, and the columns that they were read from; None of examples in memory."""
         if not isinstance(source, (str, Path)):
-            return list(source)
-        return load_examples(
-            source,
-            question_field=self.question_fields.get(name, self.question_fields.get("")),
-            answer_field=self.answer_fields.get(name, self.answer_fields.get("")),
-        )
+            return list(source), None
+        question, answer = (of.get(name, of.get("")) for of in (self.question_fields, self.answer_fields))
+        return read_examples(source, question, answer)
 
 
 class FieldsOptions(TypedDict, total=False):
@@ -56,11 +54,16 @@ class FieldsOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Sets:
-    """The examples of the training sets and the domains by name, and those to demonstrate with, where given apart."""
+    """The examples of the training sets and the domains by name.
+
+    demos:   those to demonstrate with, where given apart
+    columns: of the files, by kind and name; examples in memory have none
+    """
 
     trains: dict[str, list[Example]]
     domains: dict[str, list[Example]]
     demos: dict[str, list[Example]]
+    columns: dict[tuple[Kind, str], ReadColumns]
 
     @classmethod
     def read(
@@ -81,7 +84,14 @@ class Sets:
             raise InputError(
                 "a domain cannot be called 'train', the name of the training set: rename it, as in new=path"
             )
-        return cls(of_trains, of_domains, _read_demos(demos or {}, fields, [*of_trains, *of_domains]))
+        kinds: tuple[tuple[Kind, Mapping[str, tuple[list[Example], ReadColumns | None]]], ...]
+        kinds = (("train", of_trains), ("domain", of_domains))
+        return cls(
+            _examples(of_trains),
+            _examples(of_domains),
+            _read_demos(demos or {}, fields, [*of_trains, *of_domains]),
+            {(kind, name): columns for kind, sets in kinds for name, (_, columns) in sets.items() if columns},
+        )
 
 
 @dataclass(frozen=True)
@@ -153,9 +163,13 @@ class SamplingOptions(DrawingOptions, total=False):
     tokens: TokenClass
 
 
+def _examples(sets: Mapping[str, tuple[list[Example], ReadColumns | None]]) -> dict[str, list[Example]]:
+    return {name: examples for name, (examples, _) in sets.items()}
+
+
 def _read_sets(
     sets: Mapping[str, Source] | Sequence[str], fields: Fields, other_names: Sequence[str]
-) -> dict[str, list[Example]]:
+) -> Mapping[str, tuple[list[Example], ReadColumns | None]]:
     if isinstance(sets, Mapping):
         return {name: fields.read(name, source) for name, source in sets.items()}
     if not sets:
@@ -163,9 +177,7 @@ def _read_sets(
             if name and name not in other_names:
                 raise InputError(f"a field is named for '{name}', but the sets are {', '.join(other_names)}")
         return {}
-    return load_domains(
-        sets, question_fields=fields.question_fields, answer_fields=fields.answer_fields, other_names=other_names
-    )
+    return read_domains(sets, fields.question_fields, fields.answer_fields, other_names)
 
 
 def _read_demos(
@@ -175,7 +187,7 @@ def _read_demos(
     groups = [demos] if isinstance(demos, Mapping) else [[source] for source in demos]
     found: dict[str, list[Example]] = {}
     for group in groups:
-        examples = _read_sets(group, fields, [*fields.question_fields, *fields.answer_fields])
+        examples = _examples(_read_sets(group, fields, [*fields.question_fields, *fields.answer_fields]))
         unknown = [name for name in examples if name not in names]
         if unknown and (isinstance(group, Mapping) or len(unknown) == len(examples)):
             raise InputError(f"demonstrations are given for '{unknown[0]}', but the sets are {', '.join(names)}")

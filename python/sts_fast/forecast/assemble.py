@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,11 @@ import numpy as np
 
 from sts_fast import files
 from sts_fast._version import __version__
+from sts_fast.data.prompts import prompts_sha256
 from sts_fast.forecast.dims import N_REPLICATES, Shift
 from sts_fast.forecast.estimators import DomainRead, domain_scores, skipped
 from sts_fast.forecast.options import Settings
+from sts_fast.forecast.plan import Plan
 from sts_fast.forecast.run import Forecast, Score, ShiftedFeature, with_value_columns
 from sts_fast.model import explain
 from sts_fast.model.log import AnswerLog
@@ -34,29 +36,62 @@ if TYPE_CHECKING:
     from sts_fast.statistics import Doubles
 
 
-def forecast_of(
-    reader: Reader,
-    sae: SAE,
-    fit: Fit,
+@dataclass(frozen=True)
+class Measured:
+    """What was measured with one SAE.
+
+    fit: whether the SAE belongs to the model; shifts: of each training set; domains: the sums over each
+    signed: by training set; empty where no signed estimator was asked for
+    """
+
+    sae: SAE
+    fit: Fit
+    shifts: Sequence[Shift]
+    domains: list[DomainRead]
+    signed: Mapping[str, SignedForecast]
+
+
+def assemble(plan: Plan, measured: Measured, answers: Mapping[str, AnswerLog]) -> dict[str, Forecast]:
+    """The forecast of each training set.
+
+    answers: how well the base model answers each domain, where that was asked for
+    """
+    shifts, signed, tokenizer = measured.shifts, measured.signed, plan.session.tokenizer
+    firings = {
+        shift.name: shift.firings().take([read.firings[shift.name] for read in measured.domains]) for shift in shifts
+    }
+    explained = [*firings.values(), *(of_train.firings for of_train in signed.values())]
+    shown = sorted({int(j) for of_train in explained for j in of_train.features})
+    promoted = promoted_tokens(plan.session.reader, measured.sae, shown, tokenizer)
+    forecasts = {
+        shift.name: _forecast(plan, measured, shift, answers, firings[shift.name].table(tokenizer), promoted)
+        for shift in shifts
+    }
+    return {
+        name: _with_signed(forecast, signed[name], plan, measured.sae, promoted) if name in signed else forecast
+        for name, forecast in forecasts.items()
+    }
+
+
+def _forecast(
+    plan: Plan,
+    measured: Measured,
     shift: Shift,
-    domain_reads: Sequence[DomainRead],
-    answer_reads: Mapping[str, AnswerLog],
-    settings: Settings,
-    tuned: str | None,
+    answers: Mapping[str, AnswerLog],
     firings: pa.Table,
     promoted: Mapping[int, list[str]],
-    labels: Mapping[int, str],
-    provenance: dict[str, Any],
 ) -> Forecast:
     import pyarrow as pa
 
+    reader, settings, labels = plan.session.reader, plan.settings, plan.labels
+    sae, fit, domain_reads, tuned = measured.sae, measured.fit, measured.domains, plan.session.tuned
     top_n, stats, hook = settings.top_n, shift.stats, reader.hook(sae)
     n_moved = int((shift.importance > 0).sum())
     warnings = [*filter(None, (fit.warning, fit.names)), *(f"SAE: {note}" for note in sae.notes)]
     prompt_sets = [shift.prompt_set, *(read.prompt_set for read in domain_reads)]
     warnings += [warning for prompt_set in prompt_sets for warning in prompt_set.warnings]
     if settings.controls == "all":
-        unanswered = [read.prompt_set.name for read in domain_reads if read.prompt_set.name not in answer_reads]
+        unanswered = [read.prompt_set.name for read in domain_reads if read.prompt_set.name not in answers]
         if unanswered:
             warnings.append(f"too few answers to measure the base model on {', '.join(unanswered)}")
     if n_moved < top_n:
@@ -75,7 +110,7 @@ def forecast_of(
             if train == shift.name
         }
         tables.append(read.log.table(values))
-    tables += [answers.table() for answers in answer_reads.values()]
+    tables += [log.table() for log in answers.values()]
     return Forecast(
         model={
             "name": reader.name,
@@ -106,7 +141,7 @@ def forecast_of(
         },
         settings={
             "dims": settings.dims,
-            "estimators": list(settings.estimators),
+            "estimators": list(settings.sizes),
             "controls": settings.controls,
             "top_n": top_n,
             "tokens": settings.tokens,
@@ -115,7 +150,7 @@ def forecast_of(
             "limit": settings.limit,
             "n_bootstrap": N_BOOTSTRAP,
             "confidence": CONFIDENCE,
-            "tuned": tuned,
+            "tuned": None if tuned is None else tuned.name,
         },
         shift={
             "share_of_top_n": float(shift.importance[shift.top].sum() / total) if total else 0.0,
@@ -127,7 +162,7 @@ def forecast_of(
                 "overlap_ci": list(percentile_interval(stability, SCORE_INTERVAL)),
             },
         },
-        domains=domain_scores(domain_reads, shift, answer_reads, settings),
+        domains=domain_scores(domain_reads, shift, answers, settings),
         shifted_features=[
             ShiftedFeature(
                 index=int(j),
@@ -147,7 +182,11 @@ def forecast_of(
             )
         ],
         warnings=warnings,
-        provenance=provenance,
+        provenance={
+            **_provenance({**plan.sources, "sae": sae.source, "train": plan.train_source(shift.name)}, settings),
+            "prompts_sha256": prompts_sha256(prompt_sets),
+            "forward_passes": reader.forward_passes(),
+        },
         stats=stats,
         controls={
             "random_features": shift.random,
@@ -180,18 +219,11 @@ def concentration(importance: Doubles) -> list[dict[str, float | int]]:
     return [{"n": n, "share": float(held[n - 1] / held[-1]) if held[-1] else 0.0} for n in sizes]
 
 
-def with_signed(
-    signed: SignedForecast | None,
-    forecast: Forecast,
-    sae: SAE,
-    tokenizer: PreTrainedTokenizerBase,
-    promoted: Mapping[int, list[str]],
-    labels: Mapping[int, str],
+def _with_signed(
+    forecast: Forecast, signed: SignedForecast, plan: Plan, sae: SAE, promoted: Mapping[int, list[str]]
 ) -> Forecast:
     import pyarrow as pa
 
-    if signed is None:
-        return forecast
     top = signed.block["top_features"]
     links = explain.neuronpedia_links(sae.metadata.get("neuronpedia_id"), [feature["index"] for feature in top])
     described = [
@@ -199,7 +231,7 @@ def with_signed(
             **feature,
             "promoted_tokens": promoted.get(feature["index"]) if rank < explain.N_FEATURES else None,
             "neuronpedia": link,
-            "label": labels.get(feature["index"]),
+            "label": plan.labels.get(feature["index"]),
         }
         for rank, (feature, link) in enumerate(zip(top, links, strict=True))
     ]
@@ -213,7 +245,7 @@ def with_signed(
         warnings=[*forecast.warnings, *signed.warnings, *more],
         # Runs without signed estimators have no columns for their values.
         prompts=pa.concat_tables([forecast.prompts, signed.prompts], promote_options="default"),
-        firings=pa.concat_tables([forecast.firings, signed.firings.table(tokenizer)]),
+        firings=pa.concat_tables([forecast.firings, signed.firings.table(plan.session.tokenizer)]),
     )
 
 
@@ -230,7 +262,7 @@ def promoted_tokens(
         return {}
 
 
-def provenance_of(sources: Mapping[str, object], settings: Settings) -> dict[str, Any]:
+def _provenance(sources: Mapping[str, object], settings: Settings) -> dict[str, Any]:
     import torch
     import transformers
 

@@ -74,7 +74,7 @@ class _DomainSums:
     """Sums over a domain's tokens, for one SAE; see DomainRead."""
 
     def __init__(self, sae: SAE, prompt_set: PromptSet, shifts: Sequence[Shift], settings: Settings) -> None:
-        self.sae, self.prompt_set, self.estimators = sae, prompt_set, settings.estimators
+        self.sae, self.prompt_set, self.estimators = sae, prompt_set, settings.sizes
         self.firings = {shift.name: shift.firings() for shift in shifts}
         self.columns = np.unique(np.concatenate([features for shift in shifts for features in shift.feature_sets()]))
         self.log = PromptLog("score", prompt_set)
@@ -91,7 +91,7 @@ class _DomainSums:
         self.sums: dict[tuple[str, str, str], Doubles] = {
             (*key, name): np.zeros(len(prompt_set.prompts))
             for key in (*self.weights, *self.raw_tops)
-            for name in settings.estimators
+            for name in settings.sizes
         }
 
     def update(self, rows: PairedRows) -> None:
@@ -158,7 +158,7 @@ def domain_scores(
     logits = controls.probe_logits(shift.raw.moments.mean, means, covariances)
     z_scores = controls.z_scored(np.stack([read.activations(shift.top) for read in reads]))
     # Of two domains each feature would say no more than which is ahead.
-    judged = "act" in settings.estimators and len(reads) > 2
+    judged = "act" in settings.sizes and len(reads) > 2
     scores = []
     for read, z_score, logit in zip(reads, z_scores, logits, strict=True):
         more = {
@@ -190,7 +190,7 @@ def _domain_score(
     }
     scores: dict[str, Score] = {}
     found: dict[str, dict[str, float]] = {control: {} for control in sizes if control}
-    for estimator in settings.estimators:
+    for estimator in settings.sizes:
         for control, size in sizes.items():
             numerator = read.sums[shift.name, control, estimator]
             denominator = {"act": n_read, "icl": n_pairs, "act_sq": n_read * max(size, 1)}[estimator]

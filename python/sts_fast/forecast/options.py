@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from sts_fast.data.options import Option, part
+from sts_fast.data.options import Option
 from sts_fast.data.sets import Fields, FieldsOptions, Sampling, SamplingOptions
+from sts_fast.forecast.run import SIZES
 from sts_fast.model.session import Reading, ReadingOptions
 from sts_fast.signed.push import FeatureKind
 from sts_fast.signed.signed import SignedEstimator
@@ -53,8 +54,14 @@ class Settings(Sampling, Fields, Reading):
     show: Callable[[str], None] | None = None
 
     @property
-    def sampling(self) -> Sampling:
-        return part(Sampling, self)
+    def signed(self) -> list[SignedEstimator]:
+        """The estimators with a sign."""
+        return [name for name in self.estimators if name not in SIZES]  # type: ignore[misc]
+
+    @property
+    def sizes(self) -> list[SizeEstimator]:
+        """The estimators without a sign; `act` where none is named."""
+        return [name for name in self.estimators if name in SIZES] or ["act"]  # type: ignore[misc]
 
 
 class Options(SamplingOptions, FieldsOptions, ReadingOptions, total=False):

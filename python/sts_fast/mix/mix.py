@@ -293,7 +293,7 @@ def _measure(
     limit, seed = mixing.limit, mixing.seed
     session = Session.open(model, [sae], mixing, tokenizer=tokenizer, whole=True, needs=needs)
     reader, [one] = session.reader, session.saes
-    hooked = HookedModel(session.whole, hook_layer(reader.hook(one), one), name=reader.name)
+    hooked = HookedModel(session.whole, hook_layer(one), name=reader.name)
     template, context_length = session.template, reader.context_length
     asked = [
         build_prompts(name, pool, template, tokens="answer", context_length=context_length, limit=limit, seed=seed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -12,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sts_fast.data.examples import Example
-from sts_fast.data.prompts import Prompt, PromptSet, PromptTemplate
-from sts_fast.data.sets import Kind, Sampling
+from sts_fast.data.prompts import Prompt, PromptSet
+from sts_fast.data.sets import Kind
 from sts_fast.errors import InputError
 from sts_fast.model import weights
 from sts_fast.model.forward import ForwardPasses, Read, Sequences, run_batches
@@ -72,19 +70,6 @@ class LanguageModel(Reader):
         self.device = input_device(model)
         self.hooks: list[Hook] = find_hooks(model, places, name=name)
         self.passes = ForwardPasses(self)
-
-    def prompts(
-        self,
-        kind: Kind,
-        name: str,
-        examples: Sequence[Example],
-        demos: Sequence[Example] | None,
-        sampling: Sampling,
-        template: PromptTemplate,
-        *,
-        show: bool,
-    ) -> PromptSet:
-        return sampling.prompts(name, examples, demos, template, self.context_length, kind=kind, show=show)
 
     def rows(self, kind: Kind, prompt_set: PromptSet, other: Reader | None = None) -> Iterator[list[PairedRows]]:
         if not isinstance(other, LanguageModel | None):
@@ -349,15 +334,12 @@ def _load(
 ) -> torch.nn.Module:
     import torch
 
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise InputError(f"--device is auto, cpu, cuda or cuda:N, not '{device}'")
+    chosen = str(weights.device_named(device))
     if device != "auto" and device_map not in (None, "disk"):
         raise InputError("--device and --device-map both say where the model goes: give one of them")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto" and device == "cpu":
+    if dtype == "auto" and chosen == "cpu":
         dtype = "float32"
-    placement = None if device_map is None else Placement(device_map, device)
+    placement = None if device_map is None else Placement(device_map, chosen)
     with _loading(source):
         model, info = auto_class.from_pretrained(
             source,
@@ -373,9 +355,9 @@ def _load(
             f"{source} lacks the weights {', '.join(sorted(info['missing_keys'])[:3])}: the checkpoint is incomplete"
         )
     try:
-        model = model.to(device) if placement is None else model
+        model = model.to(chosen) if placement is None else model
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"{source} cannot be moved to the device '{device}': {_first_line(error)}") from error
+        raise InputError(f"{source} cannot be moved to the device '{chosen}': {_first_line(error)}") from error
     loaded: torch.nn.Module = model.eval()
     return loaded
 

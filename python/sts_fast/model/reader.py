@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from sts_fast.data.examples import Example
-from sts_fast.data.prompts import PromptSet, PromptTemplate
-from sts_fast.data.sets import Kind, Sampling
+from sts_fast.data.prompts import PromptSet
+from sts_fast.data.sets import Kind
 from sts_fast.model.hooks import Hook
 from sts_fast.sae import SAE
 
@@ -60,24 +59,8 @@ class Reader(Protocol):
         """The place that an SAE reads."""
         return next(hook for hook in self.hooks if hook.name == sae.hook_name)
 
-    def prompts(
-        self,
-        kind: Kind,
-        name: str,
-        examples: Sequence[Example],
-        demos: Sequence[Example] | None,
-        sampling: Sampling,
-        template: PromptTemplate,
-        *,
-        show: bool,
-    ) -> PromptSet:
-        """Prompts of a training set or domain. show: with demonstrations.
-
-        Raises InputError where prompts cannot be made of the set, or were not captured in this way.
-        """
-
     def rows(self, kind: Kind, prompt_set: PromptSet, other: Reader | None = None) -> Iterator[list[PairedRows]]:
-        """Rows of a set that `prompts` gave, a batch at a time, for each hook.
+        """Rows of a set of `Session.prompts`, a batch at a time, for each hook.
 
         other: the model after training, whose rows are paired with these instead of those with demonstrations
 

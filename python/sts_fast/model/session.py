@@ -8,17 +8,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
+from sts_fast.data.examples import Example
 from sts_fast.data.options import Checked, Option
 from sts_fast.data.prompts import Progress, PromptSet, PromptTemplate
-from sts_fast.data.sets import common_template
+from sts_fast.data.sets import Kind, Sampling, common_template
 from sts_fast.errors import InputError
+from sts_fast.model.hooks import Hook
 from sts_fast.model.language_model import LanguageModel, load_config, load_decoder, load_language_model, load_tokenizer
 from sts_fast.model.reader import Reader
 from sts_fast.model.sae_check import Fit, check_names, check_width, measure_fit
 from sts_fast.model.stored import MODEL_FOLDER, Activations, is_activations
 from sts_fast.model.weights import DeviceMap
 from sts_fast.ops import cuda
-from sts_fast.places import place_name
+from sts_fast.places import layer_of, place_name, split_name
 from sts_fast.sae import SAE, load_sae
 
 if TYPE_CHECKING:
@@ -155,6 +157,7 @@ class Session:
         top_n: int = 0,
         whole: bool = False,
         texts: bool = True,
+        run: bool = True,
         needs: Sequence[tuple[str, str]] = (),
     ) -> Session:
         """Opens a model and its SAEs, and checks them against each other.
@@ -164,6 +167,7 @@ class Session:
         top_n:  features that every SAE must have
         whole:  reads in the whole model, head included, where that is needed anyway
         texts:  whether prompts are written, for which a tokenizer is needed
+        run:    whether anything is run; if not, no weights are loaded
         needs:  (what, why) that stored activations cannot give
 
         Raises InputError where model and SAEs do not go together, and warns where they only seem not to; ValueError
@@ -179,7 +183,10 @@ class Session:
         session = cls(model, opened, reading, places, whole, tokenizer, tuned)
         reading.warn(*session.names)
         # Whatever can be wrong is told now, and the smallest files are read first.
-        for part in (("template",) if texts else ()) + ("reader", "tuned"):
+        for sae in opened:
+            session.check_place(sae)
+        parts = (("template",) if texts else ()) + (("reader", "tuned") if run else ())
+        for part in parts:
             getattr(session, part)
         return session
 
@@ -204,6 +211,18 @@ class Session:
     @cached_property
     def config(self) -> PretrainedConfig:
         return self.model.config if self._files is None else load_config(self._files)  # type: ignore[union-attr]
+
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens that a prompt may have; None where the model's config sets no limit."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    def check_place(self, sae: SAE) -> None:
+        """Raises InputError where the model's config says that it has no such layer, or one of another width."""
+        config = self.config.get_text_config()
+        layer = layer_of(sae.hook_name, config.num_hidden_layers, name=self.name)
+        if split_name(sae.hook_name)[0] in ("resid_pre", "resid_post"):
+            check_width(sae, Hook(sae.hook_name, "", "output", layer, config.hidden_size), self.name)
 
     @cached_property
     def names(self) -> list[str | None]:
@@ -258,6 +277,29 @@ class Session:
         return load_language_model(
             self.model, dtype=reading.dtype, device=reading.device, device_map=reading.device_map
         )
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the model can say how likely an answer is; one of files always can."""
+        return isinstance(self.model, (str, Path)) or self.model.get_output_embeddings() is not None  # type: ignore[no-untyped-call]
+
+    def prompts(
+        self,
+        kind: Kind,
+        name: str,
+        examples: Sequence[Example],
+        demos: Sequence[Example] | None,
+        sampling: Sampling,
+        *,
+        show: bool,
+    ) -> PromptSet:
+        """Prompts of a training set or domain. show: with demonstrations.
+
+        Raises InputError where prompts cannot be made of the set, or were not captured in this way.
+        """
+        if self.activations is not None:
+            return self.activations.prompts(kind, name, examples, demos, sampling, show=show)
+        return sampling.prompts(name, examples, demos, self.template, self.context_length, kind=kind, show=show)
 
     def check_fit(self, prompt_set: PromptSet) -> list[Fit]:
         """What the first tokens of a training set say about each SAE; see sae_check.Fit.

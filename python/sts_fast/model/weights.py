@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
 import shutil
 import tempfile
 import weakref
@@ -23,6 +24,17 @@ DeviceMap = str | Mapping[str, Any]
 SPREADING, SINGLE = ("auto", "balanced", "balanced_low_0", "sequential"), ("cpu", "disk")
 # Numbers of each tensor that its digest is made of, evenly spread: enough to tell one training from another.
 N_SAMPLED = 1024
+
+
+def device_named(name: str) -> torch.device:
+    """The device of --device; 'auto' is CUDA where there is one. Raises InputError for another name."""
+    import torch
+
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise InputError(f"--device is auto, cpu, cuda or cuda:N, not '{name}'")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
 
 
 class Placement:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
 
 import numpy as np
 
-from sts_fast.data.prompts import PromptSet, TokenClass, show_prompt
-from sts_fast.data.sets import MIN_PROMPTS, Fields, Kind, Sets, Source, check_enough
+from sts_fast.data.prompts import PromptSet
+from sts_fast.data.sets import MIN_PROMPTS, Sets, Source, check_enough
 from sts_fast.errors import InputError
 from sts_fast.forecast.dims import Shift, measure_shifts
 from sts_fast.forecast.options import Options, Settings
-from sts_fast.forecast.run import SIZES, Forecast
+from sts_fast.forecast.plan import Plan
+from sts_fast.forecast.run import Forecast
 from sts_fast.forecast.score import forecasts_of
-from sts_fast.model import explain
 from sts_fast.model.memory import MOST_BATCH_TOKENS
 from sts_fast.model.session import SAESource, Session
 from sts_fast.rollouts.dims import (
@@ -28,12 +28,10 @@ from sts_fast.rollouts.dims import (
 )
 from sts_fast.rollouts.prompts import Rendering, Verified, read_completions, verified_demos, with_endings
 from sts_fast.rollouts.read import Columns, Rollouts, load_rollouts
-from sts_fast.sae import SAE
 from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.projection import projection
-from sts_fast.signed.push import Features, MapKind, Push, measure_push
+from sts_fast.signed.push import Features, MapKind, measure_push
 from sts_fast.signed.signed import (
-    SignedEstimator,
     SignedForecast,
     hook_layer,
     signed_forecasts,
@@ -80,12 +78,8 @@ def rollouts(
         raise TypeError("rollouts() takes no dims: give ways")
     settings = Settings(**options)
     _check_ways(ways)
-    signed: list[SignedEstimator] = [name for name in settings.estimators if name not in SIZES]  # type: ignore[misc]
-    unsigned = [name for name in settings.estimators if name in SIZES]
-    settings = replace(settings, estimators=unsigned or ["act"])
     data = rollouts if isinstance(rollouts, Rollouts) else load_rollouts(rollouts, columns or Columns())
-    fields = Fields(settings.question_fields or {}, settings.answer_fields or {})
-    sets = Sets.read({"rollouts": []}, domains, demos, fields)
+    sets = Sets.read({"rollouts": []}, domains, demos, settings)
     session = Session.open(
         model, [sae], settings,
         tokenizer=tokenizer, tuned=tuned, top_n=settings.top_n, needs=[("rollouts", "a model")],
@@ -93,87 +87,48 @@ def rollouts(
     reader, [one] = session.reader, session.saes
     rendering = Rendering(session.template)
     data = with_endings(data, rendering)
-    layer = hook_layer(reader.hook(one), one) if signed or {"gradient", "step"} & {*ways} else -1
-
-    def prompts_of(name: str, *, show: bool, tokens: TokenClass | None = None, kind: Kind = "domain") -> PromptSet:
-        return settings.sampling.prompts(
-            name, sets.domains[name], sets.demos.get(name), session.template, reader.context_length,
-            kind=kind, show=show, tokens=tokens,
-        )  # fmt: skip
+    by_gradient = bool(settings.signed or {"gradient", "step"} & {*ways})
+    if by_gradient:
+        hook_layer(one)
+        if settings.signed_features != "sae":
+            raise InputError("--signed-features must be sae for rollouts: their D_N are rows of the same gradient")
 
     # Every set is made ready before the first forward pass, so that bad input is told at once.
     verified = verified_demos(data, rendering, verified_reward)
     own = _verified_prompts(verified, session, settings) if "verified" in ways else None
     plain = _plain_prompts(verified, session, settings) if tuned is not None else None
     completions = None
-    if signed or {"correlation", "gradient", "step"} & {*ways}:
+    if by_gradient or "correlation" in ways:
         completions = read_completions(
             data, rendering, context_length=reader.context_length, limit=settings.limit, seed=settings.seed
         )
         _check_groups(completions)
-    domain_sets = [prompts_of(name, show="icl" in settings.estimators) for name in sets.domains]
-    for prompt_set in domain_sets:
-        check_enough(prompt_set, reader.context_length, "domain")
-    answer_sets = [
-        answer_set
-        for name in sets.domains
-        if (settings.controls == "all" or signed)
-        and len((answer_set := prompts_of(name, show=False, tokens="answer")).prompts) >= MIN_PROMPTS
-    ]
-    if signed and not answer_sets:
-        raise InputError(
-            f"no domain has the {MIN_PROMPTS} answered questions that signed estimators need: add answers, or leave "
-            f"out {', '.join(signed)}"
-        )
-    of_completions = None if completions is None else completions.prompt_set
-    read_sets = [found for found in (own, of_completions, plain) if found is not None]
-    if settings.show is not None:
-        for prompt_set in (*read_sets, *domain_sets):
-            settings.show(show_prompt(prompt_set, session.tokenizer))
-    labels = {} if settings.labels is None else explain.read_labels(settings.labels)
-    fits = session.check_fit(read_sets[0])
+    source = rollouts if isinstance(rollouts, (str, Path)) else None
+    sources = {"model": model, "tuned": tuned, "labels": settings.labels, "domains": domains, "demos": demos or {}}
+    plan = replace(
+        Plan.make(session, settings, replace(sets, trains={}), sources | {"trains": source}),
+        trains=[
+            *([] if own is None else [own]),
+            *([] if completions is None else [completions.prompt_set]),
+            *([] if plain is None else [plain]),
+        ],
+    )
+    plan.show()
+    fits = session.check_fit(plan.trains[0])
     warnings = _warnings(data)
 
     shifts: dict[str, Shift] = {}
     if own is not None:
         [shifts["verified"]] = measure_shifts(reader, [one], own, settings, None)
-    push = Q = None
+    signed: dict[str, SignedForecast] = {}
     if completions is not None:
-        # What is read alike for all ways is read once.
-        [read] = correlation_shifts(reader, [one], completions, settings)
-        if "correlation" in ways:
-            shifts["correlation"] = read
-        if signed or {"gradient", "step"} & {*ways}:
-            hooked, Q = HookedModel(session.whole, layer, name=reader.name), projection(one.d_in, seed=settings.seed)
-            push = _push(hooked, one, Q, completions, ways, signed, settings)
-            if "gradient" in ways:
-                shifts["gradient"] = gradient_shift(one, push, read, settings)
-                push = replace(push, folds=None)  # eight times as large as all else of it
-            if "step" in ways:
-                shifts["step"] = step_shift(
-                    hooked, one, Q, push, read, completions, settings, batch_tokens=_budget(settings)
-                )
+        of_completions, by_push = _read_completions(plan, completions, ways)
+        shifts |= of_completions
+        # What is forecast is the same whatever D_N is.
+        signed = {} if by_push is None else dict.fromkeys([*shifts, "tuned"], by_push)
     if plain is not None:
         [shifts["tuned"]] = measure_shifts(reader, [one], plain, replace(settings, dims="tuned"), session.tuned)
-
-    def measure(whole: Any) -> list[dict[str, SignedForecast]]:
-        if push is None or Q is None or completions is None or not signed:
-            return []
-        hooked = HookedModel(whole, layer, name=reader.name)
-        # What is forecast is the same whatever D_N is.
-        by_push = signed_forecasts(
-            hooked, Features(one), Q, [push], [completions.prompt_set], answer_sets, signed,
-            batch_tokens=_budget(settings), seed=settings.seed, tell=settings.tell,
-        )  # fmt: skip
-        return [dict.fromkeys(shifts, by_push[push.name])]
-
-    source = rollouts if isinstance(rollouts, (str, Path)) else None
-    [forecasts] = forecasts_of(
-        session, [list(shifts.values())], fits, domain_sets, answer_sets, measure,
-        dict.fromkeys(shifts, source),
-        {"model": model, "tuned": tuned, "labels": settings.labels, "domains": domains, "demos": demos or {}},
-        labels, settings,
-    )  # fmt: skip
+    [forecasts] = forecasts_of(plan, fits, [list(shifts.values())], [signed])
     block = _block(data, verified, completions)
     return {
         way: replace(
@@ -208,21 +163,21 @@ def _verified_prompts(verified: Verified, session: Session, settings: Settings) 
             f"but {settings.shots} are to be shown as demonstrations: lower --verified-reward or --shots, or leave "
             "verified out of --ways"
         )
-    prompt_set = settings.sampling.prompts(
-        "verified", verified.queries, verified.demos, session.template, session.reader.context_length,
+    prompt_set = settings.prompts(
+        "verified", verified.queries, verified.demos, session.template, session.context_length,
         kind="train", show=True,
     )  # fmt: skip
-    check_enough(prompt_set, session.reader.context_length, "train")
+    check_enough(prompt_set, session.context_length, "train")
     return prompt_set
 
 
 def _plain_prompts(verified: Verified, session: Session, settings: Settings) -> PromptSet:
     """The same prompts without demonstrations, on which the true shift is measured."""
-    prompt_set = settings.sampling.prompts(
-        "tuned", verified.queries, verified.demos, session.template, session.reader.context_length,
+    prompt_set = settings.prompts(
+        "tuned", verified.queries, verified.demos, session.template, session.context_length,
         kind="train", show=False,
     )  # fmt: skip
-    check_enough(prompt_set, session.reader.context_length, "train")
+    check_enough(prompt_set, session.context_length, "train")
     return prompt_set
 
 
@@ -235,23 +190,38 @@ def _check_groups(completions: Completions) -> None:
         )
 
 
-def _push(
-    hooked: HookedModel,
-    sae: SAE,
-    Q: np.ndarray[Any, np.dtype[np.float64]],
-    completions: Completions,
-    ways: Sequence[Way],
-    signed: Sequence[SignedEstimator],
-    settings: Settings,
-) -> Push:
-    if settings.signed_features != "sae":
-        raise InputError("--signed-features must be sae for rollouts: their D_N are rows of the same gradient")
-    maps: list[MapKind] = [kind for kind in get_args(MapKind) if kind in signed or (kind == "step" and kind in ways)]
-    return measure_push(
-        hooked, Features(sae), Q, "rollouts", completions.prompt_set.prompts,
+def _read_completions(
+    plan: Plan, completions: Completions, ways: Sequence[Way]
+) -> tuple[dict[str, Shift], SignedForecast | None]:
+    """By way, the shift that the completions tell of; and what they push the domains to, where that is asked for."""
+    settings, reader, [sae] = plan.settings, plan.session.reader, plan.session.saes
+    # What is read alike for all ways is read once.
+    [read] = correlation_shifts(reader, [sae], completions, settings)
+    shifts = {"correlation": read} if "correlation" in ways else {}
+    maps: list[MapKind] = [
+        kind for kind in get_args(MapKind) if kind in settings.signed or (kind == "step" and kind in ways)
+    ]
+    if not (maps or settings.signed or "gradient" in ways):
+        return shifts, None
+    hooked = HookedModel(plan.session.whole, hook_layer(sae), name=reader.name)
+    features, Q = Features(sae), projection(sae.d_in, seed=settings.seed)
+    push = measure_push(
+        hooked, features, Q, "rollouts", completions.prompt_set.prompts,
         objective=completions.objective, maps=maps, n_folds=N_FOLDS if "gradient" in ways else 0,
         batch_tokens=_budget(settings), tell=lambda done, total: settings.tell("policy gradient", done, total),
     )  # fmt: skip
+    if "gradient" in ways:
+        shifts["gradient"] = gradient_shift(sae, push, read, settings)
+        push = replace(push, folds=None)  # eight times as large as all else of it
+    if "step" in ways:
+        shifts["step"] = step_shift(hooked, sae, Q, push, read, completions, settings, batch_tokens=_budget(settings))
+    if not settings.signed:
+        return shifts, None
+    signed = signed_forecasts(
+        hooked, features, Q, [push], [completions.prompt_set], plan.domain_answers, settings.signed,
+        batch_tokens=_budget(settings), seed=settings.seed, tell=settings.tell,
+    )  # fmt: skip
+    return shifts, signed[push.name]
 
 
 def _budget(settings: Settings) -> int:

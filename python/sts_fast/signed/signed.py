@@ -11,7 +11,6 @@ import numpy as np
 from sts_fast.data.prompts import Progress, Prompt, PromptSet, Tell
 from sts_fast.errors import InputError
 from sts_fast.model.explain import N_FEATURES, Firings
-from sts_fast.model.hooks import Hook
 from sts_fast.model.log import PromptLog
 from sts_fast.model.memory import MOST_BATCH_TOKENS
 from sts_fast.ops.encode import encode
@@ -66,16 +65,16 @@ class SignedForecast:
     firings: Firings
 
 
-def hook_layer(hook: Hook, sae: SAE) -> int:
+def hook_layer(sae: SAE) -> int:
     """The layer whose output an SAE reads. Raises InputError for any other place than the residual stream there."""
-    place, layer = split_name(hook.name)
+    place, layer = split_name(sae.hook_name)
     if place == "resid_post" and layer is not None:
         return layer
     if place == "resid_pre" and layer:
         return layer - 1
     raise InputError(
-        f"signed estimators and ablations change the residual stream after a layer, but the SAE {sae.source} reads "
-        f"{hook.where}: use an SAE of a resid_post hook, or leave out ntk, step and adapter"
+        f"signed estimators and ablations change the residual stream after a layer, but the SAE {sae.source} reads at "
+        f"{sae.hook_name}: use an SAE of a resid_post hook, or leave out ntk, step and adapter"
     )
 
 

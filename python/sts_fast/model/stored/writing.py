@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
@@ -107,7 +107,6 @@ def capture_activations(
     decoder, template = session.reader, session.template
     assert isinstance(decoder, LanguageModel)
 
-    sampling = part(Sampling, capturing)
     prompt_sets: list[PromptSet] = []
     described: list[StoredSet] = []
     kinds: tuple[tuple[Kind, dict[str, list[Example]], bool], ...] = (
@@ -117,8 +116,8 @@ def capture_activations(
     for kind, of_kind, show in kinds:
         for name, examples in of_kind.items():
             own_demos = sets.demos.get(name)
-            prompt_set = decoder.prompts(kind, name, examples, own_demos, sampling, template, show=show)
-            check_enough(prompt_set, decoder.context_length, kind)
+            prompt_set = session.prompts(kind, name, examples, own_demos, capturing, show=show)
+            check_enough(prompt_set, session.context_length, kind)
             described.append(
                 StoredSet(
                     name=name,
@@ -142,7 +141,7 @@ def capture_activations(
         },
         hooks=decoder.hooks,
         dtype=capturing.activation_dtype,
-        settings={**asdict(sampling), "starts_with_bos": starts_with_bos(template)},
+        settings={**vars(part(Sampling, capturing)), "starts_with_bos": starts_with_bos(template)},
         sets=described,
     )
     _begin(output, index, prompt_sets, session.config, session.tokenizer)

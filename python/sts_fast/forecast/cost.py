@@ -1,0 +1,185 @@
+"""What a forecast will read and cost, told before the model is run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sts_fast.data.prompts import PromptSet
+from sts_fast.data.sets import Kind
+from sts_fast.forecast.plan import Plan
+from sts_fast.model.cost import ModelSize, count_passes, product_speed
+from sts_fast.model.memory import TokenBudget
+from sts_fast.model.packing import bytes_per_token
+from sts_fast.model.weights import device_named
+from sts_fast.places import split_name
+from sts_fast.sae import SAE
+from sts_fast.signed.push import MAP_PROMPTS
+from sts_fast.signed.signed import hook_layer
+
+# What seeking a map costs: evaluations of the layers above the hook, as many as it usually takes.
+MAP_EVALUATIONS = {"step": 15, "adapter": 60}
+# Share of the speed of a bare product that a forecast reaches: measured, see docs/forecasts.md.
+PRODUCT_SHARE = 0.5
+# Bytes of float64 sums per feature: those of a training set, and those of one map of a signed estimator.
+SUM_BYTES, MAP_BYTES = 8 * 40, 8 * 64
+# Bytes of Python and its libraries.
+LIBRARY_BYTES = 600e6
+
+
+@dataclass(frozen=True)
+class PlannedSet:
+    """One set as it will be read.
+
+    use:      'shift' (D_N is taken from it), 'score', or 'answers' (read in the whole model)
+    n_prompts, n_too_long, n_unanswered: as in PromptSet
+    n_passes, n_tokens: forward passes, and tokens in them; of answers, tokens only
+    columns:  of its files, by role; unread: others that hold text; None for examples in memory
+    first:    the first question asked
+    """
+
+    name: str
+    use: str
+    n_prompts: int
+    n_too_long: int
+    n_unanswered: int
+    n_passes: int | None
+    n_tokens: int
+    columns: dict[str, list[str]] | None
+    unread: list[str] | None
+    first: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a forecast will take.
+
+    n_passes, n_tokens: forward passes up to the hooks, and the tokens in them, where prompts share what they begin with
+    n_answer_tokens: tokens that pass the whole model, back to the hook too for signed estimators
+    seconds: estimate, less the loading of the model; memory_bytes: estimate of the peak
+    """
+
+    n_passes: int
+    n_tokens: int
+    n_answer_tokens: int
+    seconds: float
+    memory_bytes: float
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a forecast will read and cost."""
+
+    sets: list[PlannedSet]
+    cost: Cost
+
+    @classmethod
+    def of(cls, plan: Plan) -> Outlook:
+        planned = planned_sets(plan)
+        return cls(planned, estimated_cost(plan, planned))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def planned_sets(plan: Plan) -> list[PlannedSet]:
+    """Every set, in the order in which they are read."""
+    uses: tuple[tuple[str, Kind, list[PromptSet]], ...] = (
+        ("shift", "train", plan.trains),
+        ("score", "domain", plan.domains),
+        ("answers", "train", plan.train_answers),
+        ("answers", "domain", plan.domain_answers),
+    )
+    budget = _budget(plan)
+    return [_planned(plan, use, kind, prompt_set, budget) for use, kind, made in uses for prompt_set in made]
+
+
+def estimated_cost(plan: Plan, planned: Sequence[PlannedSet]) -> Cost:
+    """An estimate, from the sizes of everything and the speed of a bare product on this machine."""
+    import torch
+
+    settings, session, saes = plan.settings, plan.session, plan.session.saes
+    size, budget = ModelSize(session.config), _budget(plan)
+    layers = [layer for sae in saes if (layer := split_name(sae.hook_name)[1]) is not None]
+    last = max(layers) + 1 if len(layers) == len(saes) else size.n_layers
+    n_answers = sum(of.n_tokens for of in planned if of.use == "answers")
+    n_tokens = sum(of.n_tokens for of in planned if of.use != "answers")
+    n_shifted = sum(len(prompt.positions) for made in plan.trains for prompt in made.prompts)
+    flops = n_tokens * size.flops(last) + n_answers * size.flops(size.n_layers, head=True)
+    for sae in saes:
+        encode = 2.0 * sae.d_in * sae.d_sae
+        flops += n_shifted * encode * (1 if settings.dims == "active" else 2)
+        if settings.signed:
+            flops += n_answers * encode + _signed_flops(plan, size, hook_layer(sae) + 1)
+    device, dtype = budget.device, getattr(torch, "float32" if settings.dtype == "auto" else settings.dtype)
+    runs_whole = bool(plan.domain_answers)
+    n_weights = size.n_weights(last) + (size.n_weights(size.n_layers) if runs_whole else 0)
+    n_maps = len(plan.trains) * SUM_BYTES + len(plan.train_answers) * (1 + len(settings.signed)) * MAP_BYTES
+    of_token = bytes_per_token(session.config.get_text_config(), 0)
+    return Cost(
+        n_passes=sum(of.n_passes or 0 for of in planned),
+        n_tokens=n_tokens,
+        n_answer_tokens=n_answers,
+        seconds=flops / (PRODUCT_SHARE * product_speed(device, dtype)),
+        memory_bytes=LIBRARY_BYTES
+        + n_weights * dtype.itemsize * (session.activations is None)
+        + sum(_matrix_bytes(sae) + sae.d_sae * n_maps for sae in saes)
+        + budget.tokens(of_token) * of_token,
+    )
+
+
+def _budget(plan: Plan) -> TokenBudget:
+    settings = plan.settings
+    return TokenBudget(device_named(settings.device), plan.session.name, n_tokens=settings.batch_tokens)
+
+
+def _planned(plan: Plan, use: str, kind: Kind, prompt_set: PromptSet, budget: TokenBudget) -> PlannedSet:
+    columns = plan.sets.columns.get((kind, prompt_set.name))
+    examples = (plan.sets.trains if kind == "train" else plan.sets.domains).get(prompt_set.name)
+    n_passes = None
+    if use == "answers":
+        n_tokens = sum(_answer_lengths(prompt_set))
+    elif plan.session.activations is not None:
+        n_passes = n_tokens = 0
+    else:
+        config = plan.session.config.get_text_config()
+        n_passes, n_tokens = count_passes(
+            prompt_set,
+            lambda n_shared: budget.tokens(bytes_per_token(config, n_shared)),
+            n_models=2 if kind == "train" and plan.settings.dims == "tuned" else 1,
+        )
+    return PlannedSet(
+        name=prompt_set.name,
+        use=use,
+        n_prompts=len(prompt_set.prompts),
+        n_too_long=prompt_set.n_too_long,
+        n_unanswered=prompt_set.n_unanswered,
+        n_passes=n_passes,
+        n_tokens=n_tokens,
+        columns=None if columns is None else columns.by_role,
+        unread=None if columns is None else columns.unread,
+        first=examples[0].question if examples else "",
+    )
+
+
+def _answer_lengths(prompt_set: PromptSet) -> list[int]:
+    """Tokens of each prompt up to the end of its answer."""
+    return [int(prompt.positions[-1]) + 1 for prompt in prompt_set.prompts]
+
+
+def _signed_flops(plan: Plan, size: ModelSize, hook: int) -> float:
+    """Of going back from the answers to the hook, and of seeking and trying the maps above it."""
+    above = size.flops(size.n_layers - hook, head=True)
+    trains = [_answer_lengths(made) for made in plan.train_answers]
+    n_domains = sum(sum(_answer_lengths(made)) for made in plan.domain_answers)
+    flops = 2 * above * (sum(map(sum, trains)) + n_domains)
+    for kind in MAP_EVALUATIONS.keys() & {*plan.settings.signed}:
+        flops += above * MAP_EVALUATIONS[kind] * sum(sum(lengths[:MAP_PROMPTS]) for lengths in trains)
+        flops += above * len(trains) * n_domains
+    return flops
+
+
+def _matrix_bytes(sae: SAE) -> float:
+    """Of an SAE's two matrices."""
+    return 2.0 * sae.d_in * sae.d_sae * float(sae.W_enc.dtype.itemsize)

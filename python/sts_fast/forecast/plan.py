@@ -1,0 +1,87 @@
+"""Everything that a forecast will read, made and checked before the first forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from sts_fast.data.prompts import PromptSet, TokenClass, show_prompt
+from sts_fast.data.sets import MIN_PROMPTS, Kind, Sets, check_enough
+from sts_fast.errors import InputError
+from sts_fast.forecast.options import Settings
+from sts_fast.model import explain
+from sts_fast.model.session import Session
+from sts_fast.signed.signed import hook_layer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The prompts of a forecast.
+
+    trains:  those that D_N is taken from, by training set; domains: those that are scored
+    train_answers, domain_answers: those that read their answers in the whole model: of training sets, for signed
+        estimators; of domains that have enough answers, for signed estimators and for --controls all
+    labels:  explanations of features, by index
+    sources: what everything was read from, by role, for the provenance
+    sets:    the examples that the prompts are made of
+    """
+
+    session: Session
+    settings: Settings
+    domains: list[PromptSet]
+    domain_answers: list[PromptSet]
+    labels: dict[int, str]
+    sources: Mapping[str, object]
+    sets: Sets
+    trains: list[PromptSet] = field(default_factory=list)
+    train_answers: list[PromptSet] = field(default_factory=list)
+
+    @classmethod
+    def make(cls, session: Session, settings: Settings, sets: Sets, sources: Mapping[str, object]) -> Plan:
+        """Makes the prompts of every set.
+
+        Raises InputError where a set has too few prompts, or where the model cannot give what the settings ask for.
+        """
+        signed, sizes = settings.signed, settings.sizes
+        if settings.controls == "all" and not session.has_head:
+            raise InputError(
+                "the base model's loss and accuracy need its head: give a model with one, or --controls features"
+            )
+        for sae in session.saes if signed else ():
+            hook_layer(sae)
+
+        def prompts(kind: Kind, name: str, *, show: bool, tokens: TokenClass = settings.tokens) -> PromptSet:
+            examples = (sets.trains if kind == "train" else sets.domains)[name]
+            demos, sampling = sets.demos.get(name), replace(settings, tokens=tokens)
+            return session.prompts(kind, name, examples, demos, sampling, show=show)
+
+        trains = [prompts("train", name, show=settings.dims == "icl") for name in sets.trains]
+        domains = [prompts("domain", name, show="icl" in sizes) for name in sets.domains]
+        for prompt_set in trains:
+            check_enough(prompt_set, session.context_length, "train")
+        for prompt_set in domains:
+            check_enough(prompt_set, session.context_length, "domain")
+        # Without demonstrations, and of domains with answers enough.
+        asked = sets.domains if signed or settings.controls == "all" else ()
+        domain_answers = [prompts("domain", name, show=False, tokens="answer") for name in asked]
+        domain_answers = [answers for answers in domain_answers if len(answers.prompts) >= MIN_PROMPTS]
+        if signed and not domain_answers:
+            raise InputError(
+                f"no domain has the {MIN_PROMPTS} answered questions that signed estimators need: add answers, or "
+                f"leave out {', '.join(signed)}"
+            )
+        train_answers = [prompts("train", name, show=False, tokens="answer") for name in sets.trains if signed]
+        for answers in train_answers:
+            check_enough(answers, session.context_length, "train")
+        labels = {} if settings.labels is None else explain.read_labels(settings.labels)
+        return cls(session, settings, domains, domain_answers, labels, sources, sets, trains, train_answers)
+
+    def train_source(self, name: str) -> object:
+        trains = self.sources["trains"]
+        return trains.get(name) if isinstance(trains, Mapping) else trains
+
+    def show(self) -> None:
+        """Hands the first prompt of each set to `settings.show`."""
+        if self.settings.show is not None:
+            for prompt_set in (*self.trains, *self.domains):
+                self.settings.show(show_prompt(prompt_set, self.session.tokenizer))

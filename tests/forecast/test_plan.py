@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import Tiny
+
+import sts_fast
+from sts_fast import InputError
+
+COUNTS = ("n_passes", "n_tokens")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"estimators": ["act"]},
+        {"dims": "active", "estimators": ["act", "icl"]},
+        {"dims": "tuned"},
+        {"batch_tokens": 64},
+        {"shots": 3, "domain_shots": 6, "limit": 9},
+        {"estimators": ["act", "ntk"], "controls": "all"},
+    ],
+)
+def test_passes_and_tokens_are_those_of_the_run(tiny: Tiny, options: dict[str, Any]) -> None:
+    if options.get("dims") == "tuned":
+        options = {**options, "tuned": tiny.tuned}
+    given: dict[str, Any] = {"model": tiny.model, "sae": tiny.saes["topk"], "domains": tiny.domains, "top_n": 5}
+    planned = sts_fast.plan(trains={"train": tiny.train}, **given, **options)
+    run = sts_fast.score(train=tiny.train, **given, **options)
+    counted = run.provenance["forward_passes"]
+    expected = {name: counted[name] for name in COUNTS}
+    if "tuned" in options:  # a run records the passes of the base model alone
+        both = sts_fast.score(train=tiny.train, **{**given, "domains": {}}, **options).provenance["forward_passes"]
+        expected = {name: counted[name] + both[name] for name in COUNTS}
+    assert {name: getattr(planned.cost, name) for name in COUNTS} == expected
+    by_use = {(of.use, of.name): of for of in planned.sets}
+    assert by_use["shift", "train"].n_prompts == run.train["n_prompts"]
+    for domain in run.domains:
+        of = by_use["score", domain.name]
+        assert (of.n_prompts, of.n_too_long) == (domain.n_prompts, domain.n_too_long)
+    signed = "ntk" in options.get("estimators", ())
+    assert (("answers", "train") in by_use) == signed
+    assert bool(planned.cost.n_answer_tokens) == signed
+
+
+def test_no_weights_are_needed(tiny: Tiny, tmp_path: Path) -> None:
+    shutil.copytree(tiny.model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    given: dict[str, Any] = {"sae": tiny.saes["topk"], "domains": tiny.domains, "top_n": 5}
+    planned = sts_fast.plan(model=tmp_path / "model", trains={"train": tiny.train}, **given)
+    there = sts_fast.plan(model=tiny.model, trains={"train": tiny.train}, **given)
+    assert planned.sets == there.sets
+    assert planned.cost.n_tokens == there.cost.n_tokens
+    assert planned.cost.seconds > 0
+    assert planned.cost.memory_bytes == there.cost.memory_bytes
+    with pytest.raises(InputError):
+        sts_fast.score(model=tmp_path / "model", train=tiny.train, **given)
+
+
+def test_columns_are_named_as_the_file_names_them(tiny: Tiny, tmp_path: Path) -> None:
+    rows = [
+        {
+            "Question": f"What is {i} + {i}?",
+            "Choices": ["1", "2"],
+            "answer": "2" if i % 2 else None,
+            "solution": None if i % 2 else "They add up.",
+            "passage": "Two numbers are given.",
+            "level": 3,
+            "question_id": i,
+        }
+        for i in range(12)
+    ]
+    path = tmp_path / "sums.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    planned = sts_fast.plan(
+        model=tiny.model, sae=tiny.saes["topk"], trains={"train": path}, domains=tiny.domains, top_n=5
+    )
+    train = planned.sets[0]
+    assert train.columns == {
+        "id": ["question_id"],
+        "question": ["Question"],
+        "options": ["Choices"],
+        "answer": ["solution", "answer"],
+    }
+    assert train.unread == ["passage"]
+    assert train.first == "What is 0 + 0?\nA. 1\nB. 2"
+    assert planned.sets[1].columns == {"id": ["id"], "question": ["question"], "answer": ["answer"]}
+    json.dumps(planned.to_dict())
+
+
+def test_examples_in_memory_have_no_columns(tiny: Tiny) -> None:
+    examples = sts_fast.load_examples(tiny.train)
+    planned = sts_fast.plan(
+        model=tiny.model, sae=tiny.saes["topk"], trains={"train": examples}, domains=tiny.domains, top_n=5
+    )
+    assert (planned.sets[0].columns, planned.sets[0].unread) == (None, None)
+    assert planned.sets[0].first == examples[0].question
+    assert asdict(planned) == planned.to_dict()
+
+
+def test_stored_activations_cost_no_pass(tiny: Tiny, tmp_path: Path) -> None:
+    sae = sts_fast.load_sae(tiny.saes["topk"])
+    sts_fast.capture_activations(
+        model=tiny.model, saes=[sae], trains={"train": tiny.train}, domains=tiny.domains, output=tmp_path
+    )
+    planned = sts_fast.plan(model=tmp_path, sae=sae, trains={"train": tiny.train}, domains=tiny.domains, top_n=5)
+    assert (planned.cost.n_passes, planned.cost.n_tokens) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"sae": "wide"}, "reads"),
+        ({"layer": 99}, "layer"),
+        ({"domains": {"sums": "one.jsonl"}}, "at least 8 are needed"),
+        ({"dims": "tuned"}, "--tuned"),
+    ],
+)
+def test_what_a_run_would_refuse_is_refused(tiny: Tiny, tmp_path: Path, change: dict[str, Any], named: str) -> None:
+    sae = sts_fast.load_sae(tiny.saes["topk"])
+    given: dict[str, Any] = {"model": tiny.model, "sae": sae, "domains": tiny.domains, "top_n": 5, **change}
+    if given["sae"] == "wide":
+        from dataclasses import replace
+
+        import numpy as np
+
+        d_in = sae.d_in + 1
+        wide = np.ones((d_in, sae.d_sae), np.float32)
+        given["sae"] = replace(sae, W_enc=wide, b_dec=np.zeros(d_in, np.float32), decoder=None)
+    if given["domains"] == {"sums": "one.jsonl"}:
+        path = tmp_path / "one.jsonl"
+        path.write_text(json.dumps({"question": "1 + 1?", "answer": "2"}) + "\n", encoding="utf-8")
+        given["domains"], given["estimators"] = {"sums": path}, ["act"]
+    if "layer" in given:
+        given["sae"] = tiny.saes["topk"]
+    with pytest.raises(InputError, match=named):
+        sts_fast.plan(trains={"train": tiny.train}, **given)
