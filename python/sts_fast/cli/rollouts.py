@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -19,13 +18,12 @@ from sts_fast.cli.tables import print_comparison, print_end, print_signed
 from sts_fast.data.options import Option
 from sts_fast.errors import InputError
 from sts_fast.forecast.compare import comparison
-from sts_fast.forecast.options import Settings
 from sts_fast.forecast.run import COMPARISON_FILE, SIZES, Forecast, clear_earlier
 from sts_fast.report import build_comparison_report, build_report
-from sts_fast.rollouts import WAYS, Columns, sample_rollouts
+from sts_fast.rollouts import Columns, sample_rollouts
 from sts_fast.rollouts import rollouts as forecast_rollouts
 from sts_fast.rollouts.counts_text import counts_in_words
-from sts_fast.rollouts.rollouts import Way
+from sts_fast.rollouts.rollouts import RolloutSettings
 from sts_fast.rollouts.sample import Completing
 
 ROLLOUTS_FILE = "rollouts.jsonl"
@@ -33,7 +31,7 @@ ROLLOUTS_FILE = "rollouts.jsonl"
 
 @dataclass(frozen=True)
 class Sources:
-    """What the forecast is made of, and how the features are found in it."""
+    """What the forecast is made of."""
 
     model: Model
     sae: Annotated[str, Option("SAE: folder or file, release/id, or owner/repository:folder.")]
@@ -45,9 +43,7 @@ class Sources:
     check: Annotated[
         str | None, Option("What rewards them: exact, math, or package.module:function, which is run.")
     ] = None
-    ways: Annotated[Sequence[Way], Option("Comma-separated: how the features are found.")] = WAYS
     tuned: Annotated[str | None, Option("The model after RL: adds its true shift.")] = None
-    verified_reward: Annotated[float | None, Option("Reward of a verified completion; default: the middle.")] = None
     demos: Demos = None
 
 
@@ -55,7 +51,7 @@ def rollouts(
     sources: Sources,
     columns: Columns,
     completing: Completing,
-    settings: Annotated[Settings, Fixed(dims="icl", signed_features="sae")],
+    settings: Annotated[RolloutSettings, Fixed(dims="icl", signed_features="sae")],
     places: Places,
     core: Core,
     show_prompts: ShowPrompts = False,
@@ -95,7 +91,7 @@ def rollouts(
         )
         forecasts = forecast_rollouts(
             model=sources.model, sae=loaded, rollouts=rollouts or "", columns=columns, domains=sources.domains,
-            demos=sources.demos, tuned=sources.tuned, ways=sources.ways, verified_reward=sources.verified_reward,
+            demos=sources.demos, tuned=sources.tuned,
             **{name: value for name, value in vars(settings).items() if name != "dims"},
         )  # fmt: skip
     clear_earlier(output, [output / way for way in forecasts])

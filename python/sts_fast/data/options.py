@@ -84,15 +84,16 @@ def part(options: Callable[..., T], whole: object) -> T:
 def check(name: str, annotation: Any, value: Any) -> None:
     """Raises InputError for a value that the annotation of its field rules out."""
     kind, option = type_of(annotation), option_of(annotation)
-    if value is None and type(None) in get_args(kind):
+    if option is None or (value is None and type(None) in get_args(kind)):
         return
+    word = option.on_command_line(name)
     if (choices := choices_of(kind)) and value not in choices:
-        raise InputError(f"{name} must be one of {', '.join(choices)}, not '{value}'")
+        raise InputError(f"{word} must be one of {', '.join(choices)}, not '{value}'")
     if choices := element_choices_of(kind):
         for one in value:
             if one not in choices:
-                raise InputError(f"{name} must be among {', '.join(choices)}, not '{one}'")
+                raise InputError(f"{word} must be among {', '.join(choices)}, not '{one}'")
         if not value or len({*value}) < len(value):
-            raise InputError(f"{name} must name one or more, each once")
-    if option is not None and option.least is not None and value < option.least:
-        raise InputError(f"{option.on_command_line(name)} must be at least {option.least}, not {value}")
+            raise InputError(f"{word} must name one or more, each once")
+    if option.least is not None and value < option.least:
+        raise InputError(f"{word} must be at least {option.least}, not {value}")

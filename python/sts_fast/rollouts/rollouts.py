@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack, get_args
 
 import numpy as np
 
+from sts_fast.data.options import Option
 from sts_fast.data.prompts import PromptSet
 from sts_fast.data.sets import MIN_PROMPTS, Sets, Source, check_enough
 from sts_fast.errors import InputError
@@ -47,6 +48,26 @@ WAYS: tuple[Way, ...] = get_args(Way)
 MANY_TRUNCATED = 0.1
 
 
+@dataclass(frozen=True)
+class RolloutSettings(Settings):
+    """The options of a forecast from rollouts.
+
+    ways:     how D_N is found: 'verified', own completions of a high reward as demonstrations in the place of ground
+              truth; 'correlation', 'gradient' and 'step', see rollouts.dims
+    verified_reward: reward from which on a completion counts as verified; by default, the middle of all rewards
+    """
+
+    ways: Annotated[Sequence[Way], Option("Comma-separated: how the features are found.")] = WAYS
+    verified_reward: Annotated[float | None, Option("Reward of a verified completion; default: the middle.")] = None
+
+
+class RolloutOptions(Options, total=False):
+    """`RolloutSettings` as keywords."""
+
+    ways: Sequence[Way]
+    verified_reward: float | None
+
+
 def rollouts(
     *,
     model: str | Path | PreTrainedModel,
@@ -56,28 +77,24 @@ def rollouts(
     demos: Mapping[str, Source] | Sequence[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     tuned: str | Path | PreTrainedModel | None = None,
-    ways: Sequence[Way] = WAYS,
-    verified_reward: float | None = None,
     columns: Columns | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[RolloutOptions],
 ) -> dict[str, Forecast]:
     """Forecasts how strongly RL will move each domain, from completions of the model and their rewards.
 
-    model, sae, domains, demos, tokenizer, options: as for `score`, with one SAE; `dims` does not apply. Signed
-              estimators take the policy gradient of the completions in the place of a training set's answers
+    model, sae, domains, demos, tokenizer: as for `score`, with one SAE
+    options:  see RolloutSettings; `dims` does not apply. Signed estimators take the policy gradient of the completions
+              instead of a training set's answers
     rollouts: a file or folder of (prompt, completion, reward) rows, see load_rollouts; or rollouts in memory
     tuned:    the model after RL: adds a forecast 'tuned', from the true shift on the same prompts
-    ways:     how D_N is found: 'verified', own completions of a high reward as demonstrations in the place of ground
-              truth; 'correlation', 'gradient' and 'step', see rollouts.dims
-    verified_reward: reward from which on a completion counts as verified; by default, the middle of all rewards
     columns:  which columns of the file to read
 
     Returns a forecast by way. Raises InputError, in one sentence with the remedy, for what cannot be used.
     """
     if "dims" in options:
         raise TypeError("rollouts() takes no dims: give ways")
-    settings = Settings(**options)
-    _check_ways(ways)
+    settings = RolloutSettings(**options)
+    ways = settings.ways
     data = rollouts if isinstance(rollouts, Rollouts) else load_rollouts(rollouts, columns or Columns())
     sets = Sets.read({"rollouts": []}, domains, demos, settings)
     session = Session.open(
@@ -94,7 +111,7 @@ def rollouts(
             raise InputError("--signed-features must be sae for rollouts: their D_N are rows of the same gradient")
 
     # Every set is made ready before the first forward pass, so that bad input is told at once.
-    verified = verified_demos(data, rendering, verified_reward)
+    verified = verified_demos(data, rendering, settings.verified_reward)
     own = _verified_prompts(verified, session, settings) if "verified" in ways else None
     plain = _plain_prompts(verified, session, settings) if tuned is not None else None
     completions = None
@@ -140,14 +157,6 @@ def rollouts(
         )
         for way, forecast in forecasts.items()
     }
-
-
-def _check_ways(ways: Sequence[str]) -> None:
-    for way in ways:
-        if way not in WAYS:
-            raise InputError(f"--ways must be among {', '.join(WAYS)}, not '{way}'")
-    if not ways or len({*ways}) < len(ways):
-        raise InputError("--ways must name one or more, each once")
 
 
 def _verified_prompts(verified: Verified, session: Session, settings: Settings) -> PromptSet:
