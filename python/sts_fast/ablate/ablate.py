@@ -34,8 +34,7 @@ from sts_fast.data.prompts import Prompt, PromptSet, PromptTemplate
 from sts_fast.data.sets import Fields, FieldsOptions, Kind, Sampling, Seed, Sets, Source, check_enough
 from sts_fast.errors import InputError
 from sts_fast.forecast.run import Forecast
-from sts_fast.model.memory import MOST_BATCH_TOKENS
-from sts_fast.model.session import Reading, ReadingOptions, SAESource, Session, open_sae
+from sts_fast.model.session import Purpose, Reading, ReadingOptions, SAESource, Session, open_sae
 from sts_fast.ops.correlate import CorrelationStats
 from sts_fast.ops.shift import ShiftStats
 from sts_fast.sae import SAE
@@ -108,10 +107,11 @@ def ablate(
     _check_sae(loaded, stats)
     session = Session.open(
         scores["model"]["name"] if model is None else model, [loaded], zeroing,
-        tokenizer=tokenizer, whole=True, texts=train is not None, needs=[("ablate", "the whole model")],
+        tokenizer=tokenizer,
+        purpose=Purpose(whole=True, texts=train is not None, needs=[("ablate", "the whole model")]),
     )  # fmt: skip
     reader = session.reader
-    hooked = HookedModel(session.whole, hook_layer(loaded), name=reader.name)
+    hooked = HookedModel(session.whole, hook_layer(loaded), name=reader.name, batch_tokens=zeroing.batch_tokens)
 
     if train is None or domains is None:
         sets = _stored_sets(forecast.prompts.to_pylist())
@@ -122,10 +122,9 @@ def ablate(
 
     top = np.asarray([feature["index"] for feature in scores["shifted_features"]][: zeroing.top_n], np.int64)
     drawn = draw_features(stats, top, n_draws, seed, importance=importance, few_shot=few_shot)
-    batch_tokens = min(zeroing.batch_tokens or MOST_BATCH_TOKENS, MOST_BATCH_TOKENS)
     measured = []
     for n_done, prompt_set in enumerate(sets):
-        measured.append(measure(hooked, loaded, prompt_set, drawn, batch_tokens))
+        measured.append(measure(hooked, loaded, prompt_set, drawn))
         zeroing.tell("answers with features zeroed", n_done + 1, len(sets))
     kinds = ["domain" if i else "train" for i in range(len(measured))]
     document = {

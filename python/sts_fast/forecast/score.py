@@ -22,7 +22,7 @@ from sts_fast.forecast.run import BY_NAME, Forecast
 from sts_fast.model.log import AnswerLog
 from sts_fast.model.memory import MOST_BATCH_TOKENS
 from sts_fast.model.sae_check import Fit
-from sts_fast.model.session import SAESource, Session
+from sts_fast.model.session import Purpose, SAESource, Session
 from sts_fast.sae import SAE
 from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.signed import SignedForecast, hook_layer, measure_signed
@@ -197,7 +197,8 @@ def _plan(
     sets = Sets.read(trains, domains, demos, settings)
     session = Session.open(
         model, saes, settings,
-        tokenizer=tokenizer, tuned=tuned, top_n=settings.top_n, run=run, needs=_beyond_activations(settings),
+        tokenizer=tokenizer, tuned=tuned, top_n=settings.top_n,
+        purpose=Purpose(run=run, needs=_beyond_activations(settings)),
     )  # fmt: skip
     sources = {"model": model, "tuned": tuned, "labels": settings.labels, "domains": domains, "demos": demos or {}}
     return Plan.make(session, settings, sets, sources | {"trains": trains})
@@ -247,7 +248,7 @@ def _signed(plan: Plan) -> list[dict[str, SignedForecast]]:
     return [
         measure_signed(
             HookedModel(
-                session.whole, hook_layer(sae), name=session.reader.name,
+                session.whole, hook_layer(sae), name=session.reader.name, batch_tokens=settings.batch_tokens,
                 say=settings.tell_line,
             ),
             sae,
@@ -255,7 +256,6 @@ def _signed(plan: Plan) -> list[dict[str, SignedForecast]]:
             plan.domain_answers,
             settings.signed,
             kind=settings.signed_features,
-            batch_tokens=settings.batch_tokens,
             seed=settings.seed,
             tell=settings.tell,
         )

@@ -20,8 +20,7 @@ from sts_fast.forecast.run import SIZES, Run
 from sts_fast.mix.allot import fill, least_loss, whole_examples
 from sts_fast.mix.flow import Flow
 from sts_fast.mix.kernel import Kernel, measure_kernel
-from sts_fast.model.memory import MOST_BATCH_TOKENS
-from sts_fast.model.session import Reading, ReadingOptions, SAESource, Session
+from sts_fast.model.session import Purpose, Reading, ReadingOptions, SAESource, Session
 from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.projection import projection
 from sts_fast.signed.push import Features
@@ -289,11 +288,11 @@ def _measure(
     tokenizer: PreTrainedTokenizerBase | None,
     mixing: Mixing,
 ) -> Kernel:
-    needs = [("mix", "the whole model, and its gradients")]
+    purpose = Purpose(whole=True, needs=[("mix", "the whole model, and its gradients")])
     limit, seed = mixing.limit, mixing.seed
-    session = Session.open(model, [sae], mixing, tokenizer=tokenizer, whole=True, needs=needs)
+    session = Session.open(model, [sae], mixing, tokenizer=tokenizer, purpose=purpose)
     reader, [one] = session.reader, session.saes
-    hooked = HookedModel(session.whole, hook_layer(one), name=reader.name)
+    hooked = HookedModel(session.whole, hook_layer(one), name=reader.name, batch_tokens=mixing.batch_tokens)
     template, context_length = session.template, reader.context_length
     asked = [
         build_prompts(name, pool, template, tokens="answer", context_length=context_length, limit=limit, seed=seed)
@@ -304,7 +303,7 @@ def _measure(
     [fit] = session.check_fit(asked[0])
     kernel = measure_kernel(
         hooked, Features(one), projection(one.d_in, seed=seed), asked,
-        batch_tokens=min(mixing.batch_tokens or MOST_BATCH_TOKENS, MOST_BATCH_TOKENS), tell=mixing.tell,
+        tell=mixing.tell,
     )  # fmt: skip
     for warning in kernel.warnings:
         mixing.tell_line(f"warning: {warning}")

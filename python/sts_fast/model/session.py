@@ -126,6 +126,22 @@ class ReadingOptions(RunningOptions, total=False):
     command: str | None
 
 
+@dataclass(frozen=True)
+class Purpose:
+    """What a session is opened for, which says what of it is opened at once.
+
+    whole: reads in the whole model, head included, because that is needed anyway
+    texts: prompts are written, for which a tokenizer is needed
+    run:   something is run; if not, no weights are loaded
+    needs: (what, why) that stored activations cannot give
+    """
+
+    whole: bool = False
+    texts: bool = True
+    run: bool = True
+    needs: Sequence[tuple[str, str]] = ()
+
+
 @dataclass(frozen=True, eq=False)
 class Session:
     """A model, its tokenizer and the SAEs that it is read with. Use `open`; every part is loaded once.
@@ -155,37 +171,30 @@ class Session:
         tuned: str | Path | PreTrainedModel | None = None,
         places: Sequence[str] = (),
         top_n: int = 0,
-        whole: bool = False,
-        texts: bool = True,
-        run: bool = True,
-        needs: Sequence[tuple[str, str]] = (),
+        purpose: Purpose = Purpose(),
     ) -> Session:
         """Opens a model and its SAEs, and checks them against each other.
 
         tokenizer: of a model in memory; tuned: the model after training
         places: hooks to read besides those of the SAEs
         top_n:  features that every SAE must have
-        whole:  reads in the whole model, head included, where that is needed anyway
-        texts:  whether prompts are written, for which a tokenizer is needed
-        run:    whether anything is run; if not, no weights are loaded
-        needs:  (what, why) that stored activations cannot give
 
         Raises InputError where model and SAEs do not go together, and warns where they only seem not to; ValueError
         where the tokenizer of a model in memory is missing.
         """
         if is_activations(model):
-            for what, why in needs:
+            for what, why in purpose.needs:
                 raise InputError(
                     f"{what} needs {why}, but {model} holds activations: give a folder or hub id of a model with "
                     "--model"
                 )
         opened = [open_sae(sae, reading, top_n) for sae in saes]
-        session = cls(model, opened, reading, places, whole, tokenizer, tuned)
+        session = cls(model, opened, reading, places, purpose.whole, tokenizer, tuned)
         reading.warn(*session.names)
         # Whatever can be wrong is told now, and the smallest files are read first.
         for sae in opened:
             session.check_place(sae)
-        parts = (("template",) if texts else ()) + (("reader", "tuned") if run else ())
+        parts = (("template",) if purpose.texts else ()) + (("reader", "tuned") if purpose.run else ())
         for part in parts:
             getattr(session, part)
         return session

@@ -18,8 +18,7 @@ from sts_fast.forecast.options import Options, Settings
 from sts_fast.forecast.plan import Plan
 from sts_fast.forecast.run import Forecast
 from sts_fast.forecast.score import forecasts_of
-from sts_fast.model.memory import MOST_BATCH_TOKENS
-from sts_fast.model.session import SAESource, Session
+from sts_fast.model.session import Purpose, SAESource, Session
 from sts_fast.rollouts.dims import (
     N_FOLDS,
     Completions,
@@ -99,7 +98,8 @@ def rollouts(
     sets = Sets.read({"rollouts": []}, domains, demos, settings)
     session = Session.open(
         model, [sae], settings,
-        tokenizer=tokenizer, tuned=tuned, top_n=settings.top_n, needs=[("rollouts", "a model")],
+        tokenizer=tokenizer, tuned=tuned, top_n=settings.top_n,
+        purpose=Purpose(needs=[("rollouts", "a model")]),
     )  # fmt: skip
     reader, [one] = session.reader, session.saes
     rendering = Rendering(session.template)
@@ -212,29 +212,25 @@ def _read_completions(
     ]
     if not (maps or settings.signed or "gradient" in ways):
         return shifts, None
-    hooked = HookedModel(plan.session.whole, hook_layer(sae), name=reader.name)
+    hooked = HookedModel(plan.session.whole, hook_layer(sae), name=reader.name, batch_tokens=settings.batch_tokens)
     features, Q = Features(sae), projection(sae.d_in, seed=settings.seed)
     push = measure_push(
         hooked, features, Q, "rollouts", completions.prompt_set.prompts,
         objective=completions.objective, maps=maps, n_folds=N_FOLDS if "gradient" in ways else 0,
-        batch_tokens=_budget(settings), tell=lambda done, total: settings.tell("policy gradient", done, total),
+        tell=lambda done, total: settings.tell("policy gradient", done, total),
     )  # fmt: skip
     if "gradient" in ways:
         shifts["gradient"] = gradient_shift(sae, push, read, settings)
         push = replace(push, folds=None)  # eight times as large as all else of it
     if "step" in ways:
-        shifts["step"] = step_shift(hooked, sae, Q, push, read, completions, settings, batch_tokens=_budget(settings))
+        shifts["step"] = step_shift(hooked, sae, Q, push, read, completions, settings)
     if not settings.signed:
         return shifts, None
     signed = signed_forecasts(
         hooked, features, Q, [push], [completions.prompt_set], plan.domain_answers, settings.signed,
-        batch_tokens=_budget(settings), seed=settings.seed, tell=settings.tell,
+        seed=settings.seed, tell=settings.tell,
     )  # fmt: skip
     return shifts, signed[push.name]
-
-
-def _budget(settings: Settings) -> int:
-    return min(settings.batch_tokens or MOST_BATCH_TOKENS, MOST_BATCH_TOKENS)
 
 
 def _block(data: Rollouts, verified: Verified, completions: Completions | None) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from sts_fast.data.prompts import PromptTemplate, Tell
 from sts_fast.data.sets import Drawing, DrawingOptions
 from sts_fast.errors import InputError
 from sts_fast.model.packing import check_vocabulary
-from sts_fast.model.session import Loading, LoadingOptions, Reading, Session
+from sts_fast.model.session import Loading, LoadingOptions, Purpose, Reading, Session
 from sts_fast.rollouts.read import Rollout, Rollouts
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def sample_rollouts(
         )
     session = Session.open(
         model, [], part(Reading, completing),
-        tokenizer=tokenizer, whole=True, needs=[("sampling", "a model")],
+        tokenizer=tokenizer, purpose=Purpose(whole=True, needs=[("sampling", "a model")]),
     )  # fmt: skip
     template, whole = PromptTemplate(session.tokenizer), session.whole
     conversations: list[tuple[Turn, ...]] = [(*example.context, ("user", example.question)) for example in examples]

@@ -15,7 +15,7 @@ from sts_fast.model.forward import row_norms
 from sts_fast.model.hooks import decoder_layers
 from sts_fast.model.language_model import attention_sinks, padded_ids
 from sts_fast.model.layer_trace import input_device
-from sts_fast.model.memory import TokenBudget
+from sts_fast.model.memory import MOST_BATCH_TOKENS, TokenBudget
 from sts_fast.places import layer_of
 
 if TYPE_CHECKING:
@@ -56,12 +56,19 @@ class HookedModel:
 
     model: a Hugging Face decoder in memory; layer: whose output, the residual stream, is meant
     name:  how errors call it; say: is told where a batch did not fit into memory and smaller ones follow
+    batch_tokens: most tokens of one pass, at most MOST_BATCH_TOKENS; None for as many
 
     Raises InputError where the model has no such layer or no head.
     """
 
     def __init__(
-        self, model: Any, layer: int, *, name: str = "the model", say: Callable[[str], None] | None = None
+        self,
+        model: Any,
+        layer: int,
+        *,
+        name: str = "the model",
+        batch_tokens: int | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         config = model.config.get_text_config()
         layers = model.get_submodule(decoder_layers(model, config.num_hidden_layers))
@@ -69,6 +76,7 @@ class HookedModel:
         if model.get_output_embeddings() is None:
             raise InputError("signed estimators need the model's head: give a causal language model with one")
         self.model, self.layer, self.name = model.eval(), layer, name
+        self.batch_tokens = min(batch_tokens or MOST_BATCH_TOKENS, MOST_BATCH_TOKENS)
         self.device = input_device(model)
         self.memory = TokenBudget(self.device, name, say=say)
         self.d_in: int = config.hidden_size
@@ -76,9 +84,7 @@ class HookedModel:
         self._bos, self._vocabulary = config.bos_token_id, config.vocab_size
         self._gives_tuple = False  # whether layers give (hidden states, ...), seen when they are run
 
-    def answer_rows(
-        self, prompts: Sequence[Prompt], Q: Doubles | None = None, *, batch_tokens: int
-    ) -> Iterator[AnswerRows]:
+    def answer_rows(self, prompts: Sequence[Prompt], Q: Doubles | None = None) -> Iterator[AnswerRows]:
         """Runs prompts that read their answers (tokens='answer'), shortest first, a batch at a time.
 
         Q: [d_in, r] of `projection`, where gradients are wanted. The backward pass ends at the hook: no weight gets a
@@ -87,7 +93,7 @@ class HookedModel:
         Raises InputError where the model gives NaN, or a single prompt does not fit into memory.
         """
         lengths = [int(prompt.positions[-1]) + 1 for prompt in prompts]  # what follows the answer is not needed
-        most = min(batch_tokens, max(1, MOST_LOGITS // self._vocabulary))
+        most = min(self.batch_tokens, max(1, MOST_LOGITS // self._vocabulary))
         for _, rows in self.memory.in_batches(lengths, most, lambda batch: self._rows(batch, prompts, lengths, Q)):
             yield rows
 

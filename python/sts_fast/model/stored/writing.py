@@ -24,7 +24,7 @@ from sts_fast.data.sets import (
 from sts_fast.errors import InputError
 from sts_fast.model.language_model import LanguageModel, capture
 from sts_fast.model.reader import PairedRows
-from sts_fast.model.session import Reading, Running, RunningOptions, Session
+from sts_fast.model.session import Purpose, Reading, Running, RunningOptions, Session
 from sts_fast.model.stored.folder import Activations
 from sts_fast.model.stored.index import (
     MODEL_FOLDER,
@@ -102,7 +102,7 @@ def capture_activations(
         part(Reading, capturing),
         tokenizer=tokenizer,
         places=hooks,
-        needs=[("capture", "a model")],
+        purpose=Purpose(needs=[("capture", "a model")]),
     )
     decoder, template = session.reader, session.template
     assert isinstance(decoder, LanguageModel)
