@@ -9,7 +9,7 @@ from typing import Annotated
 from sts_fast.cli.arguments import named_trains
 from sts_fast.cli.console import err, progress, say
 from sts_fast.cli.options import Demos
-from sts_fast.data.options import Checked, Option
+from sts_fast.data.options import Option
 from sts_fast.errors import InputError
 from sts_fast.forecast.options import Dims
 from sts_fast.model.stored.writing import Capturing, capture_activations
@@ -32,7 +32,7 @@ class Sources:
 
 
 @dataclass(frozen=True)
-class Demonstrated(Checked):
+class Demonstrated:
     """Which sets are also read with demonstrations: those that a forecast of these settings reads so."""
 
     dims: Annotated[Dims, Option("active: the training sets without demonstrations.")] = "icl"
