@@ -54,6 +54,7 @@ class Baking(Cooking):
         ({"spices": []}, "^--spices must name one or more, each once$"),
         ({"n_eggs": 0}, "^--eggs must be at least 1, not 0$"),
         ({"pan": "steel"}, "^--pan must be one of iron, not 'steel'$"),
+        ({"minutes": None}, "^--minutes must be at least 5, not None$"),
         ({"minutes": 4}, "^--minutes must be at least 5, not 4$"),
     ],
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -12,6 +11,7 @@ from rich.table import Table
 from sts_fast import files
 from sts_fast.cli.console import SIDE_WIDTH, err, out
 from sts_fast.errors import InputError
+from sts_fast.files import Document
 from sts_fast.forecast.options import Settings
 from sts_fast.forecast.run import BY_NAME, Forecast
 from sts_fast.outcomes.calibration import Calibration
@@ -72,7 +72,7 @@ def print_changes(forecast: Forecast) -> None:
     out.print(learned, highlight=False, markup=False)
 
 
-def print_change_comparison(comparison: dict[str, Any]) -> None:
+def print_change_comparison(comparison: Document) -> None:
     """The change of each domain by training set."""
     changes = comparison["changes"]
     if changes is None:

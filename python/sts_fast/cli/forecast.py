@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from sts_fast import files
 from sts_fast.cli.arguments import Core, Places, named_trains, typed_command
@@ -30,6 +30,7 @@ from sts_fast.cli.tables import (
 )
 from sts_fast.data.options import Option
 from sts_fast.errors import InputError
+from sts_fast.files import Document
 from sts_fast.forecast.compare import comparison, sae_comparison, sae_names
 from sts_fast.forecast.options import Dims, Settings
 from sts_fast.forecast.run import COMPARISON_FILE, Forecast, clear_earlier
@@ -212,7 +213,7 @@ def _forecasts(
     return everything
 
 
-def _save_comparison(comparison: dict[str, Any], folder: Path) -> None:
+def _save_comparison(comparison: Document, folder: Path) -> None:
     with files.atomic_path(folder / COMPARISON_FILE) as path:
         path.write_text(files.to_json(comparison), encoding="utf-8")
 

@@ -95,5 +95,5 @@ def check(name: str, annotation: Any, value: Any) -> None:
                 raise InputError(f"{word} must be among {', '.join(choices)}, not '{one}'")
         if not value or len({*value}) < len(value):
             raise InputError(f"{word} must name one or more, each once")
-    if option.least is not None and value < option.least:
+    if option.least is not None and (value is None or value < option.least):
         raise InputError(f"{word} must be at least {option.least}, not {value}")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, Unpack, get_args
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from sts_fast.data.options import Option
 from sts_fast.data.prompts import build_prompts
 from sts_fast.data.sets import Drawing, DrawingOptions, Fields, FieldsOptions, Limit, Sets, Source, check_enough
 from sts_fast.errors import InputError
+from sts_fast.files import Document
 from sts_fast.forecast.run import SIZES, Run
 from sts_fast.mix.allot import fill, least_loss, whole_examples
 from sts_fast.mix.flow import Flow
@@ -117,11 +118,11 @@ class Mixture:
     train: MixedSet
     domains: list[MixedSet]
     mean_change: dict[str, float] | None
-    settings: dict[str, Any]
+    settings: Document
     warnings: list[str]
     examples: list[tuple[str, Example]]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Document:
         """What mix.json holds."""
         return {
             "schema_version": SCHEMA_VERSION,
@@ -364,15 +365,15 @@ def _drawn(pools: Mapping[str, list[Example]], counts: Sequence[int], seed: int)
     return [chosen[i] for i in rng.permutation(len(chosen))]
 
 
-def mix_schema() -> dict[str, Any]:
+def mix_schema() -> Document:
     """The JSON schema of mix.json."""
     return files.load_schema("mix/mix.schema.json")
 
 
-def validate_mix(mixture: dict[str, Any]) -> None:
+def validate_mix(mixture: Document) -> None:
     """Raises jsonschema.ValidationError where a document is not a valid mix.json."""
     files.check_document(mixture, mix_schema())
 
 
-def _plain(one: MixedSet) -> dict[str, Any]:
+def _plain(one: MixedSet) -> Document:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(one).items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, Unpack, get_args
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from sts_fast.data.options import Option
 from sts_fast.data.prompts import PromptSet
 from sts_fast.data.sets import MIN_PROMPTS, Sets, Source, check_enough
 from sts_fast.errors import InputError
+from sts_fast.files import Document
 from sts_fast.forecast.dims import Shift, measure_shifts
 from sts_fast.forecast.options import Options, Settings
 from sts_fast.forecast.plan import Plan
@@ -233,7 +234,7 @@ def _read_completions(
     return shifts, signed[push.name]
 
 
-def _block(data: Rollouts, verified: Verified, completions: Completions | None) -> dict[str, Any]:
+def _block(data: Rollouts, verified: Verified, completions: Completions | None) -> Document:
     """`rollouts` in scores.json, but for the overlaps."""
     recorded = bool(data.read_as.get("advantage"))
     return {
