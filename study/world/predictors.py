@@ -24,7 +24,6 @@ from study.world.trials import SHOTS
 
 N_PROMPTS = 48
 N_FEW_SHOT = 16
-BATCH_TOKENS = 8192
 LAYER = 1
 
 # Predictors of (a change of P or of accuracy, a change of the loss), by name.
@@ -56,13 +55,11 @@ def predict(ground: Ground, folder: Path, tell: Any) -> dict[str, Any]:
     for kind in ("raw", "sae"):
         features = Features(sae, kind, centre if kind == "raw" else None)
         pushes = [
-            measure_push(
-                hooked, features, Q, train, prompts[train], maps=("step", "adapter"), batch_tokens=BATCH_TOKENS
-            )
+            measure_push(hooked, features, Q, train, prompts[train], maps=("step", "adapter"))
             for train in ground.trains
         ]
         tell(f"training sets, {kind}")
-        pulls = [measure_pull(hooked, features, Q, name, prompts[name], pushes, batch_tokens=BATCH_TOKENS)
+        pulls = [measure_pull(hooked, features, Q, name, prompts[name], pushes)
                  for name in ground.domains]  # fmt: skip
         for estimator in pulls[0].values:
             found[f"{estimator} ({kind})"] = np.stack([pull.values[estimator].mean(axis=1) for pull in pulls], axis=1)
@@ -72,8 +69,10 @@ def predict(ground: Ground, folder: Path, tell: Any) -> dict[str, Any]:
         found["P"] = np.asarray([pull.p_answer.mean() for pull in pulls])
         tell(f"domains, {kind}")
         if kind == "raw":
-            shown = [measure_pull(hooked, features, Q, name, behind(ground, name, name, template), pushes,
-                                  batch_tokens=BATCH_TOKENS) for name in ground.domains]  # fmt: skip
+            shown = [
+                measure_pull(hooked, features, Q, name, behind(ground, name, name, template), pushes)
+                for name in ground.domains
+            ]
             for estimator in ("adapter", "adapter_loss"):
                 found[f"{estimator} few-shot"] = np.stack([p.values[estimator].mean(axis=1) for p in shown], axis=1)
             found["loss of training sets"] = np.asarray([push.loss for push in pushes])
@@ -121,12 +120,12 @@ def behind(ground: Ground, shown: str, asked: str, template: PromptTemplate) -> 
 
 
 def mean_nll(hooked: HookedModel, prompts: list[Prompt]) -> float:
-    return float(np.mean(np.concatenate([rows.nll for rows in hooked.answer_rows(prompts, batch_tokens=BATCH_TOKENS)])))
+    return float(np.mean(np.concatenate([rows.nll for rows in hooked.answer_rows(prompts)])))
 
 
 def mean_residual(hooked: HookedModel, prompts: dict[str, list[Prompt]]) -> Any:
     means = [
-        np.concatenate([rows.x.numpy() for rows in hooked.answer_rows(asked, batch_tokens=BATCH_TOKENS)]).mean(axis=0)
+        np.concatenate([rows.x.numpy() for rows in hooked.answer_rows(asked)]).mean(axis=0)
         for asked in prompts.values()
     ]
     return np.mean(means, axis=0, dtype=np.float64)

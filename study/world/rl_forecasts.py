@@ -24,7 +24,7 @@ from sts_fast.signed.objectives import AnswerLoss, PolicyLoss
 from sts_fast.signed.projection import projection
 from sts_fast.signed.push import Features, LinearMap, Push, measure_pull, measure_push
 from study.world import grpo
-from study.world.predictors import BATCH_TOKENS, LAYER, mean_residual
+from study.world.predictors import LAYER, mean_residual
 from study.world.trials import DOMAINS, SHOTS
 
 N_PROMPTS = 48
@@ -156,8 +156,10 @@ def forecast(base: World, tell: Any) -> dict[str, Any]:
               for outcome in ("dP", "dloss")}  # fmt: skip
     for name, of_trains in pushes.items():
         kind = "raw" if name.endswith("(raw)") else "sae"
-        pulls = [measure_pull(base.hooked, features[kind], base.Q, domain, base.prompts[domain], of_trains,
-                              batch_tokens=BATCH_TOKENS) for domain in DOMAINS]  # fmt: skip
+        pulls = [
+            measure_pull(base.hooked, features[kind], base.Q, domain, base.prompts[domain], of_trains)
+            for domain in DOMAINS
+        ]
         for estimator in pulls[0].values:
             direct[f"{estimator}, {name}"] = np.stack([pull.values[estimator].mean(axis=1) for pull in pulls], axis=1)
         tell(f"forecast: {name}")
@@ -168,14 +170,7 @@ def forecast(base: World, tell: Any) -> dict[str, Any]:
 
 def push(base: World, features: Features, prompts: Sequence[Prompt], objective: AnswerLoss | PolicyLoss) -> Push:
     return measure_push(
-        base.hooked,
-        features,
-        base.Q,
-        "completions",
-        prompts,
-        objective=objective,
-        maps=("step", "adapter"),
-        batch_tokens=BATCH_TOKENS,
+        base.hooked, features, base.Q, "completions", prompts, objective=objective, maps=("step", "adapter")
     )
 
 
@@ -214,7 +209,7 @@ def by_map(base: World, features: Features, prompts: list[Prompt], found: Linear
     import torch
 
     stats = ShiftStats(base.sae)
-    for rows in base.hooked.answer_rows(prompts, batch_tokens=BATCH_TOKENS):
+    for rows in base.hooked.answer_rows(prompts):
         moved = torch.from_numpy(features.times(rows.x, found.W)[0] @ base.Q.T).float()
         keep = torch.from_numpy(on_questions(rows, prompts))
         stats.update(rows.x[keep], (rows.x + moved)[keep])
@@ -230,7 +225,7 @@ def by_gradient(base: World, prompts: list[Prompt], slopes: Any) -> Any:
 
     g_of: dict[tuple[str, int], Any] = {}
     x_of: dict[tuple[str, int], Any] = {}
-    for rows in base.hooked.answer_rows(prompts, np.eye(base.sae.d_in), batch_tokens=BATCH_TOKENS):
+    for rows in base.hooked.answer_rows(prompts, np.eye(base.sae.d_in)):
         at = rows.at.numpy() % rows.ids.shape[1]
         for row in np.flatnonzero(on_questions(rows, prompts)):
             index = rows.prompts[rows.prompt_of[row]]

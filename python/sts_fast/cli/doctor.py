@@ -8,13 +8,13 @@ from importlib import metadata
 from typing import Annotated, Any
 
 import numpy as np
-import typer
 from rich.markup import escape
 from rich.table import Table
 
 from sts_fast._version import __version__
 from sts_fast.cli.console import out
-from sts_fast.cli.options import DoctorLayerOption, JsonOption
+from sts_fast.cli.options import AsJson
+from sts_fast.data.options import Option
 from sts_fast.errors import InputError
 from sts_fast.ops import _cpu, cuda_kernels
 from sts_fast.ops.encode import encode
@@ -23,9 +23,9 @@ from sts_fast.sae.summary import summary
 
 
 def doctor(
-    sae: Annotated[str | None, typer.Option("--sae", help="Also read this SAE and say what was understood.")] = None,
-    layer: DoctorLayerOption = None,
-    as_json: JsonOption = False,
+    sae: Annotated[str | None, Option("Also read this SAE and say what was understood.")] = None,
+    layer: Annotated[int | None, Option("Read after this layer.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Say what is installed, which backend computes, what was understood of an SAE, and check the core."""
     facts: dict[str, Any] = {

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
 from sts_fast.cli.console import BAR_WIDTH, SIDE_WIDTH, err, out
+from sts_fast.files import Document
 from sts_fast.forecast.compare import sae_comparison
 from sts_fast.forecast.run import BY_NAME, SIGNED, SIZES, Estimator, Forecast, Score
 
@@ -88,7 +88,7 @@ def print_signed(forecast: Forecast) -> None:
         out.print(table)
 
 
-def print_comparison(comparison: dict[str, Any]) -> None:
+def print_comparison(comparison: Document) -> None:
     for names in (SIZES, SIGNED):
         for estimator in (BY_NAME[name] for name in names if name in comparison["scores"]):
             out.print(_comparison_table(comparison, estimator))
@@ -101,7 +101,7 @@ def print_comparison(comparison: dict[str, Any]) -> None:
             )
 
 
-def _comparison_table(comparison: dict[str, Any], estimator: Estimator) -> Table:
+def _comparison_table(comparison: Document, estimator: Estimator) -> Table:
     columns = [comparison["scores"][estimator.name][train["name"]] for train in comparison["trains"]]
     table = Table(title=_title(estimator), title_justify="left")
     table.add_column("domain")

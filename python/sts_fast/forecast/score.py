@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Unpack, overload
 
 import numpy as np
 
-from sts_fast.data.sets import Fields, Sets, Source
+from sts_fast.data.sets import Sets, Source
 from sts_fast.errors import InputError
 from sts_fast.forecast import stability
 from sts_fast.forecast.assemble import Measured, assemble
@@ -23,7 +23,7 @@ from sts_fast.model.answers import answer_outcomes
 from sts_fast.model.log import AnswerLog
 from sts_fast.model.memory import MOST_BATCH_TOKENS
 from sts_fast.model.sae_check import Fit
-from sts_fast.model.session import SAESource, Session
+from sts_fast.model.session import Purpose, SAESource, Session
 from sts_fast.sae import SAE
 from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.signed import SignedForecast, hook_layer, measure_signed
@@ -195,11 +195,11 @@ def _plan(
     saes = [sae] if isinstance(sae, (str, Path, SAE)) else sae
     if not saes:
         raise InputError("there is no SAE to read the model with: give one or more with --sae")
-    fields = Fields(settings.question_fields or {}, settings.answer_fields or {})
-    sets = Sets.read(trains, domains, demos, fields)
+    sets = Sets.read(trains, domains, demos, settings)
     session = Session.open(
         model, saes, settings,
-        tokenizer=tokenizer, tuned=tuned, top_n=settings.top_n, run=run, needs=_beyond_activations(settings),
+        tokenizer=tokenizer, tuned=tuned, top_n=settings.top_n,
+        purpose=Purpose(run=run, needs=_beyond_activations(settings)),
     )  # fmt: skip
     sources = {"model": model, "tuned": tuned, "labels": settings.labels, "domains": domains, "demos": demos or {}}
     return Plan.make(session, settings, sets, sources | {"trains": trains})
@@ -249,7 +249,7 @@ def _signed(plan: Plan) -> list[dict[str, SignedForecast]]:
     return [
         measure_signed(
             HookedModel(
-                session.whole, hook_layer(sae), name=session.reader.name,
+                session.whole, hook_layer(sae), name=session.reader.name, batch_tokens=settings.batch_tokens,
                 say=settings.tell_line,
             ),
             sae,
@@ -257,7 +257,6 @@ def _signed(plan: Plan) -> list[dict[str, SignedForecast]]:
             plan.domain_answers,
             settings.signed,
             kind=settings.signed_features,
-            batch_tokens=settings.batch_tokens,
             seed=settings.seed,
             tell=settings.tell,
         )

@@ -21,7 +21,6 @@ from sts_fast.forecast import controls
 from sts_fast.forecast.dims import N_REPLICATES, Shift, shift_of
 from sts_fast.forecast.options import Settings
 from sts_fast.model.log import PromptLog
-from sts_fast.model.memory import MOST_BATCH_TOKENS
 from sts_fast.model.reader import Reader
 from sts_fast.ops.correlate import CorrelationStats
 from sts_fast.ops.shift import ShiftStats
@@ -145,8 +144,6 @@ def step_shift(
     read: Shift,
     completions: Completions,
     settings: Settings,
-    *,
-    batch_tokens: int = MOST_BATCH_TOKENS,
 ) -> Shift:
     """D_N holds the features that the virtual step W of `push` shifts most, by E_x ||h_j(x + W^T h(x)) - h_j(x)||^2.
 
@@ -158,7 +155,7 @@ def step_shift(
     features, W = Features(sae), push.maps["step"].W
     stats, draws = ShiftStats(sae, n_replicates=N_REPLICATES), completions.draws(settings.seed)
     prompts, done = completions.prompt_set.prompts, 0
-    for rows in model.answer_rows(prompts, batch_tokens=batch_tokens):
+    for rows in model.answer_rows(prompts):
         moved = torch.from_numpy(features.times(rows.x, W)[0]) @ torch.from_numpy(Q).T
         prompt_of = np.asarray(rows.prompts)[rows.prompt_of]
         stats.update(rows.x, (rows.x.double() + moved).to(rows.x.dtype), draws[prompt_of])

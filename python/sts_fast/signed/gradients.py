@@ -16,7 +16,7 @@ from sts_fast.model.forward import row_norms
 from sts_fast.model.hooks import decoder_layers
 from sts_fast.model.language_model import attention_sinks
 from sts_fast.model.layer_trace import input_device
-from sts_fast.model.memory import TokenBudget
+from sts_fast.model.memory import MOST_BATCH_TOKENS, TokenBudget
 from sts_fast.places import layer_of
 
 if TYPE_CHECKING:
@@ -56,12 +56,19 @@ class HookedModel:
 
     model: a Hugging Face decoder in memory; layer: whose output, the residual stream, is meant
     name:  how errors call it; say: is told where a batch did not fit into memory and smaller ones follow
+    batch_tokens: most tokens of one pass, at most MOST_BATCH_TOKENS; None for as many
 
     Raises InputError where the model has no such layer or no head.
     """
 
     def __init__(
-        self, model: Any, layer: int, *, name: str = "the model", say: Callable[[str], None] | None = None
+        self,
+        model: Any,
+        layer: int,
+        *,
+        name: str = "the model",
+        batch_tokens: int | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         config = model.config.get_text_config()
         layers = model.get_submodule(decoder_layers(model, config.num_hidden_layers))
@@ -69,6 +76,7 @@ class HookedModel:
         if model.get_output_embeddings() is None:
             raise InputError("signed estimators need the model's head: give a causal language model with one")
         self.model, self.layer, self.name = model.eval(), layer, name
+        self.batch_tokens = min(batch_tokens or MOST_BATCH_TOKENS, MOST_BATCH_TOKENS)
         self.device = input_device(model)
         self.memory = TokenBudget(self.device, name, say=say)
         self.d_in: int = config.hidden_size
@@ -76,9 +84,7 @@ class HookedModel:
         self._bos = config.bos_token_id
         self._gives_tuple = False  # whether layers give (hidden states, ...), seen when they are run
 
-    def answer_rows(
-        self, prompts: Sequence[Prompt], Q: Doubles | None = None, *, batch_tokens: int
-    ) -> Iterator[AnswerRows]:
+    def answer_rows(self, prompts: Sequence[Prompt], Q: Doubles | None = None) -> Iterator[AnswerRows]:
         """Runs prompts that read their answers (tokens='answer'), shortest first, a batch at a time.
 
         Q: [d_in, r] of `projection`, where gradients are wanted. The backward pass ends at the hook: no weight gets a
@@ -90,7 +96,7 @@ class HookedModel:
         def read(batch: list[int], ids: torch.Tensor) -> AnswerRows:
             return self._rows(batch, ids, [prompts[i] for i in batch], Q)
 
-        batches = in_batches(self.model, prompts, read, batch_tokens=batch_tokens, memory=self.memory)
+        batches = in_batches(self.model, prompts, read, batch_tokens=self.batch_tokens, memory=self.memory)
         for _, rows in batches:
             yield rows
 

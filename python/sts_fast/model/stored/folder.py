@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sts_fast.data.examples import Example
+from sts_fast.data.options import annotations_of
 from sts_fast.data.prompts import PromptSet, PromptTemplate
 from sts_fast.data.sets import Kind, Sampling
 from sts_fast.errors import InputError
@@ -90,7 +91,8 @@ class Activations(Reader):
 
     def _check_sampling(self, sampling: Sampling, *, domain_shots: bool) -> None:
         """Raises InputError where prompts would be made in another way; domain_shots: whether those count."""
-        for name, chosen in asdict(sampling).items():
+        for name in annotations_of(Sampling):
+            chosen = getattr(sampling, name)
             captured = self._index.settings.get(name, chosen)
             if chosen != captured and (domain_shots or name != "domain_shots"):
                 option = "--" + name.replace("_", "-")

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeGuard, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from sts_fast.places import split_name
 FORMAT, VERSION = "sts-fast activations", 1
 INDEX_FILE, MODEL_FOLDER, SETS_FOLDER, PROMPTS_FILE = "activations.json", "model", "sets", "prompts.parquet"
 PROMPT_COLUMNS = ("base_ids", "demos_ids", "positions", "paired", "paired_demos")
-STORED_DTYPES = ("bfloat16", "float32")
+StoredDtype = Literal["float32", "bfloat16"]
 
 
 def is_activations(source: object) -> TypeGuard[str | Path]:
