@@ -254,6 +254,37 @@ def test_json_goes_to_standard_output_alone(score: Options, run: Callable[..., R
     assert ran.out == (score.output / "scores.json").read_text()
 
 
+def test_dry_run_tells_and_writes_nothing(
+    score: Options, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LanguageModel, "run", None)
+    ran = run(score.with_(dry_run=True))
+    assert (ran.code, ran.err) == (0, "")
+    for text in ("red asks “w", "question from question; answer from answer", "forward passes of", "GB of memory"):
+        assert text in ran.out
+    assert not score.output.exists()
+    told = json.loads(run(score.with_(dry_run=True, json=True)).out)
+    assert [(planned["name"], planned["use"]) for planned in told["sets"]] == [
+        ("train", "shift"),
+        ("blue", "score"),
+        ("red", "score"),
+    ]
+    assert {planned["n_prompts"] for planned in told["sets"]} == {N_ROWS - 1}
+    assert told["cost"]["n_answer_tokens"] == 0
+
+
+def test_dry_run_of_a_comparison(score: Options, run: Callable[..., Ran], material: Path) -> None:
+    trains = [f"{name}={material / 'train.jsonl'}" for name in ("one", "other")]
+    told = json.loads(run(replace(score, command="compare").with_(train=trains, dry_run=True, json=True)).out)
+    assert [planned["name"] for planned in told["sets"]] == ["one", "other", "blue", "red"]
+
+
+def test_dry_run_refuses_what_a_run_would_refuse(score: Options, run: Callable[..., Ran]) -> None:
+    error = assert_refused(run(score.with_(dry_run=True, layer=99)))
+    assert "99" in error
+    assert_refused(run(score.with_(dry_run=True, shots=99)))
+
+
 def test_shift_measures_the_training_set_alone(score: Options, run: Callable[..., Ran]) -> None:
     shift = replace(score.with_(domains=None, domain_shots=None), command="shift")
     ran = run(shift)

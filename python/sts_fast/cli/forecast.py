@@ -23,6 +23,7 @@ from sts_fast.cli.tables import (
     print_agreement,
     print_comparison,
     print_end,
+    print_outlook,
     print_sae,
     print_scores,
     print_shift,
@@ -32,9 +33,11 @@ from sts_fast.data.options import Option
 from sts_fast.errors import InputError
 from sts_fast.files import Document
 from sts_fast.forecast.compare import comparison, sae_comparison, sae_names
+from sts_fast.forecast.cost import Outlook
 from sts_fast.forecast.options import Dims, Settings
 from sts_fast.forecast.run import COMPARISON_FILE, Forecast, clear_earlier
 from sts_fast.forecast.score import compare as run_compare
+from sts_fast.forecast.score import plan
 from sts_fast.report import build_comparison_report, build_report
 
 
@@ -76,6 +79,7 @@ class How(Core):
         Option("Forecast changes, with intervals: what sts-fast validate --fit learned."),
     ] = None
     show_prompts: ShowPrompts = False
+    dry_run: Annotated[bool, Option("Run nothing; say what would be read, and what that would cost.")] = False
 
 
 def score(
@@ -87,6 +91,9 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Forecast how strongly training on a set will move each domain."""
+    if how.dry_run:
+        print_outlook(_outlook(sources, {"train": sources.train}, settings, places, how), as_json=as_json)
+        return
     forecasts = _forecasts(sources, {"train": sources.train}, settings, places, how, output)
     if as_json:
         _write_json(forecasts, output, compared=len(forecasts) > 1)
@@ -111,6 +118,9 @@ def compare(
 ) -> None:
     """Forecast several candidate training sets side by side, each domain passed through the model once."""
     trains = named_trains(sources.train)
+    if how.dry_run:
+        print_outlook(_outlook(sources, trains, settings, places, how), as_json=as_json)
+        return
     forecasts = _forecasts(sources, trains, settings, places, how, output, by_train=True)
     if as_json:
         _write_json(forecasts, output, compared=True)
@@ -136,6 +146,9 @@ def shift(
     as_json: AsJson = False,
 ) -> None:
     """Measure which features a training set shifts, without scoring any domain."""
+    if how.dry_run:
+        print_outlook(_outlook(sources, {"train": sources.train}, settings, places, how), as_json=as_json)
+        return
     forecasts = _forecasts(sources, {"train": sources.train}, settings, places, how, output)
     if as_json:
         _write_json(forecasts, output, compared=len(forecasts) > 1)
@@ -144,6 +157,29 @@ def shift(
         print_sae(forecast, forecasts)
         print_shift(forecast, n_features=20)
     print_end(forecasts, output)
+
+
+def _outlook(
+    sources: Sources | Candidates, trains: dict[str, Path], settings: Settings, places: Places, how: How
+) -> Outlook:
+    """What the forecasts of some training sets will read and cost."""
+    how.apply()
+    _check_trains(trains)
+    return plan(
+        model=sources.model,
+        sae=places.load(sources.sae, settings.sae_dtype),
+        trains=trains,
+        domains=sources.domains,
+        demos=sources.demos,
+        tuned=sources.tuned,
+        **vars(replace(settings, say=say, show=show if how.show_prompts else None)),
+    )
+
+
+def _check_trains(trains: dict[str, Path]) -> None:
+    for train in trains.values():
+        if not train.exists():
+            raise InputError(f"there is no training set {train}: give a file or folder with --train")
 
 
 def _forecasts(
@@ -166,9 +202,7 @@ def _forecasts(
         calibration = read_calibration(how.calibration, settings, len(sources.sae))
     files.prepare_folder(output)
     how.apply()
-    for train in trains.values():
-        if not train.exists():
-            raise InputError(f"there is no training set {train}: give a file or folder with --train")
+    _check_trains(trains)
     loaded = places.load(sources.sae, settings.sae_dtype)
     with progress() as tell:
         settings = replace(
