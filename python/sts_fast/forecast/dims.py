@@ -70,6 +70,21 @@ class Shift:
         return np.asarray(kept) / top_n
 
 
+@dataclass(frozen=True)
+class Ranked:
+    """Per feature, what D_N and its controls are chosen by.
+
+    stats, importance, replicates, mean_activation: as in Shift
+    n_fired: [d_sae] on how many of the `stats.n_tokens` tokens each fires
+    """
+
+    stats: ShiftStats | CorrelationStats
+    importance: Doubles
+    replicates: Doubles
+    mean_activation: Doubles
+    n_fired: NDArray[np.int64]
+
+
 def measure_shifts(
     reader: Reader,
     saes: Sequence[SAE],
@@ -126,50 +141,28 @@ def _shift(sums: _ShiftSums, settings: Settings) -> Shift:
             f"'{sums.prompt_set.name}' has no token in common between its prompts without and with demonstrations: "
             "use --tokens all or --dims active"
         )
-    return shift_of(
-        sums.sae,
-        settings,
-        stats=stats,
-        importance=importance / stats.n_tokens,
-        replicates=replicates,
-        mean_activation=sum_base / stats.n_tokens,
-        n_fired=n_fired,
-        raw=sums.raw,
-        log=sums.log,
-        prompt_set=sums.prompt_set,
-    )
+    ranked = Ranked(stats, importance / stats.n_tokens, replicates, sum_base / stats.n_tokens, n_fired)
+    return shift_of(sums.sae, settings, sums.prompt_set, ranked, sums.raw, sums.log)
 
 
 def shift_of(
-    sae: SAE,
-    settings: Settings,
-    *,
-    prompt_set: PromptSet,
-    stats: ShiftStats | CorrelationStats,
-    importance: Doubles,
-    replicates: Doubles,
-    mean_activation: Doubles,
-    n_fired: NDArray[np.int64],
-    raw: controls.RawShift,
-    log: PromptLog,
+    sae: SAE, settings: Settings, prompt_set: PromptSet, ranked: Ranked, raw: controls.RawShift, log: PromptLog
 ) -> Shift:
     """D_N, the top of what features are ranked by, and the features of its controls.
 
-    n_fired: [d_sae] on how many of the `stats.n_tokens` tokens each feature fires; everything else as in Shift
-
     Raises InputError where features are too large for their sums.
     """
-    if not np.isfinite(importance).all():
+    if not np.isfinite(ranked.importance).all():
         raise InputError(f"the SAE {sae.source} gives features too large to add up: is it the SAE of this model?")
-    top = top_indices(importance, settings.top_n)
-    ranking = controls.Ranking(top, importance, mean_activation, n_fired, raw, settings.seed)
+    top = top_indices(ranked.importance, settings.top_n)
+    ranking = controls.Ranking(top, ranked.importance, ranked.mean_activation, ranked.n_fired, raw, settings.seed)
     return Shift(
         prompt_set=prompt_set,
-        stats=stats,
-        importance=importance,
-        replicates=replicates,
-        mean_activation=mean_activation,
-        mean_l0=float(n_fired.sum()) / stats.n_tokens,
+        stats=ranked.stats,
+        importance=ranked.importance,
+        replicates=ranked.replicates,
+        mean_activation=ranked.mean_activation,
+        mean_l0=float(ranked.n_fired.sum()) / ranked.stats.n_tokens,
         feature_sets={"": top} | _picked(ranking, "features"),
         raw=raw,
         raw_sets=_picked(ranking, "residual"),

@@ -18,7 +18,7 @@ import numpy as np
 
 from sts_fast.data.prompts import PromptSet
 from sts_fast.forecast import controls
-from sts_fast.forecast.dims import N_REPLICATES, Shift, shift_of
+from sts_fast.forecast.dims import N_REPLICATES, Ranked, Shift, shift_of
 from sts_fast.forecast.options import Settings
 from sts_fast.model.log import PromptLog
 from sts_fast.model.reader import Reader
@@ -89,14 +89,16 @@ def correlation_shifts(
         shift_of(
             sae,
             settings,
-            prompt_set=prompt_set,
-            stats=stats,
-            importance=np.nan_to_num(np.abs(stats.pearson()[0])),
-            replicates=_resampled_correlation(stats),
-            mean_activation=stats.sum_h / max(stats.n_tokens, 1),
-            n_fired=stats.n_fired,
-            raw=raw,
-            log=log,
+            prompt_set,
+            Ranked(
+                stats,
+                importance=np.nan_to_num(np.abs(stats.pearson()[0])),
+                replicates=_resampled_correlation(stats),
+                mean_activation=stats.sum_h / max(stats.n_tokens, 1),
+                n_fired=stats.n_fired,
+            ),
+            raw,
+            log,
         )
         for sae, stats, raw, log in zip(saes, sums, raws, logs, strict=True)
     ]
@@ -188,19 +190,8 @@ def _ranked_otherwise(
     log = copy.copy(read.log)
     log.name = name
     prompt_set = replace(read.prompt_set, name=name)
-    ranked = shift_of(
-        sae,
-        settings,
-        prompt_set=prompt_set,
-        stats=stats,
-        importance=importance,
-        replicates=replicates,
-        mean_activation=read.mean_activation,
-        n_fired=n_fired,
-        raw=read.raw,
-        log=log,
-    )
-    return replace(ranked, mean_l0=read.mean_l0)
+    ranked = Ranked(stats, importance, replicates, read.mean_activation, n_fired)
+    return replace(shift_of(sae, settings, prompt_set, ranked, read.raw, log), mean_l0=read.mean_l0)
 
 
 def _n_fired(read: Shift) -> Indices:
