@@ -56,6 +56,7 @@ class PromptLog:
             "stage": pa.array([self.stage] * len(self.prompts)),
             "domain": pa.array([self.name] * len(self.prompts)),
             "id": pa.array([prompt.id for prompt in self.prompts]),
+            "question": pa.array([prompt.question for prompt in self.prompts], pa.string()),
             "base_ids": tokens(lambda i, prompt: prompt.base_ids),
             "demos_ids": tokens(lambda i, prompt: prompt.demos_ids),
             "positions": tokens(lambda i, prompt: prompt.positions[self.kept[i]]),
