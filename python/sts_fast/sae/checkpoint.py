@@ -327,7 +327,7 @@ def _checked_members(path: Path, file: BinaryIO) -> list[str]:
     most = MOST_UNPACKED * size + FREE_UNPACKED_BYTES if is_packed else size
     unpacked = sum(member.file_size for member in members)
     if unpacked > most:
-        raise InputError(f"{path} unpacks from {size} to {unpacked} bytes, too many for weights: it was not read")
+        raise InputError(f"{path} unpacks to {unpacked} bytes from {size}, too many for weights: it was not read")
     for member in members:
         if member.flag_bits & 1:
             raise InputError(f"{path} is encrypted: save it without a password")
