@@ -160,7 +160,7 @@ def test_signed_section_in_plain_words(full: tuple[dict[str, Any], Node, Path]) 
         shown[name] += " points" + (", with zero inside its interval" if low <= 0 <= high else "")
     lead = plain(page.all("p", class_="lead")[1].text())
     assert lead == f"By adapter training improves {best} most ({shown[best]}) and harms {worst} most ({shown[worst]})."
-    assert "it is not where the accuracy comes from" in text
+    assert "the accuracy does not come from it" in text
     assert "adapter leaves 4.0%" in text
     headings = [heading.text() for heading in section.all("h3")]
     assert headings[0] == "By adapter: change of P(answer), points"
@@ -335,7 +335,7 @@ def test_concentration_curve(full: tuple[dict[str, Any], Node, Path]) -> None:
     _, page, _ = full
     cumulative = np.cumsum(np.sort(make_importance())[::-1]) / make_importance().sum()
     text = plain(page.text())
-    assert f"The 30 features of D_N hold {cumulative[TOP_N - 1]:.1%} of the shift" in text
+    assert f"The 30 features of D_N have {cumulative[TOP_N - 1]:.1%} of the shift" in text
     half, most = int(np.argmax(cumulative >= 0.5)) + 1, int(np.argmax(cumulative >= 0.9)) + 1
     assert f"Half of it lies in the top {half}, 90% in the top {most}." in text
     assert "resampling the 200 training prompts keeps 90.0% of it (85.0% to 95.0% in 32 resamplings)" in text
@@ -572,7 +572,7 @@ def test_files_of_another_run_are_named(tmp_path: Path) -> None:
     scores["domains"][2]["scores"]["act"]["value"] += 0.01
     scores["shifted_features"].reverse()
     text = plain(page_of(tmp_path, scores).one("section", class_="warnings").text())
-    assert "validation.json holds other scores than scores.json" in text
+    assert "validation.json contains other scores than scores.json" in text
     assert "shift.safetensors belongs to another run than scores.json" in text
 
 

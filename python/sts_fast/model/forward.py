@@ -338,7 +338,7 @@ class ForwardPasses:
         worst = 0.0
         try:
             for n_shared, layout in ways if strategy == "packed" else [(CHECK_SHARED, apart)]:
-                read = [np.arange(n_shared, len(one), dtype=np.int32) for one in ids]
+                read = [np.arange(n_shared, len(sequence), dtype=np.int32) for sequence in ids]
                 sequences = Sequences(self, ids, read, n_shared)
                 for _ in range(2):  # the second time uses the cache as the first left it
                     reads = self.finish(sequences, self.launch(sequences, batch, layout))
