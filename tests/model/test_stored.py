@@ -197,7 +197,7 @@ def test_a_killed_run_resumes(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Mo
             patched.setattr(Index, "save", lambda index, folder: (die(), save(index, folder)))
             with pytest.raises(Killed):
                 capture_tiny(tiny, tmp_path / "killed")
-    with pytest.raises(InputError, match=r"holds \d+ of the \d+ prompts .* run the same sts-fast capture again"):
+    with pytest.raises(InputError, match=r"has \d+ of the \d+ prompts .* run the same sts-fast capture again"):
         score_tiny(tiny, tmp_path / "killed")
     finished = json.loads((tmp_path / "killed" / "activations.json").read_text())["sets"][0]["shards"]
     assert finished

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 # Most tokens that are measured; most for each remedy tried; fewest for a verdict.
 N_TOKENS, N_TRIAL_TOKENS, LEAST_TOKENS = 1024, 256, 32
-# Explained variance below which remedies are tried; least gain of a remedy; least explained variance without a warning,
-# and with a remedy; largest distance to the best remedy of one that is as good.
+# Shares of variance. DOUBTFUL: remedies are tried below it. CLEARLY_MORE: least gain of a remedy. TOO_LOW: a warning
+# below it even without a remedy. AS_WELL: remedies within it of the best count as equal.
 DOUBTFUL, CLEARLY_MORE, TOO_LOW, AS_WELL = 0.85, 0.1, 0.4, 0.03
 # Largest ratio, in either direction, of the mean number of active features to that in training.
 MOST_L0_RATIO = 3.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -12,10 +12,6 @@ from markupsafe import Markup
 from sts_fast.report import figures
 from sts_fast.report.numbers import count, counted, percent
 from sts_fast.report.run import Firing, Material
-
-if TYPE_CHECKING:
-    pass
-
 
 FIRST_FEATURES = 20
 # Examples shown at once, and after a click; features.parquet contains all.

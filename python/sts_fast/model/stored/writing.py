@@ -36,8 +36,7 @@ from sts_fast.sae import SAE
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# A shard is written after the batch with which it reaches this many prompts; a killed run loses at most that batch's
-# shard.
+# A shard is written after the batch with which it reaches this many prompts; a killed run loses at most one shard.
 SHARD_PROMPTS = 32
 
 
@@ -68,7 +67,7 @@ def capture_activations(
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Activations:
-    """Captures the activations that `score` and `compare` read in a folder, which then replaces the model.
+    """Writes the activations that `score` and `compare` would read to a folder, which then replaces the model.
 
     model, domains, demos, tokenizer, shots, ..., batch_tokens: as for `score`
     trains: training sets by name
