@@ -16,7 +16,7 @@ def test_concentration_curve(full: Report) -> None:
     _, page, _ = full
     cumulative = np.cumsum(np.sort(make_importance())[::-1]) / make_importance().sum()
     text = plain(page.text())
-    assert f"The 30 features of D_N hold {cumulative[TOP_N - 1]:.1%} of the shift" in text
+    assert f"The 30 features of D_N have {cumulative[TOP_N - 1]:.1%} of the shift" in text
     half, most = int(np.argmax(cumulative >= 0.5)) + 1, int(np.argmax(cumulative >= 0.9)) + 1
     assert f"Half of it lies in the top {half}, 90% in the top {most}." in text
     assert "resampling the 200 training prompts keeps 90.0% of it (85.0% to 95.0% in 32 resamplings)" in text

@@ -85,4 +85,4 @@ def test_outcome_with_anything_missing_or_of_another_type(tmp_path: Path) -> Non
             (tmp_path / VALIDATION_FILE).write_text(json.dumps(broken))
             assert "Forecast against outcome" in read_page(build_report(tmp_path)).text()
     (tmp_path / VALIDATION_FILE).write_text("{}")
-    assert "it holds no comparison" in read_page(build_report(tmp_path)).text()
+    assert "validation.json contains no comparison" in read_page(build_report(tmp_path)).text()

@@ -50,7 +50,7 @@ def test_signed_section_in_plain_words(full: Report) -> None:
         shown[name] += " points" + (", with zero inside its interval" if low <= 0 <= high else "")
     lead = plain(page.all("p", class_="lead")[1].text())
     assert lead == f"By adapter training improves {best} most ({shown[best]}) and harms {worst} most ({shown[worst]})."
-    assert "it is not where the accuracy comes from" in text
+    assert "the accuracy does not come from it" in text
     assert "adapter leaves 4.0%" in text
     headings = [heading.text() for heading in section.all("h3")]
     assert headings[0] == "By adapter: change of P(answer), points"
