@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
@@ -141,7 +141,7 @@ def prepare_folder(folder: Path) -> None:
     (folder / ".writable").unlink()
 
 
-def to_json(document: Document) -> str:
+def to_json(document: Mapping[str, Any]) -> str:
     """A document as JSON text: indented, and without NaN, which JSON does not have."""
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -152,7 +152,7 @@ def load_schema(place: str) -> Document:
     return schema
 
 
-def check_document(document: Document, schema: Document) -> None:
+def check_document(document: Mapping[str, Any], schema: Document) -> None:
     """Raises jsonschema.ValidationError where what `to_json` makes of a document does not follow a schema."""
     import jsonschema
 

@@ -33,7 +33,7 @@ from sts_fast.data.options import Option
 from sts_fast.data.prompts import Prompt, PromptSet, PromptTemplate
 from sts_fast.data.sets import Fields, FieldsOptions, Kind, Sampling, Seed, Sets, Source, check_enough
 from sts_fast.errors import InputError
-from sts_fast.files import Document
+from sts_fast.forecast.blocks import Scores
 from sts_fast.forecast.run import Forecast
 from sts_fast.model.session import Purpose, Reading, ReadingOptions, SAESource, Session, open_sae
 from sts_fast.ops.correlate import CorrelationStats
@@ -176,7 +176,7 @@ def _stored_sets(rows: Sequence[Mapping[str, Any]]) -> list[PromptSet]:
 
 
 def _asked_sets(
-    examples: Sets, scores: Document, template: PromptTemplate, context_length: int | None, *, few_shot: bool
+    examples: Sets, scores: Scores, template: PromptTemplate, context_length: int | None, *, few_shot: bool
 ) -> list[PromptSet]:
     """Answered prompts of the training set and the domains: without demonstrations those of a signed forecast."""
     settings = scores["settings"]

@@ -18,6 +18,8 @@ from sts_fast.data.prompts import Progress
 from sts_fast.demo import organism
 from sts_fast.demo.organism import Abilities, one_thread
 from sts_fast.errors import InputError
+from sts_fast.files import Document
+from sts_fast.forecast.blocks import DomainBlock
 from sts_fast.forecast.run import SCHEMA_VERSION, Forecast
 from sts_fast.forecast.score import compare
 from sts_fast.outcomes.outcomes import Outcome
@@ -116,7 +118,7 @@ class Demo:
     trials: list[Trial]
     steps: int
     lr: float
-    figures: dict[str, Any]
+    figures: Document
 
     def spread(self, outcome: str, predictor: str) -> Spread:
         values = [r for trial in self.trials if (r := trial.r[outcome][predictor]) is not None]
@@ -191,7 +193,7 @@ class Demo:
             correlations += [r] if r is not None else []
         return percentile_interval(np.asarray(correlations))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Document:
         """Contents of demo.json."""
         return {
             "schema_version": SCHEMA_VERSION,
@@ -355,7 +357,7 @@ def _trial(
     )
 
 
-def _value(domain: dict[str, Any], keys: Sequence[str]) -> float:
+def _value(domain: DomainBlock, keys: Sequence[str]) -> float:
     value: Any = domain
     for key in keys:
         value = value[key]

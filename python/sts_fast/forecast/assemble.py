@@ -7,26 +7,28 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sts_fast import files
 from sts_fast._version import __version__
 from sts_fast.data.prompts import prompts_sha256
+from sts_fast.forecast.blocks import ConcentrationBlock, ProvenanceBlock, SetBlock
 from sts_fast.forecast.dims import N_REPLICATES, Shift
-from sts_fast.forecast.estimators import DomainRead, domain_scores, skipped
+from sts_fast.forecast.estimators import DomainRead, domain_scores
 from sts_fast.forecast.options import Settings
 from sts_fast.forecast.plan import Plan
 from sts_fast.forecast.run import Forecast, Score, ShiftedFeature, with_value_columns
 from sts_fast.model import explain
+from sts_fast.model.forward import PassRecord
 from sts_fast.model.log import AnswerLog
 from sts_fast.model.reader import Reader
 from sts_fast.model.sae_check import Fit
 from sts_fast.ops import _cpu
 from sts_fast.ops.shift import ShiftStats
 from sts_fast.sae import SAE
-from sts_fast.signed.signed import SignedForecast
+from sts_fast.signed.signed import CarrierBlock, SignedForecast
 from sts_fast.statistics import CONFIDENCE, N_BOOTSTRAP, percentile_interval
 
 if TYPE_CHECKING:
@@ -138,12 +140,7 @@ def _forecast(
             "mean_l0": shift.mean_l0,
             "fit": asdict(fit),
         },
-        train={
-            "name": shift.name,
-            "n_prompts": len(shift.prompt_set.prompts),
-            **skipped(shift.prompt_set),
-            **shift.log.counts(),
-        },
+        train=_train_block(shift),
         settings={
             "dims": settings.dims,
             "estimators": list(settings.sizes),
@@ -187,11 +184,12 @@ def _forecast(
             )
         ],
         warnings=warnings,
-        provenance={
-            **_provenance({**plan.sources, "sae": sae.source, "train": plan.train_source(shift.name)}, settings),
-            "prompts_sha256": prompts_sha256(prompt_sets),
-            "forward_passes": reader.forward_passes(),
-        },
+        provenance=_provenance(
+            {**plan.sources, "sae": sae.source, "train": plan.train_source(shift.name)},
+            settings,
+            prompts_sha256(prompt_sets),
+            reader.forward_passes(),
+        ),
         stats=stats,
         controls={
             **{f"{control}_features": members for control, members in shift.feature_sets.items() if control},
@@ -211,7 +209,22 @@ def _forecast(
     )
 
 
-def concentration(importance: Doubles) -> list[dict[str, float | int]]:
+def _train_block(shift: Shift) -> SetBlock:
+    prompt_set, counts = shift.prompt_set, shift.log.counts()
+    return {
+        "name": shift.name,
+        "n_prompts": len(prompt_set.prompts),
+        "n_skipped": prompt_set.n_too_long + prompt_set.n_unanswered,
+        "n_too_long": prompt_set.n_too_long,
+        "n_unanswered": prompt_set.n_unanswered,
+        "n_tokens": counts["n_tokens"],
+        "n_pairs": counts["n_pairs"],
+        "n_special": counts["n_special"],
+        "n_sinks": counts["n_sinks"],
+    }
+
+
+def concentration(importance: Doubles) -> list[ConcentrationBlock]:
     """Share of the whole shift that the most shifted features hold: of the first, the first 2, 5, 10, 20, 50 and so on.
 
     importance: [d_sae] E_x ||h_j(x) - h_j(demos, x)||^2, or what else D_N is ranked by
@@ -229,7 +242,7 @@ def _with_signed(
 
     top = signed.block["top_features"]
     links = explain.neuronpedia_links(sae.metadata.get("neuronpedia_id"), [feature["index"] for feature in top])
-    described = [
+    described: list[CarrierBlock] = [
         {
             **feature,
             "promoted_tokens": promoted.get(feature["index"]) if rank < explain.N_FEATURES else None,
@@ -265,7 +278,9 @@ def promoted_tokens(
         return {}
 
 
-def _provenance(sources: Mapping[str, object], settings: Settings) -> dict[str, Any]:
+def _provenance(
+    sources: Mapping[str, object], settings: Settings, prompts_digest: str, passes: PassRecord
+) -> ProvenanceBlock:
     import torch
     import transformers
 
@@ -288,6 +303,8 @@ def _provenance(sources: Mapping[str, object], settings: Settings) -> dict[str, 
         },
         "instruction_set": _cpu.instruction_set(),
         "inputs": inputs,
+        "prompts_sha256": prompts_digest,
+        "forward_passes": passes,
     }
 
 

@@ -40,11 +40,13 @@ def _column(forecast: Forecast, estimator: str) -> Document:
 
 
 def _changes(forecasts: Sequence[Forecast]) -> Document | None:
-    said = next((forecast.calibration for forecast in forecasts if forecast.calibration), None)
-    if said is None:
+    calibration = next((forecast.calibration for forecast in forecasts if forecast.calibration), None)
+    if calibration is None:
         return None
     return {
-        **{key: said[key] for key in ("unit", "signed", "level")},
+        "unit": calibration["unit"],
+        "signed": calibration["signed"],
+        "level": calibration["level"],
         "trains": {
             forecast.train["name"]: {
                 "value": [domain.change for domain in forecast.domains],

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from sts_fast.data.prompts import PromptSet
 from sts_fast.data.sets import Kind
+from sts_fast.files import Document
 from sts_fast.forecast.plan import Plan
 from sts_fast.model.cost import ModelSize, count_passes, product_speed
 from sts_fast.model.memory import TokenBudget
@@ -79,7 +79,7 @@ class Outlook:
         planned = planned_sets(plan)
         return cls(planned, estimated_cost(plan, planned))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Document:
         return asdict(self)
 
 

@@ -215,17 +215,11 @@ def _domain_score(
         name=name,
         scores=scores,
         n_prompts=n_prompts,
-        **skipped(read.prompt_set),
+        n_skipped=read.prompt_set.n_too_long + read.prompt_set.n_unanswered,
+        n_too_long=read.prompt_set.n_too_long,
+        n_unanswered=read.prompt_set.n_unanswered,
         **log.counts(),
         controls=found,
         change=None,
         change_interval=None,
     )
-
-
-def skipped(prompt_set: PromptSet) -> dict[str, int]:
-    return {
-        "n_skipped": prompt_set.n_too_long + prompt_set.n_unanswered,
-        "n_too_long": prompt_set.n_too_long,
-        "n_unanswered": prompt_set.n_unanswered,
-    }

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from sts_fast.errors import InputError
+from sts_fast.files import Document
+from sts_fast.forecast.blocks import Scores
 from sts_fast.forecast.run import Run
 
 
@@ -35,7 +36,7 @@ class Overlap:
     top_n: int
     found: list[Found]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Document:
         return asdict(self)
 
 
@@ -62,7 +63,7 @@ def overlap(reference: str | Path, runs: Sequence[str | Path]) -> Overlap:
     return Overlap(str(reference), scores["train"]["name"], scores["settings"]["dims"], len(shifted), found)
 
 
-def _read(folder: str | Path) -> tuple[dict[str, Any], dict[str, set[int]], str]:
+def _read(folder: str | Path) -> tuple[Scores, dict[str, set[int]], str]:
     """What scores.json of a run holds, its sets of features by name, and the SAE's fingerprint."""
     run = Run.load(folder)
     stats, arrays = run.stats()

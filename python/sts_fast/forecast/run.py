@@ -7,16 +7,30 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from sts_fast import files
 from sts_fast.errors import InputError, one_line
+from sts_fast.files import Document
 from sts_fast.forecast import stability
+from sts_fast.forecast.blocks import (
+    CalibrationBlock,
+    ModelBlock,
+    ProvenanceBlock,
+    SAEBlock,
+    Scores,
+    SetBlock,
+    SettingsBlock,
+    SettledBlock,
+    SettledRankingBlock,
+    ShiftBlock,
+)
 from sts_fast.forecast.controls import CONTROLS
 from sts_fast.ops.correlate import CorrelationStats
 from sts_fast.ops.shift import ShiftStats
+from sts_fast.signed.signed import SignedBlock
 from sts_fast.statistics import Interval
 
 if TYPE_CHECKING:
@@ -206,7 +220,7 @@ class ShiftedFeature:
 class Forecast:
     """A whole forecast: numbers, the statistics they come from, and every prompt that was sent.
 
-    model, sae, train, settings, shift, provenance: plain values, as in scores.json
+    model, sae, train, settings, shift, provenance: the blocks of scores.json
     stats:   per-feature sums over the training set: ShiftStats, or CorrelationStats for DIMS_OF_ACTIVITY
     controls: what the controls were computed from: feature sets, raw dimensions and mean residuals, by name
     prompts: one row per prompt and stage, as in prompts.parquet
@@ -216,22 +230,22 @@ class Forecast:
     calibration: what `change` of the domains was made with; None without it
     """
 
-    model: dict[str, Any]
-    sae: dict[str, Any]
-    train: dict[str, Any]
-    settings: dict[str, Any]
-    shift: dict[str, Any]
+    model: ModelBlock
+    sae: SAEBlock
+    train: SetBlock
+    settings: SettingsBlock
+    shift: ShiftBlock
     domains: list[DomainScore]
     shifted_features: list[ShiftedFeature]
     warnings: list[str]
-    provenance: dict[str, Any]
+    provenance: ProvenanceBlock
     stats: ShiftStats | CorrelationStats
     controls: dict[str, NDArray[Any]]
     prompts: pa.Table
     firings: pa.Table
-    signed: dict[str, Any] | None = None
-    rollouts: dict[str, Any] | None = None
-    calibration: dict[str, Any] | None = None
+    signed: SignedBlock | None = None
+    rollouts: Document | None = None
+    calibration: CalibrationBlock | None = None
 
     @classmethod
     def load(cls, folder: str | Path) -> Forecast:
@@ -247,10 +261,10 @@ class Forecast:
             "prompts": run.table(PROMPTS_FILE),
             "firings": run.table(FEATURES_FILE),
         }
-        return cls(**_known(cls, run.scores | read))
+        return cls(**_known(cls, {**run.scores, **read}))
 
     @property
-    def settled(self) -> dict[str, Any]:
+    def settled(self) -> SettledBlock:
         """How settled D_N and the ranking are, and how many more prompts would settle them; see stability.
 
         shifted_features: share of D_N that resampling the training prompts keeps; ranking: by estimator, share of the
@@ -259,7 +273,7 @@ class Forecast:
         """
         kept, n_train = self.shift["stability"]["mean_overlap"], self.train["n_prompts"]
         times = stability.times_for_overlap(kept)
-        ranking = {}
+        ranking: dict[str, SettledRankingBlock] = {}
         for estimator in self.settings["estimators"] if len(self.domains) > 1 else ():
             apart, times_apart = stability.pairs_apart(*self.column(estimator))
             ranking[estimator] = {
@@ -281,8 +295,8 @@ class Forecast:
         scores = [domain.scores[estimator] for domain in self.domains]
         return [score.value for score in scores], [score.ci for score in scores]
 
-    def to_dict(self) -> dict[str, Any]:
-        """What scores.json holds."""
+    def to_dict(self) -> Scores:
+        """Contents of scores.json."""
         return {
             "schema_version": SCHEMA_VERSION,
             "model": self.model,
@@ -334,7 +348,7 @@ class Run:
     """The folder of a forecast. scores: scores.json; the other files are read when they are asked for."""
 
     folder: Path
-    scores: dict[str, Any]
+    scores: Scores
 
     @classmethod
     def load(cls, place: str | Path) -> Run:
@@ -348,9 +362,9 @@ class Run:
         if not place.is_file():
             _check_has_scores(place)
         path = place if place.is_file() else place / SCORES_FILE
-        scores = files.read_json(path)
-        _check_scores(scores, path)
-        return cls(path.parent, scores)
+        document = files.read_json(path)
+        _check_scores(document, path)
+        return cls(path.parent, cast(Scores, document))
 
     def arrays(self) -> tuple[dict[str, NDArray[Any]], type[ShiftStats | CorrelationStats]]:
         """The arrays of shift.safetensors, and the kind of statistics among them."""
@@ -375,14 +389,14 @@ class Run:
             raise InputError(f"{self.folder / name} cannot be read ({one_line(error)}): make the run again") from error
 
 
-def scores_schema() -> dict[str, Any]:
+def scores_schema() -> Document:
     """The JSON schema of scores.json: that of the package, with the names of the numbers that controls have."""
     schema = files.load_schema("forecast/scores.schema.json")
     quantities = (one.quantity for one in CONTROLS if one.quantity)
     return {**schema, "$defs": {**schema["$defs"], "control_number": {"enum": [*dict.fromkeys((*SIZES, *quantities))]}}}
 
 
-def validate_scores(scores: dict[str, Any]) -> None:
+def validate_scores(scores: Mapping[str, Any]) -> None:
     """Raises jsonschema.ValidationError where a document is not a valid scores.json."""
     files.check_document(scores, scores_schema())
 
@@ -428,7 +442,7 @@ def _check_has_scores(folder: Path) -> None:
     raise InputError(f"{folder} has no {SCORES_FILE}: give the --output folder of sts-fast score")
 
 
-def _check_scores(scores: dict[str, Any], path: Path) -> None:
+def _check_scores(scores: Document, path: Path) -> None:
     import jsonschema
 
     version = scores.get("schema_version")
@@ -463,10 +477,11 @@ def with_value_columns(table: pa.Table) -> pa.Table:
     return pa.table(columns)
 
 
-def _known(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+def _known(kind: type, values: Mapping[str, Any]) -> Document:
     """Without the keys that a later version added."""
     return {field.name: values[field.name] for field in fields(kind) if field.name in values}
 
 
-def _plain(record: DomainScore | ShiftedFeature) -> dict[str, Any]:
+def _plain(record: DomainScore | ShiftedFeature) -> Any:
+    """The record's block of scores.json."""
     return asdict(record, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items})

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, get_args
 
 import numpy as np
 
@@ -107,6 +107,18 @@ class _Launched:
     ready: list[Any]
 
 
+class PassRecord(TypedDict):
+    """Strategy, sizes and time of the forward passes, for scores.json; the strategy is None where there were none."""
+
+    strategy: str | None
+    why: str
+    batch_tokens: int | None
+    n_passes: int
+    n_tokens: int
+    seconds: float
+    tokens_per_second: float | None
+
+
 class ForwardPasses:
     """The forward passes of one model, with their strategy, number and time.
 
@@ -164,8 +176,8 @@ class ForwardPasses:
         sequences = Sequences(self, [ids], [positions])
         return self.finish(sequences, self.launch(sequences, [0]))[0]
 
-    def summary(self) -> dict[str, Any]:
-        """Strategy, sizes and time of the passes for scores.json; the self-check is not counted."""
+    def summary(self) -> PassRecord:
+        """The self-check is not counted."""
         return {
             "strategy": self.strategy,
             "why": self.why,

@@ -15,7 +15,7 @@ from sts_fast.data.prompts import Prompt, PromptSet
 from sts_fast.data.sets import Kind
 from sts_fast.errors import InputError
 from sts_fast.model import weights
-from sts_fast.model.forward import ForwardPasses, Read, Sequences, run_batches
+from sts_fast.model.forward import ForwardPasses, PassRecord, Read, Sequences, run_batches
 from sts_fast.model.hooks import Hook, find_hooks
 from sts_fast.model.layer_trace import input_device
 from sts_fast.model.packing import check_vocabulary, moved
@@ -121,7 +121,7 @@ class LanguageModel(Reader):
     def unembedding(self) -> torch.Tensor | None:
         return weights.unembedding(self.model, self.source)
 
-    def forward_passes(self) -> dict[str, Any]:
+    def forward_passes(self) -> PassRecord:
         return self.passes.summary()
 
     def say_passes(self) -> None:

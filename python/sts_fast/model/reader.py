@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from sts_fast.data.prompts import PromptSet
 from sts_fast.data.sets import Kind
+from sts_fast.model.forward import PassRecord
 from sts_fast.model.hooks import Hook
 from sts_fast.sae import SAE
 
@@ -79,7 +80,7 @@ class Reader(Protocol):
     def unembedding(self) -> torch.Tensor | None:
         """[vocabulary, d_in] the matrix that turns residuals into logits; None where it is not at hand."""
 
-    def forward_passes(self) -> dict[str, Any]:
+    def forward_passes(self) -> PassRecord:
         """How forward passes were run, and how many, for the record."""
 
     def say_passes(self) -> None:

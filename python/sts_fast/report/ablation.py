@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from markupsafe import Markup
 
 from sts_fast.ablate.findings import findings, is_loss, main_outcome, short_amount
+from sts_fast.files import Document
 from sts_fast.report import figures
 from sts_fast.report.numbers import with_sign
 from sts_fast.statistics import Interval
@@ -48,7 +48,7 @@ class AblationSection:
     figure: Markup
 
 
-def ablation_section(document: dict[str, Any]) -> AblationSection:
+def ablation_section(document: Document) -> AblationSection:
     outcome = main_outcome(document)
     # The sign of a loss is reversed: worse is at the left in either case.
     factor = -1.0 if outcome == "loss" else 100.0
@@ -60,7 +60,7 @@ def ablation_section(document: dict[str, Any]) -> AblationSection:
     )
 
 
-def _row(entry: dict[str, Any], outcome: str, factor: float) -> Zeroed:
+def _row(entry: Document, outcome: str, factor: float) -> Zeroed:
     outcomes = {name: condition[outcome] for name, condition in entry["conditions"].items()}
     accuracy = {name: 100 * condition["accuracy"]["value"] for name, condition in entry["conditions"].items()}
     less = outcomes["like_activity"]["top_less_this"]

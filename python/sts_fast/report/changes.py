@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from markupsafe import Markup
 
+from sts_fast.forecast.blocks import CalibrationBlock, Scores
 from sts_fast.outcomes.calibration.change_text import shown_change, shown_interval, unit_name
 from sts_fast.report import figures
 from sts_fast.report.numbers import counted, joined, percent
@@ -40,19 +40,20 @@ class ChangeSection:
     sentences: list[str]
 
 
-def change_section(scores: dict[str, Any]) -> ChangeSection | None:
+def change_section(scores: Scores) -> ChangeSection | None:
     """The section; None for a run without a calibration, or with no change for any domain."""
     calibration = scores["calibration"]
-    known = [domain for domain in scores["domains"] if domain["change"] is not None]
+    known = [(domain["change"], domain) for domain in scores["domains"] if domain["change"] is not None]
     if calibration is None or not known:
         return None
     unit, signed, level = calibration["unit"], calibration["signed"], f"{calibration['level']:.0%}"
-    known.sort(key=lambda domain: (-domain["change"], domain["name"]))
+    known.sort(key=lambda row: (-row[0], row[1]["name"]))
     rows = []
-    for domain in known:
-        interval = None if domain["change_interval"] is None else tuple(domain["change_interval"])
-        texts = shown_change(domain["change"], unit, signed=signed), shown_interval(interval, unit, signed=signed)
-        rows.append(ChangeRow(domain["name"], domain["change"], interval, *(text.replace("-", "−") for text in texts)))
+    for change, domain in known:
+        bounds = domain["change_interval"]
+        interval = None if bounds is None else (bounds[0], bounds[1])
+        texts = shown_change(change, unit, signed=signed), shown_interval(interval, unit, signed=signed)
+        rows.append(ChangeRow(domain["name"], change, interval, *(text.replace("-", "−") for text in texts)))
     shown = rows
     if len(rows) > MOST_BARS:  # the largest changes, of both directions
         shown = sorted(sorted(rows, key=lambda row: -abs(row.change))[:FIRST_BARS], key=lambda row: -row.change)
@@ -66,7 +67,7 @@ def change_section(scores: dict[str, Any]) -> ChangeSection | None:
     return ChangeSection(rows, signed, unit_name(unit), level, figure, _sentences(rows, calibration))
 
 
-def _sentences(rows: list[ChangeRow], calibration: dict[str, Any]) -> list[str]:
+def _sentences(rows: list[ChangeRow], calibration: CalibrationBlock) -> list[str]:
     sentences = [
         f"Learned from {counted(calibration['n_runs'], 'past training')} on "
         f"{counted(calibration['n_trains'], 'training set')}: how scores by {calibration['estimator']} became changes. "

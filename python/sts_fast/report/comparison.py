@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from sts_fast import files
 from sts_fast.errors import InputError
+from sts_fast.files import Document
 from sts_fast.forecast.run import BY_NAME, COMPARISON_FILE, REPORT_FILE, SIZES, Estimator
 from sts_fast.outcomes.calibration.change_text import shown_change, shown_interval, unit_name
 from sts_fast.report.numbers import counted, percent, significant
@@ -75,7 +75,7 @@ def build_comparison_report(folder: str | Path) -> Path:
     return folder / REPORT_FILE
 
 
-def _change_grids(compared: dict[str, Any], trains: list[str]) -> list[Grid]:
+def _change_grids(compared: Document, trains: list[str]) -> list[Grid]:
     """The grid of changes that a calibration forecasts; empty without a calibration."""
     changes = compared.get("changes")
     if changes is None:
@@ -106,12 +106,12 @@ def _shade(value: float, largest: float, kind: str = "size") -> str:
     return f"{kind}{size}" if size else ""
 
 
-def _score_grids(compared: dict[str, Any], trains: list[str]) -> list[Grid]:
+def _score_grids(compared: Document, trains: list[str]) -> list[Grid]:
     names = (*(f"{name}{of}" for name in PREFERRED for of in ("", "_loss")), *SIZES)
     return [_grid(compared, trains, BY_NAME[name]) for name in names if name in compared["scores"]]
 
 
-def _grid(compared: dict[str, Any], trains: list[str], estimator: Estimator) -> Grid:
+def _grid(compared: Document, trains: list[str], estimator: Estimator) -> Grid:
     """The grid of one estimator; signed scores have a colour for each direction, sizes have one colour."""
     scores = compared["scores"][estimator.name]
     known = [abs(value) for name in trains for value in scores[name]["value"] if value is not None]

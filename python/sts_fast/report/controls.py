@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from sts_fast.forecast.blocks import Scores
 from sts_fast.forecast.controls import CONTROLS
 from sts_fast.forecast.run import BY_NAME, SIZES
 from sts_fast.report.numbers import MIN_DOMAINS, SAME, SIMILAR, joined
@@ -53,7 +53,7 @@ def control_label(control: str) -> str:
     return MEANINGS[name] if quantity in ("", *UNITS) else f"{MEANINGS[name]}, {quantity}"
 
 
-def control_section(scores: dict[str, Any]) -> ControlSection:
+def control_section(scores: Scores) -> ControlSection:
     """Every control beside every estimator: by its own number for that estimator, or else by the only one it has."""
     domains, known = scores["domains"], estimators_of(scores)
     found: dict[str, dict[str, dict[str, float]]] = {}

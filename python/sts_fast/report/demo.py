@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
 from sts_fast import files
 from sts_fast.errors import InputError
+from sts_fast.files import Document
 from sts_fast.forecast.run import REPORT_FILE
 from sts_fast.report import figures
 from sts_fast.report.numbers import correlation
@@ -42,7 +42,7 @@ def build_demo_report(folder: str | Path) -> Path:
     return folder / REPORT_FILE
 
 
-def _spreads(demo: dict[str, Any]) -> Markup:
+def _spreads(demo: Document) -> Markup:
     """Mean r of each predictor with the primary outcome, and the lowest and highest over the trainings."""
     summary = {name: spread for name, spread in demo["summary"][demo["primary"]].items() if spread["n"]}
     rows = [
@@ -64,7 +64,7 @@ def _spreads(demo: dict[str, Any]) -> Markup:
     )
 
 
-def _trials(demo: dict[str, Any]) -> Markup:
+def _trials(demo: Document) -> Markup:
     """r of the score in each training, with its interval over domains."""
     rows = []
     for trial in demo["trials"]:

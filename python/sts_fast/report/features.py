@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -12,6 +11,7 @@ from markupsafe import Markup
 from sts_fast.report import figures
 from sts_fast.report.numbers import count, counted, percent
 from sts_fast.report.run import Firing, Material
+from sts_fast.signed.signed import CarrierBlock
 
 FIRST_FEATURES = 20
 # Examples shown at once, and after a click; features.parquet contains all.
@@ -82,7 +82,8 @@ def feature_section(run: Material) -> FeatureSection:
     """The features of D_N."""
     entries = run.scores["shifted_features"]
     measure = MEASURES.get(run.scores["settings"]["dims"], "shift")
-    return section_of([feature_of(rank, entry, run.firings) for rank, entry in enumerate(entries, 1)], measure)
+    features = [feature_of(rank, entry, run.firings, entry["mean_activation"]) for rank, entry in enumerate(entries, 1)]
+    return section_of(features, measure)
 
 
 def section_of(features: Sequence[Feature], share_of: str) -> FeatureSection:
@@ -135,7 +136,9 @@ def concentration(run: Material) -> Concentration:
     return Concentration(figure, sentences)
 
 
-def feature_of(rank: int, entry: dict[str, Any], firings_of: Mapping[int, list[Firing]]) -> Feature:
+def feature_of(
+    rank: int, entry: CarrierBlock, firings_of: Mapping[int, list[Firing]], mean_activation: float | None = None
+) -> Feature:
     """A feature as scores.json describes it, with its firings."""
     url, promoted, label = entry.get("neuronpedia"), entry.get("promoted_tokens"), entry.get("label")
     firings = [_trimmed(firing) for firing in firings_of.get(entry["index"], [])[:MOST_FIRINGS]]
@@ -143,7 +146,7 @@ def feature_of(rank: int, entry: dict[str, Any], firings_of: Mapping[int, list[F
         rank=rank,
         index=entry["index"],
         share=entry["share"],
-        mean_activation=entry.get("mean_activation"),
+        mean_activation=mean_activation,
         label=label if isinstance(label, str) and label.strip() else None,
         # Only a web address becomes a link.
         url=url if isinstance(url, str) and url.startswith(("https://", "http://")) else None,

@@ -8,6 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from sts_fast.files import Document
 from sts_fast.forecast.run import label_of
 from sts_fast.report import figures
 from sts_fast.report.controls import control_label
@@ -61,7 +62,7 @@ class OutcomeSection:
     facts: list[str]
 
 
-def outcome_section(validation: dict[str, Any]) -> OutcomeSection:
+def outcome_section(validation: Document) -> OutcomeSection:
     label = label_of(_text(validation, "estimator") or "act")
     rows = [row for entry in _list(validation, "domains") if (row := _measured(entry)) is not None]
     rows.sort(key=lambda row: (-row.score, row.name))
@@ -92,7 +93,7 @@ def outcome_section(validation: dict[str, Any]) -> OutcomeSection:
     )
 
 
-def _given_text(label: str, validation: dict[str, Any]) -> list[Correlated | None]:
+def _given_text(label: str, validation: Document) -> list[Correlated | None]:
     """Partial correlations of the score, given the best of the controls that need no model."""
     given = control_label(_text(_get(validation, "size_given_text"), "control"))
     signed = control_label(_text(_get(validation, "signed_given_text"), "control"))
@@ -104,11 +105,11 @@ def _given_text(label: str, validation: dict[str, Any]) -> list[Correlated | Non
     return [_correlated(f"{label}: {words}", _get(validation, *keys)) for words, *keys in kinds]
 
 
-def outcome_warnings(validation: dict[str, Any]) -> list[str]:
+def outcome_warnings(validation: Document) -> list[str]:
     return [f"Outcomes: {text}" for text in _list(validation, "warnings") if isinstance(text, str)]
 
 
-def _facts(validation: dict[str, Any], n: int) -> list[str]:
+def _facts(validation: Document, n: int) -> list[str]:
     """What these outcomes could show of any forecast, and how the numbers were made."""
     said = []
     limits = _get(validation, "limits")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from markupsafe import Markup
 
+from sts_fast.forecast.blocks import DomainBlock, Scores, SetBlock
 from sts_fast.forecast.run import BY_NAME, SIZES
 from sts_fast.report import figures
 from sts_fast.report.numbers import (
@@ -70,21 +70,21 @@ class Agreement:
     sentence: str
 
 
-def estimators_of(scores: dict[str, Any]) -> list[str]:
+def estimators_of(scores: Scores) -> list[str]:
     """Names of the unsigned estimators with a score for some domain, the main one first."""
     return [name for name in SIZES if any(name in domain["scores"] for domain in scores["domains"])]
 
 
-def value_of(domain: dict[str, Any], estimator: str) -> float | None:
+def value_of(domain: DomainBlock, estimator: str) -> float | None:
     score = domain["scores"].get(estimator)
     return None if score is None else float(score["value"])
 
 
-def rankings(scores: dict[str, Any]) -> list[Ranking]:
+def rankings(scores: Scores) -> list[Ranking]:
     return [_ranking(scores["domains"], estimator) for estimator in estimators_of(scores) if scores["domains"]]
 
 
-def summary(scores: dict[str, Any], ranked: Sequence[Ranking], train: str, model: str) -> Markup:
+def summary(scores: Scores, ranked: Sequence[Ranking], train: str, model: str) -> Markup:
     """The whole report in one sentence, and its certainty in another."""
     if not ranked:
         return Markup(
@@ -105,7 +105,7 @@ def summary(scores: dict[str, Any], ranked: Sequence[Ranking], train: str, model
     ).format(training, model, train, rows[0].name, rows[-1].name, len(rows), label, _how_clear(rows))
 
 
-def cautions(scores: dict[str, Any], ranked: Sequence[Ranking]) -> list[str]:
+def cautions(scores: Scores, ranked: Sequence[Ranking]) -> list[str]:
     """Warnings from the numbers: few domains, unstable D_N, scores like random features', many skipped examples."""
     sentences = []
     n = len(scores["domains"])
@@ -130,10 +130,9 @@ def cautions(scores: dict[str, Any], ranked: Sequence[Ranking]) -> list[str]:
                 f"By {ranking.label}, {joined(low)} {'does' if len(low) == 1 else 'do'} not stand out from random "
                 "features: such a score says nothing."
             )
+    sets: list[SetBlock] = [scores["train"] | {"name": "the training set"}, *scores["domains"]]
     mostly = [
-        domain["name"]
-        for domain in [scores["train"] | {"name": "the training set"}, *scores["domains"]]
-        if domain["n_skipped"] > MUCH_SKIPPED * (domain["n_skipped"] + domain["n_prompts"])
+        read["name"] for read in sets if read["n_skipped"] > MUCH_SKIPPED * (read["n_skipped"] + read["n_prompts"])
     ]
     if mostly:
         sentences.append(
@@ -143,7 +142,7 @@ def cautions(scores: dict[str, Any], ranked: Sequence[Ranking]) -> list[str]:
     return sentences
 
 
-def agreements(scores: dict[str, Any]) -> list[Agreement]:
+def agreements(scores: Scores) -> list[Agreement]:
     names = estimators_of(scores)
     pairs = []
     for i, first in enumerate(names):
@@ -155,7 +154,7 @@ def agreements(scores: dict[str, Any]) -> list[Agreement]:
     return pairs
 
 
-def agreement_figure(scores: dict[str, Any]) -> Markup | None:
+def agreement_figure(scores: Scores) -> Markup | None:
     """The first two estimators against each other."""
     names = estimators_of(scores)[:2]
     if len(names) < 2:
@@ -179,18 +178,20 @@ def agreement_figure(scores: dict[str, Any]) -> Markup | None:
     )
 
 
-def _interval(domain: dict[str, Any], estimator: str) -> Interval:
+def _interval(domain: DomainBlock, estimator: str) -> Interval:
     low, high = domain["scores"][estimator]["ci"]
     return float(low), float(high)
 
 
-def _both(domains: Sequence[dict[str, Any]], first: str, second: str) -> tuple[list[Any], list[float], list[float]]:
+def _both(
+    domains: Sequence[DomainBlock], first: str, second: str
+) -> tuple[list[DomainBlock], list[float], list[float]]:
     having = [domain for domain in domains if {first, second} <= domain["scores"].keys()]
     x, y = ([float(domain["scores"][name]["value"]) for domain in having] for name in (first, second))
     return having, x, y
 
 
-def _ranking(domains: Sequence[dict[str, Any]], estimator: str) -> Ranking:
+def _ranking(domains: Sequence[DomainBlock], estimator: str) -> Ranking:
     having = [domain for domain in domains if estimator in domain["scores"]]
     having.sort(key=lambda domain: (-domain["scores"][estimator]["value"], domain["name"]))
     rows = []

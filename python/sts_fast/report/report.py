@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from sts_fast import files
+from sts_fast.forecast.blocks import Scores
 from sts_fast.forecast.run import REPORT_FILE
 from sts_fast.report import ablation, changes, controls, features, outcome, ranking, signed, training
 from sts_fast.report.page import render
@@ -33,7 +33,7 @@ def build_report(folder: str | Path) -> Path:
     return folder / REPORT_FILE
 
 
-def _content(run: Material) -> dict[str, Any]:
+def _content(run: Material) -> dict[str, object]:
     """Everything that the template names."""
     scores = run.scores
     block = scores.get("rollouts")
@@ -74,7 +74,7 @@ def short_name(name: str) -> str:
     return (re.split(r"[/\\]", name.rstrip("/\\"))[-1] or name) if is_path else name
 
 
-def _train_name(scores: dict[str, Any]) -> str:
+def _train_name(scores: Scores) -> str:
     """The training set's file with its folder, or the folder of its files; its name where several were compared.
 
     Runs of rollouts are named after their way of finding D_N, and are all made from the same files.

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from sts_fast import files
 from sts_fast.ablate.record import ABLATION_FILE, ablation_schema
 from sts_fast.errors import InputError, one_line
+from sts_fast.files import Document
+from sts_fast.forecast.blocks import Scores
 from sts_fast.forecast.run import (
     BY_NAME,
     DIMS_OF_ACTIVITY,
@@ -55,23 +57,23 @@ class Material:
     warnings:   sentences about files that belong to another run
     """
 
-    scores: dict[str, Any]
+    scores: Scores
     importance: Doubles | None
     firings: dict[int, list[Firing]]
     signed_firings: dict[int, list[Firing]]
-    validation: dict[str, Any] | None
-    training: dict[str, Any] | None
-    ablation: dict[str, Any] | None
+    validation: Document | None
+    training: Document | None
+    ablation: Document | None
     warnings: list[str]
 
 
 def read_material(folder: Path) -> Material:
     """Reads all files of a run; raises InputError where scores.json is missing or a file is damaged."""
-    scores = _clean(Run.load(folder).scores)
+    scores: Scores = _clean(Run.load(folder).scores)
     top = [feature["index"] for feature in scores["shifted_features"]]
     warnings: list[str] = []
     importance = _read_importance(folder / SHIFT_FILE, scores["settings"]["dims"], top, warnings)
-    carriers = [feature["index"] for feature in (scores["signed"] or {}).get("top_features", [])]
+    carriers = [feature["index"] for feature in (scores["signed"]["top_features"] if scores["signed"] else [])]
     firings = _read_firings(folder / FEATURES_FILE, {"score": top, "signed": carriers})
     validation = None
     if (folder / VALIDATION_FILE).is_file():
@@ -86,12 +88,12 @@ def read_material(folder: Path) -> Material:
     return Material(scores, importance, firings["score"], firings["signed"], validation, training, ablation, warnings)
 
 
-def _read_ablation(path: Path, top: list[int], warnings: list[str]) -> dict[str, Any] | None:
+def _read_ablation(path: Path, top: list[int], warnings: list[str]) -> Document | None:
     import jsonschema
 
     if not path.is_file():
         return None
-    ablation: dict[str, Any] = _clean(files.read_json(path))
+    ablation: Document = _clean(files.read_json(path))
     for error in jsonschema.Draft202012Validator(ablation_schema()).iter_errors(ablation):
         raise InputError(f"{path} is not an {ABLATION_FILE}: {one_line(error.json_path)}: {one_line(error.message)}")
     if not set(ablation["features"]["top"][0]) <= set(top):
@@ -167,7 +169,7 @@ def _read_firings(path: Path, wanted: dict[str, list[int]]) -> dict[str, dict[in
     }
 
 
-def _is_stale(validation: dict[str, Any], scores: dict[str, Any]) -> bool:
+def _is_stale(validation: Document, scores: Scores) -> bool:
     """True if a domain that both name has another score in validation.json."""
     estimator = str(validation.get("estimator"))
     known = {

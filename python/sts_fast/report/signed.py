@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from markupsafe import Markup
 
+from sts_fast.forecast.blocks import ScoreBlock, Scores
 from sts_fast.forecast.run import BY_NAME, ESTIMATOR_OPTIONS, SIGNED
 from sts_fast.report import figures
 from sts_fast.report.features import FIRST_FEATURES, Feature, FeatureSection, feature_of, section_of
@@ -15,6 +15,7 @@ from sts_fast.report.numbers import counted, isolated, joined, percent, signific
 from sts_fast.report.ranking import FIRST_BARS, MOST_BARS
 from sts_fast.report.run import Material
 from sts_fast.signed.push import SMALLEST_P, SOLVED_LOSS
+from sts_fast.signed.signed import SignedBlock, SignedDomainBlock
 from sts_fast.statistics import Interval
 
 # The estimator that came closest to real training (docs/signed.md) is first.
@@ -127,10 +128,10 @@ def signed_section(run: Material) -> SignedSection | None:
         of_p, of_loss = _ranking(scores, domains, name), _ranking(scores, domains, f"{name}_loss")
         main, other = (of_loss, of_p) if unlikely else (of_p, of_loss)
         estimators.append(Estimated(name, BY_NAME[name].meaning, main, other))
-    carriers, carried = _carriers(run)
+    carriers, carried = _carriers(run, signed)
     return SignedSection(
         summary=_summary(estimators[0]),
-        sentences=_sentences(run.scores),
+        sentences=_sentences(run.scores, signed),
         estimators=estimators,
         carriers=carriers,
         domains=carried,
@@ -144,7 +145,9 @@ def number_text(field: str, value: float) -> str:
     return "0.0" if abs(value) < 0.05 else f"{value:+.1f}".replace("-", "−")
 
 
-def _ranking(scores: dict[str, Any], domains: dict[str, Any], field: str) -> SignedRanking:
+def _ranking(
+    scores: Mapping[str, dict[str, ScoreBlock]], domains: Mapping[str, SignedDomainBlock], field: str
+) -> SignedRanking:
     estimator, rows = BY_NAME[field], []
     for name, entry in domains.items():
         score = scores[name][field]
@@ -233,8 +236,7 @@ def _summary(estimated: Estimated) -> Markup:
     return Markup("By {} training {}.").format(ranking.field, Markup(" and ").join(parts))
 
 
-def _sentences(scores: dict[str, Any]) -> list[str]:
-    signed = scores["signed"]
+def _sentences(scores: Scores, signed: SignedBlock) -> list[str]:
     sentences = []
     if signed["train_loss"] < SOLVED_LOSS:
         sentences.append(
@@ -261,8 +263,7 @@ def _sentences(scores: dict[str, Any]) -> list[str]:
     return sentences
 
 
-def _carriers(run: Material) -> tuple[FeatureSection | None, list[Carried]]:
-    signed = run.scores["signed"]
+def _carriers(run: Material, signed: SignedBlock) -> tuple[FeatureSection | None, list[Carried]]:
     known = {entry["index"]: entry for entry in signed["top_features"]}
     explained = list(known)[:FIRST_FEATURES]
     parts: dict[int, list[Part]] = {}
@@ -273,17 +274,17 @@ def _carriers(run: Material) -> tuple[FeatureSection | None, list[Carried]]:
                 top["index"],
                 name,
                 top["contribution"],
-                (known.get(top["index"]) or {}).get("label"),
+                known[top["index"]]["label"] if top["index"] in known else None,
                 top["index"] in explained,
             )
             for top in entry["top_features"] or []
         ]
         for part in of_domain:
             parts.setdefault(part.index, []).append(part)
-        if of_domain:
+        share = entry["share_of_top_features"]
+        if of_domain and share is not None:
             better = [part for part in of_domain if part.contribution > 0]
             worse = [part for part in of_domain if part.contribution < 0]
-            share = entry["share_of_top_features"]
             carried.append(Carried(name, len(of_domain), share, better[:MOST_PARTS], worse[:MOST_PARTS]))
     if not known:
         return None, carried
@@ -295,7 +296,7 @@ def _carriers(run: Material) -> tuple[FeatureSection | None, list[Carried]]:
     return section_of(features, "all parts"), carried
 
 
-def _carrier_sentences(signed: dict[str, Any], carried: Sequence[Carried]) -> list[str]:
+def _carrier_sentences(signed: SignedBlock, carried: Sequence[Carried]) -> list[str]:
     explains = (
         "The SAE shows which features carry a forecast; the accuracy does not come from it: in the residual stream "
         "itself, without any SAE, the same estimators did about as well."

@@ -5,16 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, TypeGuard
 
 from markupsafe import Markup
 
+from sts_fast.files import Document
+from sts_fast.forecast.blocks import Scores
 from sts_fast.report import figures
 from sts_fast.report.numbers import count, counted, isolated, joined, percent, significant
 from sts_fast.report.ranking import value_of
 
 # More lines than these cannot be distinguished.
 MOST_LINES = 6
+
+
+class Measurement(TypedDict):
+    """A measurement of training.json, as far as the report reads it."""
+
+    step: int
+    overlap: float
+    share_of_top_n: float
+    exposure: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,7 @@ class TrainingSection:
     rows: list[Exposed]
 
 
-def training_section(training: dict[str, Any], scores: dict[str, Any]) -> TrainingSection | None:
+def training_section(training: Document, scores: Scores) -> TrainingSection | None:
     """The section; None where the file contains no measurement of this forecast."""
     history = [measurement for measurement in training.get("history") or [] if _is_measurement(measurement)]
     if not history:
@@ -74,7 +85,7 @@ def training_section(training: dict[str, Any], scores: dict[str, Any]) -> Traini
     )
 
 
-def _overlap(steps: Sequence[int], history: Sequence[dict[str, Any]]) -> Markup | None:
+def _overlap(steps: Sequence[int], history: Sequence[Measurement]) -> Markup | None:
     if len(steps) < 2:
         return None
     series = {
@@ -94,7 +105,7 @@ def _overlap(steps: Sequence[int], history: Sequence[dict[str, Any]]) -> Markup 
 
 
 def _exposures(
-    steps: Sequence[int], history: Sequence[dict[str, Any]], shown: Sequence[str], n_domains: int
+    steps: Sequence[int], history: Sequence[Measurement], shown: Sequence[str], n_domains: int
 ) -> Markup | None:
     if len(steps) < 2 or not shown:
         return None
@@ -112,7 +123,7 @@ def _exposures(
     )
 
 
-def _is_measurement(entry: Any) -> bool:
+def _is_measurement(entry: Any) -> TypeGuard[Measurement]:
     if not isinstance(entry, dict) or not isinstance(entry.get("exposure"), dict):
         return False
     numbers = [entry.get(name) for name in ("step", "overlap", "share_of_top_n")] + list(entry["exposure"].values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, TypedDict, get_args
 
 import numpy as np
 
@@ -46,11 +46,49 @@ N_TOP_FEATURES = 20
 EXAMPLE_PROMPTS = 64
 
 
+class ContributionBlock(TypedDict):
+    """A feature's part in the ntk_loss of a domain."""
+
+    index: int
+    contribution: float
+
+
+class SignedDomainBlock(TypedDict):
+    """What the signed forecast of a domain rests on. top_features: None for maps that are not written in features."""
+
+    n_prompts: int
+    base_loss: float
+    p_answer: float
+    gradient_cosine: float
+    top_features: list[ContributionBlock] | None
+    share_of_top_features: float | None
+
+
+class CarrierBlock(TypedDict):
+    """A feature that carries forecasts; promoted_tokens, neuronpedia and label are None where not looked up."""
+
+    index: int
+    share: float
+    promoted_tokens: list[str] | None
+    neuronpedia: str | None
+    label: str | None
+
+
+class SignedBlock(TypedDict):
+    """`signed` in scores.json. loss_left: share of the training set's loss, by kind of map."""
+
+    features: str
+    train_loss: float
+    loss_left: dict[str, float]
+    domains: dict[str, SignedDomainBlock]
+    top_features: list[CarrierBlock]
+
+
 @dataclass(frozen=True)
 class SignedForecast:
     """The signed forecasts of one training set.
 
-    block:    `signed` in scores.json
+    block:    `signed` in scores.json; its top_features are not yet looked up
     scores:   by domain and field, its value and interval
     warnings: what a reader should know
     prompts:  rows of prompts.parquet, one for each answered prompt of the training set and of the domains
@@ -58,7 +96,7 @@ class SignedForecast:
     answers:  how well the base model answers each domain, whatever the training set
     """
 
-    block: dict[str, Any]
+    block: SignedBlock
     scores: dict[str, dict[str, tuple[float, tuple[float, float]]]]
     warnings: list[str]
     prompts: pa.Table
@@ -206,18 +244,21 @@ def _centre(model: HookedModel, domains: Sequence[PromptSet]) -> Doubles:
     return centre
 
 
-def _block(i: int, push: Push, pulls: Sequence[Pull], features: Features) -> dict[str, Any]:
-    found = {pull.name: _domain(i, pull, features) for pull in pulls}
+def _block(i: int, push: Push, pulls: Sequence[Pull], features: Features) -> SignedBlock:
+    domains = {pull.name: _domain(i, pull, features) for pull in pulls}
     sizes = np.sum([np.abs(pull.contributions[i]) for pull in pulls], axis=0)
-    listed = {top["index"] for domain in found.values() for top in domain["top_features"] or []}
+    listed = {top["index"] for domain in domains.values() for top in domain["top_features"] or []}
     shares = {j: float(sizes[j] / sizes.sum()) for j in listed}
     return {
         "features": features.kind,
         "train_loss": push.loss,
-        "loss_left": {kind: found.loss_left for kind, found in push.maps.items()},
-        "domains": found,
+        "loss_left": {kind: fitted.loss_left for kind, fitted in push.maps.items()},
+        "domains": domains,
         # Over all domains, those that carry most first.
-        "top_features": [{"index": j, "share": shares[j]} for j in sorted(shares, key=lambda j: (-shares[j], j))],
+        "top_features": [
+            {"index": j, "share": shares[j], "promoted_tokens": None, "neuronpedia": None, "label": None}
+            for j in sorted(shares, key=lambda j: (-shares[j], j))
+        ],
     }
 
 
@@ -231,19 +272,23 @@ def _scores(i: int, pull: Pull, estimators: Sequence[str], seed: int) -> dict[st
     return found
 
 
-def _domain(i: int, pull: Pull, features: Features) -> dict[str, Any]:
-    found: dict[str, Any] = {
+def _domain(i: int, pull: Pull, features: Features) -> SignedDomainBlock:
+    block: SignedDomainBlock = {
         "n_prompts": len(pull.nll),
         "base_loss": float(pull.nll.mean()),
         "p_answer": float(pull.p_answer.mean()),
         "gradient_cosine": float(pull.values["ntk_loss"][i].mean() / pull.norm) if pull.norm else 0.0,
+        "top_features": None,
+        "share_of_top_features": None,
     }
-    if features.kind == "raw":
-        return found | {"top_features": None, "share_of_top_features": None}
-    contributions = pull.contributions[i]
-    top = np.argsort(-np.abs(contributions), kind="stable")[:N_TOP_FEATURES]
-    listed = [{"index": int(j), "contribution": float(contributions[j])} for j in top if contributions[j]]
-    return found | {"top_features": listed, "share_of_top_features": _share(contributions, top)}
+    if features.kind != "raw":
+        contributions = pull.contributions[i]
+        top = np.argsort(-np.abs(contributions), kind="stable")[:N_TOP_FEATURES]
+        block["top_features"] = [
+            {"index": int(j), "contribution": float(contributions[j])} for j in top if contributions[j]
+        ]
+        block["share_of_top_features"] = _share(contributions, top)
+    return block
 
 
 def _share(contributions: Doubles, top: NDArray[np.int64]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from sts_fast.demo.organism import model as language_model
 from sts_fast.demo.organism.tuning import measure
 from sts_fast.demo.organism.world import WORLD, World
 from sts_fast.errors import InputError
+from sts_fast.files import Document
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +40,7 @@ def train(
     n_steps: int = language_model.N_STEPS,
     n_sae_steps: int = autoencoder.N_STEPS,
     world: World = WORLD,
-) -> dict[str, Any]:
+) -> Document:
     """Trains model and SAE, writes `model/`, `sae/` and figures.json, and returns the contents of figures.json.
 
     An existing folder is replaced. The same seed gives the same organism on the same machine, in about six minutes of

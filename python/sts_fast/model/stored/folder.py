@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from sts_fast.data.options import annotations_of
 from sts_fast.data.prompts import PromptSet, PromptTemplate
 from sts_fast.data.sets import Kind, Sampling
 from sts_fast.errors import InputError
+from sts_fast.model.forward import PassRecord
 from sts_fast.model.hooks import Hook
 from sts_fast.model.language_model import load_config
 from sts_fast.model.reader import PairedRows, Reader
@@ -207,10 +208,15 @@ class Activations(Reader):
     def unembedding(self) -> None:
         return None
 
-    def forward_passes(self) -> dict[str, Any]:
+    def forward_passes(self) -> PassRecord:
         return {
-            **{"strategy": None, "why": "activations were read from files", "batch_tokens": None},
-            **{"n_passes": 0, "n_tokens": 0, "seconds": 0.0, "tokens_per_second": None},
+            "strategy": None,
+            "why": "activations were read from files",
+            "batch_tokens": None,
+            "n_passes": 0,
+            "n_tokens": 0,
+            "seconds": 0.0,
+            "tokens_per_second": None,
         }
 
     def say_passes(self) -> None:

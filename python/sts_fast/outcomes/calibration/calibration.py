@@ -13,6 +13,8 @@ import numpy as np
 
 from sts_fast import files
 from sts_fast.errors import InputError, listed
+from sts_fast.files import Document
+from sts_fast.forecast.blocks import CalibrationBlock, LearnedBlock
 from sts_fast.forecast.run import BY_NAME, SIGNED, Forecast
 from sts_fast.outcomes.calibration import past
 from sts_fast.outcomes.calibration.change_text import shown_change, unit_name
@@ -46,20 +48,20 @@ class Calibration:
     largest:    largest |score| learned from
     domains:    names of the domains learned from
     assessment: how the intervals do on training sets that were not learned from; None where too few would be left
-    runs:       the past runs: number of the training set, its name, domains, hashes of the files
+    runs:       the past runs
     warnings:   what to know before trusting it
     """
 
     estimator: str
     unit: str
     level: float
-    conditions: dict[str, Any]
+    conditions: past.Conditions
     line: Line
     multiplier: float
     largest: float
     domains: list[str]
     assessment: Assessment | None
-    runs: list[dict[str, Any]]
+    runs: list[past.LearnedRun]
     warnings: list[str]
 
     @property
@@ -70,7 +72,7 @@ class Calibration:
     @property
     def n_trains(self) -> int:
         """Different training sets among the past runs."""
-        return len({run["train"] for run in self.runs})
+        return len({run.train for run in self.runs})
 
     def change(self, score: float) -> float:
         """The change forecast for a score."""
@@ -84,7 +86,7 @@ class Calibration:
         low, high = self.change(score) - half, self.change(score) + half
         return (low if self.signed else max(low, 0.0)), high
 
-    def check(self, conditions: dict[str, Any]) -> None:
+    def check(self, conditions: past.Conditions) -> None:
         """Raises InputError where the conditions of a forecast, as far as given, differ from those learned under."""
         learned = {name: value for name, value in self.conditions.items() if name in conditions}
         if differ := past.differences(learned, conditions):
@@ -130,23 +132,31 @@ class Calibration:
             )
             for domain in forecast.domains
         ]
-        said = {
+        return replace(forecast, domains=domains, calibration=self._block(warnings))
+
+    def _block(self, warnings: list[str]) -> CalibrationBlock:
+        learned: LearnedBlock = {
             "estimator": self.estimator,
             "unit": self.unit,
             "signed": self.signed,
             "level": self.level,
             "n_trains": self.n_trains,
             "n_runs": len(self.runs),
-            "coverage": self.assessment and self.assessment.coverage,
-            "width": self.assessment and self.assessment.width,
-            "constant_width": self.assessment and self.assessment.constant_width,
+        }
+        tested = self.assessment
+        if tested is None:
+            return {**learned, "coverage": None, "width": None, "constant_width": None, "warnings": warnings}
+        return {
+            **learned,
+            "coverage": tested.coverage,
+            "width": tested.width,
+            "constant_width": tested.constant_width,
             "warnings": warnings,
         }
-        return replace(forecast, domains=domains, calibration=said)
 
-    def to_dict(self) -> dict[str, Any]:
-        """What the file holds."""
-        document: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
+    def to_dict(self) -> Document:
+        """Contents of the file."""
+        document: Document = json.loads(json.dumps(asdict(self), allow_nan=False))
         return {"schema_version": CALIBRATION_SCHEMA_VERSION, **document}
 
     def to_text(self) -> str:
@@ -179,7 +189,8 @@ class Calibration:
         found = document.pop("assessment")
         if found is not None:
             found = Assessment(**{**found, "coverage_range": tuple(found["coverage_range"])})
-        return cls(**{**document, "line": Line(**document["line"]), "assessment": found})
+        runs = [past.LearnedRun(**run) for run in document["runs"]]
+        return cls(**{**document, "line": Line(**document["line"]), "assessment": found, "runs": runs})
 
 
 def text_of(calibration: Calibration) -> str:
@@ -195,7 +206,7 @@ def text_of(calibration: Calibration) -> str:
     half = f"{factor * calibration.multiplier * line.floor:.3g}"
     if line.per_score:
         half += f" + {factor * calibration.multiplier * line.per_score:.3g} |score|"
-    n_changes = sum(run["n_domains"] for run in calibration.runs)
+    n_changes = sum(run.n_domains for run in calibration.runs)
     lines = [
         f"Learned from {len(calibration.runs)} runs on {calibration.n_trains} training sets: {n_changes} changes, "
         f"in {unit_name(unit)}",

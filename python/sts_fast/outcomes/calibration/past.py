@@ -13,6 +13,7 @@ import numpy as np
 
 from sts_fast import files
 from sts_fast.errors import InputError, listed
+from sts_fast.forecast.blocks import Scores
 from sts_fast.forecast.run import BY_NAME, ESTIMATOR_OPTIONS, SCORES_FILE, SIGNED, SIZES, VALIDATION_FILE, Run
 from sts_fast.outcomes.calibration.conformal import Points
 from sts_fast.outcomes.evaluation import METRICS
@@ -26,12 +27,27 @@ WEIGHTS = (".safetensors", ".npz", ".pt", ".bin")
 SHOWN_DIGITS = 12
 
 
+# What scores depend on beside the training set, by name: the model, the SAE and options.
+Conditions = dict[str, str | int | None]
+
+
+@dataclass(frozen=True)
+class LearnedRun:
+    """A run that a calibration was learned from. train: number of its training set, the same for the same files."""
+
+    train: int
+    name: str
+    n_domains: int
+    scores_sha256: str
+    outcomes_sha256: str
+
+
 @dataclass(frozen=True)
 class PastRun:
     """One run's folder. scores: scores.json; outcomes: by domain, as sts-fast validate wrote them."""
 
     folder: Path
-    scores: dict[str, Any]
+    scores: Scores
     outcomes: dict[str, Outcome]
 
     def forecasts(self, estimator: str) -> dict[str, float]:
@@ -63,7 +79,7 @@ def read_past(sources: Iterable[str | Path]) -> tuple[list[PastRun], list[Path]]
     return runs, [folder for folder in folders if folder not in having]
 
 
-def forecasts_of(scores: dict[str, Any], estimator: str) -> dict[str, float]:
+def forecasts_of(scores: Scores, estimator: str) -> dict[str, float]:
     """Score by domain, of those that have one; empty where the run was made without the estimator."""
     return {
         domain["name"]: domain["scores"][estimator]["value"]
@@ -111,7 +127,7 @@ def points_of(runs: Sequence[PastRun], estimator: str) -> tuple[Points, list[str
     return points, keys
 
 
-def train_key(scores: dict[str, Any]) -> str:
+def train_key(scores: Scores) -> str:
     """What tells training sets apart: the hashes of their files; of examples in memory, the shift that they cause."""
     hashes = [entry["sha256"] for entry in scores["provenance"]["inputs"] if entry["role"] == "train"]
     shifts = [[feature["index"], feature["mean_activation"]] for feature in scores["shifted_features"]]
@@ -131,26 +147,27 @@ def unit_of(runs: Sequence[PastRun]) -> str:
     return next(iter(units))
 
 
-def conditions(scores: dict[str, Any], estimator: str) -> dict[str, Any]:
+def conditions(scores: Scores, estimator: str) -> Conditions:
     """What scores depend on beside the training set, which past runs and new ones must have in common."""
     model, sae, settings = scores["model"], scores["sae"], scores["settings"]
-    found = {
+    shared: Conditions = {
         "model": _identity(scores, "model", model["name"], model["revision"]),
         "SAE": _identity(scores, "sae", sae["source"], None),
         "place": f"{model['side']} of {model['module']}",
         "forecast of": "RL" if scores.get("rollouts") else "fine-tuning",
     }
     if estimator in SIGNED:
-        return found | {"--signed-features": (scores.get("signed") or {"features": None})["features"]}
-    found |= {"--dims": settings["dims"], "--top-n": settings["top_n"], "--tokens": settings["tokens"]}
+        signed = scores["signed"]
+        return shared | {"--signed-features": None if signed is None else signed["features"]}
+    shared |= {"--dims": settings["dims"], "--top-n": settings["top_n"], "--tokens": settings["tokens"]}
     if settings["dims"] in ("icl", "verified"):
-        found["--shots"] = settings["shots"]
+        shared["--shots"] = settings["shots"]
     if estimator == "icl":
-        found["--domain-shots"] = settings["domain_shots"]
-    return found
+        shared["--domain-shots"] = settings["domain_shots"]
+    return shared
 
 
-def _identity(scores: dict[str, Any], role: str, name: str, revision: str | None) -> str:
+def _identity(scores: Scores, role: str, name: str, revision: str | None) -> str:
     """The weights' digest for local files, so that a folder may move; the name for what came from the hub."""
     hashes = sorted(
         entry["sha256"]
@@ -162,7 +179,7 @@ def _identity(scores: dict[str, Any], role: str, name: str, revision: str | None
     return name + (f" ({revision[:SHOWN_DIGITS]})" if revision else "")
 
 
-def differences(past: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def differences(past: Conditions, new: Conditions) -> list[str]:
     """In words, where two runs were not made alike; a folder's name does not count where its weights are the same."""
     return [
         f"{name} {new.get(name)} instead of {value}"
@@ -175,7 +192,7 @@ def _comparable(value: Any) -> Any:
     return value[value.rindex("(") :] if isinstance(value, str) and value.endswith(")") else value
 
 
-def check_alike(runs: Sequence[PastRun], estimator: str) -> dict[str, Any]:
+def check_alike(runs: Sequence[PastRun], estimator: str) -> Conditions:
     """The conditions that all runs share. Raises InputError where one was made otherwise."""
     first = conditions(runs[0].scores, estimator)
     for run in runs[1:]:
@@ -190,12 +207,11 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def described(run: PastRun, number: int) -> dict[str, Any]:
-    """What the calibration says of a run that it learned from."""
-    return {
-        "train": number,
-        "name": run.scores["train"]["name"],
-        "n_domains": len(run.outcomes),
-        "scores_sha256": files.sha256(run.folder / SCORES_FILE),
-        "outcomes_sha256": files.sha256(run.folder / VALIDATION_FILE),
-    }
+def described(run: PastRun, number: int) -> LearnedRun:
+    return LearnedRun(
+        train=number,
+        name=run.scores["train"]["name"],
+        n_domains=len(run.outcomes),
+        scores_sha256=files.sha256(run.folder / SCORES_FILE),
+        outcomes_sha256=files.sha256(run.folder / VALIDATION_FILE),
+    )

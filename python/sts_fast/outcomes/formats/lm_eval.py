@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sts_fast.errors import InputError, listed
+from sts_fast.files import Document
 from sts_fast.outcomes.evaluation import METRICS, Evaluation, Task, finite
 
 # The time in the name of a results file, which its samples files repeat.
@@ -22,7 +23,7 @@ def recognises(document: Any) -> bool:
     return isinstance(document, dict) and isinstance(document.get("results"), dict)
 
 
-def read(path: Path, document: dict[str, Any]) -> Evaluation:
+def read(path: Path, document: Document) -> Evaluation:
     """Results of versions 0.2 ('acc'), 0.4.0 to 0.4.5 ('acc,none', alias ' - law') and later (alias 'law')."""
     entries = {name: entry for name, entry in document["results"].items() if isinstance(entry, dict)}
     counts: Any = document.get("n-samples")
@@ -57,14 +58,14 @@ def read(path: Path, document: dict[str, Any]) -> Evaluation:
     return evaluation
 
 
-def _aliases(entries: dict[str, Any]) -> dict[str, str]:
+def _aliases(entries: Document) -> dict[str, str]:
     """Task -> the name it is shown by, or its own name where two tasks are shown by the same."""
     shown = {name: str(entry.get("alias") or name).strip(" -") or name for name, entry in entries.items()}
     taken = list(shown.values())
     return {name: alias if taken.count(alias) == 1 else name for name, alias in shown.items()}
 
 
-def _read_samples(results: Path, task: str) -> Iterator[dict[str, Any]]:
+def _read_samples(results: Path, task: str) -> Iterator[Document]:
     path = results.with_name(f"samples_{task}_{time_of(results)}.jsonl")
     if not path.is_file():
         return
@@ -83,7 +84,7 @@ def _read_samples(results: Path, task: str) -> Iterator[dict[str, Any]]:
         raise InputError(f"{path} is not readable JSON lines: {error}") from error
 
 
-def _with_samples(task: Task, samples: list[dict[str, Any]], metric: str, extraction: str) -> Task:
+def _with_samples(task: Task, samples: list[Document], metric: str, extraction: str) -> Task:
     """The task with its answers question by question, if these are all of them and average to its value."""
     samples = [sample for sample in samples if sample.get("filter", extraction or "none") == (extraction or "none")]
     correct = {}

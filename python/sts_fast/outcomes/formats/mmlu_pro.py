@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sts_fast.errors import InputError
+from sts_fast.files import Document
 from sts_fast.outcomes.evaluation import Evaluation, Task, finite, read_text
 
 # The scripts' first and strictest pattern (compute_accuracy.py, level l1); what it does not find counts as wrong.
@@ -33,7 +34,7 @@ def has_rows(document: Any) -> bool:
     )
 
 
-def read_rows(path: Path, rows: list[dict[str, Any]]) -> Evaluation:
+def read_rows(path: Path, rows: list[Document]) -> Evaluation:
     """Answers per question. The scripts themselves guess where no answer can be read; here that is wrong."""
     correct: dict[str, dict[str, float]] = {}
     key: dict[str, dict[str, str]] = {}
@@ -59,7 +60,7 @@ def read_rows(path: Path, rows: list[dict[str, Any]]) -> Evaluation:
     return evaluation
 
 
-def read_summary(path: Path, document: dict[str, Any]) -> Evaluation:
+def read_summary(path: Path, document: Document) -> Evaluation:
     evaluation = Evaluation(warnings=[_guessed(path)])
     for name, entry in document.items():
         right, wrong = (finite(entry.get(k)) if isinstance(entry, dict) else None for k in ("corr", "wrong"))

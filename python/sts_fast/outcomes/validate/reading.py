@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from sts_fast.statistics import Doubles
 
 Number = float | tuple[float, float, float]
-Scores = Forecast | str | Path | Mapping[str, Any]
+# A forecast, the place of a run, its scores.json, or numbers by domain.
+ScoreSource = Forecast | str | Path | Mapping[str, Any]
+# A control's value by domain, as it was read.
+ControlValues = dict[str, Any]
 
 TEXT_CONTROLS = tuple(control.name for control in CONTROLS if control.of == "text")
 MIN_DOMAINS = 4
@@ -27,20 +30,16 @@ MIN_DOMAINS = 4
 LARGEST = 1e100
 
 
-def read_scores(source: Scores, estimator: str) -> tuple[dict[str, Number], dict[str, dict[str, Any]]]:
+def read_scores(source: ScoreSource, estimator: str) -> tuple[dict[str, Number], dict[str, ControlValues]]:
     """Scores by domain; and control -> domain -> value."""
-    if isinstance(source, Forecast):
-        source = source.to_dict()
-    where = "the forecast"
-    if isinstance(source, (str, Path)):
-        where, source = str(source), Run.load(source).scores
-    if not isinstance(source.get("domains"), list):
-        return {str(name): value for name, value in source.items()}, {}
+    where, document = _content(source)
+    if not isinstance(document.get("domains"), list):
+        return {str(name): value for name, value in document.items()}, {}
     scores: dict[str, Number] = {}
-    controls: dict[str, dict[str, Any]] = {}
+    controls: dict[str, ControlValues] = {}
     # A control has no number for a signed estimator, and is compared by its size.
     key = "act" if estimator in SIGNED else estimator
-    for domain in source["domains"]:
+    for domain in document["domains"]:
         if not isinstance(domain, dict) or "name" not in domain:
             raise InputError(f"{where} is not a forecast: it lists a domain without a name")
         score = domain.get("scores", {}).get(estimator)
@@ -53,9 +52,18 @@ def read_scores(source: Scores, estimator: str) -> tuple[dict[str, Number], dict
             for label, number in _control_values(control, entry, key):
                 controls.setdefault(label, {})[domain["name"]] = number
     if not scores:
-        held = dict.fromkeys(name for domain in source["domains"] for name in domain.get("scores", {}))
+        held = dict.fromkeys(name for domain in document["domains"] for name in domain.get("scores", {}))
         raise InputError(f"{where} holds no scores of the estimator '{estimator}': it has {', '.join(held) or 'none'}")
     return scores, controls
+
+
+def _content(source: ScoreSource) -> tuple[str, Mapping[str, Any]]:
+    """The source's name in messages, and its values."""
+    if isinstance(source, Forecast):
+        return "the forecast", source.to_dict()
+    if isinstance(source, (str, Path)):
+        return str(source), Run.load(source).scores
+    return "the forecast", source
 
 
 def _control_values(control: str, entry: Any, key: str) -> list[tuple[str, Any]]:

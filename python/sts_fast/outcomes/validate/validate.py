@@ -11,7 +11,7 @@ from sts_fast.errors import InputError
 from sts_fast.forecast.run import SIGNED
 from sts_fast.outcomes.outcomes import Outcome, Outcomes, cautions, match_domains, read_outcomes
 from sts_fast.outcomes.validate.reading import (
-    Scores,
+    ScoreSource,
     interval_of,
     outcome_arrays,
     read_scores,
@@ -33,7 +33,7 @@ from sts_fast.outcomes.validate.validation import Validation, verdict
 
 
 def validate(
-    scores: Scores,
+    scores: ScoreSource,
     outcomes: Outcomes | Mapping[str, Outcome] | None = None,
     *,
     before: str | Path | None = None,

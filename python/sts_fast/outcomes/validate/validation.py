@@ -8,10 +8,10 @@ import math
 import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from sts_fast import files
 from sts_fast.errors import InputError
+from sts_fast.files import Document
 from sts_fast.forecast.run import SIGNED, VALIDATION_FILE, label_of
 from sts_fast.outcomes.outcomes import Outcome
 from sts_fast.outcomes.validate.reading import finite
@@ -53,9 +53,9 @@ class Validation:
     size_given_text: GivenText | None = None
     signed_given_text: GivenText | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Document:
         """Plain values, ready for JSON."""
-        document: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
+        document: Document = json.loads(json.dumps(asdict(self), allow_nan=False))
         return document
 
     def to_text(self) -> str:
