@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sts_fast.errors import InputError
+from sts_fast.files import Document
 
 MOST_BYTES = 16 << 20
 
@@ -19,7 +20,7 @@ class Config:
     value is of another type.
     """
 
-    def __init__(self, where: str | Path, values: dict[str, Any]) -> None:
+    def __init__(self, where: str | Path, values: Document) -> None:
         self.where = str(where)
         self.values = values
 

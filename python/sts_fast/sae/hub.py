@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -83,7 +84,7 @@ def _read_release(release: Any, sae_id: str, name: str, dtype: str | None) -> SA
     )
 
 
-def _processed(options: dict[str, Any]) -> str:
+def _processed(options: Mapping[str, object]) -> str:
     text = ", ".join(f"{key}={value}" for key, value in options.items())
     return f"it was trained on a model that TransformerLens had changed ({text}): its features differ on the original"
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sts_fast.errors import InputError
+from sts_fast.files import Document
 from sts_fast.sae.decoder import MAX_ROWS, Decoder
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class SAE:
     source: str = ""
     layout: str = ""
     notes: tuple[str, ...] = ()
-    metadata: dict[str, Any] = field(default_factory=dict)
+    metadata: Document = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
