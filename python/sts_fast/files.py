@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from sts_fast.errors import InputError, one_line
 
@@ -159,13 +159,21 @@ def check_document(document: Mapping[str, Any], schema: Document) -> None:
     jsonschema.Draft202012Validator(schema).validate(json.loads(to_json(document)))
 
 
-def hashed_inputs(role: str, paths: Iterable[str | Path]) -> list[dict[str, str]]:
-    """Role, path and SHA-256 of input files.
+class InputFile(TypedDict):
+    """A file that a run was made from. role: 'train', 'domains', 'sae' and the like; sha256: in hexadecimal."""
+
+    role: str
+    path: str
+    sha256: str
+
+
+def hashed_inputs(role: str, paths: Iterable[str | Path]) -> list[InputFile]:
+    """The record of input files.
 
     A folder of examples stands for all files in and below it, that of a model or SAE for the files directly in it:
     below lie copies in other formats.
     """
-    entries = []
+    entries: list[InputFile] = []
     for path in map(Path, paths):
         found = path.glob("*" if role in ("model", "tuned", "sae") else "**/*")
         for file in sorted(file for file in found if file.is_file()) if path.is_dir() else [path]:

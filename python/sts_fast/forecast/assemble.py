@@ -14,6 +14,7 @@ import numpy as np
 from sts_fast import files
 from sts_fast._version import __version__
 from sts_fast.data.prompts import prompts_sha256
+from sts_fast.files import InputFile
 from sts_fast.forecast.blocks import ConcentrationBlock, ProvenanceBlock, SetBlock
 from sts_fast.forecast.dims import N_REPLICATES, Shift
 from sts_fast.forecast.estimators import DomainRead, domain_scores
@@ -284,7 +285,7 @@ def _provenance(
     import torch
     import transformers
 
-    inputs = []
+    inputs: list[InputFile] = []
     for role, source in sources.items():
         several = role in ("domains", "demos") and not isinstance(source, (str, Path))
         for one in (list(source.values()) if isinstance(source, Mapping) else source) if several else [source]:  # type: ignore[attr-defined]

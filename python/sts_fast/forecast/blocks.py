@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TypedDict
 
-from sts_fast.files import Document
+from sts_fast.files import Document, InputFile
 from sts_fast.model.forward import PassRecord
 from sts_fast.signed.signed import CarrierBlock, SignedBlock
 
@@ -170,7 +170,7 @@ CalibrationBlock = TestedCalibrationBlock | UntestedCalibrationBlock
 
 
 class ProvenanceBlock(TypedDict):
-    """What a run can be repeated from. inputs: role, path and sha256 of each file."""
+    """What a run can be repeated from."""
 
     created_at: str
     command: str | None
@@ -179,7 +179,7 @@ class ProvenanceBlock(TypedDict):
     instruction_set: str
     prompts_sha256: str
     forward_passes: PassRecord
-    inputs: list[dict[str, str]]
+    inputs: list[InputFile]
 
 
 class Scores(TypedDict):
