@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from sts_fast.statistics import IntArray
 
-TokenClass = Literal["query", "last", "answer", "all"]
+TokenClass = Literal["query", "template", "last", "answer", "all"]
 Turn = tuple[str, str]
 # Are told how much of a stage is done, and of how much; Progress also which stage.
 Tell = Callable[[int, int], None]
@@ -30,10 +30,11 @@ FIXED_DATE = "{%- macro strftime_now(format) -%}" + TEMPLATE_DATE + "{%- endmacr
 # Stands in a template's text for an answer that is put there afterwards; from Unicode's private use area.
 SIGN = "\ue0f5"
 
+# Whose a token is that is no turn's.
+TEMPLATE, STRADDLING = -1, -2
+
 # A demonstration that stands in where a set has none: only the query's own turn is common to both prompts.
 STAND_IN_DEMO: list[Turn] = [("user", "?"), ("assistant", "!")]
-# Two answers that end differently: what both have in common with another one's end is the template's.
-STAND_IN_ANSWERS = ("!", "?")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Prompt:
     paired:       [n_pairs] int32, those of `positions` whose token stands in demos_ids too
     paired_demos: [n_pairs] int32, positions in demos_ids; entry i is the same token as paired[i]
     n_special:    tokens of the query that are not read because they are special
+    n_straddling: tokens that are not read because only a part of them is the user's, and the rest the template's
     """
 
     id: str
@@ -55,6 +57,7 @@ class Prompt:
     paired: IntArray
     paired_demos: IntArray
     n_special: int
+    n_straddling: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,54 @@ class PromptTemplate:
             return self.plain_ids(plain_text(turns))
         ids = self.tokenizer(self.text(turns), add_special_tokens=False, verbose=False).input_ids
         return np.asarray(ids, dtype=np.int32)
+
+    def owned_ids(self, turns: Sequence[Turn]) -> tuple[IntArray, IntArray]:
+        """Token ids of (role, text) turns as in `token_ids`, and whose each token is.
+
+        Returns [n] int32 ids, and [n] int32: the index of the turn whose text a token is part of, TEMPLATE for one of
+        the template's own text, STRADDLING for one that is partly both. Blanks are anybody's.
+        """
+        text = self.text(turns) if self.is_chat else plain_text(turns)
+        ids = self.token_ids(turns)
+        return ids, token_owners(self._offsets(text, ids), text, self._spans(turns, text))
+
+    def _spans(self, turns: Sequence[Turn], text: str) -> list[tuple[int, int]]:
+        """Where in a rendered conversation the text of each turn is: what differs when a sign is put in its place."""
+        spans = []
+        for i, (role, content) in enumerate(turns):
+            if not content.strip():
+                spans.append((0, 0))
+                continue
+            signed = [*turns[:i], (role, SIGN), *turns[i + 1 :]]
+            other = self.text(signed) if self.is_chat else plain_text(signed)
+            start = common_prefix_length(text, other)
+            end = len(text) - min(common_suffix_length(text, other), len(text) - start, len(other) - start)
+            spans.append((start, end))
+        return spans
+
+    def _offsets(self, text: str, ids: IntArray) -> IntArray:
+        """[n, 2] int32 the characters of each token, from the first to behind the last; an empty range for none."""
+        if self.tokenizer.is_fast:
+            read = self.tokenizer(text, add_special_tokens=not self.is_chat, verbose=False, return_offsets_mapping=True)
+            offsets = np.asarray(read.offset_mapping, dtype=np.int32).reshape(-1, 2)
+            n_before = len(ids) - len(read.input_ids)  # a BOS was put before, or an EOS taken from the end
+            offsets = np.concatenate([np.zeros((max(n_before, 0), 2), np.int32), offsets])[: len(ids)]
+            named = ~np.isin(ids, self.special_ids)
+            # Some tokenizers give every token an empty range.
+            if not text.strip() or (offsets[named, 1] > offsets[named, 0]).any():
+                return offsets
+        return self._searched_offsets(text, ids)
+
+    def _searched_offsets(self, text: str, ids: IntArray) -> IntArray:
+        """The same of a tokenizer that does not tell: each token's text is looked for behind the one before."""
+        offsets, at = np.zeros((len(ids), 2), np.int32), 0
+        for i, token in enumerate(ids.tolist()):
+            piece = str(self.tokenizer.decode([token], skip_special_tokens=False)).strip()
+            start = text.find(piece, at) if piece else -1
+            if start >= 0:
+                offsets[i] = start, start + len(piece)
+                at = start + len(piece)
+        return offsets
 
     def plain_ids(self, text: str) -> IntArray:
         """[n] int32 token ids of a text as it stands, with BOS where there is to be one."""
@@ -167,6 +218,23 @@ def plain_text(turns: Sequence[Turn]) -> str:
     return "".join(forms.get(role, "{}\n\n").format(text) for role, text in turns).rstrip("\n")
 
 
+def token_owners(offsets: IntArray, text: str, spans: Sequence[tuple[int, int]]) -> IntArray:
+    """[n] int32 index of the span that each token's characters are in; TEMPLATE outside, STRADDLING across an end.
+
+    offsets: [n, 2] the characters of each token in `text`; blanks around others do not count
+    """
+    inked = np.concatenate([[0], np.cumsum([not character.isspace() for character in text])])
+    starts, ends = offsets[:, 0], offsets[:, 1]
+    n_inked = inked[ends] - inked[starts]
+    owners = np.full(len(offsets), TEMPLATE, np.int32)
+    for i, (start, end) in enumerate(spans):
+        n_inside = inked[np.clip(ends, start, end)] - inked[np.clip(starts, start, end)]
+        owners[(n_inside > 0) & (n_inside == n_inked)] = i
+        owners[(n_inside > 0) & (n_inside < n_inked)] = STRADDLING
+        owners[(n_inked == 0) & (ends > starts) & (starts >= start) & (ends <= end)] = i
+    return owners
+
+
 def choose_demos(
     name: str,
     examples: Sequence[Example],
@@ -215,12 +283,15 @@ def build_prompts(
     """Prompts of a random sample of `limit` queries that fit into the model's context, in the order of the set.
 
     The tokens read are, for `tokens`:
-      query   those of the query's own conversation: what its prompt has in common, at the end, with one that carries
-              demonstrations (longest common token suffix); earlier turns of the same conversation belong to it
-      last    the last of these
-      answer  those of the answer, which is put after the query
-      all     query and answer, where there is one
-    never special tokens. Which examples are drawn depends on `seed`, the examples, and which of them fit.
+      query     those of the question's own text, and of earlier turns of its conversation, but not of a system turn
+                before the demonstrations; nothing that the template writes
+      template  the same, and what the template writes around them: all that the prompt has in common, at the end, with
+                one that carries demonstrations (longest common token suffix)
+      last      the last of these: the one that the answer follows
+      answer    those of the answer's own text, which is put after the query
+      all       query and answer, where there is one
+    never special tokens, nor those of which only a part is the user's text. Which examples are drawn depends on `seed`,
+    the examples, and which of them fit.
 
     Raises ValueError for an unknown token class.
     """
@@ -292,24 +363,23 @@ def _pair(
     def with_demos(demos: list[Turn], end: list[Turn]) -> IntArray:
         return template.token_ids([*turns[:n_system], *demos, *turns[n_system:], *end])
 
-    base_ids = with_demos([], answer)
+    base_ids, owners = template.owned_ids([*turns, *answer])
     if context_length is not None and len(base_ids) > context_length:
         return None
     demos_ids = with_demos(demo_turns, answer) if demo_turns else np.empty(0, np.int32)
     if context_length is not None and len(demos_ids) > context_length:
         return None
-    end = len(base_ids)
-    if answer:
-        # What follows any answer, such as the mark that ends the turn, is the template's and not the answer's.
-        end -= min(common_suffix_length(base_ids, with_demos([], [("assistant", other)])) for other in STAND_IN_ANSWERS)
     if tokens == "answer":
-        start = common_prefix_length(base_ids, with_demos([], []))
+        is_read, is_straddling = owners == len(turns), np.zeros(len(owners), bool)
     else:
-        start = len(base_ids) - common_suffix_length(base_ids, with_demos(STAND_IN_DEMO, answer))
-    is_special = np.isin(base_ids[start:], template.special_ids)
-    positions = (start + np.flatnonzero(~is_special)).astype(np.int32)
-    positions = positions[positions < end]
-    n_special = int(is_special.sum())
+        own = np.arange(len(base_ids)) >= len(base_ids) - common_suffix_length(
+            base_ids, with_demos(STAND_IN_DEMO, answer)
+        )
+        is_read = own & ((owners >= 0) | (tokens in ("template", "last")))
+        is_straddling = own & (owners == STRADDLING) & (tokens in ("query", "all"))
+    is_special = np.isin(base_ids, template.special_ids)
+    positions = np.flatnonzero(is_read & ~is_special).astype(np.int32)
+    n_special = int((is_read & is_special).sum())
     if tokens == "last":
         positions = positions[-1:]
     paired = positions[positions >= len(base_ids) - common_suffix_length(base_ids, demos_ids)]
@@ -321,6 +391,7 @@ def _pair(
         paired=paired,
         paired_demos=paired + np.int32(len(demos_ids) - len(base_ids)),
         n_special=n_special,
+        n_straddling=int((is_straddling & ~is_special).sum()),
     )
 
 
@@ -349,13 +420,15 @@ def prompts_sha256(prompt_sets: Sequence[PromptSet]) -> str:
     return sha256.hexdigest()
 
 
-def common_prefix_length(a: IntArray, b: IntArray) -> int:
-    """Number of equal tokens at the start of two sequences."""
+def common_prefix_length(a: Sequence[Any] | IntArray, b: Sequence[Any] | IntArray) -> int:
+    """Number of equal tokens, or characters, at the start of two sequences."""
     n = min(len(a), len(b))
-    differs = np.flatnonzero(a[:n] != b[:n])
+    if isinstance(a, str):
+        return next((i for i in range(n) if a[i] != b[i]), n)
+    differs = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
     return int(differs[0]) if len(differs) else n
 
 
-def common_suffix_length(a: IntArray, b: IntArray) -> int:
-    """Number of equal tokens at the end of two sequences."""
+def common_suffix_length(a: Sequence[Any] | IntArray, b: Sequence[Any] | IntArray) -> int:
+    """Number of equal tokens, or characters, at the end of two sequences."""
     return common_prefix_length(a[::-1], b[::-1])
