@@ -13,6 +13,7 @@ from sts_fast.data.examples import Example
 from sts_fast.errors import InputError
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
     from sts_fast.statistics import IntArray
@@ -107,42 +108,41 @@ class PromptTemplate:
         ids = self.tokenizer(self.text(turns), add_special_tokens=False, verbose=False).input_ids
         return np.asarray(ids, dtype=np.int32)
 
-    def owned_ids(self, turns: Sequence[Turn]) -> tuple[IntArray, IntArray]:
-        """Token ids of (role, text) turns as in `token_ids`, and whose each token is.
+    def owned_ids(self, turns: Sequence[Turn], n_own: int) -> tuple[IntArray, IntArray]:
+        """Token ids of (role, text) turns as in `token_ids`, and whose each token is, of the last n_own turns.
 
-        Returns [n] int32 ids, and [n] int32: the index of the turn whose text a token is part of, TEMPLATE for one of
-        the template's own text, STRADDLING for one that is partly both. Blanks are anybody's.
+        Returns [n] int32 ids, and [n] int32 owners: 0 to n_own - 1 where a token is part of the text of that turn,
+        TEMPLATE where it is not, STRADDLING where only a part of it is. Blanks around a text are anybody's.
         """
-        text = self.text(turns) if self.is_chat else plain_text(turns)
-        ids = self.token_ids(turns)
-        return ids, token_owners(self._offsets(text, ids), text, self._spans(turns, text))
+        text, ids = self._written(turns), self.token_ids(turns)
+        spans = [self._span(turns, i, text) for i in range(len(turns) - n_own, len(turns))]
+        return ids, token_owners(self._offsets(text, ids), text, spans)
 
-    def _spans(self, turns: Sequence[Turn], text: str) -> list[tuple[int, int]]:
-        """Where in a rendered conversation the text of each turn is: what differs when a sign is put in its place."""
-        spans = []
-        for i, (role, content) in enumerate(turns):
-            if not content.strip():
-                spans.append((0, 0))
-                continue
-            signed = [*turns[:i], (role, SIGN), *turns[i + 1 :]]
-            other = self.text(signed) if self.is_chat else plain_text(signed)
-            start = common_prefix_length(text, other)
-            end = len(text) - min(common_suffix_length(text, other), len(text) - start, len(other) - start)
-            spans.append((start, end))
-        return spans
+    def _written(self, turns: Sequence[Turn]) -> str:
+        return self.text(turns) if self.is_chat else plain_text(turns)
+
+    def _span(self, turns: Sequence[Turn], i: int, text: str) -> tuple[int, int]:
+        """Where in a rendered conversation the text of a turn is: what differs when a sign is put in its place."""
+        role, content = turns[i]
+        if not content.strip():
+            return 0, 0
+        here, there = _characters(text), _characters(self._written([*turns[:i], (role, SIGN), *turns[i + 1 :]]))
+        start = common_prefix_length(here, there)
+        return start, len(here) - min(common_suffix_length(here, there), len(here) - start, len(there) - start)
 
     def _offsets(self, text: str, ids: IntArray) -> IntArray:
         """[n, 2] int32 the characters of each token, from the first to behind the last; an empty range for none."""
-        if self.tokenizer.is_fast:
-            read = self.tokenizer(text, add_special_tokens=not self.is_chat, verbose=False, return_offsets_mapping=True)
-            offsets = np.asarray(read.offset_mapping, dtype=np.int32).reshape(-1, 2)
-            n_before = len(ids) - len(read.input_ids)  # a BOS was put before, or an EOS taken from the end
-            offsets = np.concatenate([np.zeros((max(n_before, 0), 2), np.int32), offsets])[: len(ids)]
-            named = ~np.isin(ids, self.special_ids)
-            # Some tokenizers give every token an empty range.
-            if not text.strip() or (offsets[named, 1] > offsets[named, 0]).any():
-                return offsets
-        return self._searched_offsets(text, ids)
+        if not self.tokenizer.is_fast:
+            return self._searched_offsets(text, ids)
+        read = self.tokenizer(text, add_special_tokens=not self.is_chat, verbose=False, return_offsets_mapping=True)
+        offsets = np.zeros((len(ids), 2), np.int32)
+        n_before = int(len(ids) > 0 and list(read.input_ids[:1]) != ids[:1].tolist())  # a BOS was put before
+        given = np.asarray(read.offset_mapping, dtype=np.int32).reshape(-1, 2)[: len(ids) - n_before]
+        offsets[n_before : n_before + len(given)] = given
+        named = ~np.isin(ids, self.special_ids)
+        # Some tokenizers give every token an empty range.
+        tells = not named.any() or bool((offsets[named, 1] > offsets[named, 0]).any())
+        return offsets if tells else self._searched_offsets(text, ids)
 
     def _searched_offsets(self, text: str, ids: IntArray) -> IntArray:
         """The same of a tokenizer that does not tell: each token's text is looked for behind the one before."""
@@ -359,40 +359,53 @@ def _pair(
     # A system turn opens the conversation, so it goes before the demonstrations.
     n_system = next((i for i, (role, _) in enumerate(turns) if role != "system"), len(turns))
     answer: list[Turn] = [("assistant", query.answer)] if tokens in ("answer", "all") and query.answer else []
+    own = [*turns[n_system:], *answer]
+    n_read = len(answer) if tokens == "answer" else len(own)
 
-    def with_demos(demos: list[Turn], end: list[Turn]) -> IntArray:
-        return template.token_ids([*turns[:n_system], *demos, *turns[n_system:], *end])
-
-    base_ids, owners = template.owned_ids([*turns, *answer])
+    base_ids, owners = template.owned_ids([*turns, *answer], n_read)
     if context_length is not None and len(base_ids) > context_length:
         return None
-    demos_ids = with_demos(demo_turns, answer) if demo_turns else np.empty(0, np.int32)
+    demos_ids, demo_owners = np.empty(0, np.int32), np.empty(0, np.int32)
+    if demo_turns:
+        demos_ids, demo_owners = template.owned_ids([*turns[:n_system], *demo_turns, *own], n_read)
     if context_length is not None and len(demos_ids) > context_length:
         return None
-    if tokens == "answer":
-        is_read, is_straddling = owners == len(turns), np.zeros(len(owners), bool)
-    else:
-        own = np.arange(len(base_ids)) >= len(base_ids) - common_suffix_length(
-            base_ids, with_demos(STAND_IN_DEMO, answer)
-        )
-        is_read = own & ((owners >= 0) | (tokens in ("template", "last")))
-        is_straddling = own & (owners == STRADDLING) & (tokens in ("query", "all"))
-    is_special = np.isin(base_ids, template.special_ids)
-    positions = np.flatnonzero(is_read & ~is_special).astype(np.int32)
-    n_special = int((is_read & is_special).sum())
+    if tokens in ("template", "last"):
+        # All that the prompt has in common, at the end, with one behind a demonstration.
+        behind = template.token_ids([*turns[:n_system], *STAND_IN_DEMO, *own])
+        n_common = common_suffix_length(base_ids, behind)
+        owners = np.where(np.arange(len(base_ids)) < len(base_ids) - n_common, TEMPLATE, 0)
+        n_paired = common_suffix_length(base_ids, demos_ids)
+        demo_owners = np.where(np.arange(len(demos_ids)) < len(demos_ids) - n_paired, TEMPLATE, 0)
+    special, demo_special = (np.isin(ids, template.special_ids) for ids in (base_ids, demos_ids))
+    positions = np.flatnonzero((owners >= 0) & ~special)
     if tokens == "last":
         positions = positions[-1:]
-    paired = positions[positions >= len(base_ids) - common_suffix_length(base_ids, demos_ids)]
+    pairs = [
+        _pairs(
+            base_ids, positions[owners[positions] == i], demos_ids, np.flatnonzero((demo_owners == i) & ~demo_special)
+        )
+        for i in range(max(len(own), 1))
+    ]
+    paired, paired_demos = (np.concatenate(of_turns).astype(np.int32) for of_turns in zip(*pairs, strict=True))
     return Prompt(
         id=query.id,
         base_ids=base_ids,
         demos_ids=demos_ids,
-        positions=positions,
+        positions=positions.astype(np.int32),
         paired=paired,
-        paired_demos=paired + np.int32(len(demos_ids) - len(base_ids)),
-        n_special=n_special,
-        n_straddling=int((is_straddling & ~is_special).sum()),
+        paired_demos=paired_demos,
+        n_special=int(((owners >= 0) & special).sum()),
+        n_straddling=int(((owners == STRADDLING) & ~special).sum()),
     )
+
+
+def _pairs(
+    ids: IntArray, here: NDArray[np.int64], demos_ids: IntArray, there: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Positions in two prompts that hold the same token of the same text, counted from the text's end."""
+    n = common_suffix_length(ids[here], demos_ids[there])
+    return here[len(here) - n :], there[len(there) - n :]
 
 
 def show_prompt(prompt_set: PromptSet, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -420,15 +433,17 @@ def prompts_sha256(prompt_sets: Sequence[PromptSet]) -> str:
     return sha256.hexdigest()
 
 
-def common_prefix_length(a: Sequence[Any] | IntArray, b: Sequence[Any] | IntArray) -> int:
+def common_prefix_length(a: NDArray[Any], b: NDArray[Any]) -> int:
     """Number of equal tokens, or characters, at the start of two sequences."""
     n = min(len(a), len(b))
-    if isinstance(a, str):
-        return next((i for i in range(n) if a[i] != b[i]), n)
-    differs = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
+    differs = np.flatnonzero(a[:n] != b[:n])
     return int(differs[0]) if len(differs) else n
 
 
-def common_suffix_length(a: Sequence[Any] | IntArray, b: Sequence[Any] | IntArray) -> int:
+def common_suffix_length(a: NDArray[Any], b: NDArray[Any]) -> int:
     """Number of equal tokens, or characters, at the end of two sequences."""
     return common_prefix_length(a[::-1], b[::-1])
+
+
+def _characters(text: str) -> NDArray[np.uint32]:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")

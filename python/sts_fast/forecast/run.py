@@ -155,7 +155,8 @@ class DomainScore:
         act_sq: E_x mean_{j in D_N} h_j(x)^2                       (the variant in the authors' notebook)
     n_tokens:   tokens behind act; n_pairs: token pairs behind icl
     n_skipped:  examples looked at and left out: n_too_long for the model's context, n_unanswered where answers are read
-    n_special, n_sinks: tokens left out because they are special, because they are attention sinks
+    n_special, n_straddling, n_sinks: tokens left out because they are special, because a part of them is the chat
+        template's, because they are attention sinks
     controls:   the same estimators with other features in the place of D_N, by control and estimator
     change, change_interval: what a calibration makes of the score; None without one, or where it does not reach
     """
@@ -169,6 +170,7 @@ class DomainScore:
     n_too_long: int
     n_unanswered: int
     n_special: int
+    n_straddling: int
     n_sinks: int
     controls: dict[str, dict[str, float]]
     change: float | None = None

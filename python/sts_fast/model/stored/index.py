@@ -161,6 +161,7 @@ def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
             for name in PROMPT_COLUMNS
         },
         "n_special": pa.array([prompt.n_special for prompt in prompts], pa.int64()),
+        "n_straddling": pa.array([prompt.n_straddling for prompt in prompts], pa.int64()),
     }
     with files.atomic_path(path) as temporary:
         pq.write_table(pa.table(table), temporary, compression="zstd")
@@ -176,6 +177,7 @@ def read_prompts(path: Path, one: StoredSet) -> list[Prompt]:
             Prompt(
                 id=str(row["id"]),
                 n_special=int(row["n_special"]),
+                n_straddling=int(row["n_straddling"]),
                 **{name: np.asarray(row[name], np.int32) for name in PROMPT_COLUMNS},
             )
             for row in rows
