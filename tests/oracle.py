@@ -307,12 +307,12 @@ class Writing:
 def check_positions(
     row: dict[str, Any], here: Doubles, there: Doubles, writing: Writing, tokens: str, *, is_same_prompt: bool
 ) -> None:
-    """Asserts that the tokens read are those of the question's text (and of the answer's, for 'all'; the last token of
+    """Asserts that the tokens read are those of the question, of the answer, or of both (for "last", the last token of
     all for 'last'), less special tokens and attention sinks, and that those which both prompts have are paired."""
     base, demos, positions = row["base_ids"], row["demos_ids"], row["positions"]
     question, answer = writing.texts(base)
     last = max(p for p in range(len(base)) if base[p] not in writing.special)
-    chosen = {"query": [*question], "all": [*question, *answer], "last": [last]}[tokens]
+    chosen = {"query": [*question], "answer": [*answer], "all": [*question, *answer], "last": [last]}[tokens]
     span = [p for p in chosen if base[p] not in writing.special]
     if tokens != "last":
         assert row["n_special"] == len(chosen) - len(span)
