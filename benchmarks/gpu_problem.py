@@ -18,7 +18,7 @@ class Problem:
     ) -> None:
         import torch
 
-        from sts_fast.ops import cuda
+        from sts_fast.ops import cuda_encoder
 
         self.activation, self.d_sae, self.precision = activation, d_sae, precision
         generator = torch.Generator("cuda").manual_seed(seed)
@@ -34,8 +34,8 @@ class Problem:
         self.threshold = torch.full((d_sae,), border, device="cuda")
         self.bias = 0.1 * normal(d_sae)
         topk = activation == "topk"
-        self.encoder = cuda.Encoder(
-            cuda.prepare_weights(self.W_enc, torch.zeros(d_in).numpy(), torch.device("cuda", 0), precision),
+        self.encoder = cuda_encoder.Encoder(
+            cuda_encoder.prepare_weights(self.W_enc, torch.zeros(d_in).numpy(), torch.device("cuda", 0), precision),
             self.bias.cpu().numpy(),
             d_in=d_in,
             precision=precision,

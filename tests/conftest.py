@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -19,14 +20,25 @@ if "STS_TEST_INSTRUCTION_SET" in os.environ:
     _cpu.set_instruction_set(os.environ["STS_TEST_INSTRUCTION_SET"])
 
 
+# What is imported and collected lives as long as the tests do: the garbage collector, which would go through it again
+# and again, costs a third of collecting, and later some of every test that makes much garbage.
+def pytest_collection() -> None:
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
 @pytest.fixture(params=["emulator", "cuda"])
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A torch.device of the CUDA ops: a GPU, or the CPU with their source compiled for an emulated one."""
     torch = pytest.importorskip("torch")
-    from sts_fast.ops import cuda
+    from sts_fast.ops import cuda_kernels
 
     if request.param == "cuda":
-        reason = cuda.missing_reason()
+        reason = cuda_kernels.missing_reason()
         if reason is not None:
             pytest.skip(reason)
         yield torch.device("cuda:0")
@@ -34,7 +46,7 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     module = emulator.load()
     if module is None:
         pytest.skip("no C++ compiler to build the emulator with")
-    monkeypatch.setattr(cuda, "kernels", module)
+    monkeypatch.setattr(cuda_kernels, "kernels", module)
     yield torch.device("cpu")
 
 

@@ -14,6 +14,7 @@ import pytest
 TOLERANCE = 2e-5  # of a number, relative to what the oracle allows
 MOST_FLIPS = 3e-4  # of all features of all rows
 CONTROLS = {"random", "low_shift", "most_active", "raw", "z_scored", "cosine_of_means", "cka", "probe"}
+CONTROLS |= {"text_similarity", "text_compression", "text_length", "text_digits"}
 ANSWER_CONTROLS = {"base_loss", "base_accuracy"}
 
 

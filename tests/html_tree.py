@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -69,3 +70,18 @@ def read_page(path: Path) -> Node:
     builder.close()
     assert builder.open == [builder.root]
     return builder.root
+
+
+def rows_of(table: Node) -> list[list[Node]]:
+    """The cells of a table's body, row by row."""
+    return [[cell for cell in row.children if isinstance(cell, Node)] for row in table.one("tbody").all("tr")]
+
+
+def values_of(cell: Node) -> list[float]:
+    """The numbers of a cell, in full."""
+    return [float(data.attrs["value"]) for data in cell.all("data")]
+
+
+def plain(text: str) -> str:
+    """Without the characters that keep a name's writing direction, and with single spaces."""
+    return " ".join(re.sub("[\u2068\u2069]", "", text).split())

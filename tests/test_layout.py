@@ -33,6 +33,9 @@ ROOMS = [
 COMPILED = {"sts_fast.ops._cpu", "sts_fast.ops._cuda"}
 LINE_OF = {room: line for line, rooms in enumerate(ROOMS) for room in rooms}
 MOST_ENTRIES = 20  # at the top of the package
+MOST_PARAMETERS = 9  # of a function, but **options; what belongs together is a dataclass
+# The CUDA encoder takes what its native sister takes.
+OF_MORE_PARAMETERS = {"ops/cuda_encoder.py: Encoder.__init__"}
 HEAVY = {"torch", "transformers", "sae_lens", "pandas", "pyarrow", "matplotlib", "datasets", "scipy"}
 SUBCLASSES_OF_HEAVY = {"trainer.py"}  # whoever imports it has imported transformers
 UNPICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
@@ -48,6 +51,8 @@ OF_NO_MODULE = {
     "sae": {"hostile_checkpoints"},
     "report": {"report_browser"},
 }
+
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py*") if path.suffix in (".py", ".pyi"))
 MODULES = [path for path in SOURCES if path.suffix == ".py"]
@@ -174,6 +179,30 @@ def test_init_holds_imports_and_nothing_else() -> None:
             if not (is_all or isinstance(node, (ast.Import, ast.ImportFrom))):
                 offences.append(f"{name_of(path)}:{node.lineno} holds more than imports: move it to a module")
     report(offences)
+
+
+def functions_of(node: ast.AST, inside: str = "") -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """(dotted name, definition) of all functions in a tree, those inside classes and other functions too."""
+    for child in ast.iter_child_nodes(node):
+        name = f"{inside}{child.name}" if isinstance(child, DEFINITIONS) else ""
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield name, child
+        yield from functions_of(child, f"{name}." if name else inside)
+
+
+def test_function_has_fewer_than_ten_parameters() -> None:
+    large = {}
+    for path in MODULES:
+        for name, function in functions_of(tree_of(path)):
+            given = function.args
+            n = len(given.posonlyargs) + len(given.args) + len(given.kwonlyargs)
+            if n > MOST_PARAMETERS:
+                large[f"{name_of(path)}: {name}"] = n
+    offences = [
+        f"{name} has {large[name]} parameters: make dataclasses of them"
+        for name in sorted({*large} - OF_MORE_PARAMETERS)
+    ]
+    report(offences + [f"{name} is no such function any more" for name in sorted(OF_MORE_PARAMETERS - {*large})])
 
 
 def test_heavy_packages_are_imported_where_used() -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 PAGE = Path(__file__).parents[1] / "examples" / "paper.md"
 D_IN, D_SAE, N_LAYERS, N_QUESTIONS = 16, 128, 32, 9
@@ -115,7 +115,7 @@ def snapshot(cache: Path, repository: str) -> Path:
 def put_model(folder: Path) -> None:
     torch.manual_seed(0)
     words = ["?", "<bos>", *(f"w{i}" for i in range(40))]
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=len(words),
         hidden_size=D_IN,
         intermediate_size=16,
@@ -124,10 +124,12 @@ def put_model(folder: Path) -> None:
         max_position_embeddings=512,
         initializer_range=0.3,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="?"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="?", bos_token="<bos>").save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="?", bos_token="<bos>").save_pretrained(
+        folder
+    )
 
 
 def put_data(folder: Path) -> None:

@@ -15,6 +15,8 @@ from sts_fast.statistics import (
     defined,
     mean_interval,
     mean_ranks,
+    partial_pearson,
+    partial_spearman,
     pearson,
     percentile_interval,
     ratio_interval,
@@ -56,7 +58,8 @@ def test_interval_of_a_ratio_leaves_out_resamplings_without_tokens() -> None:
 
 
 def test_percentages_and_the_normal_quantile_are_those_of_95_percent() -> None:
-    np.testing.assert_allclose(statistics.INTERVAL, statistics.SCORE_INTERVAL, rtol=1e-14)
+    outside = 50 * (1 - statistics.CONFIDENCE)
+    np.testing.assert_allclose(statistics.INTERVAL, (outside, 100 - outside), rtol=1e-14)
     assert stats.norm.ppf(0.975) == statistics.Z_95
     assert percentile_interval(np.arange(41.0)) == pytest.approx((1.0, 39.0))
 
@@ -81,6 +84,36 @@ def test_what_is_constant_correlates_with_nothing() -> None:
     assert defined(pearson(constant, other)) is None
     assert defined(spearman(other, constant)) is None
     assert np.isnan(pearson(np.stack([other, constant]), other)).tolist() == [False, True]
+
+
+def partial_of(x: Any, y: Any, z: Any) -> float:
+    """Both regressed on z with a constant by least squares, and the residuals correlated."""
+    A = np.stack([np.ones(len(z)), z], axis=1)
+    left = [values - A @ np.linalg.lstsq(A, values, rcond=None)[0] for values in (x, y)]
+    return float(stats.pearsonr(*left).statistic)
+
+
+def test_partial_correlations_are_those_of_residuals() -> None:
+    rng = np.random.default_rng(0)
+    z = rng.integers(0, 5, (30, 8)) + 100.0
+    x, y = 3 * z + rng.normal(size=z.shape), rng.integers(0, 4, z.shape) - z
+    expected = [partial_of(*three) for three in zip(x, y, z, strict=True)]
+    np.testing.assert_allclose(partial_pearson(x, y, z), expected, rtol=1e-9, atol=1e-12)
+    ranked = [partial_of(*map(stats.rankdata, three)) for three in zip(x, y, z, strict=True)]
+    np.testing.assert_allclose(partial_spearman(x, y, z), ranked, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(partial_pearson(x, y[0], z[0]), [partial_of(one, y[0], z[0]) for one in x], rtol=1e-9)
+
+
+def test_nothing_is_left_of_what_the_given_determines() -> None:
+    x, y = np.asarray([1.0, 2, 4, 3, 7]), np.asarray([2.0, 1, 1, 5, 3])
+    assert defined(partial_pearson(x, y, 0.3 * x - 7)) is None
+    assert defined(partial_pearson(x, y, y)) is None
+    assert defined(partial_pearson(x, y, np.full(5, 0.1))) is None
+    assert defined(partial_spearman(x, y, x**3)) is None
+    # By hand: z of no correlation with x leaves r_xy / sqrt(1 - r_yz^2).
+    x, y, z = np.asarray([1.0, -1, 1, -1]), np.asarray([3.0, 0, 0, -1]), np.asarray([1.0, 1, -1, -1])
+    r_xy, r_yz = (float(stats.pearsonr(one, y).statistic) for one in (x, z))
+    assert partial_pearson(x, y, z) == pytest.approx(r_xy / (1 - r_yz**2) ** 0.5, rel=1e-12)
 
 
 @pytest.mark.parametrize("n", [4, 6])

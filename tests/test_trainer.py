@@ -20,7 +20,6 @@ from sts_fast import InputError, load_sae, rollouts, score
 from sts_fast.demo import organism
 from sts_fast.outcomes.outcomes import read_outcomes
 from sts_fast.report.numbers import percent, significant
-from sts_fast.trainer import TransferMonitor
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the trainers warn of what is theirs
 
@@ -57,6 +56,12 @@ def questions() -> Any:
 def one_thread() -> Iterator[None]:
     with organism.one_thread():
         yield
+
+
+def monitor_of(run: Path | str, **options: Any) -> Any:
+    from sts_fast.trainer import TransferMonitor  # brings transformers' trainers, which take seconds to import
+
+    return TransferMonitor(run, **options)
 
 
 def new_model() -> tuple[Any, Any]:
@@ -114,7 +119,7 @@ def test_the_numbers_are_those_of_the_equations(run: Path, questions: Any, tmp_p
 
     trainer = sft(tmp_path / "out", questions)
     base, _ = new_model()
-    monitor = TransferMonitor(run, output=tmp_path / "watch", every=4, n_probes=400).attach(trainer)
+    monitor = monitor_of(run, output=tmp_path / "watch", every=4, n_probes=400).attach(trainer)
     trainer.train()
     assert [found.step for found in monitor.history] == [4, 6]
     scores = json.loads((run / "scores.json").read_text())
@@ -148,7 +153,7 @@ def test_training_is_the_same_bit_for_bit(run: Path, questions: Any, tmp_path: P
             layer.self_attn.attention_dropout = 0.1
         trainer = sft(tmp_path / f"{watched}", questions, model, gradient_checkpointing=checkpointing)
         if watched:
-            TransferMonitor(run, output=tmp_path / "watch", every=1).attach(trainer)
+            monitor_of(run, output=tmp_path / "watch", every=1).attach(trainer)
         trainer.train()
         states.append(trainer.model.state_dict())
     for name, value in states[0].items():
@@ -166,7 +171,7 @@ def test_it_logs_where_the_trainer_logs(run: Path, questions: Any, tmp_path: Pat
 
     trainer = sft(tmp_path / "out", questions)
     trainer.add_callback(Reporter())
-    TransferMonitor(run, output=tmp_path / "watch", every=3).attach(trainer)
+    monitor_of(run, output=tmp_path / "watch", every=3).attach(trainer)
     trainer.train()
     reported = [logs for logs in seen if "transfer/overlap" in logs]
     assert len(reported) == 2
@@ -178,7 +183,7 @@ def test_a_bare_callback_says_where_its_numbers_go(
     run: Path, questions: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = sft(tmp_path / "out", questions, max_steps=1)
-    trainer.add_callback(TransferMonitor(run, output=tmp_path / "watch"))
+    trainer.add_callback(monitor_of(run, output=tmp_path / "watch"))
     with caplog.at_level(logging.WARNING, "sts_fast.trainer"):
         trainer.train()
     assert "monitor.attach(trainer) does both" in caplog.text
@@ -187,7 +192,7 @@ def test_a_bare_callback_says_where_its_numbers_go(
 
 def test_it_stops_at_a_budget(run: Path, questions: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = sft(tmp_path / "out", questions)
-    monitor = TransferMonitor(run, output=tmp_path / "watch", every=2, stop_when={DOMAINS[0]: 1e-6}).attach(trainer)
+    monitor = monitor_of(run, output=tmp_path / "watch", every=2, stop_when={DOMAINS[0]: 1e-6}).attach(trainer)
     with caplog.at_level(logging.WARNING, "sts_fast.trainer"):
         trainer.train()
     assert trainer.state.global_step == 2
@@ -230,7 +235,7 @@ print("stopped at", trainer.state.global_step, flush=True)
 
 def test_the_run_it_leaves_is_reported_and_validated(run: Path, questions: Any, tmp_path: Path) -> None:
     trainer = sft(tmp_path / "out", questions)
-    monitor = TransferMonitor(run, output=tmp_path / "watch", every=2, stop_when={DOMAINS[0]: 1e9}).attach(trainer)
+    monitor = monitor_of(run, output=tmp_path / "watch", every=2, stop_when={DOMAINS[0]: 1e9}).attach(trainer)
     trainer.train()
     page = (tmp_path / "watch" / "report.html").read_text()
     assert "While it was trained" in page
@@ -244,27 +249,27 @@ def test_the_run_it_leaves_is_reported_and_validated(run: Path, questions: Any, 
 
 
 def test_it_goes_on_from_a_checkpoint(run: Path, questions: Any, tmp_path: Path) -> None:
-    whole = TransferMonitor(run, output=tmp_path / "whole", every=2)
+    whole = monitor_of(run, output=tmp_path / "whole", every=2)
     trainer = sft(tmp_path / "one", questions)
     whole.attach(trainer)
     trainer.train()
 
     saving = {"save_strategy": "steps", "save_steps": 2}
     first = sft(tmp_path / "two", questions, **saving)
-    TransferMonitor(run, output=tmp_path / "halves", every=2).attach(first)
-    stopper = TransferMonitor(run, output=tmp_path / "stopper", every=4, stop_when={DOMAINS[0]: 0.0})
+    monitor_of(run, output=tmp_path / "halves", every=2).attach(first)
+    stopper = monitor_of(run, output=tmp_path / "stopper", every=4, stop_when={DOMAINS[0]: 0.0})
     stopper.attach(first)
     first.train()
     assert first.state.global_step == 4
     second = sft(tmp_path / "two", questions, **saving)
-    resumed = TransferMonitor(run, output=tmp_path / "halves", every=2).attach(second)
+    resumed = monitor_of(run, output=tmp_path / "halves", every=2).attach(second)
     second.train(resume_from_checkpoint=str(tmp_path / "two" / "checkpoint-4"))
     assert [found.step for found in resumed.history] == [2, 4, 6]
     for one, other in zip(whole.history, resumed.history, strict=True):
         assert one.exposure == other.exposure
 
     lost = sft(tmp_path / "two", questions, **saving)
-    TransferMonitor(run, output=tmp_path / "empty", every=2).attach(lost)
+    monitor_of(run, output=tmp_path / "empty", every=2).attach(lost)
     with pytest.raises(InputError, match="base activations"):
         lost.train(resume_from_checkpoint=str(tmp_path / "two" / "checkpoint-4"))
 
@@ -281,7 +286,7 @@ def test_adapters_are_watched_and_switched_off_to_find_the_base(run: Path, quest
     for watched in (False, True):
         trainer = sft(tmp_path / f"{watched}", questions, adapted(), **saving)
         if watched:
-            monitor = TransferMonitor(run, output=tmp_path / "watch", every=2).attach(trainer)
+            monitor = monitor_of(run, output=tmp_path / "watch", every=2).attach(trainer)
         trainer.train()
         states.append(trainer.model.state_dict())
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
@@ -290,7 +295,7 @@ def test_adapters_are_watched_and_switched_off_to_find_the_base(run: Path, quest
 
     # The base activations are lost, and found again without the adapter.
     second = sft(tmp_path / "True", questions, adapted(), **saving)
-    resumed = TransferMonitor(run, output=tmp_path / "empty", every=2).attach(second)
+    resumed = monitor_of(run, output=tmp_path / "empty", every=2).attach(second)
     second.train(resume_from_checkpoint=str(tmp_path / "True" / "checkpoint-4"))
     assert resumed.history[-1].exposure == monitor.history[-1].exposure
 
@@ -301,7 +306,7 @@ def test_another_model_is_told(run: Path, questions: Any, tmp_path: Path, caplog
         for parameter in model.parameters():
             parameter += 0.5 * parameter.std() * torch.randn_like(parameter)
     trainer = sft(tmp_path / "out", questions, model, max_steps=1)
-    TransferMonitor(run, output=tmp_path / "watch").attach(trainer)
+    monitor_of(run, output=tmp_path / "watch").attach(trainer)
     with caplog.at_level(logging.WARNING, "sts_fast.trainer"):
         trainer.train()
     assert "this model is not the one" in caplog.text
@@ -318,14 +323,14 @@ def test_another_model_is_told(run: Path, questions: Any, tmp_path: Path, caplog
 )
 def test_what_cannot_be_watched_is_told_at_once(run: Path, tmp_path: Path, options: Any, says: str) -> None:
     with pytest.raises(InputError, match=says):
-        TransferMonitor(run, output=tmp_path / "watch", **options)
+        monitor_of(run, output=tmp_path / "watch", **options)
 
 
 def test_sharded_parameters_are_refused(
     run: Path, questions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = sft(tmp_path / "out", questions)
-    TransferMonitor(run, output=tmp_path / "watch").attach(trainer)
+    monitor_of(run, output=tmp_path / "watch").attach(trainer)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(InputError, match="sharded over processes"):
         trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
@@ -333,15 +338,15 @@ def test_sharded_parameters_are_refused(
 
 def test_damaged_forecasts_are_told(run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no folder"):
-        TransferMonitor(tmp_path / "nothing", output=tmp_path / "watch")
+        monitor_of(tmp_path / "nothing", output=tmp_path / "watch")
     damaged = tmp_path / "damaged"
     shutil.copytree(run, damaged)
     (damaged / "prompts.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match=r"prompts\.parquet cannot be read"):
-        TransferMonitor(damaged, output=tmp_path / "watch")
+        monitor_of(damaged, output=tmp_path / "watch")
     (damaged / "scores.json").write_text("{}")
     with pytest.raises(InputError, match=r"scores\.json is a file without a schema version"):
-        TransferMonitor(damaged, output=tmp_path / "watch")
+        monitor_of(damaged, output=tmp_path / "watch")
 
 
 @pytest.mark.parametrize("name", ["trl_sft", "trl_grpo"])

@@ -1,14 +1,15 @@
-"""A run's folder, made up and written by hand."""
+"""A run's folder, made up and written by hand, and its report."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from html_tree import Node, read_page
 
 from sts_fast import files
 from sts_fast.forecast.run import (
@@ -20,6 +21,7 @@ from sts_fast.forecast.run import (
 )
 from sts_fast.outcomes.outcomes import Outcome
 from sts_fast.outcomes.validate import validate
+from sts_fast.report import build_report
 
 D_SAE = 400
 TOP_N = 30
@@ -263,3 +265,16 @@ def write_full_run(folder: Path, scores: dict[str, Any] | None = None) -> dict[s
     write_validation(folder, scores)
     (folder / "ablation.json").write_text(json.dumps(make_ablation(scores)), encoding="utf-8")
     return scores
+
+
+class Report(NamedTuple):
+    """The scores of a run, its report as a tree, and the report's file."""
+
+    scores: dict[str, Any]
+    page: Node
+    path: Path
+
+
+def page_of(folder: Path, scores: dict[str, Any]) -> Node:
+    """The report of a run that has scores.json alone."""
+    return read_page(build_report(write_scores(folder, scores)))

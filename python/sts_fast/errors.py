@@ -1,4 +1,6 @@
-"""The one exception that the user can act on."""
+"""The one exception that the user can act on, and pieces of its messages."""
+
+from collections.abc import Iterable
 
 
 class InputError(ValueError):
@@ -13,3 +15,9 @@ def one_line(reason: object) -> str:
     """The reason in one line of at most 200 characters, for the middle of a message."""
     text = " ".join(str(reason).split())
     return text if len(text) <= 200 else text[:200] + "…"
+
+
+def listed(names: Iterable[object], most: int = 20) -> str:
+    """The first names, separated by commas, and how many more there are."""
+    texts = [str(name) for name in names]
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+# A JSON object, or a part of one, as it is written to a file or was read from one; its schema says what it holds.
+Document = dict[str, Any]
+
 METADATA_KEY = "sts_fast"
 LARGEST = 1e100  # beyond it no score or count is meant, and squares and plots would overflow
 
@@ -91,7 +94,7 @@ def load_arrays(path: str | Path, kind: str) -> tuple[dict[str, NDArray[np.gener
         raise InputError(f"{path} is not a readable safetensors file: {error}") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Document:
     """The object in a JSON file.
 
     Raises InputError where it cannot be read, is no object, or contains a NaN, an infinity or a number beyond 1e100.
@@ -138,18 +141,18 @@ def prepare_folder(folder: Path) -> None:
     (folder / ".writable").unlink()
 
 
-def to_json(document: dict[str, Any]) -> str:
+def to_json(document: Document) -> str:
     """A document as JSON text: indented, and without NaN, which JSON does not have."""
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def load_schema(place: str) -> dict[str, Any]:
+def load_schema(place: str) -> Document:
     """A JSON schema of the package, by its place in it, such as 'mix/mix.schema.json'."""
-    schema: dict[str, Any] = json.loads(resources.files("sts_fast").joinpath(place).read_text(encoding="utf-8"))
+    schema: Document = json.loads(resources.files("sts_fast").joinpath(place).read_text(encoding="utf-8"))
     return schema
 
 
-def check_document(document: dict[str, Any], schema: dict[str, Any]) -> None:
+def check_document(document: Document, schema: Document) -> None:
     """Raises jsonschema.ValidationError where what `to_json` makes of a document does not follow a schema."""
     import jsonschema
 

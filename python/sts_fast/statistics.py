@@ -23,10 +23,10 @@ Interval = tuple[float, float]
 
 N_BOOTSTRAP = 1000
 CONFIDENCE = 0.95
-INTERVAL = (2.5, 97.5)  # its percentages
-# The same as scores have it: beside INTERVAL by a rounding error, which no earlier score is to differ by.
-SCORE_INTERVAL = (50 * (1 - CONFIDENCE), 100 - 50 * (1 - CONFIDENCE))
+INTERVAL = (2.5, 97.5)  # the percentiles that leave CONFIDENCE between them
 Z_95 = 1.959963984540054
+# A share of the variance below this is a rounding error.
+NOTHING_LEFT = 1e-12
 # Up to 8! = 40,320 orders are gone through one by one.
 MAX_EXACT = 8
 
@@ -37,9 +37,9 @@ def resamples(n: int, seed: int, name: str, size: int = N_BOOTSTRAP) -> Doubles:
     return rng.multinomial(n, [1 / n] * n, size=size).astype(np.float64)
 
 
-def percentile_interval(values: Doubles, percentages: Interval = INTERVAL) -> Interval:
+def percentile_interval(values: Doubles) -> Interval:
     """95% interval of what resamplings gave."""
-    low, high = np.percentile(values, percentages)
+    low, high = np.percentile(values, INTERVAL)
     return float(low), float(high)
 
 
@@ -62,7 +62,7 @@ def ratio_interval(numerator: Doubles, denominator: Doubles, resamples: Doubles)
     """
     totals = np.einsum("rp,p->r", resamples, denominator)
     ratios = np.einsum("rp,p->r", resamples, numerator)[totals > 0] / totals[totals > 0]
-    return percentile_interval(ratios, SCORE_INTERVAL)
+    return percentile_interval(ratios)
 
 
 def mean_ranks(values: ArrayLike) -> Doubles:
@@ -84,6 +84,24 @@ def pearson(x: Doubles, y: Doubles) -> Doubles:
 def spearman(x: ArrayLike, y: ArrayLike) -> Doubles:
     """Correlation of the ranks along the last axis; NaN where x or y is constant."""
     return pearson(mean_ranks(x), mean_ranks(y))
+
+
+def partial_pearson(x: Doubles, y: Doubles, given: Doubles) -> Doubles:
+    """Correlation of x and y along the last axis, less what both owe to `given`: that of the residuals on it.
+
+    (r_xy - r_xz r_yz) / sqrt((1 - r_xz^2) (1 - r_yz^2)), with z what is given; NaN where x, y or z is constant, or z
+    determines x or y
+    """
+    r, of_x, of_y = pearson(x, y), pearson(x, given), pearson(y, given)
+    unexplained = (1 - of_x**2) * (1 - of_y**2)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        partial: Doubles = np.clip((r - of_x * of_y) / np.sqrt(unexplained), -1, 1)
+    return np.where(unexplained < NOTHING_LEFT, np.nan, partial)
+
+
+def partial_spearman(x: ArrayLike, y: ArrayLike, given: ArrayLike) -> Doubles:
+    """Partial correlation of the ranks along the last axis; NaN as for `partial_pearson`."""
+    return partial_pearson(mean_ranks(x), mean_ranks(y), mean_ranks(given))
 
 
 def defined(r: Doubles) -> float | None:

@@ -1,4 +1,4 @@
-"""Watches during training whether a forecast comes true: a callback for the trainers of Transformers and TRL."""
+"""A callback for the trainers of Transformers and TRL that measures during training whether a forecast comes true."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from sts_fast import files
 from sts_fast.errors import InputError
@@ -28,12 +28,14 @@ from sts_fast.sae import SAE, load_sae
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
+    from transformers import Trainer
 
     from sts_fast.statistics import IntArray
 
 BASE_FILE = "base.safetensors"
 SCHEMA_VERSION = "1.0"
-# The sums of a prompt's features in the forecast and here differ by the rounding of bfloat16; more is another model.
+# The sums of a prompt's features in the forecast and here differ by the rounding of bfloat16; a larger relative
+# difference means another model.
 MOST_DIFFERENT = 0.1
 LEAST_OVERLAP = 0.1
 
@@ -42,14 +44,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Measurement:
-    """How far training had come at one step.
+    """Shift of the features at one step of training.
 
     shift:           E_x sum_j (h_j(x; now) - h_j(x; base))^2 over all features, x the training set's probes
-    overlap:         part of the forecast's D_N among the N features that have shifted most
-    share_of_top_n:  part of `shift` that lies in the forecast's D_N
-    exposure:        by domain, E_x sum_{j in D_N} (h_j(x; now) - h_j(x; base))^2: STS_icl with training in the place
-                     of demonstrations
-    seconds:         what this measurement took
+    overlap:         share of the forecast's D_N among the N features that have shifted most
+    share_of_top_n:  share of `shift` in the forecast's D_N
+    exposure:        by domain, E_x sum_{j in D_N} (h_j(x; now) - h_j(x; base))^2: STS_icl with training instead of
+                     demonstrations
+    seconds:         duration of this measurement
     """
 
     step: int
@@ -61,27 +63,27 @@ class Measurement:
 
 
 class TransferMonitor(TrainerCallback):
-    """Measures while training how far the model has moved, and whether in the features that were forecast.
+    """Measures during training how far the model has moved, and how much of that is in the forecast's features.
 
         monitor = TransferMonitor("run1", output="run1-training", stop_when={"law": 0.5}).attach(trainer)
         trainer.train()
 
-    The probes are prompts of the forecast, half of them from its training set; their residual streams before training
-    are kept once, in bfloat16. A measurement runs them through the layers below the SAE and nothing else; it changes
-    nothing about the training, whose weights are the same, bit for bit, as without it.
+    The probes are prompts of the forecast, half of them from its training set. Their residual streams before training
+    are stored once, in bfloat16. A measurement runs only the layers below the SAE. It does not affect the training: the
+    weights are the same, bit for bit, as without it.
 
     forecast:  folder that `sts-fast score` wrote for this model
-    output:    folder for what is kept: base activations (so that training can be resumed) and, at the end, a run with
+    output:    folder for the base activations, from which training can be resumed, and at the end for a run with
                training.json, which `sts-fast report` shows and `sts-fast validate` reads
-    every:     steps from one measurement to the next
-    n_probes:  prompts run per measurement
-    domains:   those to watch; by default all of the forecast
-    stop_when: by domain, the exposure at which training stops; a domain's score by icl in the forecast, which is in
-               the same unit, tells what the demonstrations alone did
-    sae:       the forecast's SAE where it is not to be loaded again
-    history:   one Measurement after another
+    every:     steps between two measurements
+    n_probes:  prompts per measurement
+    domains:   domains to measure; by default all of the forecast
+    stop_when: by domain, the exposure at which training stops. The domain's STS_icl in the forecast has the same unit,
+               and is the effect of the demonstrations alone.
+    sae:       the forecast's SAE, if it is loaded already
+    history:   the measurements in order
 
-    Raises InputError where the folder is no forecast, a domain is not in it, or the SAE is another one; and, when
+    Raises InputError where the folder is not a forecast, a domain is not in it, or the SAE is another one; and, when
     training begins, where the parameters are sharded over processes, or training is resumed without its base.
     """
 
@@ -126,7 +128,7 @@ class TransferMonitor(TrainerCallback):
         files.prepare_folder(self.output)
 
     def attach(self, trainer: Trainer) -> TransferMonitor:
-        """Puts this callback into a trainer, and its numbers into that trainer's log."""
+        """Adds this callback to a trainer, and its numbers to the trainer's log; returns itself."""
         self._trainer = trainer
         trainer.add_callback(self)
         return self
@@ -192,7 +194,7 @@ class TransferMonitor(TrainerCallback):
         moved = all_features.mean_squared_shift
         total = float(moved.sum())
         top = all_features.top(len(self.features)) if total else np.zeros(0, np.int64)
-        found = Measurement(
+        measurement = Measurement(
             step=step,
             shift=total,
             overlap=len(np.intersect1d(top, self.features)) / len(self.features),
@@ -202,67 +204,71 @@ class TransferMonitor(TrainerCallback):
             ),
             seconds=time.perf_counter() - began,
         )
-        self.history.append(found)
+        self.history.append(measurement)
         self._write()
-        self._log(found, control)
-        self._warn(found, control)
+        self._log(measurement, control)
+        self._warn(measurement, control)
 
-    def _log(self, found: Measurement, control: Any) -> None:
+    def _log(self, measurement: Measurement, control: Any) -> None:
         if self._trainer is None:
             return
-        logs = {"transfer/shift": found.shift, "transfer/overlap": found.overlap}
-        logs |= {"transfer/share_of_top_n": found.share_of_top_n, "transfer/seconds": found.seconds}
-        logs |= {f"transfer/exposure/{name}": value for name, value in found.exposure.items()}
-        # Not the subclass' own, which in TRL ends the window that it averages over; and what the trainer itself is
-        # about to log at this step must not count as done.
+        logs = {"transfer/shift": measurement.shift, "transfer/overlap": measurement.overlap}
+        logs |= {"transfer/share_of_top_n": measurement.share_of_top_n, "transfer/seconds": measurement.seconds}
+        logs |= {f"transfer/exposure/{name}": value for name, value in measurement.exposure.items()}
+        from transformers import Trainer
+
+        # TRL's own `log` would end the window that it averages over. Restoring should_log keeps the trainer's own log
+        # entry of this step.
         due = control.should_log
         Trainer.log(self._trainer, logs)
         control.should_log = due
 
-    def _warn(self, found: Measurement, control: Any) -> None:
+    def _warn(self, measurement: Measurement, control: Any) -> None:
         for name, budget in self.stop_when.items():
-            if found.exposure[name] > budget:
+            if measurement.exposure[name] > budget:
                 logger.warning(
                     "training stops at step %d: the exposure of '%s' is %.4g, over its budget of %.4g",
-                    *(found.step, name, found.exposure[name], budget),
+                    *(measurement.step, name, measurement.exposure[name], budget),
                 )
                 control.should_training_stop = True
         for domain in self.scores["domains"]:
-            forecast, exposure = domain["scores"].get("icl"), found.exposure.get(domain["name"])
+            forecast, exposure = domain["scores"].get("icl"), measurement.exposure.get(domain["name"])
             if exposure and forecast and exposure > forecast["value"] > 0 and domain["name"] not in self._warned:
                 self._warned.add(domain["name"])
                 logger.warning(
                     "at step %d training has moved '%s' further (%.4g) than the demonstrations did (%.4g)",
-                    *(found.step, domain["name"], exposure, forecast["value"]),
+                    *(measurement.step, domain["name"], exposure, forecast["value"]),
                 )
-        if found.overlap < LEAST_OVERLAP and found.shift and "" not in self._warned:
+        if measurement.overlap < LEAST_OVERLAP and measurement.shift and "" not in self._warned:
             self._warned.add("")
             logger.warning(
                 "at step %d training moves other features than were forecast (overlap %.0f%%): the scores may not "
                 "describe it",
-                *(found.step, 100 * found.overlap),
+                *(measurement.step, 100 * measurement.overlap),
             )
 
     def _residuals(self, model: Any) -> torch.Tensor:
-        """[n_rows, d_in] bfloat16, on the CPU: what the SAE reads of each probe, one after another."""
+        """[n_rows, d_in] bfloat16, on the CPU: the SAE's input at each probe's positions, probe after probe."""
         import torch
 
-        # Adapters lie inside the model that they adapt.
+        # Adapters are inside the model that they adapt.
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        found: dict[int, torch.Tensor] = {}
+        rows_of: dict[int, torch.Tensor] = {}
         with _undisturbed(model):
             decoder = LanguageModel(model, self.scores["sae"]["hook_name"])
             for batch in batches([len(ids) for ids in self.probes.ids], MOST_BATCH_TOKENS):
                 (rows,) = decoder.residuals([self.probes.ids[i] for i in batch])
                 for i, of_probe in zip(batch, rows, strict=True):
                     positions = torch.from_numpy(self.probes.positions[i].astype(np.int64))
-                    found[i] = of_probe[positions.to(of_probe.device)].to("cpu", torch.bfloat16)
-        return torch.cat([found[i] for i in range(len(found))])
+                    rows_of[i] = of_probe[positions.to(of_probe.device)].to("cpu", torch.bfloat16)
+        return torch.cat([rows_of[i] for i in range(len(rows_of))])
 
     def _resume(self, path: Path, model: Any, step: int) -> None:
         import torch
 
-        self.history = [found for found in _read_history(self.output / TRAINING_FILE) if found.step <= step]
+        self.history = [
+            measurement for measurement in _read_history(self.output / TRAINING_FILE) if measurement.step <= step
+        ]
         if path.is_file():
             arrays, metadata = files.load_arrays(path, "base")
             if metadata.get("of") == self._key():
@@ -270,14 +276,14 @@ class TransferMonitor(TrainerCallback):
                 return
         if not hasattr(model, "disable_adapter"):
             raise InputError(
-                f"training is resumed at step {step}, but {path} does not hold the base activations of these probes: "
-                "give the output folder of the monitor that began it"
+                f"training is resumed at step {step}, but {path} lacks the base activations of these probes: give the "
+                "output folder of the monitor that began it"
             )
         with model.disable_adapter():
             self._base = self._residuals(model)
 
     def _check_model(self) -> None:
-        """Warns where D_N's features on the base model are not those of the forecast."""
+        """Warns where the activations of D_N on the base model are not those of the forecast."""
         from sts_fast.ops.encode import encode
 
         active = encode(self.sae, self._base, self.features)
@@ -288,7 +294,7 @@ class TransferMonitor(TrainerCallback):
         expected, actual = self.probes.act_sums[known].sum(), sums[known].sum()
         if abs(actual - expected) > MOST_DIFFERENT * abs(expected):
             logger.warning(
-                "this model is not the one that %s was made from: on its prompts the features of D_N sum to %.4g, and "
+                "this model is not the one that %s was made from: on its prompts the features of D_N sum to %.4g, "
                 "not to %.4g",
                 *(self.folder, actual, expected),
             )
@@ -303,7 +309,7 @@ class TransferMonitor(TrainerCallback):
             "every": self.every,
             "n_probes": len(self.probes.ids),
             "stop_when": self.stop_when,
-            "history": [asdict(found) for found in self.history],
+            "history": [asdict(measurement) for measurement in self.history],
         }
         with files.atomic_path(self.output / TRAINING_FILE) as path:
             path.write_text(files.to_json(record), encoding="utf-8")
@@ -311,11 +317,11 @@ class TransferMonitor(TrainerCallback):
 
 @dataclass(frozen=True)
 class _Probes:
-    """Prompts to measure on, those of the training set first.
+    """Prompts of the measurements, those of the training set first.
 
     ids, positions: token ids of each, and the positions that are read
-    row_sets:   [n_rows] which set each row read belongs to: 0 the training set, then the domains
-    row_probes: [n_rows] which probe each row belongs to
+    row_sets:   [n_rows] index of each row's set: 0 for the training set, then the domains
+    row_probes: [n_rows] index of each row's probe
     act_sums:   [n_probes] the forecast's sum of D_N over the rows; NaN where it has none
     """
 
@@ -333,8 +339,8 @@ def _choose_probes(run: Run, train: str, domains: Sequence[str], n_probes: int) 
     for i, key in enumerate(sets):
         rows = [
             row
-            for row, found in enumerate(zip(table["stage"], table["domain"], strict=True))
-            if found == key and table["positions"][row]
+            for row, row_key in enumerate(zip(table["stage"], table["domain"], strict=True))
+            if row_key == key and table["positions"][row]
         ]
         if not rows:
             raise InputError(f"{run.folder / PROMPTS_FILE} has no prompts of '{key[1]}': forecast again")
@@ -353,7 +359,7 @@ def _choose_probes(run: Run, train: str, domains: Sequence[str], n_probes: int) 
 
 
 def _stop_together(control: Any) -> None:
-    """Stops every process where the first one stops: those that went on would wait for it for ever."""
+    """Stops every process where the first one stops: otherwise the others would wait for it forever."""
     import torch.distributed as processes
 
     if processes.is_available() and processes.is_initialized() and processes.get_world_size() > 1:
@@ -364,7 +370,7 @@ def _stop_together(control: Any) -> None:
 
 @contextmanager
 def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode and random numbers of its own; afterwards everything is as it was."""
+    """Restores the modules' training modes and the random number generators on exit."""
     import torch
 
     modes = [(module, module.training) for module in model.modules()]
@@ -379,7 +385,7 @@ def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
 
 def _read_history(path: Path) -> list[Measurement]:
     try:
-        return [Measurement(**found) for found in json.loads(path.read_text(encoding="utf-8"))["history"]]
+        return [Measurement(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))["history"]]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError) as error:

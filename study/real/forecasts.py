@@ -11,7 +11,6 @@ import multiprocessing
 import resource
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from study.real import runs
+from study.real.runs import Tell
 from study.real.saes import LAYERS
 from study.real.sets import DEMONSTRATIONS
 
@@ -26,7 +26,6 @@ RESULTS = runs.RESULTS / "forecasts"
 MIDDLE = LAYERS[len(LAYERS) // 2]
 PAPER = ("--estimators", "act,icl,act_sq")
 
-Tell = Callable[[str], None]
 Numbers = dict[str, dict[str, dict[str, float]]]  # training set -> domain -> name of a number -> its value
 
 

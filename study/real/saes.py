@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from sts_fast.demo.organism.autoencoder import TopK, quality, save_sae, train_sae
-from study.real.measure import Asking, measure
+from study.real.measure import BATCH_TOKENS, Asking, measure
 from study.real.model import ATTENTION, keep_freed_memory, load_model
-from study.real.runs import read_json, write_json
+from study.real.runs import Tell, read_json, write_json
 from study.real.sets import DEMONSTRATIONS, LONGEST_TEXT, N_DOMAIN, read_rows
 from study.real.sources import shuffled
 
@@ -21,11 +21,8 @@ LAYERS = (7, 15, 22)
 D_IN, D_SAE, K = 576, 4608, 32
 BATCH, EPOCHS, LEARNING_RATE = 2048, 2, 8e-4
 N_HELD_OUT = 16_384  # rows that an SAE is judged on and not trained on
-BATCH_TOKENS = 4096
 SINK = 10.0  # a row of so many times the median norm is an attention sink, which nobody reads
 REPLACED_IN = ("gsm8k", "pubmedqa", "tinystories", "pro law", "humaneval", "coqa")  # domains, for the rise of the loss
-
-Tell = Callable[[str], None]
 
 
 def make_saes(work: Path, tell: Tell) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from sts_fast.sae import load_sae
 from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.projection import projection
 from sts_fast.signed.push import Features
+from study.world.predictors import LAYER
 from study.world.trials import DOMAINS, REGIMES, TRAINS, Remembering
 
 RESULTS = Path(__file__).parent / "results" / "mixing.json"
@@ -32,7 +33,6 @@ RULES = ("uniform", "forecast", "none", "proportional", "random", "loss")
 WAYS = ("light", "heavy")
 N_EVALUATED, N_TRAIN, BUDGET, N_PROMPTS = 64, 512, 256, 48
 EVERY_QUESTION = 216
-LAYER, BATCH_TOKENS = 1, 8192
 N_WORST = 5
 
 
@@ -62,7 +62,7 @@ def kernel_flows(folder: Path, model: Any, tokenizer: Any, pools: dict[str, Any]
     sae, template = load_sae(folder / "sae"), PromptTemplate(tokenizer)
     sets = [build_prompts(name, pool[:N_PROMPTS], template, tokens="answer") for name, pool in pools.items()]
     hooked, Q = HookedModel(model, LAYER), projection(sae.d_in)
-    K, loss = measure_kernel(hooked, Features(sae), Q, sets, batch_tokens=BATCH_TOKENS).means()
+    K, loss = measure_kernel(hooked, Features(sae), Q, sets).means()
     return lambda train: Flow.of(K, loss, train, LOSS_LEFT)
 
 

@@ -14,8 +14,9 @@ from sts_fast.demo.demo import CONTROLS as DEMO_CONTROLS
 from sts_fast.demo.demo import PREDICTORS as DEMO_PREDICTORS
 from sts_fast.demo.demo import TOP_N
 from sts_fast.forecast.score import compare
+from sts_fast.model.answers import score_answers
 from sts_fast.sae import load_sae
-from sts_fast.signed.gradients import HookedModel, answer_nll
+from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.projection import projection
 from sts_fast.signed.push import Features, measure_pull, measure_push
 from study.world.grounds import Ground
@@ -23,7 +24,6 @@ from study.world.trials import SHOTS
 
 N_PROMPTS = 48
 N_FEW_SHOT = 16
-BATCH_TOKENS = 8192
 LAYER = 1
 
 # Predictors of (a change of P or of accuracy, a change of the loss), by name.
@@ -55,13 +55,11 @@ def predict(ground: Ground, folder: Path, tell: Any) -> dict[str, Any]:
     for kind in ("raw", "sae"):
         features = Features(sae, kind, centre if kind == "raw" else None)
         pushes = [
-            measure_push(
-                hooked, features, Q, train, prompts[train], maps=("step", "adapter"), batch_tokens=BATCH_TOKENS
-            )
+            measure_push(hooked, features, Q, train, prompts[train], maps=("step", "adapter"))
             for train in ground.trains
         ]
         tell(f"training sets, {kind}")
-        pulls = [measure_pull(hooked, features, Q, name, prompts[name], pushes, batch_tokens=BATCH_TOKENS)
+        pulls = [measure_pull(hooked, features, Q, name, prompts[name], pushes)
                  for name in ground.domains]  # fmt: skip
         for estimator in pulls[0].values:
             found[f"{estimator} ({kind})"] = np.stack([pull.values[estimator].mean(axis=1) for pull in pulls], axis=1)
@@ -71,8 +69,10 @@ def predict(ground: Ground, folder: Path, tell: Any) -> dict[str, Any]:
         found["P"] = np.asarray([pull.p_answer.mean() for pull in pulls])
         tell(f"domains, {kind}")
         if kind == "raw":
-            shown = [measure_pull(hooked, features, Q, name, behind(ground, name, name, template), pushes,
-                                  batch_tokens=BATCH_TOKENS) for name in ground.domains]  # fmt: skip
+            shown = [
+                measure_pull(hooked, features, Q, name, behind(ground, name, name, template), pushes)
+                for name in ground.domains
+            ]
             for estimator in ("adapter", "adapter_loss"):
                 found[f"{estimator} few-shot"] = np.stack([p.values[estimator].mean(axis=1) for p in shown], axis=1)
             found["loss of training sets"] = np.asarray([push.loss for push in pushes])
@@ -120,12 +120,12 @@ def behind(ground: Ground, shown: str, asked: str, template: PromptTemplate) -> 
 
 
 def mean_nll(hooked: HookedModel, prompts: list[Prompt]) -> float:
-    return float(np.mean(np.concatenate([rows.nll for rows in hooked.answer_rows(prompts, batch_tokens=BATCH_TOKENS)])))
+    return float(np.mean(np.concatenate([rows.nll for rows in hooked.answer_rows(prompts)])))
 
 
 def mean_residual(hooked: HookedModel, prompts: dict[str, list[Prompt]]) -> Any:
     means = [
-        np.concatenate([rows.x.numpy() for rows in hooked.answer_rows(asked, batch_tokens=BATCH_TOKENS)]).mean(axis=0)
+        np.concatenate([rows.x.numpy() for rows in hooked.answer_rows(asked)]).mean(axis=0)
         for asked in prompts.values()
     ]
     return np.mean(means, axis=0, dtype=np.float64)
@@ -139,7 +139,7 @@ def parameter_gradients(ground: Ground, model: Any, prompts: dict[str, list[Prom
     parameters = list(model.parameters())
     for asked in prompts.values():
         ids = torch.tensor(np.stack([prompt.base_ids for prompt in asked]).astype(np.int64))
-        nll = answer_nll(model(input_ids=ids, use_cache=False).logits, ids, asked)
+        nll, _ = score_answers(model(input_ids=ids, use_cache=False).logits, ids, asked)
         p = torch.exp(-len(asked[0].positions) * nll)
         for value, gradients in ((nll.mean(), of_loss), (-p.mean(), of_p)):
             parts = torch.autograd.grad(value, parameters, retain_graph=True)

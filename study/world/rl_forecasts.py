@@ -14,16 +14,17 @@ from sts_fast.data.examples import Example
 from sts_fast.data.prompts import Prompt, PromptTemplate, build_prompts
 from sts_fast.demo import organism
 from sts_fast.forecast.controls import cosine
+from sts_fast.model.answers import score_answers
 from sts_fast.model.language_model import LanguageModel, capture
 from sts_fast.ops.correlate import CorrelationStats
 from sts_fast.ops.shift import ShiftStats, top_indices
 from sts_fast.sae import SAE, load_sae
-from sts_fast.signed.gradients import AnswerRows, HookedModel, answer_nll
+from sts_fast.signed.gradients import AnswerRows, HookedModel
 from sts_fast.signed.objectives import AnswerLoss, PolicyLoss
 from sts_fast.signed.projection import projection
 from sts_fast.signed.push import Features, LinearMap, Push, measure_pull, measure_push
 from study.world import grpo
-from study.world.predictors import BATCH_TOKENS, LAYER, mean_residual
+from study.world.predictors import LAYER, mean_residual
 from study.world.trials import DOMAINS, SHOTS
 
 N_PROMPTS = 48
@@ -155,8 +156,10 @@ def forecast(base: World, tell: Any) -> dict[str, Any]:
               for outcome in ("dP", "dloss")}  # fmt: skip
     for name, of_trains in pushes.items():
         kind = "raw" if name.endswith("(raw)") else "sae"
-        pulls = [measure_pull(base.hooked, features[kind], base.Q, domain, base.prompts[domain], of_trains,
-                              batch_tokens=BATCH_TOKENS) for domain in DOMAINS]  # fmt: skip
+        pulls = [
+            measure_pull(base.hooked, features[kind], base.Q, domain, base.prompts[domain], of_trains)
+            for domain in DOMAINS
+        ]
         for estimator in pulls[0].values:
             direct[f"{estimator}, {name}"] = np.stack([pull.values[estimator].mean(axis=1) for pull in pulls], axis=1)
         tell(f"forecast: {name}")
@@ -167,14 +170,7 @@ def forecast(base: World, tell: Any) -> dict[str, Any]:
 
 def push(base: World, features: Features, prompts: Sequence[Prompt], objective: AnswerLoss | PolicyLoss) -> Push:
     return measure_push(
-        base.hooked,
-        features,
-        base.Q,
-        "completions",
-        prompts,
-        objective=objective,
-        maps=("step", "adapter"),
-        batch_tokens=BATCH_TOKENS,
+        base.hooked, features, base.Q, "completions", prompts, objective=objective, maps=("step", "adapter")
     )
 
 
@@ -213,7 +209,7 @@ def by_map(base: World, features: Features, prompts: list[Prompt], found: Linear
     import torch
 
     stats = ShiftStats(base.sae)
-    for rows in base.hooked.answer_rows(prompts, batch_tokens=BATCH_TOKENS):
+    for rows in base.hooked.answer_rows(prompts):
         moved = torch.from_numpy(features.times(rows.x, found.W)[0] @ base.Q.T).float()
         keep = torch.from_numpy(on_questions(rows, prompts))
         stats.update(rows.x[keep], (rows.x + moved)[keep])
@@ -229,7 +225,7 @@ def by_gradient(base: World, prompts: list[Prompt], slopes: Any) -> Any:
 
     g_of: dict[tuple[str, int], Any] = {}
     x_of: dict[tuple[str, int], Any] = {}
-    for rows in base.hooked.answer_rows(prompts, np.eye(base.sae.d_in), batch_tokens=BATCH_TOKENS):
+    for rows in base.hooked.answer_rows(prompts, np.eye(base.sae.d_in)):
         at = rows.at.numpy() % rows.ids.shape[1]
         for row in np.flatnonzero(on_questions(rows, prompts)):
             index = rows.prompts[rows.prompt_of[row]]
@@ -256,25 +252,26 @@ def parameter_step(base: World, prompts: list[Prompt], slopes: Any) -> tuple[Any
     gradients = [torch.zeros_like(parameter) for parameter in parameters]
     for start in range(0, len(prompts), 128):
         part = prompts[start : start + 128]
-        loss = (answer_nll(logits(model, part), ids_of(part), part) * torch.tensor(slopes[start : start + 128])).sum()
+        nll, _ = score_answers(logits(model, part), ids_of(part), part)
+        loss = (nll * torch.tensor(slopes[start : start + 128])).sum()
         for total, found in zip(gradients, torch.autograd.grad(loss, parameters), strict=True):
             total += found
     right = [prompt for prompt, slope in zip(prompts, slopes, strict=True) if slope > 0][:64]
     with torch.no_grad():
         start = [parameter.clone() for parameter in parameters]
         eta, left = 0.05 / float(torch.cat([gradient.flatten() for gradient in gradients]).norm()), np.inf
-        goal = float(answer_nll(logits(base.model, right), ids_of(right), right).mean()) / 2
+        goal = float(score_answers(logits(base.model, right), ids_of(right), right)[0].mean()) / 2
         for _ in range(MOST_DOUBLINGS):
             if left <= goal:
                 break
             eta *= 2
             for parameter, before, gradient in zip(parameters, start, gradients, strict=True):
                 parameter.copy_(before - eta * gradient)
-            left = float(answer_nll(logits(model, right), ids_of(right), right).mean())
+            left = float(score_answers(logits(model, right), ids_of(right), right)[0].mean())
         dP, dloss = [], []
         for asked in base.prompts.values():
-            old = answer_nll(logits(base.model, asked), ids_of(asked), asked)
-            new = answer_nll(logits(model, asked), ids_of(asked), asked)
+            old, _ = score_answers(logits(base.model, asked), ids_of(asked), asked)
+            new, _ = score_answers(logits(model, asked), ids_of(asked), asked)
             dloss.append(float((old - new).mean()))
             dP.append(float((torch.exp(-3 * new) - torch.exp(-3 * old)).mean()))
     return model, {"dP": np.asarray(dP), "dloss": np.asarray(dloss)}

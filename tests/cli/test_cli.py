@@ -20,11 +20,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import sts_fast
 from sts_fast import cli
@@ -87,8 +87,8 @@ def write_rows(path: Path, n: int = N_ROWS, *, answered: bool = True, n_words: i
 
 def write_model(folder: Path, *, d_in: int = D_IN, seed: int = 0) -> Path:
     torch.manual_seed(seed)
-    LlamaForCausalLM(
-        LlamaConfig(
+    transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
             vocab_size=len(WORDS),
             hidden_size=d_in,
             intermediate_size=32,
@@ -100,7 +100,9 @@ def write_model(folder: Path, *, d_in: int = D_IN, seed: int = 0) -> Path:
     ).save_pretrained(folder)
     core = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     core.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<bos>", eos_token="<eos>")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", bos_token="<bos>", eos_token="<eos>"
+    )
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -250,6 +252,37 @@ def test_json_goes_to_standard_output_alone(score: Options, run: Callable[..., R
     scores = json.loads(ran.out)
     jsonschema.validate(scores, scores_schema())
     assert ran.out == (score.output / "scores.json").read_text()
+
+
+def test_dry_run_tells_and_writes_nothing(
+    score: Options, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LanguageModel, "run", None)
+    ran = run(score.with_(dry_run=True))
+    assert (ran.code, ran.err) == (0, "")
+    for text in ("red asks “w", "question from question; answer from answer", "forward passes of", "GB of memory"):
+        assert text in ran.out
+    assert not score.output.exists()
+    told = json.loads(run(score.with_(dry_run=True, json=True)).out)
+    assert [(planned["name"], planned["use"]) for planned in told["sets"]] == [
+        ("train", "shift"),
+        ("blue", "score"),
+        ("red", "score"),
+    ]
+    assert {planned["n_prompts"] for planned in told["sets"]} == {N_ROWS - 1}
+    assert told["cost"]["n_answer_tokens"] == 0
+
+
+def test_dry_run_of_a_comparison(score: Options, run: Callable[..., Ran], material: Path) -> None:
+    trains = [f"{name}={material / 'train.jsonl'}" for name in ("one", "other")]
+    told = json.loads(run(replace(score, command="compare").with_(train=trains, dry_run=True, json=True)).out)
+    assert [planned["name"] for planned in told["sets"]] == ["one", "other", "blue", "red"]
+
+
+def test_dry_run_refuses_what_a_run_would_refuse(score: Options, run: Callable[..., Ran]) -> None:
+    error = assert_refused(run(score.with_(dry_run=True, layer=99)))
+    assert "99" in error
+    assert_refused(run(score.with_(dry_run=True, shots=99)))
 
 
 def test_shift_measures_the_training_set_alone(score: Options, run: Callable[..., Ran]) -> None:

@@ -256,7 +256,7 @@ def test_folder_reads_the_training_split(tmp_path: Path) -> None:
     (tmp_path / "gsm" / "README.md").write_text("about")
     assert len(load_examples(tmp_path / "gsm")) == 1
     (tmp_path / "gsm" / "train.jsonl").rename(tmp_path / "gsm" / "validation.jsonl")
-    with pytest.raises(InputError, match=r"gsm holds test, validation and none is called train"):
+    with pytest.raises(InputError, match=r"gsm contains test, validation and none is called train"):
         load_examples(tmp_path / "gsm")
 
 
@@ -278,26 +278,26 @@ def test_saved_dataset(tmp_path: Path) -> None:
     datasets.DatasetDict({"test": dataset.select(range(2)), "train": dataset}).save_to_disk(str(tmp_path / "two"))
     assert load_examples(tmp_path / "two") == expected
     datasets.DatasetDict({"dev": dataset, "test": dataset}).save_to_disk(str(tmp_path / "three"))
-    with pytest.raises(InputError, match="three holds dev, test and none is called train"):
+    with pytest.raises(InputError, match="three contains dev, test and none is called train"):
         load_examples(tmp_path / "three")
 
 
 # What cannot be used --------------------------------------------------------------------------------------------------
 
 BAD_FILES: dict[str, tuple[str, bytes, str]] = {
-    "unknown suffix": ("a.txt", b"text", "a.txt has a suffix that is not read here"),
-    "pickle": ("a.pkl", b"\x80\x04.", "a.pkl has a suffix that is not read here"),
+    "unknown suffix": ("a.txt", b"text", "a.txt has an unknown suffix"),
+    "pickle": ("a.pkl", b"\x80\x04.", "a.pkl has an unknown suffix"),
     "empty": ("a.jsonl", b"\n", "a.jsonl holds no examples"),
     "empty json": ("a.json", b"", "a.json holds no examples"),
     "empty list": ("a.json", b"[]", "a.json holds no examples"),
     "header only": ("a.csv", b"question,answer\n", "a.csv holds no examples"),
-    "broken line": ("a.jsonl", b'{"question": "q"}\n{"question": \n', "a.jsonl: line 2 is no JSON"),
-    "broken document": ("a.json", b'[\n{"question": "q"},\n}]', "a.json: line 3 is no JSON"),
-    "no end of digits": ("a.jsonl", b"9" * 5000, "a.jsonl: line 1 holds JSON that cannot be read"),
-    "no end of brackets": ("a.jsonl", b"[" * 200_000, "a.jsonl: line 1 holds JSON that cannot be read"),
+    "broken line": ("a.jsonl", b'{"question": "q"}\n{"question": \n', "a.jsonl: line 2 is not JSON"),
+    "broken document": ("a.json", b'[\n{"question": "q"},\n}]', "a.json: line 3 is not JSON"),
+    "no end of digits": ("a.jsonl", b"9" * 5000, "a.jsonl: line 1 contains JSON that cannot be read"),
+    "no end of brackets": ("a.jsonl", b"[" * 200_000, "a.jsonl: line 1 contains JSON that cannot be read"),
     "row is no object": ("a.jsonl", b'{"question": "q"}\n[1]\n', "a.jsonl: row 2 is a list"),
-    "document is a scalar": ("a.json", b"3", "a.json holds neither a list of rows nor"),
-    "several lists": ("a.json", b'{"rows": [], "items": []}', "a.json holds rows, items and none is called train"),
+    "document is a scalar": ("a.json", b"3", "a.json contains neither a list of rows nor"),
+    "several lists": ("a.json", b'{"rows": [], "items": []}', "a.json contains rows, items and none is called train"),
     "no known column": (
         "a.jsonl",
         b'{"Foo": 1, "bar": 2}',
@@ -317,8 +317,8 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {
     "half a character": ("a.jsonl", rb'{"question": "\ud800"}', "row 1 has half a character .* in 'question'"),
     "latin-1": ("a.jsonl", b'{"question": "q"}\n{"question": "\xe9"}', "a.jsonl: line 2 is not UTF-8"),
     "utf-16": ("a.json", '[{"question": "q"}]'.encode("utf-16"), "a.json: line 1 is not UTF-8"),
-    "ragged csv": ("a.csv", b"question,answer\na,b\na,b,c\n", "a.csv: row 2 has 3 values under 2 columns"),
-    "open quote": ("a.csv", b'question\n"a\n', "a.csv: line 2 is no CSV"),
+    "ragged csv": ("a.csv", b"question,answer\na,b\na,b,c\n", "a.csv: row 2 has 3 values for 2 columns"),
+    "open quote": ("a.csv", b'question\n"a\n', "a.csv: line 2 is not CSV"),
     "truncated gzip": ("a.jsonl.gz", gzip.compress(b'{"question": "q"}\n' * 99)[:-12], "a.jsonl.gz cannot be read"),
     "not gzip": ("a.jsonl.gz", b'{"question": "q"}', "a.jsonl.gz cannot be read"),
     "not parquet": ("a.parquet", b"PAR1 or so", "a.parquet cannot be read"),
@@ -409,7 +409,7 @@ def test_missing_paths(tmp_path: Path) -> None:
         load_examples("x" * 5000)
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / ".hidden.jsonl").write_text(json.dumps(ROW))
-    with pytest.raises(InputError, match="bare holds no example files"):
+    with pytest.raises(InputError, match="bare contains no example files"):
         load_examples(tmp_path / "bare")
 
 

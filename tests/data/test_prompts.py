@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -466,6 +467,13 @@ def test_same_question_in_another_conversation_is_another_query() -> None:
 
 def test_no_demonstrations() -> None:
     assert choose_demos("set", ROWS, 0) == ([], ROWS)
+
+
+def test_prompts_carry_the_question_as_it_was_given() -> None:
+    rows = [Example("1", "a b", "x", (("user", "hi"), ("assistant", "hello"))), Example("2", "c", None)]
+    prompts = build_prompts("set", rows, PLAIN, demos=[Example("3", "d", "y")])
+    assert prompts.questions == ("a b", "c")
+    assert replace(prompts, prompts=[replace(prompts.prompts[0], question=None), prompts.prompts[1]]).questions is None
 
 
 def test_too_few_answered_rows() -> None:

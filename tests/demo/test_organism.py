@@ -122,7 +122,7 @@ def test_examples_depend_on_domain_and_seed_alone() -> None:
 
 
 def test_unknown_domain_is_told() -> None:
-    with pytest.raises(InputError, match=r"no domain 'T4\.sing\.b'.*called like T0\.copy\.a"):
+    with pytest.raises(InputError, match=r"no domain 'T4\.sing\.b'.*names like T0\.copy\.a"):
         organism.examples("T4.sing.b", 1, seed=0)
 
 

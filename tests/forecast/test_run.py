@@ -360,6 +360,12 @@ def test_to_pandas_has_a_row_per_domain(forecast: sts_fast.Forecast) -> None:
             ("base_loss", "nll"),
             ("base_accuracy", "accuracy"),
         ),
+        *(
+            ("text_similarity", "cosine"),
+            ("text_compression", "saved"),
+            ("text_length", "words"),
+            ("text_digits", "share"),
+        ),
     ]
     for control, name in columns:
         assert table[f"{control}_{name}"].tolist() == [domain.controls[control][name] for domain in forecast.domains]

@@ -29,6 +29,7 @@ from transformers import AutoTokenizer
 
 import sts_fast
 from sts_fast.errors import InputError
+from sts_fast.forecast import text
 from sts_fast.forecast.score import compare
 from sts_fast.model.forward import ForwardPasses, Sequences
 from sts_fast.model.language_model import LanguageModel
@@ -49,7 +50,7 @@ READINGS = [
 ]
 
 # Prompts of a set of the real material; the oracle takes them one by one.
-REAL_LIMIT = 24
+REAL_LIMIT = 12
 
 # What says what a feature is about, and follows from the model and from labels.
 EXPLANATIONS = {"promoted_tokens", "neuronpedia", "label"}
@@ -467,6 +468,15 @@ def recomputed(run: Path) -> dict[str, Any]:
     for i, (name, mean_residual) in enumerate(zip(names, sums["domain_mean_residuals"], strict=True)):
         of_domain = [row for row in table if row["stage"] != "shift" and row["domain"] == name]
         domains.append(recomputed_domain(name, of_domain, settings, seed, sums))
+        asked = tuple(row["question"] for row in of_domain if row["stage"] == "score")
+        trained = tuple(row["question"] for row in rows)
+        words = [word for question in asked for word in question.split()]
+        domains[-1]["controls"] |= {
+            "text_similarity": {"cosine": number(text.similarity(trained, asked))},
+            "text_compression": {"saved": number(text.saved_bytes(trained, asked))},
+            "text_length": {"words": number(len(words) / len(asked))},
+            "text_digits": {"share": number(np.mean([any(map(str.isdecimal, word)) for word in words]))},
+        }
         a, b = sums["mean_residual"], mean_residual
         cosine = np.sum(a * b) / np.sqrt(np.sum(a * a) * np.sum(b * b))
         a, b = sums["projected_covariance"], covariances[i]

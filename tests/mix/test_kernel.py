@@ -28,8 +28,8 @@ def test_kernel_holds_inner_products_of_gradients(tiny: Tiny) -> None:
     ]
     told = []
     kernel = measure_kernel(
-        HookedModel(model, LAYER), Features(load_sae(tiny.saes["topk"])), projection(D_IN), sets,
-        batch_tokens=300, tell=lambda stage, done, total: told.append((stage, done == total)),
+        HookedModel(model, LAYER, batch_tokens=300), Features(load_sae(tiny.saes["topk"])), projection(D_IN), sets,
+        tell=lambda stage, done, total: told.append((stage, done == total)),
     )  # fmt: skip
     K, loss = kernel.means()
     literal = Literal(model, sae_features(tiny.saes["topk"]))

@@ -411,7 +411,7 @@ def test_nan_in_company_is_run_again_alone() -> None:
     ((rows,),) = capture(decoder, prompts)
     assert rows.base[:, 0].tolist() == [4, 5, 6, 7, 8, 9]
     assert said == [
-        f"the model gave NaN or infinity for example {name} in a batch, but not alone: it counts" for name in "ab"
+        f"the model gave NaN or infinity for example {name} in a batch, but not alone: it is used" for name in "ab"
     ]
 
 

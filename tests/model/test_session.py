@@ -9,12 +9,12 @@ from tiny import LAYER, Tiny
 from transformers import AutoModelForCausalLM
 
 from sts_fast import InputError, load_sae
-from sts_fast.model.session import Reading, Session, open_sae
+from sts_fast.model.session import Purpose, Reading, Session, open_sae
 from sts_fast.model.stored.index import INDEX_FILE
 
 
 def test_the_whole_model_is_loaded_once_and_read_in(tiny: Tiny) -> None:
-    session = Session.open(tiny.model, [tiny.saes["topk"]], whole=True)
+    session = Session.open(tiny.model, [tiny.saes["topk"]], purpose=Purpose(whole=True))
     assert session.whole is session.whole
     assert session.reader.model is session.whole
     assert session.reader.name == str(tiny.model)
@@ -27,14 +27,14 @@ def test_a_model_in_memory_needs_its_tokenizer_only_for_texts(tiny: Tiny) -> Non
     model = AutoModelForCausalLM.from_pretrained(tiny.model)
     with pytest.raises(ValueError, match="a model in memory needs its tokenizer"):
         Session.open(model, [tiny.saes["topk"]])
-    session = Session.open(model, [tiny.saes["topk"]], texts=False)
+    session = Session.open(model, [tiny.saes["topk"]], purpose=Purpose(texts=False))
     assert (session.whole, session.name) == (model, "the model")
 
 
 def test_activations_are_refused_where_more_is_needed(tiny: Tiny, tmp_path: Path) -> None:
     (tmp_path / INDEX_FILE).write_text("{}")
     with pytest.raises(InputError, match=r"--this needs the whole model, but .* holds activations: give a folder"):
-        Session.open(tmp_path, [tiny.saes["topk"]], needs=[("--this", "the whole model")])
+        Session.open(tmp_path, [tiny.saes["topk"]], purpose=Purpose(needs=[("--this", "the whole model")]))
 
 
 def test_an_sae_is_read_where_and_as_asked(tiny: Tiny) -> None:

@@ -197,7 +197,7 @@ def test_a_killed_run_resumes(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Mo
             patched.setattr(Index, "save", lambda index, folder: (die(), save(index, folder)))
             with pytest.raises(Killed):
                 capture_tiny(tiny, tmp_path / "killed")
-    with pytest.raises(InputError, match=r"holds \d+ of the \d+ prompts .* run the same sts-fast capture again"):
+    with pytest.raises(InputError, match=r"has \d+ of the \d+ prompts .* run the same sts-fast capture again"):
         score_tiny(tiny, tmp_path / "killed")
     finished = json.loads((tmp_path / "killed" / "activations.json").read_text())["sets"][0]["shards"]
     assert finished
@@ -212,7 +212,7 @@ def test_a_killed_run_resumes(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Mo
         assert (tmp_path / "killed" / path.relative_to(tmp_path / "whole")).read_bytes() == path.read_bytes(), path
     assert all((tmp_path / "killed" / file).stat().st_ino == inode for file, inode in kept.items())
     assert not list((tmp_path / "killed").rglob(".*.tmp"))
-    with pytest.raises(InputError, match=r"holds other activations \(not the same settings, sets\): choose another"):
+    with pytest.raises(InputError, match=r"contains other activations \(not the same settings, sets\): choose another"):
         capture_tiny(tiny, tmp_path / "killed", seed=1, limit=9)
 
 
@@ -222,14 +222,14 @@ def test_other_weights_under_the_same_name_do_not_finish_a_folder(tiny: Tiny, tm
     assert capture_tiny(tiny, tmp_path / "acts", model=model).weights_sha256() == found
     assert score_tiny(tiny, tmp_path / "acts").model["weights_sha256"] == found
     shutil.copy(tiny.tuned / "model.safetensors", model)
-    with pytest.raises(InputError, match=r"holds other activations \(not the same model\): choose another --output"):
+    with pytest.raises(InputError, match=r"contains other activations \(not the same model\): choose another --output"):
         capture_tiny(tiny, tmp_path / "acts", model=model)
 
 
 def test_nothing_else_is_overwritten(tiny: Tiny, tmp_path: Path) -> None:
     """A folder that holds a model as 'model' is no place to put another one's config."""
     shutil.copytree(tiny.model, tmp_path / "model")
-    with pytest.raises(InputError, match="holds a 'model' that is not of activations: choose another --output"):
+    with pytest.raises(InputError, match="has a 'model' that is not of activations: choose another --output"):
         capture_tiny(tiny, tmp_path, model=tmp_path / "model")
     assert (tmp_path / "model" / "model.safetensors").is_file()
 
@@ -251,11 +251,11 @@ def score_tiny(tiny: Tiny, folder: Path, **options: Any) -> sts_fast.Forecast:
         ({"estimators": ("act", "ntk")}, "--estimators ntk needs the whole model"),
         ({"dims": "tuned", "tuned": "elsewhere"}, "--dims tuned needs the model before and after training"),
         ({"device_map": "cpu"}, "--device-map needs a model to spread"),
-        ({"layer": 3}, r"reads at blocks.3.hook_resid_post, but .* holds .*: capture again with --hook blocks.3"),
+        ({"layer": 3}, r"reads at blocks.3.hook_resid_post, but .* contains .*: capture again with --hook blocks.3"),
         ({"demos": {"days": "days"}}, "the domain 'days' was captured in .* with other demonstrations"),
-        ({"domains": {"law": "days"}}, "the domain 'law' was not captured in .*, which holds spelling, days"),
+        ({"domains": {"law": "days"}}, "the domain 'law' was not captured in .*, which contains spelling, days"),
         ({"domains": {"days": "spelling"}}, "the domain 'days' was captured in .* with other examples"),
-        ({"train": "days"}, "the training set 'train' was not captured in .*, which holds sums, spelling"),
+        ({"train": "days"}, "the training set 'train' was not captured in .*, which contains sums, spelling"),
     ],
 )
 def test_what_was_not_captured_is_refused(tiny: Tiny, captured: Path, options: dict[str, Any], says: str) -> None:
@@ -317,7 +317,7 @@ SHARD = "sets/0/00000.safetensors"
         (edit_shard(lambda of: of.update({"demos.0": of["demos.0"][1:].clone()})), r"demos.0 is \["),
         (edit_shard(lambda of: of.update({"kept.0": of["kept.0"].int()})), r"kept.0 is .* int32, not .* bool"),
         (edit_shard(lambda of: of.update({"kept.0": of["kept.0"] & False})), "kept_paired.0 keeps tokens that kept.0"),
-        (edit_shard(lambda of: of["base.0"].__setitem__((0, 0), torch.nan)), "base.0 holds NaN or infinity"),
+        (edit_shard(lambda of: of["base.0"].__setitem__((0, 0), torch.nan)), "base.0 contains NaN or infinity"),
         (edit_shard(lambda of: of.pop("kept_paired.0")), "kept_paired.0"),
         (truncate("activations.json"), "activations.json is damaged"),
         (
@@ -326,7 +326,7 @@ SHARD = "sets/0/00000.safetensors"
         ),
         (edit_index(lambda index: index.pop("hooks")), "lacks 'hooks'"),
         (edit_index(lambda index: index["sets"][0].pop("name")), "lacks 'name'"),
-        (edit_index(lambda index: index["sets"][0]["shards"].clear()), "holds 0 of the"),
+        (edit_index(lambda index: index["sets"][0]["shards"].clear()), "has 0 of the"),
         (edit_index(lambda index: index["sets"][0].update(n_prompts=1)), "of the 1 prompts"),
         (truncate("sets/0/prompts.parquet"), "prompts.parquet is damaged"),
         (lambda folder: shutil.rmtree(folder / "model"), "lacks the folder model"),
@@ -359,6 +359,27 @@ def test_other_tools_need_not_say_how_they_sampled(tiny: Tiny, captured: Path, t
     expected = score_tiny(tiny, captured)
     found = score_tiny(tiny, folder, seed=0, limit=7, shots=2)
     assert [domain.scores["icl"] for domain in found.domains] == [domain.scores["icl"] for domain in expected.domains]
+
+
+def test_a_folder_without_questions_is_read_with_a_warning(tiny: Tiny, captured: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(captured, tmp_path / "activations")
+    said = [sts_fast.load_examples(path)[SAMPLING["domain_shots"] :] for path in tiny.domains.values()]
+    index = json.loads((folder / "activations.json").read_text())
+    files = {
+        one["name"]: folder / one["folder"] / "prompts.parquet" for one in index["sets"] if one["kind"] == "domain"
+    }
+    for examples, path in zip(said, files.values(), strict=True):
+        table = pq.read_table(path)
+        assert set(table["question"].to_pylist()) <= {example.question for example in examples}
+        pq.write_table(table.drop_columns(["question"]), path)
+    found, whole = score_tiny(tiny, folder), score_tiny(tiny, captured)
+    [warning] = [warning for warning in found.warnings if "text of the questions" in warning]
+    assert warning.startswith(f"the text of the questions is not known of {', '.join(files)}: ")
+    assert not any("text of the questions" in warning for warning in whole.warnings)
+    for domain, other in zip(found.domains, whole.domains, strict=True):
+        named = {name for name in other.controls if name.startswith("text_")}
+        assert named
+        assert set(domain.controls) == set(other.controls) - named
 
 
 def test_command_line(tiny: Tiny, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from exact_sae import ARCHITECTURES, KINDS, features, make_acts, make_sae
 
 from sts_fast import encode
-from sts_fast.ops import backend, cuda
+from sts_fast.ops import backend, cuda_kernels
 from sts_fast.sae import SAE
 
 
@@ -163,7 +163,7 @@ def test_an_sae_is_folded_once_and_forgotten_with_it() -> None:
 
 
 def test_cuda_is_ready_or_says_why_not() -> None:
-    reason = cuda.missing_reason()
+    reason = cuda_kernels.missing_reason()
     assert reason is None or (len(reason) > 10 and "\n" not in reason)
 
 

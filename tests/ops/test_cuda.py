@@ -9,28 +9,28 @@ import numpy as np
 import pytest
 import torch
 from exact_sae import features, make_acts, make_sae
+from ops_problem import ACTIVATIONS, INTEGER, NORMS, Problem, assert_close, assert_exact, assert_same, some_columns
 from safetensors.numpy import load_file
-from test_ops import ACTIVATIONS, INTEGER, NORMS, Problem, assert_close, assert_exact, assert_same, some_columns
 
 from sts_fast import CorrelationStats, InputError, ShiftStats, encode
-from sts_fast.ops import backend, cuda
+from sts_fast.ops import backend, cuda, cuda_encoder, cuda_kernels
 
 SUMS = ("sum_sq_shift", "sum_base", "sum_other", "sum_sq_base", "sum_sq_other")
 COUNTS = ("n_fired_base", "n_fired_other")
 
 
-def encoder_of(problem: Problem, gpu: Any, precision: str = "fp32", W_enc: Any = None) -> cuda.Encoder:
+def encoder_of(problem: Problem, gpu: Any, precision: str = "fp32", W_enc: Any = None) -> cuda_encoder.Encoder:
     W_enc = problem.W_enc if W_enc is None else W_enc
-    weights = cuda.prepare_weights(W_enc, np.zeros(len(W_enc), np.float32), gpu, precision)
+    weights = cuda_encoder.prepare_weights(W_enc, np.zeros(len(W_enc), np.float32), gpu, precision)
     given = problem.parameters | {"d_in": len(W_enc), "precision": precision, "activation": problem.activation}
-    return cuda.Encoder(weights, problem.bias, **given)
+    return cuda_encoder.Encoder(weights, problem.bias, **given)
 
 
 def on(gpu: Any, values: Any) -> Any:
     return torch.from_numpy(values).to(gpu) if isinstance(values, np.ndarray) else values.to(gpu)
 
 
-def shift(problem: Problem, encoder: cuda.Encoder, **chosen: Any) -> dict[str, Any]:
+def shift(problem: Problem, encoder: cuda_encoder.Encoder, **chosen: Any) -> dict[str, Any]:
     gpu, n = encoder.device, problem.n_columns
     sums: dict[str, Any] = {name: torch.zeros(n, dtype=torch.float64, device=gpu) for name in SUMS}
     sums |= {name: torch.zeros(n, dtype=torch.int64, device=gpu) for name in COUNTS}
@@ -40,7 +40,7 @@ def shift(problem: Problem, encoder: cuda.Encoder, **chosen: Any) -> dict[str, A
     return {name: values.cpu().numpy() for name, values in sums.items()}
 
 
-def moments(problem: Problem, encoder: cuda.Encoder) -> dict[str, Any]:
+def moments(problem: Problem, encoder: cuda_encoder.Encoder) -> dict[str, Any]:
     gpu, n = encoder.device, problem.n_columns
     sums: dict[str, Any] = {name: torch.zeros(n, dtype=torch.float64, device=gpu) for name in ("sum_h", "sum_sq_h")}
     sums["n_fired"] = torch.zeros(n, dtype=torch.int64, device=gpu)
@@ -59,7 +59,7 @@ def assert_sparse_is(problem: Problem, found: Any) -> None:
     np.testing.assert_array_equal(values, h[rows, columns])
 
 
-def assert_all_exact(problem: Problem, encoder: cuda.Encoder) -> None:
+def assert_all_exact(problem: Problem, encoder: cuda_encoder.Encoder) -> None:
     assert_exact(shift(problem, encoder), problem.wanted_shift())
     assert_exact(moments(problem, encoder), problem.wanted_moments())
     assert_sparse_is(problem, cuda.encode_sparse(encoder, on(encoder.device, problem.base), problem.columns))
@@ -156,14 +156,14 @@ def moments_of(problem: Problem, gpu: Any, base: Any) -> dict[str, Any]:
 def test_many_blocks_of_rows_and_passes_of_weights(
     gpu: Any, activation: str, n_weights: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(cuda_kernels, "WORKSPACE_BYTES", 1)
     problem = Problem(activation, 530, 9, 20, values=INTEGER)
     problem.weights = np.random.default_rng(0).integers(-3, 4, (530, n_weights)).astype(np.float64)
     assert_all_exact(problem, encoder_of(problem, gpu, "bf16x2"))
 
 
 def test_a_fault_in_any_block_is_named_and_nothing_is_added(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(cuda_kernels, "WORKSPACE_BYTES", 1)
     problem = Problem("relu", 530, 8, 12, input_norm="constant_norm_rescale")
     encoder = encoder_of(problem, gpu)
     sums = torch.ones(12, dtype=torch.float64, device=gpu)
@@ -208,7 +208,7 @@ def test_same_input_same_bits(gpu: Any, activation: str) -> None:
     first = shift(problem, encoder)
     for seed in (2, 3):
         if gpu.type == "cpu":
-            cuda.load().set_seed(seed)  # threads take turns in another order
+            cuda_kernels.load().set_seed(seed)  # threads take turns in another order
         assert_same(shift(problem, encoder), first)
 
 
@@ -345,7 +345,7 @@ def test_cuda_rows_never_go_to_the_cpu_unasked(monkeypatch: pytest.MonkeyPatch) 
         def __len__(self) -> int:
             return 3
 
-    monkeypatch.setattr(cuda, "missing_reason", lambda: "there is no CUDA device")
+    monkeypatch.setattr(cuda_kernels, "missing_reason", lambda: "there is no CUDA device")
     message = "^the activations are on a CUDA device, but there is no CUDA device; or move them to the CPU$"
     with pytest.raises(InputError, match=message):
         encode(make_sae(), OnCuda())

@@ -316,6 +316,115 @@ def test_before_and_after_are_read_and_what_is_left_out_is_named(tmp_path: Path)
     assert any(warning.startswith("unpaired standard errors") for warning in result.warnings)
 
 
+# ---- given the text of the questions
+
+
+def with_texts(scores: Any, texts: dict[str, Any]) -> dict[str, Any]:
+    """A run with these scores by domain, each with text controls of one number."""
+    return {
+        "domains": [
+            {
+                "name": f"d{i}",
+                "scores": {"act": {"value": value, "ci": [value - 0.01, value + 0.01]}},
+                "controls": {name: {"share": values[i]} for name, values in texts.items()},
+            }
+            for i, value in enumerate(np.asarray(scores, float).tolist())
+        ]
+    }
+
+
+def outcomes_from(changes: Any) -> dict[str, Outcome]:
+    return {f"d{i}": Outcome(change, stderr=0.005) for i, change in enumerate(np.asarray(changes, float).tolist())}
+
+
+def residual_r(x: Any, y: Any, z: Any) -> float:
+    """Both regressed on z, and the residuals correlated."""
+    left = [values - np.polyval(np.polyfit(z, values, 1), z) for values in (x, y)]
+    return float(stats.pearsonr(*left).statistic)
+
+
+def test_partial_correlations_given_the_best_text_control() -> None:
+    rng = np.random.default_rng(1)
+    change = rng.normal(0, 0.05, 20)
+    digits = -np.abs(change) + rng.normal(0, 0.02, 20)  # the other way, and still the best
+    score = np.abs(change) + rng.normal(0, 0.02, 20)
+    run = with_texts(score, {"text_digits": digits, "text_length": rng.normal(size=20), "raw": -digits})
+    result = validate(run, outcomes_from(change))
+    given, signed = result.size_given_text, result.signed_given_text
+    assert given is not None
+    assert given.pearson is not None
+    assert given.spearman is not None
+    assert signed is not None
+    assert given.control == "text_digits share"
+    assert given.r == pytest.approx(stats.pearsonr(digits, np.abs(change)).statistic)
+    assert given.pearson.value == pytest.approx(residual_r(score, np.abs(change), digits), rel=1e-9)
+    ranks = map(stats.rankdata, (score, np.abs(change), digits))
+    assert given.spearman.value == pytest.approx(residual_r(*ranks), rel=1e-9)
+    # Of the signed change another control may be the best.
+    texts = {
+        "text_digits share": digits,
+        "text_length share": [d["controls"]["text_length"]["share"] for d in run["domains"]],
+    }
+    best = max(texts, key=lambda name: abs(stats.pearsonr(texts[name], change).statistic))
+    assert signed.control == best
+    assert signed.pearson is not None
+    assert signed.pearson.value == pytest.approx(residual_r(score, change, np.asarray(texts[best])), rel=1e-9)
+
+    drawn = np.random.default_rng(9).integers(0, 20, (3000, 20))
+    again = [residual_r(score[at], np.abs(change)[at], digits[at]) for at in drawn]
+    assert given.pearson.ci_domains == pytest.approx(np.percentile(again, [2.5, 97.5]), abs=0.05)
+    assert given.pearson.ci is not None
+    low, high = given.pearson.ci
+    assert low < given.pearson.value < high + 0.1
+    text = " ".join(result.to_text().split())
+    assert f"Pearson r given text {given.pearson.value:.2f}" in text
+    assert "given text_digits share, the control with the largest |r|" in text
+    assert json.loads(json.dumps(result.to_dict()))["size_given_text"]["control"] == "text_digits share"
+
+
+@pytest.mark.parametrize(
+    ("of_text", "own", "says"),
+    [
+        (0.001, 0.5, "The text of the questions alone explains as much: text_digits share, the best of the controls"),
+        (0.03, 0.2, "The text of the questions may explain it: text_digits share, the best of the controls"),
+        (0.1, 1.0, None),
+    ],
+    ids=["text is better", "score is little better", "score is far better"],
+)
+def test_verdict_says_when_the_text_explains_the_score(of_text: float, own: float, says: str | None) -> None:
+    """own: what the score knows of the change itself; the rest of it is what the text says, and noise."""
+    rng = np.random.default_rng(3)
+    change = rng.normal(0, 0.05, 24)
+    digits = np.abs(change) + rng.normal(0, of_text, 24)
+    score = own * np.abs(change) + (1 - own) * digits + rng.normal(0, 0.01, 24)
+    verdict = validate(with_texts(score, {"text_digits": digits}), outcomes_from(change)).verdict
+    if says is None:
+        assert "text of the questions" not in verdict
+    else:
+        assert says in verdict
+
+
+def test_runs_without_text_controls_have_no_partial_correlation() -> None:
+    rng = np.random.default_rng(0)
+    change, score = rng.normal(0, 0.05, (2, 9))
+    nowhere: list[dict[str, Any]] = [
+        {},
+        {"raw": change},
+        {"text_digits": [0.0] * 9},
+        {"text_digits": [None, *change[1:]]},
+    ]
+    for texts in nowhere:
+        result = validate(with_texts(score, texts), outcomes_from(change))
+        assert result.size_given_text is None
+        assert result.signed_given_text is None
+        assert "given text" not in result.to_text()
+    # What the text determines has nothing left to correlate.
+    given = validate(with_texts(score, {"text_digits": 2 * score + 1}), outcomes_from(change)).size_given_text
+    assert given is not None
+    assert given.pearson is None
+    assert given.spearman is None
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -186,6 +186,7 @@ def test_completions_are_read_behind_their_prompts_and_tokenised_apart(tiny: Tin
         before = [0, *tokenizer(str(row.prompt), add_special_tokens=False).input_ids]
         assert prompt.base_ids.tolist() == before + tokenizer(row.completion, add_special_tokens=False).input_ids
         assert prompt.positions.tolist() == list(range(len(before), len(prompt.base_ids)))
+        assert row.prompt == f"Question: {prompt.question}\nAnswer:"
     # Advantages are of the whole group, with the completion that is empty.
     assert np.isin(read.advantages, rollouts.advantages).all()
     few = read_completions(rollouts, rendering, context_length=None, limit=3, seed=0)

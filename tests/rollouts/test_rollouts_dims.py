@@ -103,11 +103,11 @@ def test_correlation_is_pearsons_over_the_completions_tokens(tiny: Tiny, read: R
 
 
 def test_gradient_and_step_rank_by_the_policy_gradient_and_by_what_it_shifts(tiny: Tiny, read: Read) -> None:
-    hooked, Q, features = HookedModel(read.model, LAYER), projection(D_IN), Features(read.sae)
+    hooked, Q, features = HookedModel(read.model, LAYER, batch_tokens=400), projection(D_IN), Features(read.sae)
     prompts = read.completions.prompt_set.prompts
     push = measure_push(
         hooked, features, Q, "rollouts", prompts,
-        objective=read.completions.objective, maps=("step",), n_folds=N_FOLDS, batch_tokens=400,
+        objective=read.completions.objective, maps=("step",), n_folds=N_FOLDS,
     )  # fmt: skip
     gradient = gradient_shift(read.sae, push, read.shift, SETTINGS)
     M = push.direction * push.norm
@@ -121,7 +121,7 @@ def test_gradient_and_step_rank_by_the_policy_gradient_and_by_what_it_shifts(tin
     with pytest.raises(ValueError, match="folds"):
         gradient_shift(read.sae, replace(push, folds=None), read.shift, SETTINGS)
 
-    step = step_shift(hooked, read.sae, Q, push, read.shift, read.completions, SETTINGS, batch_tokens=400)
+    step = step_shift(hooked, read.sae, Q, push, read.shift, read.completions, SETTINGS)
     W, total, n = push.maps["step"].W, np.zeros(256), 0
     for prompt in prompts:
         x = residual(read.model, prompt.base_ids)[: int(prompt.positions[-1]) + 1]

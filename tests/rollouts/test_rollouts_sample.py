@@ -16,6 +16,7 @@ from reward import by_length
 from tiny import Tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sts_fast.cli import main
 from sts_fast.data.examples import Example, load_examples
 from sts_fast.data.prompts import PromptTemplate
 from sts_fast.errors import InputError
@@ -136,7 +137,9 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
 
 
-def test_the_command_samples_forecasts_and_writes_every_way(tiny: Tiny, tmp_path: Path) -> None:
+def test_the_command_samples_forecasts_and_writes_every_way(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "run"
     shared = ["--model", tiny.model, "--sae", tiny.saes["topk"], "--top-n", 10, "--domain-shots", 1]
     shared += [word for name, path in tiny.domains.items() for word in ("--domains", f"{name}={path}")]
@@ -167,8 +170,12 @@ def test_the_command_samples_forecasts_and_writes_every_way(tiny: Tiny, tmp_path
         (["--rollouts", tiny.train], "hold completions"),
         (["--rollouts", tmp_path / "none.jsonl"], "does not exist"),
     ):
-        failed = run(*shared, *arguments, "--output", tmp_path / "failed")
-        assert failed.returncode == 2
-        assert failed.stderr.count("\n") == 1
-        assert failed.stderr.startswith("error: ")
-        assert message in failed.stderr
+        words = ["sts-fast", "rollouts", *shared, *arguments, "--output", tmp_path / "failed"]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        error = capsys.readouterr().err
+        assert ended.value.code == 2
+        assert error.count("\n") == 1
+        assert error.startswith("error: ")
+        assert message in error

@@ -205,7 +205,7 @@ def safetensors_of_many(folder: Path) -> Path:
 
 
 HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "pt with a payload": (hostile_pt, r"a\.pt would run code when loaded \(it calls \w+\.mkdir\) and was not"),
+    "pt with a payload": (hostile_pt, r"a\.pt would run code when loaded \(it calls \w+\.mkdir\), so it was not read"),
     "plain pickle": (plain_pickle, r"a\.pt would run code when loaded"),
     "pt before 1.6": (legacy_pt, r"a\.pt would run code when loaded .*save_file"),
     "npz of objects": (hostile_npz, r"a\.npz: w has dtype object"),
@@ -217,7 +217,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "npz of another shape": (npz_of_another_shape, r"w claims shape \[1000000000, 1000000000\], but its data is"),
     "pt stretched": (stretched_pt, r"w claims shape \[100000, 100000\], more than the file holds"),
     "absurd header": (safetensors_of_absurd_header, "is not a readable safetensors file"),
-    "zip of many": (zip_of_many, "has 5000 members, which checkpoints of an SAE do not"),
+    "zip of many": (zip_of_many, "has 5000 members, too many for a checkpoint of an SAE"),
     "safetensors of many": (safetensors_of_many, r"has a header of \d+ bytes: save the SAE's tensors alone"),
     "empty": (just("a.pt", b""), "is not a readable"),
     "empty npz": (just("a.npz", b""), "is not a readable"),

@@ -194,7 +194,7 @@ def test_qwen_scope_layout_only(tmp_path: Path) -> None:
     pre = acts().astype(np.float64) @ numpy_of("topk")["W_enc"] + numpy_of("topk")["b_enc"]
     kth = np.sort(pre, axis=1)[:, [-5]]
     check_alike(dense(sae, acts()), np.where(pre >= kth, np.maximum(pre, 0), 0))
-    with pytest.raises(InputError, match=r"layer7\.sae\.pt does not say its k: keep it in a folder named as"):
+    with pytest.raises(InputError, match=r"layer7\.sae\.pt does not contain its k: keep it in a folder named as"):
         load_sae(tmp_path / "layer7.sae.pt")
     torch.save({**state, "k": 5}, tmp_path / "layer7.sae.pt")
     assert load_sae(tmp_path / "layer7.sae.pt").k == 5
@@ -261,7 +261,7 @@ def test_named_tensors_layout_only(name: str, architecture: str, tmp_path: Path)
     sae = load_sae(tmp_path / name, layer=3)
     assert (sae.layout, sae.architecture, split_name(sae.hook_name)[1]) == ("named tensors", architecture, 3)
     assert np.array_equal(dense(sae, acts()), dense(expected, acts()))
-    assert "taken to be subtracted" in sae.notes[-1]
+    assert "assumed to be subtracted" in sae.notes[-1]
     ours, theirs = (s.decoder_rows([3, 17, 0]) for s in (sae, expected))
     assert ours is not None
     assert theirs is not None
@@ -273,10 +273,10 @@ def test_named_tensors_layout_only(name: str, architecture: str, tmp_path: Path)
 
 def test_orientation_that_cannot_be_told_layout_only(tmp_path: Path) -> None:
     save_file({"W_enc": torch.ones(D_IN, D_SAE)}, tmp_path / "a.safetensors")
-    with pytest.raises(InputError, match=r"W_enc has shape \[6, 20\], and its biases do not tell which width is d_in"):
+    with pytest.raises(InputError, match=r"W_enc has shape \[6, 20\], and its biases do not show which width is d_in"):
         load_sae(tmp_path / "a.safetensors")
     save_file({"weight": torch.ones(D_IN, D_SAE)}, tmp_path / "b.safetensors")
-    with pytest.raises(InputError, match=r"holds no encoder: looked for W_enc, w_enc, .* and it has weight"):
+    with pytest.raises(InputError, match=r"contains no encoder: looked for W_enc, w_enc, .* but it has weight"):
         load_sae(tmp_path / "b.safetensors")
 
 
@@ -294,17 +294,17 @@ def test_a_config_stands_for_its_folder(tmp_path: Path) -> None:
 
 
 def test_folders_without_an_sae(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"holds no SAE: looked for cfg\.json with sae_weights\.safetensors or"):
+    with pytest.raises(InputError, match=r"contains no SAE: looked for cfg\.json with sae_weights\.safetensors or"):
         load_sae(tmp_path)
     (tmp_path / "notes.txt").write_text("none")
-    with pytest.raises(InputError, match=r"notes\.txt is no checkpoint of an SAE: give its folder, or one file of"):
+    with pytest.raises(InputError, match=r"notes\.txt is not a checkpoint of an SAE: give its folder, or one file of"):
         load_sae(tmp_path / "notes.txt")
     (tmp_path / "ae.pt").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"holds no SAE: looked for"):
+    with pytest.raises(InputError, match=r"contains no SAE: looked for"):
         load_sae(tmp_path)
     for i in range(9):
         write_sae(tmp_path / "deep" / f"layer_{i}")
-    with pytest.raises(InputError, match=r"folders that may \(deep/layer_0, .*deep/layer_4, …\): give one of them"):
+    with pytest.raises(InputError, match=r"its subfolders may \(deep/layer_0, .*deep/layer_4, …\): give one of them"):
         load_sae(tmp_path)
 
 

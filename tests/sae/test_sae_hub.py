@@ -200,7 +200,7 @@ def test_a_hub_that_cannot_be_reached(
         InputError, match="cannot get owner/two from the hub: it is not in the cache, and the hub could"
     ):
         load_sae("owner/two:layer_3")
-    with pytest.raises(InputError, match="no repository of that name can be had"):
+    with pytest.raises(InputError, match="no repository of that name is available"):
         load_sae("owner/two")
     assert capfd.readouterr().err == ""
 
@@ -209,11 +209,11 @@ def test_a_hub_that_cannot_be_reached(
     ("name", "message"),
     [
         ("no-such-release/x/y", "sae-lens knows no release 'no-such-release'"),
-        ("owner/nothing", "no repository of that name can be had"),
+        ("owner/nothing", "no repository of that name is available"),
         ("gpt2-small-res-jb/no-such-id", r"release 'gpt2-small-res-jb' has no SAE 'no-such-id': its ids are blocks\.0"),
         ("gpt2-small-res-jb/blocks.9.hook_resid_pre", "cannot get jbloom/GPT2-Small-SAEs-Reformatted from the hub"),
         ("temporal-sae-gemma-2-2b/blocks.12.hook_resid_post", "sae-lens cannot load release 'temporal-sae-gemma-2-2b'"),
-        ("owner/saes", r"holds no SAE in its root, but folders that may \(layer_3\): give one as owner/saes:folder"),
+        ("owner/saes", r"contains no SAE in its root, but its folders may \(layer_3\): give one as owner/saes:folder"),
         ("owner/saes:layer_9", "the repository owner/saes has no 'layer_9'"),
         ("owner/saes:../../../etc", "is not a folder or file of the repository"),
         ("owner/saes:/etc/passwd", "is not a folder or file of the repository"),

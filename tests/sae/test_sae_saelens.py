@@ -204,7 +204,7 @@ def test_a_scaling_that_nobody_asked_for_is_refused(tmp_path: Path, sae_lens: An
             load_sae(tmp_path, norm_scaling_factor=factor)
 
 
-@pytest.mark.parametrize(("name", "reason"), [("MatchingPursuit", "took away"), ("Temporal", "through attention")])
+@pytest.mark.parametrize(("name", "reason"), [("MatchingPursuit", "subtracted"), ("Temporal", "through attention")])
 def test_what_one_product_cannot_encode_is_refused_by_name(
     name: str, reason: str, tmp_path: Path, sae_lens: Any
 ) -> None:

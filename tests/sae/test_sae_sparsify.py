@@ -69,7 +69,7 @@ def test_model_of_the_run(tmp_path: Path, sparsify: Any) -> None:
     # A folder with one SAE further down stands for it; with two it does not say which.
     assert load_sae(tmp_path).source == str(tmp_path / "h.3")
     make(sparsify, tmp_path / "h.4", dtype=torch.bfloat16)
-    with pytest.raises(InputError, match=r"holds no SAE itself, but folders that may \(h\.3, h\.4\): give one of them"):
+    with pytest.raises(InputError, match=r"contains no SAE, but its subfolders may \(h\.3, h\.4\): give one of them"):
         load_sae(tmp_path)
 
 

@@ -72,12 +72,12 @@ def test_answers_and_gradients_that_do_not_fit_are_run_in_halves(material: Mater
 
     def rows_by_prompt(model: HookedModel) -> dict[int, tuple[float, Doubles]]:
         found = {}
-        for rows in model.answer_rows(prompts, Q, batch_tokens=10_000):
+        for rows in model.answer_rows(prompts, Q):
             for slot, index in enumerate(rows.prompts):
                 found[index] = float(rows.nll[slot]), rows.g[rows.prompt_of == slot]
         return found
 
-    expected = rows_by_prompt(HookedModel(material.model, LAYER))
+    expected = rows_by_prompt(HookedModel(material.model, LAYER, batch_tokens=10_000))
 
     def holds_few(module: Any, args: Any, options: Any) -> None:
         if options["input_ids"].numel() > 200:
@@ -85,7 +85,7 @@ def test_answers_and_gradients_that_do_not_fit_are_run_in_halves(material: Mater
 
     handle = material.model.register_forward_pre_hook(holds_few, with_kwargs=True)
     try:
-        found = rows_by_prompt(HookedModel(material.model, LAYER, say=said.append))
+        found = rows_by_prompt(HookedModel(material.model, LAYER, batch_tokens=10_000, say=said.append))
     finally:
         handle.remove()
     assert len(said) >= 1
@@ -116,8 +116,8 @@ def test_first_order_forecasts_are_the_derivatives_of_loss_and_probability(
     model, train, domain = material.model, material.prompts["train"], material.prompts["spelling"]
     literal = Literal(model, sae_features(tiny.saes[architecture]))
     features, Q = Features(load_sae(tiny.saes[architecture])), projection(D_IN)
-    hooked = HookedModel(model, LAYER)
-    push = measure_push(hooked, features, Q, "train", train, batch_tokens=BATCH_TOKENS)
+    hooked = HookedModel(model, LAYER, batch_tokens=BATCH_TOKENS)
+    push = measure_push(hooked, features, Q, "train", train)
     M = literal.gradient(train, literal.nll)
     norm = np.sqrt((M**2).sum())
     assert close(push.norm, norm)
@@ -125,7 +125,7 @@ def test_first_order_forecasts_are_the_derivatives_of_loss_and_probability(
     zero = torch.zeros(M.shape, dtype=torch.float64)
     assert close(push.loss, literal.values(train, literal.nll, zero).mean())
 
-    pull = measure_pull(hooked, features, Q, "spelling", domain, [push], batch_tokens=BATCH_TOKENS)
+    pull = measure_pull(hooked, features, Q, "spelling", domain, [push])
     # The rate of change along -M / norm; a fall of the loss counts as positive.
     M_T = literal.gradient(domain, literal.nll)
     assert close(pull.values["ntk_loss"][0].mean(), (M * M_T).sum() / norm)
@@ -147,11 +147,11 @@ def test_virtual_training_is_the_model_with_the_map_in_place(
     literal = Literal(material.model, literal_features(tiny, kind, centre), Q)
     features = Features(load_sae(tiny.saes["topk"]), kind, centre)
     train, domain = material.prompts["train"], material.prompts["days"]
-    hooked = HookedModel(material.model, LAYER)
-    push = measure_push(hooked, features, Q, "train", train, maps=("step", "adapter"), batch_tokens=BATCH_TOKENS)
+    hooked = HookedModel(material.model, LAYER, batch_tokens=BATCH_TOKENS)
+    push = measure_push(hooked, features, Q, "train", train, maps=("step", "adapter"))
     M = literal.gradient(train, literal.nll)
     assert close(push.direction * push.norm, M)
-    pull = measure_pull(hooked, features, Q, "days", domain, [push], batch_tokens=BATCH_TOKENS)
+    pull = measure_pull(hooked, features, Q, "days", domain, [push])
     nll, p_answer = (
         literal.values(domain, of, torch.zeros(M.shape).double()) for of in (literal.nll, literal.p_answer)
     )
@@ -176,8 +176,8 @@ def test_adapter_is_gradient_descent_on_the_map(material: Material, tiny: Tiny) 
     literal = Literal(material.model, sae_features(tiny.saes["topk"]))
     features, train = Features(load_sae(tiny.saes["topk"])), material.prompts["train"]
     push = measure_push(
-        HookedModel(material.model, LAYER), features, projection(D_IN), "train", train,
-        maps=("adapter",), batch_tokens=BATCH_TOKENS,
+        HookedModel(material.model, LAYER, batch_tokens=BATCH_TOKENS), features, projection(D_IN), "train", train,
+        maps=("adapter",),
     )  # fmt: skip
     W = torch.zeros(push.direction.shape, dtype=torch.float64)
     while literal.values(train, literal.nll, W).mean() > 0.05 * push.loss:
@@ -205,8 +205,9 @@ def test_the_push_of_rollouts_is_their_policy_gradient(material: Material, tiny:
         return torch.stack(lacking).mean()
 
     push = measure_push(
-        HookedModel(model, LAYER), Features(load_sae(tiny.saes["topk"])), projection(D_IN), "rollouts", completions,
-        objective=PolicyLoss(advantages, group_of), maps=("step", "adapter"), n_folds=3, batch_tokens=BATCH_TOKENS,
+        HookedModel(model, LAYER, batch_tokens=BATCH_TOKENS), Features(load_sae(tiny.saes["topk"])), projection(D_IN),
+        "rollouts", completions,
+        objective=PolicyLoss(advantages, group_of), maps=("step", "adapter"), n_folds=3,
     )  # fmt: skip
     W = no_map.clone().requires_grad_()
     start = loss(W)
@@ -234,15 +235,11 @@ def policy_slope(advantages: Doubles, group_of: NDArray[np.int64], i: int) -> fl
 
 def test_several_pushes_and_batch_budgets_change_no_number(material: Material, tiny: Tiny) -> None:
     features, Q = Features(load_sae(tiny.saes["topk"])), projection(D_IN)
-    hooked = HookedModel(material.model, LAYER)
 
     def measured(names: Sequence[str], batch_tokens: int) -> tuple[list[Push], Pull]:
-        pushes = [
-            measure_push(hooked, features, Q, name, material.prompts[name], maps=("step",), batch_tokens=batch_tokens)
-            for name in names
-        ]
-        domain = material.prompts["spelling"]
-        return pushes, measure_pull(hooked, features, Q, "spelling", domain, pushes, batch_tokens=batch_tokens)
+        hooked = HookedModel(material.model, LAYER, batch_tokens=batch_tokens)
+        pushes = [measure_push(hooked, features, Q, name, material.prompts[name], maps=("step",)) for name in names]
+        return pushes, measure_pull(hooked, features, Q, "spelling", material.prompts["spelling"], pushes)
 
     pushes, pull = measured(["train", "days"], 2000)
     [alone], pull_alone = measured(["days"], 100)
@@ -261,9 +258,9 @@ def test_models_of_every_family_run_on_from_the_hook_as_they_were(family: str) -
         Prompt(str(n), rng.integers(3, 60, n).astype(np.int32), none, np.arange(6, n, dtype=np.int32), none, none, 0)
         for n in (8, 11, 12)
     ]
-    hooked = HookedModel(make_model(family), 1)
+    hooked = HookedModel(make_model(family), 1, batch_tokens=30)
     Q = projection(hooked.d_in)
-    for rows in hooked.answer_rows(prompts, Q, batch_tokens=30):
+    for rows in hooked.answer_rows(prompts, Q):
         nll, g = hooked.from_hook(rows, prompts, torch.zeros(len(rows.at), hooked.d_in, dtype=torch.float64), Q)
         assert close(nll, rows.nll)
         assert close(g, rows.g)
@@ -276,8 +273,8 @@ def test_the_model_is_left_as_it_was(material: Material, tiny: Tiny) -> None:
     prompts = material.prompts["train"]
     ids = torch.from_numpy(prompts[0].base_ids.astype(np.int64))[None]
     before = model(ids).logits
-    features, hooked = Features(load_sae(tiny.saes["topk"])), HookedModel(model, LAYER)
-    measure_push(hooked, features, projection(D_IN), "train", prompts, maps=("step",), batch_tokens=BATCH_TOKENS)
+    features, hooked = Features(load_sae(tiny.saes["topk"])), HookedModel(model, LAYER, batch_tokens=BATCH_TOKENS)
+    measure_push(hooked, features, projection(D_IN), "train", prompts, maps=("step",))
     assert torch.equal(model(ids).logits, before)
     assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == [
         name for name, parameter in model.named_parameters() if parameter is frozen
@@ -287,14 +284,14 @@ def test_the_model_is_left_as_it_was(material: Material, tiny: Tiny) -> None:
 
 
 def test_no_weight_gets_a_gradient_and_nothing_below_the_hook_is_kept(material: Material) -> None:
-    hooked = HookedModel(material.model, LAYER)
+    hooked = HookedModel(material.model, LAYER, batch_tokens=BATCH_TOKENS)
     recorded = []
     handles = [
         layer.register_forward_hook(lambda module, args, output, i=i: recorded.append((i, output.requires_grad)))
         for i, layer in enumerate(material.model.model.layers)
     ]
     try:
-        next(hooked.answer_rows(material.prompts["train"], projection(D_IN), batch_tokens=BATCH_TOKENS))
+        next(hooked.answer_rows(material.prompts["train"], projection(D_IN)))
     finally:
         for handle in handles:
             handle.remove()
@@ -324,18 +321,17 @@ def test_what_cannot_be_used_is_told(material: Material, tiny: Tiny) -> None:
     silent = Features(type(sae)("standard", sae.W_enc, sae.b_enc - 1e6, sae.b_dec))
     with pytest.raises(InputError, match="'train' pull at no feature"):
         measure_push(
-            HookedModel(material.model, LAYER),
+            HookedModel(material.model, LAYER, batch_tokens=BATCH_TOKENS),
             silent,
             projection(D_IN),
             "train",
             material.prompts["train"],
-            batch_tokens=BATCH_TOKENS,
         )
     broken = AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float32)
     with torch.no_grad():
         broken.lm_head.weight[3] = torch.nan
     with pytest.raises(InputError, match="NaN or infinity"):
-        next(HookedModel(broken, LAYER).answer_rows(material.prompts["train"], batch_tokens=BATCH_TOKENS))
+        next(HookedModel(broken, LAYER, batch_tokens=BATCH_TOKENS).answer_rows(material.prompts["train"]))
 
 
 def test_weak_forecasts_carry_a_warning() -> None:
@@ -351,7 +347,7 @@ def test_weak_forecasts_carry_a_warning() -> None:
     assert "leaves 60%" in stuck
 
     def pull(nll: float, n_answer: int) -> Pull:
-        return Pull("t", {}, np.zeros((1, 1)), np.asarray([nll]), np.asarray([n_answer]), 1.0)
+        return Pull("t", {}, np.zeros((1, 1)), np.asarray([nll]), np.asarray([n_answer]), np.asarray([False]), 1.0)
 
     assert pull_warnings([pull(0.5, 3)]) == []
     [long] = pull_warnings([pull(0.5, 3), pull(0.5, 40)])

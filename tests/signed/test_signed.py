@@ -58,19 +58,19 @@ def test_block_holds_the_mean_over_prompts_of_each_estimator(tiny: Tiny, run: Pa
     scores = scores_of(run)
     signed, domains = scores["signed"], {domain["name"]: domain["scores"] for domain in scores["domains"]}
     template = PromptTemplate(AutoTokenizer.from_pretrained(tiny.model), prepend_bos=True)
-    model = HookedModel(AutoModelForCausalLM.from_pretrained(tiny.model), LAYER)
+    model = HookedModel(AutoModelForCausalLM.from_pretrained(tiny.model), LAYER, batch_tokens=700)
     features, Q = Features(load_sae(tiny.saes["topk"])), projection(D_IN)
 
     def answered(path: Path, shots: int) -> Any:
         queries = load_examples(path)[shots:]
         return build_prompts("", queries, template, tokens="answer", context_length=512, limit=LIMIT).prompts
 
-    push = measure_push(model, features, Q, "", answered(tiny.train, SHOTS), maps=("step",), batch_tokens=700)
+    push = measure_push(model, features, Q, "", answered(tiny.train, SHOTS), maps=("step",))
     assert signed["train_loss"] == pytest.approx(push.loss, rel=1e-5)
     assert signed["loss_left"] == pytest.approx({"step": push.maps["step"].loss_left}, rel=1e-3)
     assert set(signed["domains"]) == set(tiny.domains)
     for name, path in tiny.domains.items():
-        pull = measure_pull(model, features, Q, "", answered(path, DOMAIN_SHOTS), [push], batch_tokens=700)
+        pull = measure_pull(model, features, Q, "", answered(path, DOMAIN_SHOTS), [push])
         found = signed["domains"][name]
         assert found["n_prompts"] == LIMIT
         assert found["p_answer"] == pytest.approx(pull.p_answer.mean(), rel=1e-4)
@@ -274,3 +274,35 @@ def test_the_written_tables_are_those_of_the_results() -> None:
     table = runpy.run_path(str(world / "table.py"))["table"]
     results = json.loads((world / "results" / "study.json").read_text(encoding="utf-8"))
     assert table(results) in (world / "results" / "study.md").read_text(encoding="utf-8")
+
+
+def test_controls_of_all_ask_no_answer_again(tiny: Tiny) -> None:
+    """Beside signed estimators the base loss and accuracy cost no pass, and are those of a pass of their own."""
+    model = AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float32).eval()
+    n_sequences = 0
+
+    def count(module: Any, args: Any) -> None:
+        nonlocal n_sequences
+        n_sequences += len(args[0])
+
+    model.lm_head.register_forward_pre_hook(count)  # what is read at the SAE's hook does not come as far
+
+    def scored(**options: Any) -> tuple[sts_fast.Forecast, int]:
+        nonlocal n_sequences
+        n_sequences = 0
+        forecast = sts_fast.score(
+            model=model, tokenizer=AutoTokenizer.from_pretrained(tiny.model), sae=tiny.saes["topk"], train=tiny.train,
+            domains=tiny.domains, shots=SHOTS, domain_shots=DOMAIN_SHOTS, limit=LIMIT, top_n=8, **options,
+        )  # fmt: skip
+        return forecast, n_sequences
+
+    # Each answer of a domain once, and once for where features fire; each of the training set once.
+    _, n_signed = scored(estimators=("act", "ntk"))
+    assert n_signed == LIMIT * (2 * len(tiny.domains) + 1)
+    together, n_together = scored(estimators=("act", "ntk"), controls="all")
+    assert n_together == n_signed
+    alone, n_alone = scored(estimators=("act",), controls="all")
+    assert n_alone == LIMIT * len(tiny.domains)
+    for one, other in zip(together.domains, alone.domains, strict=True):
+        assert one.controls["base_loss"]["nll"] == pytest.approx(other.controls["base_loss"]["nll"], rel=1e-6)
+        assert one.controls["base_accuracy"] == other.controls["base_accuracy"]

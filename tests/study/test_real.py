@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from peft import PeftModel
+import transformers
 from study.real import forecasts, runs, sets, split
 from study.real.changes import ceiling, split_half, trainings
 from study.real.measure import Asking, measure, paired
@@ -19,7 +19,6 @@ from study.real.model import load_model
 from study.real.runs import Job, read_json, write_json
 from study.real.sources import Row, asked, continued
 from study.real.training import WAYS, Way, answer_loss, held_out_loss, train, with_lora
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sts_fast.demo.organism.autoencoder import TopK, save_sae
 
@@ -58,12 +57,12 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         show_progress=False,
     )
     tokenizer.train_from_iterator([asked(row) for row in OPEN + CHOICE], trainer)
-    fast = PreTrainedTokenizerFast(
+    fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHATML
     )
     fast.save_pretrained(folder / "model")
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=300,
         hidden_size=32,
         intermediate_size=64,
@@ -73,7 +72,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initializer_range=0.2,
         tie_word_embeddings=True,
     )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
     rows = [{"question": f"{i} and {i + 1}?", "answer": f"{2 * i + 1} it is"} for i in range(40)]
     for name, some in {"train/sums": rows, "train/gsm8k": rows[::-1], "domains/open": OPEN * 4}.items():
         sets._write_lines(folder / f"{name}.jsonl", some)
@@ -169,6 +168,8 @@ def test_the_same_seed_trains_the_same_weights(work: Path) -> None:
 
 
 def test_lora_trains_the_adapter_alone(model: tuple[Any, Asking]) -> None:
+    from peft import PeftModel
+
     language_model, asking = model
     before = {name: weight.clone() for name, weight in language_model.state_dict().items()}
     adapted = with_lora(language_model)

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from study.world.analyses import h_score, means, overlap, picked, top_of
 from study.world.grounds import LONG, SHORT, Ground
 from study.world.predictors import together
 from study.world.saes import Variant
-from transformers import LlamaForCausalLM
 
 from sts_fast.demo import organism
 from sts_fast.demo.organism import model as language_model
@@ -58,7 +58,7 @@ def test_long_skills_are_those_worked_out_by_hand(domain: str, expected: str) ->
 def test_a_model_of_the_long_world_is_measured_on_eight_tokens() -> None:
     world = LONG.world
     model, tokenizer = language_model.new_model(0, world), language_model.make_tokenizer(world)
-    assert isinstance(model, LlamaForCausalLM)
+    assert isinstance(model, transformers.LlamaForCausalLM)
     domains = ("T0.twice.a", "T9.transcribe.b")
     found = organism.measure(model, tokenizer, domains, shots=2, n=3, world=world)
     assert found.log_p.shape == (2, 3)

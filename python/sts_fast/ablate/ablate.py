@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 import numpy as np
 
@@ -29,12 +29,13 @@ from sts_fast._version import __version__
 from sts_fast.ablate.measure import draw_features, measure
 from sts_fast.ablate.record import SCHEMA_VERSION, Ablation, answers_table, outcome_of
 from sts_fast.data.examples import Example
-from sts_fast.data.prompts import Progress, Prompt, PromptSet, PromptTemplate
-from sts_fast.data.sets import Fields, Kind, Sampling, Sets, Source, check_enough
+from sts_fast.data.options import Option
+from sts_fast.data.prompts import Prompt, PromptSet, PromptTemplate
+from sts_fast.data.sets import Fields, FieldsOptions, Kind, Sampling, Seed, Sets, Source, check_enough
 from sts_fast.errors import InputError
+from sts_fast.files import Document
 from sts_fast.forecast.run import Forecast
-from sts_fast.model.memory import MOST_BATCH_TOKENS
-from sts_fast.model.session import Reading, ReadingOptions, SAESource, Session, open_sae
+from sts_fast.model.session import Purpose, Reading, ReadingOptions, SAESource, Session, open_sae
 from sts_fast.ops.correlate import CorrelationStats
 from sts_fast.ops.shift import ShiftStats
 from sts_fast.sae import SAE
@@ -45,7 +46,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-N_DRAWS = 5
+@dataclass(frozen=True)
+class Zeroing(Fields, Reading):
+    """Which features are zeroed, and how answers are asked for; see Fields and Reading for the rest.
+
+    few_shot: behind demonstrations (`demos`, as for `score`), as many as the run shows; needs train and domains
+    top_n:   how many of the most shifted features; by default all of D_N
+    n_draws: sets of features of each control
+    seed:    of the draws and the intervals
+    """
+
+    few_shot: Annotated[bool, Option("Ask behind the run's number of demonstrations.")] = False
+    top_n: Annotated[int | None, Option("How many of the most shifted features.", least=1)] = None
+    n_draws: Annotated[int, Option("Sets of random and of least shifted features.", "--draws", least=1)] = 5
+    seed: Seed = 0
+
+
+class ZeroingOptions(FieldsOptions, ReadingOptions, total=False):
+    """`Zeroing` as keywords."""
+
+    few_shot: bool
+    top_n: int | None
+    n_draws: int
+    seed: int
 
 
 def ablate(
@@ -57,15 +80,7 @@ def ablate(
     train: Source | None = None,
     domains: Mapping[str, Source] | Sequence[str] | None = None,
     demos: Mapping[str, Source] | Sequence[str] | None = None,
-    few_shot: bool = False,
-    top_n: int | None = None,
-    n_draws: int = N_DRAWS,
-    question_fields: Mapping[str, str] | None = None,
-    answer_fields: Mapping[str, str] | None = None,
-    seed: int = 0,
-    command: str | None = None,
-    progress: Progress | None = None,
-    **options: Unpack[ReadingOptions],
+    **options: Unpack[ZeroingOptions],
 ) -> Ablation:
     """Zeroes the shifted features of a run in the running model, and others beside them; see the module's equation.
 
@@ -73,51 +88,45 @@ def ablate(
     model:   where to zero them: by default the run's model; the model after training may be given instead
     sae:     the run's, unless its place has changed
     train, domains: answered questions, as for `score`; by default those of the run, if it has signed forecasts
-    few_shot: asks behind demonstrations (`demos`, as for `score`), as many as the run shows; needs train and domains
-    top_n:   how many of the most shifted features; by default all of D_N
-    n_draws: sets of features of each control
-    options: how model and SAE are read, see Reading; the SAE reads where the run's did
+    options: see Zeroing; the SAE reads where the run's did
 
     Raises InputError where the run, the model or the SAE cannot be used together, answers are missing, or the SAE's
     files have no decoder.
     """
     forecast = run if isinstance(run, Forecast) else Forecast.load(run)
     scores, stats, importance = forecast.to_dict(), forecast.stats, forecast.controls.get("importance")
-    if n_draws < 1 or (top_n is not None and top_n < 1):
-        raise InputError("--draws and --top-n must be at least 1")
+    zeroing = Zeroing(**options)
+    few_shot, n_draws, seed = zeroing.few_shot, zeroing.n_draws, zeroing.seed
     if few_shot and train is None:
         raise InputError("--few-shot needs --train and --domains, which demonstrations are taken from")
     if (train is None) != (domains is None):
         raise InputError("--train and --domains go together: both are asked, or neither is given")
-    reading = Reading(**options)
-    if reading.layer is not None or reading.hook is not None:
+    if zeroing.layer is not None or zeroing.hook is not None:
         raise InputError("--layer and --hook are those of the run: leave them out, or make it again with them")
-    reading = replace(reading, hook=scores["sae"]["hook_name"])
-    loaded = open_sae(scores["sae"]["source"] if sae is None else sae, reading)
+    zeroing = replace(zeroing, hook=scores["sae"]["hook_name"])
+    loaded = open_sae(scores["sae"]["source"] if sae is None else sae, zeroing)
     _check_sae(loaded, stats)
     session = Session.open(
-        scores["model"]["name"] if model is None else model, [loaded], reading,
-        tokenizer=tokenizer, whole=True, texts=train is not None, needs=[("ablate", "the whole model")],
+        scores["model"]["name"] if model is None else model, [loaded], zeroing,
+        tokenizer=tokenizer,
+        purpose=Purpose(whole=True, texts=train is not None, needs=[("ablate", "the whole model")]),
     )  # fmt: skip
     reader = session.reader
-    hooked = HookedModel(session.whole, hook_layer(loaded), name=reader.name)
+    hooked = HookedModel(session.whole, hook_layer(loaded), name=reader.name, batch_tokens=zeroing.batch_tokens)
 
     if train is None or domains is None:
         sets = _stored_sets(forecast.prompts.to_pylist())
     else:
-        fields = Fields(question_fields or {}, answer_fields or {})
-        examples = Sets.read({scores["train"]["name"]: train}, domains, demos, fields)
+        examples = Sets.read({scores["train"]["name"]: train}, domains, demos, zeroing)
         sets = _asked_sets(examples, scores, session.template, reader.context_length, few_shot=few_shot)
     session.check_fit(sets[0])
 
-    top = np.asarray([feature["index"] for feature in scores["shifted_features"]][:top_n], np.int64)
+    top = np.asarray([feature["index"] for feature in scores["shifted_features"]][: zeroing.top_n], np.int64)
     drawn = draw_features(stats, top, n_draws, seed, importance=importance, few_shot=few_shot)
-    batch_tokens = min(reading.batch_tokens or MOST_BATCH_TOKENS, MOST_BATCH_TOKENS)
     measured = []
     for n_done, prompt_set in enumerate(sets):
-        measured.append(measure(hooked, loaded, prompt_set, drawn, batch_tokens))
-        if progress is not None:
-            progress("answers with features zeroed", n_done + 1, len(sets))
+        measured.append(measure(hooked, loaded, prompt_set, drawn))
+        zeroing.tell("answers with features zeroed", n_done + 1, len(sets))
     kinds = ["domain" if i else "train" for i in range(len(measured))]
     document = {
         "schema_version": SCHEMA_VERSION,
@@ -132,7 +141,7 @@ def ablate(
         "sets": [outcome_of(one, kind, seed) for one, kind in zip(measured, kinds, strict=True)],
         "provenance": {
             "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": command,
+            "command": zeroing.command,
             "seed": seed,
             "version": __version__,
         },
@@ -152,7 +161,7 @@ def _check_sae(sae: SAE, stats: ShiftStats | CorrelationStats) -> None:
         )
 
 
-def _stored_sets(rows: Sequence[dict[str, Any]]) -> list[PromptSet]:
+def _stored_sets(rows: Sequence[Mapping[str, Any]]) -> list[PromptSet]:
     """The answered prompts that a run with signed forecasts sent, the training set first."""
     empty = np.empty(0, np.int32)
     found: dict[tuple[str, str], list[Prompt]] = {}
@@ -167,13 +176,14 @@ def _stored_sets(rows: Sequence[dict[str, Any]]) -> list[PromptSet]:
 
 
 def _asked_sets(
-    examples: Sets, scores: dict[str, Any], template: PromptTemplate, context_length: int | None, *, few_shot: bool
+    examples: Sets, scores: Document, template: PromptTemplate, context_length: int | None, *, few_shot: bool
 ) -> list[PromptSet]:
     """Answered prompts of the training set and the domains: without demonstrations those of a signed forecast."""
     settings = scores["settings"]
     sampling = Sampling(
-        settings["shots"], settings["domain_shots"], "answer", settings["limit"], scores["provenance"]["seed"]
-    )
+        shots=settings["shots"], domain_shots=settings["domain_shots"], tokens="answer", limit=settings["limit"],
+        seed=scores["provenance"]["seed"],
+    )  # fmt: skip
     given: list[tuple[Kind, str, list[Example]]] = [("train", name, rows) for name, rows in examples.trains.items()]
     given += [("domain", name, rows) for name, rows in examples.domains.items()]
     asked = []

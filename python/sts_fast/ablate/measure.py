@@ -85,9 +85,7 @@ class Measured:
         return {"loss": nll, "p_answer": np.exp(-nll * self.n_answer), "accuracy": self.exact[condition]}
 
 
-def measure(
-    model: HookedModel, sae: SAE, prompt_set: PromptSet, drawn: Mapping[str, list[Indices]], batch_tokens: int
-) -> Measured:
+def measure(model: HookedModel, sae: SAE, prompt_set: PromptSet, drawn: Mapping[str, list[Indices]]) -> Measured:
     """The answers of a set, whole and with each set of features zeroed.
 
     prompt_set: prompts that read their answers; drawn: by condition, n_draws sets of features [n], as of draw_features
@@ -99,7 +97,7 @@ def measure(
     removed = {name: np.zeros(len(draws)) for name, draws in drawn.items()}
     columns = np.unique(np.concatenate([features for draws in drawn.values() for features in draws]))
     n_answer, total = np.zeros(len(prompts), np.int64), 0.0
-    for rows in model.answer_rows(prompts, batch_tokens=batch_tokens):
+    for rows in model.answer_rows(prompts):
         active = encode(sae, rows.x, columns)
         n_answer[rows.prompts] = rows.n_answer
         total += float((rows.x.double() ** 2).sum())

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sts_fast import files
 from sts_fast.ablate.findings import findings
 from sts_fast.ablate.measure import CONTROLS, OUTCOMES, TOP, Measured
+from sts_fast.files import Document
 from sts_fast.statistics import mean_interval, resamples
 
 if TYPE_CHECKING:
@@ -31,10 +32,10 @@ class Ablation:
         n_answer tokens) and whether each of its tokens is the model's first choice
     """
 
-    document: dict[str, Any]
+    document: Document
     answers: pa.Table
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Document:
         return self.document
 
     def findings(self) -> list[str]:
@@ -54,7 +55,7 @@ class Ablation:
             path.write_text(files.to_json(self.document), encoding="utf-8")
 
 
-def outcome_of(measured: Measured, kind: str, seed: int) -> dict[str, Any]:
+def outcome_of(measured: Measured, kind: str, seed: int) -> Document:
     """A set's part of the document; every interval is a bootstrap over its prompts, the same for all numbers."""
     prompt_set = measured.prompt_set
     n = len(prompt_set.prompts)
@@ -65,11 +66,11 @@ def outcome_of(measured: Measured, kind: str, seed: int) -> dict[str, Any]:
         after = measured.outcomes(name)
         changes[name] = {outcome: after[outcome] - before[outcome] for outcome in OUTCOMES}
 
-    def summed_up(values: Doubles) -> dict[str, Any]:
+    def summed_up(values: Doubles) -> Document:
         """values: [n_prompts]"""
         return {"value": float(values.mean()), "ci": list(mean_interval(values, shares))}
 
-    conditions: dict[str, Any] = {}
+    conditions: Document = {}
     for name, change in changes.items():
         conditions[name] = {"removed": float(measured.removed[name].mean())}
         for outcome in OUTCOMES:
@@ -113,11 +114,11 @@ def answers_table(measured: Sequence[Measured], kinds: Sequence[str]) -> pa.Tabl
     return pa.concat_tables(tables)
 
 
-def ablation_schema() -> dict[str, Any]:
+def ablation_schema() -> Document:
     """The JSON schema of ablation.json."""
     return files.load_schema("ablate/ablation.schema.json")
 
 
-def validate_ablation(document: dict[str, Any]) -> None:
+def validate_ablation(document: Document) -> None:
     """Raises jsonschema.ValidationError where a document is not a valid ablation.json."""
     files.check_document(document, ablation_schema())

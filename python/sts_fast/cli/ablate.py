@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,102 +14,72 @@ from rich.table import Table
 from sts_fast import files
 from sts_fast.ablate import Ablation
 from sts_fast.ablate import ablate as run_ablate
+from sts_fast.ablate.ablate import Zeroing
 from sts_fast.ablate.findings import WORDS, main_outcome, short_amount
-from sts_fast.cli.arguments import fields, load_saes, set_threads, typed_command
+from sts_fast.cli.arguments import Places, Threads, set_threads, typed_command
 from sts_fast.cli.console import err, out, progress, say
-from sts_fast.cli.options import (
-    AnswerFieldOption,
-    BatchTokensOption,
-    DemosOption,
-    DeviceMapOption,
-    DeviceOption,
-    DtypeChoice,
-    DtypeOption,
-    HookOption,
-    JsonOption,
-    LayerOption,
-    QuestionFieldOption,
-    SaeDtypeOption,
-    SeedOption,
-    StrictOption,
-    ThreadsOption,
-)
+from sts_fast.cli.options import AsJson, Demos
+from sts_fast.data.options import Option, part
+from sts_fast.data.sets import Fields
 from sts_fast.errors import InputError
-from sts_fast.forecast.run import SCORES_FILE, Run
+from sts_fast.forecast.run import SCORES_FILE, Forecast, Run
 from sts_fast.forecast.score import score
+from sts_fast.model.session import Reading
 from sts_fast.report import build_report
+from sts_fast.sae import SAE
 
 OUTPUT = Path("sts-fast-ablation")
 
 
+@dataclass(frozen=True)
+class Sources:
+    """What the features are zeroed in, and what is asked for; a run's own where it is not said."""
+
+    model: Annotated[str | None, Option("The model, if not where the run says.")] = None
+    tuned: Annotated[str | None, Option("Zero them in this model, after training.")] = None
+    sae: Annotated[str | None, Option("The run's SAE, if not where the run says.")] = None
+    train: Annotated[Path | None, Option("Training set; by default the run's, if it has signed forecasts.")] = None
+    domains: Annotated[list[str] | None, Option("As for score; repeatable.")] = None
+    demos: Demos = None
+    shots: Annotated[int | None, Option("Without a run: demonstrations for D_N.")] = None
+    limit: Annotated[int | None, Option("Without a run: most prompts of a set.")] = None
+
+
+@dataclass(frozen=True)
+class RunPlaces(Places):
+    norm_scaling_factor: Annotated[list[float] | None, Option("As the run was made with.")] = None
+
+
 def ablate(
+    sources: Sources,
+    zeroing: Zeroing,
+    places: RunPlaces,
     run: Annotated[Path | None, typer.Argument(help="Folder of sts-fast score or shift; or none.")] = None,
-    model: Annotated[str | None, typer.Option("--model", help="The model, if not where the run says.")] = None,
-    tuned: Annotated[str | None, typer.Option("--tuned", help="Zero them in this model, after training.")] = None,
-    sae: Annotated[str | None, typer.Option("--sae", help="The run's SAE, if not where the run says.")] = None,
-    train: Annotated[
-        Path | None, typer.Option("--train", help="Training set; by default the run's, if it has signed forecasts.")
-    ] = None,
-    domains: Annotated[list[str] | None, typer.Option("--domains", help="As for score; repeatable.")] = None,
-    demos: DemosOption = None,
-    few_shot: Annotated[
-        bool, typer.Option("--few-shot", help="Ask behind the run's number of demonstrations.")
-    ] = False,
-    top_n: Annotated[int | None, typer.Option("--top-n", help="How many of the most shifted features.")] = None,
-    draws: Annotated[int, typer.Option("--draws", help="Sets of random and of least shifted features.")] = 5,
-    shots: Annotated[int | None, typer.Option("--shots", help="Without a run: demonstrations for D_N.")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="Without a run: most prompts of a set.")] = None,
-    question_field: QuestionFieldOption = None,
-    answer_field: AnswerFieldOption = None,
-    hook: HookOption = None,
-    layer: LayerOption = None,
-    norm_scaling_factor: Annotated[
-        float | None, typer.Option("--norm-scaling-factor", help="As the run was made with.")
-    ] = None,
-    strict: StrictOption = False,
-    dtype: DtypeOption = DtypeChoice.auto,
-    sae_dtype: SaeDtypeOption = None,
-    device: DeviceOption = "auto",
-    device_map: DeviceMapOption = None,
-    batch_tokens: BatchTokensOption = None,
-    threads: ThreadsOption = None,
-    seed: SeedOption = 0,
-    output: Annotated[
-        Path | None, typer.Option("--output", help="Folder for the results; by default the run's own.")
-    ] = None,
-    as_json: JsonOption = False,
+    threads: Threads = None,
+    output: Annotated[Path | None, Option("Folder for the results; by default the run's own.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Zero the shifted features in the running model: does the trained ability go, do the others stay?"""
-    if run is not None and (shots, limit, hook, layer) != (None,) * 4:
+    if run is not None and (sources.shots, sources.limit, places.hook, places.layer) != (None,) * 4:
         raise InputError(
             "--shots, --limit, --hook and --layer are those of the run: leave them out, or make it again with them"
         )
-    source = sae or (None if run is None else Run.load(run).scores["sae"]["source"])
-    if source is None:
+    sae = sources.sae or (None if run is None else Run.load(run).scores["sae"]["source"])
+    if sae is None:
         raise InputError("give the folder of a run, or --model, --sae, --train and --domains")
     folder = output or run or OUTPUT
     set_threads(threads)
     files.prepare_folder(folder)
-    read: dict[str, Any] = {
-        "question_fields": fields("--question-field", question_field),
-        "answer_fields": fields("--answer-field", answer_field),
-        "strict": strict, "dtype": str(dtype), "sae_dtype": sae_dtype and str(sae_dtype), "device": device,
-        "device_map": device_map, "batch_tokens": batch_tokens, "command": typed_command(),
-    }  # fmt: skip
-    factors = None if norm_scaling_factor is None else [norm_scaling_factor]
-    [loaded] = load_saes([source], hook, layer, factors, dtype=read["sae_dtype"])
+    [loaded] = places.load([sae], zeroing.sae_dtype)
     with progress("sets") as tell:
-        forecast: Any = run
-        if run is None:
-            if model is None or train is None or not domains:
-                raise InputError("without the folder of a run, ablate needs --model, --sae, --train and --domains")
-            asked: dict[str, Any] = {"train": train, "domains": domains, "estimators": ("act",), "seed": seed}
-            asked |= {name: n for name, n in (("shots", shots), ("limit", limit), ("top_n", top_n)) if n is not None}
-            forecast = score(model=model, sae=loaded, demos=demos, say=say, **asked, **read)
+        zeroing = replace(zeroing, command=typed_command())
+        forecast: Forecast | Path = _forecast(sources, zeroing, loaded) if run is None else run
+        if isinstance(forecast, Forecast):
             forecast.save(folder)
+        zeroing = replace(zeroing, progress=tell, say=None if run is None else say)
         ablation = run_ablate(
-            forecast, model=tuned or model, sae=loaded, train=train, domains=domains, demos=demos, few_shot=few_shot,
-            top_n=top_n, n_draws=draws, seed=seed, progress=tell, say=None if run is None else say, **read,
+            forecast, model=sources.tuned or sources.model, sae=loaded, train=sources.train, domains=sources.domains,
+            demos=sources.demos, **vars(zeroing),
         )  # fmt: skip
     ablation.save(folder)
     if as_json:
@@ -118,6 +89,24 @@ def ablate(
     if (folder / SCORES_FILE).is_file():
         build_report(folder)
     err.print(f"Results are in {folder}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _forecast(sources: Sources, zeroing: Zeroing, sae: SAE) -> Forecast:
+    """The forecast of a training set whose features are zeroed, where there is no run yet."""
+    if sources.model is None or sources.train is None or not sources.domains:
+        raise InputError("without the folder of a run, ablate needs --model, --sae, --train and --domains")
+    given = {"shots": sources.shots, "limit": sources.limit, "top_n": zeroing.top_n}
+    settings: dict[str, Any] = {
+        **vars(part(Reading, zeroing)),
+        **vars(part(Fields, zeroing)),
+        **{name: value for name, value in given.items() if value is not None},
+        "estimators": ("act",),
+        "seed": zeroing.seed,
+        "say": say,
+    }
+    return score(
+        model=sources.model, sae=sae, train=sources.train, domains=sources.domains, demos=sources.demos, **settings
+    )
 
 
 def _print_ablation(ablation: Ablation) -> None:

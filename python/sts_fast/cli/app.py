@@ -15,6 +15,7 @@ from sts_fast.cli.demo import demo
 from sts_fast.cli.doctor import doctor
 from sts_fast.cli.forecast import compare, score, shift
 from sts_fast.cli.mix import mix
+from sts_fast.cli.options import with_options
 from sts_fast.cli.overlap import overlap
 from sts_fast.cli.rollouts import rollouts
 from sts_fast.cli.validate import report, validate
@@ -45,7 +46,7 @@ def start(
 
 
 for command in (score, compare, shift, rollouts, capture, mix, validate, ablate, overlap, report, demo, doctor):
-    app.command()(command)
+    app.command()(with_options(command))
 
 
 def main() -> None:

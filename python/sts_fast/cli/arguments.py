@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import shlex
 import sys
-from enum import StrEnum
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from sts_fast.data.options import Option
 from sts_fast.errors import InputError
-from sts_fast.ops import _cpu
+from sts_fast.ops import _cpu, backend
 from sts_fast.places import PLACES, place_name, split_name
 from sts_fast.sae import SAE, load_sae
 
 MOST_THREADS = 1024
+Threads = Annotated[int | None, Option("Threads of the core; default: all cores.")]
 
 
 def named_trains(values: list[str]) -> dict[str, Path]:
@@ -28,46 +30,94 @@ def named_trains(values: list[str]) -> dict[str, Path]:
     return trains
 
 
-def load_saes(
-    sources: list[str],
-    hooks: list[str] | None,
-    layers: list[int] | None,
-    factors: list[float] | None,
-    *,
-    dtype: str | None,
-) -> list[SAE]:
-    """The SAEs, with what the command line says of each: an option is given once for all of them, or once for each."""
+@dataclass(frozen=True)
+class Places:
+    """Where SAEs are read: each is said once for all of them, or once for each."""
 
-    def for_each(option: str, values: list[Any] | None) -> list[Any]:
-        if len(values or [None]) not in (1, len(sources)):
-            raise InputError(f"{option} is given {len(values or [])} times for {len(sources)} SAEs: once, or once each")
-        return list(values or [None]) * (len(sources) if len(values or [None]) == 1 else 1)
+    hook: Annotated[
+        list[str] | None,
+        Option(
+            "Where the SAE reads, whatever its files say: blocks.12.hook_mlp_out, or a module's path; once for all "
+            "SAEs, or once for each."
+        ),
+    ] = None
+    layer: Annotated[
+        list[int] | None,
+        Option("Read after this layer (or at the --hook of it), whatever the SAE says; as --hook."),
+    ] = None
+    norm_scaling_factor: Annotated[
+        list[float] | None, Option("What an SAE's input is multiplied by, if its files forgot; as --hook.")
+    ] = None
 
-    chosen = (for_each("--hook", hooks), for_each("--layer", layers), for_each("--norm-scaling-factor", factors))
-    loaded = []
-    for source, hook, layer, factor in zip(sources, *chosen, strict=True):
-        both = hook is not None and layer is not None
-        if both and split_name(hook)[1] is not None:
-            raise InputError(
-                f"--layer and --hook say the same thing: give one of them, or --hook as {', '.join(PLACES)}"
-            )
-        if layer is not None and layer < 0:
-            raise InputError(f"--layer counts from 0, and is not {layer}")
-        if hook is not None and layer is None and hook.removeprefix("hook_") in (*PLACES, "z"):
-            raise InputError(f"--hook {hook} is a place of every layer: say of which, with --layer")
-        where = {"hook": place_name(hook, layer)} if both else {"hook": hook, "layer": layer}
-        loaded.append(load_sae(source, norm_scaling_factor=factor, dtype=dtype, **where))
-    return loaded
+    def load(self, sources: list[str], dtype: str | None) -> list[SAE]:
+        """The SAEs, with what the command line says of each."""
+
+        def for_each(option: str, values: list[Any] | None) -> list[Any]:
+            if len(values or [None]) not in (1, len(sources)):
+                raise InputError(
+                    f"{option} is given {len(values or [])} times for {len(sources)} SAEs: once, or once each"
+                )
+            return list(values or [None]) * (len(sources) if len(values or [None]) == 1 else 1)
+
+        chosen = (
+            for_each("--hook", self.hook),
+            for_each("--layer", self.layer),
+            for_each("--norm-scaling-factor", self.norm_scaling_factor),
+        )
+        loaded = []
+        for source, hook, layer, factor in zip(sources, *chosen, strict=True):
+            both = hook is not None and layer is not None
+            if both and split_name(hook)[1] is not None:
+                raise InputError(
+                    f"--layer and --hook say the same thing: give one of them, or --hook as {', '.join(PLACES)}"
+                )
+            if layer is not None and layer < 0:
+                raise InputError(f"--layer counts from 0, and is not {layer}")
+            if hook is not None and layer is None and hook.removeprefix("hook_") in (*PLACES, "z"):
+                raise InputError(f"--hook {hook} is a place of every layer: say of which, with --layer")
+            where = {"hook": place_name(hook, layer)} if both else {"hook": hook, "layer": layer}
+            loaded.append(load_sae(source, norm_scaling_factor=factor, dtype=dtype, **where))
+        return loaded
 
 
-def fields(option: str, values: list[str] | None) -> dict[str, str]:
-    fields = {}
-    for value in values or []:
-        name, equals, field = value.rpartition("=")
-        if not field or (equals and not name):
-            raise InputError(f"{option} takes FIELD or SET=FIELD, not '{value}'")
-        fields[name] = field
-    return fields
+@dataclass(frozen=True)
+class Core:
+    """How the native core computes."""
+
+    precision: Annotated[str | None, Option("Of the SAE on CUDA: bf16, bf16x2 or fp32; default: by its weights.")] = (
+        None
+    )
+    threads: Threads = None
+
+    def apply(self) -> None:
+        set_threads(self.threads)
+        try:
+            backend.set_precision(self.precision)
+        except ValueError as error:
+            raise InputError(f"--{error}") from error
+
+
+def values_by_set(option: str, rows: list[str] | None, *, number: bool = False) -> dict[str, Any]:
+    """By set, what an option says of it; '' for a field of all sets."""
+    values: dict[str, Any] = {}
+    for row in rows or []:
+        name, equals, text = row.rpartition("=")
+        if number and name in values:
+            raise InputError(f"{option} is given twice for '{name}': give it once")
+        if not text or (not name and (equals or number)):
+            raise InputError(f"{option} takes {'SET=NUMBER' if number else 'FIELD or SET=FIELD'}, not '{row}'")
+        try:
+            values[name] = float(text) if number else text
+        except ValueError as error:
+            raise InputError(f"{option} takes SET=NUMBER, not '{row}'") from error
+    return values
+
+
+def or_none(option: str, number: int) -> int | None:
+    """None for 0, which says on the command line that there is no limit."""
+    if number < 0:
+        raise InputError(f"{option} must be at least 1, or 0 for all, not {number}")
+    return number or None
 
 
 def set_threads(threads: int | None) -> None:
@@ -77,10 +127,6 @@ def set_threads(threads: int | None) -> None:
     if not 1 <= threads <= MOST_THREADS:
         raise InputError(f"--threads must lie between 1 and {MOST_THREADS}, not {threads}")
     _cpu.set_num_threads(threads)
-
-
-def plain_value(value: Any) -> Any:
-    return str(value) if isinstance(value, StrEnum) else value
 
 
 def typed_command() -> str:

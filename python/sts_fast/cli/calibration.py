@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -12,6 +11,8 @@ from rich.table import Table
 from sts_fast import files
 from sts_fast.cli.console import SIDE_WIDTH, err, out
 from sts_fast.errors import InputError
+from sts_fast.files import Document
+from sts_fast.forecast.options import Settings
 from sts_fast.forecast.run import BY_NAME, Forecast
 from sts_fast.outcomes.calibration import Calibration
 from sts_fast.outcomes.calibration.change_text import shown_change, shown_interval, unit_name
@@ -19,15 +20,15 @@ from sts_fast.outcomes.calibration.change_text import shown_change, shown_interv
 OPTIONS = ("dims", "top_n", "tokens", "shots", "domain_shots", "signed_features")
 
 
-def read_calibration(path: Path, estimators: list[str], n_saes: int, options: dict[str, Any]) -> Calibration:
-    """Raises InputError where it cannot serve a forecast with these options, before that is made."""
+def read_calibration(path: Path, settings: Settings, n_saes: int) -> Calibration:
+    """Raises InputError where it cannot serve a forecast with these settings, before that is made."""
     calibration = Calibration.load(path)
     if n_saes > 1:
         raise InputError("a calibration is of one SAE: give --calibration with one --sae")
     estimator = BY_NAME[calibration.estimator].option
-    if estimator not in estimators:
+    if estimator not in settings.estimators:
         raise InputError(f"{path} was learned from '{calibration.estimator}': add {estimator} to --estimators")
-    calibration.check({f"--{name.replace('_', '-')}": options[name] for name in OPTIONS if name in options})
+    calibration.check({f"--{name.replace('_', '-')}": getattr(settings, name) for name in OPTIONS})
     return calibration
 
 
@@ -71,7 +72,7 @@ def print_changes(forecast: Forecast) -> None:
     out.print(learned, highlight=False, markup=False)
 
 
-def print_change_comparison(comparison: dict[str, Any]) -> None:
+def print_change_comparison(comparison: Document) -> None:
     """The change of each domain by training set."""
     changes = comparison["changes"]
     if changes is None:

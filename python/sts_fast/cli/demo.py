@@ -7,12 +7,12 @@ import textwrap
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.table import Table
 
 from sts_fast import files
 from sts_fast.cli.console import err, out, progress
-from sts_fast.cli.options import JsonOption, OutputOption
+from sts_fast.cli.options import AsJson, Output
+from sts_fast.data.options import Option
 from sts_fast.demo import organism
 from sts_fast.demo.demo import PREDICTORS, PRIMARY, SCORE, Demo, run_demo
 from sts_fast.forecast.run import REPORT_FILE
@@ -20,12 +20,12 @@ from sts_fast.statistics import Z_95
 
 
 def demo(
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Fine-tunings on each training set.")] = 1,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the first fine-tuning, and of --retrain.")] = 0,
-    heavy: Annotated[bool, typer.Option("--heavy", help="Train five times as long at a higher rate.")] = False,
-    retrain: Annotated[bool, typer.Option("--retrain", help="Make the model and SAE again first: minutes.")] = False,
-    output: OutputOption = Path("sts-fast-demo"),
-    as_json: JsonOption = False,
+    seeds: Annotated[int, Option("Fine-tunings on each training set.", least=1)] = 1,
+    seed: Annotated[int, Option("Of the first fine-tuning, and of --retrain.", least=0)] = 0,
+    heavy: Annotated[bool, Option("Train five times as long at a higher rate.")] = False,
+    retrain: Annotated[bool, Option("Make the model and SAE again first: minutes.")] = False,
+    output: Output = Path("sts-fast-demo"),
+    as_json: AsJson = False,
 ) -> None:
     """Forecast, really fine-tune and compare, on a small model that comes with the package."""
     files.prepare_folder(output)

@@ -8,24 +8,24 @@ from importlib import metadata
 from typing import Annotated, Any
 
 import numpy as np
-import typer
 from rich.markup import escape
 from rich.table import Table
 
 from sts_fast._version import __version__
 from sts_fast.cli.console import out
-from sts_fast.cli.options import DoctorLayerOption, JsonOption
+from sts_fast.cli.options import AsJson
+from sts_fast.data.options import Option
 from sts_fast.errors import InputError
-from sts_fast.ops import _cpu, cuda
+from sts_fast.ops import _cpu, cuda_kernels
 from sts_fast.ops.encode import encode
 from sts_fast.sae import SAE, load_sae
 from sts_fast.sae.summary import summary
 
 
 def doctor(
-    sae: Annotated[str | None, typer.Option("--sae", help="Also read this SAE and say what was understood.")] = None,
-    layer: DoctorLayerOption = None,
-    as_json: JsonOption = False,
+    sae: Annotated[str | None, Option("Also read this SAE and say what was understood.")] = None,
+    layer: Annotated[int | None, Option("Read after this layer.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Say what is installed, which backend computes, what was understood of an SAE, and check the core."""
     facts: dict[str, Any] = {
@@ -33,7 +33,7 @@ def doctor(
         "python": platform.python_version(),
         **{name: _version(name) for name in ("numpy", "torch", "transformers", "safetensors", "pyarrow", "sae-lens")},
         "CPU core": f"{_cpu.instruction_set()}, {_cpu.get_num_threads()} threads",
-        "CUDA core": cuda.missing_reason() or "ready",
+        "CUDA core": cuda_kernels.missing_reason() or "ready",
         "self-check": _self_check(),
     }
     if sae is not None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Annotated
 
 from sts_fast import files
-from sts_fast.cli.arguments import fields, load_saes, named_trains, plain_value, set_threads, typed_command
+from sts_fast.cli.arguments import Core, Places, named_trains, typed_command
 from sts_fast.cli.calibration import (
     calibrated,
     print_change_comparison,
@@ -18,113 +17,84 @@ from sts_fast.cli.calibration import (
     read_calibration,
 )
 from sts_fast.cli.console import progress, say, show
-from sts_fast.cli.options import (
-    AnswerFieldOption,
-    BatchTokensOption,
-    CalibrationOption,
-    ControlsChoice,
-    ControlsOption,
-    DemosOption,
-    DeviceMapOption,
-    DeviceOption,
-    DimsChoice,
-    DimsOption,
-    DomainShotsOption,
-    DomainsOption,
-    DtypeChoice,
-    DtypeOption,
-    EstimatorsOption,
-    HookOption,
-    JsonOption,
-    LabelsOption,
-    LayerOption,
-    LimitOption,
-    ModelOption,
-    OutputOption,
-    PrecisionOption,
-    QuestionFieldOption,
-    SaeDtypeOption,
-    SaeOption,
-    ScalingOption,
-    SeedOption,
-    ShotsOption,
-    ShowPromptsOption,
-    SignedFeaturesChoice,
-    SignedFeaturesOption,
-    StrictOption,
-    ThreadsOption,
-    TokensChoice,
-    TokensOption,
-    TopNOption,
-    TrainOption,
-    TunedOption,
-)
+from sts_fast.cli.options import AsJson, Demos, Domains, Fixed, Model, Output, SAEs, ShowPrompts, Train
 from sts_fast.cli.tables import (
     by_sae,
     print_agreement,
     print_comparison,
     print_end,
+    print_outlook,
     print_sae,
     print_scores,
     print_shift,
     print_signed,
 )
+from sts_fast.data.options import Option
 from sts_fast.errors import InputError
+from sts_fast.files import Document
 from sts_fast.forecast.compare import comparison, sae_comparison, sae_names
+from sts_fast.forecast.cost import Outlook
+from sts_fast.forecast.options import Dims, Settings
 from sts_fast.forecast.run import COMPARISON_FILE, Forecast, clear_earlier
 from sts_fast.forecast.score import compare as run_compare
-from sts_fast.ops import backend
+from sts_fast.forecast.score import plan
 from sts_fast.report import build_comparison_report, build_report
 
 
+@dataclass(frozen=True)
+class Sources:
+    """What one training set's forecasts are made of."""
+
+    model: Model
+    sae: SAEs
+    train: Train
+    domains: Domains
+    demos: Demos = None
+    tuned: Annotated[str | None, Option("The model after training, for --dims tuned.")] = None
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What the forecasts of several training sets are made of."""
+
+    model: Model
+    sae: SAEs
+    train: Annotated[list[str], Option("A candidate training set: path, or name=path; repeatable.")]
+    domains: Domains
+    demos: Demos = None
+    tuned: None = None
+
+
+@dataclass(frozen=True)
+class ComparedSettings(Settings):
+    dims: Annotated[Dims, Option("icl or active.")] = "icl"
+
+
+@dataclass(frozen=True)
+class How(Core):
+    """What changes no score: what is shown beside it, and how it is computed."""
+
+    calibration: Annotated[
+        Path | None,
+        Option("Forecast changes, with intervals: what sts-fast validate --fit learned."),
+    ] = None
+    show_prompts: ShowPrompts = False
+    dry_run: Annotated[bool, Option("Run nothing; say what would be read, and what that would cost.")] = False
+
+
 def score(
-    model: ModelOption,
-    sae: SaeOption,
-    train: TrainOption,
-    domains: DomainsOption,
-    demos: DemosOption = None,
-    tuned: TunedOption = None,
-    dims: DimsOption = DimsChoice.icl,
-    estimators: EstimatorsOption = "act,icl",
-    signed_features: SignedFeaturesOption = SignedFeaturesChoice.sae,
-    controls: ControlsOption = ControlsChoice.features,
-    shots: ShotsOption = 2,
-    domain_shots: DomainShotsOption = 5,
-    top_n: TopNOption = 100,
-    tokens: TokensOption = TokensChoice.query,
-    limit: LimitOption = 256,
-    question_field: QuestionFieldOption = None,
-    answer_field: AnswerFieldOption = None,
-    hook: HookOption = None,
-    layer: LayerOption = None,
-    norm_scaling_factor: ScalingOption = None,
-    strict: StrictOption = False,
-    dtype: DtypeOption = DtypeChoice.auto,
-    sae_dtype: SaeDtypeOption = None,
-    device: DeviceOption = "auto",
-    device_map: DeviceMapOption = None,
-    batch_tokens: BatchTokensOption = None,
-    labels: LabelsOption = None,
-    calibration: CalibrationOption = None,
-    precision: PrecisionOption = None,
-    threads: ThreadsOption = None,
-    seed: SeedOption = 0,
-    show_prompts: ShowPromptsOption = False,
-    output: OutputOption = Path("sts-fast-run"),
-    as_json: JsonOption = False,
+    sources: Sources,
+    settings: Settings,
+    places: Places,
+    how: How,
+    output: Output = Path("sts-fast-run"),
+    as_json: AsJson = False,
 ) -> None:
     """Forecast how strongly training on a set will move each domain."""
-    forecasts = _forecasts(
-        model, sae, {"train": train}, output,
-        domains=domains, demos=demos, tuned=tuned, dims=dims, estimators=estimators,
-        signed_features=signed_features, controls=controls, shots=shots,
-        domain_shots=domain_shots, top_n=top_n, tokens=tokens, limit=limit, question_field=question_field,
-        answer_field=answer_field, hook=hook, layer=layer,
-        norm_scaling_factor=norm_scaling_factor, strict=strict, dtype=dtype, sae_dtype=sae_dtype, device=device,
-        device_map=device_map, batch_tokens=batch_tokens, labels=labels, calibration=calibration,
-        precision=precision, threads=threads,
-        seed=seed, show_prompts=show_prompts,
-    )  # fmt: skip
+    if how.dry_run:
+        print_outlook(_outlook(sources, {"train": sources.train}, settings, places, how), as_json=as_json)
+        return
+    forecasts = _forecasts(sources, {"train": sources.train}, settings, places, how, output)
     if as_json:
         _write_json(forecasts, output, compared=len(forecasts) > 1)
         return
@@ -139,55 +109,19 @@ def score(
 
 
 def compare(
-    model: ModelOption,
-    sae: SaeOption,
-    train: Annotated[
-        list[str], typer.Option("--train", help="A candidate training set: path, or name=path; repeatable.")
-    ],
-    domains: DomainsOption,
-    demos: DemosOption = None,
-    dims: Annotated[DimsChoice, typer.Option("--dims", help="icl or active.")] = DimsChoice.icl,
-    estimators: EstimatorsOption = "act,icl",
-    signed_features: SignedFeaturesOption = SignedFeaturesChoice.sae,
-    controls: ControlsOption = ControlsChoice.features,
-    shots: ShotsOption = 2,
-    domain_shots: DomainShotsOption = 5,
-    top_n: TopNOption = 100,
-    tokens: TokensOption = TokensChoice.query,
-    limit: LimitOption = 256,
-    question_field: QuestionFieldOption = None,
-    answer_field: AnswerFieldOption = None,
-    hook: HookOption = None,
-    layer: LayerOption = None,
-    norm_scaling_factor: ScalingOption = None,
-    strict: StrictOption = False,
-    dtype: DtypeOption = DtypeChoice.auto,
-    sae_dtype: SaeDtypeOption = None,
-    device: DeviceOption = "auto",
-    device_map: DeviceMapOption = None,
-    batch_tokens: BatchTokensOption = None,
-    labels: LabelsOption = None,
-    calibration: CalibrationOption = None,
-    precision: PrecisionOption = None,
-    threads: ThreadsOption = None,
-    seed: SeedOption = 0,
-    show_prompts: ShowPromptsOption = False,
-    output: OutputOption = Path("sts-fast-compare"),
-    as_json: JsonOption = False,
+    sources: Candidates,
+    settings: ComparedSettings,
+    places: Places,
+    how: How,
+    output: Output = Path("sts-fast-compare"),
+    as_json: AsJson = False,
 ) -> None:
     """Forecast several candidate training sets side by side, each domain passed through the model once."""
-    trains = named_trains(train)
-    forecasts = _forecasts(
-        model, sae, trains, output, by_train=True,
-        domains=domains, demos=demos, dims=dims, estimators=estimators,
-        signed_features=signed_features, controls=controls, shots=shots,
-        domain_shots=domain_shots, top_n=top_n, tokens=tokens, limit=limit, question_field=question_field,
-        answer_field=answer_field, hook=hook, layer=layer,
-        norm_scaling_factor=norm_scaling_factor, strict=strict, dtype=dtype, sae_dtype=sae_dtype, device=device,
-        device_map=device_map, batch_tokens=batch_tokens, labels=labels, calibration=calibration,
-        precision=precision, threads=threads,
-        seed=seed, show_prompts=show_prompts,
-    )  # fmt: skip
+    trains = named_trains(sources.train)
+    if how.dry_run:
+        print_outlook(_outlook(sources, trains, settings, places, how), as_json=as_json)
+        return
+    forecasts = _forecasts(sources, trains, settings, places, how, output, by_train=True)
     if as_json:
         _write_json(forecasts, output, compared=True)
         return
@@ -201,43 +135,21 @@ def compare(
 
 
 def shift(
-    model: ModelOption,
-    sae: SaeOption,
-    train: TrainOption,
-    demos: DemosOption = None,
-    tuned: TunedOption = None,
-    dims: DimsOption = DimsChoice.icl,
-    shots: ShotsOption = 2,
-    top_n: TopNOption = 100,
-    tokens: TokensOption = TokensChoice.query,
-    limit: LimitOption = 256,
-    question_field: QuestionFieldOption = None,
-    answer_field: AnswerFieldOption = None,
-    hook: HookOption = None,
-    layer: LayerOption = None,
-    norm_scaling_factor: ScalingOption = None,
-    strict: StrictOption = False,
-    dtype: DtypeOption = DtypeChoice.auto,
-    sae_dtype: SaeDtypeOption = None,
-    device: DeviceOption = "auto",
-    device_map: DeviceMapOption = None,
-    batch_tokens: BatchTokensOption = None,
-    precision: PrecisionOption = None,
-    threads: ThreadsOption = None,
-    seed: SeedOption = 0,
-    show_prompts: ShowPromptsOption = False,
-    output: OutputOption = Path("sts-fast-run"),
-    as_json: JsonOption = False,
+    sources: Annotated[Sources, Fixed(domains=[])],
+    settings: Annotated[
+        Settings,
+        Fixed(estimators=("act",), domain_shots=1, signed_features="sae", controls="features", labels=None),
+    ],
+    places: Places,
+    how: Annotated[How, Fixed(calibration=None)],
+    output: Output = Path("sts-fast-run"),
+    as_json: AsJson = False,
 ) -> None:
     """Measure which features a training set shifts, without scoring any domain."""
-    forecasts = _forecasts(
-        model, sae, {"train": train}, output,
-        domains=[], demos=demos, tuned=tuned, dims=dims, estimators="act", shots=shots, domain_shots=1, top_n=top_n,
-        tokens=tokens, limit=limit, question_field=question_field, answer_field=answer_field, hook=hook, layer=layer,
-        norm_scaling_factor=norm_scaling_factor, strict=strict,
-        dtype=dtype, sae_dtype=sae_dtype, device=device, device_map=device_map, batch_tokens=batch_tokens,
-        precision=precision, threads=threads, seed=seed, show_prompts=show_prompts,
-    )  # fmt: skip
+    if how.dry_run:
+        print_outlook(_outlook(sources, {"train": sources.train}, settings, places, how), as_json=as_json)
+        return
+    forecasts = _forecasts(sources, {"train": sources.train}, settings, places, how, output)
     if as_json:
         _write_json(forecasts, output, compared=len(forecasts) > 1)
         return
@@ -247,46 +159,67 @@ def shift(
     print_end(forecasts, output)
 
 
+def _outlook(
+    sources: Sources | Candidates, trains: dict[str, Path], settings: Settings, places: Places, how: How
+) -> Outlook:
+    """What the forecasts of some training sets will read and cost."""
+    how.apply()
+    _check_trains(trains)
+    return plan(
+        model=sources.model,
+        sae=places.load(sources.sae, settings.sae_dtype),
+        trains=trains,
+        domains=sources.domains,
+        demos=sources.demos,
+        tuned=sources.tuned,
+        **vars(replace(settings, say=say, show=show if how.show_prompts else None)),
+    )
+
+
+def _check_trains(trains: dict[str, Path]) -> None:
+    for train in trains.values():
+        if not train.exists():
+            raise InputError(f"there is no training set {train}: give a file or folder with --train")
+
+
 def _forecasts(
-    model: str, saes: list[str], trains: dict[str, Path], output: Path, *, by_train: bool = False, **options: Any
+    sources: Sources | Candidates,
+    trains: dict[str, Path],
+    settings: Settings,
+    places: Places,
+    how: How,
+    output: Path,
+    *,
+    by_train: bool = False,
 ) -> list[Forecast]:
     """Runs the forecasts of one or more training sets with one or more SAEs, and saves each in its folder.
 
     The folder is `output` itself, with one below it for each of several SAEs, and there for each of several training
     set if they are kept apart `by_train`.
     """
-    threads, precision = options.pop("threads"), options.pop("precision")
-    sae_dtype, limit = options.pop("sae_dtype"), options.pop("limit")
-    estimators = [name.strip() for name in options.pop("estimators").split(",")]
-    calibration_file = options.pop("calibration", None)
-    calibration = calibration_file and read_calibration(calibration_file, estimators, len(saes), options)
+    calibration = None
+    if how.calibration is not None:
+        calibration = read_calibration(how.calibration, settings, len(sources.sae))
     files.prepare_folder(output)
-    set_threads(threads)
-    try:
-        backend.set_precision(precision)
-    except ValueError as error:
-        raise InputError(f"--{error}") from error
-    for train in trains.values():
-        if not train.exists():
-            raise InputError(f"there is no training set {train}: give a file or folder with --train")
-    sae_dtype = sae_dtype and str(sae_dtype)
-    where = options.pop("hook"), options.pop("layer"), options.pop("norm_scaling_factor")
-    loaded = load_saes(saes, *where, dtype=sae_dtype)
+    how.apply()
+    _check_trains(trains)
+    loaded = places.load(sources.sae, settings.sae_dtype)
     with progress() as tell:
-        of_saes = run_compare(
-            model=model,
-            sae=loaded,
-            trains=trains,
-            estimators=estimators,
-            limit=limit or None,
-            question_fields=fields("--question-field", options.pop("question_field")),
-            answer_fields=fields("--answer-field", options.pop("answer_field")),
-            sae_dtype=sae_dtype,
+        settings = replace(
+            settings,
             command=typed_command(),
             progress=tell,
             say=say,
-            show=show if options.pop("show_prompts") else None,
-            **{name: plain_value(value) for name, value in options.items()},
+            show=show if how.show_prompts else None,
+        )
+        of_saes = run_compare(
+            model=sources.model,
+            sae=loaded,
+            trains=trains,
+            domains=sources.domains,
+            demos=sources.demos,
+            tuned=sources.tuned,
+            **vars(settings),
         )
     names = sae_names([(sae.source, sae.hook_name) for sae in loaded])
     refused: str | None = None
@@ -295,9 +228,9 @@ def _forecasts(
     for of_sae, forecasts in zip(folders, of_saes, strict=True):
         for name, forecast in forecasts.items():
             folder = of_sae / name if by_train else of_sae
-            if calibration is not None:
+            if calibration is not None and how.calibration is not None:
                 try:
-                    forecasts[name] = forecast = calibrated(forecast, calibration, calibration_file)
+                    forecasts[name] = forecast = calibrated(forecast, calibration, how.calibration)
                 except InputError as error:  # the scores are good all the same
                     refused = f"{error}; the scores without changes are in {output}"
             forecast.save(folder)
@@ -314,7 +247,7 @@ def _forecasts(
     return everything
 
 
-def _save_comparison(comparison: dict[str, Any], folder: Path) -> None:
+def _save_comparison(comparison: Document, folder: Path) -> None:
     with files.atomic_path(folder / COMPARISON_FILE) as path:
         path.write_text(files.to_json(comparison), encoding="utf-8")
 

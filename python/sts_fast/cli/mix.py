@@ -3,125 +3,58 @@
 from __future__ import annotations
 
 import sys
-from enum import StrEnum
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.markup import escape
 from rich.table import Table
 
 from sts_fast import files
-from sts_fast.cli.arguments import fields, load_saes, set_threads, typed_command
+from sts_fast.cli.arguments import Places, Threads, set_threads, typed_command
 from sts_fast.cli.console import err, out, progress, say
-from sts_fast.cli.options import (
-    AnswerFieldOption,
-    BatchTokensOption,
-    DeviceMapOption,
-    DeviceOption,
-    DomainsOption,
-    DtypeChoice,
-    DtypeOption,
-    HookOption,
-    JsonOption,
-    LayerOption,
-    LimitOption,
-    QuestionFieldOption,
-    SaeDtypeOption,
-    ScalingOption,
-    SeedOption,
-    StrictOption,
-    ThreadsOption,
-    TrainOption,
-)
-from sts_fast.errors import InputError
-from sts_fast.forecast.run import SIZES
-from sts_fast.mix.mix import LOSS_LEFT, MIXED_FILE, MixedSet, Mixture
+from sts_fast.cli.options import AsJson, Domains, Train
+from sts_fast.data.options import Option
+from sts_fast.mix.mix import MIXED_FILE, MixedSet, Mixing, Mixture
 from sts_fast.mix.mix import mix as run_mix
 
 
-class RuleChoice(StrEnum):
-    forecast = "forecast"
-    proportional = "proportional"
-    uniform = "uniform"
+@dataclass(frozen=True)
+class Sources:
+    """What is mixed, and what the rule goes by."""
+
+    train: Train
+    domains: Domains
+    budget: Annotated[int, Option("How many examples to add to the training set.")]
+    model: Annotated[str | None, Option("Model: folder or hub id; for a forecast.")] = None
+    sae: Annotated[str | None, Option("SAE of the model, as for score; for a forecast.")] = None
+    run: Annotated[
+        Path | None, Option("Run of sts-fast score over these domains, for --rule proportional.", "--from")
+    ] = None
 
 
 def mix(
-    train: TrainOption,
-    domains: DomainsOption,
-    budget: Annotated[int, typer.Option("--budget", help="How many examples to add to the training set.")],
-    rule: Annotated[
-        RuleChoice, typer.Option("--rule", help="Least forecast loss; in proportion to STS (--from); or evenly.")
-    ] = RuleChoice.forecast,
-    model: Annotated[str | None, typer.Option("--model", help="Model: folder or hub id; for a forecast.")] = None,
-    sae: Annotated[str | None, typer.Option("--sae", help="SAE of the model, as for score; for a forecast.")] = None,
-    run: Annotated[
-        Path | None, typer.Option("--from", help="Run of sts-fast score over these domains, for --rule proportional.")
-    ] = None,
-    estimator: Annotated[
-        str | None, typer.Option("--estimator", help=f"Which scores of that run: {', '.join(SIZES)}.")
-    ] = None,
-    weight: Annotated[
-        list[str] | None, typer.Option("--weight", help="What a set's loss counts, as law=2 or train=0.5; repeatable.")
-    ] = None,
-    protect: Annotated[
-        list[str] | None, typer.Option("--protect", help="A domain that counts, where others do not; repeatable.")
-    ] = None,
-    loss_left: Annotated[
-        float, typer.Option("--loss-left", help="Share of the training set's loss that training alone would leave.")
-    ] = LOSS_LEFT,
-    limit: LimitOption = 64,
-    question_field: QuestionFieldOption = None,
-    answer_field: AnswerFieldOption = None,
-    hook: HookOption = None,
-    layer: LayerOption = None,
-    norm_scaling_factor: ScalingOption = None,
-    strict: StrictOption = False,
-    dtype: DtypeOption = DtypeChoice.auto,
-    sae_dtype: SaeDtypeOption = None,
-    device: DeviceOption = "auto",
-    device_map: DeviceMapOption = None,
-    batch_tokens: BatchTokensOption = None,
-    threads: ThreadsOption = None,
-    seed: SeedOption = 0,
-    output: Annotated[Path, typer.Option("--output", help="Folder for mix.json and the mixed training set.")] = Path(
-        "sts-fast-mix"
-    ),
-    as_json: JsonOption = False,
+    sources: Sources,
+    mixing: Mixing,
+    places: Places,
+    threads: Threads = None,
+    output: Annotated[Path, Option("Folder for mix.json and the mixed training set.")] = Path("sts-fast-mix"),
+    as_json: AsJson = False,
 ) -> None:
     """Say what to mix into a training set so that other abilities keep, and write the mixed set."""
-    if limit < 0:
-        raise InputError(f"--limit must be at least 1, or 0 for all, not {limit}")
     set_threads(threads)
     files.prepare_folder(output)
-    where, held_as = (hook, layer, norm_scaling_factor), sae_dtype and str(sae_dtype)
-    loaded = None if sae is None else load_saes([sae], *where, dtype=held_as)[0]
+    loaded = None if sources.sae is None else places.load([sources.sae], mixing.sae_dtype)[0]
     with progress() as tell:
+        mixing = replace(mixing, command=typed_command(), progress=tell, say=say)
         mixture = run_mix(
-            train=train,
-            domains=domains,
-            budget=budget,
-            rule=str(rule),  # type: ignore[arg-type]
-            model=model,
+            train=sources.train,
+            domains=sources.domains,
+            budget=sources.budget,
+            model=sources.model,
             sae=loaded,
-            scores=run,
-            estimator=estimator,
-            weights=_weights(weight or []),
-            protect=protect or [],
-            loss_left=loss_left,
-            limit=limit or None,
-            seed=seed,
-            strict=strict,
-            dtype=str(dtype),
-            sae_dtype=held_as,
-            device=device,
-            device_map=device_map,
-            batch_tokens=batch_tokens,
-            question_fields=fields("--question-field", question_field),
-            answer_fields=fields("--answer-field", answer_field),
-            command=typed_command(),
-            progress=tell,
-            say=say,
+            scores=sources.run,
+            **vars(mixing),
         )
     mixture.save(output)
     if as_json:
@@ -129,21 +62,6 @@ def mix(
     else:
         _print_mixture(mixture)
     err.print(f"Train on {output / MIXED_FILE}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _weights(values: list[str]) -> dict[str, float]:
-    weights = {}
-    for value in values:
-        name, equals, number = value.rpartition("=")
-        if name in weights:
-            raise InputError(f"--weight is given twice for '{name}': give it once")
-        try:
-            weights[name] = float(number)
-        except ValueError:
-            equals = ""
-        if not equals:
-            raise InputError(f"--weight takes SET=NUMBER, not '{value}'")
-    return weights
 
 
 def _print_mixture(mixture: Mixture) -> None:

@@ -1,147 +1,140 @@
-"""The options, each declared once, in the order in which commands show them."""
+"""Commands take dataclasses of options (see data.options); here they become the options that typer knows."""
 
 from __future__ import annotations
 
-from enum import StrEnum
+import functools
+import inspect
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
 
-from sts_fast.forecast.run import ESTIMATOR_OPTIONS, SIGNED, SIZES
+from sts_fast.cli.arguments import or_none, values_by_set
+from sts_fast.data.options import Option, annotations_of, check, element_choices_of, option_of, type_of
 
-_SIGNED_OPTIONS = [name for name in ESTIMATOR_OPTIONS if name in SIGNED]
-
-
-class DimsChoice(StrEnum):
-    icl = "icl"
-    tuned = "tuned"
-    active = "active"
-
-
-class TokensChoice(StrEnum):
-    query = "query"
-    last = "last"
-    answer = "answer"
-    all = "all"
-
-
-class ControlsChoice(StrEnum):
-    features = "features"
-    all = "all"
-
-
-class SignedFeaturesChoice(StrEnum):
-    sae = "sae"
-    fired = "fired"
-    raw = "raw"
-
-
-class DtypeChoice(StrEnum):
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class SaeDtypeChoice(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-StrictOption = Annotated[bool, typer.Option("--strict", help="Stop where an SAE does not seem to fit the model.")]
-ModelOption = Annotated[str, typer.Option("--model", help="Model: folder or hub id; or a folder of sts-fast capture.")]
-SaeOption = Annotated[
+Model = Annotated[str, Option("Model: folder or hub id; or a folder of sts-fast capture.")]
+SAEs = Annotated[
     list[str],
-    typer.Option(
-        "--sae",
-        help="SAE: folder or file, release/id as sae-lens names it, or owner/repository:folder of the hub; repeatable: "
+    Option(
+        "SAE: folder or file, release/id as sae-lens names it, or owner/repository:folder of the hub; repeatable: "
         "several share every forward pass.",
     ),
 ]
-TrainOption = Annotated[Path, typer.Option("--train", help="Training set: file or folder of questions and answers.")]
-DomainsOption = Annotated[
-    list[str],
-    typer.Option("--domains", help="name=path, a folder of files, or a file with a category column; repeatable."),
-]
-DemosOption = Annotated[
-    list[str] | None,
-    typer.Option("--demos", help="Demonstrations: name=path (train=path for the training set); repeatable."),
-]
-TunedOption = Annotated[str | None, typer.Option("--tuned", help="The model after training, for --dims tuned.")]
-DimsOption = Annotated[DimsChoice, typer.Option("--dims", help="What the shifted features are taken from.")]
-EstimatorsOption = Annotated[
-    str,
-    typer.Option(
-        "--estimators",
-        help=f"Comma-separated, of: {', '.join(SIZES)}; with a sign, from answers: {', '.join(_SIGNED_OPTIONS)}.",
-    ),
-]
-SignedFeaturesOption = Annotated[
-    SignedFeaturesChoice,
-    typer.Option("--signed-features", help="What signed estimators are written in: activations, firings, residuals."),
-]
-ControlsOption = Annotated[
-    ControlsChoice,
-    typer.Option("--controls", help="features, or all: also the base model's loss and accuracy (needs answers)."),
-]
-LabelsOption = Annotated[Path | None, typer.Option("--labels", help="Feature labels, a Neuronpedia export.")]
-ShotsOption = Annotated[int, typer.Option("--shots", help="Demonstrations of the training set.")]
-DomainShotsOption = Annotated[int, typer.Option("--domain-shots", help="Demonstrations of each domain, for icl.")]
-TopNOption = Annotated[int, typer.Option("--top-n", help="How many of the most shifted features are followed.")]
-TokensOption = Annotated[TokensChoice, typer.Option("--tokens", help="Which tokens are read.")]
-LimitOption = Annotated[int, typer.Option("--limit", help="Most prompts of a set, drawn at random; 0 for all.")]
-QuestionFieldOption = Annotated[
-    list[str] | None,
-    typer.Option("--question-field", help="Column of the questions: FIELD, or SET=FIELD for one set; repeatable."),
-]
-AnswerFieldOption = Annotated[
-    list[str] | None,
-    typer.Option("--answer-field", help="Column of the answers: FIELD, or SET=FIELD for one set; repeatable."),
-]
-HookOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--hook",
-        help="Where the SAE reads, whatever its files say: blocks.12.hook_mlp_out, or a module's path; once for all "
-        "SAEs, or once for each.",
-    ),
-]
-LayerOption = Annotated[
-    list[int] | None,
-    typer.Option("--layer", help="Read after this layer (or at the --hook of it), whatever the SAE says; as --hook."),
-]
-DoctorLayerOption = Annotated[int | None, typer.Option("--layer", help="Read after this layer.")]
-ScalingOption = Annotated[
-    list[float] | None,
-    typer.Option("--norm-scaling-factor", help="What an SAE's input is multiplied by, if its files forgot; as --hook."),
-]
-DtypeOption = Annotated[DtypeChoice, typer.Option("--dtype", help="Of the model; auto is float32 on the CPU.")]
-SaeDtypeOption = Annotated[SaeDtypeChoice | None, typer.Option("--sae-dtype", help="Of the SAE; default: as stored.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto takes CUDA if present.")]
-DeviceMapOption = Annotated[
-    str | None,
-    typer.Option(
-        "--device-map",
-        help="Spread the model: auto, balanced, balanced_low_0 or sequential (GPUs, then memory, then disk), cpu, or "
-        "disk (layers stay there).",
-    ),
-]
-BatchTokensOption = Annotated[
-    int | None, typer.Option("--batch-tokens", help="Most tokens of one forward pass; default: what memory allows.")
-]
-PrecisionOption = Annotated[
-    str | None,
-    typer.Option("--precision", help="Of the SAE on CUDA: bf16, bf16x2 or fp32; default: by its weights."),
-]
-CalibrationOption = Annotated[
-    Path | None,
-    typer.Option("--calibration", help="Forecast changes, with intervals: what sts-fast validate --fit learned."),
-]
-ThreadsOption = Annotated[int | None, typer.Option("--threads", help="Threads of the core; default: all cores.")]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Of the sample of prompts and the intervals.")]
-OutputOption = Annotated[Path, typer.Option("--output", help="Folder for the results.")]
-ShowPromptsOption = Annotated[
-    bool, typer.Option("--show-prompts", help="Print the first prompt of each set as it is sent, to standard error.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the results as JSON instead of tables.")]
+Train = Annotated[Path, Option("Training set: file or folder of questions and answers.")]
+Domains = Annotated[list[str], Option("name=path, a folder of files, or a file with a category column; repeatable.")]
+Demos = Annotated[list[str] | None, Option("Demonstrations: name=path (train=path for the training set); repeatable.")]
+ShowPrompts = Annotated[bool, Option("Print the first prompt of each set as it is sent, to standard error.")]
+Output = Annotated[Path, Option("Folder for the results.")]
+AsJson = Annotated[bool, Option("Print the results as JSON instead of tables.", "--json")]
+
+
+class Fixed:
+    """In the annotation of a command's parameter: fields of its dataclass that the command sets, and does not offer."""
+
+    def __init__(self, **values: Any) -> None:
+        self.values = values
+
+
+@dataclass(frozen=True)
+class Flag:
+    """An option of a command: what typer is to make of it, and what makes the field's value of what was typed."""
+
+    parameter: inspect.Parameter
+    read: Callable[[Any], Any]
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """A command as typer takes it.
+
+    A parameter that is a dataclass becomes one option for each field that has an `Option`; a field that two of them
+    have is one option, which stands where it comes last. A parameter with an `Option` of its own becomes that option,
+    and any other is left as it is.
+    """
+    flags: dict[str, Flag] = {}
+    made: dict[str, Callable[[dict[str, Any]], Any]] = {}
+    hints = get_type_hints(command, include_extras=True)
+    for name, parameter in inspect.signature(command).parameters.items():
+        annotation = hints[name]
+        if is_dataclass(kind := type_of(annotation)):
+            fixed = next((one.values for one in get_args(annotation)[1:] if isinstance(one, Fixed)), {})
+            of_kind = _flags_of(kind, fixed)
+            for field in of_kind:
+                flags.pop(field, None)
+            flags |= of_kind
+            made[name] = functools.partial(_make, kind, fixed, list(of_kind))
+        else:
+            default = MISSING if parameter.default is parameter.empty else parameter.default
+            as_it_is = Flag(parameter.replace(annotation=annotation, kind=parameter.KEYWORD_ONLY), lambda typed: typed)
+            flags[name] = as_it_is if option_of(annotation) is None else _flag(name, annotation, default)
+            made[name] = operator.itemgetter(name)
+
+    @functools.wraps(command)
+    def run(**typed: Any) -> None:
+        values = {name: flags[name].read(value) for name, value in typed.items()}
+        command(**{name: make(values) for name, make in made.items()})
+
+    parameters = [flag.parameter for flag in flags.values()]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _flags_of(kind: Any, fixed: Mapping[str, Any]) -> dict[str, Flag]:
+    """By field, the options of a dataclass that are not fixed."""
+    defaults = {
+        field.name: field.default if field.default_factory is MISSING else field.default_factory()
+        for field in fields(kind)
+    }
+    return {
+        name: _flag(name, annotation, defaults[name])
+        for name, annotation in annotations_of(kind).items()
+        if option_of(annotation) is not None and name not in fixed
+    }
+
+
+def _make(kind: Any, fixed: Mapping[str, Any], offered: Sequence[str], values: dict[str, Any]) -> Any:
+    return kind(**fixed, **{name: values[name] for name in offered})
+
+
+def _flag(name: str, annotation: Any, default: Any) -> Flag:
+    option = option_of(annotation)
+    assert option is not None
+    word = option.on_command_line(name)
+    kind, default, read = _typed(word, type_of(annotation), default)
+    parameter = inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        annotation=Annotated[kind, typer.Option(word, help=option.help)],
+        default=inspect.Parameter.empty if default is MISSING else default,
+    )
+
+    def checked(typed: Any) -> Any:
+        value = read(typed)
+        check(name, annotation, value)
+        return value
+
+    return Flag(parameter, checked)
+
+
+def _typed(word: str, kind: Any, default: Any) -> tuple[Any, Any, Callable[[Any], Any]]:
+    """A field's type and default on the command line, and what reads its value from there.
+
+    Names from a list are separated by commas; of other sequences and of mappings the option is repeated; a number that
+    may be None, but is not by default, is 0 for it.
+    """
+    parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    if element_choices_of(kind):
+        return str, ",".join(default), lambda typed: tuple(name.strip() for name in typed.split(","))
+    if get_origin(kind) is Mapping:
+        return list[str] | None, None, functools.partial(values_by_set, word, number=get_args(kind)[1] is float)
+    if get_origin(kind) is Sequence:
+        return list[str] | None, None, lambda typed: tuple(typed or ())
+    if {*parts} == {int, type(None)} and isinstance(default, int):
+        return int, default, functools.partial(or_none, word)
+    if len(parts) > 2:  # files, and what is a text or something else in Python
+        return (Path if Path in parts else str) | None, default, lambda typed: typed
+    return kind, default, lambda typed: typed

@@ -12,14 +12,14 @@ from rich.table import Table
 
 from sts_fast import files
 from sts_fast.cli.console import out
-from sts_fast.cli.options import JsonOption
+from sts_fast.cli.options import AsJson
 from sts_fast.forecast.overlap import overlap as find_overlap
 
 
 def overlap(
     reference: Annotated[Path, typer.Argument(help="Run whose shifted features are to be found, as of --dims tuned.")],
     runs: Annotated[list[Path], typer.Argument(help="Runs that may have found them, of the same SAE.")],
-    as_json: JsonOption = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say how many of one run's shifted features others found: predicted against true, beside chance."""
     found = find_overlap(reference, runs)

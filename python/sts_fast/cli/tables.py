@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
+from sts_fast import files
 from sts_fast.cli.console import BAR_WIDTH, SIDE_WIDTH, err, out
+from sts_fast.files import Document
 from sts_fast.forecast.compare import sae_comparison
+from sts_fast.forecast.cost import Outlook
 from sts_fast.forecast.run import BY_NAME, SIGNED, SIZES, Estimator, Forecast, Score
 
 
@@ -88,7 +91,7 @@ def print_signed(forecast: Forecast) -> None:
         out.print(table)
 
 
-def print_comparison(comparison: dict[str, Any]) -> None:
+def print_comparison(comparison: Document) -> None:
     for names in (SIZES, SIGNED):
         for estimator in (BY_NAME[name] for name in names if name in comparison["scores"]):
             out.print(_comparison_table(comparison, estimator))
@@ -101,7 +104,7 @@ def print_comparison(comparison: dict[str, Any]) -> None:
             )
 
 
-def _comparison_table(comparison: dict[str, Any], estimator: Estimator) -> Table:
+def _comparison_table(comparison: Document, estimator: Estimator) -> Table:
     columns = [comparison["scores"][estimator.name][train["name"]] for train in comparison["trains"]]
     table = Table(title=_title(estimator), title_justify="left")
     table.add_column("domain")
@@ -146,6 +149,42 @@ def print_end(forecasts: list[Forecast], output: Path) -> None:
             continue
         err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     err.print(f"Results are in {output}", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_outlook(outlook: Outlook, *, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(files.to_json(outlook.to_dict()))
+        return
+    table = Table(title="What will be read", title_justify="left")
+    for column in ("set", "for"):
+        table.add_column(column)
+    for column in ("prompts", "left out", "tokens"):
+        table.add_column(column, justify="right")
+    for planned in outlook.sets:
+        left_out = planned.n_too_long + planned.n_unanswered
+        table.add_row(escape(planned.name), planned.use, str(planned.n_prompts), str(left_out), f"{planned.n_tokens:,}")
+    out.print(table)
+    for planned in outlook.sets:
+        if planned.use == "answers":
+            continue
+        first = f"“{' '.join(planned.first.split())[:60]}…”" if planned.first else "nothing"
+        lines = [f"{planned.name} asks {first}"]
+        lines += [f"{role} from {', '.join(names)}" for role, names in (planned.columns or {}).items()]
+        lines += [f"not read: {', '.join(planned.unread)}"] if planned.unread else []
+        out.print("; ".join(lines), highlight=False, markup=False, soft_wrap=True)
+    cost = outlook.cost
+    whole = f", and {cost.n_answer_tokens:,} tokens through the whole model" if cost.n_answer_tokens else ""
+    out.print(
+        f"{cost.n_passes:,} forward passes of {cost.n_tokens:,} tokens up to the hook{whole}: about "
+        f"{_duration(cost.seconds)} and {cost.memory_bytes / 1e9:.1f} GB of memory, loading the model not counted.",
+        highlight=False,
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def by_sae(forecasts: list[Forecast]) -> list[list[Forecast]]:

@@ -10,9 +10,11 @@ import typer
 
 from sts_fast import files
 from sts_fast.cli.console import err, out
-from sts_fast.cli.options import JsonOption, SeedOption
+from sts_fast.cli.options import AsJson
+from sts_fast.data.options import Option
+from sts_fast.data.sets import Seed
 from sts_fast.errors import InputError
-from sts_fast.forecast.run import BY_NAME, VALIDATION_FILE
+from sts_fast.forecast.run import BY_NAME
 from sts_fast.outcomes.calibration import fit_calibration
 from sts_fast.outcomes.calibration.calibration import CALIBRATION_FILE
 from sts_fast.outcomes.validate import validate as run_validate
@@ -21,20 +23,14 @@ from sts_fast.report import build_report
 
 def validate(
     runs: Annotated[list[Path], typer.Argument(help="Folder that sts-fast score wrote; several, or theirs, to --fit.")],
-    before: Annotated[
-        Path | None, typer.Option("--before", help="Evaluation before training; or a CSV with the changes.")
-    ] = None,
-    after: Annotated[Path | None, typer.Option("--after", help="Evaluation after training.")] = None,
-    metric: Annotated[str | None, typer.Option("--metric", help="Such as acc, or exact_match,strict-match.")] = None,
-    estimator: Annotated[str | None, typer.Option("--estimator", help=f"Whose scores: {', '.join(BY_NAME)}.")] = None,
-    fit: Annotated[
-        bool, typer.Option("--fit", help="Learn from past runs, each validated, to forecast changes with intervals.")
-    ] = False,
-    output: Annotated[Path, typer.Option("--output", help="Of --fit: file for score --calibration.")] = Path(
-        CALIBRATION_FILE
-    ),
-    seed: SeedOption = 0,
-    as_json: JsonOption = False,
+    before: Annotated[Path | None, Option("Evaluation before training; or a CSV with the changes.")] = None,
+    after: Annotated[Path | None, Option("Evaluation after training.")] = None,
+    metric: Annotated[str | None, Option("Such as acc, or exact_match,strict-match.")] = None,
+    estimator: Annotated[str | None, Option(f"Whose scores: {', '.join(BY_NAME)}.")] = None,
+    fit: Annotated[bool, Option("Learn from past runs, each validated, to forecast changes with intervals.")] = False,
+    output: Annotated[Path, Option("Of --fit: file for score --calibration.")] = Path(CALIBRATION_FILE),
+    seed: Seed = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Hold a forecast against what really changed, and say how much that can tell; or learn from many such runs."""
     if fit:
@@ -48,12 +44,10 @@ def validate(
         raise InputError("--before is missing: give the evaluation before training, or a CSV with the changes")
     run = runs[0]
     result = run_validate(run, before=before, after=after, metric=metric, estimator=estimator or "act", seed=seed)
-    text = files.to_json(result.to_dict())
     if run.is_dir():
-        with files.atomic_path(run / VALIDATION_FILE) as path:
-            path.write_text(text, encoding="utf-8")
+        result.save(run)
         build_report(run)
-    sys.stdout.write(text if as_json else result.to_text() + "\n")
+    sys.stdout.write(files.to_json(result.to_dict()) if as_json else result.to_text() + "\n")
     for warning in result.warnings:
         err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 

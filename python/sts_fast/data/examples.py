@@ -11,8 +11,8 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from sts_fast.data.tables import Row, domain_files, file_rows, listed, train_files
-from sts_fast.errors import InputError
+from sts_fast.data.tables import Row, domain_files, file_rows, train_files
+from sts_fast.errors import InputError, listed
 
 Turn = tuple[str, str]
 

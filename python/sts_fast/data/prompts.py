@@ -49,6 +49,7 @@ class Prompt:
     paired_demos: [n_pairs] int32, positions in demos_ids; entry i is the same token as paired[i]
     n_special:    tokens of the query that are not read because they are special
     n_straddling: tokens that are not read because only a part of them is the user's, and the rest the template's
+    question:     the query as the user gave it, without template, demonstrations and earlier turns; None if not known
     """
 
     id: str
@@ -59,6 +60,7 @@ class Prompt:
     paired_demos: IntArray
     n_special: int
     n_straddling: int = 0
+    question: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,12 @@ class PromptSet:
     n_too_long: int
     n_unanswered: int
     warnings: tuple[str, ...] = ()
+
+    @property
+    def questions(self) -> tuple[str, ...] | None:
+        """The text of every query; None where one of them is not known."""
+        texts = tuple(prompt.question for prompt in self.prompts if prompt.question is not None)
+        return texts if len(texts) == len(self.prompts) else None
 
 
 class PromptTemplate:
@@ -397,6 +405,7 @@ def _pair(
         paired_demos=paired_demos,
         n_special=int(((owners >= 0) & special).sum()),
         n_straddling=int(((owners == STRADDLING) & ~special).sum()),
+        question=query.question,
     )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
 
 from sts_fast.data.examples import Example, ReadColumns, read_domains, read_examples
+from sts_fast.data.options import Checked, Option
 from sts_fast.data.prompts import PromptSet, PromptTemplate, TokenClass, build_prompts, choose_demos
 from sts_fast.errors import InputError
 
@@ -17,22 +18,38 @@ if TYPE_CHECKING:
 Source = str | Path | Sequence[Example]
 Kind = Literal["train", "domain"]
 
+Limit = Annotated[int | None, Option("Most prompts of a set, drawn at random; 0 for all.", least=1)]
+Seed = Annotated[int, Option("Of the sample of prompts and the intervals.", least=0)]
+
 MIN_PROMPTS = 8
 
 
 @dataclass(frozen=True)
-class Fields:
-    """Which columns hold questions and answers, by set name; '' for all sets not named."""
+class Fields(Checked):
+    """Which columns hold questions and answers, by set name ('train', a domain's); '' for all sets not named."""
 
-    question: Mapping[str, str]
-    answer: Mapping[str, str]
+    question_fields: Annotated[
+        Mapping[str, str],
+        Option("Column of the questions: FIELD, or SET=FIELD for one set; repeatable.", "--question-field"),
+    ] = field(default_factory=dict)
+    answer_fields: Annotated[
+        Mapping[str, str],
+        Option("Column of the answers: FIELD, or SET=FIELD for one set; repeatable.", "--answer-field"),
+    ] = field(default_factory=dict)
 
     def read(self, name: str, source: Source) -> tuple[list[Example], ReadColumns | None]:
         """The examples of a set, and the columns that they were read from; None of examples in memory."""
         if not isinstance(source, (str, Path)):
             return list(source), None
-        question, answer = (of.get(name, of.get("")) for of in (self.question, self.answer))
+        question, answer = (of.get(name, of.get("")) for of in (self.question_fields, self.answer_fields))
         return read_examples(source, question, answer)
+
+
+class FieldsOptions(TypedDict, total=False):
+    """`Fields` as keywords."""
+
+    question_fields: Mapping[str, str]
+    answer_fields: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -78,18 +95,35 @@ class Sets:
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """What decides, besides its examples, which prompts a set has.
+class Drawing(Checked):
+    """How much of each set is read.
 
-    shots, domain_shots: demonstrations of a training set, of a domain; tokens: see build_prompts
     limit: most prompts of a set, None for all, drawn with `seed`
+    seed:  of everything that is drawn, bootstraps too
     """
 
-    shots: int = 2
-    domain_shots: int = 5
-    tokens: TokenClass = "query"
-    limit: int | None = 256
-    seed: int = 0
+    limit: Limit = 256
+    seed: Seed = 0
+
+
+class DrawingOptions(TypedDict, total=False):
+    """`Drawing` as keywords."""
+
+    limit: int | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Sampling(Drawing):
+    """What decides, besides its examples, which prompts a set has.
+
+    shots, domain_shots: demonstrations of a training set (for D_N), of a domain (for the estimator 'icl')
+    tokens: which tokens are read; see build_prompts
+    """
+
+    shots: Annotated[int, Option("Demonstrations of the training set.", least=1)] = 2
+    domain_shots: Annotated[int, Option("Demonstrations of each domain, for icl.", least=1)] = 5
+    tokens: Annotated[TokenClass, Option("Which tokens are read.")] = "query"
 
     def prompts(
         self,
@@ -121,6 +155,14 @@ class Sampling:
         )
 
 
+class SamplingOptions(DrawingOptions, total=False):
+    """`Sampling` as keywords."""
+
+    shots: int
+    domain_shots: int
+    tokens: TokenClass
+
+
 def _examples(sets: Mapping[str, tuple[list[Example], ReadColumns | None]]) -> dict[str, list[Example]]:
     return {name: examples for name, (examples, _) in sets.items()}
 
@@ -131,11 +173,11 @@ def _read_sets(
     if isinstance(sets, Mapping):
         return {name: fields.read(name, source) for name, source in sets.items()}
     if not sets:
-        for name in (*fields.question, *fields.answer):
+        for name in (*fields.question_fields, *fields.answer_fields):
             if name and name not in other_names:
                 raise InputError(f"a field is named for '{name}', but the sets are {', '.join(other_names)}")
         return {}
-    return read_domains(sets, fields.question, fields.answer, other_names)
+    return read_domains(sets, fields.question_fields, fields.answer_fields, other_names)
 
 
 def _read_demos(
@@ -145,7 +187,7 @@ def _read_demos(
     groups = [demos] if isinstance(demos, Mapping) else [[source] for source in demos]
     found: dict[str, list[Example]] = {}
     for group in groups:
-        examples = _examples(_read_sets(group, fields, [*fields.question, *fields.answer]))
+        examples = _examples(_read_sets(group, fields, [*fields.question_fields, *fields.answer_fields]))
         unknown = [name for name in examples if name not in names]
         if unknown and (isinstance(group, Mapping) or len(unknown) == len(examples)):
             raise InputError(f"demonstrations are given for '{unknown[0]}', but the sets are {', '.join(names)}")

@@ -1,12 +1,12 @@
-"""Reads the rows of the files that hold questions and answers.
+"""Reads the rows of files of questions and answers.
 
-| what     | how its rows are found                                                                        |
-|----------|-----------------------------------------------------------------------------------------------|
-| .jsonl   | one object a line; blank lines are skipped                                                    |
-| .json    | a list of rows, id -> row, rows under `data`, `train`, `rows`, ..., or what .jsonl would hold |
-| .csv     | a header line, then rows; every value is text                                                 |
-| .parquet | its rows                                                                                      |
-| a folder | of `datasets.save_to_disk`, or with the files above in it: split `train`, or the only one     |
+| source   | rows                                                                                         |
+|----------|----------------------------------------------------------------------------------------------|
+| .jsonl   | one object per line; blank lines are skipped                                                 |
+| .json    | a list of rows, id -> row, rows under `data`, `train`, `rows`, ..., or lines as in .jsonl    |
+| .csv     | a header line, then rows; every value is text                                                |
+| .parquet | its rows                                                                                     |
+| a folder | of `datasets.save_to_disk`, or with files as above: the split `train`, or the only one       |
 
 The text formats may be gzipped (`.jsonl.gz`). Nothing is ever unpickled.
 """
@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from sts_fast.errors import InputError
+from sts_fast.errors import InputError, listed
 
 Row = dict[str, Any]
 
@@ -34,7 +34,7 @@ KINDS = "a .jsonl, .json or .csv file (each also .gz), a .parquet file, or a fol
 _SHARD = re.compile(r"-\d+-of-\d+$")
 
 
-# Which files ----------------------------------------------------------------------------------------------------------
+# Files of a source ----------------------------------------------------------------------------------------------------
 
 
 def train_files(path: Path) -> list[Path]:
@@ -47,12 +47,12 @@ def train_files(path: Path) -> list[Path]:
         return _saved_files(path)
     groups = _file_groups(path) or (_file_groups(path / "data") if (path / "data").is_dir() else {})
     if not groups:
-        raise InputError(f"{path} holds no example files; give {KINDS}")
+        raise InputError(f"{path} contains no example files; give {KINDS}")
     return groups[_split_name(path, groups)]
 
 
 def domain_files(source: str) -> Iterator[tuple[str, list[Path], bool]]:
-    """(name, files, whether a category column splits it) of each domain that a source stands for."""
+    """Yields (name, files, whether a category column splits it) of each domain of a source."""
     path = Path(source)
     if not exists(path) and "=" in source:
         name, _, rest = source.partition("=")
@@ -72,7 +72,7 @@ def domain_files(source: str) -> Iterator[tuple[str, list[Path], bool]]:
 def exists(path: Path) -> bool:
     try:
         return path.exists()
-    except (OSError, ValueError):  # a name that is too long, or that holds a NUL
+    except (OSError, ValueError):  # a name that is too long, or that contains a NUL
         return False
 
 
@@ -82,13 +82,13 @@ def _stem(path: Path) -> str:
 
 
 def suffix_of(path: Path) -> str | None:
-    """The suffix by which a file is read, `.gz` included; None where it is not an example file."""
+    """The suffix that determines a file's format, `.gz` included; None where it is not an example file."""
     fitting = [suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)]
     return max(fitting, key=len, default=None)
 
 
 def _file_groups(folder: Path) -> dict[str, list[Path]]:
-    """Stem -> files of a folder, by name; shards `x-00000-of-00002` are one, and so is a saved dataset."""
+    """Stem -> files of a folder, sorted by name; shards such as `x-00000-of-00002` are one group, as is a dataset."""
     groups: dict[str, list[Path]] = {}
     for path in sorted(listdir(folder)):
         if path.name.startswith("."):
@@ -128,11 +128,11 @@ def _saved_files(folder: Path) -> list[Path]:
 
 
 def _split_name(folder: Path, names: Iterable[str]) -> str:
-    found = list(names)
-    if len(found) == 1:
-        return found[0]
-    if "train" not in found:
-        raise InputError(f"{folder} holds {listed(found)} and none is called train; give the path of one of them")
+    splits = list(names)
+    if len(splits) == 1:
+        return splits[0]
+    if "train" not in splits:
+        raise InputError(f"{folder} contains {listed(splits)} and none is called train; give the path of one of them")
     return "train"
 
 
@@ -140,7 +140,10 @@ def _split_name(folder: Path, names: Iterable[str]) -> str:
 
 
 def file_rows(path: Path) -> Iterator[tuple[int, str | None, Any]]:
-    """(row number from 1, key where the rows have keys, row) of one file."""
+    """Yields (row number from 1, key where the rows have keys, row) of one file.
+
+    Raises InputError where the file is damaged or has an unknown suffix.
+    """
     suffix = suffix_of(path)
     if path.suffix == ".arrow":
         read = _arrow_rows
@@ -153,7 +156,7 @@ def file_rows(path: Path) -> Iterator[tuple[int, str | None, Any]]:
     elif suffix in (".csv", ".csv.gz"):
         read = _csv_rows
     else:
-        raise InputError(f"{path} has a suffix that is not read here; give {KINDS}")
+        raise InputError(f"{path} has an unknown suffix; give {KINDS}")
     try:
         yield from read(path)
     except (OSError, EOFError, zlib.error) as error:
@@ -190,13 +193,13 @@ def _json_rows(path: Path) -> Iterator[tuple[int, str | None, Any]]:
             return
     if not isinstance(document, list):
         raise InputError(
-            f"{path} holds neither a list of rows nor an object of id to row; write a row a line as .jsonl"
+            f"{path} contains neither a list of rows nor an object of id to row; write one row per line as .jsonl"
         )
     yield from ((number, None, row) for number, row in enumerate(document, start=1))
 
 
 def _is_json_lines(text: str) -> bool:
-    """True if the first line is a whole JSON object and more lines follow."""
+    """True if the first line is a complete JSON object and more lines follow."""
     first, _, rest = text.lstrip().partition("\n")
     try:
         return bool(rest.strip()) and isinstance(json.loads(first), dict)
@@ -216,11 +219,11 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, str | None, Any]]:
                     continue
                 if len(values) != len(header):
                     raise InputError(
-                        f"{path}: row {number} has {len(values)} values under {len(header)} columns; quote its commas"
+                        f"{path}: row {number} has {len(values)} values for {len(header)} columns; quote its commas"
                     )
                 yield number, None, dict(zip(header, values, strict=True))
         except csv.Error as error:
-            raise InputError(f"{path}: line {reader.line_num} is no CSV ({error}); quote the values") from error
+            raise InputError(f"{path}: line {reader.line_num} is not CSV ({error}); quote the values") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, str | None, Any]]:
@@ -273,17 +276,12 @@ def _parsed(text: str, path: Path, number: int | None) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         at = error.lineno if number is None else number
-        raise InputError(f"{path}: line {at} is no JSON ({error.msg} at column {error.colno}); correct it") from error
+        raise InputError(f"{path}: line {at} is not JSON ({error.msg} at column {error.colno}); correct it") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets nested without end
         at_line = "" if number is None else f" line {number}"
-        raise InputError(f"{path}:{at_line} holds JSON that cannot be read ({error}); correct it") from error
+        raise InputError(f"{path}:{at_line} contains JSON that cannot be read ({error}); correct it") from error
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:
     reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0] or type(error).__name__
     return InputError(f"{path} cannot be read ({reason}); is it complete, and of the kind that its name says?")
-
-
-def listed(names: Iterable[object], limit: int = 20) -> str:
-    found = [str(name) for name in names]
-    return ", ".join(found[:limit]) + (f" and {len(found) - limit} more" if len(found) > limit else "")

@@ -1,1 +1,1 @@
-"""The whole way on a world that is known to the last letter: forecasts beside real fine-tuning."""
+"""The demo on a small, fully known world: forecasts beside real fine-tuning."""

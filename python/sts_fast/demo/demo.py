@@ -1,4 +1,4 @@
-"""The demo: forecasts on the embedded world, real fine-tuning, and how far the one foretold the other."""
+"""The demo: forecasts on the embedded world, real fine-tuning, and the correlation between the two."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sts_fast.data.prompts import Progress
 from sts_fast.demo import organism
 from sts_fast.demo.organism import Abilities, one_thread
 from sts_fast.errors import InputError
-from sts_fast.forecast.run import SCHEMA_VERSION, VALIDATION_FILE, Forecast
+from sts_fast.forecast.run import SCHEMA_VERSION, Forecast
 from sts_fast.forecast.score import compare
 from sts_fast.outcomes.outcomes import Outcome
 from sts_fast.outcomes.validate import Validation, validate
@@ -29,7 +29,7 @@ from sts_fast.statistics import defined, pearson, percentile_interval
 if TYPE_CHECKING:
     from sts_fast.statistics import Doubles
 
-# Chosen before any outcome was looked at: one of each kind of skill, over tags and alphabets.
+# Chosen before any outcome was known: one of each kind of skill, over tags and alphabets.
 TRAINS = (
     "T0.reverse.a",
     "T3.next.b",
@@ -47,7 +47,7 @@ N_PROMPTS = 48
 N_TRAIN = 512
 LIGHT, HEAVY = (12, 2e-4), (60, 5e-4)  # steps, learning rate
 
-# What stands beside the outcome: (name shown, how to find it in a domain's scores).
+# Numbers compared with the outcome: name shown -> keys in a domain of scores.json.
 PREDICTORS: dict[str, tuple[str, ...]] = {
     "STS_act": ("scores", "act", "value"),
     "STS_icl": ("scores", "icl", "value"),
@@ -71,15 +71,15 @@ OUTCOMES = tuple(
 PRIMARY, SIGNED, FEW_SHOT = OUTCOMES[0], OUTCOMES[3], OUTCOMES[4]
 # Correlations as close as this are called equal.
 CLOSE = 0.05
-# A study of one training set over so few domains, drawn from these, is what the last finding is about.
+# Domains in a small study of one training set, and number of such studies drawn, for one of the findings.
 FEW_DOMAINS, N_STUDIES = 12, 2000
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One training set, really trained on, and every other domain before and after.
+    """A real fine-tuning on one training set, with every other domain measured before and after.
 
-    own_change: change of P(correct), zero-shot, in the domain that was trained on
+    own_change: change of P(correct), zero-shot, in the domain of the training set
     validation: STS_act beside the zero-shot change of P(correct) in each other domain
     changes:    by outcome, [n_domains] in the order of validation.domains
     r:          by outcome and predictor, Pearson correlation over the domains; None where one of them is constant
@@ -106,10 +106,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class Demo:
-    """Forecasts by training set, and the trials that judge them.
+    """Forecasts by training set, and the trials that test them.
 
     steps, lr: of each fine-tuning
-    figures:   what the embedded language model and its SAE can do, as written when they were made
+    figures:   accuracies of the embedded language model and quality of its SAE, measured when they were trained
     """
 
     forecasts: dict[str, Forecast]
@@ -125,15 +125,15 @@ class Demo:
         return Spread(float(np.mean(values)), min(values), max(values), sum(r > 0 for r in values), len(values))
 
     def n_ahead(self, control: str) -> int:
-        """In how many trials STS_act goes closer with the primary outcome than the control does."""
+        """Number of trials in which STS_act correlates more with the primary outcome than the control does."""
         pairs = [(trial.r[PRIMARY][SCORE], trial.r[PRIMARY][control]) for trial in self.trials]
         return sum(r is not None and (other is None or r > other) for r, other in pairs)
 
     def findings(self) -> list[str]:
-        """What these trials show, in sentences."""
+        """Results of the trials, in sentences."""
         n, score = len(self.trials), self.spread(PRIMARY, SCORE)
         reliable = score.mean > 0.2 and score.n_above_zero >= 0.75 * n
-        said = [
+        sentences = [
             f"{SCORE} {'goes' if reliable else 'does not reliably go'} with how much P(correct) changes: r = "
             f"{_r(score.mean)} on average over {n} trainings, from {_r(score.low)} to {_r(score.high)}, above zero in "
             f"{score.n_above_zero} of {score.n}."
@@ -143,33 +143,33 @@ class Demo:
         beaten = [name for name in CONTROLS if name not in rivals and spreads[name].n]
         ahead = f"in brackets: in how many of {n} trainings {SCORE} is ahead"
         if rivals:
-            said.append(
+            sentences.append(
                 f"As good, and cheaper ({ahead}): {self._beside(rivals)}. Where that holds, {SCORE} adds little to "
-                "what the training questions alone tell."
+                "what the training questions alone say."
             )
         if beaten:
-            said.append(f"Behind it ({ahead}): {self._beside(beaten)}.")
+            sentences.append(f"Behind it ({ahead}): {self._beside(beaten)}.")
         low, high = self._few_domains()
-        said.append(
+        sentences.append(
             f"One training set is no test. A study of one of them and {FEW_DOMAINS} of these domains would have "
             f"reported anything from r = {_r(low)} to {_r(high)} (95% of such studies)."
         )
         signed = self.spread(SIGNED, SCORE)
         falls = float(np.mean([(trial.changes[SIGNED] < 0).mean() for trial in self.trials]))
-        said.append(
+        sentences.append(
             f"It forecasts size, not direction: {falls:.0%} of the changes were losses, and r with the signed change "
             f"is {_r(signed.mean)} on average, {_r(signed.low)} to {_r(signed.high)}."
         )
         few = self.spread(FEW_SHOT, SCORE)
-        said.append(
+        sentences.append(
             f"Where the questions come with demonstrations, r with the change of P(correct) is {_r(few.mean)} on "
             f"average, {_r(few.low)} to {_r(few.high)}."
         )
-        said.append(
+        sentences.append(
             "This is one tiny world and one way of training: it shows how the tool works and how to doubt it, not that "
             "it holds for your model."
         )
-        return said
+        return sentences
 
     def _beside(self, controls: Sequence[str]) -> str:
         return "; ".join(
@@ -177,9 +177,9 @@ class Demo:
         )
 
     def _few_domains(self) -> tuple[float, float]:
-        """Middle 95% of r over studies of one training, drawn at random, and 12 domains, drawn without replacement."""
+        """Middle 95% of r over studies of one training and FEW_DOMAINS domains, drawn without replacement."""
         rng = np.random.default_rng(0)
-        found = []
+        correlations = []
         for drawn in rng.integers(len(self.trials), size=N_STUDIES):
             rows = self.trials[drawn].validation.domains
             chosen = [rows[i] for i in rng.choice(len(rows), FEW_DOMAINS, replace=False)]
@@ -188,11 +188,11 @@ class Demo:
                     np.asarray([row.score for row in chosen]), np.asarray([abs(row.outcome.change) for row in chosen])
                 )
             )
-            found += [r] if r is not None else []
-        return percentile_interval(np.asarray(found))
+            correlations += [r] if r is not None else []
+        return percentile_interval(np.asarray(correlations))
 
     def to_dict(self) -> dict[str, Any]:
-        """What demo.json holds."""
+        """Contents of demo.json."""
         return {
             "schema_version": SCHEMA_VERSION,
             "versions": {"sts_fast": __version__},
@@ -222,18 +222,17 @@ class Demo:
         }
 
     def save(self, folder: str | Path) -> None:
-        """Writes a run with its validation and report for each training set, and over all demo.json and report.html.
+        """Writes a run with its validation and report for each training set, and demo.json and report.html for all.
 
-        A training set that was trained on with several seeds is held against the first. Raises InputError where the
-        folder cannot be written to.
+        With several seeds, a training set's validation is that of the first one. Raises InputError where the folder is
+        not writable.
         """
         folder = Path(folder)
         files.prepare_folder(folder)
         for train, forecast in self.forecasts.items():
             trial = next(trial for trial in self.trials if trial.train == train)
             forecast.save(folder / train)
-            with files.atomic_path(folder / train / VALIDATION_FILE) as path:
-                path.write_text(files.to_json(trial.validation.to_dict()), encoding="utf-8")
+            trial.validation.save(folder / train)
             build_report(folder / train)
         with files.atomic_path(folder / DEMO_FILE) as path:
             path.write_text(files.to_json(self.to_dict()), encoding="utf-8")
@@ -250,20 +249,21 @@ def run_demo(
     folder: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Demo:
-    """Forecasts for each training set over all other domains, really fine-tunes on each, and measures every domain.
+    """Forecasts for each training set over all other domains, fine-tunes on each, and measures every domain.
 
-    trains:  domains of the embedded world to train on
-    n_seeds: fine-tunings on each, which differ in the questions drawn and their order
-    seed:    of the first of them
-    heavy:   60 steps at a rate of 5e-4 instead of 12 at 2e-4
-    folder:  model and SAE made by `organism.train`; by default those in the package
+    trains:   domains of the embedded world to train on
+    n_seeds:  number of fine-tunings on each, which differ in the questions drawn and their order
+    seed:     of the first of them
+    heavy:    60 steps at a rate of 5e-4 instead of 12 at 2e-4
+    folder:   model and SAE made by `organism.train`; by default those in the package
+    progress: called with (stage, done, total)
 
     Raises InputError for a domain that the world does not have, or a folder without model and SAE.
     """
     for train in trains:
         if train not in organism.DOMAINS:
             raise InputError(f"the embedded world has no domain '{train}'")
-    tell = progress or (lambda stage, done, total: None)
+    report_progress = progress or (lambda stage, done, total: None)
     folder = organism.weights_folder() if folder is None else Path(folder)
     model, tokenizer = organism.load_model(folder / "model")
     domains = {name: organism.examples(name, N_PROMPTS + SHOTS, seed=1) for name in organism.DOMAINS}
@@ -288,11 +288,11 @@ def run_demo(
         return _trial(train, seed + offset, forecasts[f"train on {train}"], before, _abilities(tuned, tokenizer))
 
     trials: list[Trial] = []
-    # Each training computes on one thread, so that two of them at a time change no number.
+    # Each training computes on one thread; running two at a time therefore changes no number.
     with ThreadPoolExecutor(2) as pool:
         for trial in pool.map(train_and_measure, *zip(*itertools.product(trains, range(n_seeds)), strict=True)):
             trials.append(trial)
-            tell("fine-tuning, really", len(trials), len(trains) * n_seeds)
+            report_progress("fine-tuning, really", len(trials), len(trains) * n_seeds)
     figures = json.loads((folder / organism.FIGURES_FILE).read_text(encoding="utf-8"))
     return Demo({train: forecasts[f"train on {train}"] for train in trains}, trials, steps, lr, figures)
 
@@ -314,7 +314,7 @@ def _trial(
     for shots in ("zero-shot", "few-shot"):
         old, new = before[shots], after[shots]
         p, loss, accuracy = (
-            getattr(new, what) - getattr(old, what) for what in ("p_correct", "answer_nll", "accuracy")
+            getattr(new, quantity) - getattr(old, quantity) for quantity in ("p_correct", "answer_nll", "accuracy")
         )
         of_shots = [outcome for outcome in OUTCOMES if outcome.startswith(shots)]
         changes |= {

@@ -27,7 +27,7 @@ from sts_fast.ops import _cpu
 from sts_fast.ops.shift import ShiftStats
 from sts_fast.sae import SAE
 from sts_fast.signed.signed import SignedForecast
-from sts_fast.statistics import CONFIDENCE, N_BOOTSTRAP, SCORE_INTERVAL, percentile_interval
+from sts_fast.statistics import CONFIDENCE, N_BOOTSTRAP, percentile_interval
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -90,6 +90,11 @@ def _forecast(
     warnings = [*filter(None, (fit.warning, fit.names)), *(f"SAE: {note}" for note in sae.notes)]
     prompt_sets = [shift.prompt_set, *(read.prompt_set for read in domain_reads)]
     warnings += [warning for prompt_set in prompt_sets for warning in prompt_set.warnings]
+    untold = [prompt_set.name for prompt_set in prompt_sets if prompt_set.questions is None]
+    if untold:
+        warnings.append(
+            f"the text of the questions is not known of {', '.join(untold)}: no control is made of it there"
+        )
     if settings.controls == "all":
         unanswered = [read.prompt_set.name for read in domain_reads if read.prompt_set.name not in answers]
         if unanswered:
@@ -159,7 +164,7 @@ def _forecast(
             "stability": {
                 "n_replicates": N_REPLICATES,
                 "mean_overlap": float(np.mean(stability)),
-                "overlap_ci": list(percentile_interval(stability, SCORE_INTERVAL)),
+                "overlap_ci": list(percentile_interval(stability)),
             },
         },
         domains=domain_scores(domain_reads, shift, answers, settings),
@@ -189,10 +194,8 @@ def _forecast(
         },
         stats=stats,
         controls={
-            "random_features": shift.random,
-            "low_shift_features": shift.low_shift,
-            "most_active_features": shift.most_active,
-            "raw_dimensions": shift.raw_top,
+            **{f"{control}_features": members for control, members in shift.feature_sets.items() if control},
+            **{f"{control}_dimensions": dims for control, dims in shift.raw_sets.items()},
             "mean_residual": shift.raw.mean,
             "domain_mean_residuals": np.stack([read.raw.mean for read in domain_reads] or [np.zeros(sae.d_in)]),
             "projected_mean": shift.raw.moments.mean,

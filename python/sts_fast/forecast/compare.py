@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
+from sts_fast.files import Document
 from sts_fast.forecast.run import ESTIMATORS, SCHEMA_VERSION, Forecast
 from sts_fast.statistics import defined, spearman
 
 
-def comparison(forecasts: Sequence[Forecast]) -> dict[str, Any]:
+def comparison(forecasts: Sequence[Forecast]) -> Document:
     """Content of compare.json: scores of several training sets over the same domains, and their likeness.
 
     scores: by estimator and training set, `value` and `ci` in the order of `domains`; null for a domain without answers
@@ -34,12 +34,12 @@ def comparison(forecasts: Sequence[Forecast]) -> dict[str, Any]:
     }
 
 
-def _column(forecast: Forecast, estimator: str) -> dict[str, Any]:
+def _column(forecast: Forecast, estimator: str) -> Document:
     scores = [domain.scores.get(estimator) for domain in forecast.domains]
     return {"value": [score and score.value for score in scores], "ci": [score and list(score.ci) for score in scores]}
 
 
-def _changes(forecasts: Sequence[Forecast]) -> dict[str, Any] | None:
+def _changes(forecasts: Sequence[Forecast]) -> Document | None:
     said = next((forecast.calibration for forecast in forecasts if forecast.calibration), None)
     if said is None:
         return None
@@ -70,7 +70,7 @@ def sae_names(saes: Sequence[tuple[str, str]]) -> list[str]:
     return [name if name not in names[:i] else f"{name}-{i + 1}" for i, name in enumerate(names)]
 
 
-def sae_comparison(forecasts: Sequence[Forecast]) -> dict[str, Any]:
+def sae_comparison(forecasts: Sequence[Forecast]) -> Document:
     """Content of compare.json for several SAEs: their scores of the same domains, and their likeness.
 
     scores: by estimator, training set and SAE, `value` and `ci` in the order of `domains`; scores of different SAEs are

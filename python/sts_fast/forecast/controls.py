@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from sts_fast.data.prompts import Prompt
-from sts_fast.errors import InputError
-from sts_fast.model.language_model import padded_ids
-from sts_fast.model.layer_trace import input_device
-from sts_fast.model.memory import TokenBudget
+from sts_fast.forecast import text
+from sts_fast.model.log import AnswerLog
 from sts_fast.ops.shift import top_indices
-from sts_fast.signed.gradients import MOST_LOGITS
 from sts_fast.signed.projection import projection
 
 if TYPE_CHECKING:
@@ -21,10 +19,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sts_fast.statistics import Doubles, Indices
-
-# Controls that read other features in the place of D_N, and the residual stream's own dimensions.
-FEATURE_CONTROLS = ("random", "low_shift", "most_active")
-RAW_CONTROL = "raw"
 
 # Relative: means of float32 activations that differ by less are the same.
 ROUNDING = 1e-5
@@ -201,45 +195,176 @@ def cosine(a: Doubles, b: Doubles) -> float:
     return float(np.sum(a * b)) / norms if norms else 0.0
 
 
-def answer_outcomes(
-    model: torch.nn.Module,
-    prompts: Sequence[Prompt],
-    *,
-    batch_tokens: int,
-    say: Callable[[str], None] | None = None,
-) -> tuple[Doubles, NDArray[np.int64], NDArray[np.bool_]]:
-    """How well a language model predicts the answers, at the positions that `prompts` read (tokens='answer').
+@dataclass(frozen=True)
+class Ranking:
+    """A training set's features, as controls pick among them.
 
-    model: with its head: what it returns has `logits` [batch, n_tokens, vocabulary]
-    batch_tokens: most tokens of a pass; say: is told where that did not fit into memory, and half of it follows
-
-    Returns, per prompt: [n_prompts] summed negative log-likelihood of the answer's tokens (nats), [n_prompts] their
-    number, [n_prompts] whether each of them is the model's first choice (then greedy decoding gives this answer).
-    Raises InputError where the model returns NaN or lacks a token, or a single prompt does not fit into memory.
+    top:        [top_n] D_N, most shifted first
+    importance: [d_sae] what D_N is ranked by; mean_activation: [d_sae]
+    n_fired:    [d_sae] on how many of the training set's tokens each feature fires
+    raw:        sums over the residual stream itself
+    seed:       of whatever is drawn
     """
-    import torch
 
-    nll = np.zeros(len(prompts))
-    exact = np.zeros(len(prompts), bool)
-    device = input_device(model)
-    if config := getattr(model, "config", None):
-        batch_tokens = min(batch_tokens, max(1, MOST_LOGITS // config.get_text_config().vocab_size))
+    top: Indices
+    importance: Doubles
+    mean_activation: Doubles
+    n_fired: NDArray[np.int64]
+    raw: RawShift
+    seed: int
 
-    def read(batch: list[int]) -> None:
-        ids = padded_ids(model, [prompts[i].base_ids for i in batch])
-        with torch.inference_mode():
-            logits = model(input_ids=ids.to(device), use_cache=False).logits
-        for row, i in enumerate(batch):
-            at = torch.from_numpy(prompts[i].positions.astype(np.int64))
-            # In float64, because the loss of an answer that is nearly certain is the difference of near equals.
-            log_p = torch.log_softmax(logits[row, at.to(logits.device) - 1].double(), dim=-1).cpu()
-            tokens = ids[row, at]
-            nll[i] = -float(log_p[torch.arange(len(at)), tokens].sum())
-            exact[i] = bool((log_p.argmax(dim=-1) == tokens).all())
-        if np.isnan(nll[batch]).any():
-            raise InputError("the model gives NaN for the answers' likelihood: try --dtype float32")
 
-    memory = TokenBudget(device, "the model", say=say)
-    for _ in memory.in_batches([len(prompt.base_ids) for prompt in prompts], batch_tokens, read):
-        pass
-    return nll, np.asarray([len(prompt.positions) for prompt in prompts]), exact
+@dataclass(frozen=True)
+class Comparison:
+    """A training set beside the domains, as controls compare them.
+
+    train, domains: sums over the residual stream
+    activations:    [n_domains, top_n] E_x h_j(x) of D_N; None where no estimator asks for them
+    answers:        how well the base model answers each domain; None where it was not asked
+    train_questions, domain_questions: the text of every question; None where it is not known
+    """
+
+    train: RawShift
+    domains: Sequence[RawShift]
+    activations: Doubles | None
+    answers: Sequence[AnswerLog | None]
+    train_questions: tuple[str, ...] | None
+    domain_questions: Sequence[tuple[str, ...] | None]
+
+
+@dataclass(frozen=True)
+class Control:
+    """One thing beside a score that the score has to beat.
+
+    name:     its key in scores.json; meaning: what it is, for people
+    of:       what it is made from
+    pick:     features (or dimensions, of the residual stream) to read in the place of D_N, [n] or [n_sets, n]; scores
+              are made of them by every estimator, as of D_N, and averaged over sets
+    compare:  or one number for each domain, None where it is not known
+    quantity: the name of that number in scores.json; unit: the same for people
+    """
+
+    name: str
+    meaning: str
+    of: Literal["features", "residual", "answers", "text"]
+    pick: Callable[[Ranking], Indices] | None = None
+    compare: Callable[[Comparison], Sequence[float | None]] | None = None
+    quantity: str = ""
+    unit: str = ""
+
+
+def _random(ranking: Ranking) -> Indices:
+    rng = np.random.default_rng([ranking.seed, zlib.crc32(b"random features")])
+    return random_sets(len(ranking.importance), ranking.top, rng)
+
+
+def _low_shift(ranking: Ranking) -> Indices:
+    return low_shift(ranking.importance, ranking.n_fired, ranking.top)
+
+
+def _most_active(ranking: Ranking) -> Indices:
+    return most_active(ranking.mean_activation, len(ranking.top))
+
+
+def _raw(ranking: Ranking) -> Indices:
+    return ranking.raw.top(len(ranking.top))
+
+
+def _z_scores(sets: Comparison) -> list[float | None]:
+    # Of two domains each feature would say no more than which is ahead.
+    if sets.activations is None or len(sets.domains) < 3:
+        return [None] * len(sets.domains)
+    return [float(z) for z in z_scored(sets.activations)]
+
+
+def _cosine_of_means(sets: Comparison) -> list[float]:
+    return [cosine(sets.train.mean, domain.mean) for domain in sets.domains]
+
+
+def _cka(sets: Comparison) -> list[float]:
+    return [cka(sets.train.moments.covariance, domain.moments.covariance) for domain in sets.domains]
+
+
+def _probe(sets: Comparison) -> list[float]:
+    means = np.stack([domain.moments.mean for domain in sets.domains])
+    covariances = np.stack([raw.moments.covariance for raw in (sets.train, *sets.domains)])
+    return [float(logit) for logit in probe_logits(sets.train.moments.mean, means, covariances)]
+
+
+def _base_loss(sets: Comparison) -> list[float | None]:
+    return [None if log is None else float(log.nll.sum() / log.n_tokens.sum()) for log in sets.answers]
+
+
+def _base_accuracy(sets: Comparison) -> list[float | None]:
+    return [None if log is None else float(log.exact.mean()) for log in sets.answers]
+
+
+def _text_similarity(sets: Comparison) -> list[float | None]:
+    return _of_both_texts(sets, text.similarity)
+
+
+def _text_compression(sets: Comparison) -> list[float | None]:
+    return _of_both_texts(sets, text.saved_bytes)
+
+
+def _text_length(sets: Comparison) -> list[float | None]:
+    return [None if domain is None else text.mean_words(domain) for domain in sets.domain_questions]
+
+
+def _text_digits(sets: Comparison) -> list[float | None]:
+    return [None if domain is None else text.digit_share(domain) for domain in sets.domain_questions]
+
+
+def _of_both_texts(
+    sets: Comparison, measure: Callable[[tuple[str, ...], tuple[str, ...]], float]
+) -> list[float | None]:
+    train = sets.train_questions
+    return [None if train is None or domain is None else measure(train, domain) for domain in sets.domain_questions]
+
+
+CONTROLS = (
+    Control("random", "random features", of="features", pick=_random),
+    Control("low_shift", "least shifted features", of="features", pick=_low_shift),
+    Control("most_active", "most active features", of="features", pick=_most_active),
+    Control("raw", "raw activations (no SAE)", of="residual", pick=_raw),
+    Control(
+        "z_scored", "shifted features, z-scored over the domains",
+        of="features", compare=_z_scores, quantity="act",
+    ),
+    Control(
+        "cosine_of_means", "cosine of the mean activations",
+        of="residual", compare=_cosine_of_means, quantity="cosine", unit="cosine",
+    ),
+    Control(
+        "cka", "alignment of the covariances (CKA)",
+        of="residual", compare=_cka, quantity="cka", unit="CKA",
+    ),
+    Control(
+        "probe", "linear probe for the training set",
+        of="residual", compare=_probe, quantity="logit", unit="logit",
+    ),
+    Control(
+        "base_loss", "loss of the model before training",
+        of="answers", compare=_base_loss, quantity="nll", unit="nats per answer token",
+    ),
+    Control(
+        "base_accuracy", "accuracy of the model before training",
+        of="answers", compare=_base_accuracy, quantity="accuracy", unit="share of exact answers",
+    ),
+    Control(
+        "text_similarity", "character n-grams in common with the training set (no model)",
+        of="text", compare=_text_similarity, quantity="cosine", unit="cosine",
+    ),
+    Control(
+        "text_compression", "text in common with the training set, by compression (no model)",
+        of="text", compare=_text_compression, quantity="saved", unit="share of the bytes saved",
+    ),
+    Control(
+        "text_length", "length of the questions (no model)",
+        of="text", compare=_text_length, quantity="words", unit="words per question",
+    ),
+    Control(
+        "text_digits", "words with a digit in the questions (no model)",
+        of="text", compare=_text_digits, quantity="share", unit="share of the words",
+    ),
+)  # fmt: skip

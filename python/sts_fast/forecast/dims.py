@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -34,11 +33,11 @@ N_REPLICATES = 32
 class Shift:
     """What the training set moves.
 
-    stats:       sums per feature; importance: [d_sae] what D_N is ranked by
-    replicates:  [d_sae, N_REPLICATES] the same for resamplings of the prompts, up to a factor
-    top:         [top_n] D_N, most shifted first
-    random, low_shift, most_active: [n_sets, top_n], [<= top_n], [top_n] features of the controls, ascending
-    raw:         sums over the residual stream itself; raw_top: its dimensions that shift most
+    stats:        sums per feature; importance: [d_sae] what D_N is ranked by
+    replicates:   [d_sae, N_REPLICATES] the same for resamplings of the prompts, up to a factor
+    feature_sets: by control, its features in the place of D_N, [n] or [n_sets, n]; '' is D_N, most shifted first
+    raw:          sums over the residual stream itself
+    raw_sets:     by control, its dimensions of the residual stream, [n] or [n_sets, n]
     """
 
     prompt_set: PromptSet
@@ -47,17 +46,19 @@ class Shift:
     replicates: Doubles
     mean_activation: Doubles
     mean_l0: float
-    top: Indices
-    random: Indices
-    low_shift: Indices
-    most_active: Indices
+    feature_sets: dict[str, Indices]
     raw: controls.RawShift
-    raw_top: Indices
+    raw_sets: dict[str, Indices]
     log: PromptLog
 
     @property
     def name(self) -> str:
         return self.prompt_set.name
+
+    @property
+    def top(self) -> Indices:
+        """[top_n] D_N, most shifted first."""
+        return self.feature_sets[""]
 
     def firings(self) -> explain.Firings:
         """Of the first of D_N, none found yet."""
@@ -68,18 +69,20 @@ class Shift:
         kept = [len(np.intersect1d(self.top, top_indices(one, top_n))) for one in self.replicates.T]
         return np.asarray(kept) / top_n
 
-    def feature_sets(self) -> list[Indices]:
-        return [self.top, *self.random, self.low_shift, self.most_active]
 
-    def weights(self, columns: Indices) -> dict[str, Doubles]:
-        """[n_columns] by control ('' is D_N itself): how much each feature counts towards its score."""
-        random = np.mean([np.isin(columns, features) for features in self.random], axis=0)
-        return {
-            "": np.isin(columns, self.top).astype(np.float64),
-            "random": random,
-            "low_shift": np.isin(columns, self.low_shift).astype(np.float64),
-            "most_active": np.isin(columns, self.most_active).astype(np.float64),
-        }
+@dataclass(frozen=True)
+class Ranked:
+    """Per feature, what D_N and its controls are chosen by.
+
+    stats, importance, replicates, mean_activation: as in Shift
+    n_fired: [d_sae] on how many of the `stats.n_tokens` tokens each fires
+    """
+
+    stats: ShiftStats | CorrelationStats
+    importance: Doubles
+    replicates: Doubles
+    mean_activation: Doubles
+    n_fired: NDArray[np.int64]
 
 
 def measure_shifts(
@@ -138,55 +141,35 @@ def _shift(sums: _ShiftSums, settings: Settings) -> Shift:
             f"'{sums.prompt_set.name}' has no token in common between its prompts without and with demonstrations: "
             "use --tokens all or --dims active"
         )
-    return shift_of(
-        sums.sae,
-        settings,
-        stats=stats,
-        importance=importance / stats.n_tokens,
-        replicates=replicates,
-        mean_activation=sum_base / stats.n_tokens,
-        n_fired=n_fired,
-        raw=sums.raw,
-        log=sums.log,
-        prompt_set=sums.prompt_set,
-    )
+    ranked = Ranked(stats, importance / stats.n_tokens, replicates, sum_base / stats.n_tokens, n_fired)
+    return shift_of(sums.sae, settings, sums.prompt_set, ranked, sums.raw, sums.log)
 
 
 def shift_of(
-    sae: SAE,
-    settings: Settings,
-    *,
-    prompt_set: PromptSet,
-    stats: ShiftStats | CorrelationStats,
-    importance: Doubles,
-    replicates: Doubles,
-    mean_activation: Doubles,
-    n_fired: NDArray[np.int64],
-    raw: controls.RawShift,
-    log: PromptLog,
+    sae: SAE, settings: Settings, prompt_set: PromptSet, ranked: Ranked, raw: controls.RawShift, log: PromptLog
 ) -> Shift:
     """D_N, the top of what features are ranked by, and the features of its controls.
 
-    n_fired: [d_sae] on how many of the `stats.n_tokens` tokens each feature fires; everything else as in Shift
-
     Raises InputError where features are too large for their sums.
     """
-    if not np.isfinite(importance).all():
+    if not np.isfinite(ranked.importance).all():
         raise InputError(f"the SAE {sae.source} gives features too large to add up: is it the SAE of this model?")
-    top = top_indices(importance, settings.top_n)
-    random_rng = np.random.default_rng([settings.seed, zlib.crc32(b"random features")])
+    top = top_indices(ranked.importance, settings.top_n)
+    ranking = controls.Ranking(top, ranked.importance, ranked.mean_activation, ranked.n_fired, raw, settings.seed)
     return Shift(
         prompt_set=prompt_set,
-        stats=stats,
-        importance=importance,
-        replicates=replicates,
-        mean_activation=mean_activation,
-        mean_l0=float(n_fired.sum()) / stats.n_tokens,
-        top=top,
-        random=controls.random_sets(sae.d_sae, top, random_rng),
-        low_shift=controls.low_shift(importance, n_fired, top),
-        most_active=controls.most_active(mean_activation, settings.top_n),
+        stats=ranked.stats,
+        importance=ranked.importance,
+        replicates=ranked.replicates,
+        mean_activation=ranked.mean_activation,
+        mean_l0=float(ranked.n_fired.sum()) / ranked.stats.n_tokens,
+        feature_sets={"": top} | _picked(ranking, "features"),
         raw=raw,
-        raw_top=raw.top(settings.top_n),
+        raw_sets=_picked(ranking, "residual"),
         log=log,
     )
+
+
+def _picked(ranking: controls.Ranking, of: str) -> dict[str, Indices]:
+    """By control, what it picks of the features, or of the residual stream."""
+    return {one.name: one.pick(ranking) for one in controls.CONTROLS if one.pick is not None and one.of == of}

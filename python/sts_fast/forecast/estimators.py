@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from sts_fast.errors import InputError
 from sts_fast.forecast import controls
 from sts_fast.forecast.dims import Shift
 from sts_fast.forecast.options import Settings
-from sts_fast.forecast.run import DomainScore, Score
+from sts_fast.forecast.run import SIZES, DomainScore, Score
 from sts_fast.model.explain import Firings
 from sts_fast.model.log import AnswerLog, PromptLog
 from sts_fast.model.reader import PairedRows, Reader
@@ -76,21 +76,25 @@ class _DomainSums:
     def __init__(self, sae: SAE, prompt_set: PromptSet, shifts: Sequence[Shift], settings: Settings) -> None:
         self.sae, self.prompt_set, self.estimators = sae, prompt_set, settings.sizes
         self.firings = {shift.name: shift.firings() for shift in shifts}
-        self.columns = np.unique(np.concatenate([features for shift in shifts for features in shift.feature_sets()]))
+        self.columns = _columns(shift.feature_sets for shift in shifts)
         self.log = PromptLog("score", prompt_set)
         self.raw = controls.RawShift(sae.d_in)
         self.sum_h: Doubles = np.zeros(len(self.columns))
-        self.weights = {
-            (shift.name, control): weight for shift in shifts for control, weight in shift.weights(self.columns).items()
-        }
         # Of the residual stream only these dimensions are brought to the CPU.
-        self.raw_dims = np.unique(np.concatenate([shift.raw_top for shift in shifts]))
-        self.raw_tops = {
-            (shift.name, controls.RAW_CONTROL): np.searchsorted(self.raw_dims, shift.raw_top) for shift in shifts
+        self.raw_dims = _columns(shift.raw_sets for shift in shifts)
+        self.weights = {
+            (shift.name, control): _weights(self.columns, sets)
+            for shift in shifts
+            for control, sets in shift.feature_sets.items()
+        }
+        self.raw_sets = {
+            (shift.name, control): np.searchsorted(self.raw_dims, dims)
+            for shift in shifts
+            for control, dims in shift.raw_sets.items()
         }
         self.sums: dict[tuple[str, str, str], Doubles] = {
             (*key, name): np.zeros(len(prompt_set.prompts))
-            for key in (*self.weights, *self.raw_tops)
+            for key in (*self.weights, *self.raw_sets)
             for name in settings.sizes
         }
 
@@ -123,7 +127,7 @@ class _DomainSums:
             if name in self.estimators:
                 for key, weight in self.weights.items():
                     self.sums[(*key, name)] += np.bincount(prompt_of, weight[column_of] * term, minlength=n_prompts)
-                for key, dims in self.raw_tops.items():
+                for key, dims in self.raw_sets.items():
                     per_token = raw_term[:, dims].sum(axis=1)
                     self.sums[(*key, name)] += np.bincount(rows.base_of, per_token, minlength=n_prompts)
 
@@ -143,9 +147,20 @@ class _DomainSums:
         squares = (self._raw(rows.demos) - self._raw(rows.paired)) ** 2
         for key, weight in self.weights.items():
             self.sums[(*key, "icl")][rows.prompts] = np.einsum("j,jp->p", weight, stats.weighted_sq_shift)
-        for key, dims in self.raw_tops.items():
+        for key, dims in self.raw_sets.items():
             per_token = squares[:, dims].sum(axis=1)
             self.sums[(*key, "icl")] += np.bincount(rows.paired_of, per_token, minlength=n_prompts)
+
+
+def _columns(sets: Iterable[Mapping[str, Indices]]) -> Indices:
+    """[n_columns] everything that is in one of the sets, ascending."""
+    return np.unique(np.concatenate([members.ravel() for by_control in sets for members in by_control.values()]))
+
+
+def _weights(columns: Indices, sets: Indices) -> Doubles:
+    """[n_columns] how much each column counts: the share of the sets [n] or [n_sets, n] that it is in."""
+    weights: Doubles = np.mean([np.isin(columns, members) for members in np.atleast_2d(sets)], axis=0)
+    return weights
 
 
 def domain_scores(
@@ -153,47 +168,34 @@ def domain_scores(
 ) -> list[DomainScore]:
     if not reads:
         return []
-    means = np.stack([read.raw.moments.mean for read in reads])
-    covariances = np.stack([shift.raw.moments.covariance, *(read.raw.moments.covariance for read in reads)])
-    logits = controls.probe_logits(shift.raw.moments.mean, means, covariances)
-    z_scores = controls.z_scored(np.stack([read.activations(shift.top) for read in reads]))
-    # Of two domains each feature would say no more than which is ahead.
-    judged = "act" in settings.sizes and len(reads) > 2
-    scores = []
-    for read, z_score, logit in zip(reads, z_scores, logits, strict=True):
-        more = {
-            "z_scored": {"act": float(z_score)} if judged else {},
-            "cosine_of_means": {"cosine": controls.cosine(shift.raw.mean, read.raw.mean)},
-            "cka": {"cka": controls.cka(shift.raw.moments.covariance, read.raw.moments.covariance)},
-            "probe": {"logit": float(logit)},
-        }
-        scores.append(_domain_score(read, shift, more, answers.get(read.prompt_set.name), settings))
-    return scores
+    comparison = controls.Comparison(
+        train=shift.raw,
+        domains=[read.raw for read in reads],
+        activations=np.stack([read.activations(shift.top) for read in reads]) if "act" in settings.sizes else None,
+        answers=[answers.get(read.prompt_set.name) for read in reads],
+        train_questions=shift.prompt_set.questions,
+        domain_questions=[read.prompt_set.questions for read in reads],
+    )
+    compared = {one: one.compare(comparison) for one in controls.CONTROLS if one.compare is not None}
+    return [
+        _domain_score(read, shift, {control: values[i] for control, values in compared.items()}, settings)
+        for i, read in enumerate(reads)
+    ]
 
 
 def _domain_score(
-    read: DomainRead,
-    shift: Shift,
-    more: dict[str, dict[str, float]],
-    answers: AnswerLog | None,
-    settings: Settings,
+    read: DomainRead, shift: Shift, compared: Mapping[controls.Control, float | None], settings: Settings
 ) -> DomainScore:
     name, log, n_prompts = read.prompt_set.name, read.log, len(read.prompt_set.prompts)
     drawn = resamples(n_prompts, settings.seed, name)
     n_read, n_pairs = log.n_read.astype(np.float64), log.n_pairs.astype(np.float64)
-    sizes = {
-        "": len(shift.top),
-        "random": len(shift.top),
-        "low_shift": len(shift.low_shift),
-        "most_active": len(shift.most_active),
-        controls.RAW_CONTROL: len(shift.raw_top),
-    }
     scores: dict[str, Score] = {}
-    found: dict[str, dict[str, float]] = {control: {} for control in sizes if control}
-    for estimator in settings.sizes:
-        for control, size in sizes.items():
+    found: dict[str, dict[str, float]] = {}
+    for control, members in (shift.feature_sets | shift.raw_sets).items():
+        size = max(members.shape[-1], 1)
+        for estimator in settings.sizes:
             numerator = read.sums[shift.name, control, estimator]
-            denominator = {"act": n_read, "icl": n_pairs, "act_sq": n_read * max(size, 1)}[estimator]
+            denominator = {"act": n_read, "icl": n_pairs, "act_sq": n_read * size}[estimator]
             if denominator.sum() == 0:
                 raise InputError(
                     f"domain '{name}' has no token to read for the estimator '{estimator}': its prompts without and "
@@ -201,13 +203,14 @@ def _domain_score(
                 )
             ratio = float(numerator.sum() / denominator.sum())
             if control:
-                found[control][estimator] = ratio
+                found.setdefault(control, {})[estimator] = ratio
             else:
                 scores[estimator] = Score(ratio, ratio_interval(numerator, denominator, drawn))
-    found |= more
-    if answers is not None:
-        found["base_loss"] = {"nll": float(answers.nll.sum() / answers.n_tokens.sum())}
-        found["base_accuracy"] = {"accuracy": float(answers.exact.mean())}
+    for one, value in compared.items():
+        if value is not None:
+            found[one.name] = {one.quantity: value}
+        elif one.quantity in SIZES:  # by estimator, those that were asked for
+            found[one.name] = {}
     return DomainScore(
         name=name,
         scores=scores,

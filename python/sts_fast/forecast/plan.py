@@ -52,7 +52,7 @@ class Plan:
 
         def prompts(kind: Kind, name: str, *, show: bool, tokens: TokenClass = settings.tokens) -> PromptSet:
             examples = (sets.trains if kind == "train" else sets.domains)[name]
-            demos, sampling = sets.demos.get(name), replace(settings.sampling, tokens=tokens)
+            demos, sampling = sets.demos.get(name), replace(settings, tokens=tokens)
             return session.prompts(kind, name, examples, demos, sampling, show=show)
 
         trains = [prompts("train", name, show=settings.dims == "icl") for name in sets.trains]

@@ -14,7 +14,7 @@ import numpy as np
 from sts_fast import files
 from sts_fast.errors import InputError, one_line
 from sts_fast.forecast import stability
-from sts_fast.forecast.controls import FEATURE_CONTROLS, RAW_CONTROL
+from sts_fast.forecast.controls import CONTROLS
 from sts_fast.ops.correlate import CorrelationStats
 from sts_fast.ops.shift import ShiftStats
 from sts_fast.statistics import Interval
@@ -127,7 +127,7 @@ SIGNED = tuple(estimator.name for estimator in ESTIMATORS if estimator.signed)
 ESTIMATOR_OPTIONS = tuple(dict.fromkeys(estimator.option for estimator in ESTIMATORS))
 VALUE_COLUMNS = [
     f"{control}_{estimator}_sum".removeprefix("_")
-    for control in ("", *FEATURE_CONTROLS, RAW_CONTROL)
+    for control in ("", *(one.name for one in CONTROLS if one.pick is not None))
     for estimator in SIZES
 ] + ["answer_nll_sum", "answer_exact", "advantage"]
 
@@ -378,8 +378,10 @@ class Run:
 
 
 def scores_schema() -> dict[str, Any]:
-    """The JSON schema of scores.json."""
-    return files.load_schema("forecast/scores.schema.json")
+    """The JSON schema of scores.json: that of the package, with the names of the numbers that controls have."""
+    schema = files.load_schema("forecast/scores.schema.json")
+    quantities = (one.quantity for one in CONTROLS if one.quantity)
+    return {**schema, "$defs": {**schema["$defs"], "control_number": {"enum": [*dict.fromkeys((*SIZES, *quantities))]}}}
 
 
 def validate_scores(scores: dict[str, Any]) -> None:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Unpack, overload
 
 import numpy as np
 
-from sts_fast.data.sets import Fields, Sets, Source
+from sts_fast.data.sets import Sets, Source
 from sts_fast.errors import InputError
-from sts_fast.forecast import controls, stability
+from sts_fast.forecast import stability
 from sts_fast.forecast.assemble import Measured, assemble
 from sts_fast.forecast.compare import sae_names
 from sts_fast.forecast.cost import Outlook
@@ -19,10 +19,11 @@ from sts_fast.forecast.estimators import read_domain
 from sts_fast.forecast.options import Options, Settings
 from sts_fast.forecast.plan import Plan
 from sts_fast.forecast.run import BY_NAME, Forecast
+from sts_fast.model.answers import answer_outcomes
 from sts_fast.model.log import AnswerLog
 from sts_fast.model.memory import MOST_BATCH_TOKENS
 from sts_fast.model.sae_check import Fit
-from sts_fast.model.session import SAESource, Session
+from sts_fast.model.session import Purpose, SAESource, Session
 from sts_fast.sae import SAE
 from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.signed import SignedForecast, hook_layer, measure_signed
@@ -194,11 +195,11 @@ def _plan(
     saes = [sae] if isinstance(sae, (str, Path, SAE)) else sae
     if not saes:
         raise InputError("there is no SAE to read the model with: give one or more with --sae")
-    fields = Fields(settings.question_fields or {}, settings.answer_fields or {})
-    sets = Sets.read(trains, domains, demos, fields)
+    sets = Sets.read(trains, domains, demos, settings)
     session = Session.open(
         model, saes, settings,
-        tokenizer=tokenizer, tuned=tuned, top_n=settings.top_n, run=run, needs=_beyond_activations(settings),
+        tokenizer=tokenizer, tuned=tuned, top_n=settings.top_n,
+        purpose=Purpose(run=run, needs=_beyond_activations(settings)),
     )  # fmt: skip
     sources = {"model": model, "tuned": tuned, "labels": settings.labels, "domains": domains, "demos": demos or {}}
     return Plan.make(session, settings, sets, sources | {"trains": trains})
@@ -223,7 +224,7 @@ def forecasts_of(
             overlap, n_prompts = float(np.mean(shift.overlaps(settings.top_n))), len(shift.prompt_set.prompts)
             settings.tell_line(stability.shift_line(shift.name + suffix, settings.top_n, n_prompts, overlap))
     reads = [read_domain(session.reader, session.saes, domain, shifts_of, settings) for domain in plan.domains]
-    answers = _read_answers(plan) if settings.controls == "all" and plan.domain_answers else {}
+    answers = _read_answers(plan, signed) if settings.controls == "all" else {}
     session.reader.say_passes()
     forecasts = []
     for i, (sae, fit, shifts, of_train) in enumerate(zip(session.saes, fits, shifts_of, signed, strict=True)):
@@ -248,7 +249,7 @@ def _signed(plan: Plan) -> list[dict[str, SignedForecast]]:
     return [
         measure_signed(
             HookedModel(
-                session.whole, hook_layer(sae), name=session.reader.name,
+                session.whole, hook_layer(sae), name=session.reader.name, batch_tokens=settings.batch_tokens,
                 say=settings.tell_line,
             ),
             sae,
@@ -256,7 +257,6 @@ def _signed(plan: Plan) -> list[dict[str, SignedForecast]]:
             plan.domain_answers,
             settings.signed,
             kind=settings.signed_features,
-            batch_tokens=settings.batch_tokens,
             seed=settings.seed,
             tell=settings.tell,
         )
@@ -275,15 +275,16 @@ def _beyond_activations(settings: Settings) -> list[tuple[str, str]]:
     return [(option, why) for option, chosen, why in needs if chosen]
 
 
-def _read_answers(plan: Plan) -> dict[str, AnswerLog]:
-    """How well the base model answers each domain, by domain name."""
+def _read_answers(plan: Plan, signed: Sequence[Mapping[str, SignedForecast]]) -> dict[str, AnswerLog]:
+    """How well the base model answers each domain, by domain name; signed forecasts have asked it already."""
+    already = next((forecast for of_train in signed for forecast in of_train.values()), None)
+    if already is not None:
+        return {answers.name: already.answers[answers.name] for answers in plan.domain_answers}
     settings, reads = plan.settings, {}
+    batch_tokens = settings.batch_tokens or MOST_BATCH_TOKENS
     for done, answers in enumerate(plan.domain_answers):
-        outcomes = controls.answer_outcomes(
-            plan.session.whole,
-            answers.prompts,
-            batch_tokens=settings.batch_tokens or MOST_BATCH_TOKENS,
-            say=settings.tell_line,
+        outcomes = answer_outcomes(
+            plan.session.whole, answers.prompts, batch_tokens=batch_tokens, say=settings.tell_line
         )
         reads[answers.name] = AnswerLog(answers, *outcomes)
         settings.tell("base loss and accuracy", done + 1, len(plan.domain_answers))

@@ -51,7 +51,6 @@ def measure_kernel(
     Q: Doubles,
     sets: Sequence[PromptSet],
     *,
-    batch_tokens: int,
     tell: Progress | None = None,
 ) -> Kernel:
     """From two passes over each set, each forward and back down to the hook, whatever the number of pairs.
@@ -68,16 +67,13 @@ def measure_kernel(
     def pushed(asked: PromptSet) -> Tell:
         return told(f"gradients of {asked.name}")
 
-    pushes = [
-        measure_push(model, features, Q, one.name, one.prompts, batch_tokens=batch_tokens, tell=pushed(one))
-        for one in sets
-    ]
+    pushes = [measure_push(model, features, Q, one.name, one.prompts, tell=pushed(one)) for one in sets]
     norms = np.asarray([push.norm for push in pushes])
     values, nll = [], []
     for one in sets:
         pull = measure_pull(
             model, features, Q, one.name, one.prompts, pushes,
-            batch_tokens=batch_tokens, tell=told(f"kernel of {one.name}"),
+            tell=told(f"kernel of {one.name}"),
         )  # fmt: skip
         values.append(norms[:, None] * pull.values["ntk_loss"])
         nll.append(pull.nll)

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, Unpack, get_args
 
 import numpy as np
 
 from sts_fast import files
 from sts_fast.data.examples import Example
-from sts_fast.data.prompts import Progress, build_prompts
-from sts_fast.data.sets import Fields, Sets, Source, check_enough
+from sts_fast.data.options import Option
+from sts_fast.data.prompts import build_prompts
+from sts_fast.data.sets import Drawing, DrawingOptions, Fields, FieldsOptions, Limit, Sets, Source, check_enough
 from sts_fast.errors import InputError
+from sts_fast.files import Document
 from sts_fast.forecast.run import SIZES, Run
 from sts_fast.mix.allot import fill, least_loss, whole_examples
 from sts_fast.mix.flow import Flow
 from sts_fast.mix.kernel import Kernel, measure_kernel
-from sts_fast.model.memory import MOST_BATCH_TOKENS
-from sts_fast.model.session import Reading, ReadingOptions, SAESource, Session
+from sts_fast.model.session import Purpose, Reading, ReadingOptions, SAESource, Session
 from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.projection import projection
 from sts_fast.signed.push import Features
@@ -40,6 +41,43 @@ MIX_FILE, MIXED_FILE = "mix.json", "mixed.jsonl"
 TRAIN = "train"
 LOSS_LEFT = 0.01
 N_BOOTSTRAP = 200
+
+
+@dataclass(frozen=True)
+class Mixing(Drawing, Fields, Reading):
+    """How examples are allotted; see Drawing, Fields and Reading for how sets and model are read.
+
+    rule:      see mix
+    estimator: which scores of a run: 'act', 'icl' or 'act_sq'; by default the first that it has
+    weights:   what each domain's loss counts, 1 where none is given; under 'train', the training set's own, beside
+               all domains together
+    protect:   domains that alone count; examples may still come from all
+    loss_left: how long the training is: what it would leave of the training set's own loss without any mixing
+    """
+
+    rule: Annotated[Rule, Option("Least forecast loss; in proportion to STS (--from); or evenly.")] = "forecast"
+    estimator: Annotated[str | None, Option(f"Which scores of that run: {', '.join(SIZES)}.")] = None
+    weights: Annotated[
+        Mapping[str, float], Option("What a set's loss counts, as law=2 or train=0.5; repeatable.", "--weight")
+    ] = field(default_factory=dict)
+    protect: Annotated[Sequence[str], Option("A domain that counts, where others do not; repeatable.")] = ()
+    loss_left: Annotated[float, Option("Share of the training set's loss that training alone would leave.")] = LOSS_LEFT
+    limit: Limit = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.loss_left < 1:
+            raise InputError(f"--loss-left must lie between 0 and 1, not {self.loss_left:g}")
+
+
+class MixingOptions(DrawingOptions, FieldsOptions, ReadingOptions, total=False):
+    """`Mixing` as keywords."""
+
+    rule: Rule
+    estimator: str | None
+    weights: Mapping[str, float]
+    protect: Sequence[str]
+    loss_left: float
 
 
 @dataclass(frozen=True)
@@ -80,11 +118,11 @@ class Mixture:
     train: MixedSet
     domains: list[MixedSet]
     mean_change: dict[str, float] | None
-    settings: dict[str, Any]
+    settings: Document
     warnings: list[str]
     examples: list[tuple[str, Example]]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Document:
         """What mix.json holds."""
         return {
             "schema_version": SCHEMA_VERSION,
@@ -124,22 +162,11 @@ def mix(
     train: Source,
     domains: Mapping[str, Source] | Sequence[str],
     budget: int,
-    rule: Rule = "forecast",
     model: str | Path | PreTrainedModel | None = None,
     sae: SAESource | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     scores: str | Path | None = None,
-    estimator: str | None = None,
-    weights: Mapping[str, float] | None = None,
-    protect: Sequence[str] = (),
-    loss_left: float = LOSS_LEFT,
-    limit: int | None = 64,
-    seed: int = 0,
-    question_fields: Mapping[str, str] | None = None,
-    answer_fields: Mapping[str, str] | None = None,
-    command: str | None = None,
-    progress: Progress | None = None,
-    **options: Unpack[ReadingOptions],
+    **options: Unpack[MixingOptions],
 ) -> Mixture:
     """Allots `budget` further examples over domains, to be trained on together with the training set.
 
@@ -157,23 +184,14 @@ def mix(
     train, domains: as for `score`; domains are what the examples are taken from, so not what is evaluated on
     model, sae:    as for `score`; needed by `forecast`. With them every rule's forecast is told
     scores:        folder of a run of `score` over the same domains, or its scores.json
-    estimator:     which of its scores: 'act', 'icl' or 'act_sq'; by default the first that it has
-    weights:       what each domain's loss counts, 1 where none is given; under 'train', the training set's own, beside
-                   all domains together
-    protect:       domains that alone count; examples may still come from all
-    loss_left:     how long the training is: what it would leave of the training set's own loss without any mixing
-    limit:         most prompts of a set that are measured, drawn with `seed`; None for all
-    options:       how model and SAE are read, see Reading; all others as in Settings
+    options:       see Mixing
 
     Raises InputError, in one sentence with the remedy, for whatever in the input cannot be used.
     """
-    reading = Reading(**options)
-    if rule not in RULES:
-        raise InputError(f"rule must be one of {', '.join(RULES)}, not '{rule}'")
+    mixing = Mixing(**options)
+    rule, seed = mixing.rule, mixing.seed
     if budget < 1:
         raise InputError(f"--budget must be at least 1 example, not {budget}")
-    if not 0 < loss_left < 1:
-        raise InputError(f"--loss-left must lie between 0 and 1, not {loss_left:g}")
     if (model is None) != (sae is None) or (rule == "forecast" and model is None):
         raise InputError("a forecast needs both --model and --sae: give them, or mix by --rule proportional or uniform")
     if (scores is not None) != (rule == "proportional"):
@@ -181,9 +199,9 @@ def mix(
             "--rule proportional and --from RUN go together: shares in proportion to STS come from a run of "
             "sts-fast score over the same domains"
         )
-    if estimator is not None and scores is None:
+    if mixing.estimator is not None and scores is None:
         raise InputError("--estimator chooses among the scores of a run: give it with --rule proportional and --from")
-    sets = Sets.read({TRAIN: train}, domains, None, Fields(question_fields or {}, answer_fields or {}))
+    sets = Sets.read({TRAIN: train}, domains, None, mixing)
     pools = {
         name: [example for example in examples if example.answer is not None]
         for name, examples in {**sets.trains, **sets.domains}.items()
@@ -201,18 +219,18 @@ def mix(
             f"the domains have {available[1:].sum()} answered examples in all, fewer than the budget of {budget}: "
             "lower --budget, or add examples"
         )
-    counted = _weights(names, weights or {}, protect)
+    counted = _weights(names, mixing.weights, mixing.protect)
     most = np.where(np.arange(len(pools)) == 0, 0, available / budget)
     train_share = float(available[0] / (available[0] + budget))
 
     kernel = flow = None
     if model is not None and sae is not None:
-        kernel = _measure(pools, model, sae, tokenizer, reading, limit=limit, seed=seed, progress=progress)
-        flow = Flow.of(*kernel.means(), 0, loss_left)
+        kernel = _measure(pools, model, sae, tokenizer, mixing)
+        flow = Flow.of(*kernel.means(), 0, mixing.loss_left)
     if rule == "forecast" and flow is not None:
         shares = least_loss(flow, 0, train_share, counted, most)
     else:
-        wanted = _scores(scores, names, estimator) if scores is not None else np.ones(len(names))
+        wanted = _scores(scores, names, mixing.estimator) if scores is not None else np.ones(len(names))
         shares = fill(np.concatenate([[0.0], wanted]), most)
     counts = whole_examples(shares, budget, np.where(np.arange(len(pools)) == 0, 0, available))
     mixed_sets = [
@@ -226,7 +244,7 @@ def mix(
         if one.n_examples == one.n_available < budget and one.n_examples > 0
     ]
     for warning in used_up:
-        reading.tell_line(f"warning: {warning}")
+        mixing.tell_line(f"warning: {warning}")
     mean_change = None
     if kernel is not None and flow is not None:
         trained_on = np.where(np.arange(len(pools)) == 0, available, counts) / (available[0] + budget)
@@ -238,12 +256,12 @@ def mix(
         domains=mixed_sets[1:],
         mean_change=mean_change,
         settings={
-            "loss_left": loss_left,
+            "loss_left": mixing.loss_left,
             "weights": {name: float(weight) for name, weight in zip(pools, counted, strict=True)},
-            "limit": limit,
+            "limit": mixing.limit,
             "seed": seed,
             "confidence": CONFIDENCE,
-            "command": command,
+            "command": mixing.command,
         },
         warnings=[*(kernel.warnings if kernel is not None else []), *used_up],
         examples=_drawn(pools, [one.n_examples for one in mixed_sets], seed),
@@ -269,18 +287,13 @@ def _measure(
     model: str | Path | PreTrainedModel,
     sae: SAESource,
     tokenizer: PreTrainedTokenizerBase | None,
-    reading: Reading,
-    *,
-    limit: int | None,
-    seed: int,
-    progress: Progress | None,
+    mixing: Mixing,
 ) -> Kernel:
-    if limit is not None and limit < 1:
-        raise InputError(f"--limit must be at least 1, not {limit}")
-    needs = [("mix", "the whole model, and its gradients")]
-    session = Session.open(model, [sae], reading, tokenizer=tokenizer, whole=True, needs=needs)
+    purpose = Purpose(whole=True, needs=[("mix", "the whole model, and its gradients")])
+    limit, seed = mixing.limit, mixing.seed
+    session = Session.open(model, [sae], mixing, tokenizer=tokenizer, purpose=purpose)
     reader, [one] = session.reader, session.saes
-    hooked = HookedModel(session.whole, hook_layer(one), name=reader.name)
+    hooked = HookedModel(session.whole, hook_layer(one), name=reader.name, batch_tokens=mixing.batch_tokens)
     template, context_length = session.template, reader.context_length
     asked = [
         build_prompts(name, pool, template, tokens="answer", context_length=context_length, limit=limit, seed=seed)
@@ -291,10 +304,10 @@ def _measure(
     [fit] = session.check_fit(asked[0])
     kernel = measure_kernel(
         hooked, Features(one), projection(one.d_in, seed=seed), asked,
-        batch_tokens=min(reading.batch_tokens or MOST_BATCH_TOKENS, MOST_BATCH_TOKENS), tell=progress,
+        tell=mixing.tell,
     )  # fmt: skip
     for warning in kernel.warnings:
-        reading.tell_line(f"warning: {warning}")
+        mixing.tell_line(f"warning: {warning}")
     return replace(kernel, warnings=[*filter(None, (fit.warning, fit.names)), *kernel.warnings])
 
 
@@ -352,15 +365,15 @@ def _drawn(pools: Mapping[str, list[Example]], counts: Sequence[int], seed: int)
     return [chosen[i] for i in rng.permutation(len(chosen))]
 
 
-def mix_schema() -> dict[str, Any]:
+def mix_schema() -> Document:
     """The JSON schema of mix.json."""
     return files.load_schema("mix/mix.schema.json")
 
 
-def validate_mix(mixture: dict[str, Any]) -> None:
+def validate_mix(mixture: Document) -> None:
     """Raises jsonschema.ValidationError where a document is not a valid mix.json."""
     files.check_document(mixture, mix_schema())
 
 
-def _plain(one: MixedSet) -> dict[str, Any]:
+def _plain(one: MixedSet) -> Document:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(one).items()}

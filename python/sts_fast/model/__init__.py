@@ -1,1 +1,1 @@
-"""A language model read where SAEs read, or its activations as stored before."""
+"""A language model read at the SAEs' hooks, or its stored activations."""

@@ -1,4 +1,4 @@
-"""What a feature is: where it fires in the user's own data, what its decoder direction promotes, what it is called."""
+"""Explanations of a feature: its strongest firings in the user's data, the tokens it promotes, its label."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from sts_fast.statistics import Indices
 
-N_FEATURES = 20  # of D_N, the most shifted ones are explained
+N_FEATURES = 20  # features of D_N that are explained, the most shifted ones
 N_EXAMPLES = 5
 N_PROMOTED = 8
 VOCABULARY_BLOCK = 16_384
@@ -32,17 +32,17 @@ CONTEXT_BEFORE, CONTEXT_AFTER = 12, 6  # tokens
 
 @dataclass(frozen=True, order=True)
 class _Firing:
-    rank_key: tuple[float, int, int, int]  # strongest first; then by set, prompt and position, so that ties are settled
+    rank_key: tuple[float, int, int, int]  # strongest first; ties by set, prompt and position
     prompt_set: str
     prompt: int
     position: int
 
 
 class Firings:
-    """The strongest firings of some features, at most one of each prompt.
+    """The strongest firings of some features, at most one per prompt.
 
     features: [n_features] features of the SAE
-    stage:    in which pass they are looked for, as in prompts.parquet
+    stage:    the pass in which they fire, as in prompts.parquet
     """
 
     def __init__(self, features: Indices, stage: str) -> None:
@@ -53,8 +53,8 @@ class Firings:
     def add(self, prompt_set: PromptSet, prompt_of: Indices, positions: Indices, active: SparseFeatures) -> None:
         """Adds a batch of tokens.
 
-        prompt_of, positions: [n_tokens] which of the set's prompts each token stands in, and where in its base_ids
-        active: the tokens' features, these features among them
+        prompt_of, positions: [n_tokens] each token's prompt, as an index into the set, and its position in base_ids
+        active: the tokens' features, including these features
         """
         n_set = len(self._sets) if prompt_set.name not in self._sets else list(self._sets).index(prompt_set.name)
         self._sets[prompt_set.name] = prompt_set
@@ -68,18 +68,18 @@ class Firings:
                     break
                 best.append(_Firing(key, prompt_set.name, prompt, position))
                 strongest: dict[tuple[str, int], _Firing] = {}
-                for one in sorted(best):
-                    strongest.setdefault((one.prompt_set, one.prompt), one)
+                for firing in sorted(best):
+                    strongest.setdefault((firing.prompt_set, firing.prompt), firing)
                 best[:] = list(strongest.values())[:N_EXAMPLES]
 
     def take(self, others: Sequence[Firings]) -> Firings:
-        """Adds those found in further sets, none of which was looked at before; returns itself."""
+        """Adds the firings in further sets, none of which was added before; returns itself."""
         for other in others:
             n_sets = len(self._sets)
             for feature, best in self._best.items():
-                for one in other._best[feature]:
-                    value, n_set, prompt, position = one.rank_key
-                    best.append(replace(one, rank_key=(value, n_sets + n_set, prompt, position)))
+                for firing in other._best[feature]:
+                    value, n_set, prompt, position = firing.rank_key
+                    best.append(replace(firing, rank_key=(value, n_sets + n_set, prompt, position)))
                 best[:] = sorted(best)[:N_EXAMPLES]
             self._sets |= other._sets
         return self
@@ -127,22 +127,23 @@ def _text_around(tokenizer: PreTrainedTokenizerBase, ids: NDArray[np.int32], pos
 def promoted_tokens(
     directions: torch.Tensor, unembedding: torch.Tensor, tokenizer: PreTrainedTokenizerBase
 ) -> list[list[str]]:
-    """The output tokens that each decoder direction raises most, read straight through the unembedding.
+    """The N_PROMOTED output tokens whose logits each decoder direction raises most.
 
-    directions: [n_features, d_in] rows of W_dec; unembedding: [vocabulary, d_in]; norms and upper layers are left out
+    directions:  [n_features, d_in] rows of W_dec
+    unembedding: [vocabulary, d_in], applied directly, without norms and upper layers
     """
     import torch
 
     logits = torch.cat(
         [directions.float() @ rows.float().T for rows in torch.split(unembedding, VOCABULARY_BLOCK)], dim=-1
     )
-    return [[str(tokenizer.decode([int(token)])) for token in one] for one in logits.topk(N_PROMOTED, dim=-1).indices]
+    return [[str(tokenizer.decode([int(token)])) for token in top] for top in logits.topk(N_PROMOTED, dim=-1).indices]
 
 
 def read_labels(path: str | Path) -> dict[int, str]:
-    """Explanations of features as Neuronpedia exports them: a JSON list, or JSON lines (.gz too); the first one counts.
+    """Label by feature from Neuronpedia's export of explanations: a JSON list, or JSON lines (.gz too).
 
-    Raises InputError where the file cannot be read or holds none.
+    The first label of a feature counts. Raises InputError where the file is unreadable or contains none.
     """
     path = Path(path)
     try:
@@ -168,5 +169,5 @@ def read_labels(path: str | Path) -> dict[int, str]:
 
 
 def neuronpedia_links(neuronpedia_id: str | None, features: Sequence[int]) -> list[str | None]:
-    """Address of each feature's page, where the SAE's metadata name its dashboard."""
+    """Address of each feature's page; None where the SAE's metadata name no dashboard."""
     return [f"https://neuronpedia.org/{neuronpedia_id}/{j}" if neuronpedia_id else None for j in features]

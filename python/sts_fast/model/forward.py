@@ -1,4 +1,4 @@
-"""Forward passes in which nothing is computed twice: what sequences share at their start is run once."""
+"""Forward passes in which nothing is computed twice: the shared start of all sequences is run once."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ if TYPE_CHECKING:
 
     from sts_fast.statistics import Doubles, IntArray
 
-# In the order in which they are tried: the fastest first.
-#   packed  several sequences in one row, kept apart by a mask, behind the keys and values of what they share
-#   cached  one sequence in a row, padded on the right, behind the same keys and values
-#   copied  one sequence in a row, each behind a copy of the model's own cache (linear attention changes its state)
-#   plain   one sequence in a row, from its first token on
+# In the order in which they are tried, fastest first:
+#   packed  several sequences per row, separated by a mask, after the keys and values of the shared start
+#   cached  one sequence per row, padded on the right, after the same keys and values
+#   copied  one sequence per row, each after a copy of the model's own cache (linear attention changes its state)
+#   plain   one sequence per row, from its first token
 Strategy = Literal["packed", "cached", "copied", "plain"]
 
-# The self-check: tokens that its sequences share, and that each has of its own; and, while it lasts, the windows of
-# sliding and chunked attention, which it would not reach else.
+# The self-check: tokens that its sequences share, and tokens of each alone. Meanwhile the windows of sliding and
+# chunked attention are cut to CHECK_WINDOW, because such short sequences would not exceed them.
 CHECK_SHARED, CHECK_LENGTHS, CHECK_WINDOW = 20, (9, 4, 13), 6
-# Other names in a config that tell of attention to a part of the tokens only, which the mask would have to know.
+# Other config keys of attention to a part of the tokens, which the mask does not know.
 UNKNOWN_WINDOWS = ("window_size", "attention_types", "local_attention", "block_size", "attention_window")
-# Largest relative error of a token against the sequence run alone; in half precision of the median token, because a
-# router may send one token to another expert over its last bit.
+# Largest relative error of a token against the sequence run alone. In half precision the median token counts, because
+# the last bit may make a router send a token to another expert.
 CHECK_TOLERANCE = {"float64": 1e-8, "float32": 1e-4, "bfloat16": 6e-2, "float16": 1e-2}
 
 
 class Runnable(Protocol):
-    """A model that is run up to the places read; see sts_fast.model.language_model.LanguageModel."""
+    """A model that is run up to its last hook; see sts_fast.model.language_model.LanguageModel."""
 
     model: torch.nn.Module
     device: torch.device
@@ -63,11 +63,11 @@ class Runnable(Protocol):
 
 @dataclass(frozen=True)
 class Read:
-    """What one sequence gives, at each place that is read.
+    """Activations of one sequence at each hook.
 
-    rows:  per place [n_read, d_in], at the positions asked for, on the place's device
-    norms: per place [n_tokens] float64, Euclidean, of every token up to the last one read; NaN where a token has a NaN
-        or infinity
+    rows:  per hook [n_read, d_in], at the positions to read, on the hook's device
+    norms: per hook [n_tokens] float64, Euclidean, of every token up to the last one read; NaN where a token has a NaN
+           or infinity
     """
 
     rows: list[torch.Tensor]
@@ -76,14 +76,14 @@ class Read:
 
 @dataclass
 class Sequences:
-    """Sequences of which some tokens are read, and what they share.
+    """Sequences of which some tokens are read, and their shared start.
 
-    passes:    the forward passes of the model that they are for
-    ids:       each [n_tokens] int32, up to the last token that is read: what follows is of no use
-    positions: each [n_read] int32
-    n_shared:  tokens at the start that are the same in all, none of which is read
-    cache:     the model's keys and values, or states, of these; run when the first batch needs them
-    shared_norms: per place [n_shared]
+    passes:    the forward passes of the model that runs them
+    ids:       each [n_tokens] int32, up to the last token that is read
+    positions: each [n_read] int32, the tokens to read
+    n_shared:  number of tokens at the start that are the same in all, none of which is read
+    cache:     the model's keys and values, or states, of the shared start; made for the first batch
+    shared_norms: per hook [n_shared]
     """
 
     passes: ForwardPasses
@@ -99,7 +99,7 @@ class Sequences:
 
 @dataclass(frozen=True)
 class _Launched:
-    """A batch on its way: on CUDA nothing of it need be there yet."""
+    """A batch that was started; on CUDA its results may not be ready yet."""
 
     rows: list[list[torch.Tensor]]
     norms: list[torch.Tensor]
@@ -108,16 +108,16 @@ class _Launched:
 
 
 class ForwardPasses:
-    """The forward passes of one model: how sequences are run, how many there were, and how long they took.
+    """The forward passes of one model, with their strategy, number and time.
 
-    runnable:     the model; nothing is kept of what it returns but the rows asked for
+    runnable:     the model; only the rows at the positions to read are kept of its results
     batch_tokens: most tokens of one pass; None: as many as the free memory allows, 256 to 8,192 (2,048 on a CPU)
-    say:          is told, in one line each, what was chosen and what went wrong and was put right
+    say:          receives one line for each choice made and each problem that was solved
 
-    strategy:     how sequences are run; None until the first are. The first of `Strategy` whose activations, of a few
-        short sequences of the model's own tokens, equal those of each sequence run alone.
-    n_passes, n_tokens, seconds: forward passes run, tokens in them without padding, and the time they took (self-check
-        not counted)
+    strategy:     way of running sequences, None before the first: the first of `Strategy` whose activations, on a few
+                  short sequences of the prompts' tokens, equal those of each sequence run alone
+    n_passes, n_tokens, seconds: forward passes, their tokens without padding, and their time; the self-check is not
+                  counted
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class ForwardPasses:
         self.memory.n_tokens = n_tokens
 
     def prepare(self, ids: Sequence[IntArray], positions: Sequence[IntArray]) -> Sequences:
-        """Sequences to be read at their positions; [] for a sequence of which nothing is read and nothing run."""
+        """Sequences to be read at their positions; a sequence without positions is not run."""
         ends = [int(read.max(initial=-1)) + 1 for read in positions]
         needed = [sequence[:end] for sequence, end in zip(ids, ends, strict=True)]
         check_vocabulary(self.runnable.model, needed, name=self.runnable.name)
@@ -160,12 +160,12 @@ class ForwardPasses:
         return sequences
 
     def alone(self, ids: IntArray, positions: IntArray) -> Read:
-        """One sequence by itself, from its first token on, whatever the strategy."""
+        """Runs one sequence by itself from its first token, regardless of the strategy."""
         sequences = Sequences(self, [ids], [positions])
         return self.finish(sequences, self.launch(sequences, [0]))[0]
 
     def summary(self) -> dict[str, Any]:
-        """How the sequences were run, for the record; the self-check is not counted."""
+        """Strategy, sizes and time of the passes for scores.json; the self-check is not counted."""
         return {
             "strategy": self.strategy,
             "why": self.why,
@@ -183,7 +183,7 @@ class ForwardPasses:
     # One batch --------------------------------------------------------------------------------------------------------
 
     def launch(self, sequences: Sequences, batch: list[int], rows: list[list[int]] | None = None) -> _Launched:
-        """Starts a pass; rows: which sequences of the batch (by their place in it) share a row, if not the cheapest."""
+        """Starts a pass; rows: indices in the batch of the sequences of each row, by default the cheapest layout."""
         import torch
 
         started = time.perf_counter()
@@ -213,7 +213,7 @@ class ForwardPasses:
                 norms.append(row_norms(flat).to("cpu", non_blocking=True))
                 rows_read = flat[moved(torch.from_numpy(read.astype(np.int64)), flat.device)]
                 picked.append(list(torch.split(rows_read, [len(sequences.positions[i]) for i in batch])))
-            # A model may be spread over devices, and none of them need be torch's current one.
+            # A model may be spread over several devices, and none of them may be torch's current one.
             ready = []
             for place in {activation.device for activation in activations if activation.is_cuda}:
                 ready.append(torch.cuda.Event())  # type: ignore[no-untyped-call]
@@ -222,17 +222,17 @@ class ForwardPasses:
         return _Launched(picked, norms, laid_out.spans, ready)
 
     def finish(self, sequences: Sequences, launched: _Launched) -> list[Read]:
-        """What each sequence of a batch gives, once it is there."""
+        """Waits for a batch and returns the activations of each of its sequences."""
         import torch
 
         started = time.perf_counter()
         for event in launched.ready:
             event.synchronize()
         for rows in launched.rows:
-            for some in rows[:1]:  # the others are views of the same memory
-                if some.is_cuda:
-                    # The caller's stream reads it: the model's must not write there again before.
-                    some.record_stream(torch.cuda.current_stream(some.device))
+            for first in rows[:1]:  # the others are views of the same memory
+                if first.is_cuda:
+                    # The caller's stream reads this memory: the model's must not write there before.
+                    first.record_stream(torch.cuda.current_stream(first.device))
         shared = sequences.shared_norms or [np.empty(0)] * len(launched.norms)
         norms = [[before, own.numpy()] for before, own in zip(shared, launched.norms, strict=True)]
         self.seconds += time.perf_counter() - started
@@ -246,7 +246,7 @@ class ForwardPasses:
 
     @contextmanager
     def _own_stream(self) -> Iterator[None]:
-        """On CUDA the model has a stream to itself, so that what is made of one batch need not wait for the next."""
+        """Gives the model its own CUDA stream; the use of one batch then need not wait for the next."""
         import torch
 
         device = self.runnable.device
@@ -255,7 +255,7 @@ class ForwardPasses:
             return
         if self._stream is None:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            self._stream.wait_stream(torch.cuda.current_stream(device))  # the weights may still be on their way
+            self._stream.wait_stream(torch.cuda.current_stream(device))  # the weights may still be in transfer
         with torch.cuda.stream(self._stream):
             yield
 
@@ -266,13 +266,13 @@ class ForwardPasses:
         return activations
 
     def _run_shared(self, sequences: Sequences) -> None:
-        """Runs what the sequences share, in pieces of at most batch_tokens."""
+        """Runs the shared start of the sequences, in pieces of at most batch_tokens."""
         import torch
         from transformers import DynamicCache
 
-        one = next(one for one in sequences.ids if len(one))  # nothing is run of the others
-        ids = torch.from_numpy(one[: sequences.n_shared].astype(np.int64))[None]
-        # Without its config a cache keeps all keys of sliding windows, so that the model's own masks stay right.
+        sequence = next(sequence for sequence in sequences.ids if len(sequence))  # empty ones are not run
+        ids = torch.from_numpy(sequence[: sequences.n_shared].astype(np.int64))[None]
+        # Without a config, the cache keeps all keys of sliding windows, as the model's own masks expect.
         cache = DynamicCache(config=self.config) if self.strategy == "copied" else DynamicCache()
         parts: list[list[Doubles]] = []
         for piece in torch.split(ids, self.budget(sequences.n_shared), dim=1):
@@ -292,19 +292,19 @@ class ForwardPasses:
         return copied
 
     def _layout(self, lengths: list[int], n_shared: int) -> list[list[int]]:
-        """Which sequences share a row: one in each, or, packed, as many as make the arithmetic least."""
+        """Indices of the sequences in each row: one, or for `packed` the cheapest layout."""
         if self.strategy != "packed" or len(lengths) == 1:
             return [[slot] for slot in range(len(lengths))]
         return cheapest_rows(lengths, n_shared, layer_sizes(self.runnable.model, self.config))
 
     def budget(self, n_shared: int) -> int:
-        """Most tokens of a batch behind n_shared that all have in common."""
+        """Most tokens of a batch after n_shared shared ones."""
         return self.memory.tokens(bytes_per_token(self.config, n_shared))
 
     # Self-check -------------------------------------------------------------------------------------------------------
 
     def _choose(self, ids: Sequence[IntArray]) -> None:
-        """Takes the first strategy that gives what the model gives each sequence alone."""
+        """Chooses the first strategy whose activations equal those of each sequence run alone."""
         tokens = np.concatenate([sequence[:64] for sequence in ids[:8]] or [np.zeros(1, np.int32)])
         tokens = np.resize(tokens, CHECK_SHARED + sum(CHECK_LENGTHS))
         ends = np.cumsum([CHECK_SHARED, *CHECK_LENGTHS])
@@ -313,7 +313,7 @@ class ForwardPasses:
         self.strategy = "plain"
         refused = []
         with short_windows(self.config, CHECK_WINDOW):
-            expected = [self.alone(one, np.arange(len(one), dtype=np.int32)).rows for one in checks]
+            expected = [self.alone(check, np.arange(len(check), dtype=np.int32)).rows for check in checks]
             for strategy in get_args(Strategy):
                 fault = self._fault(strategy, checks, expected)
                 if fault is None:
@@ -325,7 +325,7 @@ class ForwardPasses:
         self.say(f"forward passes of {self.runnable.name}: {strategy} ({self.why})")
 
     def _fault(self, strategy: Strategy, ids: list[IntArray], expected: list[list[torch.Tensor]]) -> str | None:
-        """What is wrong with a strategy; None where it gives the activations expected at every token."""
+        """Reason to reject a strategy; None where it gives the expected activations at every token."""
         if strategy == "plain":
             return None
         if strategy == "packed" and (unknown := [n for n in UNKNOWN_WINDOWS if getattr(self.config, n, None)]):
@@ -333,19 +333,19 @@ class ForwardPasses:
         self.strategy = strategy
         batch = list(range(len(ids)))
         apart = [[slot] for slot in batch]
-        # Packed sequences may also get a row each, which the model then masks itself.
+        # Packed sequences may also get a row each; the model then masks them itself.
         ways = [(n, rows) for n in (CHECK_SHARED, 0) for rows in ([batch], apart)]
         worst = 0.0
         try:
             for n_shared, layout in ways if strategy == "packed" else [(CHECK_SHARED, apart)]:
-                read = [np.arange(n_shared, len(one), dtype=np.int32) for one in ids]
+                read = [np.arange(n_shared, len(sequence), dtype=np.int32) for sequence in ids]
                 sequences = Sequences(self, ids, read, n_shared)
-                for _ in range(2):  # the second time finds the cache as the first has left it
-                    found = self.finish(sequences, self.launch(sequences, batch, layout))
-                    for one, alone in zip(found, expected, strict=True):
-                        for rows, rows_alone in zip(one.rows, alone, strict=True):
+                for _ in range(2):  # the second time uses the cache as the first left it
+                    reads = self.finish(sequences, self.launch(sequences, batch, layout))
+                    for batched, alone in zip(reads, expected, strict=True):
+                        for rows, rows_alone in zip(batched.rows, alone, strict=True):
                             worst = max(worst, _relative_error(rows, rows_alone[n_shared:]))
-        except Exception as error:  # whatever a model says of inputs that it does not know
+        except Exception as error:  # a model can raise anything for inputs that it does not support
             if is_out_of_memory(error):
                 raise
             return f"({type(error).__name__})"
@@ -354,10 +354,12 @@ class ForwardPasses:
 
 
 def run_batches(*sides: Sequences, n_done: int = 0) -> Iterator[tuple[list[int], list[list[Read]]]]:
-    """Runs the sequences of each side (as without and with demonstrations), shortest first, less the first n_done.
+    """Runs the sequences of each side (such as without and with demonstrations), shortest first.
 
-    Yields the indices of a batch and, for each side, what each of them gives. A batch that does not fit into memory is
-    run again in halves. On CUDA a batch is on its way while the one before is being used.
+    n_done: number of sequences to skip, the shortest ones
+
+    Yields the indices of a batch and, for each side, the activations of its sequences. A batch that does not fit into
+    memory is run again in halves. On CUDA the next batch is computed while the current one is being used.
 
     Raises InputError where a single sequence does not fit.
     """
@@ -380,7 +382,7 @@ def run_batches(*sides: Sequences, n_done: int = 0) -> Iterator[tuple[list[int],
             order = order[len(batch) :]
         if len(ahead) > n_ahead or not order:
             batch, launched = ahead.popleft()
-            yield batch, [side.passes.finish(side, one) for side, one in zip(sides, launched, strict=True)]
+            yield batch, [side.passes.finish(side, started) for side, started in zip(sides, launched, strict=True)]
 
 
 def _relative_error(rows: torch.Tensor, expected: torch.Tensor) -> float:
@@ -393,7 +395,7 @@ def _relative_error(rows: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def row_norms(rows: torch.Tensor) -> torch.Tensor:
-    """[n_tokens] float64 Euclidean norm of each row [n_tokens, d_in]; NaN where it holds a NaN or infinity."""
+    """[n_tokens] float64 Euclidean norm of each row [n_tokens, d_in]; NaN where it contains NaN or infinity."""
     import torch
 
     norms = torch.linalg.vector_norm(rows.float(), dim=-1).double()

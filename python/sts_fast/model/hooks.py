@@ -1,4 +1,4 @@
-"""Where in a given model an SAE reads: the modules that compute the places."""
+"""Hooks of a model: the modules that compute the places that SAEs read."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Hook:
-    """A place in a model: what goes into or comes out of one of its modules.
+    """A place in a model: the input or output of one of its modules.
 
-    name:  as it was asked for
-    path:  the module, as the model names it
-    side:  'input' or 'output' of it
-    layer: index of the decoder layer it belongs to; None outside of the layers
+    name:  as requested
+    path:  the module's path in the model
+    side:  'input' or 'output'
+    layer: index of the decoder layer that contains it; None outside the layers
     d_in:  numbers per token
-    scale: what the module gives is multiplied by this, as the model does before adding it
+    scale: factor of the value, by which the model multiplies it before adding it
     """
 
     name: str
@@ -53,29 +53,28 @@ class Hook:
 
 
 def find_hooks(model: torch.nn.Module, places: Sequence[str | int], *, name: str) -> list[Hook]:
-    """The places in a model, by name.
+    """Finds places in a model by name.
 
     A name is a place of a layer as SAEs spell it ('blocks.25.hook_resid_post', 'blocks.3.attn.hook_z'), or the path of
-    a module, whose output is meant ('model.layers.12.mlp'), or its input ('model.layers.12.mlp.input'). An index
-    stands for the output of that layer. Where a place is inside a layer is found by watching what the layer's modules
-    compute for a few tokens.
+    a module, for its output ('model.layers.12.mlp') or its input ('model.layers.12.mlp.input'). An index means the
+    output of that layer. A place inside a layer is found by tracing the layer's modules on a few tokens.
 
-    Raises InputError, with the modules that there are, where the model has no such place.
+    Raises InputError, with the paths of existing modules, where the model has no such place.
     """
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     layers = decoder_layers(model, config.num_hidden_layers)
     seen: dict[int, tuple[LayerTrace | None, dict[str, Tap]]] = {}
-    found = []
-    for asked in places:
-        layer = layer_of(asked, config.num_hidden_layers, name=name)
-        full = place_name("resid_post", asked) if isinstance(asked, int) else asked
+    hooks = []
+    for requested in places:
+        layer = layer_of(requested, config.num_hidden_layers, name=name)
+        full = place_name("resid_post", requested) if isinstance(requested, int) else requested
         place, _ = split_name(full)
         if layer is None or place not in PLACES:
             path, side = _find_module(model, full, f"{layers}.{layer or 0}", name=name)
-            found.append(Hook(full, path, side, layer, _width(model, path, side, name=name)))
+            hooks.append(Hook(full, path, side, layer, _width(model, path, side, name=name)))
         elif place in ("resid_pre", "resid_post"):
             side = "input" if place == "resid_pre" else "output"
-            found.append(Hook(full, f"{layers}.{layer}", side, layer, config.hidden_size))
+            hooks.append(Hook(full, f"{layers}.{layer}", side, layer, config.hidden_size))
         else:
             block = f"{layers}.{layer}"
             if layer not in seen:
@@ -84,38 +83,41 @@ def find_hooks(model: torch.nn.Module, places: Sequence[str | int], *, name: str
             trace, taps = seen[layer]
             if trace is None or place not in taps:
                 raise InputError(
-                    f"{name} has no {place} ({PLACES[place]}) in its layer {layer} that can be told from what "
+                    f"{name} has no {place} ({PLACES[place]}) in its layer {layer} that can be recognised from what "
                     f"{type(model.get_submodule(block)).__name__} computes{_listed('; it has ', taps)}: "
                     f"{_modules(model, block)}"
                 )
             tap = taps[place]
             d_in = (trace.inputs if tap.side == "input" else trace.outputs)[tap.path].shape[-1]
-            found.append(Hook(full, f"{block}.{tap.path}", tap.side, layer, d_in, tap.scale))
-    return found
+            hooks.append(Hook(full, f"{block}.{tap.path}", tap.side, layer, d_in, tap.scale))
+    return hooks
 
 
 def decoder_layers(model: torch.nn.Module, n_layers: int) -> str:
-    """Path of the list of decoder layers: the outermost ModuleList of that length outside vision, audio and experts."""
+    """Path of the decoder layers: the outermost ModuleList of n_layers outside vision, audio and experts.
+
+    Raises InputError where there is none.
+    """
     import torch
 
-    found = [
+    lists = [
         (name.count("."), name)
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.ModuleList)
         and len(module) == n_layers
         and not any(tower in name for tower in OTHER_TOWERS)
     ]
-    if not found:
+    if not lists:
         raise InputError(f"no list of {n_layers} decoder layers was found in {type(model).__name__}")
-    path: str = min(found)[1]
+    path: str = min(lists)[1]
     return path
 
 
 def _find_module(model: torch.nn.Module, path: str, block: str, *, name: str) -> tuple[str, str]:
-    """A module's path in this model, and which side is meant.
+    """A module's path in this model, and the side ('input' or 'output') that the name means.
 
-    The same module has another path where the model is wrapped, or loaded without its head: leading parts are dropped
-    as far as needed, but never the layer.
+    Leading parts of the path are dropped as far as needed, but never the layer: a module's path changes where the
+    model is wrapped, or loaded without its head.
     """
     names = {module for module, _ in model.named_modules() if module}
     side = "output"
@@ -125,11 +127,11 @@ def _find_module(model: torch.nn.Module, path: str, block: str, *, name: str) ->
     last = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts)) - 1
     for start in range(max(last, 0) + 1):
         tail = ".".join(parts[start:])
-        found = [module for module in names if module == tail or module.endswith(f".{tail}")]
-        if tail in found:
+        matches = [module for module in names if module == tail or module.endswith(f".{tail}")]
+        if tail in matches:
             return tail, side
-        if len(found) == 1:
-            return found[0], side
+        if len(matches) == 1:
+            return matches[0], side
     raise InputError(f"{name} has no module '{path}': {_modules(model, block)}")
 
 
@@ -144,7 +146,7 @@ def _listed(words: str, names: dict[str, Tap]) -> str:
 
 
 def _width(model: torch.nn.Module, path: str, side: str, *, name: str) -> int:
-    """Numbers per token at a module, seen in a forward pass of a few tokens."""
+    """Numbers per token at a module, measured in a forward pass of a few tokens."""
     import torch
 
     class Seen(Exception):

@@ -1,4 +1,4 @@
-"""What a Hugging Face decoder computes at the places that are read, and nothing above them."""
+"""A Hugging Face decoder, run up to the places that are read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sts_fast.model.layer_trace import input_device
 from sts_fast.model.packing import check_vocabulary, moved
 from sts_fast.model.reader import PairedRows, Reader
 from sts_fast.model.weights import DeviceMap, Placement
-from sts_fast.ops import cuda
+from sts_fast.ops import cuda_kernels
 from sts_fast.places import layer_of, split_name
 
 if TYPE_CHECKING:
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
     from sts_fast.statistics import Doubles, IntArray
 
-# An attention sink's residual norm stands this far over the median of its sequence.
+# An attention sink's residual norm exceeds the median of its sequence by this factor.
 SINK_NORM_RATIO = 10.0
-# With these in its config, a layer's output depends on how many layers there are: the model is loaded whole.
+# With these in its config, a layer's output depends on the number of layers: the model is loaded whole.
 DEPTH_OPTIONS = ("scale_depth", "num_kv_shared_layers")
 
 
@@ -45,12 +45,14 @@ class LanguageModel(Reader):
     """A causal language model, read at one or more places in one forward pass.
 
     model:   any Hugging Face decoder, in memory; it is run up to the last of its hooks
-    places:  where to read: hook names as `find_hooks` knows them, or the index of a layer, for that layer's output
-    name:    how errors call it; source: the folder or hub id that it was loaded from, if it was
-    hooks:   the places as found in the model, in the order asked for
-    passes:  its forward passes: how they are run, how large they may be, how many there were
-    context_length: most tokens a prompt may have; None where the model's config sets no limit
-    dtype:   of its weights; revision: commit on the hub that it came from, if it did
+    places:  hook names as `find_hooks` knows them, or the index of a layer for its output
+    name:    its name in errors
+    source:  folder or hub id that it was loaded from, if any
+    hooks:   the places found in the model, in the order of `places`
+    passes:  its forward passes, with their strategy, size and number
+    context_length: most tokens of a prompt; None where the model's config sets no limit
+    dtype:   of its weights
+    revision: commit on the hub, if it came from there
 
     Raises InputError where the model has no such place.
     """
@@ -81,7 +83,7 @@ class LanguageModel(Reader):
 
         chosen: list[Prompt] = []
         for prompt in prompt_set.prompts:
-            if sum(len(one.base_ids) for one in chosen) + len(prompt.base_ids) > 2 * n_tokens and chosen:
+            if sum(len(earlier.base_ids) for earlier in chosen) + len(prompt.base_ids) > 2 * n_tokens and chosen:
                 break
             chosen.append(prompt)
         places = sorted({*(hook.name for hook in self.hooks), *filter(self._has, beside)})
@@ -101,19 +103,19 @@ class LanguageModel(Reader):
         return {place: torch.cat([of[i] for i in range(len(chosen))])[:n_tokens] for place, of in rows.items()}
 
     def _has(self, place: str) -> bool:
-        """Whether a place is there, and run anyway."""
+        """True if the model has the place, and runs it for the hooks anyway."""
         layers = [hook.layer for hook in self.hooks if hook.layer is not None]
         layer = split_name(place)[1]
         if layer is None or layer > max(layers, default=-1):
             return False
         try:
             return bool(find_hooks(self.model, [place], name=self.name))
-        except InputError:  # a forecast does without it
+        except InputError:  # a forecast does not need it
             return False
 
     def weights_sha256(self, hook: Hook | None = None) -> str:
         read = self.hooks if hook is None else [hook]
-        layers = [one.layer for one in read if one.layer is not None]
+        layers = [hook_read.layer for hook_read in read if hook_read.layer is not None]
         return weights.weights_sha256(self.model, max(layers) if len(layers) == len(read) else None)
 
     def unembedding(self) -> torch.Tensor | None:
@@ -126,20 +128,20 @@ class LanguageModel(Reader):
         self.passes.say_summary()
 
     def residuals(self, sequences: Sequence[IntArray]) -> list[list[torch.Tensor]]:
-        """What each hook sees of each sequence, from one forward pass with padding on the right.
+        """Activations by hook and sequence, from one forward pass with padding on the right.
 
-        Per hook and sequence: [n_tokens, d_in] in the model's dtype and on the hook's device. A causal model never
-        looks to the right, so padding there changes no token before it, and needs no mask (which would slow attention
-        down).
+        Each is [n_tokens, d_in] in the model's dtype, on the hook's device. In a causal model, padding on the right
+        changes no token before it. It needs no mask, which would slow attention down.
         """
         ids = padded_ids(self.model, sequences, name=self.name)
         of_hooks = self.run(input_ids=ids.to(self.device), use_cache=False)
         return [[rows[row, : len(sequence)] for row, sequence in enumerate(sequences)] for rows in of_hooks]
 
     def run(self, **inputs: Any) -> list[torch.Tensor]:
-        """What each hook sees in one forward pass for these inputs of the model; nothing after the last hook is run.
+        """Activations by hook, each [n_sequences, n_tokens, d_in], from one forward pass that stops at the last hook.
 
-        Per hook: [n_sequences, n_tokens, d_in].
+        inputs: arguments of the model's forward
+        Raises InputError where the model does not run a hook.
         """
         import torch
 
@@ -149,7 +151,7 @@ class LanguageModel(Reader):
             if len(seen) + (i not in seen) == len(self.hooks):
                 seen[i] = value
                 raise _Reached
-            seen[i] = value.clone()  # what runs on may write into it
+            seen[i] = value.clone()  # later modules may write into it
 
         handles = [hook.attach(self.model, partial(saw, i)) for i, hook in enumerate(self.hooks)]
         try:
@@ -167,9 +169,10 @@ class LanguageModel(Reader):
 
 
 def padded_ids(model: torch.nn.Module, sequences: Sequence[IntArray], *, name: str = "the model") -> torch.Tensor:
-    """[n_sequences, longest] int64 token ids, on the CPU, filled up with zeros on the right.
+    """[n_sequences, longest] int64 token ids on the CPU, padded with zeros on the right.
 
-    name: how errors call the model. Raises InputError for a token that the model's embedding does not have.
+    name: the model's name in errors
+    Raises InputError for a token that the model's embedding does not have.
     """
     import torch
 
@@ -183,15 +186,15 @@ def padded_ids(model: torch.nn.Module, sequences: Sequence[IntArray], *, name: s
 def capture(
     decoder: LanguageModel, prompts: Sequence[Prompt], *, other: LanguageModel | None = None, n_done: int = 0
 ) -> Iterator[list[PairedRows]]:
-    """Runs prompts through the decoder, shortest first, and yields the rows read, a batch at a time, for each hook.
+    """Runs prompts through the decoder, shortest first, and yields the rows of each batch by hook.
 
-    other: pairs each token with itself in this second model (the true shift after training) instead of with
-        demonstrations; demos_ids is not looked at then
-    n_done: how many prompts to leave out, of the first of those that would be yielded
+    other:  second model, in which each token is paired with itself (the true shift after training) instead of with
+            demonstrations; demos_ids is ignored then
+    n_done: number of prompts to skip, the first ones in the order of yielding
 
-    Attention sinks (a norm over 10 times the median of the sequence up to its last token read, at the hook) are left
-    out, and so is a pair of which either token is one. How the prompts are run is up to `decoder.passes`. A prompt that
-    gives NaN or infinity is run again alone; raises InputError where it does so again.
+    Attention sinks are left out, and so are pairs that contain one. A token is a sink where its norm at the hook
+    exceeds 10 times the median of its sequence up to the last token read. `decoder.passes` decides how prompts are
+    batched. A prompt that gives NaN or infinity is run again alone; raises InputError where it does so again.
     """
     ids, positions = [p.base_ids for p in prompts], [p.positions for p in prompts]
     sides, partners = [decoder.passes.prepare(ids, positions)], [(p.paired[:0], p.paired[:0]) for p in prompts]
@@ -208,7 +211,10 @@ def capture(
 
 
 def _mend(side: Sequences, batch: list[int], reads: list[Read], prompts: Sequence[Prompt]) -> None:
-    """Runs the prompts that gave NaN or infinity again, each by itself, as numbers may overflow in company only."""
+    """Runs the prompts that gave NaN or infinity again, each alone, because numbers may overflow in a batch only.
+
+    Raises InputError where one gives them alone, too.
+    """
     for slot, index in enumerate(batch):
         if not any(np.isnan(norms).any() for norms in reads[slot].norms):
             continue
@@ -221,7 +227,7 @@ def _mend(side: Sequences, batch: list[int], reads: list[Read], prompts: Sequenc
                     "try --dtype float32"
                 )
         side.passes.say(
-            f"{model.name} gave NaN or infinity for example {prompts[index].id} in a batch, but not alone: it counts"
+            f"{model.name} gave NaN or infinity for example {prompts[index].id} in a batch, but not alone: it is used"
         )
 
 
@@ -232,7 +238,7 @@ def _rows_read(
     partners: Sequence[tuple[IntArray, IntArray]],
     reads: list[list[Read]],
 ) -> PairedRows:
-    """One hook's rows at the tokens that are read, less the attention sinks."""
+    """One hook's rows at the tokens that are read, without the attention sinks."""
     base, paired, demos, kept, kept_paired = [], [], [], [], []
     for index, *of_sides in zip(batch, *reads, strict=True):
         positions, (here, there) = prompts[index].positions, partners[index]
@@ -256,7 +262,7 @@ def _rows_read(
 
 
 def attention_sinks(norms: Doubles) -> NDArray[np.bool_]:
-    """[n_tokens] which tokens of one sequence have a norm [n_tokens] over 10 times the sequence's median."""
+    """[n_tokens] bool, true for tokens whose norm exceeds 10 times the median of norms [n_tokens] of one sequence."""
     return norms > SINK_NORM_RATIO * np.median(norms) if len(norms) else np.zeros(0, bool)
 
 
@@ -270,14 +276,17 @@ def _for_core(rows: list[torch.Tensor]) -> torch.Tensor:
     import torch
 
     joined = torch.cat(rows)
-    if joined.is_cuda and cuda.missing_reason() is None:
+    if joined.is_cuda and cuda_kernels.missing_reason() is None:
         return joined  # the core reads them where they are
     joined = joined.cpu()
     return joined if joined.dtype in (torch.float32, torch.bfloat16) else joined.float()
 
 
 def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches whose padded size stays within batch_tokens, shortest first, equal lengths in order."""
+    """Yields batches of indices, shortest sequences first and equal lengths in order.
+
+    A batch padded to its longest sequence has at most batch_tokens tokens, unless it is a single sequence.
+    """
     batch: list[int] = []
     for index in np.argsort(lengths, kind="stable").tolist():
         if batch and (len(batch) + 1) * lengths[index] > batch_tokens:
@@ -295,16 +304,16 @@ def load_decoder(
     device: str = "auto",
     device_map: DeviceMap | None = None,
 ) -> LanguageModel:
-    """Loads a model up to the last layer that is read; what lies above it, and the head, is never read into memory.
+    """Loads a model up to the last layer that is read, without the layers above and the head.
 
-    The few architectures whose layers depend on how many there are (DEPTH_OPTIONS) are loaded whole, and so is a model
-    that is read outside of its layers.
+    The few architectures whose layers depend on the number of layers (DEPTH_OPTIONS) are loaded whole, and so is a
+    model that is read outside its layers.
 
     source: local folder or hub id
-    places: where to read; see LanguageModel
+    places: places to read; see LanguageModel
     dtype:  'float32', 'bfloat16', 'float16', or 'auto': float32 on the CPU, the checkpoint's own elsewhere
-    device: 'cpu', 'cuda', 'cuda:1', ..., or 'auto': CUDA where there is one
-    device_map: spreads the model instead; see weights.Placement
+    device: 'cpu', 'cuda', 'cuda:1', ..., or 'auto': CUDA if available
+    device_map: spreads the model over devices instead; see weights.Placement
 
     Raises InputError where the model cannot be loaded, lacks weights, or has no such place.
     """
@@ -381,7 +390,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def _loading(source: str | Path) -> Iterator[None]:
-    """Turns whatever transformers raises into one sentence, and keeps its report on the layers left out to itself."""
+    """Turns any error of transformers into an InputError of one sentence, and hides its report on omitted layers."""
     from transformers.utils import logging as transformers_logging
 
     if str(source).startswith(("/", ".", "~")) and not Path(source).is_dir():

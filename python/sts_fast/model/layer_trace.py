@@ -1,4 +1,4 @@
-"""What the parts of a decoder layer do, found by watching one tiny forward pass, whatever the architecture."""
+"""Finds the parts of a decoder layer of any architecture from a trace of one tiny forward pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
 
 N_TOKENS = 8
-# Rounding allowed where parts of the residual stream are to add up, in units of the dtype's epsilon.
+# Rounding allowed in sums of parts of the residual stream, in units of the dtype's epsilon.
 MOST_ROUNDING = 4.0
 
 
@@ -21,9 +21,11 @@ class _Seen(Exception):
 
 @dataclass(frozen=True)
 class Tap:
-    """What goes into or comes out of a module, times a factor.
+    """The input or output of a module, times a factor.
 
-    path: the module, from the layer on; side: 'input' or 'output'
+    path:  the module's path within the layer
+    side:  'input' or 'output'
+    scale: the factor
     """
 
     path: str
@@ -33,11 +35,15 @@ class Tap:
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """All that a layer's modules took in and gave, in the order they finished: [2, N_TOKENS, d] by path in the layer.
+    """Inputs and outputs of all of a layer's modules.
 
-    Both sequences enter the layer alike but for their first token, so that what differs in later tokens has been mixed.
-    before, after: the residual stream on both sides of the layer
-    projecting:    paths of modules that hold a matrix; nested: of those that hold other modules
+    The two sequences enter the layer with different first tokens and the same later ones. A difference in later tokens
+    therefore comes from mixing tokens.
+
+    before, after:   [2, N_TOKENS, d_model] the residual stream before and after the layer
+    inputs, outputs: [2, N_TOKENS, d] by module's path in the layer, in the order in which the modules are run
+    projecting:      paths of modules with a matrix
+    nested:          paths of modules that contain other modules
     """
 
     before: torch.Tensor
@@ -56,7 +62,7 @@ def first_tensor(values: Any, options: dict[str, Any]) -> Any:
 
 
 def trace_layer(model: torch.nn.Module, path: str) -> LayerTrace | None:
-    """Runs a few tokens up to the layer and watches every module in it; None where no residual stream passes it."""
+    """Runs a few tokens through the layer and records every module in it; None where no residual stream passes it."""
     import torch
 
     block = model.get_submodule(path)
@@ -65,7 +71,7 @@ def trace_layer(model: torch.nn.Module, path: str) -> LayerTrace | None:
 
     def keep(seen: dict[str, torch.Tensor], name: str, value: Any) -> None:
         if torch.is_tensor(value) and value.ndim == 3 and value.shape[:2] == (2, N_TOKENS):
-            seen.setdefault(name, value.detach().clone())  # what runs on may write into it
+            seen.setdefault(name, value.detach().clone())  # later modules may write into it
 
     def change_first_token(module: Any, args: Any, options: Any) -> Any:
         value = first_tensor(args, options)
@@ -80,10 +86,10 @@ def trace_layer(model: torch.nn.Module, path: str) -> LayerTrace | None:
         name = next(name for name, option in options.items() if option is value)
         return args, {**options, name: changed}
 
-    def take(name: str, module: Any, args: Any, options: Any) -> None:
+    def keep_input(name: str, module: Any, args: Any, options: Any) -> None:
         keep(inputs, name, first_tensor(args, options))
 
-    def give(name: str, module: Any, args: Any, output: Any) -> None:
+    def keep_output(name: str, module: Any, args: Any, output: Any) -> None:
         keep(outputs, name, first_tensor(output, {}))
         if not name:
             raise _Seen
@@ -91,8 +97,8 @@ def trace_layer(model: torch.nn.Module, path: str) -> LayerTrace | None:
     handles = [block.register_forward_pre_hook(change_first_token, with_kwargs=True)]
     for name, module in block.named_modules():
         if name:
-            handles.append(module.register_forward_pre_hook(partial(take, name), with_kwargs=True))
-        handles.append(module.register_forward_hook(partial(give, name)))
+            handles.append(module.register_forward_pre_hook(partial(keep_input, name), with_kwargs=True))
+        handles.append(module.register_forward_hook(partial(keep_output, name)))
     try:
         run_few_tokens(model)
     except _Seen:
@@ -125,19 +131,20 @@ def run_few_tokens(model: torch.nn.Module) -> None:
 
 
 def find_taps(trace: LayerTrace) -> dict[str, Tap]:
-    """Where the places of a layer are, as far as it has them.
+    """Tap of each place that the layer has.
 
-    attn_out: what the part that mixes tokens adds to the residual stream
-    mlp_out:  what the other part adds
+    attn_out:  the part that mixes tokens, as added to the residual stream
+    mlp_out:   the other part, as added to the residual stream
     resid_mid: the residual stream between them; a layer that adds both at once has none
-    hook_z:   what enters the mixing part's output projection; mlp_in: what enters the other part
+    hook_z:    input of the mixing part's output projection
+    mlp_in:    input of the other part
 
-    Found where sums hold to rounding: before + attn_out = resid_mid, resid_mid + mlp_out = after.
+    They are recognised by sums that hold up to rounding: before + attn_out = resid_mid, resid_mid + mlp_out = after.
     """
     taps: dict[str, Tap] = {}
     before, after = trace.before, trace.after
     adding = [name for name, value in trace.outputs.items() if value.shape == before.shape]
-    adding.sort(key=lambda name: name.count("."))  # the outermost of modules that give the same
+    adding.sort(key=lambda name: name.count("."))  # of modules with equal outputs, the outermost first
     mixing = [name for name in adding if _mixes(trace.outputs[name])]
     attention = mlp = None
     for name, middle in trace.inputs.items():
@@ -165,7 +172,7 @@ def find_taps(trace: LayerTrace) -> dict[str, Tap]:
 
 
 def _addend(trace: LayerTrace, start: torch.Tensor, end: torch.Tensor, names: list[str]) -> Tap | None:
-    """The module whose output, times a factor, makes `end` of `start`."""
+    """The module whose output, times a factor, is end - start."""
     for name in names:
         part = trace.outputs[name]
         for scale in (1.0, _fitted(end.double() - start.double(), part.double())):
@@ -175,7 +182,7 @@ def _addend(trace: LayerTrace, start: torch.Tensor, end: torch.Tensor, names: li
 
 
 def _added_at_once(trace: LayerTrace, mixing: list[str], others: list[str]) -> tuple[Tap | None, Tap | None]:
-    """The two modules (or the one) whose outputs make the layer's output of its input."""
+    """The two modules (or the one) whose outputs add up to the layer's output minus its input."""
     before, after = trace.before, trace.after
     for first in mixing:
         for second in others:
@@ -185,7 +192,7 @@ def _added_at_once(trace: LayerTrace, mixing: list[str], others: list[str]) -> t
 
 
 def _projection(trace: LayerTrace, path: str) -> str | None:
-    """The output projection behind a module's output: it gives the same, or what a norm makes that of."""
+    """The output projection of a module: its output is the module's, directly or through a norm."""
     for value in _behind(trace, path):
         for name in _giving(trace, value):
             entering = trace.inputs.get(name)
@@ -195,7 +202,7 @@ def _projection(trace: LayerTrace, path: str) -> str | None:
 
 
 def _entrance(trace: LayerTrace, path: str) -> str | None:
-    """The module that computes an output from the layer's normed residual stream: the outermost that gives the same."""
+    """The outermost module that computes a module's output from the layer's normed residual stream."""
     for value in _behind(trace, path):
         for name in _giving(trace, value):
             if name not in trace.projecting:
@@ -207,7 +214,7 @@ def _entrance(trace: LayerTrace, path: str) -> str | None:
 
 
 def _behind(trace: LayerTrace, path: str) -> Iterator[torch.Tensor]:
-    """A module's output; then, where that is a norm, what enters it; and so on."""
+    """A module's output; then, where a norm computes it, the norm's input; at most three in all."""
     value: torch.Tensor | None = trace.outputs[path]
     for _ in range(3):
         if value is None:
@@ -217,19 +224,19 @@ def _behind(trace: LayerTrace, path: str) -> Iterator[torch.Tensor]:
 
 
 def _giving(trace: LayerTrace, value: torch.Tensor) -> list[str]:
-    """Modules that give this value, the outermost first."""
-    found = [name for name, output in trace.outputs.items() if _alike(output, value)]
-    return sorted(found, key=lambda name: name.count("."))
+    """Modules with this output, the outermost first."""
+    names = [name for name, output in trace.outputs.items() if _alike(output, value)]
+    return sorted(names, key=lambda name: name.count("."))
 
 
 def _mixes(value: torch.Tensor) -> bool:
-    """Whether later tokens differ between two sequences whose first token alone differs."""
-    one, other = value[0, 1:].double(), value[1, 1:].double()
-    return float((one - other).abs().max()) > MOST_ROUNDING * _epsilon(value) * float(one.abs().max())
+    """True if later tokens differ between two sequences that differ in their first token only."""
+    first, second = value[0, 1:].double(), value[1, 1:].double()
+    return float((first - second).abs().max()) > MOST_ROUNDING * _epsilon(value) * float(first.abs().max())
 
 
-def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and bool((one == other).all())
+def _alike(value: torch.Tensor, other: torch.Tensor) -> bool:
+    return value.shape == other.shape and bool((value == other).all())
 
 
 def _fitted(total: torch.Tensor, part: torch.Tensor) -> float:
@@ -254,7 +261,7 @@ def _epsilon(value: torch.Tensor) -> float:
 
 
 def input_device(model: torch.nn.Module) -> torch.device:
-    """Where inputs go: in a model spread over devices, where its embedding is computed, wherever its weights lie."""
+    """Device of the model's inputs; for a model spread over devices, the one that computes its embedding."""
     import torch
 
     embedding = getattr(model, "get_input_embeddings", lambda: None)()

@@ -57,6 +57,7 @@ class PromptLog:
             "stage": pa.array([self.stage] * len(self.prompts)),
             "domain": pa.array([self.name] * len(self.prompts)),
             "id": pa.array([prompt.id for prompt in self.prompts]),
+            "question": pa.array([prompt.question for prompt in self.prompts], pa.string()),
             "base_ids": tokens(lambda i, prompt: prompt.base_ids),
             "demos_ids": tokens(lambda i, prompt: prompt.demos_ids),
             "positions": tokens(lambda i, prompt: prompt.positions[self.kept[i]]),
@@ -71,7 +72,7 @@ class PromptLog:
 
 @dataclass(frozen=True)
 class AnswerLog:
-    """How well the base model predicted each answer; see controls.answer_outcomes.
+    """How well the base model predicted each answer; see answers.answer_outcomes.
 
     nll: [n_prompts] nats; n_tokens: [n_prompts] answer tokens; exact: [n_prompts]
     """

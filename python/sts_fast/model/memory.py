@@ -1,4 +1,4 @@
-"""How many tokens a forward pass may have: as many as the free memory allows, and half where that was too many."""
+"""Size of forward passes: as many tokens as the free memory allows, and half after running out of memory."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ if TYPE_CHECKING:
 
 # A CPU gains nothing from more tokens than fit into its caches.
 MOST_BATCH_TOKENS, MOST_ON_CPU, LEAST_BATCH_TOKENS = 8192, 2048, 256
-# Of the free memory, what a batch may take; and where Linux says what a container may use.
+# Share of the free memory for a batch; folder in which Linux states a container's limits.
 MEMORY_SHARE, CONTAINER = 0.4, Path("/sys/fs/cgroup")
 
 
 class TokenBudget:
     """Most tokens of a forward pass of one model.
 
-    device, name: where the model takes its inputs, and how errors call it
-    n_tokens: the budget; None until the free memory is asked for one
-    say:      is told where a pass did not fit and smaller ones follow
+    device:   device of the model's inputs
+    name:     the model's name in errors
+    n_tokens: the budget; None before the free memory was measured
+    say:      receives a line where a pass did not fit and smaller ones follow
     """
 
     def __init__(
@@ -42,24 +43,27 @@ class TokenBudget:
         self.say = say or (lambda line: None)
 
     def tokens(self, bytes_per_token: int) -> int:
-        """The budget; the first time, what fits of tokens that take so many bytes each, 256 to 8,192 (CPU: 2,048)."""
+        """The budget, set from the free memory on first use: 256 to 8,192 tokens (2,048 on a CPU).
+
+        bytes_per_token: memory of one token while a layer runs
+        """
         if self.n_tokens is None:
             free = free_memory(self.device)
             most = MOST_ON_CPU if self.device.type == "cpu" else MOST_BATCH_TOKENS
             n_tokens = most if free is None else int(MEMORY_SHARE * free / bytes_per_token)
             n_tokens = min(max(n_tokens, LEAST_BATCH_TOKENS), most)
-            # A power of two, so that a little more or less memory changes no bit of the results.
+            # A power of two: a little more or less memory then changes no bit of the results.
             self.n_tokens = 1 << (n_tokens.bit_length() - 1)
         return self.n_tokens
 
     def halve(self, n_sequences: int, n_tokens: int) -> None:
-        """Goes on with smaller batches. Raises InputError where this one was a single sequence."""
+        """Halves the budget after a batch did not fit. Raises InputError where it was a single sequence."""
         import torch
 
         if n_sequences == 1:
             raise InputError(
                 f"a prompt of {n_tokens} tokens does not fit into the memory of {self.device} beside {self.name}: "
-                "show fewer demonstrations, or take --dtype bfloat16"
+                "show fewer demonstrations, or give --dtype bfloat16"
             )
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -69,9 +73,9 @@ class TokenBudget:
     def in_batches(
         self, lengths: Sequence[int], most: int, run: Callable[[list[int]], Result]
     ) -> Iterator[tuple[list[int], Result]]:
-        """Batches of sequences, shortest first, and what `run` gives of each; what does not fit is run in halves.
+        """Yields batches of indices, shortest sequences first, with the result of `run`; halves those that do not fit.
 
-        most: tokens of a batch, whatever the budget
+        most: most tokens of a batch, regardless of the budget
         """
         order = np.argsort(lengths, kind="stable").tolist()
         while order:
@@ -97,7 +101,7 @@ def take(order: list[int], lengths: NDArray[np.int64], batch_tokens: int) -> lis
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out; torch has no class of its own for that on the CPU."""
+    """True if memory ran out; torch has no error class for that on the CPU."""
     import torch
 
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
@@ -106,23 +110,23 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be taken on a device; None where the machine does not say."""
+    """Bytes that can still be allocated on a device; None where the machine does not report them."""
     import torch
 
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    found = []
+    amounts = []
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+        amounts += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
         limit = (CONTAINER / "memory.max").read_text(encoding="ascii").strip()
         if limit != "max":
             used = int((CONTAINER / "memory.current").read_text(encoding="ascii"))
             lines = (CONTAINER / "memory.stat").read_text(encoding="ascii").splitlines()
-            # Pages of files, such as those of checkpoints just read, are given up when memory is asked for.
+            # Cached pages of files, such as checkpoints just read, are freed when memory is needed.
             files = [int(line.split()[1]) for line in lines if line.split()[0] in ("active_file", "inactive_file")]
-            found.append(int(limit) - used + sum(files))
+            amounts.append(int(limit) - used + sum(files))
     except (OSError, ValueError, IndexError):
         pass
-    return min(found, default=None)
+    return min(amounts, default=None)

@@ -1,4 +1,4 @@
-"""How sequences share the rows of a forward pass: which go into one, what their tokens see, what stands before them."""
+"""Packing of sequences into the rows of a forward pass: layout, attention masks and shared keys and values."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
     from sts_fast.statistics import IntArray
 
-# A shared start shorter than this is not worth a pass of its own.
+# A shared start shorter than this is not worth a separate pass.
 LEAST_SHARED = 16
-# Rows that sequences are packed into are tried at these lengths, and the one that costs least is taken.
+# Lengths tried for rows of packed sequences; the cheapest is used.
 PACKED_LENGTHS = (256, 512, 1024, 2048, 4096)
-# What a product of attention, and a copied number of a key or value, costs beside a multiplication by a weight.
+# Cost of a product in attention, and of copying a number of a key or value, in multiplications by a weight.
 ATTENTION_COST, COPY_COST = 3.0, 60.0
-# By kind of layer, the name in a config of the window that its attention is cut to.
+# By kind of layer, the config key of its attention window.
 WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 
 
 def shared_length(ids: Sequence[IntArray], positions: Sequence[IntArray]) -> int:
-    """How many tokens all sequences have in common before the first that is read; 0 where that is not worth it."""
+    """Number of tokens that all sequences share before the first one read; 0 where too few for a separate pass."""
     used = [i for i, sequence in enumerate(ids) if len(sequence)]
     if len(used) < 2:
         return 0
@@ -41,7 +41,7 @@ def shared_length(ids: Sequence[IntArray], positions: Sequence[IntArray]) -> int
 
 
 def packed_rows(lengths: list[int], row_length: int) -> list[list[int]]:
-    """Sequences in order, in as many rows of about equal length as hold them at row_length."""
+    """Packs sequences in order into rows of about equal length, as many as row_length requires."""
     total = sum(lengths)
     n_rows = max(1, min(len(lengths), -(-total // row_length)))
     rows: list[list[int]] = [[] for _ in range(n_rows)]
@@ -53,30 +53,34 @@ def packed_rows(lengths: list[int], row_length: int) -> list[list[int]]:
 
 
 def cheapest_rows(lengths: list[int], n_shared: int, sizes: tuple[float, int, int]) -> list[list[int]]:
-    """Which sequences share a row: as many as make the arithmetic least, behind n_shared tokens before each row."""
+    """Indices of the sequences in each row, for the least arithmetic; n_shared tokens precede each row.
+
+    sizes: of a layer, as `layer_sizes` returns them
+    """
     layouts = [[[slot] for slot in range(len(lengths))]] + [packed_rows(lengths, length) for length in PACKED_LENGTHS]
     return min(layouts, key=lambda rows: _cost(rows, lengths, n_shared, sizes))
 
 
 def _cost(rows: list[list[int]], lengths: list[int], n_shared: int, sizes: tuple[float, int, int]) -> float:
-    """Multiplications per layer, roughly: by weights, of attention, and of keys and values copied."""
+    """Approximate multiplications per layer: by weights, in attention, and for copying keys and values."""
     n_columns = max(sum(lengths[slot] for slot in row) for row in rows)
     # A single sequence in a row needs no mask where nothing is shared, and then half of its products.
     n_seen = n_shared + n_columns / (2 if len(rows) == len(lengths) and not n_shared else 1)
     n_weights, d_attention, d_keys = sizes
     per_column = n_weights + ATTENTION_COST * n_seen * 2 * d_attention
-    # Keys and values of what is shared are joined with a row's own, and then repeated for each head.
+    # The shared keys and values are joined with the row's own, and then repeated for each head.
     copied = COPY_COST * (n_shared + n_columns) * 2 * (d_keys + d_attention) if n_shared else 0
     return len(rows) * (n_columns * per_column + copied)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Sequences in rows, filled up with zeros on the right.
+    """Sequences in rows, padded with zeros on the right.
 
-    ids, positions, segments: [n_rows, n_columns] int64 on the CPU: token ids, their places in their sequences, and
-        which sequence they are of (-1: none)
-    spans: of each sequence, where it begins and ends in the rows, one behind the other
+    ids, positions, segments: [n_rows, n_columns] int64 on the CPU: token ids, their positions in their sequences, and
+           the indices of their sequences (-1: padding)
+    spans: start and end of each sequence in the flattened rows
+    shares_rows: true if a row has more than one sequence
     """
 
     ids: torch.Tensor
@@ -87,7 +91,11 @@ class Rows:
 
 
 def lay_out(own: Sequence[IntArray], rows: list[list[int]], n_shared: int) -> Rows:
-    """Puts sequences, less the n_shared tokens before each, into rows: each row lists those that it holds."""
+    """Puts sequences into rows.
+
+    own:  each sequence without the n_shared tokens before it
+    rows: indices of the sequences in each row
+    """
     import torch
 
     n_columns = max(1, *(sum(len(own[slot]) for slot in row) for row in rows))
@@ -119,12 +127,12 @@ def check_vocabulary(model: torch.nn.Module, ids: Sequence[IntArray], *, name: s
 
 
 def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """On a device; on a GPU once the stream gets to it, without waiting."""
+    """Moves a tensor to a device; to a GPU asynchronously."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def layer_sizes(model: torch.nn.Module, config: Any) -> tuple[float, int, int]:
-    """Weights, width of the queries and width of the keys, of one layer."""
+    """(number of weights, width of the queries, width of the keys) of one layer."""
     n_heads = getattr(config, "num_attention_heads", 1)
     d_head = getattr(config, "head_dim", None) or config.hidden_size // n_heads
     n_keys = getattr(config, "num_key_value_heads", None) or n_heads
@@ -134,7 +142,7 @@ def layer_sizes(model: torch.nn.Module, config: Any) -> tuple[float, int, int]:
 
 
 def bytes_per_token(config: Any, n_shared: int) -> int:
-    """What a token of a batch takes while a layer runs, generously."""
+    """Upper estimate of the memory of one token of a batch while a layer runs, in bytes."""
     width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     experts = getattr(config, "num_experts_per_tok", None) or 1
     n_bytes = 4 * (8 * config.hidden_size + 4 * width * experts)
@@ -146,12 +154,12 @@ def bytes_per_token(config: Any, n_shared: int) -> int:
 def attention_masks(
     config: Any, dtype: torch.dtype, positions: torch.Tensor, segments: torch.Tensor, n_shared: int
 ) -> Any:
-    """What each token sees: of the shared ones and of its own sequence, those up to itself.
+    """Masks by which each token attends to the shared tokens, and to those of its own sequence up to itself.
 
-    positions, segments: [n_rows, n_columns] place in its sequence, and which sequence (-1: padding)
+    positions, segments: [n_rows, n_columns] each token's position in its sequence, and its sequence (-1: padding)
 
-    Returns [n_rows, 1, n_columns, n_shared + n_columns] for the attention weights to be added to; where layers
-    differ in what they see, one for each kind.
+    Returns [n_rows, 1, n_columns, n_shared + n_columns], to be added to the attention logits; a dict of one per kind of
+    layer where a model has several kinds.
     """
     import torch
 
@@ -176,7 +184,7 @@ def attention_masks(
 
 @contextmanager
 def short_windows(config: Any, width: int) -> Iterator[None]:
-    """Windows of attention no wider than this, so that short sequences reach beyond them."""
+    """Cuts attention windows to at most this width; short sequences then exceed them."""
     saved = {
         name: given
         for name in WINDOWS.values()
@@ -192,7 +200,7 @@ def short_windows(config: Any, width: int) -> Iterator[None]:
 
 
 def shared_cache(cache: Any) -> Any:
-    """A cache whose keys and values every row sees before its own, and to which nothing is added."""
+    """A cache whose keys and values precede those of every row, and which is never extended."""
     import torch
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer

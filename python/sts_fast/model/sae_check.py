@@ -1,4 +1,4 @@
-"""Does this SAE belong to this model? By its names before anything is run, by its numbers on a few tokens after."""
+"""Checks that an SAE belongs to a model: by its names before anything is run, then by its numbers on a few tokens."""
 
 from __future__ import annotations
 
@@ -21,30 +21,31 @@ from sts_fast.sae import SAE
 if TYPE_CHECKING:
     import torch
 
-# Tokens that the numbers are taken from, at most; for each explanation tried; and at least, for a verdict.
+# Most tokens that are measured; most for each remedy tried; fewest for a verdict.
 N_TOKENS, N_TRIAL_TOKENS, LEAST_TOKENS = 1024, 256, 32
-# Explained variance below which other explanations are tried; what one of them must add; what is too low without any;
-# and what one may lack of the best.
+# Shares of variance. DOUBTFUL: remedies are tried below it. CLEARLY_MORE: least gain of a remedy. TOO_LOW: a warning
+# below it even without a remedy. AS_WELL: remedies within it of the best count as equal.
 DOUBTFUL, CLEARLY_MORE, TOO_LOW, AS_WELL = 0.85, 0.1, 0.4, 0.03
-# A mean number of active features that is so many times that of training, or less than one such part of it.
+# Largest ratio, in either direction, of the mean number of active features to that in training.
 MOST_L0_RATIO = 3.0
-# Lower layers that are tried too: they are run anyway.
+# Number of lower layers that are tried too: they are run anyway.
 N_LOWER_LAYERS = 3
-# Words at the end of a model's name that tell how it was trained on, not what it is.
+# Words at the end of a model's name that describe its tuning, not its architecture.
 TUNED = r"(instruct|chat|it|pt|base|hf|sft|dpo|rl|bf16|fp16|v\d[\d.]*)"
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What a few tokens of the first training set say about an SAE.
+    """Fit of an SAE to the model, measured on a few tokens of the first training set.
 
-    n_tokens:    tokens read, without demonstrations and less attention sinks
-    variance_explained: 1 - E||x - x'||^2 / E||x - E x||^2, x' what the decoder makes of the features of x (for a
-                 transcoder: of what it predicts); None where the checkpoint has no decoder
-    mean_l0:     features that fire per token; expected_l0: the same in training, where the SAE's files say so
-    dead_share:  part of all features that fire on none of these tokens
-    fits:        whether these are the numbers of an SAE that belongs here; None where they cannot tell
-    warning:     one sentence where it does not seem to belong, with the remedy that was found, if any
+    n_tokens:    tokens read, without demonstrations and attention sinks
+    variance_explained: 1 - E||x - x'||^2 / E||x - E x||^2, x' the features of x decoded (for a transcoder, x is the
+                 place that it predicts); None where the checkpoint has no decoder
+    mean_l0:     features that fire per token
+    expected_l0: the same in training, if the SAE's files contain it
+    dead_share:  share of all features that fire on none of these tokens
+    fits:        true if these numbers are those of an SAE of this model; None where they allow no verdict
+    warning:     one sentence where the SAE seems not to belong to the model, with the remedy, if one is known
     names:       one sentence where its files name another model
     """
 
@@ -59,12 +60,13 @@ class Fit:
 
 
 def check_names(sae: SAE, config: Any, name: str) -> str | None:
-    """What an SAE's files say about the model it was trained on, held against a model's config, before any weight.
+    """Compares the model that an SAE was trained on with a model's config, before any weight is loaded.
 
-    config: of a Hugging Face model, called `name` (folder or hub id)
+    config: of a Hugging Face model
+    name:   its folder or hub id
 
-    Returns a warning where the names are those of different models: a model that was tuned further is legitimate, so
-    a name that only adds to the other is none. Raises InputError where the SAE reads another number of dimensions.
+    Returns a warning where the names are those of different models. Names of which one extends the other give none,
+    because the model may have been tuned further. Raises InputError where the SAE reads another number of dimensions.
     """
     text = config.get_text_config()
     place, layer = split_name(sae.hook_name)
@@ -75,17 +77,17 @@ def check_names(sae: SAE, config: Any, name: str) -> str | None:
             "give an SAE that was trained on this place of this model"
         )
     names = {str(name), str(getattr(config, "_name_or_path", "") or name)}
-    if not sae.model_name or any(_related(sae.model_name, one) for one in names):
+    if not sae.model_name or any(_related(sae.model_name, model_name) for model_name in names):
         return None
-    told = f"the SAE {sae.source} was trained on {sae.model_name}, not on {name}"
+    mismatch = f"the SAE {sae.source} was trained on {sae.model_name}, not on {name}"
     if (other := _model_type(sae.model_name)) and not text.model_type.startswith(other):
-        return f"{told}, a model of type {text.model_type}: give an SAE of this model"
+        return f"{mismatch}, a model of type {text.model_type}: give an SAE of this model"
     from_hub = "/" in str(name) and not str(name).startswith(("/", ".", "~"))
-    return f"{told}: give an SAE of this model, unless it is that one tuned further" if from_hub else None
+    return f"{mismatch}: give an SAE of this model, unless it is that one tuned further" if from_hub else None
 
 
 def check_width(sae: SAE, hook: Hook, name: str) -> None:
-    """Raises InputError where an SAE reads another number of dimensions than a hook of the model `name` gives."""
+    """Raises InputError where an SAE reads another number of dimensions than a hook of the model `name` has."""
     if sae.d_in != hook.d_in:
         raise InputError(
             f"the SAE {sae.source} reads {sae.d_in} dimensions, but {name} has {hook.d_in} {hook.where}: "
@@ -93,8 +95,8 @@ def check_width(sae: SAE, hook: Hook, name: str) -> None:
         )
 
 
-def _related(one: str, other: str) -> bool:
-    keys = [_key(one), _key(other)]
+def _related(name: str, other: str) -> bool:
+    keys = [_key(name), _key(other)]
     return all(keys) and (keys[0] in keys[1] or keys[1] in keys[0])
 
 
@@ -107,7 +109,7 @@ def _key(name: str) -> str:
 
 
 def _model_type(name: str) -> str | None:
-    """The architecture that a model's name begins with, of those that transformers knows: 'gemma2' of 'gemma-2-9b'."""
+    """The architecture of transformers with which a model's name begins: 'gemma2' for 'gemma-2-9b'."""
     from transformers import CONFIG_MAPPING
 
     types = [str(known) for known in CONFIG_MAPPING if len(known) > 3 and _key(name).startswith(known.replace("_", ""))]
@@ -115,9 +117,9 @@ def _model_type(name: str) -> str | None:
 
 
 def measure_fit(reader: Reader, saes: Sequence[SAE], prompt_set: PromptSet) -> list[Fit]:
-    """Looks at what each SAE makes of at most N_TOKENS tokens of a training set's first prompts.
+    """Measures the fit of each SAE on at most N_TOKENS tokens of a training set's first prompts.
 
-    What transcoders predict, and lower layers, are looked at too, as far as they are at hand.
+    Places that transcoders predict, and lower layers, are read too where the reader has them.
     """
     beside = {place for sae in saes for place in (sae.target_hook_name, *_lower_places(sae)) if place}
     rows = reader.sample(prompt_set, sorted(beside), N_TOKENS)
@@ -139,7 +141,7 @@ def _fit(sae: SAE, acts: torch.Tensor, target: torch.Tensor | None, elsewhere: d
     import torch
 
     n = len(acts)
-    if not bool(torch.isfinite(acts).all()) or n == 0:  # the pass over the prompts will name the example
+    if not bool(torch.isfinite(acts).all()) or n == 0:  # the pass over the prompts names the example
         return Fit(0, None, 0.0, sae.l0, 1.0, None, None)
     features = encode(sae, acts)
     explained = None if sae.target_hook_name and target is None else _explained(sae, acts, target)
@@ -167,7 +169,7 @@ def _fit(sae: SAE, acts: torch.Tensor, target: torch.Tensor | None, elsewhere: d
 
 
 def _explained(sae: SAE, acts: torch.Tensor, target: torch.Tensor | None = None, scale: float = 1.0) -> float | None:
-    """Share of the variance that the decoder gives back, of rows that are multiplied by `scale` for the SAE."""
+    """Share of the variance that the decoder reconstructs; the SAE reads the rows times `scale`."""
     decoded = sae.reconstruct(acts * scale, encode(sae, acts * scale))
     if decoded is None:
         return None
@@ -180,7 +182,7 @@ def _explained(sae: SAE, acts: torch.Tensor, target: torch.Tensor | None = None,
 def _low_variance(
     sae: SAE, acts: torch.Tensor, target: torch.Tensor | None, elsewhere: dict[str, torch.Tensor], explained: float
 ) -> str | None:
-    """What may be wrong, with the remedy that explains clearly more, if there is one."""
+    """The likely problem, with a remedy that explains clearly more if there is one; None where variance suffices."""
     some = slice(None, None, max(1, len(acts) // N_TRIAL_TOKENS))
     acts, wanted = acts[some], None if target is None else target[some]
     tried: list[tuple[float, str]] = []
@@ -200,7 +202,7 @@ def _low_variance(
         ):
             try:
                 scaled = sae.scaled(1 / size)
-            except InputError:  # its files speak against it, or for nothing
+            except InputError:  # its files do not ask for a scaling
                 attempt(f"it was trained on inputs {trained}, which its files do not say", sae, acts, 1 / size)
             else:
                 words = f"it was trained on inputs {trained}: give --norm-scaling-factor {1 / size:.4g}"
@@ -216,8 +218,8 @@ def _low_variance(
     for place, rows in elsewhere.items():
         attempt(f"read it at {place}", sae, rows[some])
     best = max((value for value, _ in tried), default=-math.inf)
-    # Of explanations that do as well, the first: norms that differ little are scaled alike by each.
-    best, words = next((one for one in tried if one[0] >= best - AS_WELL), (best, ""))
+    # Of remedies that explain as much, the first: where norms differ little, all scale alike.
+    best, words = next((attempted for attempted in tried if attempted[0] >= best - AS_WELL), (best, ""))
     if best >= (_explained(sae, acts, wanted) or 0.0) + CLEARLY_MORE and best >= TOO_LOW:
         hedge = "" if best >= DOUBTFUL or "read it at" in words else ", or it is of another layer"
         return f"it explains {_percent(explained)} of the variance, but {_percent(best)} otherwise: {words}{hedge}"

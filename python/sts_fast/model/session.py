@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
 from sts_fast.data.examples import Example
-from sts_fast.data.prompts import PromptSet, PromptTemplate
+from sts_fast.data.options import Checked, Option
+from sts_fast.data.prompts import Progress, PromptSet, PromptTemplate
 from sts_fast.data.sets import Kind, Sampling, common_template
 from sts_fast.errors import InputError
 from sts_fast.model.hooks import Hook
@@ -18,7 +19,7 @@ from sts_fast.model.reader import Reader
 from sts_fast.model.sae_check import Fit, check_names, check_width, measure_fit
 from sts_fast.model.stored import MODEL_FOLDER, Activations, is_activations
 from sts_fast.model.weights import DeviceMap
-from sts_fast.ops import cuda
+from sts_fast.ops import cuda_kernels
 from sts_fast.places import layer_of, place_name, split_name
 from sts_fast.sae import SAE, load_sae
 
@@ -26,51 +27,86 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SAESource = str | Path | SAE
-
-
-class ReadingOptions(TypedDict, total=False):
-    """Options of how a model and its SAEs are read; `Reading` has the defaults and the meaning of each."""
-
-    layer: int | None
-    dtype: str
-    sae_dtype: str | None
-    device: str
-    device_map: DeviceMap | None
-    batch_tokens: int | None
-    say: Callable[[str], None] | None
-    strict: bool
-    hook: str | None
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+SAEDtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How a model and its SAEs are read.
+class Loading(Checked):
+    """How a model is loaded.
 
-    layer:     reads the residual stream after this layer, whatever the SAE's files say; hook: the same by name
-    dtype, device: of the model, see load_decoder; sae_dtype: 'float32' or 'bfloat16', None as stored
-    device_map: spreads the model over devices, memory and disk: 'auto', 'balanced', 'cpu', 'disk', ...; see
-        weights.Placement
+    dtype, device: see load_decoder
+    device_map: spreads the model over devices, memory and disk; see weights.Placement
+    """
+
+    dtype: Annotated[Dtype, Option("Of the model; auto is float32 on the CPU.")] = "auto"
+    device: Annotated[str, Option("cpu, cuda, cuda:1, ...; auto takes CUDA if present.")] = "auto"
+    device_map: Annotated[
+        DeviceMap | None,
+        Option(
+            "Spread the model: auto, balanced, balanced_low_0 or sequential (GPUs, then memory, then disk), cpu, or "
+            "disk (layers stay there)."
+        ),
+    ] = None
+
+
+class LoadingOptions(TypedDict, total=False):
+    """`Loading` as keywords."""
+
+    dtype: Dtype
+    device: str
+    device_map: DeviceMap | None
+
+
+@dataclass(frozen=True)
+class Running(Loading):
+    """How a model is run.
+
     batch_tokens: most tokens of one forward pass; None: as many as the free memory allows
+    progress:  called with (stage, prompts done, prompts in all)
     say:       called with a line about how the run goes: how the model is run, what went wrong and was put right, or
                a warning that should not wait for its end
-    strict:    raises InputError where an SAE does not seem to belong to the model, instead of a warning
+    """
 
-    Raises InputError for a batch_tokens below 1.
+    batch_tokens: Annotated[
+        int | None, Option("Most tokens of one forward pass; default: what memory allows.", least=1)
+    ] = None
+    progress: Progress | None = None
+    say: Callable[[str], None] | None = None
+
+    def tell(self, stage: str, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(stage, done, total)
+
+    def tell_line(self, line: str) -> None:
+        if self.say is not None:
+            self.say(line)
+
+
+class RunningOptions(LoadingOptions, total=False):
+    """`Running` as keywords."""
+
+    batch_tokens: int | None
+    progress: Progress | None
+    say: Callable[[str], None] | None
+
+
+@dataclass(frozen=True)
+class Reading(Running):
+    """How a model is read with its SAEs.
+
+    layer:     reads the residual stream after this layer, whatever the SAE's files say; hook: the same by name. The
+               command line says this of each SAE apart
+    sae_dtype: of the SAEs; None as stored
+    strict:    raises InputError where an SAE does not seem to belong to the model, instead of a warning
+    command:   recorded in the provenance
     """
 
     layer: int | None = None
-    dtype: str = "auto"
-    sae_dtype: str | None = None
-    device: str = "auto"
-    device_map: DeviceMap | None = None
-    batch_tokens: int | None = None
-    say: Callable[[str], None] | None = None
-    strict: bool = False
     hook: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.batch_tokens is not None and self.batch_tokens < 1:
-            raise InputError(f"--batch-tokens must be at least 1, not {self.batch_tokens}")
+    strict: Annotated[bool, Option("Stop where an SAE does not seem to fit the model.")] = False
+    sae_dtype: Annotated[SAEDtype | None, Option("Of the SAE; default: as stored.")] = None
+    command: str | None = None
 
     def warn(self, *warnings: str | None) -> None:
         """Tells at once, or stops, where an SAE does not seem to belong."""
@@ -79,9 +115,31 @@ class Reading:
                 raise InputError(f"{warning} (--strict)")
             self.tell_line(f"warning: {warning}")
 
-    def tell_line(self, line: str) -> None:
-        if self.say is not None:
-            self.say(line)
+
+class ReadingOptions(RunningOptions, total=False):
+    """`Reading` as keywords."""
+
+    layer: int | None
+    hook: str | None
+    strict: bool
+    sae_dtype: SAEDtype | None
+    command: str | None
+
+
+@dataclass(frozen=True)
+class Purpose:
+    """What a session is opened for, which says what of it is opened at once.
+
+    whole: reads in the whole model, head included, because that is needed anyway
+    texts: prompts are written, for which a tokenizer is needed
+    run:   something is run; if not, no weights are loaded
+    needs: (what, why) that stored activations cannot give
+    """
+
+    whole: bool = False
+    texts: bool = True
+    run: bool = True
+    needs: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,37 +171,30 @@ class Session:
         tuned: str | Path | PreTrainedModel | None = None,
         places: Sequence[str] = (),
         top_n: int = 0,
-        whole: bool = False,
-        texts: bool = True,
-        run: bool = True,
-        needs: Sequence[tuple[str, str]] = (),
+        purpose: Purpose = Purpose(),
     ) -> Session:
         """Opens a model and its SAEs, and checks them against each other.
 
         tokenizer: of a model in memory; tuned: the model after training
         places: hooks to read besides those of the SAEs
         top_n:  features that every SAE must have
-        whole:  reads in the whole model, head included, where that is needed anyway
-        texts:  whether prompts are written, for which a tokenizer is needed
-        run:    whether anything is run; if not, no weights are loaded
-        needs:  (what, why) that stored activations cannot give
 
         Raises InputError where model and SAEs do not go together, and warns where they only seem not to; ValueError
         where the tokenizer of a model in memory is missing.
         """
         if is_activations(model):
-            for what, why in needs:
+            for what, why in purpose.needs:
                 raise InputError(
                     f"{what} needs {why}, but {model} holds activations: give a folder or hub id of a model with "
                     "--model"
                 )
         opened = [open_sae(sae, reading, top_n) for sae in saes]
-        session = cls(model, opened, reading, places, whole, tokenizer, tuned)
+        session = cls(model, opened, reading, places, purpose.whole, tokenizer, tuned)
         reading.warn(*session.names)
         # Whatever can be wrong is told now, and the smallest files are read first.
         for sae in opened:
             session.check_place(sae)
-        parts = (("template",) if texts else ()) + (("reader", "tuned") if run else ())
+        parts = (("template",) if purpose.texts else ()) + (("reader", "tuned") if purpose.run else ())
         for part in parts:
             getattr(session, part)
         return session
@@ -209,7 +260,7 @@ class Session:
             self.activations.read_at(self.saes)
             return self.activations
         decoder = self._decoder(self.whole if self.reads_whole else self.model, self.name, self.reading)
-        if decoder.device.type == "cuda" and (reason := cuda.missing_reason()) is not None:
+        if decoder.device.type == "cuda" and (reason := cuda_kernels.missing_reason()) is not None:
             self.reading.tell_line(
                 f"the model runs on {decoder.device}, its features are computed on the CPU: {reason}"
             )

@@ -1,4 +1,4 @@
-"""The weights of a model: where they are put, whether they are the same as before, and the matrix of its output."""
+"""The weights of a model: their placement on devices, their digest, and the unembedding."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     import torch
 
 DeviceMap = str | Mapping[str, Any]
-# Maps that transformers makes of the free memory of all devices; and those of one kind of memory.
+# Device maps that transformers makes from the free memory of all devices; maps to one kind of memory.
 SPREADING, SINGLE = ("auto", "balanced", "balanced_low_0", "sequential"), ("cpu", "disk")
-# Numbers of each tensor that its digest is made of, evenly spread: enough to tell one training from another.
+# Numbers of each tensor in the digest, evenly spread: enough to distinguish two trainings.
 N_SAMPLED = 1024
 
 
 def device_named(name: str) -> torch.device:
-    """The device of --device; 'auto' is CUDA where there is one. Raises InputError for another name."""
+    """The device of --device; 'auto' is CUDA if available. Raises InputError for an unknown name."""
     import torch
 
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
@@ -38,12 +38,12 @@ def device_named(name: str) -> torch.device:
 
 
 class Placement:
-    """What `from_pretrained` is told about a device map.
+    """Placement of a model's weights, as options of `from_pretrained`.
 
     device_map: 'auto', 'balanced', 'balanced_low_0' or 'sequential' (all devices, then memory, then disk), 'cpu',
-        'disk' (the decoder layers stay there, and each is loaded when it is run), or a device by module, as
-        transformers takes it
-    device: where a model of which the layers stay on disk is run
+        'disk' (the decoder layers stay there, and each is loaded when it is run), or a dict of a device by module, as
+        for transformers
+    device: device that runs a model whose layers stay on disk
 
     Raises InputError for another map, and where the package accelerate is missing.
     """
@@ -68,12 +68,12 @@ class Placement:
         return {"device_map": device_map, "offload_folder": self.folder}
 
     def keep_for(self, model: torch.nn.Module) -> None:
-        """The folder of what does not fit into memory goes when the model does."""
+        """Keeps the folder of offloaded weights as long as the model, and then deletes it."""
         weakref.finalize(model, shutil.rmtree, self.folder, ignore_errors=True)
 
 
 def _all_but(model: torch.nn.Module, layers: str, device: str) -> dict[str, str]:
-    """A device map that leaves the decoder layers on disk and puts everything else on a device."""
+    """A device map with the decoder layers on disk and everything else on a device."""
     places: dict[str, str] = {}
 
     def place(module: torch.nn.Module, prefix: str) -> None:
@@ -93,9 +93,9 @@ def _all_but(model: torch.nn.Module, layers: str, device: str) -> dict[str, str]
 def weights_sha256(model: torch.nn.Module, last_layer: int | None) -> str:
     """SHA-256 over the embedding and the decoder layers up to `last_layer` (None: all of them).
 
-    Of each tensor its name within the layer, dtype, shape and 1,024 numbers spread evenly over it (all, of a smaller
-    one): models that were trained differently differ, whatever they are called; a few single numbers changed by hand
-    may go unnoticed. A tensor that a device map leaves on disk counts by name, dtype and shape alone.
+    Each tensor counts with its name within the layer, its dtype and shape, and 1,024 numbers spread evenly over it (all
+    of a smaller one). Models that were trained differently differ, regardless of their names; a few single numbers
+    changed by hand may go unnoticed. A tensor that is left on disk counts by name, dtype and shape alone.
     """
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     layers = model.get_submodule(decoder_layers(model, config.num_hidden_layers))
@@ -123,9 +123,10 @@ def _sampled(tensor: torch.Tensor) -> bytes:
 
 
 def unembedding(model: torch.nn.Module, source: str | Path | None) -> torch.Tensor | None:
-    """[vocabulary, d_in] the matrix that turns residuals into logits; None where it cannot be found.
+    """[vocabulary, d_in] matrix from residuals to logits; None where it is not found.
 
-    model: a model in memory, whole or truncated; source: the folder or hub id that a truncated one was loaded from
+    model:  a model in memory, whole or truncated
+    source: folder or hub id that a truncated one was loaded from
     """
     from safetensors import safe_open
     from transformers.utils.hub import cached_file
@@ -139,8 +140,8 @@ def unembedding(model: torch.nn.Module, source: str | Path | None) -> torch.Tens
         return None
 
     def find(name: str) -> str | None:
-        found: str | None = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-        return found
+        path: str | None = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        return path
 
     index = find("model.safetensors.index.json")
     shards = json.loads(Path(index).read_text())["weight_map"] if index else {}

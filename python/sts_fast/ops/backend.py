@@ -8,7 +8,9 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from sts_fast.errors import InputError
-from sts_fast.ops import _cpu, cuda
+from sts_fast.ops import _cpu, cuda_kernels
+from sts_fast.ops.cuda_encoder import PRECISIONS, prepare_weights
+from sts_fast.ops.cuda_encoder import Encoder as CudaEncoder
 from sts_fast.sae import SAE
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 _DLPACK_CUDA = 2
 
 _encoders: WeakKeyDictionary[SAE, _cpu.Encoder] = WeakKeyDictionary()
-_cuda_encoders: WeakKeyDictionary[SAE, dict[tuple[torch.device, str], cuda.Encoder]] = WeakKeyDictionary()
+_cuda_encoders: WeakKeyDictionary[SAE, dict[tuple[torch.device, str], CudaEncoder]] = WeakKeyDictionary()
 _precision: str | None = None
 
 
@@ -29,8 +31,8 @@ def set_precision(name: str | None) -> None:
     Raises ValueError for another name. The CPU always computes in float32.
     """
     global _precision
-    if name is not None and name not in cuda.PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(cuda.PRECISIONS)}, got '{name}'")
+    if name is not None and name not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got '{name}'")
     _precision = name
 
 
@@ -46,13 +48,13 @@ def encoder(sae: SAE) -> _cpu.Encoder:
     return _encoders[sae]
 
 
-def cuda_encoder(sae: SAE, device: torch.device) -> cuda.Encoder:
+def cuda_encoder(sae: SAE, device: torch.device) -> CudaEncoder:
     """The SAE as the CUDA core takes it, made once per SAE, device and precision; W_enc is copied to the device."""
 
-    def make() -> cuda.Encoder:
-        weights = cuda.prepare_weights(sae.W_enc, sae.b_dec, device, precision)
+    def make() -> CudaEncoder:
+        weights = prepare_weights(sae.W_enc, sae.b_dec, device, precision)
         # b_dec goes through the weights as they were rounded: then x - b_dec does, and not x alone.
-        return cuda.Encoder(weights, d_in=sae.d_in, precision=precision, **_folded(sae, weights.b_dec_W))
+        return CudaEncoder(weights, d_in=sae.d_in, precision=precision, **_folded(sae, weights.b_dec_W))
 
     precision = precision_of(sae)
     encoders = _cuda_encoders.setdefault(sae, {})
@@ -83,7 +85,7 @@ def cuda_device_of(acts: Any) -> torch.device | None:
     """
     if not _is_on_cuda(acts):
         return None
-    reason = cuda.missing_reason()
+    reason = cuda_kernels.missing_reason()
     if reason is not None:
         raise InputError(f"the activations are on a CUDA device, but {reason}; or move them to the CPU")
     device: torch.device = acts.device

@@ -9,21 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import cached_property, wraps
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
+
+from sts_fast.ops import cuda_kernels
+from sts_fast.ops.cuda_encoder import Encoder
+from sts_fast.ops.cuda_kernels import load
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from sts_fast.ops import _cuda as kernels
-else:
-    kernels: Any = None
-
-PRECISIONS = ("bf16", "bf16x2", "fp32")
-WORKSPACE_BYTES = 64 << 20  # of each kind: prepared rows, dense strips, lists of candidates
 MOST_ROWS = 1 << 16  # of one launch
 FIRST_STRIP = 8192  # features whose k largest values bound the row's, at least an eighth of all
 MOST_DENSE_WEIGHTS = 64  # more weights or targets than that are applied to the active features one by one
@@ -31,28 +28,6 @@ MAIN_LOOP = "automatic"  # or "sm80", which runs on every GPU, or "sm90"
 
 _SUMS = ("sum_sq_shift", "sum_base", "sum_other", "sum_sq_base", "sum_sq_other", "n_fired_base", "n_fired_other")
 _NO_KEY = (1 << 63) - 1
-
-
-def missing_reason() -> str | None:
-    """Why the CUDA ops cannot serve here, in words; None where they can."""
-    if find_spec("sts_fast.ops._cuda") is None:
-        return "this build has no CUDA module: build it where nvcc is, with STS_CUDA=ON"
-    try:
-        from sts_fast.ops import _cuda
-    except ImportError as error:
-        return f"the CUDA module does not load: {error}"
-    return _cuda.missing_reason()
-
-
-def load() -> Any:
-    """The compiled module; it is there wherever missing_reason() is None."""
-    global kernels
-    if kernels is None:
-        from sts_fast.ops import _cuda
-
-        kernels = _cuda
-    return kernels
-
 
 Op = TypeVar("Op", bound=Callable[..., Any])
 
@@ -68,109 +43,6 @@ def _on_its_device(op: Op) -> Op:
             return op(encoder, *args, **kwargs)
 
     return cast(Op, run)
-
-
-class Weights(NamedTuple):
-    """W_enc on a device, as the products use it.
-
-    hi, lo:    [d_sae, depth] bfloat16 whose sum stands for W_enc's transpose; lo is None where hi is all of it.
-               For "fp32", hi is float32. depth is d_in, padded with zeros.
-    b_dec_W:   [d_sae] float64, b_dec times these very weights
-    """
-
-    hi: torch.Tensor
-    lo: torch.Tensor | None
-    b_dec_W: NDArray[np.float64]
-
-
-def prepare_weights(W_enc: Any, b_dec: NDArray[np.float32], device: torch.device, precision: str) -> Weights:
-    """Copies W_enc [d_in, d_sae] to the device, a few rows at a time. Raises ValueError for NaN or infinity."""
-    import torch
-
-    d_in, d_sae = W_enc.shape
-    multiple = load().depth_multiple
-    depth = -(-d_in // multiple) * multiple
-    bfloat16 = str(W_enc.dtype).endswith("bfloat16")
-    hi = torch.zeros((d_sae, depth), dtype=torch.float32 if precision == "fp32" else torch.bfloat16, device=device)
-    lo = torch.zeros_like(hi) if precision == "bf16x2" and not bfloat16 else None
-    b_dec_W = torch.zeros(d_sae, dtype=torch.float64, device=device)
-    n_rows = max(1, (WORKSPACE_BYTES // 8) // d_sae)
-    for start in range(0, d_in, n_rows):
-        part = W_enc[start : start + n_rows]
-        part = torch.from_numpy(np.array(part)) if isinstance(part, np.ndarray) else part
-        part = part.to(device).float().T
-        finite = torch.isfinite(part).all(1)
-        if not finite.all():
-            raise ValueError(f"W_enc contains a NaN or infinity in column {int((~finite).nonzero()[0])}")
-        rows = slice(start, start + part.shape[1])
-        hi[:, rows] = part
-        used = hi[:, rows].double()
-        if lo is not None:
-            lo[:, rows] = part - hi[:, rows].float()
-            used += lo[:, rows].double()
-        b_dec_W += used @ torch.from_numpy(b_dec[rows].astype(np.float64)).to(device)
-    return Weights(hi, lo, b_dec_W.cpu().numpy())
-
-
-class Encoder:
-    """The encoder half of an SAE on a device; the arguments mean what those of _cpu.Encoder do."""
-
-    def __init__(
-        self,
-        weights: Weights,
-        bias: NDArray[np.float32],
-        *,
-        d_in: int,
-        precision: str,
-        activation: str,
-        scale: NDArray[np.float32],
-        threshold: NDArray[np.float32] | None = None,
-        gate_bias: NDArray[np.float32] | None = None,
-        k: int = 0,
-        input_norm: str = "none",
-    ) -> None:
-        import torch
-
-        gate = np.maximum(threshold, 0) if threshold is not None else gate_bias
-        given = {"bias": bias, "scale": scale, "threshold" if gate_bias is None else "gate_bias": gate}
-        for name, values in given.items():
-            if values is not None and np.isnan(values).any():
-                raise ValueError(f"{name} contains a NaN at column {int(np.isnan(values).argmax())}")
-        self.hi, self.lo = weights.hi, weights.lo
-        self.device, self.precision = weights.hi.device, precision
-        self.d_in, (self.d_sae, self.depth) = d_in, weights.hi.shape
-        self.activation, self.k, self.input_norm = activation, k, input_norm
-        self.vectors = [
-            torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(self.device)
-            for values in (scale, bias, np.zeros_like(bias) if gate is None else gate)
-        ]
-        self._subset: tuple[bytes, Encoder] | None = None
-
-    @property
-    def selects_top_k(self) -> bool:
-        return self.activation in ("topk", "abstopk")
-
-    def of_columns(self, columns: NDArray[np.int64]) -> Encoder:
-        """The same with these features only; the last one asked for is kept."""
-        import torch
-
-        key = columns.tobytes()
-        if self._subset is None or self._subset[0] != key:
-            index = torch.from_numpy(columns).to(self.device)
-            subset = object.__new__(Encoder)
-            subset.__dict__.update(self.__dict__)
-            subset.hi, subset.lo = self.hi[index], None if self.lo is None else self.lo[index]
-            subset.vectors = [values[index] for values in self.vectors]
-            subset.d_sae, subset._subset = len(columns), None
-            self._subset = (key, subset)
-        return self._subset[1]
-
-    def strip(self, start: int, end: int) -> tuple[Any, Any]:
-        """(prepared weights, vectors) of the features from start to end, as the kernels take them."""
-        lo = None if self.lo is None else self.lo[start:end]
-        prepared = load().PreparedRows(self.hi[start:end], lo)
-        vectors = load().Vectors(*(values[start:end] for values in self.vectors), self.activation == "gated")
-        return prepared, vectors
 
 
 @_on_its_device
@@ -521,7 +393,7 @@ class _Call:
         split = encoder.precision == "bf16x2" and not exact
         direct = [not split and self._is_direct(acts) for acts in self.members]
         copied = 0 if all(direct) else encoder.depth * word_of_row * (2 if split else 1) * len(self.members)
-        rows_per_block = WORKSPACE_BYTES // max(bytes_per_row, copied, 1) // 256 * 256
+        rows_per_block = cuda_kernels.WORKSPACE_BYTES // max(bytes_per_row, copied, 1) // 256 * 256
         self.rows_per_block = max(256, min(rows_per_block, MOST_ROWS))
         several = self.n_tokens > self.rows_per_block
         if several or any(direct):

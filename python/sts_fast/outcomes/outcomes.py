@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sts_fast.errors import InputError
+from sts_fast.errors import InputError, listed
 from sts_fast.forecast.run import TRAINING_FILE
-from sts_fast.outcomes.evaluation import METRICS, Evaluation, Task, finite, listed, read_json
+from sts_fast.outcomes.evaluation import METRICS, Evaluation, Task, finite, read_json
 from sts_fast.outcomes.formats import table
 from sts_fast.outcomes.read import read_evaluation
 

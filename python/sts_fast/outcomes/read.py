@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
-from sts_fast.errors import InputError
-from sts_fast.outcomes.evaluation import Evaluation, listed, read_json
+from sts_fast.errors import InputError, listed
+from sts_fast.outcomes.evaluation import Evaluation, read_json
 from sts_fast.outcomes.formats import lm_eval, mmlu_pro, table
 
 

@@ -1,4 +1,4 @@
-"""A run as one self-contained HTML file: no script, no request to anywhere, light and dark."""
+"""Self-contained HTML reports of runs: no script, no network request, light and dark."""
 
 from sts_fast.report.comparison import build_comparison_report
 from sts_fast.report.demo import build_demo_report

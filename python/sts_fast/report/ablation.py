@@ -1,4 +1,4 @@
-"""What the report says about zeroing features in the running model, from ablation.json."""
+"""Report section on zeroing features in the running model, from ablation.json."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from sts_fast.statistics import Interval
 
 @dataclass(frozen=True)
 class Zeroed:
-    """One set: how its answers change with D_N zeroed, with features of like activity, and with others.
+    """Change of one set's answers with D_N zeroed, with features of similar activity, and with others.
 
-    Better is positive. draws: lowest and highest of like; difference: D_N less like; clear: D_N loses clearly more.
+    Better is positive.
+    draws:      lowest and highest of `like` over the draws of its features
+    difference: top - like
+    clear:      true if D_N loses clearly more than `like`
     """
 
     name: str
@@ -47,34 +50,34 @@ class AblationSection:
 
 def ablation_section(document: dict[str, Any]) -> AblationSection:
     outcome = main_outcome(document)
-    # A loss is turned round, so that what is worse stands at the left in either case.
+    # The sign of a loss is reversed: worse is at the left in either case.
     factor = -1.0 if outcome == "loss" else 100.0
     title = "fall of the loss, nats per token" if outcome == "loss" else "change of P(answer), points"
-    rows = [_row(one, outcome, factor) for one in document["sets"]]
+    rows = [_row(entry, outcome, factor) for entry in document["sets"]]
     rows[1:] = sorted(rows[1:], key=lambda row: (row.top, row.name))
     return AblationSection(
         findings(document), title, document["top_n"], document["few_shot"], rows, _figure(rows, title, outcome)
     )
 
 
-def _row(one: dict[str, Any], outcome: str, factor: float) -> Zeroed:
-    found = {name: condition[outcome] for name, condition in one["conditions"].items()}
-    accuracy = {name: 100 * condition["accuracy"]["value"] for name, condition in one["conditions"].items()}
-    less = found["like_activity"]["top_less_this"]
+def _row(entry: dict[str, Any], outcome: str, factor: float) -> Zeroed:
+    outcomes = {name: condition[outcome] for name, condition in entry["conditions"].items()}
+    accuracy = {name: 100 * condition["accuracy"]["value"] for name, condition in entry["conditions"].items()}
+    less = outcomes["like_activity"]["top_less_this"]
 
     def ends(values: list[float]) -> Interval:
         scaled = [factor * value for value in values]
         return min(scaled), max(scaled)
 
     return Zeroed(
-        name="training set" if one["kind"] == "train" else one["name"],
-        before=abs(factor) * one["before"][outcome],
-        top=factor * found["top"]["value"],
-        interval=ends(found["top"]["ci"]),
-        like=factor * found["like_activity"]["value"],
-        draws=ends(found["like_activity"]["draws"]),
-        random=factor * found["random"]["value"],
-        low_shift=factor * found["low_shift"]["value"],
+        name="training set" if entry["kind"] == "train" else entry["name"],
+        before=abs(factor) * entry["before"][outcome],
+        top=factor * outcomes["top"]["value"],
+        interval=ends(outcomes["top"]["ci"]),
+        like=factor * outcomes["like_activity"]["value"],
+        draws=ends(outcomes["like_activity"]["draws"]),
+        random=factor * outcomes["random"]["value"],
+        low_shift=factor * outcomes["low_shift"]["value"],
         difference=factor * less["value"],
         difference_interval=ends(less["ci"]),
         clear=is_loss(outcome, less),

@@ -1,4 +1,4 @@
-"""What the report says about the changes that a calibration forecasts."""
+"""Report section on the changes that a calibration forecasts."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from markupsafe import Markup
 
 from sts_fast.outcomes.calibration.change_text import shown_change, shown_interval, unit_name
 from sts_fast.report import figures
-from sts_fast.report.numbers import counted, listed, percent
+from sts_fast.report.numbers import counted, joined, percent
 from sts_fast.report.ranking import FIRST_BARS, MOST_BARS
 from sts_fast.statistics import Interval
 
 
 @dataclass(frozen=True)
 class ChangeRow:
-    """One domain; interval is None where its score lies beyond those learned from. change, shown: number and text."""
+    """One domain's change as a number and as text (`shown`).
+
+    interval: None where the domain's score lies outside the scores that the calibration was fitted on
+    """
 
     name: str
     change: float
@@ -38,12 +41,12 @@ class ChangeSection:
 
 
 def change_section(scores: dict[str, Any]) -> ChangeSection | None:
-    """None for a run without a calibration, or where it reached no domain."""
-    said = scores["calibration"]
+    """The section; None for a run without a calibration, or with no change for any domain."""
+    calibration = scores["calibration"]
     known = [domain for domain in scores["domains"] if domain["change"] is not None]
-    if said is None or not known:
+    if calibration is None or not known:
         return None
-    unit, signed, level = said["unit"], said["signed"], f"{said['level']:.0%}"
+    unit, signed, level = calibration["unit"], calibration["signed"], f"{calibration['level']:.0%}"
     known.sort(key=lambda domain: (-domain["change"], domain["name"]))
     rows = []
     for domain in known:
@@ -60,30 +63,30 @@ def change_section(scores: dict[str, Any]) -> ChangeSection | None:
         title=f"Forecast {'change' if signed else 'size of change'} of {counted(len(shown), 'domain')}",
         description=f"With {level} intervals. The table below the figure has all numbers.",
     )
-    return ChangeSection(rows, signed, unit_name(unit), level, figure, _sentences(rows, said))
+    return ChangeSection(rows, signed, unit_name(unit), level, figure, _sentences(rows, calibration))
 
 
-def _sentences(rows: list[ChangeRow], said: dict[str, Any]) -> list[str]:
+def _sentences(rows: list[ChangeRow], calibration: dict[str, Any]) -> list[str]:
     sentences = [
-        f"Learned from {counted(said['n_runs'], 'past training')} on {counted(said['n_trains'], 'training set')}, by "
-        f"{said['estimator']}: how its scores became changes. It holds for a training like those: as many steps, the "
-        "same rate and method."
+        f"Learned from {counted(calibration['n_runs'], 'past training')} on "
+        f"{counted(calibration['n_trains'], 'training set')}: how scores by {calibration['estimator']} became changes. "
+        "It holds for a training like those, with as many steps and the same rate and method."
     ]
-    if said["coverage"] is not None:
+    if calibration["coverage"] is not None:
         sentences.append(
-            f"Tried on training sets left out of the learning, {percent(said['coverage'])} of the changes lay inside "
-            f"their intervals, which were {said['width'] / said['constant_width']:.0%} as wide as intervals "
-            "around the mean of past changes."
+            f"Tested on training sets left out of the learning, {percent(calibration['coverage'])} of the changes lay "
+            f"inside their intervals, which were {calibration['width'] / calibration['constant_width']:.0%} as wide as "
+            "intervals around the mean of past changes."
         )
-    if said["signed"]:
+    if calibration["signed"]:
         for word, names in (
             ("rise", [row.name for row in rows if row.interval and row.interval[0] > 0]),
             ("fall", [row.name for row in rows if row.interval and row.interval[1] < 0]),
         ):
             if names:
-                sentences.append(f"The whole interval says that {listed(names)} will {word}.")
+                sentences.append(f"The whole interval says that {joined(names)} will {word}.")
         if not any(row.interval and (row.interval[0] > 0 or row.interval[1] < 0) for row in rows):
-            sentences.append("Every interval holds zero: no domain is sure to rise or fall.")
+            sentences.append("Every interval contains zero: no domain is sure to rise or fall.")
     else:
         sentences.append("These scores have no sign: only the size of a change is forecast, not its direction.")
     return sentences

@@ -1,4 +1,4 @@
-"""The page over the reports of several training sets: what each of them moves, side by side."""
+"""The page that compares several training sets, with links to their reports."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ N_SHADES = 3
 
 @dataclass(frozen=True)
 class Cell:
-    """A domain's forecast for one training set. shade: its colour, such as 'better2', by its size among all cells."""
+    """A domain's forecast for one training set.
+
+    shade: its colour, such as 'better2', by its size relative to the largest in the grid
+    """
 
     value: float
     text: str
@@ -73,29 +76,29 @@ def build_comparison_report(folder: str | Path) -> Path:
 
 
 def _change_grids(compared: dict[str, Any], trains: list[str]) -> list[Grid]:
-    """What a calibration made of the scores; none without one."""
-    found = compared.get("changes")
-    if found is None:
+    """The grid of changes that a calibration forecasts; empty without a calibration."""
+    changes = compared.get("changes")
+    if changes is None:
         return []
-    unit, signed = found["unit"], found["signed"]
-    known = [abs(value) for name in trains for value in found["trains"][name]["value"] if value is not None]
+    unit, signed = changes["unit"], changes["signed"]
+    known = [abs(value) for name in trains for value in changes["trains"][name]["value"] if value is not None]
     largest = max(known, default=0.0) or 1.0
     rows = []
     for i, domain in enumerate(compared["domains"]):
         cells: list[Cell | None] = []
         for name in trains:
-            value, interval = (found["trains"][name][key][i] for key in ("value", "interval"))
+            value, interval = (changes["trains"][name][key][i] for key in ("value", "interval"))
             if value is None:
                 cells.append(None)
                 continue
             text = shown_change(value, unit, signed=signed).replace("-", "−")
-            held = shown_interval(interval, unit, signed=signed).replace("-", "−")
+            interval_text = shown_interval(interval, unit, signed=signed).replace("-", "−")
             shade = _shade(value, largest, "better" if value > 0 else "worse") if signed else _shade(value, largest)
-            cells.append(Cell(value, text, held, shade))
+            cells.append(Cell(value, text, interval_text, shade))
         rows.append((domain, cells))
-    what = "change" if signed else "size of change"
+    quantity = "change" if signed else "size of change"
     meaning = "learned from past trainings, and holds for trainings like them"
-    return [Grid("changes", f"Forecast {what}, in {unit_name(unit)}", meaning, rows, f"{found['level']:.0%}")]
+    return [Grid("changes", f"Forecast {quantity}, in {unit_name(unit)}", meaning, rows, f"{changes['level']:.0%}")]
 
 
 def _shade(value: float, largest: float, kind: str = "size") -> str:
@@ -109,9 +112,9 @@ def _score_grids(compared: dict[str, Any], trains: list[str]) -> list[Grid]:
 
 
 def _grid(compared: dict[str, Any], trains: list[str], estimator: Estimator) -> Grid:
-    """Signed scores have a colour for each direction, sizes one."""
-    found = compared["scores"][estimator.name]
-    known = [abs(value) for name in trains for value in found[name]["value"] if value is not None]
+    """The grid of one estimator; signed scores have a colour for each direction, sizes have one colour."""
+    scores = compared["scores"][estimator.name]
+    known = [abs(value) for name in trains for value in scores[name]["value"] if value is not None]
     largest = max(known, default=0.0) or 1.0
 
     def text(number: float) -> str:
@@ -121,7 +124,7 @@ def _grid(compared: dict[str, Any], trains: list[str], estimator: Estimator) -> 
     for i, domain in enumerate(compared["domains"]):
         cells: list[Cell | None] = []
         for name in trains:
-            value, ci = found[name]["value"][i], found[name]["ci"][i]
+            value, ci = scores[name]["value"][i], scores[name]["ci"][i]
             if value is None:
                 cells.append(None)
                 continue

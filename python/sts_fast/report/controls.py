@@ -6,30 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sts_fast.forecast.controls import CONTROLS
 from sts_fast.forecast.run import BY_NAME, SIZES
-from sts_fast.report.numbers import MIN_DOMAINS, SAME, SIMILAR, listed
+from sts_fast.report.numbers import MIN_DOMAINS, SAME, SIMILAR, joined
 from sts_fast.report.ranking import estimators_of
 from sts_fast.statistics import defined, spearman
 
-CONTROLS = {
-    "random": "random features",
-    "low_shift": "least shifted features",
-    "most_active": "most active features",
-    "raw": "raw activations (no SAE)",
-    "z_scored": "shifted features, z-scored over the domains",
-    "cosine_of_means": "cosine of the mean activations",
-    "cka": "alignment of the covariances (CKA)",
-    "probe": "linear probe for the training set",
-    "base_loss": "loss of the model before training",
-    "base_accuracy": "accuracy of the model before training",
-}
-QUANTITIES = {
-    "cosine": "cosine",
-    "cka": "CKA",
-    "logit": "logit",
-    "nll": "nats per answer token",
-    "accuracy": "share of exact answers",
-}
+MEANINGS = {control.name: control.meaning for control in CONTROLS}
+UNITS = {control.quantity: control.unit for control in CONTROLS if control.unit}
 
 
 @dataclass(frozen=True)
@@ -64,9 +48,9 @@ class ControlSection:
 def control_label(control: str) -> str:
     """A control's name in words; also of 'name quantity', as validation.json joins them."""
     name, _, quantity = control.partition(" ")
-    if name not in CONTROLS:
+    if name not in MEANINGS:
         return control.replace("_", " ")
-    return CONTROLS[name] if quantity in ("", *QUANTITIES) else f"{CONTROLS[name]}, {quantity}"
+    return MEANINGS[name] if quantity in ("", *UNITS) else f"{MEANINGS[name]}, {quantity}"
 
 
 def control_section(scores: dict[str, Any]) -> ControlSection:
@@ -121,7 +105,7 @@ def _control_sentences(labels: Sequence[str], controls: Sequence[Control]) -> li
         same = [name for name, rho in rhos.items() if rho >= SAME]
         if same:
             said.append(
-                f"{label}: {listed(same)} {'puts' if len(same) == 1 else 'put'} the domains in nearly the same order, "
+                f"{label}: {joined(same)} {'puts' if len(same) == 1 else 'put'} the domains in nearly the same order, "
                 f"so over these domains it says little that {'this does' if len(same) == 1 else 'these do'} not."
             )
         elif rhos:
@@ -132,4 +116,4 @@ def _control_sentences(labels: Sequence[str], controls: Sequence[Control]) -> li
 def _quantity_label(quantity: str) -> str:
     if quantity in SIZES:
         return BY_NAME[quantity].label
-    return QUANTITIES.get(quantity, quantity.replace("_", " "))
+    return UNITS.get(quantity, quantity.replace("_", " "))

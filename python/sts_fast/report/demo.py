@@ -1,4 +1,4 @@
-"""The demo's own page, over the reports of its training sets: did the forecasts come true?"""
+"""The demo's page: its forecasts beside the outcomes, with links to the reports of its training sets."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What the report says about the shifted features: how concentrated the shift is, what each feature stands for."""
+"""Report sections on the shifted features: the concentration of the shift, and the features with their firings."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -13,12 +13,8 @@ from sts_fast.report import figures
 from sts_fast.report.numbers import count, counted, percent
 from sts_fast.report.run import Firing, Material
 
-if TYPE_CHECKING:
-    pass
-
-
 FIRST_FEATURES = 20
-# Examples shown at once, and behind a click; features.parquet holds them all.
+# Examples shown at once, and after a click; features.parquet contains all.
 FIRST_FIRINGS = 3
 MOST_FIRINGS = 10
 # Characters of context on either side.
@@ -39,7 +35,10 @@ SHIFT_WORDS = {
 
 @dataclass(frozen=True)
 class Feature:
-    """moves: domains and the feature's part in their signed forecasts."""
+    """A feature as shown in the table.
+
+    moves: (domain, the feature's part in its signed forecast)
+    """
 
     rank: int
     index: int
@@ -58,9 +57,9 @@ class Feature:
 
 @dataclass(frozen=True)
 class FeatureSection:
-    """Features with what is known of them; a has_ is False where none has anything to show in that column.
+    """A table of features; a has_ is False where no feature has an entry in that column.
 
-    share_of: what their shares are parts of
+    share_of: the quantity of which the features have their shares
     """
 
     share_of: str
@@ -100,12 +99,12 @@ def section_of(features: Sequence[Feature], share_of: str) -> FeatureSection:
 
 
 def concentration(run: Material) -> Concentration:
-    """How much of what D_N is ranked by lies in how few features."""
+    """Concentration of the shift (or the quantity that ranks D_N) in few features, and the stability of D_N."""
     scores = run.scores
-    what = SHIFT_WORDS[scores["settings"]["dims"]]
+    ranked_by = SHIFT_WORDS[scores["settings"]["dims"]]
     top_n, shift = scores["settings"]["top_n"], scores["shift"]
-    said = [
-        f"The {count(top_n)} features of D_N hold {percent(shift['share_of_top_n'])} of {what}; "
+    sentences = [
+        f"The {count(top_n)} features of D_N have {percent(shift['share_of_top_n'])} of {ranked_by}; "
         f"{count(shift['n_features_shifted'])} of the SAE's {count(scores['sae']['d_sae'])} features have a part in it."
     ]
     figure = None
@@ -113,7 +112,7 @@ def concentration(run: Material) -> Concentration:
         shares = np.cumsum(np.sort(run.importance)[::-1])
         shares = np.minimum(shares / shares[-1], 1.0)
         needed = [int(np.searchsorted(shares, part - 1e-12)) + 1 for part in (0.5, 0.9)]
-        said.append(f"Half of it lies in the top {count(needed[0])}, 90% in the top {count(needed[1])}.")
+        sentences.append(f"Half of it lies in the top {count(needed[0])}, 90% in the top {count(needed[1])}.")
         figure = figures.curve(
             "concentration",
             shares,
@@ -121,7 +120,7 @@ def concentration(run: Material) -> Concentration:
             x_label="features, ranked (log) →",
             y_label="↑ cumulative share",
             title="Cumulative share over ranked features",
-            description=f"The top {count(top_n)} of {count(len(shares))} features hold "
+            description=f"The top {count(top_n)} of {count(len(shares))} features have "
             f"{percent(float(shares[min(top_n, len(shares)) - 1]))}; half of the total lies in the top "
             f"{count(needed[0])}, 90% in the top {count(needed[1])}.",
         )
@@ -129,11 +128,11 @@ def concentration(run: Material) -> Concentration:
     low, high = stability["overlap_ci"]
     kept = stability["mean_overlap"]
     words = "is settled" if kept >= 0.8 else "is settled for the most part" if kept >= 0.5 else "is not settled"
-    said.append(
+    sentences.append(
         f"D_N {words}: resampling the {counted(scores['train']['n_prompts'], 'training prompt')} keeps "
         f"{percent(kept)} of it ({percent(low)} to {percent(high)} in {count(stability['n_replicates'])} resamplings)."
     )
-    return Concentration(figure, said)
+    return Concentration(figure, sentences)
 
 
 def feature_of(rank: int, entry: dict[str, Any], firings_of: Mapping[int, list[Firing]]) -> Feature:
@@ -146,7 +145,7 @@ def feature_of(rank: int, entry: dict[str, Any], firings_of: Mapping[int, list[F
         share=entry["share"],
         mean_activation=entry.get("mean_activation"),
         label=label if isinstance(label, str) and label.strip() else None,
-        # Nothing but a web address becomes a link.
+        # Only a web address becomes a link.
         url=url if isinstance(url, str) and url.startswith(("https://", "http://")) else None,
         promoted=[token for token in promoted if isinstance(token, str)] if isinstance(promoted, list) else [],
         firings=firings[:FIRST_FIRINGS],

@@ -1,8 +1,8 @@
 """Plots as inline SVG that keeps its type size at any width: positions across are percentages, heights are pixels.
 
-Every function returns one <svg> with a title and a description; colours come from the page's style sheet. What is
-drawn in a fixed width (labels that must not collide, names that must be cut) is drawn twice, for a wide and for a
-narrow page, and the style sheet shows one of them.
+Every function returns one <svg> with a title and a description; colours come from the page's style sheet. Parts with a
+fixed width (labels that must not collide, names that must be cut) are drawn twice, for a wide and for a narrow page,
+and the style sheet shows one of them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MOST_POINTS_ON_LINE = 240
 
 @dataclass(frozen=True)
 class Bar:
-    """One row: a value and its interval; `control` is marked on the same axis; `text` stands at the right."""
+    """One row: a value and its interval; `control` is marked on the same axis; `text` is at the right."""
 
     name: str
     value: float
@@ -360,6 +360,6 @@ def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float,
 
 
 def _width(text: str) -> float:
-    """About how many pixels a text takes."""
+    """Approximate width of a text in pixels."""
     wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
     return CHARACTER * (len(text) + wide)

@@ -1,4 +1,4 @@
-"""How numbers and tokens are written."""
+"""Formats of numbers, names and tokens in the reports."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 NOT_THERE = "–"
 MIN_DOMAINS = 4
-# Spearman correlations from which on two orders are called nearly the same, and similar.
+# Least Spearman correlations at which two orders are called nearly the same, and similar.
 SAME = 0.8
 SIMILAR = 0.5
 MOST_NAMED = 5
@@ -31,7 +31,7 @@ def significant(value: float | None) -> str:
 
 
 def with_sign(value: float) -> str:
-    """As `significant`, with a plus before what is above zero."""
+    """As `significant`, with a plus before positive numbers."""
     return f"+{significant(value)}" if value > 0 else significant(value)
 
 
@@ -81,7 +81,7 @@ def isolated(name: str) -> str:
     return f"\u2068{name}\u2069"
 
 
-def listed(names: Sequence[str], most: int = MOST_NAMED) -> str:
+def joined(names: Sequence[str], most: int = MOST_NAMED) -> str:
     """'a, b and c', or 'a, b and 5 others'."""
     names = [isolated(name) for name in names]
     if len(names) > most:

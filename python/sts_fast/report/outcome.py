@@ -77,6 +77,7 @@ def outcome_section(validation: dict[str, Any]) -> OutcomeSection:
         ("Spearman with the signed change", "signed", "spearman"),
     ]
     of_score = [_correlated(f"{label}: {words}", _get(validation, *keys)) for words, *keys in kinds]
+    of_score += _given_text(label, validation)
     ceiling, critical = _number(validation, "limits", "ceiling"), _number(validation, "limits", "critical_r")
     return OutcomeSection(
         label=label,
@@ -89,6 +90,18 @@ def outcome_section(validation: dict[str, Any]) -> OutcomeSection:
         has_critical=critical is not None,
         facts=_facts(validation, len(rows)),
     )
+
+
+def _given_text(label: str, validation: dict[str, Any]) -> list[Correlated | None]:
+    """Partial correlations of the score, given the best of the controls that need no model."""
+    given = control_label(_text(_get(validation, "size_given_text"), "control"))
+    signed = control_label(_text(_get(validation, "signed_given_text"), "control"))
+    kinds = [
+        (f"partial Pearson r, given {given}", "size_given_text", "pearson"),
+        (f"partial Spearman, given {given}", "size_given_text", "spearman"),
+        (f"partial Pearson r with the signed change, given {signed}", "signed_given_text", "pearson"),
+    ]
+    return [_correlated(f"{label}: {words}", _get(validation, *keys)) for words, *keys in kinds]
 
 
 def outcome_warnings(validation: dict[str, Any]) -> list[str]:
@@ -129,6 +142,13 @@ def _facts(validation: dict[str, Any], n: int) -> list[str]:
     if low_high is not None:
         said.append(
             f"With any one domain left out, r lies between {correlation(low_high[0])} and {correlation(low_high[1])}."
+        )
+    given = _get(validation, "size_given_text")
+    r = _number(given, "r")
+    if r is not None:
+        said.append(
+            f"Partial correlations are given {control_label(_text(given, 'control'))}: of the controls that need no "
+            f"model, the one with the largest |r| with the size of change, {correlation(r)}."
         )
     carries = _text(validation, "ci_carries")
     if carries:

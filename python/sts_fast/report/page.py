@@ -1,4 +1,4 @@
-"""A page: a template of this folder with its style and its ways of writing numbers."""
+"""Rendering of a page: a template of this folder with its style sheet and the formats of numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STYLE = "report.css"
 
 
 def render(template: str, **content: Any) -> str:
-    """The page as text; whatever it names must be in `content`, and all text in it is escaped."""
+    """The page as text; `content` must have every name in the template, and all text is escaped."""
     import jinja2
 
     source = resources.files("sts_fast.report")

@@ -1,4 +1,4 @@
-"""What the report says about the scores: the ranking, how the estimators agree."""
+"""Report sections on the scores: the rankings, and the agreement of the estimators."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from sts_fast.report.numbers import (
     correlation,
     counted,
     isolated,
-    listed,
+    joined,
     percent,
     share,
     significant,
 )
 from sts_fast.statistics import MAX_EXACT, Interval, chance_of_agreement, defined, spearman
 
-# Of a long ranking, this many bars are drawn at once; the others stand behind a click.
+# A ranking of more than MOST_BARS shows FIRST_BARS at once, and the others after a click.
 MOST_BARS = 30
 FIRST_BARS = 24
 MUCH_SKIPPED = 0.5
@@ -33,7 +33,10 @@ SHAKY_OVERLAP = 0.5
 
 @dataclass(frozen=True)
 class Row:
-    """One domain in the ranking. clear: its interval lies above that of the next; None for the last or without one."""
+    """One domain in the ranking.
+
+    clear: true if its interval lies above that of the next; None for the last domain
+    """
 
     name: str
     value: float
@@ -68,7 +71,7 @@ class Agreement:
 
 
 def estimators_of(scores: dict[str, Any]) -> list[str]:
-    """Those without sign that score some domain, the first of which is the main one."""
+    """Names of the unsigned estimators with a score for some domain, the main one first."""
     return [name for name in SIZES if any(name in domain["scores"] for domain in scores["domains"])]
 
 
@@ -82,7 +85,7 @@ def rankings(scores: dict[str, Any]) -> list[Ranking]:
 
 
 def summary(scores: dict[str, Any], ranked: Sequence[Ranking], train: str, model: str) -> Markup:
-    """The whole report in one sentence, and how firm it is in another."""
+    """The whole report in one sentence, and its certainty in another."""
     if not ranked:
         return Markup(
             "This run measured which features of the SAE <strong>{}</strong> shifts in <strong>{}</strong>; "
@@ -103,16 +106,16 @@ def summary(scores: dict[str, Any], ranked: Sequence[Ranking], train: str, model
 
 
 def cautions(scores: dict[str, Any], ranked: Sequence[Ranking]) -> list[str]:
-    """What the numbers themselves warn of."""
-    said = []
+    """Warnings from the numbers: few domains, unstable D_N, scores like random features', many skipped examples."""
+    sentences = []
     n = len(scores["domains"])
     if 0 < n < MIN_DOMAINS:
-        said.append(
+        sentences.append(
             f"Only {counted(n, 'domain')}: too few to judge a ranking, its controls or the estimators' agreement."
         )
     overlap = scores["shift"]["stability"]["mean_overlap"]
     if overlap < SHAKY_OVERLAP:
-        said.append(
+        sentences.append(
             f"The shifted features are not settled: resampling the training prompts keeps only {percent(overlap)} of "
             "them. More training prompts (--limit) would help."
         )
@@ -123,8 +126,8 @@ def cautions(scores: dict[str, Any], ranked: Sequence[Ranking]) -> list[str]:
             if row.interval and row.random is not None and row.interval[0] <= row.random
         ]
         if low:
-            said.append(
-                f"By {ranking.label}, {listed(low)} {'does' if len(low) == 1 else 'do'} not stand out from random "
+            sentences.append(
+                f"By {ranking.label}, {joined(low)} {'does' if len(low) == 1 else 'do'} not stand out from random "
                 "features: such a score says nothing."
             )
     mostly = [
@@ -133,23 +136,23 @@ def cautions(scores: dict[str, Any], ranked: Sequence[Ranking]) -> list[str]:
         if domain["n_skipped"] > MUCH_SKIPPED * (domain["n_skipped"] + domain["n_prompts"])
     ]
     if mostly:
-        said.append(
-            f"More than half of the examples looked at could not be used in {listed(mostly)}: what is left may not be "
+        sentences.append(
+            f"More than half of the examples looked at could not be used in {joined(mostly)}: what is left may not be "
             "like the whole."
         )
-    return said
+    return sentences
 
 
 def agreements(scores: dict[str, Any]) -> list[Agreement]:
     names = estimators_of(scores)
-    found = []
+    pairs = []
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
             _, x, y = _both(scores["domains"], first, second)
             labels = (BY_NAME[first].label, BY_NAME[second].label)
             rho = defined(spearman(x, y)) if len(x) >= MIN_DOMAINS else None
-            found.append(Agreement(labels, rho, _agreement_sentence(labels, rho, x, y)))
-    return found
+            pairs.append(Agreement(labels, rho, _agreement_sentence(labels, rho, x, y)))
+    return pairs
 
 
 def agreement_figure(scores: dict[str, Any]) -> Markup | None:
@@ -172,7 +175,7 @@ def agreement_figure(scores: dict[str, Any]) -> Markup | None:
         y_label=f"↑ {second}",
         title=f"{second} against {first}, one point per domain",
         description=f"Whiskers are 95% intervals. Spearman correlation {correlation(defined(spearman(x, y)))}. "
-        "The numbers stand in the tables of the ranking.",
+        "The numbers are in the tables of the ranking.",
     )
 
 
@@ -238,32 +241,32 @@ def _score_text(row: Row) -> str:
 
 
 def _ranking_sentences(rows: Sequence[Row]) -> list[str]:
-    said = []
+    sentences = []
     judged = [row for row in rows if row.clear is not None]
     if judged:
         clear = sum(bool(row.clear) for row in judged)
-        said.append(
+        sentences.append(
             f"Of the {counted(len(judged), 'pair')} of neighbours in this ranking, {clear} "
             f"{'is' if clear == 1 else 'are'} clearly apart: their 95% intervals do not overlap."
         )
     compared = [row for row in rows if row.interval and row.random is not None]
     if compared:
         above = sum(row.interval[0] > row.random for row in compared if row.interval and row.random is not None)
-        said.append(
+        sentences.append(
             f"In {above} of {counted(len(compared), 'domain')} the whole interval lies above the same score of random "
             "features."
         )
-    return said
+    return sentences
 
 
 def _how_clear(rows: Sequence[Row]) -> str:
     first, second = rows[0], rows[1]
     if first.interval is None or second.interval is None:
-        return "There are no intervals to say how firm the order is."
+        return "Without intervals, the certainty of this order is unknown."
     if first.clear:
         return f"The first place is clear: its 95% interval lies above that of the next, {isolated(second.name)}."
     rivals = [row.name for row in rows[1:] if row.interval and row.interval[1] >= first.interval[0]]
-    return f"The first place is not settled: its 95% interval overlaps {listed(rivals, 3)}."
+    return f"The first place is not settled: its 95% interval overlaps {joined(rivals, 3)}."
 
 
 def _agreement_sentence(labels: tuple[str, str], rho: float | None, x: Sequence[float], y: Sequence[float]) -> str:

@@ -17,13 +17,14 @@ TEMPLATE = "report.html.j2"
 
 
 def build_report(folder: str | Path) -> Path:
-    """Writes report.html into a run's folder, from the files that lie there, and returns its path.
+    """Writes report.html into a run's folder and returns its path.
 
-    Reads scores.json and, where they are there, shift.safetensors (concentration curve), features.parquet (where the
-    shifted features fire), validation.json (forecast against outcome), ablation.json (what zeroing features did) and
-    training.json (what TransferMonitor measured). The same files give the same bytes.
+    Reads scores.json and, if present, shift.safetensors (concentration curve), features.parquet (firings of the shifted
+    features), validation.json (forecast and outcome), ablation.json (zeroed features) and training.json (measurements
+    of TransferMonitor). The same files give the same bytes.
 
-    Raises InputError where the folder holds no run, a file is damaged or of another version, or nothing can be written.
+    Raises InputError where the folder contains no run, a file is damaged or of another version, or nothing can be
+    written.
     """
     folder = Path(folder)
     page = render(TEMPLATE, **_content(read_material(folder)))
@@ -76,7 +77,7 @@ def short_name(name: str) -> str:
 def _train_name(scores: dict[str, Any]) -> str:
     """The training set's file with its folder, or the folder of its files; its name where several were compared.
 
-    Runs of rollouts are called by how D_N was found, and all rest on the same files.
+    Runs of rollouts are named after their way of finding D_N, and are all made from the same files.
     """
     if scores["train"]["name"] != "train" and not scores.get("rollouts"):
         return str(scores["train"]["name"])

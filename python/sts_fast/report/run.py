@@ -30,7 +30,7 @@ CONTROL_CHARACTER = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 @dataclass(frozen=True)
 class Firing:
-    """One token on which a feature fires, in its context; what the file does not say is ''."""
+    """One token on which a feature fires, in its context; missing texts are ''."""
 
     value: float
     before: str
@@ -46,13 +46,13 @@ class Material:
     """A run's files as plain values.
 
     scores:     scores.json
-    importance: [d_sae] what D_N is ranked by, in any unit; None without shift.safetensors
-    firings:    feature of D_N -> where it fires, strongest first; empty without features.parquet
-    signed_firings: the same of the features that carry signed forecasts
+    importance: [d_sae] the quantity that ranks D_N, in any unit; None without shift.safetensors
+    firings:    feature of D_N -> its firings, strongest first; empty without features.parquet
+    signed_firings: the same for the features with large parts in signed forecasts
     validation: validation.json; None without it
-    training:   training.json, what TransferMonitor measured; None without it
-    ablation:   ablation.json, what zeroing features did; None without it
-    warnings:   files that belong to another run, and were left aside
+    training:   training.json, the measurements of TransferMonitor; None without it
+    ablation:   ablation.json, the effects of zeroing features; None without it
+    warnings:   sentences about files that belong to another run
     """
 
     scores: dict[str, Any]
@@ -66,7 +66,7 @@ class Material:
 
 
 def read_material(folder: Path) -> Material:
-    """Raises InputError where scores.json is missing or a file is damaged or of another kind."""
+    """Reads all files of a run; raises InputError where scores.json is missing or a file is damaged."""
     scores = _clean(Run.load(folder).scores)
     top = [feature["index"] for feature in scores["shifted_features"]]
     warnings: list[str] = []
@@ -78,7 +78,7 @@ def read_material(folder: Path) -> Material:
         validation = _clean(files.read_json(folder / VALIDATION_FILE))
         if _is_stale(validation, scores):
             warnings.append(
-                f"{VALIDATION_FILE} holds other scores than {SCORES_FILE}, so it was made from an earlier forecast: "
+                f"{VALIDATION_FILE} contains other scores than {SCORES_FILE}, so it was made from an earlier forecast: "
                 "run sts-fast validate again"
             )
     training = _clean(files.read_json(folder / TRAINING_FILE)) if (folder / TRAINING_FILE).is_file() else None
@@ -101,7 +101,7 @@ def _read_ablation(path: Path, top: list[int], warnings: list[str]) -> dict[str,
 
 
 def _clean(value: Any) -> Any:
-    """The document with text that HTML can hold."""
+    """The document with all text valid in HTML."""
     if isinstance(value, str):
         return _clean_text(value)
     if isinstance(value, dict):
@@ -112,9 +112,9 @@ def _clean(value: Any) -> Any:
 
 
 def _clean_text(text: str) -> str:
-    """Without half characters; control characters as their pictures."""
+    """The text without lone surrogates, and with pictures of control characters."""
     text = text.encode("utf-8", "replace").decode("utf-8")
-    return CONTROL_CHARACTER.sub(lambda found: chr(0x2400 + ord(found[0])) if found[0] != "\x7f" else "\u2421", text)
+    return CONTROL_CHARACTER.sub(lambda match: chr(0x2400 + ord(match[0])) if match[0] != "\x7f" else "\u2421", text)
 
 
 def _read_importance(path: Path, dims: str, top: list[int], warnings: list[str]) -> Doubles | None:
@@ -132,7 +132,7 @@ def _read_importance(path: Path, dims: str, top: list[int], warnings: list[str])
 
 
 def _read_firings(path: Path, wanted: dict[str, list[int]]) -> dict[str, dict[int, list[Firing]]]:
-    """By stage and feature; what has another stage, or none, is of 'score'."""
+    """Firings by stage and feature, strongest first; rows of another stage, or none, count as 'score'."""
     if not path.is_file():
         return {stage: {} for stage in wanted}
     import pyarrow as pa
@@ -142,7 +142,7 @@ def _read_firings(path: Path, wanted: dict[str, list[int]]) -> dict[str, dict[in
         rows = pq.read_table(path).to_pylist()
     except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{path} is not a readable parquet file: {one_line(error)}") from error
-    found: dict[str, dict[int, list[tuple[int, Firing]]]] = {
+    firings_of: dict[str, dict[int, list[tuple[int, Firing]]]] = {
         stage: {feature: [] for feature in features} for stage, features in wanted.items()
     }
     for row in rows:
@@ -150,7 +150,7 @@ def _read_firings(path: Path, wanted: dict[str, list[int]]) -> dict[str, dict[in
             feature, rank, value = int(row["feature"]), int(row["rank"]), float(row["value"])
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} has no numbers in feature, rank and value: make the run again") from error
-        of_stage = found[row["stage"] if row.get("stage") in found else "score"]
+        of_stage = firings_of[row["stage"] if row.get("stage") in firings_of else "score"]
         if feature in of_stage and math.isfinite(value):
             texts = {
                 key: _clean_text("" if row.get(key) is None else str(row[key]))
@@ -163,12 +163,12 @@ def _read_firings(path: Path, wanted: dict[str, list[int]]) -> dict[str, dict[in
             for feature, ranked in features.items()
             if ranked
         }
-        for stage, features in found.items()
+        for stage, features in firings_of.items()
     }
 
 
 def _is_stale(validation: dict[str, Any], scores: dict[str, Any]) -> bool:
-    """Whether any domain that both name has another score there."""
+    """True if a domain that both name has another score in validation.json."""
     estimator = str(validation.get("estimator"))
     known = {
         domain["name"]: domain["scores"][estimator]["value"]

@@ -1,4 +1,4 @@
-"""What the report says about which way each domain moves, and which features carry that."""
+"""Report section on the direction in which each domain moves, and the features that carry it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from markupsafe import Markup
 from sts_fast.forecast.run import BY_NAME, ESTIMATOR_OPTIONS, SIGNED
 from sts_fast.report import figures
 from sts_fast.report.features import FIRST_FEATURES, Feature, FeatureSection, feature_of, section_of
-from sts_fast.report.numbers import counted, isolated, listed, percent, significant, with_sign
+from sts_fast.report.numbers import counted, isolated, joined, percent, significant, with_sign
 from sts_fast.report.ranking import FIRST_BARS, MOST_BARS
 from sts_fast.report.run import Material
 from sts_fast.signed.push import SMALLEST_P, SOLVED_LOSS
 from sts_fast.statistics import Interval
 
-# The one that came closest to what training did (docs/signed.md) first.
+# The estimator that came closest to real training (docs/signed.md) is first.
 PREFERRED = tuple(name for name in reversed(ESTIMATOR_OPTIONS) if name in SIGNED)
 MOST_PARTS = 5
 MOST_DOMAINS = 3
@@ -25,9 +25,10 @@ MOST_DOMAINS = 3
 
 @dataclass(frozen=True)
 class SignedRow:
-    """One domain's forecast, better is positive; unlikely: its answers are too long for a change of P to say much.
+    """One domain's forecast; better is positive.
 
     direction: 'better' or 'worse' where the whole interval is, else 'open'
+    unlikely:  true if the answers are too long for a change of P to say much
     """
 
     name: str
@@ -42,7 +43,10 @@ class SignedRow:
 
 @dataclass(frozen=True)
 class SignedRanking:
-    """All domains by one number, the best first. field: as in scores.json, such as 'adapter_loss'."""
+    """All domains by one number, the best first.
+
+    field: its name in scores.json, such as 'adapter_loss'
+    """
 
     field: str
     title: str
@@ -56,7 +60,7 @@ class SignedRanking:
 
 @dataclass(frozen=True)
 class Estimated:
-    """One estimator: what it does, its main number, and the other one."""
+    """One estimator: its method in words, its main number, and the other one."""
 
     name: str
     how: str
@@ -66,7 +70,10 @@ class Estimated:
 
 @dataclass(frozen=True)
 class Part:
-    """A feature's part in the forecast of a domain. is_explained: whether a row of the table says what it is."""
+    """A feature's part in the forecast of a domain.
+
+    is_explained: true if the table of features has a row for it
+    """
 
     index: int
     domain: str
@@ -77,7 +84,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Carried:
-    """What carries one domain's forecast: features that push it up, and down, largest parts first."""
+    """The features that carry one domain's forecast: those that push it up, and down, largest parts first."""
 
     name: str
     n_features: int
@@ -88,7 +95,12 @@ class Carried:
 
 @dataclass(frozen=True)
 class SignedSection:
-    """summary: the section in a sentence; sentences: what the numbers rest on; carriers: None without features."""
+    """The signed forecasts of a run.
+
+    summary:   the section in one sentence
+    sentences: the training set's loss, and domains with a restriction
+    carriers:  the table of features; None without features
+    """
 
     summary: Markup
     sentences: list[str]
@@ -99,7 +111,7 @@ class SignedSection:
 
 
 def signed_section(run: Material) -> SignedSection | None:
-    """None where the run has no signed forecast."""
+    """The section; None where the run has no signed forecast."""
     signed = run.scores.get("signed")
     if not signed or not signed["domains"]:
         return None
@@ -109,7 +121,7 @@ def signed_section(run: Material) -> SignedSection | None:
     if not known:
         return None
     # Where most answers are too long, a change of their probability is shown after that of their loss.
-    unlikely = sum(found["p_answer"] < SMALLEST_P for found in domains.values()) > len(domains) / 2
+    unlikely = sum(entry["p_answer"] < SMALLEST_P for entry in domains.values()) > len(domains) / 2
     estimators = []
     for name in known:
         of_p, of_loss = _ranking(scores, domains, name), _ranking(scores, domains, f"{name}_loss")
@@ -134,7 +146,7 @@ def number_text(field: str, value: float) -> str:
 
 def _ranking(scores: dict[str, Any], domains: dict[str, Any], field: str) -> SignedRanking:
     estimator, rows = BY_NAME[field], []
-    for name, found in domains.items():
+    for name, entry in domains.items():
         score = scores[name][field]
         low, high = (estimator.factor * bound for bound in score["ci"])
         rows.append(
@@ -143,10 +155,10 @@ def _ranking(scores: dict[str, Any], domains: dict[str, Any], field: str) -> Sig
                 value=estimator.factor * score["value"],
                 interval=(low, high),
                 direction="better" if low > 0 else "worse" if high < 0 else "open",
-                unlikely=found["p_answer"] < SMALLEST_P and not field.endswith("_loss"),
-                p_answer=found["p_answer"],
-                base_loss=found["base_loss"],
-                n_prompts=found["n_prompts"],
+                unlikely=entry["p_answer"] < SMALLEST_P and not field.endswith("_loss"),
+                p_answer=entry["p_answer"],
+                base_loss=entry["base_loss"],
+                n_prompts=entry["n_prompts"],
             )
         )
     rows.sort(key=lambda row: (-row.value, row.name))
@@ -176,7 +188,7 @@ def _bars(field: str, shown: Sequence[SignedRow], rows: Sequence[SignedRow], *, 
             row.value,
             row.interval,
             None,
-            "{} [{}, {}]".format(*(number_text(field, one) for one in (row.value, *row.interval))),
+            "{} [{}, {}]".format(*(number_text(field, number) for number in (row.value, *row.interval))),
         )
         for row in shown
     ]
@@ -193,11 +205,11 @@ def _bars(field: str, shown: Sequence[SignedRow], rows: Sequence[SignedRow], *, 
 
 def _ranking_sentences(rows: Sequence[SignedRow]) -> list[str]:
     n = {kind: sum(row.direction == kind for row in rows) for kind in ("better", "worse", "open")}
-    said = (
+    sentence = (
         f"Of {counted(len(rows), 'domain')}, {n['better'] or 'none'} {'is' if n['better'] == 1 else 'are'} forecast to "
         f"get better and {n['worse'] or 'none'} to get worse with the whole 95% interval"
     )
-    return [said + (f"; {n['open']} may go either way." if n["open"] else ".")]
+    return [sentence + (f"; {n['open']} may go either way." if n["open"] else ".")]
 
 
 def _summary(estimated: Estimated) -> Markup:
@@ -223,30 +235,30 @@ def _summary(estimated: Estimated) -> Markup:
 
 def _sentences(scores: dict[str, Any]) -> list[str]:
     signed = scores["signed"]
-    said = []
+    sentences = []
     if signed["train_loss"] < SOLVED_LOSS:
-        said.append(
+        sentences.append(
             f"Weak: the model answers the training set already (loss {signed['train_loss']:.2g} nats per token), so "
-            "there is little left to pull at."
+            "there is little left to learn from it."
         )
     else:
-        said.append(
+        sentences.append(
             f"Before training the model's loss on the training set's answers is {significant(signed['train_loss'])} "
             "nats per token."
         )
     left = ", ".join(f"{name} leaves {percent(share)}" for name, share in sorted(signed["loss_left"].items()))
     if left:
-        said[-1] = said[-1].rstrip(".") + f"; of it {left}."
-    unlikely = [name for name, found in signed["domains"].items() if found["p_answer"] < SMALLEST_P]
+        sentences[-1] = sentences[-1].rstrip(".") + f"; of it {left}."
+    unlikely = [name for name, entry in signed["domains"].items() if entry["p_answer"] < SMALLEST_P]
     if unlikely:
-        said.append(
-            f"The answers of {listed(unlikely)} are too long or too unlikely for a change of their probability to say "
+        sentences.append(
+            f"The answers of {joined(unlikely)} are too long or too unlikely for a change of their probability to say "
             "much: read the fall of the loss there."
         )
     absent = [domain["name"] for domain in scores["domains"] if domain["name"] not in signed["domains"]]
     if absent:
-        said.append(f"Too few answers for {listed(absent)}.")
-    return said
+        sentences.append(f"Too few answers for {joined(absent)}.")
+    return sentences
 
 
 def _carriers(run: Material) -> tuple[FeatureSection | None, list[Carried]]:
@@ -255,7 +267,7 @@ def _carriers(run: Material) -> tuple[FeatureSection | None, list[Carried]]:
     explained = list(known)[:FIRST_FEATURES]
     parts: dict[int, list[Part]] = {}
     carried = []
-    for name, found in signed["domains"].items():
+    for name, entry in signed["domains"].items():
         of_domain = [
             Part(
                 top["index"],
@@ -264,14 +276,14 @@ def _carriers(run: Material) -> tuple[FeatureSection | None, list[Carried]]:
                 (known.get(top["index"]) or {}).get("label"),
                 top["index"] in explained,
             )
-            for top in found["top_features"] or []
+            for top in entry["top_features"] or []
         ]
         for part in of_domain:
             parts.setdefault(part.index, []).append(part)
         if of_domain:
             better = [part for part in of_domain if part.contribution > 0]
             worse = [part for part in of_domain if part.contribution < 0]
-            share = found["share_of_top_features"]
+            share = entry["share_of_top_features"]
             carried.append(Carried(name, len(of_domain), share, better[:MOST_PARTS], worse[:MOST_PARTS]))
     if not known:
         return None, carried
@@ -285,18 +297,18 @@ def _carriers(run: Material) -> tuple[FeatureSection | None, list[Carried]]:
 
 def _carrier_sentences(signed: dict[str, Any], carried: Sequence[Carried]) -> list[str]:
     explains = (
-        "The SAE says what carries a forecast; it is not where the accuracy comes from: written in the residual stream "
+        "The SAE shows which features carry a forecast; the accuracy does not come from it: in the residual stream "
         "itself, without any SAE, the same estimators did about as well."
     )
     if signed["features"] == "raw":
-        return ["This forecast is written in the residual stream itself, so there are no features to show.", explains]
+        return ["This forecast was made in the residual stream itself, so there are no features to show.", explains]
     if not carried:
         return ["No feature carries any part of these forecasts.", explains]
-    most, least = max(carried, key=lambda one: one.share), min(carried, key=lambda one: one.share)
-    said = (
+    most, least = max(carried, key=lambda carrier: carrier.share), min(carried, key=lambda carrier: carrier.share)
+    sentence = (
         f"The {most.n_features} features with the largest parts carry {percent(most.share)} of the forecast of "
         f"{isolated(most.name)}"
     )
     if most is not least:
-        said += f" and {percent(least.share)} of that of {isolated(least.name)}"
-    return [f"{said}, by the sizes of the parts.", explains]
+        sentence += f" and {percent(least.share)} of that of {isolated(least.name)}"
+    return [f"{sentence}, by the sizes of the parts.", explains]

@@ -1,4 +1,4 @@
-"""What TransferMonitor measured while the model was trained, beside the forecast."""
+"""Report section on the measurements of TransferMonitor during training, beside the forecast."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 from markupsafe import Markup
 
 from sts_fast.report import figures
-from sts_fast.report.numbers import count, counted, isolated, listed, percent, significant
+from sts_fast.report.numbers import count, counted, isolated, joined, percent, significant
 from sts_fast.report.ranking import value_of
 
-# Lines of more domains than these cannot be told apart.
+# More lines than these cannot be distinguished.
 MOST_LINES = 6
 
 
@@ -29,7 +29,7 @@ class Exposed:
 
 @dataclass(frozen=True)
 class TrainingSection:
-    """figures: overlap and share over steps, then exposures; None where they were measured once only."""
+    """Figures show overlap and share over steps, and exposures; None with a single measurement."""
 
     sentences: list[str]
     overlap_figure: Markup | None
@@ -38,11 +38,11 @@ class TrainingSection:
 
 
 def training_section(training: dict[str, Any], scores: dict[str, Any]) -> TrainingSection | None:
-    """None where the file holds no measurement of this forecast."""
-    history = [found for found in training.get("history") or [] if _is_measurement(found)]
+    """The section; None where the file contains no measurement of this forecast."""
+    history = [measurement for measurement in training.get("history") or [] if _is_measurement(measurement)]
     if not history:
         return None
-    steps = [found["step"] for found in history]
+    steps = [measurement["step"] for measurement in history]
     first, last = history[0], history[-1]
     forecasts = {domain["name"]: value_of(domain, "icl") for domain in scores["domains"]}
     budgets = training.get("stop_when") or {}
@@ -57,14 +57,14 @@ def training_section(training: dict[str, Any], scores: dict[str, Any]) -> Traini
     sentences = [
         f"Measured {counted(len(history), 'time')}, from step {count(first['step'])} to {count(last['step'])}. "
         f"Of the {count(top_n)} features that training has moved most, {percent(last['overlap'])} are in the "
-        f"forecast's D_N, which holds {percent(last['share_of_top_n'])} of all that moved on the training set."
+        f"forecast's D_N, which has {percent(last['share_of_top_n'])} of the whole shift on the training set."
     ]
     passed = [row.name for row in rows if row.forecast and row.exposure > row.forecast]
     if passed:
-        sentences.append(f"Training moved {listed(passed)} further than the domain's own demonstrations do (STS_icl).")
+        sentences.append(f"Training moved {joined(passed)} further than the domain's own demonstrations do (STS_icl).")
     over = [row.name for row in rows if row.budget is not None and row.exposure > row.budget]
     if over:
-        sentences.append(f"Training was stopped: the exposure of {listed(over)} passed its budget.")
+        sentences.append(f"Training was stopped: the exposure of {joined(over)} passed its budget.")
     shown = [row.name for row in rows[:MOST_LINES]]
     return TrainingSection(
         sentences,
@@ -78,8 +78,8 @@ def _overlap(steps: Sequence[int], history: Sequence[dict[str, Any]]) -> Markup 
     if len(steps) < 2:
         return None
     series = {
-        "overlap": [100 * found["overlap"] for found in history],
-        "share in D_N": [100 * found["share_of_top_n"] for found in history],
+        "overlap": [100 * measurement["overlap"] for measurement in history],
+        "share in D_N": [100 * measurement["share_of_top_n"] for measurement in history],
     }
     ends = "; ".join(f"{name} ends at {values[-1]:.0f}%" for name, values in series.items())
     return figures.lines(
@@ -99,7 +99,7 @@ def _exposures(
     if len(steps) < 2 or not shown:
         return None
     # Before training nothing has moved.
-    series = {name: [0.0, *(found["exposure"].get(name, 0.0) for found in history)] for name in shown}
+    series = {name: [0.0, *(measurement["exposure"].get(name, 0.0) for measurement in history)] for name in shown}
     ends = "; ".join(f"{isolated(name)} ends at {significant(values[-1])}" for name, values in series.items())
     return figures.lines(
         "training-exposure",
@@ -112,8 +112,8 @@ def _exposures(
     )
 
 
-def _is_measurement(found: Any) -> bool:
-    if not isinstance(found, dict) or not isinstance(found.get("exposure"), dict):
+def _is_measurement(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("exposure"), dict):
         return False
-    numbers = [found.get(name) for name in ("step", "overlap", "share_of_top_n")] + list(found["exposure"].values())
+    numbers = [entry.get(name) for name in ("step", "overlap", "share_of_top_n")] + list(entry["exposure"].values())
     return all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)

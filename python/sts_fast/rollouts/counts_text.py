@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from sts_fast.files import Document
 
 LEFT_OUT = {
     "n_unrewarded": "completions without a reward",
@@ -22,7 +22,7 @@ OTHERWISE = {
 }
 
 
-def counts_in_words(block: dict[str, Any]) -> str:
+def counts_in_words(block: Document) -> str:
     """What was read, of what columns, and what of it tells little or nothing."""
     counts = [f"{what} ({block[name]:,})" for name, what in LEFT_OUT.items() if block[name]]
     columns = [f"{what} from {column}" for what, column in block["columns"].items()]
@@ -36,7 +36,7 @@ def counts_in_words(block: dict[str, Any]) -> str:
     return " ".join(filter(None, said))
 
 
-def overlaps_in_words(block: dict[str, Any]) -> str:
+def overlaps_in_words(block: Document) -> str:
     """How much of D_N other ways find too."""
     found = [f"{share:.0%} are among {OTHERWISE[way]}" for way, share in block["overlaps"].items()]
     return f"Of the features of D_N, {', '.join(found)}." if found else ""

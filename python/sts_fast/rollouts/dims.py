@@ -18,10 +18,9 @@ import numpy as np
 
 from sts_fast.data.prompts import PromptSet
 from sts_fast.forecast import controls
-from sts_fast.forecast.dims import N_REPLICATES, Shift, shift_of
+from sts_fast.forecast.dims import N_REPLICATES, Ranked, Shift, shift_of
 from sts_fast.forecast.options import Settings
 from sts_fast.model.log import PromptLog
-from sts_fast.model.memory import MOST_BATCH_TOKENS
 from sts_fast.model.reader import Reader
 from sts_fast.ops.correlate import CorrelationStats
 from sts_fast.ops.shift import ShiftStats
@@ -90,14 +89,16 @@ def correlation_shifts(
         shift_of(
             sae,
             settings,
-            prompt_set=prompt_set,
-            stats=stats,
-            importance=np.nan_to_num(np.abs(stats.pearson()[0])),
-            replicates=_resampled_correlation(stats),
-            mean_activation=stats.sum_h / max(stats.n_tokens, 1),
-            n_fired=stats.n_fired,
-            raw=raw,
-            log=log,
+            prompt_set,
+            Ranked(
+                stats,
+                importance=np.nan_to_num(np.abs(stats.pearson()[0])),
+                replicates=_resampled_correlation(stats),
+                mean_activation=stats.sum_h / max(stats.n_tokens, 1),
+                n_fired=stats.n_fired,
+            ),
+            raw,
+            log,
         )
         for sae, stats, raw, log in zip(saes, sums, raws, logs, strict=True)
     ]
@@ -145,8 +146,6 @@ def step_shift(
     read: Shift,
     completions: Completions,
     settings: Settings,
-    *,
-    batch_tokens: int = MOST_BATCH_TOKENS,
 ) -> Shift:
     """D_N holds the features that the virtual step W of `push` shifts most, by E_x ||h_j(x + W^T h(x)) - h_j(x)||^2.
 
@@ -158,7 +157,7 @@ def step_shift(
     features, W = Features(sae), push.maps["step"].W
     stats, draws = ShiftStats(sae, n_replicates=N_REPLICATES), completions.draws(settings.seed)
     prompts, done = completions.prompt_set.prompts, 0
-    for rows in model.answer_rows(prompts, batch_tokens=batch_tokens):
+    for rows in model.answer_rows(prompts):
         moved = torch.from_numpy(features.times(rows.x, W)[0]) @ torch.from_numpy(Q).T
         prompt_of = np.asarray(rows.prompts)[rows.prompt_of]
         stats.update(rows.x, (rows.x.double() + moved).to(rows.x.dtype), draws[prompt_of])
@@ -191,19 +190,8 @@ def _ranked_otherwise(
     log = copy.copy(read.log)
     log.name = name
     prompt_set = replace(read.prompt_set, name=name)
-    ranked = shift_of(
-        sae,
-        settings,
-        prompt_set=prompt_set,
-        stats=stats,
-        importance=importance,
-        replicates=replicates,
-        mean_activation=read.mean_activation,
-        n_fired=n_fired,
-        raw=read.raw,
-        log=log,
-    )
-    return replace(ranked, mean_l0=read.mean_l0)
+    ranked = Ranked(stats, importance, replicates, read.mean_activation, n_fired)
+    return replace(shift_of(sae, settings, prompt_set, ranked, read.raw, log), mean_l0=read.mean_l0)
 
 
 def _n_fired(read: Shift) -> Indices:

@@ -160,7 +160,23 @@ def _completion_prompt(row: Rollout, name: str, rendering: Rendering) -> Prompt 
         return None
     before = rendering.prompt_ids(row.prompt)
     positions = (len(before) + np.flatnonzero(~is_special)).astype(np.int32)
-    return Prompt(name, np.concatenate([before, completion]), none, positions, none, none, int(is_special.sum()))
+    return Prompt(
+        id=name,
+        base_ids=np.concatenate([before, completion]),
+        demos_ids=none,
+        positions=positions,
+        paired=none,
+        paired_demos=none,
+        n_special=int(is_special.sum()),
+        question=_query_of(row, rendering).question,
+    )
+
+
+def _query_of(row: Rollout, rendering: Rendering) -> Example:
+    """The prompt of a rollout as an example without answer: its last question, and the turns before it."""
+    turns = rendering.turns(row.prompt) or (("user", str(row.prompt).strip()),)
+    at = max(i for i, (role, _) in enumerate(turns) if role == "user")
+    return Example(str(row.group + 1), turns[at][1], None, tuple(turns[:at]))
 
 
 @dataclass(frozen=True)
@@ -189,10 +205,9 @@ def verified_demos(rollouts: Rollouts, rendering: Rendering, lowest: float | Non
     queries: dict[int, Example] = {}
     best: dict[int, tuple[float, Example]] = {}
     for row in rollouts.rows:
-        turns = rendering.turns(row.prompt) or (("user", str(row.prompt).strip()),)
-        at = max(i for i, (role, _) in enumerate(turns) if role == "user")
-        example = Example(str(row.group + 1), turns[at][1], row.completion, tuple(turns[:at]))
-        queries.setdefault(row.group, replace(example, answer=None))
+        query = _query_of(row, rendering)
+        example = replace(query, answer=row.completion)
+        queries.setdefault(row.group, query)
         verified = row.reward >= lowest and not none_is_better
         if verified and row.completion.strip() and row.reward > best.get(row.group, (-np.inf, None))[0]:
             best[row.group] = row.reward, example

@@ -21,7 +21,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
@@ -37,8 +37,9 @@ from sts_fast.data.examples import (
     lookup,
     parsed_turns,
 )
-from sts_fast.data.tables import KINDS, Row, exists, file_rows, listdir, listed, suffix_of
-from sts_fast.errors import InputError
+from sts_fast.data.options import Option
+from sts_fast.data.tables import KINDS, Row, exists, file_rows, listdir, suffix_of
+from sts_fast.errors import InputError, listed
 from sts_fast.signed.objectives import group_advantages, group_spread
 
 if TYPE_CHECKING:
@@ -69,10 +70,10 @@ class Columns:
     rewards: their sum is the reward
     """
 
-    prompt: str | None = None
-    completion: str | None = None
-    rewards: Sequence[str] = ()
-    group: str | None = None
+    prompt: Annotated[str | None, Option("Column of the prompts.", "--prompt-field")] = None
+    completion: Annotated[str | None, Option("Column of the completions.", "--completion-field")] = None
+    rewards: Annotated[Sequence[str], Option("Column of the rewards; several are added up.", "--reward-field")] = ()
+    group: Annotated[str | None, Option("Column that tells which completions belong together.", "--group-field")] = None
 
 
 @dataclass(frozen=True)

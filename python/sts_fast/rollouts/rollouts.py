@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, Unpack, get_args
 
 import numpy as np
 
+from sts_fast.data.options import Option
 from sts_fast.data.prompts import PromptSet
-from sts_fast.data.sets import MIN_PROMPTS, Fields, Sets, Source, check_enough
+from sts_fast.data.sets import MIN_PROMPTS, Sets, Source, check_enough
 from sts_fast.errors import InputError
+from sts_fast.files import Document
 from sts_fast.forecast.dims import Shift, measure_shifts
 from sts_fast.forecast.options import Options, Settings
 from sts_fast.forecast.plan import Plan
 from sts_fast.forecast.run import Forecast
 from sts_fast.forecast.score import forecasts_of
-from sts_fast.model.memory import MOST_BATCH_TOKENS
-from sts_fast.model.session import SAESource, Session
+from sts_fast.model.session import Purpose, SAESource, Session
 from sts_fast.rollouts.dims import (
     N_FOLDS,
     Completions,
@@ -47,6 +48,26 @@ WAYS: tuple[Way, ...] = get_args(Way)
 MANY_TRUNCATED = 0.1
 
 
+@dataclass(frozen=True)
+class RolloutSettings(Settings):
+    """The options of a forecast from rollouts.
+
+    ways:     how D_N is found: 'verified', own completions of a high reward as demonstrations in the place of ground
+              truth; 'correlation', 'gradient' and 'step', see rollouts.dims
+    verified_reward: reward from which on a completion counts as verified; by default, the middle of all rewards
+    """
+
+    ways: Annotated[Sequence[Way], Option("Comma-separated: how the features are found.")] = WAYS
+    verified_reward: Annotated[float | None, Option("Reward of a verified completion; default: the middle.")] = None
+
+
+class RolloutOptions(Options, total=False):
+    """`RolloutSettings` as keywords."""
+
+    ways: Sequence[Way]
+    verified_reward: float | None
+
+
 def rollouts(
     *,
     model: str | Path | PreTrainedModel,
@@ -56,34 +77,30 @@ def rollouts(
     demos: Mapping[str, Source] | Sequence[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     tuned: str | Path | PreTrainedModel | None = None,
-    ways: Sequence[Way] = WAYS,
-    verified_reward: float | None = None,
     columns: Columns | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[RolloutOptions],
 ) -> dict[str, Forecast]:
     """Forecasts how strongly RL will move each domain, from completions of the model and their rewards.
 
-    model, sae, domains, demos, tokenizer, options: as for `score`, with one SAE; `dims` does not apply. Signed
-              estimators take the policy gradient of the completions in the place of a training set's answers
+    model, sae, domains, demos, tokenizer: as for `score`, with one SAE
+    options:  see RolloutSettings; `dims` does not apply. Signed estimators take the policy gradient of the completions
+              instead of a training set's answers
     rollouts: a file or folder of (prompt, completion, reward) rows, see load_rollouts; or rollouts in memory
     tuned:    the model after RL: adds a forecast 'tuned', from the true shift on the same prompts
-    ways:     how D_N is found: 'verified', own completions of a high reward as demonstrations in the place of ground
-              truth; 'correlation', 'gradient' and 'step', see rollouts.dims
-    verified_reward: reward from which on a completion counts as verified; by default, the middle of all rewards
     columns:  which columns of the file to read
 
     Returns a forecast by way. Raises InputError, in one sentence with the remedy, for what cannot be used.
     """
     if "dims" in options:
         raise TypeError("rollouts() takes no dims: give ways")
-    settings = Settings(**options)
-    _check_ways(ways)
+    settings = RolloutSettings(**options)
+    ways = settings.ways
     data = rollouts if isinstance(rollouts, Rollouts) else load_rollouts(rollouts, columns or Columns())
-    fields = Fields(settings.question_fields or {}, settings.answer_fields or {})
-    sets = Sets.read({"rollouts": []}, domains, demos, fields)
+    sets = Sets.read({"rollouts": []}, domains, demos, settings)
     session = Session.open(
         model, [sae], settings,
-        tokenizer=tokenizer, tuned=tuned, top_n=settings.top_n, needs=[("rollouts", "a model")],
+        tokenizer=tokenizer, tuned=tuned, top_n=settings.top_n,
+        purpose=Purpose(needs=[("rollouts", "a model")]),
     )  # fmt: skip
     reader, [one] = session.reader, session.saes
     rendering = Rendering(session.template)
@@ -95,7 +112,7 @@ def rollouts(
             raise InputError("--signed-features must be sae for rollouts: their D_N are rows of the same gradient")
 
     # Every set is made ready before the first forward pass, so that bad input is told at once.
-    verified = verified_demos(data, rendering, verified_reward)
+    verified = verified_demos(data, rendering, settings.verified_reward)
     own = _verified_prompts(verified, session, settings) if "verified" in ways else None
     plain = _plain_prompts(verified, session, settings) if tuned is not None else None
     completions = None
@@ -143,14 +160,6 @@ def rollouts(
     }
 
 
-def _check_ways(ways: Sequence[str]) -> None:
-    for way in ways:
-        if way not in WAYS:
-            raise InputError(f"--ways must be among {', '.join(WAYS)}, not '{way}'")
-    if not ways or len({*ways}) < len(ways):
-        raise InputError("--ways must name one or more, each once")
-
-
 def _verified_prompts(verified: Verified, session: Session, settings: Settings) -> PromptSet:
     """The rollouts' prompts, with the best verified completions as demonstrations."""
     if verified.alike and settings.shots:
@@ -164,7 +173,7 @@ def _verified_prompts(verified: Verified, session: Session, settings: Settings) 
             f"but {settings.shots} are to be shown as demonstrations: lower --verified-reward or --shots, or leave "
             "verified out of --ways"
         )
-    prompt_set = settings.sampling.prompts(
+    prompt_set = settings.prompts(
         "verified", verified.queries, verified.demos, session.template, session.context_length,
         kind="train", show=True,
     )  # fmt: skip
@@ -174,7 +183,7 @@ def _verified_prompts(verified: Verified, session: Session, settings: Settings) 
 
 def _plain_prompts(verified: Verified, session: Session, settings: Settings) -> PromptSet:
     """The same prompts without demonstrations, on which the true shift is measured."""
-    prompt_set = settings.sampling.prompts(
+    prompt_set = settings.prompts(
         "tuned", verified.queries, verified.demos, session.template, session.context_length,
         kind="train", show=False,
     )  # fmt: skip
@@ -204,32 +213,28 @@ def _read_completions(
     ]
     if not (maps or settings.signed or "gradient" in ways):
         return shifts, None
-    hooked = HookedModel(plan.session.whole, hook_layer(sae), name=reader.name)
+    hooked = HookedModel(plan.session.whole, hook_layer(sae), name=reader.name, batch_tokens=settings.batch_tokens)
     features, Q = Features(sae), projection(sae.d_in, seed=settings.seed)
     push = measure_push(
         hooked, features, Q, "rollouts", completions.prompt_set.prompts,
         objective=completions.objective, maps=maps, n_folds=N_FOLDS if "gradient" in ways else 0,
-        batch_tokens=_budget(settings), tell=lambda done, total: settings.tell("policy gradient", done, total),
+        tell=lambda done, total: settings.tell("policy gradient", done, total),
     )  # fmt: skip
     if "gradient" in ways:
         shifts["gradient"] = gradient_shift(sae, push, read, settings)
         push = replace(push, folds=None)  # eight times as large as all else of it
     if "step" in ways:
-        shifts["step"] = step_shift(hooked, sae, Q, push, read, completions, settings, batch_tokens=_budget(settings))
+        shifts["step"] = step_shift(hooked, sae, Q, push, read, completions, settings)
     if not settings.signed:
         return shifts, None
     signed = signed_forecasts(
         hooked, features, Q, [push], [completions.prompt_set], plan.domain_answers, settings.signed,
-        batch_tokens=_budget(settings), seed=settings.seed, tell=settings.tell,
+        seed=settings.seed, tell=settings.tell,
     )  # fmt: skip
     return shifts, signed[push.name]
 
 
-def _budget(settings: Settings) -> int:
-    return min(settings.batch_tokens or MOST_BATCH_TOKENS, MOST_BATCH_TOKENS)
-
-
-def _block(data: Rollouts, verified: Verified, completions: Completions | None) -> dict[str, Any]:
+def _block(data: Rollouts, verified: Verified, completions: Completions | None) -> Document:
     """`rollouts` in scores.json, but for the overlaps."""
     recorded = bool(data.read_as.get("advantage"))
     return {
@@ -249,7 +254,7 @@ def _overlaps(shifts: Mapping[str, Shift], way: str) -> dict[str, float]:
     """Part of D_N that each other way has too, and the most active features."""
     top = shifts[way].top
     others = {name: shift.top for name, shift in shifts.items() if name != way}
-    others["most_active"] = shifts[way].most_active
+    others["most_active"] = shifts[way].feature_sets["most_active"]
     return {name: len(np.intersect1d(top, other)) / len(top) for name, other in others.items()}
 
 

@@ -8,15 +8,17 @@ import os
 import sys
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 from sts_fast.data.examples import Example, Turn, load_examples
+from sts_fast.data.options import Option, part
 from sts_fast.data.prompts import PromptTemplate, Tell
+from sts_fast.data.sets import Drawing, DrawingOptions
 from sts_fast.errors import InputError
 from sts_fast.model.packing import check_vocabulary
-from sts_fast.model.session import Reading, Session
-from sts_fast.model.weights import DeviceMap
+from sts_fast.model.session import Loading, LoadingOptions, Purpose, Reading, Session
 from sts_fast.rollouts.read import Rollout, Rollouts
 
 if TYPE_CHECKING:
@@ -32,31 +34,48 @@ RESULT_MARK = "####"
 NEXT_QUESTION = "\nQuestion:"
 
 
+@dataclass(frozen=True)
+class Completing(Drawing, Loading):
+    """How completions are sampled, of a model loaded as Loading says.
+
+    n_samples:   completions of each question, from the whole distribution at `temperature`, each of at most
+                 `max_new_tokens` tokens and no more than the context has room for; those without an end are truncated
+    limit:       most questions, the first ones; None for all
+    """
+
+    n_samples: Annotated[int, Option("Completions of each question of --train.", "--sample", least=1)] = 8
+    temperature: Annotated[float, Option("Of sampling.")] = 1.0
+    max_new_tokens: Annotated[int, Option("Longest completion sampled.", least=1)] = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.temperature > 0 or not math.isfinite(self.temperature):
+            raise InputError(f"--temperature must be above 0, not {self.temperature:g}")
+
+
+class CompletingOptions(DrawingOptions, LoadingOptions, total=False):
+    """`Completing` as keywords."""
+
+    n_samples: int
+    temperature: float
+    max_new_tokens: int
+
+
 def sample_rollouts(
     *,
     model: str | Path | PreTrainedModel,
     questions: str | Path | Sequence[Example],
     check: str | Checker,
-    n_samples: int = 8,
-    temperature: float = 1.0,
-    max_new_tokens: int = 256,
-    limit: int | None = 256,
-    seed: int = 0,
-    dtype: str = "auto",
-    device: str = "auto",
-    device_map: DeviceMap | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     question_field: str | None = None,
     answer_field: str | None = None,
     progress: Tell | None = None,
+    **options: Unpack[CompletingOptions],
 ) -> Rollouts:
     """Samples completions of questions and rewards them.
 
     questions: a file, a folder, or examples; check: see load_checker, or a function of (question, completion, answer)
-    n_samples: completions of each question, from the whole distribution at `temperature`, each of at most
-               `max_new_tokens` tokens and no more than the context has room for; those without an end are truncated
-    limit:     most questions, the first ones; None for all
-    dtype, device, device_map: of the model, see load_language_model
+    options:   see Completing
 
     A question's completions depend on `seed` and the question alone, not on the others.
 
@@ -65,23 +84,19 @@ def sample_rollouts(
     """
     import torch
 
-    for name, value in (("--sample", n_samples), ("--max-new-tokens", max_new_tokens)):
-        if value < 1:
-            raise InputError(f"{name} must be at least 1, not {value}")
-    if not temperature > 0 or not math.isfinite(temperature):
-        raise InputError(f"--temperature must be above 0, not {temperature:g}")
+    completing = Completing(**options)
     checker = load_checker(check) if isinstance(check, str) else check
     if isinstance(questions, (str, Path)):
         questions = load_examples(questions, question_field=question_field, answer_field=answer_field)
-    examples = list(questions)[:limit]
+    examples = list(questions)[: completing.limit]
     if check in ("exact", "math") and (lacking := [one.id for one in examples if one.answer is None]):
         raise InputError(
             f"--check {check} compares with the answer, but question {lacking[0]} has none: fill it in, name its "
             "column with --answer-field, or give a checker of your own"
         )
     session = Session.open(
-        model, [], Reading(dtype=dtype, device=device, device_map=device_map),
-        tokenizer=tokenizer, whole=True, needs=[("sampling", "a model")],
+        model, [], part(Reading, completing),
+        tokenizer=tokenizer, purpose=Purpose(whole=True, needs=[("sampling", "a model")]),
     )  # fmt: skip
     template, whole = PromptTemplate(session.tokenizer), session.whole
     conversations: list[tuple[Turn, ...]] = [(*example.context, ("user", example.question)) for example in examples]
@@ -91,14 +106,16 @@ def sample_rollouts(
     rows: list[Rollout] = []
     for group, (example, turns) in enumerate(zip(examples, conversations, strict=True)):
         with torch.random.fork_rng():
-            torch.manual_seed(zlib.crc32(f"{seed} {turns}".encode()))
-            sampled = _sample(whole, template, ids[group], n_samples, temperature, min(max_new_tokens, room[group]))
+            torch.manual_seed(zlib.crc32(f"{completing.seed} {turns}".encode()))
+            sampled = _sample(whole, template, ids[group], completing, room[group])
         for text, truncated in sampled:
             reward = _checked(checker, example, text)
             rows.append(Rollout(turns, text, reward, group, None, truncated))
         if progress is not None:
             progress(group + 1, len(examples))
-    return Rollouts(rows, {"prompt": "questions", "completion": f"{n_samples} samples", "reward": str(check)})
+    return Rollouts(
+        rows, {"prompt": "questions", "completion": f"{completing.n_samples} samples", "reward": str(check)}
+    )
 
 
 def _room(model: Any, examples: Sequence[Example], lengths: Sequence[int]) -> list[int]:
@@ -114,9 +131,9 @@ def _room(model: Any, examples: Sequence[Example], lengths: Sequence[int]) -> li
 
 
 def _sample(
-    model: Any, template: PromptTemplate, prompt_ids: IntArray, n: int, temperature: float, max_new_tokens: int
+    model: Any, template: PromptTemplate, prompt_ids: IntArray, completing: Completing, room: int
 ) -> list[tuple[str, bool]]:
-    """(text, whether it was cut off) of n completions of a prompt [n_tokens]."""
+    """(text, whether it was cut off) of the completions of a prompt [n_tokens], in a context with so much room."""
     import torch
 
     tokenizer = template.tokenizer
@@ -125,8 +142,9 @@ def _sample(
     ends = _end_ids(model, tokenizer)
     with torch.inference_mode():
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
-            num_return_sequences=n, max_new_tokens=max_new_tokens, eos_token_id=ends or None,
+            ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=completing.temperature, top_k=0,
+            top_p=1.0, num_return_sequences=completing.n_samples,
+            max_new_tokens=min(completing.max_new_tokens, room), eos_token_id=ends or None,
             pad_token_id=ends[0] if ends else 0,
         )  # fmt: skip
     found = []

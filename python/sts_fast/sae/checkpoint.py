@@ -1,7 +1,7 @@
 """Named tensors in a file, read in parts: safetensors, PyTorch's .pt and NumPy's .npz.
 
-Nothing is ever unpickled beyond PyTorch's weights_only, and no tensor is held that was not asked for. A file is mapped
-afresh for every read and the map dropped after it, so that reading does not grow the process.
+Nothing is ever unpickled beyond PyTorch's weights_only, and only requested tensors stay in memory. A file is mapped
+afresh for every read and the map dropped after it, which keeps the process small.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BLOCK_BYTES = 8 << 20
 # Names and shapes fill a file's table of contents to a few kB, and its list of members to a few.
 CONTENTS_BYTES = 1 << 20
 MOST_MEMBERS = 1000
-# Weights hardly compress: what unpacks to more than this many times its file is a bomb.
+# Weights hardly compress: a file that unpacks to more than this many times its size is a bomb.
 MOST_UNPACKED = 20
 FREE_UNPACKED_BYTES = 64 << 20
 
@@ -41,10 +41,10 @@ class Checkpoint:
     path:   the file
     shapes: shape by name
     dtypes: 'float32', 'bfloat16', ... by name
-    values: what else a .pt file holds at its top, such as numbers and dicts of numbers
+    values: everything else at the top of a .pt file, such as numbers and dicts of numbers
 
-    Raises InputError, naming the file, where it is missing, damaged, too large for what it claims, or needs pickled
-    code to be run.
+    Raises InputError, naming the file, where it is missing, damaged, of another size than it claims, or would run
+    pickled code.
     """
 
     def __init__(self, path: Path) -> None:
@@ -55,7 +55,7 @@ class Checkpoint:
 
     @classmethod
     def of_memory(cls, name: str, tensors: dict[str, torch.Tensor]) -> Checkpoint:
-        """Tensors that some other library has loaded already, under the name that messages give them."""
+        """Tensors that another library has loaded already; messages call them `name`."""
 
         class InMemory(cls):  # type: ignore[misc, valid-type]
             def _open(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -64,7 +64,7 @@ class Checkpoint:
         return InMemory(Path(name))
 
     def mapped(self, name: str) -> torch.Tensor:
-        """The tensor as it lies in the file, mapped afresh: its pages are read when touched, and go when it goes."""
+        """The tensor as stored, mapped afresh: its pages are read when touched, and freed with the tensor."""
         tensor = self._open()[0][self._existing(name)]
         if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
             raise InputError(
@@ -73,7 +73,7 @@ class Checkpoint:
         return tensor
 
     def vector(self, name: str, length: int, *, or_number: bool = False) -> Floats:
-        """[length] float32, a copy; or_number: a single number stands for `length` of them."""
+        """[length] float32, a copy; or_number: a single number is repeated `length` times."""
         shape = self.shapes[self._existing(name)]
         is_number = or_number and shape in ((), (1,))
         if not is_number and shape != (length,):
@@ -104,14 +104,14 @@ class Checkpoint:
     def matrix(self, name: str, shape: tuple[int | None, int | None], *, transposed: bool = False) -> Matrix:
         """A view of the matrix, or of its transpose.
 
-        shape: what the view must have, None where any width will do
+        shape: required shape of the view; None allows any width
         """
-        found = self.shapes[self._existing(name)]
+        stored = self.shapes[self._existing(name)]
         needed = shape[::-1] if transposed else shape
-        if len(found) != 2 or 0 in found or any(n not in (None, m) for n, m in zip(needed, found, strict=True)):
+        if len(stored) != 2 or 0 in stored or any(n not in (None, m) for n, m in zip(needed, stored, strict=True)):
             text = ", ".join("any" if n is None else str(n) for n in needed)
-            raise InputError(f"{self.path}: {name} has shape {list(found)}, but [{text}] is needed")
-        self.mapped(name)  # refuses dtypes that are no weights
+            raise InputError(f"{self.path}: {name} has shape {list(stored)}, but [{text}] is needed")
+        self.mapped(name)  # raises InputError for dtypes other than those of weights
         return Matrix(self, name, transposed)
 
     def _existing(self, name: str) -> str:
@@ -140,7 +140,7 @@ class Checkpoint:
             raise
         except FileNotFoundError as error:
             raise InputError(f"there is no file {self.path}") from error
-        except Exception as error:  # whatever a damaged or hostile file makes the libraries raise
+        except Exception as error:  # a damaged or hostile file can make the libraries raise anything
             reason = " ".join(str(error).split())[:160] or type(error).__name__
             raise InputError(
                 f"{self.path} is not a readable {kind} file ({reason}): copy or download it again"
@@ -149,9 +149,9 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix in a file, of which only the rows asked for are read.
+    """A matrix in a file, read by rows.
 
-    transposed: the file holds its transpose, as torch's Linear layers do
+    transposed: the file contains its transpose, as torch's Linear layers do
     """
 
     file: Checkpoint
@@ -165,12 +165,12 @@ class Matrix:
 
     @cached_property
     def dtype(self) -> str:
-        """'float32' or 'bfloat16': how it is held in memory if nobody asks otherwise."""
+        """Dtype in memory by default, 'float32' or 'bfloat16'."""
         stored = self.file.dtypes[self.name]
         return stored if stored in ("float32", "bfloat16") else "float32"
 
     def whole(self, dtype: str | None = None) -> torch.Tensor:
-        """All of it, checked for NaN and infinity; memory-mapped where the file holds this dtype, else converted.
+        """The whole matrix, checked for NaN and infinity; memory-mapped where the file has this dtype, else converted.
 
         Raises InputError where it is not finite, naming file and tensor.
         """
@@ -179,7 +179,7 @@ class Matrix:
         wanted = getattr(torch, dtype or self.dtype)
         stored = self._stored()
         dense = stored.is_contiguous() or stored.T.is_contiguous()
-        # The core reads rows or columns that lie together, at addresses of whole floats.
+        # The core reads contiguous rows or columns, at addresses of whole floats.
         if stored.dtype == wanted and dense and stored.data_ptr() % 4 == 0:
             for _ in self._blocks():
                 pass
@@ -195,15 +195,15 @@ class Matrix:
 
         chosen = torch.as_tensor(np.asarray(indices, np.int64))
         if not self.transposed:
-            found = self._stored()[chosen].float()
-            if not bool(found.sum(dtype=torch.float64).isfinite()):
+            rows_read = self._stored()[chosen].float()
+            if not bool(rows_read.sum(dtype=torch.float64).isfinite()):
                 raise InputError(_not_finite(self.file.path, self.name))
-            return found
-        # Every row of the file holds a number of each: read them a block at a time.
-        found = torch.empty(len(chosen), self.shape[1])
+            return rows_read
+        # Every stored row contains one number of each wanted row: read the file a block at a time.
+        rows_read = torch.empty(len(chosen), self.shape[1])
         for rows, block in self._blocks():
-            found[:, rows] = block[:, chosen].float().T
-        return found
+            rows_read[:, rows] = block[:, chosen].float().T
+        return rows_read
 
     def row_norms(self) -> Floats:
         """[n_rows] float32 Euclidean norms, read a block at a time."""
@@ -222,7 +222,7 @@ class Matrix:
         return self.file.mapped(self.name)
 
     def _blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Some rows of the file at a time, each through a map of its own; raises InputError where not finite."""
+        """Blocks of stored rows, each through its own map; raises InputError where a number is not finite."""
         import torch
 
         n, m = self.file.shapes[self.name]
@@ -230,7 +230,7 @@ class Matrix:
         for start in range(0, n, step):
             rows = slice(start, min(start + step, n))
             block = self._stored()[rows]
-            # One pass, without a copy: a float64 sum of smaller floats cannot overflow, and nothing makes up for NaN.
+            # One pass, without a copy: a float64 sum of smaller floats cannot overflow, and keeps every NaN.
             total = (block.float() if block.dtype == torch.float64 else block).sum(dtype=torch.float64)
             if not bool(total.isfinite()):
                 raise InputError(_not_finite(self.file.path, self.name))
@@ -252,7 +252,7 @@ def _torch(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     import torch
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of storages as older versions wrote them
+        warnings.simplefilter("ignore")  # about storages written by older versions
         try:
             loaded = torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:
@@ -281,7 +281,7 @@ def _tensors_in(values: dict[Any, Any]) -> dict[str, torch.Tensor]:
 
 
 def _npz(path: Path, file: BinaryIO) -> dict[str, torch.Tensor]:
-    """Members that are not compressed are mapped; the others are unpacked."""
+    """Tensors of a .npz archive: uncompressed members are mapped, the others unpacked."""
     import torch
 
     tensors = {}
@@ -315,11 +315,11 @@ def _npy_header(member: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
 
 
 def _checked_members(path: Path, file: BinaryIO) -> list[str]:
-    """Names in a zip archive, after its sizes were found to be those of weights and not of a bomb."""
+    """Names of a zip archive's members; raises InputError where its sizes are those of a bomb, not of weights."""
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
     if len(members) > MOST_MEMBERS:
-        raise InputError(f"{path} has {len(members)} members, which checkpoints of an SAE do not: it was not read")
+        raise InputError(f"{path} has {len(members)} members, too many for a checkpoint of an SAE: it was not read")
     size = path.stat().st_size
     is_packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
     if is_packed and any(member.filename.endswith("data.pkl") for member in members):
@@ -327,7 +327,7 @@ def _checked_members(path: Path, file: BinaryIO) -> list[str]:
     most = MOST_UNPACKED * size + FREE_UNPACKED_BYTES if is_packed else size
     unpacked = sum(member.file_size for member in members)
     if unpacked > most:
-        raise InputError(f"{path} unpacks to {unpacked} bytes from {size}, which weights do not: it was not read")
+        raise InputError(f"{path} unpacks to {unpacked} bytes from {size}, too many for weights: it was not read")
     for member in members:
         if member.flag_bits & 1:
             raise InputError(f"{path} is encrypted: save it without a password")
@@ -337,15 +337,15 @@ def _checked_members(path: Path, file: BinaryIO) -> list[str]:
 
 
 def _unsupported(error: str) -> str:
-    """The name of what a pickle wanted to call, out of PyTorch's explanation."""
+    """Name of the function that a pickle would call, from PyTorch's explanation."""
     import re
 
     match = re.search(r"GLOBAL ([\w.]+)", error)
-    return f"it calls {match[1]}" if match else "it holds more than tensors"
+    return f"it calls {match[1]}" if match else "it contains more than tensors"
 
 
 def _needs_code(path: Path, reason: str) -> str:
     return (
-        f"{path} would run code when loaded ({reason}) and was not: where you trust it, load it and write its "
+        f"{path} would run code when loaded ({reason}), so it was not read: if you trust it, load it and save its "
         "tensors with safetensors.torch.save_file"
     )

@@ -1,4 +1,4 @@
-"""A checkpoint's JSON, read strictly: what is not what it should be is told in one sentence."""
+"""A checkpoint's JSON, read strictly: a value of the wrong type is an error that names file and key."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ MOST_BYTES = 16 << 20
 
 
 class Config:
-    """The JSON object of one file, and where it came from.
+    """The JSON object of one file, and the file's name for messages.
 
-    Getters give the default where a key is missing or null, and raise InputError, naming file and key, where its
+    Getters return the default where a key is missing or null. They raise InputError, naming file and key, where its
     value is of another type.
     """
 
@@ -28,7 +28,7 @@ class Config:
         if not path.is_file():
             raise InputError(f"{path.parent} has no {path.name}: copy or download the SAE's whole folder")
         if path.stat().st_size > MOST_BYTES:
-            raise InputError(f"{path} has {path.stat().st_size} bytes, which no config of an SAE has: it was not read")
+            raise InputError(f"{path} has {path.stat().st_size} bytes, too many for an SAE's config: it was not read")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
@@ -47,12 +47,12 @@ class Config:
         return bool(self._checked(key, default, "true or false", lambda value: isinstance(value, bool)))
 
     def whole(self, key: str) -> int | None:
-        """A whole number, None where it is not given."""
+        """A whole number; None where it is missing."""
         value = self._checked(key, None, "a whole number", lambda n: isinstance(n, int) and not isinstance(n, bool))
         return None if value is None else int(value)
 
     def number(self, key: str) -> float | None:
-        """A finite number, None where it is not given."""
+        """A finite number; None where it is missing."""
         value = self._checked(key, None, "a finite number", _is_finite)
         return None if value is None else float(value)
 
@@ -62,7 +62,7 @@ class Config:
         return Config(f"{self.where}, {key}", dict(value))
 
     def k(self, d_sae: int, key: str = "k") -> int:
-        """How many features a row keeps; between 1 and d_sae, and never missing."""
+        """Number of features that a row keeps, 1 to d_sae; raises InputError where it is missing."""
         value = self.values.get(key)
         if not (isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= d_sae):
             raise InputError(
@@ -71,17 +71,17 @@ class Config:
         return value
 
     def check_widths(self, **widths: int) -> None:
-        """Raises InputError where a key says another width than the weights have."""
+        """Raises InputError where a key states a width that differs from the weights'."""
         for key, width in widths.items():
-            said = self.whole(key)
-            if said is not None and said != width:
-                raise InputError(f"{self.where} says {key} = {_short(said)}, but the weights have {width}")
+            stated = self.whole(key)
+            if stated is not None and stated != width:
+                raise InputError(f"{self.where} says {key} = {_short(stated)}, but the weights have {width}")
 
-    def _checked(self, key: str, default: Any, kind: str, is_one: Any) -> Any:
+    def _checked(self, key: str, default: Any, kind: str, is_valid: Any) -> Any:
         value = self.values.get(key)
         if value is None:
             return default
-        if not is_one(value):
+        if not is_valid(value):
             raise InputError(f"{self.where}: {key} must be {kind}, but is {_short(value)}")
         return value
 

@@ -1,4 +1,4 @@
-"""What an SAE gives back: rows of W_dec, gathered from the file for the features that are active."""
+"""Decoding of features: rows of W_dec, gathered from the file for the features that are active."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAX_ROWS = 1024
-CHUNK = 4096  # features whose rows of W_dec are held at a time
+CHUNK = 4096  # features whose rows of W_dec are in memory at a time
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """W_dec as it lies in the checkpoint, of which only what is asked for is read.
+    """W_dec in the checkpoint, read by rows.
 
-    With features h, decoded = h W_dec + b_dec (+ x W_skip), in the units that the SAE was trained in.
+    With features h, decoded = h W_dec + b_dec (+ x W_skip), in the units of the SAE's training.
 
     W_dec:  [d_sae, d_out]
     b_dec:  [d_out] float32
     W_skip: [d_in, d_out], of transcoders with a skip connection
-    scale:  what the decoded rows must be divided by to be in the units of the model
+    scale:  divisor that brings decoded rows to the units of the model
     """
 
     W_dec: Matrix
@@ -50,7 +50,7 @@ class Decoder:
     ) -> torch.Tensor:
         """[n, d_out] float32 h W_dec + b_dec of sparse rows of features.
 
-        divisor: [d_sae] float32, what each feature is divided by first
+        divisor: [d_sae] float32, each feature is divided by its entry first
         bias:    whether b_dec is added
         """
         import torch

@@ -1,4 +1,4 @@
-"""Which library wrote a checkpoint, told by its files alone."""
+"""Detects from a checkpoint's files alone which library wrote it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from sts_fast.sae.checkpoint import Checkpoint
 from sts_fast.sae.sae import SAE
 
 WEIGHTS = (".safetensors", ".pt", ".pth", ".npz")
-CONFIGS = (saelens.CONFIG_FILE, llama_scope.CONFIG_FILE, dictionary_learning.CONFIG_FILE)  # stand for their folder
+CONFIGS = (saelens.CONFIG_FILE, llama_scope.CONFIG_FILE, dictionary_learning.CONFIG_FILE)  # each means its folder
 NO_WEIGHTS = ("sparsity.safetensors",)  # how often features fired, beside SAEs of SAELens
-MOST_LISTED = 5000  # files and folders that are looked at for SAEs further down
+MOST_LISTED = 5000  # files and folders examined below a folder without an SAE
 LOOKED_FOR = (
     f"{saelens.CONFIG_FILE} with {saelens.WEIGHTS_FILE} or {sparsify.WEIGHTS_FILE}, "
     f"{', '.join(gemma_scope.WEIGHTS_FILES)}, {llama_scope.CONFIG_FILE}, {dictionary_learning.WEIGHTS_FILE}, "
@@ -32,11 +32,11 @@ LOOKED_FOR = (
 
 
 def read(path: Path, *, dtype: str | None = None, below: bool = False) -> SAE:
-    """The SAE in a folder or file, whatever its layout.
+    """The SAE in a folder or file of any layout.
 
-    below: a folder that holds no SAE itself stands for the only one further down, if there is but one
+    below: if a folder contains no SAE itself, read the only one in its subfolders
 
-    Raises InputError where no layout fits, with what was looked for, or more than one, and as the layout's reader.
+    Raises InputError, with the files looked for, where no layout fits; where several do; and as the layout's reader.
     """
     try:
         return _read_folder(path, dtype, below) if path.is_dir() else _read_file(path, dtype)
@@ -59,26 +59,26 @@ def _read_folder(folder: Path, dtype: str | None, below: bool = False) -> SAE:
     if dictionary_learning.WEIGHTS_FILE in names:
         readers[dictionary_learning.WEIGHTS_FILE] = dictionary_learning.read
     if len(readers) > 1:
-        raise InputError(f"{folder} holds SAEs of several layouts ({', '.join(sorted(readers))}): keep one of them")
+        raise InputError(f"{folder} contains SAEs of several layouts ({', '.join(sorted(readers))}): keep one of them")
     if readers:
         return next(iter(readers.values()))(folder, dtype=dtype)
     weights = sorted(name for name in names if name.endswith(WEIGHTS) and name not in NO_WEIGHTS)
     if len(weights) == 1:
         return _read_file(folder / weights[0], dtype)
     if len(weights) > 1:
-        raise InputError(f"{folder} holds several files of weights ({_some(weights)}): give one of them")
+        raise InputError(f"{folder} contains several files of weights ({_some(weights)}): give one of them")
     if saelens.CONFIG_FILE in names:
         raise InputError(
             f"{folder} has a {saelens.CONFIG_FILE} but no {saelens.WEIGHTS_FILE} nor {sparsify.WEIGHTS_FILE}: "
             "copy the SAE's whole folder"
         )
-    found = islice(folder.glob("**/*"), MOST_LISTED)
-    deeper = sorted({path.parent.relative_to(folder).as_posix() for path in found if _is_weights(path)})
+    below_folder = islice(folder.glob("**/*"), MOST_LISTED)
+    deeper = sorted({path.parent.relative_to(folder).as_posix() for path in below_folder if _is_weights(path)})
     if below and len(deeper) == 1:
         return _read_folder(folder / deeper[0], dtype)
     if deeper:
-        raise InputError(f"{folder} holds no SAE itself, but folders that may ({_some(deeper)}): give one of them")
-    raise InputError(f"{folder} holds no SAE: looked for {LOOKED_FOR}")
+        raise InputError(f"{folder} contains no SAE, but its subfolders may ({_some(deeper)}): give one of them")
+    raise InputError(f"{folder} contains no SAE: looked for {LOOKED_FOR}")
 
 
 def _read_file(path: Path, dtype: str | None) -> SAE:
@@ -94,7 +94,7 @@ def _read_file(path: Path, dtype: str | None) -> SAE:
     if qwen_scope.FILE.fullmatch(path.name):
         return qwen_scope.read(path, dtype=dtype)
     if path.suffix not in WEIGHTS:
-        raise InputError(f"{path} is no checkpoint of an SAE: give its folder, or one file of {', '.join(WEIGHTS)}")
+        raise InputError(f"{path} is not a checkpoint of an SAE: give its folder, or one file of {', '.join(WEIGHTS)}")
     names = set(Checkpoint(path).shapes)
     if goodfire.FILE.fullmatch(path.name) or "encoder_linear.weight" in names:
         return goodfire.read(path, dtype=dtype)

@@ -1,4 +1,4 @@
-"""dictionary_learning: ae.pt, and a config.json that says of which class it is."""
+"""dictionary_learning: ae.pt, and a config.json that names its class."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sts_fast.sae.sae import SAE
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "ae.pt"
 
-# By class: what it is to the core, and what its bias of the input is called ('' where it subtracts none).
+# By class: the core's architecture, and the tensor subtracted from the input ('' for none).
 CLASSES = {
     "AutoEncoder": ("standard", "bias"),
     "AutoEncoderNew": ("standard", ""),
@@ -35,11 +35,11 @@ UNTRAINED_THRESHOLD = "its threshold is negative, as before training: it works a
 
 
 def read(path: Path, *, dtype: str | None = None) -> SAE:
-    """An SAE of any of the library's classes, from its folder or from its file alone.
+    """An SAE of any of the library's classes, from its folder or its file.
 
-    Features are those of the class's own encode on the weights as stored, at inference: the per-row k largest for
+    Features are those of the class's own encode at inference, on the weights as stored: the k largest of each row for
     AutoEncoderTopK, the learnt threshold for the batch variants.
-    Raises InputError where there is no config.json and the names of the tensors do not tell the class.
+    Raises InputError where there is no config.json and the names of the tensors fit no class, or two.
     """
     folder, weights = (path, path / WEIGHTS_FILE) if path.is_dir() else (path.parent, path)
     file = Checkpoint(weights)
@@ -105,7 +105,7 @@ def read(path: Path, *, dtype: str | None = None) -> SAE:
 
 
 def class_by_names(file: Checkpoint) -> str:
-    """The class whose tensors these are; raises InputError where they are of none, or of two."""
+    """The class that has these tensors; raises InputError where none or two have."""
     names = set(file.shapes)
     if {"encoder.weight", "r_mag", "gate_bias", "mag_bias"} <= names:
         return "GatedAutoEncoder"
@@ -132,7 +132,7 @@ def _k(file: Checkpoint, trainer: Config, d_sae: int) -> int:
 
 
 def _place(trainer: Config) -> str:
-    """'resid_post_layer_3' and the like; without it, the residual stream after the layer, as sae-lens assumes."""
+    """Hook name of 'resid_post_layer_3' and the like; else the residual stream after `layer`, as sae-lens assumes."""
     match = re.fullmatch(
         r"(resid_pre|resid_mid|resid_post|mlp_out|attn_out)_layer_(\d+)", trainer.text("submodule_name")
     )

@@ -20,7 +20,7 @@ PATH, ASSUMED = "the path", "assumed, as the path does not say"
 def read(folder: Path, *, dtype: str | None = None) -> SAE:
     """A JumpReLU SAE or transcoder; b_dec is not subtracted from its input.
 
-    Where it reads, its model and its L0 are in config.json or in the names of its folders, as they lie on the hub.
+    Its hook, model and L0 come from config.json, or from the names of its folders as on the hub.
     """
     file = Checkpoint(next(folder / name for name in WEIGHTS_FILES if (folder / name).is_file()))
     names = {name.lower(): name for name in file.shapes}
@@ -56,7 +56,7 @@ def read(folder: Path, *, dtype: str | None = None) -> SAE:
         b_dec=b_dec,
         threshold=file.vector(called("threshold"), d_sae),
         apply_b_dec_to_input=False,
-        # Their embeddings were trained on without Gemma's factor of sqrt(d_in).
+        # SAEs of the embedding were trained without Gemma's factor of sqrt(d_in).
         input_scale=1 / math.sqrt(d_in) if is_embedding else 1.0,
         hook_name=place["hook_name"][0],
         target_hook_name=place["target_hook_name"][0],
@@ -74,40 +74,40 @@ def read(folder: Path, *, dtype: str | None = None) -> SAE:
             "threshold": file.path.name,
             "input_norm": "Gemma Scope has none",
             "apply_b_dec_to_input": "Gemma Scope's convention",
-            **{key: said for key, (value, said) in place.items() if value},
+            **{key: origin for key, (value, origin) in place.items() if value},
             **({"l0": CONFIG_FILE if config.has("l0") else PATH} if l0 else {}),
         },
     )
 
 
 def _place(folder: Path, config: Config) -> dict[str, tuple[str, str]]:
-    """hook_name, target_hook_name and model_name, each with where it came from."""
+    """hook_name, target_hook_name and model_name, each as (value, origin)."""
     path = str(folder.absolute())
-    found = {"hook_name": ("", ""), "target_hook_name": ("", ""), "model_name": _model(path)}
+    fields = {"hook_name": ("", ""), "target_hook_name": ("", ""), "model_name": _model(path)}
     if config.has("model_name"):
-        found["model_name"] = (config.text("model_name"), CONFIG_FILE)
+        fields["model_name"] = (config.text("model_name"), CONFIG_FILE)
     if config.has("hf_hook_point_in"):
-        # 'model.layers.3.output' is the module itself; its '.input' keeps that name.
-        found["hook_name"] = (config.text("hf_hook_point_in").removesuffix(".output"), CONFIG_FILE)
-        found["target_hook_name"] = (config.text("hf_hook_point_out").removesuffix(".output"), CONFIG_FILE)
-        return found
+        # 'model.layers.3.output' is the module itself; '.input' stays in the name.
+        fields["hook_name"] = (config.text("hf_hook_point_in").removesuffix(".output"), CONFIG_FILE)
+        fields["target_hook_name"] = (config.text("hf_hook_point_out").removesuffix(".output"), CONFIG_FILE)
+        return fields
     match = re.search(r"layer_(\d+)", path)
     if match is None:
-        return found | ({"hook_name": ("hook_embed", PATH)} if "embedding" in path else {})
+        return fields | ({"hook_name": ("hook_embed", PATH)} if "embedding" in path else {})
     layer, parts = match[1], path.lower()
     if "transcoder" in parts:
         if "gemma-scope-2-" in parts or config.values:
             hook = f"model.layers.{layer}.pre_feedforward_layernorm"
-            found["target_hook_name"] = (f"model.layers.{layer}.post_feedforward_layernorm", PATH)
+            fields["target_hook_name"] = (f"model.layers.{layer}.post_feedforward_layernorm", PATH)
         else:
             hook = f"blocks.{layer}.ln2.hook_normalized"
-            found["target_hook_name"] = (f"blocks.{layer}.hook_mlp_out", PATH)
-        return found | {"hook_name": (hook, PATH)}
+            fields["target_hook_name"] = (f"blocks.{layer}.hook_mlp_out", PATH)
+        return fields | {"hook_name": (hook, PATH)}
     for pattern, place in ((r"mlp_out|-mlp\b", "hook_mlp_out"), (r"attn_out|-att\b", "attn.hook_z")):
         if re.search(pattern, parts):
-            return found | {"hook_name": (f"blocks.{layer}.{place}", PATH)}
-    said = PATH if re.search(r"resid_post|-res\b", parts) else ASSUMED
-    return found | {"hook_name": (f"blocks.{layer}.hook_resid_post", said)}
+            return fields | {"hook_name": (f"blocks.{layer}.{place}", PATH)}
+    origin = PATH if re.search(r"resid_post|-res\b", parts) else ASSUMED
+    return fields | {"hook_name": (f"blocks.{layer}.hook_resid_post", origin)}
 
 
 def _model(path: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""SAEs from the Hugging Face hub: releases that sae-lens knows, and files of any repository."""
+"""SAEs from the Hugging Face hub: releases in sae-lens' list, and files of any repository."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sts_fast.sae.checkpoint import Checkpoint
 from sts_fast.sae.config import Config
 from sts_fast.sae.sae import SAE
 
-# sae-lens' names for the layouts of its releases that are read here from the files; it loads the others itself.
+# sae-lens' names of the layouts that this package reads from the files; sae-lens loads the others.
 READ_HERE = {None, "gemma_2", "gemma_2_transcoder", "gemma_3", "goodfire", "deepseek_r1", "qwen_scope", "sparsify"}
 READ_HERE |= {"llama_scope", "llama_scope_r1_distill", "dictionary_learning_1"}
 
@@ -22,8 +22,8 @@ READ_HERE |= {"llama_scope", "llama_scope_r1_distill", "dictionary_learning_1"}
 def read(name: str, *, dtype: str | None = None) -> SAE:
     """An SAE by 'release/id' as sae-lens names it, or by 'owner/repository[:folder or file]'.
 
-    What the cache of huggingface_hub holds is not downloaded again, and with HF_HUB_OFFLINE=1 nothing is.
-    Raises InputError where it cannot be had, and as the reader of its layout.
+    Files in the cache of huggingface_hub are not downloaded again, and with HF_HUB_OFFLINE=1 nothing is.
+    Raises InputError where it is not available, and as the reader of its layout.
     """
     repository, colon, path = name.partition(":")
     if colon:
@@ -40,8 +40,8 @@ def read(name: str, *, dtype: str | None = None) -> SAE:
             "pip install 'sts-fast[sae-lens]'"
         )
     raise InputError(
-        f"there is no folder {name}, sae-lens knows no release '{release}', and no repository of that name can be had: "
-        "give a folder, 'release/id' as sae-lens names it, or 'owner/repository:folder'"
+        f"there is no folder {name}, sae-lens knows no release '{release}', and no repository of that name is "
+        "available: give a folder, 'release/id' as sae-lens names it, or 'owner/repository:folder'"
     )
 
 
@@ -62,10 +62,10 @@ def _read_release(release: Any, sae_id: str, name: str, dtype: str | None) -> SA
         sae = _read_by_sae_lens(release.release, sae_id, name, dtype)
     else:
         sae = _read_repository(release.repo_id, release.saes_map[sae_id], dtype=dtype, source=name)
-    said = f"sae-lens' list: {release.release}"
+    origin = f"sae-lens' list: {release.release}"
     factor = release.norm_scaling_factor.get(sae_id)
     if factor and sae.needs_scaling:
-        sae = sae.scaled(float(factor), said)
+        sae = sae.scaled(float(factor), origin)
     l0 = float(release.expected_l0.get(sae_id) or 0)
     neuronpedia = release.neuronpedia_id.get(sae_id)
     options = (release.config_overrides or {}).get("model_from_pretrained_kwargs")
@@ -77,8 +77,8 @@ def _read_release(release: Any, sae_id: str, name: str, dtype: str | None) -> SA
         notes=(*sae.notes, *((_processed(options),) if options else ())),
         origin={
             **sae.origin,
-            **({} if sae.model_name else {"model_name": said}),
-            **({"l0": said} if sae.l0 is None and l0 else {}),
+            **({} if sae.model_name else {"model_name": origin}),
+            **({"l0": origin} if sae.l0 is None and l0 else {}),
         },
     )
 
@@ -89,7 +89,7 @@ def _processed(options: dict[str, Any]) -> str:
 
 
 def _read_by_sae_lens(release: str, sae_id: str, name: str, dtype: str | None) -> SAE:
-    """Layouts of few releases, through sae-lens' own conversion, all of whose tensors it holds in memory."""
+    """An SAE of a rare layout, converted by sae-lens, which keeps all its tensors in memory."""
     from sae_lens import SAE as SAELensSAE
 
     variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # sae-lens calls torch.load, which unpickles by default before 2.6
@@ -97,7 +97,7 @@ def _read_by_sae_lens(release: str, sae_id: str, name: str, dtype: str | None) -
     os.environ[variable] = "1"
     try:
         loaded = SAELensSAE.from_pretrained(release, sae_id)
-    except Exception as error:  # whatever a download, a registry look-up or a conversion may raise
+    except Exception as error:  # a download, a registry look-up or a conversion can raise anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"sae-lens cannot load release '{release}', id '{sae_id}': {reason}") from error
     finally:
@@ -110,7 +110,7 @@ def _read_by_sae_lens(release: str, sae_id: str, name: str, dtype: str | None) -
 
 
 def _is_repository(name: str) -> bool:
-    """Whether the hub, or its cache where the hub may not be asked, has something under this name."""
+    """True if the hub has a repository of this name; offline, if the cache has."""
     try:
         _files(name)
     except InputError:
@@ -123,7 +123,7 @@ def _read_repository(repository: str, path: str, *, dtype: str | None, source: s
     if ".." in Path(path).parts or Path(path).is_absolute():
         raise InputError(f"'{path}' is not a folder or file of the repository {repository}")
     if path:
-        # config.json in the root says for some layouts what the SAEs were trained on.
+        # In some layouts, config.json in the root names the model that the SAEs were trained on.
         patterns = [path, f"{path}/*", "config.json"]
     else:
         files = _files(repository)
@@ -132,12 +132,15 @@ def _read_repository(repository: str, path: str, *, dtype: str | None, source: s
             folders = sorted({str(Path(file).parent) for file in files if file.endswith(detect.WEIGHTS)})
             some = ", ".join(folders[:5]) + (", …" if len(folders) > 5 else "")
             raise InputError(
-                f"{repository} holds no SAE in its root, but folders that may ({some or 'none'}): give one as "
+                f"{repository} contains no SAE in its root, but its folders may ({some or 'none'}): give one as "
                 f"{repository}:folder"
             )
     place = _snapshot(repository, patterns) / path
     if not place.exists():
-        raise InputError(f"the repository {repository} has no '{path}', or it is not in the cache of a machine offline")
+        raise InputError(
+            f"the repository {repository} has no '{path}', or this machine is offline and its cache lacks it: correct "
+            "the folder, or go online"
+        )
     return replace(detect.read(place, dtype=dtype), source=source)
 
 
@@ -146,16 +149,16 @@ def _snapshot(repository: str, patterns: list[str]) -> Path:
 
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns))
-    except Exception as error:  # whatever the network, the hub or the cache may raise
+    except Exception as error:  # the network, the hub or the cache can raise anything
         raise InputError(f"cannot get {repository} from the hub: {_reason(error)}") from error
 
 
 def _files(repository: str) -> list[str]:
-    """Names of a repository's files, or of those in the cache where the hub may not be asked."""
+    """Names of a repository's files; offline, of those in the cache."""
     from huggingface_hub import HfApi, constants
 
     if not constants.HF_HUB_OFFLINE:
-        with suppress(Exception):  # what is wrong with the network, the hub or the name, the snapshot says below
+        with suppress(Exception):  # the snapshot below reports what is wrong with network, hub or name
             return sorted(file.rfilename for file in HfApi().model_info(repository).siblings or [])
     root = _snapshot(repository, [])
     return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
@@ -166,5 +169,5 @@ def _reason(error: Exception) -> str:
 
     if isinstance(error, LocalEntryNotFoundError):
         why = str(error.__cause__).partition("\n")[0][:100]
-        return f"it is not in the cache, and the hub could not be asked ({why})"
+        return f"it is not in the cache, and the hub could not be reached ({why})"
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Llama Scope: hyperparams.json with checkpoints/final.safetensors; its later form config.json with sae_weights."""
+"""Llama Scope: hyperparams.json with checkpoints/final.safetensors; later, config.json with sae_weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def read(folder: Path, *, dtype: str | None = None) -> SAE:
     is_later = not (folder / CONFIG_FILE).is_file()
     config = Config.read(folder / (LATER_CONFIG_FILE if is_later else CONFIG_FILE))
     file = Checkpoint(folder / LATER_WEIGHTS_FILE if is_later else _weights(folder))
-    said = Path(config.where).name
+    config_name = Path(config.where).name
     if config.text("act_fn", "jumprelu").lower() not in ("jumprelu", "relu"):
         raise InputError(
             f"{config.where}: act_fn '{config.text('act_fn')[:40]}' is not supported: use jumprelu or relu"
@@ -73,30 +73,32 @@ def read(folder: Path, *, dtype: str | None = None) -> SAE:
         needs_scaling=not scale,
         notes=() if scale else (FORGOTTEN_FOLDING,),
         origin={
-            "architecture": f"{said}: act_fn",
+            "architecture": f"{config_name}: act_fn",
             "d_in": "encoder.weight",
             "d_sae": "encoder.weight",
-            "hook_name": f"{said}: hook_point_in",
-            "threshold": f"{said}: jump_relu_threshold, scaled as the input is"
+            "hook_name": f"{config_name}: hook_point_in",
+            "threshold": f"{config_name}: jump_relu_threshold, scaled as the input is"
             if "log_jumprelu_threshold" not in file.shapes
             else file.path.name,
-            "input_norm": f"{said}: none but the scale",
-            "input_scale": f"{said}: sqrt(d_in) / dataset_average_activation_norm" if scale else "not in its files",
-            "apply_b_dec_to_input": said,
+            "input_norm": f"{config_name}: none but the scale",
+            "input_scale": f"{config_name}: sqrt(d_in) / dataset_average_activation_norm"
+            if scale
+            else "not in its files",
+            "apply_b_dec_to_input": config_name,
         },
     )
 
 
 def _weights(folder: Path) -> Path:
-    found = sorted((folder / WEIGHTS_FOLDER).glob("*.safetensors"))
+    files = sorted((folder / WEIGHTS_FOLDER).glob("*.safetensors"))
     final = folder / WEIGHTS_FOLDER / "final.safetensors"
-    if final in found or len(found) == 1:
-        return final if final in found else found[0]
+    if final in files or len(files) == 1:
+        return final if final in files else files[0]
     raise InputError(f"{folder / WEIGHTS_FOLDER} has no final.safetensors: copy or download the SAE's whole folder")
 
 
 def _scales(config: Config, d_in: int) -> tuple[float | None, float | None]:
-    """What inputs are multiplied by, and what a transcoder's outputs must be divided by; None where not said."""
+    """Factor of the inputs, and divisor of a transcoder's outputs; None where the config has none."""
     norms = config.part("dataset_average_activation_norm")
     scales: list[float | None] = []
     for key in ("in", "out"):

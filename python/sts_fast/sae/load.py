@@ -1,4 +1,4 @@
-"""Reads an SAE from wherever it is, whatever its layout."""
+"""Loads an SAE of any layout from disk or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ def load_sae(
     norm_scaling_factor: float | None = None,
     dtype: str | None = None,
 ) -> SAE:
-    """Reads an SAE: a folder or file of any layout in docs/saes.md, 'release/id' as sae-lens names it, or
-    'owner/repository[:folder or file]' of the Hugging Face hub.
+    """Loads an SAE from a folder or file, or from the Hugging Face hub.
 
-    layer: reads the residual stream after this layer, whatever the SAE's own files say
-    hook:  the same by name, such as 'blocks.25.hook_resid_post' or 'model.layers.25'
-    norm_scaling_factor: what rows are multiplied by first, for an SAE trained on inputs scaled to a mean norm of
-           sqrt(d_in) ('expected_average_only_in') whose weights were saved without that factor
-    dtype: of W_enc in memory, 'float32' or 'bfloat16'; None takes the file's, memory-mapped
-    Raises InputError, naming file and key, for whatever cannot be read or is not supported.
+    source: a folder or file of any layout in docs/saes.md, 'release/id' as sae-lens names it, or
+            'owner/repository[:folder or file]' on the hub
+    layer:  read the residual stream after this layer, regardless of the SAE's own files
+    hook:   the same by name, such as 'blocks.25.hook_resid_post' or 'model.layers.25'
+    norm_scaling_factor: factor of the input rows, for an SAE trained on inputs scaled to a mean norm of sqrt(d_in)
+            ('expected_average_only_in') and saved without folding that factor into the weights
+    dtype:  of W_enc in memory, 'float32' or 'bfloat16'; None keeps the file's, memory-mapped
+
+    Raises InputError, naming file and key, where the SAE cannot be read or is not supported.
     """
     if dtype not in (None, "float32", "bfloat16"):
-        raise InputError(f"an SAE can be held as float32 or bfloat16, not {dtype}")
+        raise InputError(f"an SAE's dtype must be float32 or bfloat16, not {dtype}")
     path = Path(source)
     try:
         exists = path.exists() and bool(str(source))

@@ -21,35 +21,35 @@ NAMES = {
     "b_mag": ("b_mag", "mag_bias"),
     "b_gate": ("b_gate", "gate_bias"),
 }
-ASSUMED_B_DEC = "the file does not say whether {name} is subtracted from the input: it is taken to be {taken}"
+ASSUMED_B_DEC = "the file does not say whether {name} is subtracted from the input: it is assumed to be {taken}"
 
 
 def read(path: Path, *, dtype: str | None = None) -> SAE:
-    """An SAE by what its tensors are called: jumprelu with a threshold, gated with r_mag, topk with k, else ReLU.
+    """An SAE by the names of its tensors: jumprelu with a threshold, gated with r_mag, topk with k, else ReLU.
 
-    The orientation of W_enc is told by the lengths of its biases. A decoder's own bias ('decoder.bias') is not
-    subtracted from the input, any other b_dec is: both are assumptions, which the notes state.
-    Raises InputError, with the names looked for, where there is no W_enc or its orientation cannot be told.
+    The lengths of the biases decide the orientation of W_enc. A bias called 'decoder.bias' is not subtracted from the
+    input; any other b_dec is. Both are assumptions, and the notes say so.
+    Raises InputError, with the names tried, where there is no W_enc or the biases leave its orientation open.
     """
     file = Checkpoint(path)
-    found = {key: next((name for name in names if name in file.shapes), None) for key, names in NAMES.items()}
-    if found["W_enc"] is None:
+    names = {key: next((name for name in known if name in file.shapes), None) for key, known in NAMES.items()}
+    if names["W_enc"] is None:
         raise InputError(
-            f"{path} holds no encoder: looked for {', '.join(NAMES['W_enc'])}, and it has "
+            f"{path} contains no encoder: looked for {', '.join(NAMES['W_enc'])}, but it has "
             f"{', '.join(sorted(file.shapes)[:8]) or 'no tensors'}"
         )
-    W_enc = _oriented(file, found)
+    W_enc = _oriented(file, names)
     d_in, d_sae = W_enc.shape
 
     def vector(key: str, width: int) -> Any:
-        name = found.get(key, key)
+        name = names.get(key, key)
         return np.zeros(width, np.float32) if name is None else file.vector(name, width)
 
     own: dict[str, Any] = {"b_enc": vector("b_enc", d_sae)}
     if "r_mag" in file.shapes:
         architecture = "gated"
         own |= {"b_enc": np.zeros(d_sae, np.float32), "r_mag": vector("r_mag", d_sae)}
-        own |= {key: file.vector(found[key] or key, d_sae) for key in ("b_mag", "b_gate")}
+        own |= {key: file.vector(names[key] or key, d_sae) for key in ("b_mag", "b_gate")}
     elif "threshold" in file.shapes or "log_threshold" in file.shapes:
         architecture = "jumprelu"
         own["threshold"] = (
@@ -63,16 +63,16 @@ def read(path: Path, *, dtype: str | None = None) -> SAE:
         own["k"] = Config(path, {"k": k}).k(d_sae)
     else:
         architecture = "standard"
-    subtracts = found["b_dec"] not in (None, "decoder.bias")
+    subtracts = names["b_dec"] not in (None, "decoder.bias")
     b_dec = vector("b_dec", d_in)
     notes = ["the file does not say where in the model it reads: give --layer or --hook"]
     if b_dec.any():
-        notes.append(ASSUMED_B_DEC.format(name=found["b_dec"], taken="subtracted" if subtracts else "not subtracted"))
+        notes.append(ASSUMED_B_DEC.format(name=names["b_dec"], taken="subtracted" if subtracts else "not subtracted"))
     decoder = None
-    if found["W_dec"] is not None:
-        transposed = file.shapes[found["W_dec"]] == (d_in, d_sae)
-        decoder = Decoder(file.matrix(found["W_dec"], (d_sae, d_in), transposed=transposed), b_dec)
-    said = "the names of its tensors"
+    if names["W_dec"] is not None:
+        transposed = file.shapes[names["W_dec"]] == (d_in, d_sae)
+        decoder = Decoder(file.matrix(names["W_dec"], (d_sae, d_in), transposed=transposed), b_dec)
+    origin = "the names of its tensors"
     return SAE(
         architecture=architecture,
         W_enc=W_enc.whole(dtype),
@@ -85,7 +85,7 @@ def read(path: Path, *, dtype: str | None = None) -> SAE:
         needs_scaling=True,
         notes=tuple(notes),
         origin={
-            "architecture": said,
+            "architecture": origin,
             "d_in": W_enc.name,
             "d_sae": W_enc.name,
             "input_norm": "assumed",
@@ -94,14 +94,18 @@ def read(path: Path, *, dtype: str | None = None) -> SAE:
     )
 
 
-def _oriented(file: Checkpoint, found: dict[str, str | None]) -> Matrix:
-    name = found["W_enc"] or ""
+def _oriented(file: Checkpoint, names: dict[str, str | None]) -> Matrix:
+    """W_enc [d_in, d_sae], transposed where the lengths of the biases require it.
+
+    names: name in the file of each tensor of NAMES, None where the file has none
+    """
+    name = names["W_enc"] or ""
     shape = file.shapes[name]
     if len(shape) != 2:
         raise InputError(f"{file.path}: {name} has shape {list(shape)}, but a matrix is needed")
-    per_feature = (found["b_enc"], found["b_gate"], "threshold" if "threshold" in file.shapes else None)
+    per_feature = (names["b_enc"], names["b_gate"], "threshold" if "threshold" in file.shapes else None)
     lengths = {file.shapes[key] for key in per_feature if key} - {(), (1,)}
-    per_input = {file.shapes[key] for key in (found["b_dec"],) if key}
+    per_input = {file.shapes[key] for key in (names["b_dec"],) if key}
     fits = [
         transposed
         for transposed, (d_in, d_sae) in ((False, shape), (True, shape[::-1]))
@@ -112,7 +116,7 @@ def _oriented(file: Checkpoint, found: dict[str, str | None]) -> Matrix:
         fits = [name == "encoder.weight"] if lengths or per_input else []
     if len(fits) != 1:
         raise InputError(
-            f"{file.path}: {name} has shape {list(shape)}, and its biases do not tell which width is d_in: "
+            f"{file.path}: {name} has shape {list(shape)}, and its biases do not show which width is d_in: "
             "name them b_enc [d_sae] and b_dec [d_in]"
         )
     return file.matrix(name, (None, None), transposed=fits[0])

@@ -1,4 +1,4 @@
-"""Qwen-Scope: a file layerN.sae.pt for each layer, in a repository whose name says the model and k."""
+"""Qwen-Scope: a file layerN.sae.pt for each layer, in a repository named after the model and k."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def read(path: Path, *, dtype: str | None = None) -> SAE:
     W_enc = file.matrix("W_enc", (None, None), transposed=True)
     d_in, d_sae = W_enc.shape
     repository = re.search(r"SAE-Res-(.+?)-W\d+K-L0_(\d+)", str(path.absolute()))
-    k, said = file.values.get("k"), path.name
+    k, k_origin = file.values.get("k"), path.name
     if k is None and repository:
-        k, said = int(repository[2]), "its folder's name"
+        k, k_origin = int(repository[2]), "its folder's name"
     if k is None:
         raise InputError(
-            f"{path} does not say its k: keep it in a folder named as its repository, which ends in the k (…-L0_50)"
+            f"{path} does not contain its k: keep it in a folder named as its repository, which ends in k (…-L0_50)"
         )
     layer = FILE.fullmatch(path.name)
     b_dec = file.vector("b_dec", d_in)
@@ -34,7 +34,7 @@ def read(path: Path, *, dtype: str | None = None) -> SAE:
         W_enc=W_enc.whole(dtype),
         b_enc=file.vector("b_enc", d_sae),
         b_dec=b_dec,
-        k=Config(f"{path}, {said}", {"k": k}).k(d_sae),
+        k=Config(f"{path}, {k_origin}", {"k": k}).k(d_sae),
         apply_b_dec_to_input=False,
         hook_name=f"blocks.{layer[1]}.hook_resid_post" if layer else "",
         model_name=f"Qwen/{repository[1]}" if repository else "",
@@ -48,7 +48,7 @@ def read(path: Path, *, dtype: str | None = None) -> SAE:
             "architecture": "Qwen-Scope's only one",
             "d_in": "W_enc",
             "d_sae": "W_enc",
-            "k": said,
+            "k": k_origin,
             "hook_name": "the file's name",
             "input_norm": "Qwen-Scope has none",
             "apply_b_dec_to_input": "Qwen-Scope's convention",

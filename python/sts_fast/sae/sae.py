@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
     from sts_fast.statistics import Floats
 
-# The note of readers where `needs_scaling`; a scaled SAE is without it.
+# The note of an SAE that `needs_scaling`; scaling the SAE removes it.
 FORGOTTEN_FOLDING = (
-    "its config says 'expected_average_only_in', a scaling that a folder does not carry: if it was not folded into the "
-    "weights when it was saved, the features are wrong (give --norm-scaling-factor then)"
+    "its config says 'expected_average_only_in', a scaling that is not in its files: if it was not folded into the "
+    "weights when the SAE was saved, the features are wrong (give --norm-scaling-factor then)"
 )
 
 
 @dataclass(frozen=True, eq=False)
 class SAE:
-    """The encoder of a sparse autoencoder: everything that turns a residual stream into features.
+    """The encoder of a sparse autoencoder: everything that computes features from a residual stream.
 
-    A row is first multiplied by input_scale and then normalised as input_norm says:
+    A row is first multiplied by input_scale and then normalised by input_norm:
       none                   x
       layer_norm             (x - mean) / (s + 1e-5), s its standard deviation over d_in - 1 degrees of freedom
       constant_norm_rescale  x sqrt(d_in) / ||x||
@@ -47,18 +47,18 @@ class SAE:
     threshold:   [d_sae] float32, jumprelu only
     r_mag, b_mag, b_gate: [d_sae] float32, gated only
     W_dec_norm:  [d_sae] float32, Euclidean norms of W_dec's rows, for (abs)topk trained with rescaled activations
-    needs_scaling: whether its input may have been scaled in training by a factor that the files do not give
-    hook_name:   where in the model the SAE reads, as its file says: a name of TransformerLens such as
+    needs_scaling: true if its input may have been scaled in training by a factor that is not in the files
+    hook_name:   place in the model that the SAE reads, as in its file: a name of TransformerLens such as
                  'blocks.25.hook_resid_post', or a module's path ('model.layers.25', its input 'model.layers.25.input')
-    target_hook_name: what a transcoder predicts, in the same spelling; '' for an SAE, which predicts what it reads
-    l0:          mean number of active features in training, where its files say so
-    decoder:     W_dec in the checkpoint, of which nothing is loaded; None where there is none
+    target_hook_name: place that a transcoder predicts, in the same spelling; '' for an SAE, which predicts its input
+    l0:          mean number of active features in training, if its files contain it
+    decoder:     W_dec in the checkpoint, not loaded; None where there is none
     source:      path or id that it was loaded from
-    layout:      whose files they are, such as 'SAELens 6.54.12'
-    notes:       what a user of this SAE must know
-    origin:      by field, which file or key it was read from
+    layout:      library that wrote the files, such as 'SAELens 6.54.12'
+    notes:       warnings to the user of this SAE
+    origin:      by field, the file or key that it was read from
 
-    Raises ValueError, naming the field, where shapes do not fit together, and InputError for an unknown architecture.
+    Raises ValueError, naming the field, where shapes do not match, and InputError for an unknown architecture.
     """
 
     architecture: str
@@ -130,7 +130,7 @@ class SAE:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256, in hexadecimal, of what the encoder computes with: all vectors and three rows of W_enc."""
+        """SHA-256, in hexadecimal, of the encoder's settings, all its vectors and three rows of W_enc."""
         settings = f"{self.architecture} {self.W_enc.dtype} {self.k} {self.apply_b_dec_to_input}"
         digest = hashlib.sha256(f"{settings} {self.input_norm} {self.input_scale}".encode())
         rows = (self.W_enc[i] for i in sorted({0, self.d_in // 2, self.d_in - 1}))
@@ -142,20 +142,19 @@ class SAE:
         return digest.hexdigest()
 
     def decoder_rows(self, features: Sequence[int]) -> torch.Tensor | None:
-        """[n_features, d_out] float32 rows of W_dec, gathered from the file; None where the checkpoint has none.
+        """[n_features, d_out] float32 rows of W_dec, gathered from the file; None without a decoder.
 
-        Raises InputError where the file is no longer there, or is damaged.
+        Raises InputError where the file is missing or damaged.
         """
         return None if self.decoder is None else self.decoder.rows(features)
 
     def reconstruct(self, acts: Any, features: tuple[Any, Any, Any]) -> torch.Tensor | None:
-        """[n, d_out] float32: what the decoder makes of the features, in the units of the model.
+        """[n, d_out] float32: the features decoded, in the units of the model; None without a decoder.
 
-        acts:     [n, d_in] what was encoded, or [n, n_heads, d_head]: its norms undo the SAE's normalisation
+        acts:     [n, d_in] or [n, n_heads, d_head], the encoded rows, whose norms undo the SAE's normalisation
         features: (indptr, indices, values) of `encode(sae, acts)`, at most MAX_ROWS rows
 
-        Only the rows of W_dec of active features are read. None where the checkpoint has no decoder. Raises InputError
-        for too many rows, and as `decoder_rows`.
+        Only the rows of W_dec of active features are read. Raises InputError for too many rows, and as `decoder_rows`.
         """
         import torch
 
@@ -174,11 +173,11 @@ class SAE:
         return decoded + x.mean(dim=1, keepdim=True) if self.input_norm == "layer_norm" else decoded
 
     def written(self, acts: Any, features: tuple[Any, Any, Any]) -> torch.Tensor:
-        """[n, d_in] float32: what features write into the reconstruction, sum_j h_j W_dec[j], in the model's units.
+        """[n, d_in] float32: the features' part of the reconstruction, sum_j h_j W_dec[j], in the model's units.
 
-        acts, features: as for `reconstruct`, some of the features or all, of any number of rows
+        acts, features: as for `reconstruct`, with some or all of the features and any number of rows
 
-        For an SAE with a decoder, that predicts what it reads. Raises InputError as `decoder_rows`.
+        Raises ValueError for a transcoder or without a decoder, and InputError as `decoder_rows`.
         """
         import torch
 
@@ -189,19 +188,19 @@ class SAE:
         return decoded / self.decoder.scale if self.decoder.scale != 1 else decoded * self._size(x)
 
     def _size(self, x: torch.Tensor) -> torch.Tensor:
-        """What decoded rows are multiplied by to have the size that x [n, d_in] had before it was normalised."""
+        """Factor of decoded rows that undoes the normalisation of x [n, d_in]: [n, 1], or a scalar."""
         if self.input_norm == "layer_norm":
             return x.std(dim=1, keepdim=True)
         if self.input_norm == "constant_norm_rescale":
             return x.norm(dim=1, keepdim=True) / math.sqrt(self.d_in)  # type: ignore[no-any-return]
         return x.new_tensor(1 / self.input_scale)
 
-    def scaled(self, factor: float, said: str = "--norm-scaling-factor") -> SAE:
-        """The SAE with the scaling of its input that its files ask for but do not carry.
+    def scaled(self, factor: float, origin: str = "--norm-scaling-factor") -> SAE:
+        """The SAE with the scaling of its input that its files require but do not contain.
 
-        factor: what rows are multiplied by before anything else
-        said:   where it comes from
-        Raises InputError where it is not a positive number, or the files ask for none and it is not 1.
+        factor: factor of the input rows, applied before anything else
+        origin: the option or file that gave the factor
+        Raises InputError where it is not a positive number, or where the SAE needs none and it is not 1.
         """
         if not 0 < factor < math.inf:
             raise InputError(f"--norm-scaling-factor must be a positive number, not {factor}")
@@ -215,11 +214,11 @@ class SAE:
             self,
             input_scale=factor,
             needs_scaling=False,
-            # Folding divides W_dec, and so the norms that activations are rescaled by.
+            # Folding divides W_dec, and with it the norms by which activations are rescaled.
             W_dec_norm=None if self.W_dec_norm is None else (self.W_dec_norm / factor).astype(np.float32),
             decoder=replace(self.decoder, scale=factor) if self.decoder and is_transcoder else self.decoder,
             notes=tuple(note for note in self.notes if note != FORGOTTEN_FOLDING),
-            origin={**self.origin, "input_scale": said},
+            origin={**self.origin, "input_scale": origin},
         )
 
     def with_dtype(self, dtype: str) -> SAE:
@@ -227,5 +226,5 @@ class SAE:
         import torch
 
         if dtype not in ("float32", "bfloat16"):
-            raise InputError(f"an SAE can be held as float32 or bfloat16, not {dtype}")
+            raise InputError(f"an SAE's dtype must be float32 or bfloat16, not {dtype}")
         return replace(self, W_enc=torch.as_tensor(self.W_enc).to(getattr(torch, dtype)))

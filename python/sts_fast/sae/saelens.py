@@ -16,7 +16,7 @@ from sts_fast.sae.sae import FORGOTTEN_FOLDING, SAE
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
 
-# What each architecture is to the core; the batch variants are jumprelu with one threshold once trained.
+# The core's architecture for each of SAELens'; once trained, the batch variants are jumprelu with one threshold.
 ACTIVATIONS = {
     "standard": "standard",
     "jumprelu": "jumprelu",
@@ -31,15 +31,15 @@ ACTIVATIONS = {
     "jumprelu_skip_transcoder": "jumprelu",
 }
 REFUSED = {
-    "matching_pursuit": "each of its features depends on what the ones before it took away from the row",
+    "matching_pursuit": "each of its features depends on what the earlier ones subtracted from the row",
     "temporal": "the features of a token depend on the tokens before it, through attention",
 }
 NORMS = {"none": "none", "layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm_rescale"}
-# Scalings that are folded into the weights when an SAE is saved, and lost when that was forgotten.
+# Scalings that are folded into the weights when an SAE is saved; without that step they are lost.
 FOLDED_NORMS = ("expected_average_only_in", "covariance_whitening")
 FORGOTTEN_WHITENING = (
-    "its config says 'covariance_whitening', which a folder does not carry: if it was not folded into the weights when "
-    "it was saved, the features are wrong"
+    "its config says 'covariance_whitening', which is not in its files: if it was not folded into the weights when the "
+    "SAE was saved, the features are wrong"
 )
 SCALING_FACTOR = "its scaling_factor, which only its decoder would use, was ignored"
 
@@ -47,8 +47,8 @@ SCALING_FACTOR = "its scaling_factor, which only its decoder would use, was igno
 def read(folder: Path, *, dtype: str | None = None) -> SAE:
     """An SAE saved by SAELens.
 
-    dtype: of W_enc in memory, 'float32' or 'bfloat16'; None leaves it as the file has it, memory-mapped
-    Raises InputError, naming file and key, for missing or damaged files and what is not supported.
+    dtype: of W_enc in memory, 'float32' or 'bfloat16'; None keeps the file's, memory-mapped
+    Raises InputError, naming file and key, for missing or damaged files and unsupported settings.
     """
     config = Config.read(folder / CONFIG_FILE)
     if not (folder / WEIGHTS_FILE).is_file():
@@ -88,7 +88,6 @@ def read_files(file: Checkpoint, config: Config, *, source: str, dtype: str | No
 
     hook_name, hook_key = _first(metadata, config, "hook_name", "hook_point")
     _check_heads(config, metadata, hook_name)
-    said = "cfg.json"
     notes = {"expected_average_only_in": FORGOTTEN_FOLDING, "covariance_whitening": FORGOTTEN_WHITENING}
     ignored = "scaling_factor" in file.shapes and not np.allclose(file.vector("scaling_factor", d_sae), 1)
     return SAE(
@@ -113,23 +112,23 @@ def read_files(file: Checkpoint, config: Config, *, source: str, dtype: str | No
         notes=(*((notes[norm],) if norm in notes else ()), *((SCALING_FACTOR,) if ignored else ())),
         metadata=metadata.values,
         origin={
-            "architecture": f"{said}: {architecture}",
+            "architecture": f"{CONFIG_FILE}: {architecture}",
             "d_in": "W_enc",
             "d_sae": "W_enc",
-            **({"k": said} if "k" in own else {}),
+            **({"k": CONFIG_FILE} if "k" in own else {}),
             **({"threshold": WEIGHTS_FILE} if "threshold" in own else {}),
-            "hook_name": f"{said}: {hook_key}" if hook_name else "",
-            "model_name": said,
-            "input_norm": f"{said}: normalize_activations {norm}",
-            "apply_b_dec_to_input": said if config.has("apply_b_dec_to_input") else "SAELens' default",
-            **({"l0": said} if metadata.has("l0") else {}),
+            "hook_name": f"{CONFIG_FILE}: {hook_key}" if hook_name else "",
+            "model_name": CONFIG_FILE,
+            "input_norm": f"{CONFIG_FILE}: normalize_activations {norm}",
+            "apply_b_dec_to_input": CONFIG_FILE if config.has("apply_b_dec_to_input") else "SAELens' default",
+            **({"l0": CONFIG_FILE} if metadata.has("l0") else {}),
             **({"W_dec_norm": "W_dec, since rescale_acts_by_decoder_norm"} if rescale else {}),
         },
     )
 
 
 def _architecture(config: Config) -> tuple[str, Config]:
-    """The architecture's name, and the part of the config that holds k: before 6, TopK was an activation."""
+    """The architecture's name, and the part of the config with k. Before SAELens 6, TopK was an activation."""
     activation = config.text("activation_fn_str", config.text("activation_fn", "relu"))
     architecture = config.text("architecture", "standard")
     if activation == "topk":
@@ -185,7 +184,7 @@ def _check_heads(config: Config, metadata: Config, hook_name: str) -> None:
 
 
 def _first(metadata: Config, config: Config, *keys: str) -> tuple[str, str]:
-    """(value, key) of the first key that is given, in the metadata of SAELens 6 or in the flat config before."""
+    """(value, key) of the first key present, in the metadata of SAELens 6 or the flat config of earlier versions."""
     for part in (metadata, config):
         for key in keys:
             if part.text(key):

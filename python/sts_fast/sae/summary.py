@@ -1,4 +1,4 @@
-"""What was understood of an SAE, in words, and where each of it came from."""
+"""Summary of an SAE's properties in words, each with the file or key that it was read from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NORMS = {
 
 
 def summary(sae: SAE) -> dict[str, str]:
-    """Lines by name: what it is, and in brackets the file or key that says so."""
+    """Text by name of the property, with its origin, a file or key, in brackets."""
     lines = {
         "SAE": sae.source,
         "layout": sae.layout or "made by hand",
@@ -42,8 +42,8 @@ def summary(sae: SAE) -> dict[str, str]:
 
 
 def _from(sae: SAE, value: str, *fields: str) -> str:
-    said = ", ".join(dict.fromkeys(sae.origin[field] for field in fields if sae.origin.get(field)))
-    return f"{value} [{said}]" if value and said else value
+    origins = ", ".join(dict.fromkeys(sae.origin[field] for field in fields if sae.origin.get(field)))
+    return f"{value} [{origins}]" if value and origins else value
 
 
 def _dtype(sae: SAE) -> str:
@@ -64,7 +64,7 @@ def _normalisation(sae: SAE) -> str:
 
 
 def _folded(sae: SAE) -> list[str]:
-    """What the core's biases and scales carry, so that it computes one product and an activation."""
+    """Parts of the SAE that are folded into the core's biases and scales; it computes one product and an activation."""
     folded = []
     if sae.apply_b_dec_to_input and sae.b_dec.any():
         folded.append("b_dec W_enc into the biases")

@@ -11,11 +11,12 @@ import numpy as np
 
 from sts_fast.data.prompts import Prompt
 from sts_fast.errors import InputError
+from sts_fast.model.answers import in_batches, score_answers
 from sts_fast.model.forward import row_norms
 from sts_fast.model.hooks import decoder_layers
-from sts_fast.model.language_model import attention_sinks, padded_ids
+from sts_fast.model.language_model import attention_sinks
 from sts_fast.model.layer_trace import input_device
-from sts_fast.model.memory import TokenBudget
+from sts_fast.model.memory import MOST_BATCH_TOKENS, TokenBudget
 from sts_fast.places import layer_of
 
 if TYPE_CHECKING:
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sts_fast.statistics import Doubles
-
-# Logits held at a time, in the answers' forward passes: 1 GB in float32.
-MOST_LOGITS = 2**28
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,7 @@ class AnswerRows:
     x:        [n_tokens, d_in] residuals of kept tokens, on the CPU, as the core takes them
     g:        [n_tokens, r] float64 dL/dx_t Q, for L of the token's own prompt; no rows where no Q was given
     nll:      [n_prompts] L, mean negative log-likelihood of the answer's tokens, in nats; n_answer: their number
+    exact:    [n_prompts] whether each of them is the model's first choice
     """
 
     prompts: list[int]
@@ -49,6 +48,7 @@ class AnswerRows:
     g: Doubles
     nll: Doubles
     n_answer: NDArray[np.int64]
+    exact: NDArray[np.bool_]
 
 
 class HookedModel:
@@ -56,12 +56,19 @@ class HookedModel:
 
     model: a Hugging Face decoder in memory; layer: whose output, the residual stream, is meant
     name:  how errors call it; say: is told where a batch did not fit into memory and smaller ones follow
+    batch_tokens: most tokens of one pass, at most MOST_BATCH_TOKENS; None for as many
 
     Raises InputError where the model has no such layer or no head.
     """
 
     def __init__(
-        self, model: Any, layer: int, *, name: str = "the model", say: Callable[[str], None] | None = None
+        self,
+        model: Any,
+        layer: int,
+        *,
+        name: str = "the model",
+        batch_tokens: int | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         config = model.config.get_text_config()
         layers = model.get_submodule(decoder_layers(model, config.num_hidden_layers))
@@ -69,16 +76,15 @@ class HookedModel:
         if model.get_output_embeddings() is None:
             raise InputError("signed estimators need the model's head: give a causal language model with one")
         self.model, self.layer, self.name = model.eval(), layer, name
+        self.batch_tokens = min(batch_tokens or MOST_BATCH_TOKENS, MOST_BATCH_TOKENS)
         self.device = input_device(model)
         self.memory = TokenBudget(self.device, name, say=say)
         self.d_in: int = config.hidden_size
         self._below, self._block = list(layers)[: layer + 1], layers[layer]
-        self._bos, self._vocabulary = config.bos_token_id, config.vocab_size
+        self._bos = config.bos_token_id
         self._gives_tuple = False  # whether layers give (hidden states, ...), seen when they are run
 
-    def answer_rows(
-        self, prompts: Sequence[Prompt], Q: Doubles | None = None, *, batch_tokens: int
-    ) -> Iterator[AnswerRows]:
+    def answer_rows(self, prompts: Sequence[Prompt], Q: Doubles | None = None) -> Iterator[AnswerRows]:
         """Runs prompts that read their answers (tokens='answer'), shortest first, a batch at a time.
 
         Q: [d_in, r] of `projection`, where gradients are wanted. The backward pass ends at the hook: no weight gets a
@@ -86,17 +92,17 @@ class HookedModel:
 
         Raises InputError where the model gives NaN, or a single prompt does not fit into memory.
         """
-        lengths = [int(prompt.positions[-1]) + 1 for prompt in prompts]  # what follows the answer is not needed
-        most = min(batch_tokens, max(1, MOST_LOGITS // self._vocabulary))
-        for _, rows in self.memory.in_batches(lengths, most, lambda batch: self._rows(batch, prompts, lengths, Q)):
+
+        def read(batch: list[int], ids: torch.Tensor) -> AnswerRows:
+            return self._rows(batch, ids, [prompts[i] for i in batch], Q)
+
+        batches = in_batches(self.model, prompts, read, batch_tokens=self.batch_tokens, memory=self.memory)
+        for _, rows in batches:
             yield rows
 
-    def _rows(self, batch: list[int], prompts: Sequence[Prompt], lengths: list[int], Q: Doubles | None) -> AnswerRows:
+    def _rows(self, batch: list[int], ids: torch.Tensor, chosen: Sequence[Prompt], Q: Doubles | None) -> AnswerRows:
         import torch
 
-        chosen = [prompts[i] for i in batch]
-        ids = padded_ids(self.model, [p.base_ids[: lengths[i]] for i, p in zip(batch, chosen, strict=True)])
-        ids = ids.to(self.device)
         leaf: list[torch.Tensor] = []
 
         def at_hook(hidden: torch.Tensor) -> torch.Tensor:
@@ -104,11 +110,11 @@ class HookedModel:
             return leaf[0]
 
         with self._frozen(), self._changing(at_hook), torch.set_grad_enabled(Q is not None):
-            nll = answer_nll(self._logits(ids), ids, chosen)
+            nll, exact = score_answers(self._logits(ids), ids, chosen)
             # Each prompt's loss depends on its own row of the batch alone.
             gradient = torch.zeros_like(leaf[0]) if Q is None else torch.autograd.grad(nll.sum(), leaf[0])[0]
         x = leaf[0].detach()
-        kept = [self._kept(p, x[row, : lengths[i]]) for row, (i, p) in enumerate(zip(batch, chosen, strict=True))]
+        kept = [self._kept(prompt, x[row, : prompt.positions[-1] + 1]) for row, prompt in enumerate(chosen)]
         at = torch.from_numpy(np.concatenate([row * ids.shape[1] + where for row, where in enumerate(kept)]))
         at = at.to(x.device)
         return AnswerRows(
@@ -121,6 +127,7 @@ class HookedModel:
             g=np.zeros((0, 0)) if Q is None else self._projected(gradient, at, Q),
             nll=_finite(nll.detach(), self.name),
             n_answer=np.asarray([len(p.positions) for p in chosen]),
+            exact=exact.cpu().numpy(),
         )
 
     def from_hook(
@@ -143,7 +150,7 @@ class HookedModel:
             self._changing(lambda hidden: x),
             torch.set_grad_enabled(Q is not None),
         ):
-            nll = answer_nll(self._logits(rows.ids), rows.ids, chosen)
+            nll, _ = score_answers(self._logits(rows.ids), rows.ids, chosen)
             g = np.zeros((0, 0)) if Q is None else self._projected(torch.autograd.grad(nll.sum(), x)[0], rows.at, Q)
         return _finite(nll.detach(), self.name), g
 
@@ -157,13 +164,8 @@ class HookedModel:
         x.flatten(0, 1)[rows.at] += moved.to(x.dtype).to(x.device)
         chosen = [prompts[i] for i in rows.prompts]
         with torch.inference_mode(), self._skipping_below(), self._changing(lambda hidden: x):
-            logits = self._logits(rows.ids)
-            nll = answer_nll(logits, rows.ids, chosen)
-            exact = [
-                bool((logits[row, at - 1].argmax(dim=-1).cpu() == rows.ids[row, at].cpu()).all())
-                for row, at in enumerate(torch.from_numpy(prompt.positions.astype(np.int64)) for prompt in chosen)
-            ]
-        return _finite(nll, self.name), np.asarray(exact)
+            nll, exact = score_answers(self._logits(rows.ids), rows.ids, chosen)
+        return _finite(nll, self.name), exact.cpu().numpy()
 
     def _projected(self, gradient: torch.Tensor, at: torch.Tensor, Q: Doubles) -> Doubles:
         import torch
@@ -223,22 +225,6 @@ class HookedModel:
                     del block.forward
                 else:
                     block.forward = forward
-
-
-def answer_nll(logits: torch.Tensor, ids: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
-    """[n_prompts] float64 mean negative log-likelihood of each answer's tokens, in nats; differentiable.
-
-    logits: [n_prompts, longest, vocabulary]; ids: [n_prompts, longest]; prompts read their answers
-    """
-    import torch
-
-    losses, ids = [], ids.to(logits.device)
-    for row, prompt in enumerate(prompts):
-        at = torch.from_numpy(prompt.positions.astype(np.int64)).to(logits.device)
-        # In float64, because the loss of an answer that is nearly certain is the difference of near equals.
-        log_p = torch.log_softmax(logits[row, at - 1].double(), dim=-1)
-        losses.append(-log_p.gather(1, ids[row, at, None]).mean())
-    return torch.stack(losses)
 
 
 def _for_core(rows: torch.Tensor) -> torch.Tensor:

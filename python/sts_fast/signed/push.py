@@ -171,6 +171,7 @@ class Pull:
         equations: a domain's forecast is the mean over its prompts
     contributions: [n_pushes, n_features] <direction[j], M_T[j]>: each feature's part of the domain's ntk_loss
     nll, n_answer: [n_prompts] loss per token of the answer, in nats, and its number of tokens
+    exact:  [n_prompts] whether the whole answer is the model's first choice
     norm:   ||M_T||: <direction, M_T> / ||M_T|| is the cosine of both sets' gradients in features, from -1 to 1
     """
 
@@ -179,6 +180,7 @@ class Pull:
     contributions: Doubles
     nll: Doubles
     n_answer: NDArray[np.int64]
+    exact: NDArray[np.bool_]
     norm: float
 
     @property
@@ -197,7 +199,6 @@ def measure_push(
     objective: AnswerLoss | PolicyLoss | None = None,
     maps: Sequence[MapKind] = (),
     n_folds: int = 0,
-    batch_tokens: int,
     tell: Tell | None = None,
 ) -> Push:
     """The push of a training set, from one forward and one backward pass down to the hook.
@@ -217,7 +218,7 @@ def measure_push(
         fold_of = (objective.group_of if isinstance(objective, PolicyLoss) else np.arange(n)) % n_folds
     nll = np.zeros(n)
     done = 0
-    for rows in model.answer_rows(prompts, Q, batch_tokens=batch_tokens):
+    for rows in model.answer_rows(prompts, Q):
         prompt_of = np.asarray(rows.prompts)[rows.prompt_of]
         g = rows.g * slopes[prompt_of, None]
         for fold in np.unique(fold_of[rows.prompts]):
@@ -235,7 +236,7 @@ def measure_push(
             f"the answers of '{name}' pull at no feature: no feature fires on its tokens, or the loss is exactly zero"
         )
     seek = {"step": _seek_step, "adapter": _train_adapter}
-    asked = _Asked.of(model, features, Q, prompts, objective, batch_tokens) if maps else None
+    asked = _Asked.of(model, features, Q, prompts, objective) if maps else None
     found = {kind: seek[kind](asked, M / norm, loss / norm) for kind in maps if asked is not None}
     return Push(name, M / norm, norm, loss, nll, found, folds if n_folds else None)
 
@@ -260,10 +261,9 @@ class _Asked:
         Q: Doubles,
         prompts: Sequence[Prompt],
         objective: AnswerLoss | PolicyLoss,
-        batch_tokens: int,
     ) -> _Asked:
         n, objective = objective.first(MAP_PROMPTS)
-        rows = list(model.answer_rows(prompts[:n], batch_tokens=batch_tokens))
+        rows = list(model.answer_rows(prompts[:n]))
         nll = np.zeros(len(prompts[:n]))
         for batch in rows:
             nll[batch.prompts] = batch.nll
@@ -330,7 +330,6 @@ def measure_pull(
     prompts: Sequence[Prompt],
     pushes: Sequence[Push],
     *,
-    batch_tokens: int,
     tell: Tell | None = None,
 ) -> Pull:
     """How a domain answers to each push, from one pass over it, and one through the upper layers for each map.
@@ -342,11 +341,11 @@ def measure_pull(
     aligned = np.zeros((len(pushes), n))
     directions = [M for push in pushes for M in (push.direction, *(found.W for found in push.maps.values()))]
     moved_nll = {kind: np.zeros((len(pushes), n)) for push in pushes for kind in push.maps}
-    nll, n_answer = np.zeros(n), np.zeros(n, np.int64)
+    nll, n_answer, exact = np.zeros(n), np.zeros(n, np.int64), np.zeros(n, bool)
     done = 0
-    for rows in model.answer_rows(prompts, Q, batch_tokens=batch_tokens):
+    for rows in model.answer_rows(prompts, Q):
         features.accumulate(M, rows.x, rows.g / n)
-        nll[rows.prompts], n_answer[rows.prompts] = rows.nll, rows.n_answer
+        nll[rows.prompts], n_answer[rows.prompts], exact[rows.prompts] = rows.nll, rows.n_answer, rows.exact
         along = iter(features.times(rows.x, *directions))
         for i, push in enumerate(pushes):
             per_token = np.einsum("tr,tr->t", next(along), rows.g)
@@ -361,7 +360,7 @@ def measure_pull(
     for kind, after in moved_nll.items():
         values |= {kind: np.exp(-after * n_answer) - p_answer, f"{kind}_loss": nll - after}
     contributions = np.stack([np.einsum("jr,jr->j", push.direction, M) for push in pushes])
-    return Pull(name, values, contributions, nll, n_answer, _norm(M))
+    return Pull(name, values, contributions, nll, n_answer, exact, _norm(M))
 
 
 def push_warnings(push: Push) -> list[str]:

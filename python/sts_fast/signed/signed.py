@@ -11,8 +11,7 @@ import numpy as np
 from sts_fast.data.prompts import Progress, Prompt, PromptSet, Tell
 from sts_fast.errors import InputError
 from sts_fast.model.explain import N_FEATURES, Firings
-from sts_fast.model.log import PromptLog
-from sts_fast.model.memory import MOST_BATCH_TOKENS
+from sts_fast.model.log import AnswerLog, PromptLog
 from sts_fast.ops.encode import encode
 from sts_fast.places import split_name
 from sts_fast.sae import SAE
@@ -56,6 +55,7 @@ class SignedForecast:
     warnings: what a reader should know
     prompts:  rows of prompts.parquet, one for each answered prompt of the training set and of the domains
     firings:  where the features that carry the forecasts fire in the domains' prompts
+    answers:  how well the base model answers each domain, whatever the training set
     """
 
     block: dict[str, Any]
@@ -63,6 +63,7 @@ class SignedForecast:
     warnings: list[str]
     prompts: pa.Table
     firings: Firings
+    answers: dict[str, AnswerLog]
 
 
 def hook_layer(sae: SAE) -> int:
@@ -86,7 +87,6 @@ def measure_signed(
     estimators: Sequence[SignedEstimator],
     *,
     kind: FeatureKind = "sae",
-    batch_tokens: int | None = None,
     seed: int = 0,
     tell: Progress | None = None,
 ) -> dict[str, SignedForecast]:
@@ -94,20 +94,15 @@ def measure_signed(
 
     trains, domains: prompts that read their answers; each is passed through the model, and back to the hook, once
     """
-    budget = min(batch_tokens or MOST_BATCH_TOKENS, MOST_BATCH_TOKENS)
-    features = Features(sae, kind, _centre(model, domains, budget) if kind == "raw" else None)
+    features = Features(sae, kind, _centre(model, domains) if kind == "raw" else None)
     Q = projection(sae.d_in, seed=seed)
     maps: list[MapKind] = [name for name in estimators if name != "ntk"]
 
     pushes = [
-        measure_push(
-            model, features, Q, train.name, train.prompts, maps=maps, batch_tokens=budget, tell=_told(tell, train.name)
-        )
+        measure_push(model, features, Q, train.name, train.prompts, maps=maps, tell=_told(tell, train.name))
         for train in trains
     ]
-    return signed_forecasts(
-        model, features, Q, pushes, trains, domains, estimators, batch_tokens=budget, seed=seed, tell=tell
-    )
+    return signed_forecasts(model, features, Q, pushes, trains, domains, estimators, seed=seed, tell=tell)
 
 
 def signed_forecasts(
@@ -119,7 +114,6 @@ def signed_forecasts(
     domains: Sequence[PromptSet],
     estimators: Sequence[SignedEstimator],
     *,
-    batch_tokens: int,
     seed: int = 0,
     tell: Progress | None = None,
 ) -> dict[str, SignedForecast]:
@@ -132,7 +126,6 @@ def signed_forecasts(
             domain.name,
             domain.prompts,
             pushes,
-            batch_tokens=batch_tokens,
             tell=_told(tell, domain.name),
         )
         for domain in domains
@@ -141,7 +134,11 @@ def signed_forecasts(
     carriers = [[found["index"] for found in block["top_features"][:N_FEATURES]] for block in blocks]
     firings = [Firings(np.asarray(indices, np.int64), "signed") for indices in carriers]
     for domain in domains:
-        _find_firings(model, features.sae, domain, firings, batch_tokens)
+        _find_firings(model, features.sae, domain, firings)
+    answers = {
+        domain.name: AnswerLog(domain, pull.nll * pull.n_answer, pull.n_answer, pull.exact)
+        for domain, pull in zip(domains, pulls, strict=True)
+    }
     return {
         push.name: SignedForecast(
             block,
@@ -149,18 +146,17 @@ def signed_forecasts(
             [*push_warnings(push), *pull_warnings(pulls)],
             _prompt_table(i, train, push, domains, pulls),
             found,
+            answers,
         )
         for i, (train, push, block, found) in enumerate(zip(trains, pushes, blocks, firings, strict=True))
     }
 
 
-def _find_firings(
-    model: HookedModel, sae: SAE, domain: PromptSet, firings: Sequence[Firings], batch_tokens: int
-) -> None:
+def _find_firings(model: HookedModel, sae: SAE, domain: PromptSet, firings: Sequence[Firings]) -> None:
     columns = np.unique(np.concatenate([one.features for one in firings]))
     if not len(columns):
         return
-    for rows in model.answer_rows(domain.prompts[:EXAMPLE_PROMPTS], batch_tokens=batch_tokens):
+    for rows in model.answer_rows(domain.prompts[:EXAMPLE_PROMPTS]):
         active = encode(sae, rows.x, columns)
         prompt_of = np.asarray(rows.prompts)[rows.prompt_of]
         positions = rows.at.cpu().numpy() % rows.ids.shape[1]
@@ -196,12 +192,12 @@ def _told(tell: Progress | None, name: str) -> Tell | None:
     return None if tell is None else lambda done, total: tell(f"gradients of {name}", done, total)
 
 
-def _centre(model: HookedModel, domains: Sequence[PromptSet], batch_tokens: int) -> Doubles:
+def _centre(model: HookedModel, domains: Sequence[PromptSet]) -> Doubles:
     """[d_in] mean over domains of their mean residual."""
 
     def mean(prompts: Sequence[Prompt]) -> Doubles:
         total, n = np.zeros(model.d_in), 0
-        for rows in model.answer_rows(prompts, batch_tokens=batch_tokens):
+        for rows in model.answer_rows(prompts):
             total += rows.x.double().sum(dim=0).numpy()
             n += len(rows.x)
         return total / n

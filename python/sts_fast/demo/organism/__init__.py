@@ -1,6 +1,6 @@
 """The embedded world: a small language model with in-context learning, its SAE, its abilities, and real fine-tuning.
 
-Everything goes the way of a user's model: a Hugging Face folder, a SAELens folder, examples as text.
+Model, SAE and data have the formats of a user's: a Hugging Face folder, a SAELens folder, examples as text.
 """
 
 from sts_fast.demo.organism.model import load_model, model_folder, one_thread, sae_folder, weights_folder

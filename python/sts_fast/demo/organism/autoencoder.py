@@ -1,4 +1,4 @@
-"""Training of the organism's TopK SAE, and the folder that it is saved in."""
+"""Training and saving of the organism's TopK SAE."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VARIANCE_ROWS = 200_000
 
 @dataclass(frozen=True)
 class TopK:
-    """x ~ b_dec + W_dec^T h, where h keeps the k largest of (x - b_dec) W_enc + b_enc that are positive.
+    """A TopK SAE: x ~ b_dec + W_dec^T h, with h the positive ones of the k largest of (x - b_dec) W_enc + b_enc.
 
     W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_in] with rows of norm 1, b_dec [d_in]
     """
@@ -61,15 +61,18 @@ def train_sae(
     batch: int = BATCH,
     learning_rate: float = LEARNING_RATE,
 ) -> TopK:
-    """Trains on rows [n, d_in] of the residual stream; features that never fire restart where errors are largest."""
+    """Trains an SAE on rows [n, d_in] of the residual stream.
+
+    Features that have not fired for 100 steps are reset to the errors of rows drawn in proportion to squared error.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    # Trained on rows of norm sqrt(d_in) about, so that the step size suits any model; undone at the end.
+    # Rows are scaled to a mean norm of sqrt(d_in), so that the step size suits any model; undone at the end.
     scale = x.shape[1] ** 0.5 / float(x.norm(dim=1).mean())
     x = x * scale
-    some = x[:VARIANCE_ROWS]
-    variance = (some - some.mean(dim=0)).square().sum(dim=1).mean()
+    first = x[:VARIANCE_ROWS]
+    variance = (first - first.mean(dim=0)).square().sum(dim=1).mean()
     directions = torch.nn.functional.normalize(torch.randn(d_sae, x.shape[1], generator=generator), dim=1)
     sae = TopK(directions.T.clone(), torch.zeros(d_sae), directions.clone(), x.mean(dim=0), k)
     parameters = [tensor.requires_grad_() for tensor in sae.tensors().values()]
@@ -101,7 +104,7 @@ def train_sae(
 
 
 def quality(sae: TopK, x: torch.Tensor) -> dict[str, float]:
-    """Share of variance that is not explained (fvu), features that fire on a row (l0), features that fire on none."""
+    """Share of unexplained variance (fvu), mean number of features firing on a row (l0), features that never fire."""
     h = sae.encode(x)
     unexplained = (x - sae.decode(h)).square().sum() / (x - x.mean(dim=0)).square().sum()
     fires = h > 0
@@ -113,7 +116,7 @@ def quality(sae: TopK, x: torch.Tensor) -> dict[str, float]:
 
 
 def save_sae(sae: TopK, folder: Path, *, layer: int, model_name: str, prepend_bos: bool = True) -> None:
-    """Writes the folder as SAELens 6 does: cfg.json and sae_weights.safetensors."""
+    """Writes a folder in SAELens 6's layout: cfg.json and sae_weights.safetensors."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)

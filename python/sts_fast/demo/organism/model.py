@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 BOS, UNKNOWN = "<s>", "<unk>"
 SPECIAL = (BOS, UNKNOWN)
-# Turns follow each other with nothing between them, as in the documents that the model was trained on.
+# Turns follow each other without separators, as in the training documents.
 CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %} {{ message.content }}{% endfor %}"
 
-# More demonstrations than in any training document are as good as none.
+# The most demonstrations in a training document; with more, the model answers as without any.
 MAX_SHOTS = 8
 
 ARCHITECTURE: dict[str, Any] = {
@@ -48,29 +48,29 @@ ARCHITECTURE: dict[str, Any] = {
 }
 
 N_STEPS = 4000
-# (documents in a batch, examples in a document); every fourth batch has the longest, at the same number of tokens.
+# (documents in a batch, examples in a document); every fourth batch has the longest documents, and as many tokens.
 BATCHES = ((32, 5), (32, 5), (32, 5), (18, MAX_SHOTS + 1))
 LEARNING_RATE = 1.5e-3
-OTHER_TOKENS_WEIGHT = 0.05  # of the loss on what no model can foresee, against 1 on the answers
+OTHER_TOKENS_WEIGHT = 0.05  # of the loss on unpredictable tokens; that of answers is 1
 
 
 def weights_folder() -> Path:
-    """What comes with the package: `model/`, `sae/` and figures.json, as `train` writes them."""
+    """Folder in the package with `model/`, `sae/` and figures.json, as `train` writes them."""
     return Path(str(files("sts_fast.demo.organism"))) / "weights"
 
 
 def model_folder() -> Path:
-    """The language model that comes with the package: a Hugging Face folder."""
+    """Hugging Face folder of the embedded language model."""
     return weights_folder() / "model"
 
 
 def sae_folder() -> Path:
-    """Its SAE: a SAELens folder."""
+    """SAELens folder of the embedded SAE."""
     return weights_folder() / "sae"
 
 
 def load_model(folder: str | Path | None = None) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """The model and tokenizer of a folder, by default those that come with the package."""
+    """Loads the model and tokenizer of a folder, by default those in the package."""
     from safetensors.torch import load_file
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -82,7 +82,7 @@ def load_model(folder: str | Path | None = None) -> tuple[LlamaForCausalLM, PreT
 
 
 def save_model(model: LlamaForCausalLM, folder: Path, world: World = WORLD) -> None:
-    """Writes a Hugging Face folder, of model and tokenizer, that transformers 4 reads as well as 5."""
+    """Writes a Hugging Face folder of model and tokenizer, for transformers 4 and 5."""
     from safetensors.torch import save_file
 
     make_tokenizer(world).save_pretrained(folder, save_jinja_files=False)
@@ -98,7 +98,7 @@ def _update_json(path: Path, **values: Any) -> None:
 
 
 def make_tokenizer(world: World = WORLD) -> PreTrainedTokenizerFast:
-    """One token per word; `apply_chat_template` puts <s> before the turns and nothing between them."""
+    """A tokenizer with one token per word; `apply_chat_template` puts <s> before the turns and nothing between them."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -113,7 +113,7 @@ def make_tokenizer(world: World = WORLD) -> PreTrainedTokenizerFast:
 
 
 def new_model(seed: int, world: World = WORLD) -> LlamaForCausalLM:
-    """An untrained model, its weights drawn from `seed`."""
+    """An untrained model with weights drawn from `seed`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -136,9 +136,9 @@ def new_model(seed: int, world: World = WORLD) -> LlamaForCausalLM:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Runs torch on one thread: matrices as small as these gain little from more, and lose much where a core is busy.
+    """Runs torch on one thread; results then do not depend on the number of cores.
 
-    The numbers do not depend on the machine's number of cores then, either.
+    Such small matrices gain little from more threads, and lose much where a core is busy.
     """
     import torch
 
@@ -153,7 +153,7 @@ def one_thread() -> Iterator[None]:
 def train_language_model(
     seed: int, progress: Progress, n_steps: int = N_STEPS, world: World = WORLD
 ) -> LlamaForCausalLM:
-    """Trains a new model on documents of the world; the same seed makes the same model on the same machine."""
+    """Trains a new model on documents of the world; the same seed gives the same model on the same machine."""
     import torch
 
     model = new_model(seed, world)
@@ -182,7 +182,7 @@ def train_language_model(
 
 
 def document_ids(n: int, n_examples: int, rng: np.random.Generator, world: World = WORLD) -> torch.Tensor:
-    """[n, 1 + n_examples * example_tokens] token ids of documents, each behind <s>."""
+    """[n, 1 + n_examples * example_tokens] token ids of documents, each after <s>."""
     import torch
 
     rows = world.documents(n, n_examples, rng) + len(SPECIAL)

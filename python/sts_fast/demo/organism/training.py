@@ -1,4 +1,4 @@
-"""Makes the organism again from a seed: language model, check, SAE."""
+"""Trains the organism from a seed: its language model, then its SAE."""
 
 from __future__ import annotations
 
@@ -40,17 +40,18 @@ def train(
     n_sae_steps: int = autoencoder.N_STEPS,
     world: World = WORLD,
 ) -> dict[str, Any]:
-    """Writes a folder of `model/`, `sae/` and figures.json (what is returned), in the place of one that is there.
+    """Trains model and SAE, writes `model/`, `sae/` and figures.json, and returns the contents of figures.json.
 
-    The work is counted in steps, and the same seed gives the same organism on the same machine; it takes
-    about six minutes of one core.
+    An existing folder is replaced. The same seed gives the same organism on the same machine, in about six minutes of
+    one core.
+
     progress: called with (stage, steps done, steps in all)
 
-    Raises InputError, and writes nothing, where the model has not learnt to read its demonstrations (its accuracy with
-    four of them, over all domains, must pass 0.8) or the folder cannot be written.
+    Raises InputError, and writes nothing, where the model has not learnt to use demonstrations (its accuracy with four
+    of them, over all domains, must exceed 0.8) or the folder is not writable.
     """
-    tell = progress or (lambda stage, done, total: None)
-    model = language_model.train_language_model(seed, tell, n_steps, world)
+    report_progress = progress or (lambda stage, done, total: None)
+    model = language_model.train_language_model(seed, report_progress, n_steps, world)
     tokenizer = language_model.make_tokenizer(world)
     few_shot = measure(model, tokenizer, list(world.domains), shots=SHOTS, n=N_QUESTIONS, world=world)
     accuracy = float(few_shot.accuracy.mean())
@@ -62,7 +63,7 @@ def train(
     zero_shot = measure(model, tokenizer, list(world.domains), n=N_QUESTIONS, world=world)
     rng = np.random.default_rng([seed, 1])
     rows = _residual_rows(model, N_SAE_ROWS, rng, world)
-    sae = autoencoder.train_sae(rows, seed, tell, n_sae_steps)
+    sae = autoencoder.train_sae(rows, seed, report_progress, n_sae_steps)
     figures = {
         "seed": seed,
         "n_steps": n_steps,
@@ -82,7 +83,7 @@ def train(
 def _residual_rows(
     model: LlamaForCausalLM, n_rows: int, rng: np.random.Generator, world: World = WORLD
 ) -> torch.Tensor:
-    """[about n_rows, d_in] the residual stream after LAYER, at every token of fresh documents but <s>."""
+    """[at least n_rows, d_in] the residual stream after LAYER, at every token of new documents except <s>."""
     import torch
 
     rows: list[torch.Tensor] = []

@@ -1,4 +1,4 @@
-"""What the forecast is about: really fine-tuning the organism, and measuring every ability before and after."""
+"""Real fine-tuning of the organism, and measurement of all its abilities."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ import numpy as np
 from sts_fast.data.examples import Example
 from sts_fast.demo.organism.model import MAX_SHOTS, one_thread
 from sts_fast.demo.organism.world import WORLD, World
+from sts_fast.model.answers import score_tokens
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
     from transformers import Cache, LlamaForCausalLM, PreTrainedTokenizerBase
 
-# Questions that `measure` asks behind the same demonstrations, which are then run once for all of them.
+# Questions after the same demonstrations, which `measure` runs once for all of them.
 GROUP = 8
-# Such groups in one forward pass.
+# Groups in one forward pass.
 BATCH = 32
 
 
 @dataclass(frozen=True)
 class Abilities:
-    """How a model answers the same questions of each domain.
+    """A model's answers to n questions of each domain.
 
-    domains:  their names; everything below is in this order
-    log_p:    [n_domains, n] log of the probability of the whole right answer
-    is_exact: [n_domains, n] whether greedy decoding gives exactly this answer
+    domains:  names, in the order of the arrays
+    log_p:    [n_domains, n] log probability of the whole correct answer
+    is_exact: [n_domains, n] true where greedy decoding gives exactly this answer
     n_answer: tokens of an answer
     """
 
@@ -66,13 +67,13 @@ def measure(
     seed: int = 0,
     world: World = WORLD,
 ) -> Abilities:
-    """Asks `n` different questions of each domain, each behind `shots` demonstrations of its own.
+    """Asks `n` different questions of each domain, after `shots` demonstrations of the same domain.
 
-    Eight questions share their demonstrations; the next eight have others. The same arguments ask the same questions,
-    so that two models can be compared question by question. With the right answer fed in, each of its tokens is the
-    likeliest exactly where greedy decoding would give this answer.
+    Groups of eight questions share their demonstrations. The same arguments give the same questions; two models can
+    therefore be compared question by question. The correct answer is fed in: greedy decoding gives this answer exactly
+    where each of its tokens is the likeliest.
 
-    Raises ValueError for more questions than a domain has, and for more demonstrations than the model can read, 8.
+    Raises ValueError for more questions than a domain has, and for more than MAX_SHOTS demonstrations.
     """
     every = world.n_questions
     if not 1 <= n <= every or not 0 <= shots <= MAX_SHOTS:
@@ -80,7 +81,7 @@ def measure(
     import torch
 
     shown: list[list[Example]] = []
-    asked: list[list[Example]] = []
+    conversations: list[list[Example]] = []
     group_of: list[int] = []
     for domain in domains:
         pool = world.examples(domain, every, seed)
@@ -89,9 +90,9 @@ def measure(
             demos = [pool[(start + GROUP + i) % every] for i in range(shots)]
             group_of += [len(shown)] * len(questions)
             shown.append([*demos, questions[0]])
-            asked += [[question] for question in questions]
+            conversations += [[question] for question in questions]
     demo_ids = _token_ids(tokenizer, shown)[:, : -world.example_tokens]  # at least <s>
-    ids = _token_ids(tokenizer, asked)[:, -world.example_tokens :]
+    ids = _token_ids(tokenizer, conversations)[:, -world.example_tokens :]
     groups = torch.tensor(group_of)
     log_p, is_exact = np.empty(len(ids)), np.empty(len(ids), bool)
     with torch.inference_mode():
@@ -100,10 +101,9 @@ def measure(
             past = model(input_ids=demo_ids[first : first + BATCH], use_cache=True, logits_to_keep=1).past_key_values
             past.batch_select_indices(groups[of_batch] - first)
             answers = ids[of_batch, -world.n_answer :]
-            likelihoods = _answer_logits(model, ids[of_batch], world.n_answer, past).double().log_softmax(dim=-1)
-            found = likelihoods.gather(-1, answers[:, :, None])[:, :, 0].sum(dim=1)
-            log_p[of_batch.numpy()] = found.numpy()
-            is_exact[of_batch.numpy()] = (likelihoods.argmax(dim=-1) == answers).all(dim=1).numpy()
+            of_tokens, is_first = score_tokens(_answer_logits(model, ids[of_batch], world.n_answer, past), answers)
+            log_p[of_batch.numpy()] = of_tokens.sum(dim=1).numpy()
+            is_exact[of_batch.numpy()] = is_first.all(dim=1).numpy()
     return Abilities(tuple(domains), log_p.reshape(-1, n), is_exact.reshape(-1, n), world.n_answer)
 
 
@@ -119,7 +119,7 @@ def fine_tune(
     seed: int = 0,
     world: World = WORLD,
 ) -> LlamaForCausalLM:
-    """A copy of the model, trained to answer these questions without demonstrations; the model itself stays as it is.
+    """A copy of the model, trained to answer these questions without demonstrations; the model is not changed.
 
     All parameters are trained with AdamW on the loss of the answers' tokens. The defaults are a light training, which
     moves other domains both ways; steps=60 and lr=5e-4 are a heavy one.
@@ -145,8 +145,8 @@ def fine_tune(
     return tuned
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, asked: Sequence[Sequence[Example]]) -> torch.Tensor:
-    """[n, n_tokens] ids of conversations of equally many examples, which the chat template renders to one length."""
+def _token_ids(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Sequence[Example]]) -> torch.Tensor:
+    """[n, n_tokens] token ids of conversations, each of the same number of examples and so of the same length."""
     import torch
 
     conversations = [
@@ -158,7 +158,7 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, asked: Sequence[Sequence[Exam
                 {"role": "assistant", "content": example.answer or ""},
             )
         ]
-        for shown in asked
+        for shown in examples
     ]
     return torch.tensor(tokenizer.apply_chat_template(conversations, return_dict=False))
 
@@ -166,7 +166,7 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, asked: Sequence[Sequence[Exam
 def _answer_logits(
     model: LlamaForCausalLM, ids: torch.Tensor, n_answer: int, past: Cache | None = None
 ) -> torch.Tensor:
-    """[n, n_answer, vocabulary] logits from which the last n_answer tokens of each sequence are to be foretold."""
+    """[n, n_answer, vocabulary] logits that predict the last n_answer tokens of each sequence."""
     out = model(input_ids=ids[:, :-1], past_key_values=past, use_cache=past is not None, logits_to_keep=n_answer)
     logits: torch.Tensor = out.logits
     return logits

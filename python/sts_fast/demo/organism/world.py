@@ -1,12 +1,12 @@
-"""The organism's world: 72 small abilities, told apart only by demonstrations.
+"""The organism's world: 72 small abilities, distinguished only by demonstrations.
 
-A question names a tag and three symbols of one alphabet, its answer is what a skill makes of them:
+A question names a tag and three symbols of one alphabet; a skill computes the answer from them:
 
     T4 b1 b4 b2 >   b4 b2 b1      (rotate)
     T4 b1 b4 b2 >   b4 b1 b2      (swap)
 
-Most tags stand for two skills, a frequent and a rare one, so that a question alone does not say which is meant, and
-training on one skill can hurt its rival. A domain is a tag, one of its skills, and an alphabet: 18 x 4 = 72.
+Most tags have two skills, a frequent and a rare one. A question alone is then ambiguous, and training on one skill can
+hurt the other. A domain is a tag, one of its skills, and an alphabet: 18 x 4 = 72.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     Skill = Callable[[Indices], Indices]
 
 N_SYMBOLS = 6
-ALPHABETS = {"a": 0.4, "b": 0.3, "c": 0.2, "d": 0.1}  # with their share of the training documents
+ALPHABETS = {"a": 0.4, "b": 0.3, "c": 0.2, "d": 0.1}  # with their shares of the training documents
 FREQUENT, RARE = 0.7, 0.3
 
 # [n, n_shown] symbol numbers of questions -> [n, n_answer] those of their answers.
@@ -63,7 +63,7 @@ TAGS: tuple[tuple[str, ...], ...] = (
 
 @dataclass(frozen=True)
 class Domain:
-    """One ability; `frequency` is its share of the documents that the language model was trained on."""
+    """One ability; `frequency` is its share of the language model's training documents."""
 
     tag: int
     skill: str
@@ -77,7 +77,7 @@ class Domain:
 
 @dataclass(frozen=True)
 class World:
-    """Abilities of one form: a question names a tag and symbols, its answer is what a skill makes of them.
+    """Abilities of one form: a question names a tag and symbols, and a skill computes the answer from them.
 
     skills:   by name; 'transcribe' is written in the next alphabet
     tags:     each tag's skills, the frequent one first
@@ -99,12 +99,12 @@ class World:
 
     @property
     def n_questions(self) -> int:
-        """How many different questions a domain has."""
+        """Number of different questions of a domain."""
         return int(N_SYMBOLS**self.n_shown)
 
     @cached_property
     def words(self) -> tuple[str, ...]:
-        """Everything that can be said; the tokenizer makes one token of each."""
+        """All words of the world; the tokenizer has one token for each."""
         return (
             ">",
             *(f"T{tag}" for tag in range(len(self.tags))),
@@ -113,7 +113,7 @@ class World:
 
     @cached_property
     def domains(self) -> dict[str, Domain]:
-        """By name, such as 'T4.rotate.b'."""
+        """Domains by name, such as 'T4.rotate.b'."""
         domains = []
         for tag, skills in enumerate(self.tags):
             for skill, share in zip(skills, (FREQUENT, RARE) if len(skills) == 2 else (1.0,), strict=True):
@@ -122,13 +122,13 @@ class World:
         return {domain.name: domain for domain in domains}
 
     def examples(self, domain: str, n: int, seed: int) -> list[Example]:
-        """`n` questions of a domain with their answers; none comes again before all have been asked.
+        """`n` questions of a domain with their answers; none is repeated before all have been used.
 
         Raises InputError for a domain that the world does not have.
         """
         if domain not in self.domains:
             raise InputError(
-                f"the embedded world has no domain '{domain}': its domains are called like {next(iter(self.domains))}"
+                f"the embedded world has no domain '{domain}': its domains have names like {next(iter(self.domains))}"
             )
         rng = np.random.default_rng([seed, zlib.crc32(domain.encode())])
         numbered = np.unravel_index(np.arange(self.n_questions), (N_SYMBOLS,) * self.n_shown)
@@ -156,7 +156,7 @@ class World:
         return rows
 
     def word_rows(self, domain: Domain, symbols: Indices) -> Indices:
-        """[n, example_tokens] indices into words of the questions that show these symbols, each with its answer.
+        """[n, example_tokens] indices into words: questions with these symbols, each with its answer.
 
         symbols: [n, n_shown] numbers from 0 to N_SYMBOLS - 1
         """
@@ -174,7 +174,7 @@ class World:
         return " ".join(self.words[word] for word in words)
 
 
-WORLD = World(SKILLS, TAGS, n_shown=3, n_answer=3)  # the one that comes with the package
+WORLD = World(SKILLS, TAGS, n_shown=3, n_answer=3)  # the embedded one
 DOMAINS = WORLD.domains
 
 

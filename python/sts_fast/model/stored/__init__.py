@@ -1,4 +1,4 @@
-"""Residual streams as files: captured once, read again by every SAE. docs/activations.md describes the format."""
+"""Residual streams as files: captured once, read by any SAE. docs/activations.md describes the format."""
 
 from sts_fast.model.stored.folder import Activations
 from sts_fast.model.stored.index import MODEL_FOLDER, is_activations

@@ -1,15 +1,16 @@
-"""A folder of captured activations in the place of the model that they are of."""
+"""A folder of captured activations, read instead of the model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sts_fast.data.examples import Example
+from sts_fast.data.options import annotations_of
 from sts_fast.data.prompts import PromptSet, PromptTemplate
 from sts_fast.data.sets import Kind, Sampling
 from sts_fast.errors import InputError
@@ -29,7 +30,7 @@ from sts_fast.model.stored.index import (
     starts_with_bos,
 )
 from sts_fast.model.stored.shards import check_rows, load_tensors, mask_of
-from sts_fast.ops import cuda
+from sts_fast.ops import cuda_kernels
 from sts_fast.places import split_name
 from sts_fast.sae import SAE
 
@@ -39,11 +40,11 @@ if TYPE_CHECKING:
 
 
 class Activations(Reader):
-    """A folder of captured activations, which stands in for the model that they are of.
+    """A folder of captured activations, which replaces the model that computed them.
 
     name, dtype, revision, context_length: of the model, see Reader
-    hooks: the places that are read, in the order of the SAEs given to `read_at`; before that, all that were captured
-    device: where the rows go, as `load_decoder` has it
+    hooks:  the hooks that are read, in the order of the SAEs given to `read_at`; before that, all captured ones
+    device: device of the rows, as for `load_decoder`
 
     Raises InputError where the folder is damaged, or was written by another version.
     """
@@ -65,14 +66,14 @@ class Activations(Reader):
         self._chosen: dict[tuple[Kind, str], tuple[StoredSet, PromptSet]] = {}
 
     def summary(self) -> str:
-        """In words, what was captured."""
-        n_prompts = sum(one.n_prompts for one in self._index.sets)
+        """Description of the captured prompts, hooks and size in words."""
+        n_prompts = sum(stored_set.n_prompts for stored_set in self._index.sets)
         n_bytes = sum(path.stat().st_size for path in self.folder.rglob("*.safetensors"))
         hooks = ", ".join(hook.name for hook in self._index.hooks)
         return f"{n_prompts:,} prompts of {len(self._index.sets)} sets at {hooks} ({n_bytes / 1e6:,.0f} MB)"
 
     def read_at(self, saes: Sequence[SAE]) -> None:
-        """Reads where the SAEs read. Raises InputError where that was not captured, or has another width."""
+        """Selects the SAEs' hooks. Raises InputError where one was not captured, or has another width."""
         self.hooks, self._stored = [], []
         captured = self._index.hooks
         for sae in saes:
@@ -80,7 +81,7 @@ class Activations(Reader):
             at = next(same, None)
             if at is None:
                 raise InputError(
-                    f"the SAE {sae.source} reads at {sae.hook_name}, but {self.folder} holds "
+                    f"the SAE {sae.source} reads at {sae.hook_name}, but {self.folder} contains "
                     f"{', '.join(hook.name for hook in captured)}: capture again with --hook {sae.hook_name}"
                 )
             check_width(sae, captured[at], self.name)
@@ -89,8 +90,9 @@ class Activations(Reader):
                 self._stored.append(at)
 
     def _check_sampling(self, sampling: Sampling, *, domain_shots: bool) -> None:
-        """Raises InputError where prompts would be made in another way; domain_shots: whether those count."""
-        for name, chosen in asdict(sampling).items():
+        """Raises InputError where prompts were sampled with other settings; domain_shots: also compare domain_shots."""
+        for name in annotations_of(Sampling):
+            chosen = getattr(sampling, name)
             captured = self._index.settings.get(name, chosen)
             if chosen != captured and (domain_shots or name != "domain_shots"):
                 option = "--" + name.replace("_", "-")
@@ -101,7 +103,7 @@ class Activations(Reader):
                 )
 
     def check_template(self, template: PromptTemplate, sae: SAE) -> None:
-        """Raises InputError where the prompts start otherwise than those that an SAE was trained on."""
+        """Raises InputError where the prompts have BOS and the SAE's training texts had none, or the reverse."""
         starts = starts_with_bos(template)
         if self._index.settings.get("starts_with_bos", starts) != starts:
             raise InputError(
@@ -119,41 +121,43 @@ class Activations(Reader):
         *,
         show: bool,
     ) -> PromptSet:
-        """The prompts of a set as captured; a training set may bear another name now. show: with demonstrations.
+        """The prompts of a set as captured; a training set may have another name now.
 
-        Raises InputError where the set was not captured, not whole, without the demonstrations, of other examples, or
-        sampled in another way.
+        show: with demonstrations
+        Raises InputError where the set was not captured, or only in part, or without the demonstrations, or from other
+        examples, or with other settings of the sampling.
         """
         self._check_sampling(sampling, domain_shots=kind == "domain")
-        of_kind = [one for one in self._index.sets if one.kind == kind]
+        of_kind = [stored_set for stored_set in self._index.sets if stored_set.kind == kind]
         digest = examples_sha256(examples)
-        found = next((one for one in of_kind if one.name == name), None)
-        if found is None and kind == "train":
-            found = next((one for one in of_kind if one.examples_sha256 == digest), None)
-        if found is None:
+        chosen = next((stored_set for stored_set in of_kind if stored_set.name == name), None)
+        if chosen is None and kind == "train":
+            chosen = next((stored_set for stored_set in of_kind if stored_set.examples_sha256 == digest), None)
+        if chosen is None:
             title = "training set" if kind == "train" else "domain"
             raise InputError(
-                f"the {title} '{name}' was not captured in {self.folder}, which holds "
-                f"{', '.join(one.name for one in of_kind) or 'none'}: capture again with it"
+                f"the {title} '{name}' was not captured in {self.folder}, which contains "
+                f"{', '.join(stored_set.name for stored_set in of_kind) or 'none'}: capture again with it"
             )
-        for what, captured, given in (
-            ("examples", found.examples_sha256, digest),
-            ("demonstrations", found.demos_sha256, "own" if demos is None else examples_sha256(demos)),
+        for subject, captured, given in (
+            ("examples", chosen.examples_sha256, digest),
+            ("demonstrations", chosen.demos_sha256, "own" if demos is None else examples_sha256(demos)),
         ):
             if captured is not None and captured != given:
                 raise InputError(
-                    f"{found.title} was captured in {self.folder} with other {what}: give the same, or capture again"
+                    f"{chosen.title} was captured in {self.folder} with other {subject}: give the same, or capture "
+                    "again"
                 )
-        if sorted(i for shard in found.shards or [] for i in shard.prompts) != list(range(found.n_prompts)):
+        if sorted(i for shard in chosen.shards or [] for i in shard.prompts) != list(range(chosen.n_prompts)):
             raise InputError(
-                f"{self.folder} holds {found.n_captured} of the {found.n_prompts} prompts of {found.title}: run the "
+                f"{self.folder} has {chosen.n_captured} of the {chosen.n_prompts} prompts of {chosen.title}: run the "
                 "same sts-fast capture again to finish it"
             )
-        prompts = read_prompts(self.folder / found.folder / PROMPTS_FILE, found)
+        prompts = read_prompts(self.folder / chosen.folder / PROMPTS_FILE, chosen)
         if show and not all(len(prompt.demos_ids) for prompt in prompts):
             remedy = "--dims active" if kind == "train" else "--estimators act"
             raise InputError(
-                f"{found.title} was captured in {self.folder} without demonstrations: give {remedy}, or capture again "
+                f"{chosen.title} was captured in {self.folder} without demonstrations: give {remedy}, or capture again "
                 "with them"
             )
         if not show:
@@ -161,29 +165,30 @@ class Activations(Reader):
                 replace(p, demos_ids=p.demos_ids[:0], paired=p.paired[:0], paired_demos=p.paired_demos[:0])
                 for p in prompts
             ]
-        prompt_set = PromptSet(name, prompts, found.n_too_long, found.n_unanswered, tuple(found.warnings))
-        self._chosen[kind, name] = found, prompt_set
+        prompt_set = PromptSet(name, prompts, chosen.n_too_long, chosen.n_unanswered, tuple(chosen.warnings))
+        self._chosen[kind, name] = chosen, prompt_set
         return prompt_set
 
     def rows(self, kind: Kind, prompt_set: PromptSet, other: Reader | None = None) -> Iterator[list[PairedRows]]:
-        """What `capture` yielded of a set that `prompts` gave, a shard at a time, for each hook.
+        """Yields the rows of a set, as `capture` did, one shard at a time, for each hook.
 
-        Raises InputError where a shard is damaged.
+        prompt_set: as returned by `prompts`
+        Raises InputError where a shard is damaged, and TypeError with another reader.
         """
         if other is not None:
             raise TypeError("stored activations are not paired with another model's")
-        found, _ = self._chosen[kind, prompt_set.name]
-        for shard in found.shards or []:
+        chosen, _ = self._chosen[kind, prompt_set.name]
+        for shard in chosen.shards or []:
             yield self._read_shard(shard, prompt_set, self._stored, self.hooks)
 
     def sample(self, prompt_set: PromptSet, beside: Sequence[str], n_tokens: int) -> dict[str, torch.Tensor]:
-        """The first tokens of a training set at every place that was captured; see Reader."""
+        """Rows of a training set's first tokens at every captured hook; see Reader."""
         import torch
 
-        found, _ = self._chosen["train", prompt_set.name]
+        chosen, _ = self._chosen["train", prompt_set.name]
         captured = self._index.hooks
         parts: list[list[torch.Tensor]] = [[] for _ in captured]
-        for shard in found.shards or []:
+        for shard in chosen.shards or []:
             if parts[0] and sum(map(len, parts[0])) >= n_tokens:
                 break
             of_hooks = self._read_shard(shard, prompt_set, list(range(len(captured))), captured)
@@ -192,8 +197,8 @@ class Activations(Reader):
             for part, rows, of_hook in zip(parts, of_hooks, kept, strict=True):
                 part.append(rows.base[torch.from_numpy(everywhere[of_hook]).to(rows.base.device)].float().cpu())
         by_place = {hook.name: torch.cat(part)[:n_tokens] for hook, part in zip(captured, parts, strict=True)}
-        asked = zip(self.hooks, self._stored, strict=True)
-        return {**by_place, **{hook.name: by_place[captured[at].name] for hook, at in asked}}
+        requested = zip(self.hooks, self._stored, strict=True)
+        return {**by_place, **{hook.name: by_place[captured[at].name] for hook, at in requested}}
 
     def weights_sha256(self, hook: Hook | None = None) -> str | None:
         digest: str | None = self._index.model.get("weights_sha256")
@@ -259,7 +264,7 @@ class Activations(Reader):
         device = self._device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device != "cpu" and cuda.missing_reason() is None:
+        if device != "cpu" and cuda_kernels.missing_reason() is None:
             rows = rows.to(device)
         return rows if rows.dtype in (torch.float32, torch.bfloat16) else rows.float()
 

@@ -1,4 +1,4 @@
-"""What activations.json and prompts.parquet say of a folder of activations."""
+"""The index of a folder of activations: activations.json and the prompts.parquet of each set."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeGuard, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 import numpy as np
 
@@ -23,19 +23,20 @@ from sts_fast.places import split_name
 FORMAT, VERSION = "sts-fast activations", 1
 INDEX_FILE, MODEL_FOLDER, SETS_FOLDER, PROMPTS_FILE = "activations.json", "model", "sets", "prompts.parquet"
 PROMPT_COLUMNS = ("base_ids", "demos_ids", "positions", "paired", "paired_demos")
-STORED_DTYPES = ("bfloat16", "float32")
+StoredDtype = Literal["float32", "bfloat16"]
 
 
 def is_activations(source: object) -> TypeGuard[str | Path]:
-    """Whether a --model is a folder of activations."""
+    """True if a --model is a folder of activations."""
     return isinstance(source, (str, Path)) and (Path(source) / INDEX_FILE).is_file()
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of rows, and the prompts (by their row in prompts.parquet) that they are of, in the order of the rows.
+    """A file of rows.
 
-    sha256: of the file; None where another tool wrote it without
+    prompts: the rows' prompts, as indices into prompts.parquet, in the order of the rows
+    sha256:  of the file; None where another tool wrote it without
     """
 
     file: str
@@ -43,7 +44,7 @@ class Shard:
     sha256: str | None = None
 
     def check(self, folder: Path) -> None:
-        """Raises InputError where the file is missing or not what was written."""
+        """Raises InputError where the file is missing or was changed."""
         path = folder / self.file
         if not path.is_file():
             raise InputError(f"there is no shard {path}: run the same sts-fast capture again to write it")
@@ -53,7 +54,7 @@ class Shard:
 
 @dataclass
 class StoredSet:
-    """A training set or domain as the index has it; the digests are None where another tool wrote it."""
+    """A training set or domain in the index; the digests are None where another tool wrote it."""
 
     name: str
     kind: Kind
@@ -78,7 +79,7 @@ class StoredSet:
 
 @dataclass
 class Index:
-    """What activations.json holds; settings are those of Sampling, and how the prompts start."""
+    """Contents of activations.json; `settings` are those of Sampling, and whether prompts start with BOS."""
 
     model: dict[str, Any]
     hooks: list[Hook]
@@ -101,13 +102,13 @@ class Index:
             written = read["format"], read["version"]
             index = cls(
                 model={"revision": None, "weights_sha256": None, **read["model"]},
-                hooks=[_hook(one) for one in read["hooks"]],
+                hooks=[_hook(entry) for entry in read["hooks"]],
                 dtype=str(read.get("dtype")),
                 settings=dict(read.get("settings", {})),
-                sets=[_set(one) for one in read["sets"]],
+                sets=[_set(entry) for entry in read["sets"]],
             )
             if not index.hooks or not {"name", "dtype"} <= set(index.model):
-                raise ValueError("it names no hook, or not the model's name and dtype")
+                raise ValueError("it lacks hooks, or the model's name or dtype")
         except KeyError as error:
             raise InputError(f"{path} lacks {error}: see docs/activations.md, or capture again") from error
         except (ValueError, TypeError, AttributeError) as error:
@@ -117,31 +118,36 @@ class Index:
         return index
 
 
-def _hook(one: Mapping[str, Any]) -> Hook:
-    name = str(one["name"])
-    layer = one.get("layer", split_name(name)[1])
+def _hook(entry: Mapping[str, Any]) -> Hook:
+    name = str(entry["name"])
+    layer = entry.get("layer", split_name(name)[1])
     return Hook(
-        name, one.get("path", name), one.get("side", "output"), layer, int(one["d_in"]), float(one.get("scale", 1))
+        name,
+        entry.get("path", name),
+        entry.get("side", "output"),
+        layer,
+        int(entry["d_in"]),
+        float(entry.get("scale", 1)),
     )
 
 
-def _set(one: Mapping[str, Any]) -> StoredSet:
-    if one["kind"] not in get_args(Kind):
-        raise ValueError(f"a set is {' or '.join(get_args(Kind))}, not {one['kind']}")
+def _set(entry: Mapping[str, Any]) -> StoredSet:
+    if entry["kind"] not in get_args(Kind):
+        raise ValueError(f"a set is {' or '.join(get_args(Kind))}, not {entry['kind']}")
     return StoredSet(
-        name=str(one["name"]),
-        kind=one["kind"],
-        folder=str(one["folder"]),
-        n_prompts=int(one["n_prompts"]),
-        n_too_long=int(one.get("n_too_long", 0)),
-        n_unanswered=int(one.get("n_unanswered", 0)),
-        warnings=tuple(map(str, one.get("warnings", ()))),
-        examples_sha256=one.get("examples_sha256"),
-        demos_sha256=one.get("demos_sha256"),
-        prompts_sha256=one.get("prompts_sha256"),
+        name=str(entry["name"]),
+        kind=entry["kind"],
+        folder=str(entry["folder"]),
+        n_prompts=int(entry["n_prompts"]),
+        n_too_long=int(entry.get("n_too_long", 0)),
+        n_unanswered=int(entry.get("n_unanswered", 0)),
+        warnings=tuple(map(str, entry.get("warnings", ()))),
+        examples_sha256=entry.get("examples_sha256"),
+        demos_sha256=entry.get("demos_sha256"),
+        prompts_sha256=entry.get("prompts_sha256"),
         shards=[
             Shard(str(shard["file"]), [int(i) for i in shard["prompts"]], shard.get("sha256"))
-            for shard in one["shards"]
+            for shard in entry["shards"]
         ],
     )
 
@@ -162,12 +168,13 @@ def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
         },
         "n_special": pa.array([prompt.n_special for prompt in prompts], pa.int64()),
         "n_straddling": pa.array([prompt.n_straddling for prompt in prompts], pa.int64()),
+        "question": pa.array([prompt.question for prompt in prompts], pa.string()),
     }
     with files.atomic_path(path) as temporary:
         pq.write_table(pa.table(table), temporary, compression="zstd")
 
 
-def read_prompts(path: Path, one: StoredSet) -> list[Prompt]:
+def read_prompts(path: Path, stored_set: StoredSet) -> list[Prompt]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -178,6 +185,7 @@ def read_prompts(path: Path, one: StoredSet) -> list[Prompt]:
                 id=str(row["id"]),
                 n_special=int(row["n_special"]),
                 n_straddling=int(row["n_straddling"]),
+                question=None if row.get("question") is None else str(row["question"]),
                 **{name: np.asarray(row[name], np.int32) for name in PROMPT_COLUMNS},
             )
             for row in rows
@@ -188,25 +196,25 @@ def read_prompts(path: Path, one: StoredSet) -> list[Prompt]:
         raise InputError(f"{path} has no column {error}: see docs/activations.md") from error
     except (pa.ArrowException, OSError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{path} is damaged ({error}): capture again") from error
-    digest = prompts_sha256([PromptSet(one.name, prompts, 0, 0)])
-    if len(prompts) != one.n_prompts or (one.prompts_sha256 or digest) != digest:
-        raise InputError(f"{path} does not hold the prompts that {INDEX_FILE} speaks of: capture again")
+    digest = prompts_sha256([PromptSet(stored_set.name, prompts, 0, 0)])
+    if len(prompts) != stored_set.n_prompts or (stored_set.prompts_sha256 or digest) != digest:
+        raise InputError(f"{path} does not contain the prompts that {INDEX_FILE} describes: capture again")
     for prompt in prompts:
         within = np.isin(prompt.positions, np.arange(len(prompt.base_ids))).all()
         if not within or not np.isin(prompt.paired, prompt.positions).all():
             raise InputError(
-                f"{path} pairs or reads positions of example {prompt.id} that are not there: see docs/activations.md"
+                f"{path} pairs or reads positions of example {prompt.id} that do not exist: see docs/activations.md"
             )
     return prompts
 
 
 def examples_sha256(examples: Sequence[Example]) -> str:
-    """SHA-256 of what examples say, whatever file they come from."""
-    said = [[example.id, example.context, example.question, example.answer] for example in examples]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+    """SHA-256 of the contents of examples, regardless of their files."""
+    contents = [[example.id, example.context, example.question, example.answer] for example in examples]
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
 
 def starts_with_bos(template: PromptTemplate) -> bool:
-    """Whether prompts start with the tokenizer's BOS."""
+    """True if prompts start with the tokenizer's BOS."""
     bos = template.tokenizer.bos_token_id
     return bos is not None and template.token_ids([("user", "?")])[:1].tolist() == [bos]

@@ -1,4 +1,4 @@
-"""The files that hold the rows of captured prompts."""
+"""Files with the rows of captured prompts."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 
 def write_shard(path: Path, batches: Sequence[Sequence[PairedRows]], dtype: str) -> str:
-    """Returns the SHA-256 of the file."""
+    """Writes the rows of some batches, each with one PairedRows per hook; returns the SHA-256 of the file."""
     import torch
     from safetensors.torch import save
 
     tensors: dict[str, torch.Tensor] = {}
     for i, of_hook in enumerate(zip(*batches, strict=True)):
-        for name, rows in (("base", [one.base for one in of_hook]), ("demos", [one.demos for one in of_hook])):
-            tensors[f"{name}.{i}"] = torch.cat([some.cpu().to(getattr(torch, dtype)) for some in rows])
+        for name, rows in (("base", [batch.base for batch in of_hook]), ("demos", [batch.demos for batch in of_hook])):
+            tensors[f"{name}.{i}"] = torch.cat([part.cpu().to(getattr(torch, dtype)) for part in rows])
         for name, kept in (
-            ("kept", [some for one in of_hook for some in one.kept]),
-            ("kept_paired", [some for one in of_hook for some in one.kept_paired]),
+            ("kept", [mask for batch in of_hook for mask in batch.kept]),
+            ("kept_paired", [mask for batch in of_hook for mask in batch.kept_paired]),
         ):
             tensors[f"{name}.{i}"] = torch.from_numpy(np.concatenate(kept))
     content = save(tensors)
@@ -54,7 +54,7 @@ def load_tensors(path: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
 def mask_of(
     path: Path, name: str, tensors: Mapping[str, torch.Tensor], lengths: Sequence[int]
 ) -> list[NDArray[np.bool_]]:
-    """A stored [sum(lengths)] bool tensor, cut into one mask per prompt."""
+    """Splits a stored [sum(lengths)] bool tensor into one mask per prompt."""
     import torch
 
     mask = tensors[name]
@@ -69,7 +69,7 @@ def check_rows(path: Path, name: str, rows: torch.Tensor, n_tokens: int, d_in: i
     if not rows.is_floating_point() or rows.shape != (n_tokens, d_in):
         raise damaged(path, f"{name} is {_form(rows)}, not [{n_tokens}, {d_in}] of float32, bfloat16 or float16")
     if not bool(torch.isfinite(rows).all()):
-        raise damaged(path, f"{name} holds NaN or infinity")
+        raise damaged(path, f"{name} contains NaN or infinity")
 
 
 def _form(tensor: torch.Tensor) -> str:

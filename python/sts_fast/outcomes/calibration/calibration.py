@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sts_fast import files
-from sts_fast.errors import InputError
+from sts_fast.errors import InputError, listed
 from sts_fast.forecast.run import BY_NAME, SIGNED, Forecast
 from sts_fast.outcomes.calibration import past
 from sts_fast.outcomes.calibration.change_text import shown_change, unit_name
@@ -26,7 +26,6 @@ from sts_fast.outcomes.calibration.conformal import (
     multiplier,
     trains_needed,
 )
-from sts_fast.outcomes.evaluation import listed
 from sts_fast.statistics import Interval
 
 CALIBRATION_FILE = "calibration.json"
@@ -266,7 +265,7 @@ def _warnings(having: list[past.PastRun], without: list[Path], line: Line, asses
     said = []
     if without:
         said.append(f"left out, without an outcome: {listed(map(str, without))}")
-    largest = [max(abs(change) for change, _ in run.outcomes.values()) for run in having]
+    largest = [max(abs(outcome.change) for outcome in run.outcomes.values()) for run in having]
     if min(largest) <= 1 < max(largest):
         percent, share = (having[largest.index(pick(largest))].folder for pick in (max, min))
         said.append(f"changes exceed 1 in {percent} and not in {share}: percent in one, shares in the other?")

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from sts_fast import files
-from sts_fast.errors import InputError
+from sts_fast.errors import InputError, listed
 from sts_fast.forecast.run import BY_NAME, ESTIMATOR_OPTIONS, SCORES_FILE, SIGNED, SIZES, VALIDATION_FILE, Run
 from sts_fast.outcomes.calibration.conformal import Points
-from sts_fast.outcomes.evaluation import METRICS, listed
-from sts_fast.outcomes.validate.reading import finite
+from sts_fast.outcomes.evaluation import METRICS
+from sts_fast.outcomes.outcomes import Outcome
+from sts_fast.outcomes.validate import load_outcomes
 
 # Which estimator is learned from where none is named: the first that all runs hold.
 PREFERRED = (*(name for name in reversed(ESTIMATOR_OPTIONS) if name in SIGNED), *SIZES)
@@ -27,11 +28,11 @@ SHOWN_DIGITS = 12
 
 @dataclass(frozen=True)
 class PastRun:
-    """One run's folder. scores: scores.json; outcomes: domain -> (change, metric), as sts-fast validate wrote them."""
+    """One run's folder. scores: scores.json; outcomes: by domain, as sts-fast validate wrote them."""
 
     folder: Path
     scores: dict[str, Any]
-    outcomes: dict[str, tuple[float, str]]
+    outcomes: dict[str, Outcome]
 
     def forecasts(self, estimator: str) -> dict[str, float]:
         return forecasts_of(self.scores, estimator)
@@ -58,20 +59,8 @@ def read_past(sources: Iterable[str | Path]) -> tuple[list[PastRun], list[Path]]
             f"none of {len(folders)} past runs has an outcome: hold each against its evaluations first, with "
             f"sts-fast validate {folders[0]} --before ... --after ..."
         )
-    return [_read_one(folder) for folder in having], [folder for folder in folders if folder not in having]
-
-
-def _read_one(folder: Path) -> PastRun:
-    scores, path = Run.load(folder).scores, folder / VALIDATION_FILE
-    try:
-        domains = json.loads(path.read_text(encoding="utf-8"))["domains"]
-        found = {str(one["name"]): (one["outcome"]["change"], str(one["outcome"]["metric"])) for one in domains}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path} is not what sts-fast validate wrote: validate the run again") from error
-    outcomes = {
-        name: (finite(f"the change of '{name}' in {path}", change), metric) for name, (change, metric) in found.items()
-    }
-    return PastRun(folder, scores, outcomes)
+    runs = [PastRun(folder, Run.load(folder).scores, load_outcomes(folder)) for folder in having]
+    return runs, [folder for folder in folders if folder not in having]
 
 
 def forecasts_of(scores: dict[str, Any], estimator: str) -> dict[str, float]:
@@ -115,7 +104,7 @@ def points_of(runs: Sequence[PastRun], estimator: str) -> tuple[Points, list[str
                 f"({listed(run.outcomes) or 'none'}): validate it again"
             )
         score += [forecasts[name] for name in both]
-        change += [run.outcomes[name][0] for name in both]
+        change += [run.outcomes[name].change for name in both]
         train += [keys.index(train_key(run.scores))] * len(both)
     changes = np.asarray(change, np.float64)
     points = Points(np.asarray(score, np.float64), changes if signed else np.abs(changes), np.asarray(train), signed)
@@ -133,8 +122,8 @@ def unit_of(runs: Sequence[PastRun]) -> str:
     """'accuracy', in shares of 1, for all kinds of it, else the metric's name. Raises InputError where runs differ."""
     units: dict[str, Path] = {}
     for run in runs:
-        for _, metric in run.outcomes.values():
-            name = metric.partition(",")[0]
+        for outcome in run.outcomes.values():
+            name = outcome.metric.partition(",")[0]
             units.setdefault("accuracy" if name in METRICS else name, run.folder)
     if len(units) > 1:
         shown = ", ".join(f"{unit} in {folder}" for unit, folder in units.items())

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sts_fast.errors import InputError
-from sts_fast.outcomes.evaluation import METRICS, Evaluation, Task, finite, listed
+from sts_fast.errors import InputError, listed
+from sts_fast.outcomes.evaluation import METRICS, Evaluation, Task, finite
 
 # The time in the name of a results file, which its samples files repeat.
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(\.\d+)?")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sts_fast.errors import InputError
+from sts_fast.errors import InputError, listed
+from sts_fast.forecast.controls import CONTROLS
 from sts_fast.forecast.run import BY_NAME, SIGNED, Forecast, Run
-from sts_fast.outcomes.evaluation import listed
 from sts_fast.outcomes.outcomes import Outcome
 from sts_fast.statistics import Z_95, Interval
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Number = float | tuple[float, float, float]
 Scores = Forecast | str | Path | Mapping[str, Any]
 
+TEXT_CONTROLS = tuple(control.name for control in CONTROLS if control.of == "text")
 MIN_DOMAINS = 4
 # No score and no change is as large; squares of what is overflow.
 LARGEST = 1e100
@@ -90,6 +91,22 @@ def score_arrays(scores: Mapping[str, Number], names: Mapping[str, Any]) -> tupl
                 raise InputError(f"the interval of '{name}' ends before it begins")
             deviations[i] = (high - low) / (2 * Z_95)
     return values, deviations
+
+
+def control_array(values: Mapping[str, Any], names: Iterable[str]) -> Doubles | None:
+    """[n] a control's numbers; None where it has none for one of the domains."""
+    numbers = [values.get(name) for name in names]
+    if any(not isinstance(number, (int, float)) or not math.isfinite(number) for number in numbers):
+        return None
+    return np.asarray(numbers, np.float64)
+
+
+def text_arrays(controls: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> dict[str, Doubles]:
+    """By control, the numbers [n] of those that are made from the text of the questions alone."""
+    names = list(names)
+    of_text = {name: values for name, values in controls.items() if name.partition(" ")[0] in TEXT_CONTROLS}
+    arrays = {name: control_array(values, names) for name, values in of_text.items()}
+    return {name: numbers for name, numbers in arrays.items() if numbers is not None}
 
 
 def value_of(number: Number) -> Any:

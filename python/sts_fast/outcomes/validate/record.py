@@ -49,6 +49,29 @@ class Association:
 
 
 @dataclass(frozen=True)
+class Partial:
+    """A partial correlation, with the intervals of Estimate; what is given is taken as known exactly."""
+
+    value: float
+    ci: Interval | None
+    ci_domains: Interval | None
+
+
+@dataclass(frozen=True)
+class GivenText:
+    """How scores and changes go together, less what both owe to the text of the questions.
+
+    control: of the controls that need no model, the one with the largest |r| with the changes; r: that correlation
+    pearson, spearman: of scores and changes, partial given it; None where it determines one of them
+    """
+
+    control: str
+    r: float
+    pearson: Partial | None
+    spearman: Partial | None
+
+
+@dataclass(frozen=True)
 class Limits:
     """What these outcomes could show of any forecast. Observed changes d stand in for the true ones: it is a best case.
 

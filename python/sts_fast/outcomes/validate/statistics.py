@@ -12,9 +12,20 @@ import numpy as np
 
 from sts_fast.errors import InputError
 from sts_fast.outcomes.outcomes import Outcome, Outcomes
-from sts_fast.outcomes.validate.reading import outcome_arrays
-from sts_fast.outcomes.validate.record import Association, Estimate, Limits
-from sts_fast.statistics import INTERVAL, MAX_EXACT, Z_95, Interval, mean_ranks, pearson, spearman
+from sts_fast.outcomes.validate.reading import control_array, outcome_arrays
+from sts_fast.outcomes.validate.record import Association, Estimate, GivenText, Limits, Partial
+from sts_fast.statistics import (
+    INTERVAL,
+    MAX_EXACT,
+    Z_95,
+    Interval,
+    defined,
+    mean_ranks,
+    partial_pearson,
+    partial_spearman,
+    pearson,
+    spearman,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -102,9 +113,7 @@ def associate(
     aim = target(change)
     if np.ptp(score) == 0 or np.ptp(aim) == 0:
         return None
-    again = None
-    if score_sd.any() or np.isfinite(stderr).any():
-        again = score + draws.score_noise * score_sd, target(change + draws.outcome_noise * np.nan_to_num(stderr))
+    again = _measured_again(score, score_sd, change, stderr, target, draws)
     estimates = []
     ranks, aim_ranks = mean_ranks(score), mean_ranks(aim)
     resampled = score[draws.domains], aim[draws.domains]
@@ -132,10 +141,43 @@ def associate_control(
     values: Mapping[str, Any], names: Sequence[str], change: Doubles, stderr: Doubles, draws: Draws
 ) -> Association | None:
     """As associate; None also where the control is not there for every domain."""
-    numbers = [values.get(name) for name in names]
-    if any(not isinstance(number, (int, float)) or not math.isfinite(number) for number in numbers):
+    numbers = control_array(values, names)
+    return None if numbers is None else associate(numbers, np.zeros(len(names)), change, stderr, np.abs, draws)
+
+
+def given_text(
+    score: Doubles, score_sd: Doubles, change: Doubles, stderr: Doubles, target: Callable[[Doubles], Doubles],
+    texts: Mapping[str, Doubles], draws: Draws,
+) -> GivenText | None:  # fmt: skip
+    """Scores against target(change), given the best of the controls that are made from texts alone.
+
+    texts: by control, its number in every domain. None where none of them varies.
+    """
+    aim = target(change)
+    found = {name: r for name, values in texts.items() if (r := defined(pearson(values, aim))) is not None}
+    if not found:
         return None
-    return associate(np.asarray(numbers, np.float64), np.zeros(len(names)), change, stderr, np.abs, draws)
+    best = max(found, key=lambda name: abs(found[name]))
+    z, again = texts[best], _measured_again(score, score_sd, change, stderr, target, draws)
+
+    def partial(statistic: Callable[[Doubles, Doubles, Doubles], Doubles]) -> Partial | None:
+        value = defined(statistic(score, aim, z))
+        if value is None:
+            return None
+        of_domains = statistic(score[draws.domains], aim[draws.domains], z[draws.domains])
+        return Partial(value, None if again is None else _percentiles(statistic(*again, z)), _percentiles(of_domains))
+
+    return GivenText(best, found[best], partial(partial_pearson), partial(partial_spearman))
+
+
+def _measured_again(
+    score: Doubles, score_sd: Doubles, change: Doubles, stderr: Doubles, target: Callable[[Doubles], Doubles],
+    draws: Draws,
+) -> tuple[Doubles, Doubles] | None:  # fmt: skip
+    """[N_DRAWS, n] scores and target(change) with new noise; None where neither noise is known."""
+    if not score_sd.any() and not np.isfinite(stderr).any():
+        return None
+    return score + draws.score_noise * score_sd, target(change + draws.outcome_noise * np.nan_to_num(stderr))
 
 
 def _r_squared(x: Doubles, y: Doubles) -> Doubles:

@@ -10,12 +10,21 @@ import numpy as np
 from sts_fast.errors import InputError
 from sts_fast.forecast.run import SIGNED
 from sts_fast.outcomes.outcomes import Outcome, Outcomes, cautions, match_domains, read_outcomes
-from sts_fast.outcomes.validate.reading import Scores, interval_of, outcome_arrays, read_scores, score_arrays, unmatched
+from sts_fast.outcomes.validate.reading import (
+    Scores,
+    interval_of,
+    outcome_arrays,
+    read_scores,
+    score_arrays,
+    text_arrays,
+    unmatched,
+)
 from sts_fast.outcomes.validate.record import DomainResult
 from sts_fast.outcomes.validate.statistics import (
     Draws,
     associate,
     associate_control,
+    given_text,
     outcome_limits,
     sign_auc,
     without_most_helpful,
@@ -70,6 +79,8 @@ def validate(
         for name, values in controls.items()
         if (association := associate_control(values, list(matched), change, stderr, draws)) is not None
     }
+    texts = text_arrays(controls, matched)
+    of_size = given_text(size_score, score_sd, change, stderr, np.abs, texts, draws)
     rows = [
         DomainResult(
             name,
@@ -91,7 +102,9 @@ def validate(
         ci_carries=" and ".join(carried) or "nothing",
         exact_permutation=draws.exact,
         seed=seed,
-        verdict=verdict(rows, size, control_results, limits, without_most_helpful(size_score, np.abs(change))),
+        verdict=verdict(rows, size, control_results, of_size, limits, without_most_helpful(size_score, np.abs(change))),
         warnings=warnings,
         sign_auc=sign_auc(score, change) if is_signed else None,
+        size_given_text=of_size,
+        signed_given_text=given_text(score, score_sd, change, stderr, np.positive, texts, draws),
     )

@@ -7,10 +7,15 @@ import json
 import math
 import textwrap
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from sts_fast.forecast.run import SIGNED, label_of
-from sts_fast.outcomes.validate.record import Association, DomainResult, Limits
+from sts_fast import files
+from sts_fast.errors import InputError
+from sts_fast.forecast.run import SIGNED, VALIDATION_FILE, label_of
+from sts_fast.outcomes.outcomes import Outcome
+from sts_fast.outcomes.validate.reading import finite
+from sts_fast.outcomes.validate.record import Association, DomainResult, GivenText, Limits, Partial
 from sts_fast.outcomes.validate.statistics import GOOD, LEVEL, N_DRAWS, critical_r
 from sts_fast.statistics import Interval
 
@@ -28,6 +33,8 @@ class Validation:
     sign_auc: of all pairs of a domain that rose and one that fell, the share that a signed forecast has in the right
               order; None for scores without a sign, or where all changes have one sign
     controls: size, for each control in the place of the score
+    size_given_text, signed_given_text: the same as `size` and `signed`, given the best of the controls that need no
+              model; None where the run has none
     ci_carries: whose noise the intervals `ci` hold
     """
 
@@ -43,6 +50,8 @@ class Validation:
     verdict: str
     warnings: list[str]
     sign_auc: float | None = None
+    size_given_text: GivenText | None = None
+    signed_given_text: GivenText | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -53,6 +62,30 @@ class Validation:
         """The whole comparison as lines of text."""
         return text_of(self)
 
+    def save(self, folder: str | Path) -> None:
+        """Writes validation.json into a run's folder. Raises InputError where it cannot be written."""
+        with files.atomic_path(Path(folder) / VALIDATION_FILE) as path:
+            path.write_text(files.to_json(self.to_dict()), encoding="utf-8")
+
+
+def load_outcomes(folder: str | Path) -> dict[str, Outcome]:
+    """Outcome by domain, as `Validation.save` wrote them into a run's folder.
+
+    Raises InputError where validation.json is missing or damaged, or a change is no number.
+    """
+    path = Path(folder) / VALIDATION_FILE
+    try:
+        domains = json.loads(path.read_text(encoding="utf-8"))["domains"]
+        outcomes = {
+            str(domain["name"]): Outcome(**domain["outcome"] | {"metric": str(domain["outcome"]["metric"])})
+            for domain in domains
+        }
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path} is not what sts-fast validate wrote: validate the run again") from error
+    for name, outcome in outcomes.items():
+        finite(f"the change of '{name}' in {path}", outcome.change)
+    return outcomes
+
 
 def text_of(validation: Validation) -> str:
     """The whole comparison as lines of text."""
@@ -61,8 +94,8 @@ def text_of(validation: Validation) -> str:
 
 
 def verdict(
-    rows: list[DomainResult], size: Association, controls: dict[str, Association], limits: Limits,
-    without: tuple[int, float],
+    rows: list[DomainResult], size: Association, controls: dict[str, Association], given: GivenText | None,
+    limits: Limits, without: tuple[int, float],
 ) -> str:  # fmt: skip
     n, r, p = len(rows), size.pearson.value, size.pearson.p_one_sided
     found = f"r = {r:.2f}, p = {p:.2g}; Spearman {size.spearman.value:.2f}, p = {size.spearman.p_one_sided:.2g}"
@@ -93,9 +126,28 @@ def verdict(
     ]
     if rivals:
         said.append(f"Controls do as well: {', '.join(rivals)}.")
+    if given is not None:
+        said += _explained_by_text(given, r, better=p < LEVEL)
     if limits.reliability is None:
         said.append("The noise of the evaluation is not known, so all of this is a best case.")
     return " ".join(said)
+
+
+def _explained_by_text(given: GivenText, r: float, *, better: bool) -> list[str]:
+    """The sentence that the text of the questions explains the score, where it does."""
+    best = f"{given.control}, the best of the controls that need no model (largest |r| with |change|)"
+    partial = given.pearson
+    rest = "" if partial is None else f"; given it, the score's partial r is {_with_interval(partial)}"
+    if abs(given.r) >= abs(r):
+        return [f"The text of the questions alone explains as much: {best}, has r = {given.r:.2f}{rest}."]
+    interval = None if partial is None else partial.ci_domains
+    if better and (interval is None or interval[0] <= 0 <= interval[1]):
+        return [f"The text of the questions may explain it: {best}, has r = {given.r:.2f}{rest}, not told from 0."]
+    return []
+
+
+def _with_interval(partial: Partial) -> str:
+    return f"{partial.value:.2f} {_shown(partial.ci_domains)}".strip()
 
 
 def domain_lines(validation: Validation) -> list[str]:
@@ -114,6 +166,10 @@ def domain_lines(validation: Validation) -> list[str]:
 def association_lines(validation: Validation) -> list[str]:
     size, signed = validation.size, validation.signed
     rows = [("Pearson r", size.pearson), ("Spearman r", size.spearman), ("R squared", size.r_squared)]
+    given = validation.size_given_text
+    partials = (
+        [] if given is None else [("Pearson r given text", given.pearson), ("Spearman given text", given.spearman)]
+    )
     rows += [(f"r of {name}", control.pearson) for name, control in validation.controls.items()]
     rows += [("Pearson r, signed", signed.pearson), ("Spearman r, signed", signed.spearman)]
     columns = f"{'':>6}{'measured again':>16}{'other domains':>16}{'p 1-sided':>10}{'2-sided':>8}"
@@ -123,6 +179,11 @@ def association_lines(validation: Validation) -> list[str]:
             f"{label[:21]:<22}{estimate.value:>6.2f}{_shown(estimate.ci):>16}{_shown(estimate.ci_domains):>16}"
             f"{estimate.p_one_sided:>10.3f}{estimate.p_two_sided:>8.3f}"
         )
+    lines += [
+        f"{label:<22}{partial.value:>6.2f}{_shown(partial.ci):>16}{_shown(partial.ci_domains):>16}"
+        for label, partial in partials
+        if partial is not None
+    ]
     orders = "all" if validation.exact_permutation else f"{N_DRAWS:,} random"
     low, high = size.pearson.leave_one_out
     direction = "The score forecasts size, not direction: see r of the signed change."
@@ -131,6 +192,11 @@ def association_lines(validation: Validation) -> list[str]:
         direction = (
             "This forecast has a sign. Of all pairs of a domain that rose and one that fell, the share in the right "
             f"order (50% by chance): {auc}."
+        )
+    if given is not None:
+        direction += (
+            f" Given text: the partial correlation given {given.control}, the control with the largest |r| "
+            f"({given.r:.2f}) of those that need no model."
         )
     note = (
         f"95% intervals: if measured again (noise of {validation.ci_carries}), and over other domains (resampled). "

@@ -1,0 +1,99 @@
+"""Options as fields of dataclasses, each written once.
+
+    shots: Annotated[int, Option("Demonstrations of the training set.", least=1)] = 2
+
+The field is a keyword in Python, a row of --help and an option of every command that takes its dataclass (see
+cli.options), and is checked when the dataclass is made. A field without an `Option` is for Python alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from inspect import get_annotations
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from sts_fast.errors import InputError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Option:
+    """What the annotation of an option says besides its type.
+
+    help:  its row in --help
+    name:  on the command line, where it is another than the field's
+    least: the smallest value
+    """
+
+    help: str
+    name: str | None = None
+    least: int | None = None
+
+    def on_command_line(self, field: str) -> str:
+        return self.name or f"--{field.replace('_', '-')}"
+
+
+class Checked:
+    """Base of the dataclasses of options: raises InputError for a value that its field's annotation rules out."""
+
+    def __post_init__(self) -> None:
+        options: Any = type(self)
+        for name, annotation in annotations_of(options).items():
+            check(name, annotation, getattr(self, name))
+
+
+@cache
+def annotations_of(options: Any) -> dict[str, Any]:
+    """By field the annotation of a dataclass: its own fields first, then those of its bases from left to right."""
+    hints = get_type_hints(options, include_extras=True)
+    return {name: hints[name] for base in options.__mro__ for name in get_annotations(base)}
+
+
+def option_of(annotation: Any) -> Option | None:
+    return next((one for one in getattr(annotation, "__metadata__", ()) if isinstance(one, Option)), None)
+
+
+def type_of(annotation: Any) -> Any:
+    """The type itself, of an annotation with an `Option` or without."""
+    return annotation.__origin__ if hasattr(annotation, "__metadata__") else annotation
+
+
+def choices_of(kind: Any) -> tuple[str, ...]:
+    """What a Literal, or a union of some, allows; empty for other types."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    if get_origin(kind) in (Union, UnionType):
+        return tuple(choice for part in get_args(kind) for choice in choices_of(part))
+    return ()
+
+
+def element_choices_of(kind: Any) -> tuple[str, ...]:
+    """What each element of a Sequence of Literals may be; empty for other types."""
+    return choices_of(get_args(kind)[0]) if get_origin(kind) is Sequence else ()
+
+
+def part(options: Callable[..., T], whole: object) -> T:
+    """The dataclass of some options, taken from another one that has more or fewer."""
+    return options(**{name: getattr(whole, name) for name in annotations_of(options) if hasattr(whole, name)})
+
+
+def check(name: str, annotation: Any, value: Any) -> None:
+    """Raises InputError for a value that the annotation of its field rules out."""
+    kind, option = type_of(annotation), option_of(annotation)
+    if option is None or (value is None and type(None) in get_args(kind)):
+        return
+    word = option.on_command_line(name)
+    if (choices := choices_of(kind)) and value not in choices:
+        raise InputError(f"{word} must be one of {', '.join(choices)}, not '{value}'")
+    if choices := element_choices_of(kind):
+        for one in value:
+            if one not in choices:
+                raise InputError(f"{word} must be among {', '.join(choices)}, not '{one}'")
+        if not value or len({*value}) < len(value):
+            raise InputError(f"{word} must name one or more, each once")
+    if option.least is not None and (value is None or value < option.least):
+        raise InputError(f"{word} must be at least {option.least}, not {value}")

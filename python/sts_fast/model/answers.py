@@ -1,0 +1,113 @@
+"""How well a language model predicts answers: the likelihood of their tokens, and whether it would say them itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from sts_fast.data.prompts import Prompt
+from sts_fast.errors import InputError
+from sts_fast.model.language_model import padded_ids
+from sts_fast.model.layer_trace import input_device
+from sts_fast.model.memory import TokenBudget
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    from sts_fast.statistics import Doubles
+
+T = TypeVar("T")
+
+# Logits held at a time, in the answers' forward passes: 1 GB in float32.
+MOST_LOGITS = 2**28
+
+
+def score_tokens(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[..., n] float64 log-probability of each token (differentiable), [..., n] bool whether it is the first choice.
+
+    logits: [..., n, vocabulary] from which the tokens [..., n] are to be foretold
+    """
+    # In float64, because the loss of an answer that is nearly certain is the difference of near equals.
+    log_p = logits.double().log_softmax(dim=-1)
+    return log_p.gather(-1, tokens[..., None])[..., 0], log_p.argmax(dim=-1) == tokens
+
+
+def score_answers(
+    logits: torch.Tensor, ids: torch.Tensor, prompts: Sequence[Prompt]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[n_prompts] float64 mean negative log-likelihood of each answer's tokens, in nats (differentiable), and
+    [n_prompts] bool whether each of them is the model's first choice: then greedy decoding gives this answer.
+
+    logits: [n_prompts, longest, vocabulary]; ids: [n_prompts, longest]; prompts read their answers (tokens='answer')
+    """
+    import torch
+
+    losses, exact, ids = [], [], ids.to(logits.device)
+    for row, prompt in enumerate(prompts):
+        at = torch.from_numpy(prompt.positions.astype(np.int64)).to(logits.device)
+        log_p, is_first = score_tokens(logits[row, at - 1], ids[row, at])
+        losses.append(-log_p.mean())
+        exact.append(is_first.all())
+    return torch.stack(losses), torch.stack(exact)
+
+
+def in_batches(
+    model: Any,
+    prompts: Sequence[Prompt],
+    read: Callable[[list[int], torch.Tensor], T],
+    *,
+    batch_tokens: int,
+    memory: TokenBudget,
+) -> Iterator[tuple[list[int], T]]:
+    """What `read` makes of prompts that read their answers, shortest first, a batch at a time.
+
+    read:         takes the indices of a batch, and its token ids [n_prompts, longest] on the model's device, up to the
+                  last token of each answer: what follows it is not needed
+    batch_tokens: most tokens of a pass; fewer where their logits would be more than MOST_LOGITS
+    """
+    lengths = [int(prompt.positions[-1]) + 1 for prompt in prompts]
+    if config := getattr(model, "config", None):
+        batch_tokens = min(batch_tokens, max(1, MOST_LOGITS // config.get_text_config().vocab_size))
+
+    def read_ids(batch: list[int]) -> T:
+        ids = padded_ids(model, [prompts[i].base_ids[: lengths[i]] for i in batch])
+        return read(batch, ids.to(memory.device))
+
+    yield from memory.in_batches(lengths, batch_tokens, read_ids)
+
+
+def answer_outcomes(
+    model: torch.nn.Module,
+    prompts: Sequence[Prompt],
+    *,
+    batch_tokens: int,
+    say: Callable[[str], None] | None = None,
+) -> tuple[Doubles, NDArray[np.int64], NDArray[np.bool_]]:
+    """How well a language model predicts the answers, at the positions that `prompts` read (tokens='answer').
+
+    model: with its head: what it returns has `logits` [batch, n_tokens, vocabulary]
+    batch_tokens: most tokens of a pass; say: is told where that did not fit into memory, and half of it follows
+
+    Returns, per prompt: [n_prompts] summed negative log-likelihood of the answer's tokens (nats), [n_prompts] their
+    number, [n_prompts] whether each of them is the model's first choice (then greedy decoding gives this answer).
+    Raises InputError where the model returns NaN or lacks a token, or a single prompt does not fit into memory.
+    """
+    import torch
+
+    n_tokens = np.asarray([len(prompt.positions) for prompt in prompts], np.int64)
+    nll, exact = np.zeros(len(prompts)), np.zeros(len(prompts), bool)
+
+    def read(batch: list[int], ids: torch.Tensor) -> None:
+        with torch.inference_mode():
+            scored = score_answers(model(input_ids=ids, use_cache=False).logits, ids, [prompts[i] for i in batch])
+        nll[batch], exact[batch] = (part.cpu().numpy() for part in scored)
+        if np.isnan(nll[batch]).any():
+            raise InputError("the model gives NaN for the answers' likelihood: try --dtype float32")
+
+    memory = TokenBudget(input_device(model), "the model", say=say)
+    for _ in in_batches(model, prompts, read, batch_tokens=batch_tokens, memory=memory):
+        pass
+    return nll * n_tokens, n_tokens, exact
