@@ -507,6 +507,10 @@ def recomputed(run: Path) -> dict[str, Any]:
             },
         },
         "settled": {"shifted_features": {"kept": number(np.mean(kept))}},
+        "length": {
+            name: recomputed_length([[row for row in table if row["domain"] == domain] for domain in names], name)
+            for name in settings["estimators"]
+        },
         "shifted_features": [
             {
                 "index": j,
@@ -518,6 +522,27 @@ def recomputed(run: Path) -> dict[str, Any]:
         ],
         "domains": domains,
     }
+
+
+def recomputed_length(tables: list[list[dict[str, Any]]], estimator: str) -> dict[str, Any]:
+    """By least squares over the prompts of all domains: one intercept, and a slope for each domain."""
+    rows = [[row for row in table if row["stage"] == "score"] for table in tables]
+    tokens = "paired" if estimator == "icl" else "positions"
+    lengths = [np.asarray([len(row[tokens]) for row in of_domain], float) for of_domain in rows]
+    sums = [np.asarray([row[f"{estimator}_sum"] for row in of_domain]) for of_domain in rows]
+    X = np.zeros((sum(map(len, rows)), 1 + len(rows)))
+    X[:, 0] = 1
+    at = 0
+    for i, of_domain in enumerate(lengths):
+        X[at : at + len(of_domain), 1 + i] = of_domain
+        at += len(of_domain)
+    S = np.concatenate(sums)
+    share = np.linalg.lstsq(X, S, rcond=None)[0][0] * len(S) / S.sum() if np.linalg.matrix_rank(X) > len(rows) else None
+    if len(rows) < 3:
+        return {"constant_share": share and number(share), "r_inverse_length": None}
+    scores = [of.sum() / n.sum() for of, n in zip(sums, lengths, strict=True)]
+    r = np.corrcoef(scores, [1 / n.mean() for n in lengths])[0, 1]
+    return {"constant_share": share and number(share), "r_inverse_length": number(r)}
 
 
 def recomputed_domain(

@@ -209,6 +209,7 @@ class Forecast:
     """A whole forecast: numbers, the statistics they come from, and every prompt that was sent.
 
     model, sae, train, settings, shift, provenance: plain values, as in scores.json
+    length:  by estimator without sign, how far the length of the questions explains it; see LengthEffect
     stats:   per-feature sums over the training set: ShiftStats, or CorrelationStats for DIMS_OF_ACTIVITY
     controls: what the controls were computed from: feature sets, raw dimensions and mean residuals, by name
     prompts: one row per prompt and stage, as in prompts.parquet
@@ -223,6 +224,7 @@ class Forecast:
     train: dict[str, Any]
     settings: dict[str, Any]
     shift: dict[str, Any]
+    length: dict[str, Any]
     domains: list[DomainScore]
     shifted_features: list[ShiftedFeature]
     warnings: list[str]
@@ -293,6 +295,7 @@ class Forecast:
             "settings": self.settings,
             "shift": self.shift,
             "settled": self.settled,
+            "length": self.length,
             "domains": [_plain(domain) for domain in self.domains],
             "shifted_features": [_plain(feature) for feature in self.shifted_features],
             "signed": self.signed,
