@@ -31,6 +31,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -277,31 +278,32 @@ def sums_of(
 
 @dataclass(frozen=True)
 class Writing:
-    """How plain text writes a question, as token ids: `before` it, `between` it and its answer; and special tokens."""
+    """How plain text writes a question and its answer, read back from the tokens."""
 
-    before: list[int]
-    between: list[int]
-    blank: list[int]
+    tokenizer: Any
     special: set[int]
 
     @classmethod
     def of(cls, model: Path) -> Writing:
         tokenizer = AutoTokenizer.from_pretrained(model)
-        ids = [tokenizer(text, add_special_tokens=False).input_ids for text in ("Question:", "\nAnswer:", " ")]
-        return cls(*ids, set(tokenizer.all_special_ids))
+        return cls(tokenizer, set(tokenizer.all_special_ids))
 
-    def texts(self, base: list[int]) -> tuple[range, range]:
-        """Positions of the question and of its answer in a prompt, special tokens among them.
-
-        The blank before each is written by the template; it is left out where it is a token by itself.
-        """
-        start = next(p for p in range(len(base)) if base[p] not in self.special)
-        assert base[start : start + len(self.before)] == self.before
-        n = len(self.between)
-        end = max(p for p in range(len(base)) if base[p : p + n] == self.between)
-        starts = [start + len(self.before), end + n]
-        starts = [at + (base[at : at + 1] == self.blank) for at in starts]
-        return range(starts[0], end), range(starts[1], len(base))
+    def texts(self, base: list[int]) -> tuple[list[int], list[int]]:
+        """Positions of the tokens of the question and of its answer, special ones among them; blanks around the two
+        are the template's."""
+        told = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        ends = [len(self.tokenizer.decode(base[: i + 1], **told)) for i in range(len(base))]
+        text = self.tokenizer.decode(base, **told)
+        start, middle = text.index("Question:") + len("Question:"), text.rindex("\nAnswer:")
+        of_texts = []
+        for begin, end in ((start, middle), (middle + len("\nAnswer:"), len(text))):
+            content = text[begin:end]
+            first = begin + len(content) - len(content.lstrip())
+            last = begin + len(content.rstrip())
+            inside = [i for i, (a, b) in enumerate(pairwise([0, *ends])) if max(a, first) < min(b, last)]
+            # Of the tokens of one character that is written in bytes, only one makes the text longer.
+            of_texts.append([*range(min(inside, default=0), max(inside, default=-1) + 1)])
+        return of_texts[0], of_texts[1]
 
 
 def check_positions(

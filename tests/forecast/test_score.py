@@ -204,9 +204,10 @@ def test_answers_are_read_whole_and_without_demonstrations(tiny: Tiny) -> None:
     answered = spelling[DOMAIN_SHOTS : tiny_material.N_QUESTIONS]
     assert [row["id"] for row in rows] == [example.id for example in answered]
     for row, example in zip(rows, answered, strict=True):
-        assert tokenizer.decode([row["base_ids"][p] for p in row["positions"]]) == f" {example.answer}"
-        question = tokenizer(f"Question: {example.question}\nAnswer:").input_ids
-        assert row["base_ids"][: row["positions"][0]] == question
+        assert tokenizer.decode([row["base_ids"][p] for p in row["positions"]]).strip() == example.answer
+        assert row["positions"] == [*range(row["positions"][0], len(row["base_ids"]))]
+        before = tokenizer.decode(row["base_ids"][: row["positions"][0]]).strip()
+        assert before.endswith(f"Question: {example.question}\nAnswer:")
     n_tokens = [len(row["positions"]) for row in rows]
     assert len(set(n_tokens)) == 3
     loss = sum(row["answer_nll_sum"] for row in rows) / sum(n_tokens)
@@ -761,7 +762,9 @@ def test_real_prompts_are_sent_word_for_word(real: Real, real_run: Callable[[str
     for row in rows:
         of_answer = row["base_ids"][row["positions"][0] :]
         asked_for = f"Question: {with_options(by_id[row['id']])}\nAnswer:"
-        assert row["base_ids"] == [*tokenizer(asked_for).input_ids, *of_answer]
+        n_asked = len(tokenizer(asked_for).input_ids)
+        assert row["base_ids"][:n_asked] == tokenizer(asked_for).input_ids
+        assert not tokenizer.decode(row["base_ids"][n_asked : row["positions"][0]]).strip()
         assert tokenizer.decode(of_answer) == by_id[row["id"]]["answer"]
 
 
