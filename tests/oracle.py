@@ -31,6 +31,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +230,7 @@ def sums_of(
     model: Path,
     sae: Path,
     tuned: Path | None,
-    special_ids: set[int],
+    writing: Writing,
     tokens: str,
     dtype: torch.dtype,
 ) -> Sums:
@@ -246,7 +247,7 @@ def sums_of(
             there = residual(model, layer, tuple(row["demos_ids"]), dtype)
         else:
             there = here[:0]
-        check_positions(row, here, there, special_ids, tokens, is_same_prompt=tuned is not None)
+        check_positions(row, here, there, writing, tokens, is_same_prompt=tuned is not None)
         read = encode(sae, here[row["positions"]])
         paired = encode(sae, here[row["paired"]])
         demos = encode(sae, there[row["paired_demos"]])
@@ -275,24 +276,53 @@ def sums_of(
     )
 
 
+@dataclass(frozen=True)
+class Writing:
+    """How plain text writes a question and its answer, read back from the tokens."""
+
+    tokenizer: Any
+    special: set[int]
+
+    @classmethod
+    def of(cls, model: Path) -> Writing:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        return cls(tokenizer, set(tokenizer.all_special_ids))
+
+    def texts(self, base: list[int]) -> tuple[list[int], list[int]]:
+        """Positions of the tokens of the question and of its answer, special ones among them; blanks around the two
+        are the template's."""
+        told = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        ends = [len(self.tokenizer.decode(base[: i + 1], **told)) for i in range(len(base))]
+        text = self.tokenizer.decode(base, **told)
+        start, middle = text.index("Question:") + len("Question:"), text.rindex("\nAnswer:")
+        of_texts = []
+        for begin, end in ((start, middle), (middle + len("\nAnswer:"), len(text))):
+            content = text[begin:end]
+            first = begin + len(content) - len(content.lstrip())
+            last = begin + len(content.rstrip())
+            inside = [i for i, (a, b) in enumerate(pairwise([0, *ends])) if max(a, first) < min(b, last)]
+            # Of the tokens of one character that is written in bytes, only one makes the text longer.
+            of_texts.append([*range(min(inside, default=0), max(inside, default=-1) + 1)])
+        return of_texts[0], of_texts[1]
+
+
 def check_positions(
-    row: dict[str, Any], here: Doubles, there: Doubles, special_ids: set[int], tokens: str, *, is_same_prompt: bool
+    row: dict[str, Any], here: Doubles, there: Doubles, writing: Writing, tokens: str, *, is_same_prompt: bool
 ) -> None:
-    """Asserts that the tokens read are those of the query's end, less special tokens and attention sinks, and that
-    those which stand at the end of both prompts are paired."""
+    """Asserts that the tokens read are those of the question, of the answer, or of both (for "last", the last token of
+    all for 'last'), less special tokens and attention sinks, and that those which both prompts have are paired."""
     base, demos, positions = row["base_ids"], row["demos_ids"], row["positions"]
-    # The last token that is read; what follows does not count towards the median either.
-    end = 1 + max((p for p in range(len(base)) if base[p] not in special_ids), default=-1)
-    sinks = set(np.flatnonzero(attention_sinks(here[:end])).tolist())
-    n_special = 0 if tokens == "last" else row["n_special"]
-    start = len(base) - (len(positions) + row["n_sinks"] + n_special)
-    if tokens == "last":
-        start = max(p for p in range(len(base)) if base[p] not in special_ids)
-    span = [p for p in range(start, len(base)) if base[p] not in special_ids]
+    question, answer = writing.texts(base)
+    last = max(p for p in range(len(base)) if base[p] not in writing.special)
+    chosen = {"query": [*question], "answer": [*answer], "all": [*question, *answer], "last": [last]}[tokens]
+    span = [p for p in chosen if base[p] not in writing.special]
     if tokens != "last":
-        assert n_special == len(base) - start - len(span)
-    span = span[:1] if tokens == "last" else span
+        assert row["n_special"] == len(chosen) - len(span)
+    # What follows the last token that is read does not count towards the median.
+    end = 1 + max(span, default=-1)
+    sinks = set(np.flatnonzero(attention_sinks(here[:end])).tolist())
     assert row["n_sinks"] == sum(p in sinks for p in span)
+    assert row["n_straddling"] == 0
     assert positions == [p for p in span if p not in sinks]
     if is_same_prompt:
         assert row["paired"] == row["paired_demos"]
@@ -310,13 +340,13 @@ def check_positions(
         assert row["paired"] == row["paired_demos"] == []
 
 
-def check_answer(row: dict[str, Any], special_ids: set[int]) -> None:
-    """Asserts that the tokens read are all those at the end, less special ones, and that none is demonstrated."""
-    base, positions = row["base_ids"], row["positions"]
-    start = len(base) - len(positions) - row["n_special"]
-    assert 0 < start < len(base)
-    assert positions == [p for p in range(start, len(base)) if base[p] not in special_ids]
-    assert row["n_sinks"] == 0
+def check_answer(row: dict[str, Any], writing: Writing) -> None:
+    """Asserts that the tokens read are all those of the answer, less special ones, and that none is demonstrated."""
+    base = row["base_ids"]
+    _, answer = writing.texts(base)
+    assert row["positions"] == [p for p in answer if base[p] not in writing.special]
+    assert row["n_special"] == len(answer) - len(row["positions"])
+    assert row["n_sinks"] == row["n_straddling"] == 0
     assert row["demos_ids"] == row["paired"] == row["paired_demos"] == []
 
 
@@ -353,11 +383,11 @@ def expect(
     actual = json.loads((run / "scores.json").read_text(encoding="utf-8"))
     settings, seed, layer = actual["settings"], actual["provenance"]["seed"], actual["model"]["layer"]
     table = pq.read_table(run / "prompts.parquet").to_pylist()
-    special_ids = set(AutoTokenizer.from_pretrained(model).all_special_ids)
+    writing = Writing.of(model)
     top_n, dims = settings["top_n"], settings["dims"]
 
     rows = [row for row in table if row["stage"] == "shift"]
-    train = sums_of(rows, layer, model, sae, tuned if dims == "tuned" else None, special_ids, settings["tokens"], dtype)
+    train = sums_of(rows, layer, model, sae, tuned if dims == "tuned" else None, writing, settings["tokens"], dtype)
     per_prompt = train.h if dims == "active" else train.sq_shift
     n_tokens = (train.n_read if dims == "active" else train.n_pairs).sum()
     importance = per_prompt.sum(axis=1) / n_tokens
@@ -418,7 +448,7 @@ def expect(
     for domain, mean_residual in zip(actual["domains"], saved["domain_mean_residuals"], strict=True):
         name = domain["name"]
         rows = [row for row in table if row["stage"] == "score" and row["domain"] == name]
-        sums = sums_of(rows, layer, model, sae, None, special_ids, settings["tokens"], dtype)
+        sums = sums_of(rows, layer, model, sae, None, writing, settings["tokens"], dtype)
         of_domains.append(sums)
         expected.n_flips += sums.n_flips
         expected.n_features_read += sums.n_features_read
@@ -453,7 +483,7 @@ def expect(
         answers = [row for row in table if row["stage"] == "answer" and row["domain"] == name]
         if settings["controls"] == "all" and answers:
             for row in answers:
-                check_answer(row, special_ids)
+                check_answer(row, writing)
             nll, exact = (
                 np.stack(part, axis=1)
                 for part in zip(*(answer_outcome(model, row, dtype) for row in answers), strict=True)
@@ -526,6 +556,7 @@ def counts_of(rows: list[dict[str, Any]]) -> dict[str, int]:
         "n_tokens": sum(len(row["positions"]) for row in rows),
         "n_pairs": sum(len(row["paired"]) for row in rows),
         "n_special": sum(row["n_special"] for row in rows),
+        "n_straddling": 0,
         "n_sinks": sum(row["n_sinks"] for row in rows),
     }
 

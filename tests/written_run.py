@@ -63,6 +63,7 @@ def make_scores(n: int = 6, seed: int = 0) -> dict[str, Any]:
                 "n_too_long": 3,
                 "n_unanswered": 2,
                 "n_special": 7,
+                "n_straddling": 0,
                 "n_sinks": 1,
                 "controls": {
                     "random": {name: float(rng.uniform(1, 9)) / 1e4 for name in ("act", "icl", "act_sq")},
@@ -95,7 +96,7 @@ def make_scores(n: int = 6, seed: int = 0) -> dict[str, Any]:
         },
         "train": {
             "name": "train", "n_prompts": 200, "n_tokens": 20000, "n_pairs": 19999, "n_skipped": 9, "n_too_long": 9,
-            "n_unanswered": 0, "n_special": 1, "n_sinks": 2,
+            "n_unanswered": 0, "n_special": 1, "n_straddling": 0, "n_sinks": 2,
         },
         "settings": {
             "dims": "icl", "estimators": ["act", "icl", "act_sq"], "controls": "all", "top_n": TOP_N, "tokens": "query",
@@ -107,6 +108,7 @@ def make_scores(n: int = 6, seed: int = 0) -> dict[str, Any]:
             "concentration": [{"n": D_SAE, "share": 1.0}],
             "stability": {"n_replicates": 32, "mean_overlap": 0.9, "overlap_ci": [0.85, 0.95]},
         },
+        "length": {"act": {"constant_share": 0.1, "r_inverse_length": 0.2}},
         "settled": {
             "shifted_features": {"kept": 0.9, "more_prompts": 0},
             "ranking": {"act": {"pairs_apart": 0.5, "more_prompts": None}},

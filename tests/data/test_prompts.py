@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from transformers import PreTrainedTokenizerFast
 
 from sts_fast.data.examples import Example
 from sts_fast.data.prompts import (
+    STRADDLING,
+    TEMPLATE,
     TEMPLATE_DATE,
     Prompt,
     PromptTemplate,
@@ -27,6 +30,7 @@ from sts_fast.data.prompts import (
     common_prefix_length,
     common_suffix_length,
     plain_text,
+    token_owners,
 )
 from sts_fast.errors import InputError
 
@@ -129,7 +133,7 @@ def test_plain_query_alone() -> None:
     prompt = build_one(PLAIN, AB)
     assert prompt.base_ids.tolist() == [7, 11, 12, 8]  # Question: a b Answer:
     assert prompt.demos_ids.tolist() == []
-    assert prompt.positions.tolist() == [0, 1, 2, 3]
+    assert prompt.positions.tolist() == [1, 2]
     assert prompt.paired.tolist() == prompt.paired_demos.tolist() == []
     assert prompt.n_special == 0
 
@@ -138,17 +142,18 @@ def test_plain_query_pairs_with_itself_behind_the_demonstration() -> None:
     prompt = build_one(PLAIN, AB, [DEMO])
     assert words(prompt.base_ids) == "Question: a b Answer:"
     assert words(prompt.demos_ids) == "Question: c Answer: z Question: a b Answer:"
-    assert prompt.paired.tolist() == [0, 1, 2, 3]
-    assert prompt.paired_demos.tolist() == [4, 5, 6, 7]
+    assert prompt.paired.tolist() == [1, 2]
+    assert prompt.paired_demos.tolist() == [5, 6]
 
 
 @pytest.mark.parametrize(
     ("tokens", "base", "positions", "paired_demos"),
     [
-        ("query", "Question: a b Answer:", [0, 1, 2, 3], [4, 5, 6, 7]),
+        ("query", "Question: a b Answer:", [1, 2], [5, 6]),
+        ("template", "Question: a b Answer:", [0, 1, 2, 3], [4, 5, 6, 7]),
         ("last", "Question: a b Answer:", [3], [7]),
         ("answer", "Question: a b Answer: x y", [4, 5], [8, 9]),
-        ("all", "Question: a b Answer: x y", [0, 1, 2, 3, 4, 5], [4, 5, 6, 7, 8, 9]),
+        ("all", "Question: a b Answer: x y", [1, 2, 4, 5], [5, 6, 8, 9]),
     ],
 )
 def test_token_classes_in_plain_text(tokens: str, base: str, positions: list[int], paired_demos: list[int]) -> None:
@@ -183,9 +188,12 @@ def test_one_bos_at_most_and_no_eos(around: str, prepend_bos: bool, expected: st
     assert words(prompt.base_ids) == expected
     assert words(prompt.demos_ids) == expected.replace("Question: a", "Question: c Answer: z Question: a")
     # BOS begins both prompts, but in front of different text: it is not a token of the query.
-    assert prompt.positions.tolist() == [i + bos for i in range(4)]
-    assert prompt.paired.tolist() == [i + bos for i in range(4)]
-    assert prompt.paired_demos.tolist() == [i + 4 + bos for i in range(4)]
+    assert prompt.positions.tolist() == [1 + bos, 2 + bos]
+    assert prompt.paired.tolist() == [1 + bos, 2 + bos]
+    assert prompt.paired_demos.tolist() == [5 + bos, 6 + bos]
+    template_too = build_one(template, AB, [DEMO], "template")
+    assert template_too.positions.tolist() == template_too.paired.tolist() == [i + bos for i in range(4)]
+    assert template_too.paired_demos.tolist() == [i + 4 + bos for i in range(4)]
     assert prompt.n_special == 0
 
 
@@ -212,11 +220,12 @@ def test_chat_template_decides_about_bos_alone() -> None:
     ("tokens", "base", "positions", "n_special"),
     [
         #           0      1      2 3 4     5
-        ("query", "<bos> <user> a b <end> <assistant>", [2, 3], 3),
+        ("query", "<bos> <user> a b <end> <assistant>", [2, 3], 0),
+        ("template", "<bos> <user> a b <end> <assistant>", [2, 3], 3),
         ("last", "<bos> <user> a b <end> <assistant>", [3], 3),
         #            0      1      2 3 4     5           6 7 8
-        ("answer", "<bos> <user> a b <end> <assistant> x y <end>", [6, 7], 1),
-        ("all", "<bos> <user> a b <end> <assistant> x y <end>", [2, 3, 6, 7], 4),
+        ("answer", "<bos> <user> a b <end> <assistant> x y <end>", [6, 7], 0),
+        ("all", "<bos> <user> a b <end> <assistant> x y <end>", [2, 3, 6, 7], 0),
     ],
 )
 def test_token_classes_in_a_chat(tokens: str, base: str, positions: list[int], n_special: int) -> None:
@@ -286,13 +295,73 @@ def test_only_the_common_suffix_is_read() -> None:
 
 
 def test_prompts_that_end_differently_pair_only_where_their_ends_agree() -> None:
-    # One word "turns" for each turn stands behind the question: the suffix in common stops at the first of them.
-    prompt = build_one(chat(CHAT_THAT_COUNTS_AT_THE_END), AB, [DEMO, OTHER_DEMO])
+    # The template writes one word "turns" for each turn behind the question: the common suffix begins at the first.
+    prompt = build_one(chat(CHAT_THAT_COUNTS_AT_THE_END), AB, [DEMO, OTHER_DEMO], "template")
     assert words(prompt.base_ids) == "a b turns <end>"
     assert words(prompt.demos_ids) == "c z d e w z a b turns turns turns turns turns <end>"
     assert tokens_read(prompt) == "turns"
     assert prompt.paired.tolist() == [2]
     assert prompt.paired_demos.tolist() == [12]
+
+
+def test_text_pairs_with_itself_whatever_the_template_writes_behind_it() -> None:
+    prompt = build_one(chat(CHAT_THAT_COUNTS_AT_THE_END), AB, [DEMO, OTHER_DEMO])
+    assert words(prompt.demos_ids) == "c z d e w z a b turns turns turns turns turns <end>"
+    assert tokens_read(prompt) == words(prompt.demos_ids[prompt.paired_demos]) == "a b"
+    assert prompt.paired_demos.tolist() == [6, 7]
+
+
+# Whose a token is -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("offsets", "spans", "owners"),
+    [
+        #  0123456789
+        #  Q: one two
+        ([(0, 2), (2, 6), (6, 10)], [(3, 10)], [TEMPLATE, 0, 0]),  # a blank before a word is anybody's
+        ([(0, 1), (1, 4), (4, 10)], [(3, 10)], [TEMPLATE, STRADDLING, 0]),
+        ([(0, 2), (2, 3), (3, 6), (6, 7), (7, 10)], [(3, 6), (7, 10)], [TEMPLATE, TEMPLATE, 0, TEMPLATE, 1]),
+        ([(0, 2), (3, 10)], [(3, 6), (7, 10)], [TEMPLATE, STRADDLING]),
+        ([(0, 0), (0, 10)], [(0, 10)], [TEMPLATE, 0]),
+        ([(0, 10)], [(0, 0)], [TEMPLATE]),
+        ([(3, 6), (6, 7), (7, 10)], [(3, 10)], [0, 0, 0]),  # a blank inside a text is the text's
+    ],
+)
+def test_owner_of_a_token(offsets: list[tuple[int, int]], spans: list[tuple[int, int]], owners: list[int]) -> None:
+    assert token_owners(np.asarray(offsets, np.int32), "Q: one two", spans).tolist() == owners
+
+
+def test_tokens_across_the_end_of_a_text_are_left_out_and_counted() -> None:
+    # "?" joins the template's "?" to a pair, as byte pair encodings do.
+    tokenizer = byte_tokenizer("{% for m in messages %}?{{ m.content }}?{% endfor %}", merges=[("?", "?")])
+    template = PromptTemplate(tokenizer)
+    prompt = build_one(template, Example("q", "Why? How?", None), [DEMO])
+    assert tokenizer.decode(prompt.base_ids) == "?Why? How??"
+    assert tokenizer.decode(prompt.base_ids[prompt.positions]) == "Why? How"
+    assert tokenizer.decode(prompt.demos_ids[prompt.paired_demos]) == "Why? How"
+    assert (prompt.n_straddling, prompt.n_special) == (1, 0)
+    (answered,) = build_prompts("set", [Example("q", "Why", "So?")], template, tokens="answer").prompts
+    assert tokenizer.decode(answered.base_ids[answered.positions]) == "So"
+    assert answered.n_straddling == 1
+
+
+def test_tokenizer_that_does_not_tell_where_its_tokens_are() -> None:
+    class Silent(PreTrainedTokenizerFast):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            read = super().__call__(*args, **kwargs)
+            if "offset_mapping" in read:
+                read["offset_mapping"] = [(start, start) for start, _ in read["offset_mapping"]]
+            return read
+
+    plain = make_tokenizer(chat=CHAT)
+    silent = Silent(tokenizer_object=plain.backend_tokenizer, unk_token="<unk>", bos_token="<bos>", eos_token="<eos>")
+    silent.add_special_tokens({"additional_special_tokens": SPECIAL[3:]})
+    silent.chat_template = CHAT
+    query = Example("q", "a b <eos> a", "x", (("user", "hi"), ("assistant", "hello")))
+    expected, prompt = (build_one(PromptTemplate(one), query, [DEMO]) for one in (plain, silent))
+    assert prompt.positions.tolist() == expected.positions.tolist()
+    assert prompt.paired_demos.tolist() == expected.paired_demos.tolist()
 
 
 def test_template_that_refuses_a_role_says_so_in_one_line() -> None:
@@ -315,7 +384,7 @@ def test_broken_template_is_told_in_one_line() -> None:
 def test_special_tokens_are_dropped_and_counted() -> None:
     prompt = build_one(PLAIN, Example("q", "a <eos> b <user>", None), [DEMO])
     assert words(prompt.base_ids) == "Question: a <eos> b <user> Answer:"
-    assert prompt.positions.tolist() == prompt.paired.tolist() == [0, 1, 3, 5]
+    assert prompt.positions.tolist() == prompt.paired.tolist() == [1, 3]
     assert prompt.n_special == 2
 
 
@@ -329,7 +398,7 @@ def test_query_of_special_tokens_alone_reads_nothing() -> None:
     for tokens in ("query", "last"):
         prompt = build_one(chat(), Example("q", "<eos>", None), [DEMO], tokens)
         assert prompt.positions.tolist() == prompt.paired.tolist() == []
-        assert prompt.n_special == 4
+        assert prompt.n_special == (1 if tokens == "query" else 4)
 
 
 # Answers --------------------------------------------------------------------------------------------------------------
@@ -346,14 +415,14 @@ def test_queries_without_answer_are_counted_where_answers_are_read() -> None:
 def test_all_reads_the_query_alone_where_there_is_no_answer() -> None:
     built = build_prompts("set", [Example("1", "a", None), Example("2", "b", "y")], PLAIN, tokens="all")
     assert [tokens_read(prompt) for prompt in built.prompts] == [
-        "Question: a Answer:",
-        "Question: b Answer: y",
+        "a",
+        "b y",
     ]
     assert built.n_unanswered == 0
 
 
 def test_unknown_token_class() -> None:
-    with pytest.raises(ValueError, match=r"tokens must be one of query, last, answer, all, not 'first'"):
+    with pytest.raises(ValueError, match=r"tokens must be one of query, template, last, answer, all, not 'first'"):
         build_prompts("set", [AB], PLAIN, tokens="first")
 
 
@@ -576,10 +645,10 @@ def real_templates() -> list[str]:
     return [str(path) for path in sorted(folder.glob("*.jinja")) if not path.stem.endswith("_training")]
 
 
-def byte_tokenizer(chat: str) -> PreTrainedTokenizerFast:
-    """Every byte a token, so that ids can be turned back into the very text."""
-    alphabet = sorted(ByteLevel.alphabet())
-    core = Tokenizer(BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+def byte_tokenizer(chat: str, merges: Sequence[tuple[str, str]] = ()) -> PreTrainedTokenizerFast:
+    """Every byte a token, but for the merges, so that ids can be turned back into the very text."""
+    alphabet = [*sorted(ByteLevel.alphabet()), *(a + b for a, b in merges)]
+    core = Tokenizer(BPE({letter: i for i, letter in enumerate(alphabet)}, [*merges]))
     core.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = ByteLevelDecoder()
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<bos>", eos_token="<eos>", chat_template=chat)
@@ -608,14 +677,15 @@ def test_real_template(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert not any(demo.question in base for demo in demos)
         assert max(list(ids).count(tokenizer.bos_token_id) for ids in (prompt.base_ids, prompt.demos_ids)) <= 1
         read, paired = prompt.positions, prompt.paired_demos
-        assert query.question in tokenizer.decode(prompt.base_ids[read])
-        assert query.question in tokenizer.decode(prompt.demos_ids[paired])
-        assert not any(demo.question in tokenizer.decode(prompt.demos_ids[paired]) for demo in demos)
+        assert tokenizer.decode(prompt.base_ids[read]) == query.question
+        assert tokenizer.decode(prompt.demos_ids[paired]) == query.question
         np.testing.assert_array_equal(prompt.base_ids[prompt.paired], prompt.demos_ids[paired])
     answered = build_prompts("set", queries, template, tokens="answer").prompts
     for query, prompt in zip(queries, answered, strict=True):
-        assert (query.answer or "") in tokenizer.decode(prompt.base_ids[prompt.positions])
-        assert query.question not in tokenizer.decode(prompt.base_ids[prompt.positions])
+        assert tokenizer.decode(prompt.base_ids[prompt.positions]) == query.answer
+    both = build_prompts("set", queries, template, demos=demos, tokens="all").prompts
+    for query, prompt in zip(queries, both, strict=True):
+        assert tokenizer.decode(prompt.base_ids[prompt.positions]) == query.question + (query.answer or "")
 
     class Later(datetime.datetime):
         @classmethod

@@ -140,3 +140,50 @@ def test_what_a_run_would_refuse_is_refused(tiny: Tiny, tmp_path: Path, change: 
         given["sae"] = tiny.saes["topk"]
     with pytest.raises(InputError, match=named):
         sts_fast.plan(trains={"train": tiny.train}, **given)
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("tokens", ["query", "template"])
+def test_every_pass_reads_the_users_text_alone(tiny: Tiny, tmp_path: Path, tokens: str) -> None:
+    """With a chat template, of which no mark is a special token here."""
+    from transformers import AutoTokenizer
+
+    shutil.copytree(tiny.model, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(tmp_path / "model")
+    run = sts_fast.score(
+        model=tmp_path / "model",
+        sae=tiny.saes["topk"],
+        train=tiny.train,
+        domains=tiny.domains,
+        estimators=["act", "icl", "ntk"],
+        controls="all",
+        tokens=tokens,
+        shots=1,
+        domain_shots=1,
+        top_n=5,
+    )
+    examples = {
+        (name, example.id): example
+        for name, path in (("train", tiny.train), *tiny.domains.items())
+        for example in sts_fast.load_examples(path)
+    }
+    rows = run.prompts.to_pylist()
+    assert {row["stage"] for row in rows} == {"shift", "score", "answer", "signed_train", "signed"}
+    for row in rows:
+        example = examples[row["domain"], row["id"]]
+        text = example.question if row["stage"] in ("shift", "score") else example.answer or ""
+        read = tokenizer.decode([row["base_ids"][p] for p in row["positions"]])
+        if tokens == "template" and row["stage"] in ("shift", "score"):
+            assert read.endswith("assistant\n")
+        elif "~" not in text and "</s>" not in text:  # an attention sink, a special token
+            assert read == text
+        pairs = (("base_ids", "paired"), ("demos_ids", "paired_demos"))
+        here, there = ([row[ids][p] for p in row[at]] for ids, at in pairs)
+        assert here == there

@@ -204,9 +204,10 @@ def test_answers_are_read_whole_and_without_demonstrations(tiny: Tiny) -> None:
     answered = spelling[DOMAIN_SHOTS : tiny_material.N_QUESTIONS]
     assert [row["id"] for row in rows] == [example.id for example in answered]
     for row, example in zip(rows, answered, strict=True):
-        assert tokenizer.decode([row["base_ids"][p] for p in row["positions"]]) == f" {example.answer}"
-        question = tokenizer(f"Question: {example.question}\nAnswer:").input_ids
-        assert row["base_ids"][: row["positions"][0]] == question
+        assert tokenizer.decode([row["base_ids"][p] for p in row["positions"]]).strip() == example.answer
+        assert row["positions"] == [*range(row["positions"][0], len(row["base_ids"]))]
+        before = tokenizer.decode(row["base_ids"][: row["positions"][0]]).strip()
+        assert before.endswith(f"Question: {example.question}\nAnswer:")
     n_tokens = [len(row["positions"]) for row in rows]
     assert len(set(n_tokens)) == 3
     loss = sum(row["answer_nll_sum"] for row in rows) / sum(n_tokens)
@@ -507,6 +508,10 @@ def recomputed(run: Path) -> dict[str, Any]:
             },
         },
         "settled": {"shifted_features": {"kept": number(np.mean(kept))}},
+        "length": {
+            name: recomputed_length([[row for row in table if row["domain"] == domain] for domain in names], name)
+            for name in settings["estimators"]
+        },
         "shifted_features": [
             {
                 "index": j,
@@ -518,6 +523,27 @@ def recomputed(run: Path) -> dict[str, Any]:
         ],
         "domains": domains,
     }
+
+
+def recomputed_length(tables: list[list[dict[str, Any]]], estimator: str) -> dict[str, Any]:
+    """By least squares over the prompts of all domains: one intercept, and a slope for each domain."""
+    rows = [[row for row in table if row["stage"] == "score"] for table in tables]
+    tokens = "paired" if estimator == "icl" else "positions"
+    lengths = [np.asarray([len(row[tokens]) for row in of_domain], float) for of_domain in rows]
+    sums = [np.asarray([row[f"{estimator}_sum"] for row in of_domain]) for of_domain in rows]
+    X = np.zeros((sum(map(len, rows)), 1 + len(rows)))
+    X[:, 0] = 1
+    at = 0
+    for i, of_domain in enumerate(lengths):
+        X[at : at + len(of_domain), 1 + i] = of_domain
+        at += len(of_domain)
+    S = np.concatenate(sums)
+    share = np.linalg.lstsq(X, S, rcond=None)[0][0] * len(S) / S.sum() if np.linalg.matrix_rank(X) > len(rows) else None
+    if len(rows) < 3:
+        return {"constant_share": share and number(share), "r_inverse_length": None}
+    scores = [of.sum() / n.sum() for of, n in zip(sums, lengths, strict=True)]
+    r = np.corrcoef(scores, [1 / n.mean() for n in lengths])[0, 1]
+    return {"constant_share": share and number(share), "r_inverse_length": number(r)}
 
 
 def recomputed_domain(
@@ -736,7 +762,9 @@ def test_real_prompts_are_sent_word_for_word(real: Real, real_run: Callable[[str
     for row in rows:
         of_answer = row["base_ids"][row["positions"][0] :]
         asked_for = f"Question: {with_options(by_id[row['id']])}\nAnswer:"
-        assert row["base_ids"] == [*tokenizer(asked_for).input_ids, *of_answer]
+        n_asked = len(tokenizer(asked_for).input_ids)
+        assert row["base_ids"][:n_asked] == tokenizer(asked_for).input_ids
+        assert not tokenizer.decode(row["base_ids"][n_asked : row["positions"][0]]).strip()
         assert tokenizer.decode(of_answer) == by_id[row["id"]]["answer"]
 
 

@@ -13,11 +13,12 @@ from sts_fast.data.examples import Example
 from sts_fast.errors import InputError
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
     from sts_fast.statistics import IntArray
 
-TokenClass = Literal["query", "last", "answer", "all"]
+TokenClass = Literal["query", "template", "last", "answer", "all"]
 Turn = tuple[str, str]
 # Are told how much of a stage is done, and of how much; Progress also which stage.
 Tell = Callable[[int, int], None]
@@ -30,10 +31,11 @@ FIXED_DATE = "{%- macro strftime_now(format) -%}" + TEMPLATE_DATE + "{%- endmacr
 # Stands in a template's text for an answer that is put there afterwards; from Unicode's private use area.
 SIGN = "\ue0f5"
 
+# Whose a token is that is no turn's.
+TEMPLATE, STRADDLING = -1, -2
+
 # A demonstration that stands in where a set has none: only the query's own turn is common to both prompts.
 STAND_IN_DEMO: list[Turn] = [("user", "?"), ("assistant", "!")]
-# Two answers that end differently: what both have in common with another one's end is the template's.
-STAND_IN_ANSWERS = ("!", "?")
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Prompt:
     paired:       [n_pairs] int32, those of `positions` whose token stands in demos_ids too
     paired_demos: [n_pairs] int32, positions in demos_ids; entry i is the same token as paired[i]
     n_special:    tokens of the query that are not read because they are special
+    n_straddling: tokens that are not read because only a part of them is the user's, and the rest the template's
     question:     the query as the user gave it, without template, demonstrations and earlier turns; None if not known
     """
 
@@ -56,6 +59,7 @@ class Prompt:
     paired: IntArray
     paired_demos: IntArray
     n_special: int
+    n_straddling: int = 0
     question: str | None = None
 
 
@@ -111,6 +115,53 @@ class PromptTemplate:
             return self.plain_ids(plain_text(turns))
         ids = self.tokenizer(self.text(turns), add_special_tokens=False, verbose=False).input_ids
         return np.asarray(ids, dtype=np.int32)
+
+    def owned_ids(self, turns: Sequence[Turn], n_own: int) -> tuple[IntArray, IntArray]:
+        """Token ids of (role, text) turns as in `token_ids`, and whose each token is, of the last n_own turns.
+
+        Returns [n] int32 ids, and [n] int32 owners: 0 to n_own - 1 where a token is part of the text of that turn,
+        TEMPLATE where it is not, STRADDLING where only a part of it is. Blanks around a text are anybody's.
+        """
+        text, ids = self._written(turns), self.token_ids(turns)
+        spans = [self._span(turns, i, text) for i in range(len(turns) - n_own, len(turns))]
+        return ids, token_owners(self._offsets(text, ids), text, spans)
+
+    def _written(self, turns: Sequence[Turn]) -> str:
+        return self.text(turns) if self.is_chat else plain_text(turns)
+
+    def _span(self, turns: Sequence[Turn], i: int, text: str) -> tuple[int, int]:
+        """Where in a rendered conversation the text of a turn is: what differs when a sign is put in its place."""
+        role, content = turns[i]
+        if not content.strip():
+            return 0, 0
+        here, there = _characters(text), _characters(self._written([*turns[:i], (role, SIGN), *turns[i + 1 :]]))
+        start = common_prefix_length(here, there)
+        return start, len(here) - min(common_suffix_length(here, there), len(here) - start, len(there) - start)
+
+    def _offsets(self, text: str, ids: IntArray) -> IntArray:
+        """[n, 2] int32 the characters of each token, from the first to behind the last; an empty range for none."""
+        if not self.tokenizer.is_fast:
+            return self._searched_offsets(text, ids)
+        read = self.tokenizer(text, add_special_tokens=not self.is_chat, verbose=False, return_offsets_mapping=True)
+        offsets = np.zeros((len(ids), 2), np.int32)
+        n_before = int(len(ids) > 0 and list(read.input_ids[:1]) != ids[:1].tolist())  # a BOS was put before
+        given = np.asarray(read.offset_mapping, dtype=np.int32).reshape(-1, 2)[: len(ids) - n_before]
+        offsets[n_before : n_before + len(given)] = given
+        named = ~np.isin(ids, self.special_ids)
+        # Some tokenizers give every token an empty range.
+        tells = not named.any() or bool((offsets[named, 1] > offsets[named, 0]).any())
+        return offsets if tells else self._searched_offsets(text, ids)
+
+    def _searched_offsets(self, text: str, ids: IntArray) -> IntArray:
+        """The same of a tokenizer that does not tell: each token's text is looked for behind the one before."""
+        offsets, at = np.zeros((len(ids), 2), np.int32), 0
+        for i, token in enumerate(ids.tolist()):
+            piece = str(self.tokenizer.decode([token], skip_special_tokens=False)).strip()
+            start = text.find(piece, at) if piece else -1
+            if start >= 0:
+                offsets[i] = start, start + len(piece)
+                at = start + len(piece)
+        return offsets
 
     def plain_ids(self, text: str) -> IntArray:
         """[n] int32 token ids of a text as it stands, with BOS where there is to be one."""
@@ -175,6 +226,23 @@ def plain_text(turns: Sequence[Turn]) -> str:
     return "".join(forms.get(role, "{}\n\n").format(text) for role, text in turns).rstrip("\n")
 
 
+def token_owners(offsets: IntArray, text: str, spans: Sequence[tuple[int, int]]) -> IntArray:
+    """[n] int32 index of the span that each token's characters are in; TEMPLATE outside, STRADDLING across an end.
+
+    offsets: [n, 2] the characters of each token in `text`; blanks around others do not count
+    """
+    inked = np.concatenate([[0], np.cumsum([not character.isspace() for character in text])])
+    starts, ends = offsets[:, 0], offsets[:, 1]
+    n_inked = inked[ends] - inked[starts]
+    owners = np.full(len(offsets), TEMPLATE, np.int32)
+    for i, (start, end) in enumerate(spans):
+        n_inside = inked[np.clip(ends, start, end)] - inked[np.clip(starts, start, end)]
+        owners[(n_inside > 0) & (n_inside == n_inked)] = i
+        owners[(n_inside > 0) & (n_inside < n_inked)] = STRADDLING
+        owners[(n_inked == 0) & (ends > starts) & (starts >= start) & (ends <= end)] = i
+    return owners
+
+
 def choose_demos(
     name: str,
     examples: Sequence[Example],
@@ -223,12 +291,15 @@ def build_prompts(
     """Prompts of a random sample of `limit` queries that fit into the model's context, in the order of the set.
 
     The tokens read are, for `tokens`:
-      query   those of the query's own conversation: what its prompt has in common, at the end, with one that carries
-              demonstrations (longest common token suffix); earlier turns of the same conversation belong to it
-      last    the last of these
-      answer  those of the answer, which is put after the query
-      all     query and answer, where there is one
-    never special tokens. Which examples are drawn depends on `seed`, the examples, and which of them fit.
+      query     those of the question's own text, and of earlier turns of its conversation, but not of a system turn
+                before the demonstrations; nothing that the template writes
+      template  the same, and what the template writes around them: all that the prompt has in common, at the end, with
+                one that carries demonstrations (longest common token suffix)
+      last      the last of these: the one that the answer follows
+      answer    those of the answer's own text, which is put after the query
+      all       query and answer, where there is one
+    never special tokens, nor those of which only a part is the user's text. Which examples are drawn depends on `seed`,
+    the examples, and which of them fit.
 
     Raises ValueError for an unknown token class.
     """
@@ -296,41 +367,54 @@ def _pair(
     # A system turn opens the conversation, so it goes before the demonstrations.
     n_system = next((i for i, (role, _) in enumerate(turns) if role != "system"), len(turns))
     answer: list[Turn] = [("assistant", query.answer)] if tokens in ("answer", "all") and query.answer else []
+    own = [*turns[n_system:], *answer]
+    n_read = len(answer) if tokens == "answer" else len(own)
 
-    def with_demos(demos: list[Turn], end: list[Turn]) -> IntArray:
-        return template.token_ids([*turns[:n_system], *demos, *turns[n_system:], *end])
-
-    base_ids = with_demos([], answer)
+    base_ids, owners = template.owned_ids([*turns, *answer], n_read)
     if context_length is not None and len(base_ids) > context_length:
         return None
-    demos_ids = with_demos(demo_turns, answer) if demo_turns else np.empty(0, np.int32)
+    demos_ids, demo_owners = np.empty(0, np.int32), np.empty(0, np.int32)
+    if demo_turns:
+        demos_ids, demo_owners = template.owned_ids([*turns[:n_system], *demo_turns, *own], n_read)
     if context_length is not None and len(demos_ids) > context_length:
         return None
-    end = len(base_ids)
-    if answer:
-        # What follows any answer, such as the mark that ends the turn, is the template's and not the answer's.
-        end -= min(common_suffix_length(base_ids, with_demos([], [("assistant", other)])) for other in STAND_IN_ANSWERS)
-    if tokens == "answer":
-        start = common_prefix_length(base_ids, with_demos([], []))
-    else:
-        start = len(base_ids) - common_suffix_length(base_ids, with_demos(STAND_IN_DEMO, answer))
-    is_special = np.isin(base_ids[start:], template.special_ids)
-    positions = (start + np.flatnonzero(~is_special)).astype(np.int32)
-    positions = positions[positions < end]
-    n_special = int(is_special.sum())
+    if tokens in ("template", "last"):
+        # All that the prompt has in common, at the end, with one behind a demonstration.
+        behind = template.token_ids([*turns[:n_system], *STAND_IN_DEMO, *own])
+        n_common = common_suffix_length(base_ids, behind)
+        owners = np.where(np.arange(len(base_ids)) < len(base_ids) - n_common, TEMPLATE, 0)
+        n_paired = common_suffix_length(base_ids, demos_ids)
+        demo_owners = np.where(np.arange(len(demos_ids)) < len(demos_ids) - n_paired, TEMPLATE, 0)
+    special, demo_special = (np.isin(ids, template.special_ids) for ids in (base_ids, demos_ids))
+    positions = np.flatnonzero((owners >= 0) & ~special)
     if tokens == "last":
         positions = positions[-1:]
-    paired = positions[positions >= len(base_ids) - common_suffix_length(base_ids, demos_ids)]
+    pairs = [
+        _pairs(
+            base_ids, positions[owners[positions] == i], demos_ids, np.flatnonzero((demo_owners == i) & ~demo_special)
+        )
+        for i in range(max(len(own), 1))
+    ]
+    paired, paired_demos = (np.concatenate(of_turns).astype(np.int32) for of_turns in zip(*pairs, strict=True))
     return Prompt(
         id=query.id,
         base_ids=base_ids,
         demos_ids=demos_ids,
-        positions=positions,
+        positions=positions.astype(np.int32),
         paired=paired,
-        paired_demos=paired + np.int32(len(demos_ids) - len(base_ids)),
-        n_special=n_special,
+        paired_demos=paired_demos,
+        n_special=int(((owners >= 0) & special).sum()),
+        n_straddling=int(((owners == STRADDLING) & ~special).sum()),
         question=query.question,
     )
+
+
+def _pairs(
+    ids: IntArray, here: NDArray[np.int64], demos_ids: IntArray, there: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Positions in two prompts that hold the same token of the same text, counted from the text's end."""
+    n = common_suffix_length(ids[here], demos_ids[there])
+    return here[len(here) - n :], there[len(there) - n :]
 
 
 def show_prompt(prompt_set: PromptSet, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -358,13 +442,17 @@ def prompts_sha256(prompt_sets: Sequence[PromptSet]) -> str:
     return sha256.hexdigest()
 
 
-def common_prefix_length(a: IntArray, b: IntArray) -> int:
-    """Number of equal tokens at the start of two sequences."""
+def common_prefix_length(a: NDArray[Any], b: NDArray[Any]) -> int:
+    """Number of equal tokens, or characters, at the start of two sequences."""
     n = min(len(a), len(b))
     differs = np.flatnonzero(a[:n] != b[:n])
     return int(differs[0]) if len(differs) else n
 
 
-def common_suffix_length(a: IntArray, b: IntArray) -> int:
-    """Number of equal tokens at the end of two sequences."""
+def common_suffix_length(a: NDArray[Any], b: NDArray[Any]) -> int:
+    """Number of equal tokens, or characters, at the end of two sequences."""
     return common_prefix_length(a[::-1], b[::-1])
+
+
+def _characters(text: str) -> NDArray[np.uint32]:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")

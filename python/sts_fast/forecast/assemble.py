@@ -18,9 +18,10 @@ from sts_fast.files import InputFile
 from sts_fast.forecast.blocks import ConcentrationBlock, ProvenanceBlock, SetBlock
 from sts_fast.forecast.dims import N_REPLICATES, Shift
 from sts_fast.forecast.estimators import DomainRead, domain_scores
+from sts_fast.forecast.length import LengthEffect, length_effect
 from sts_fast.forecast.options import Settings
 from sts_fast.forecast.plan import Plan
-from sts_fast.forecast.run import Forecast, Score, ShiftedFeature, with_value_columns
+from sts_fast.forecast.run import BY_NAME, Forecast, Score, ShiftedFeature, with_value_columns
 from sts_fast.model import explain
 from sts_fast.model.forward import PassRecord
 from sts_fast.model.log import AnswerLog
@@ -107,6 +108,12 @@ def _forecast(
             f"only {n_moved} features shift at all, so {top_n - n_moved} of the {top_n} in D_N stand there by their "
             "index alone: lower --top-n"
         )
+    length = {name: _length_effect(domain_reads, shift.name, name) for name in settings.sizes} if domain_reads else {}
+    warnings += [
+        warning
+        for name, effect in length.items()
+        if (warning := effect.warning(BY_NAME[name].label, len(domain_reads))) is not None
+    ]
     stability = shift.overlaps(top_n)
     moments = [read.raw.moments for read in domain_reads]
     total = float(shift.importance.sum())
@@ -165,6 +172,7 @@ def _forecast(
                 "overlap_ci": list(percentile_interval(stability)),
             },
         },
+        length={name: effect.to_plain() for name, effect in length.items()},
         domains=domain_scores(domain_reads, shift, answers, settings),
         shifted_features=[
             ShiftedFeature(
@@ -221,8 +229,15 @@ def _train_block(shift: Shift) -> SetBlock:
         "n_tokens": counts["n_tokens"],
         "n_pairs": counts["n_pairs"],
         "n_special": counts["n_special"],
+        "n_straddling": counts["n_straddling"],
         "n_sinks": counts["n_sinks"],
     }
+
+
+def _length_effect(reads: Sequence[DomainRead], train: str, estimator: str) -> LengthEffect:
+    """Of the score that D_N gives."""
+    lengths = [read.log.n_pairs if estimator == "icl" else read.log.n_read for read in reads]
+    return length_effect([read.sums[train, "", estimator] for read in reads], [n.astype(np.float64) for n in lengths])
 
 
 def concentration(importance: Doubles) -> list[ConcentrationBlock]:

@@ -50,6 +50,7 @@ class SetBlock(TypedDict):
     n_tokens: int
     n_pairs: int
     n_special: int
+    n_straddling: int
     n_sinks: int
 
 
@@ -182,6 +183,13 @@ class ProvenanceBlock(TypedDict):
     inputs: list[InputFile]
 
 
+class LengthBlock(TypedDict):
+    """How far the length of the questions explains the scores of an estimator; see LengthEffect."""
+
+    constant_share: float | None
+    r_inverse_length: float | None
+
+
 class Scores(TypedDict):
     """Contents of scores.json. rollouts: counts of completions and rewards, written by `rollouts`."""
 
@@ -192,6 +200,7 @@ class Scores(TypedDict):
     settings: SettingsBlock
     shift: ShiftBlock
     settled: SettledBlock
+    length: dict[str, LengthBlock]
     domains: list[DomainBlock]
     shifted_features: list[FeatureBlock]
     signed: SignedBlock | None

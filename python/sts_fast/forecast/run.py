@@ -17,6 +17,7 @@ from sts_fast.files import Document
 from sts_fast.forecast import stability
 from sts_fast.forecast.blocks import (
     CalibrationBlock,
+    LengthBlock,
     ModelBlock,
     ProvenanceBlock,
     SAEBlock,
@@ -169,7 +170,8 @@ class DomainScore:
         act_sq: E_x mean_{j in D_N} h_j(x)^2                       (the variant in the authors' notebook)
     n_tokens:   tokens behind act; n_pairs: token pairs behind icl
     n_skipped:  examples looked at and left out: n_too_long for the model's context, n_unanswered where answers are read
-    n_special, n_sinks: tokens left out because they are special, because they are attention sinks
+    n_special, n_straddling, n_sinks: tokens left out because they are special, because a part of them is the chat
+        template's, because they are attention sinks
     controls:   the same estimators with other features in the place of D_N, by control and estimator
     change, change_interval: what a calibration makes of the score; None without one, or where it does not reach
     """
@@ -183,6 +185,7 @@ class DomainScore:
     n_too_long: int
     n_unanswered: int
     n_special: int
+    n_straddling: int
     n_sinks: int
     controls: dict[str, dict[str, float]]
     change: float | None = None
@@ -220,7 +223,7 @@ class ShiftedFeature:
 class Forecast:
     """A whole forecast: numbers, the statistics they come from, and every prompt that was sent.
 
-    model, sae, train, settings, shift, provenance: the blocks of scores.json
+    model, sae, train, settings, shift, length, provenance: the blocks of scores.json
     stats:   per-feature sums over the training set: ShiftStats, or CorrelationStats for DIMS_OF_ACTIVITY
     controls: what the controls were computed from: feature sets, raw dimensions and mean residuals, by name
     prompts: one row per prompt and stage, as in prompts.parquet
@@ -235,6 +238,7 @@ class Forecast:
     train: SetBlock
     settings: SettingsBlock
     shift: ShiftBlock
+    length: dict[str, LengthBlock]
     domains: list[DomainScore]
     shifted_features: list[ShiftedFeature]
     warnings: list[str]
@@ -305,6 +309,7 @@ class Forecast:
             "settings": self.settings,
             "shift": self.shift,
             "settled": self.settled,
+            "length": self.length,
             "domains": [_plain(domain) for domain in self.domains],
             "shifted_features": [_plain(feature) for feature in self.shifted_features],
             "signed": self.signed,

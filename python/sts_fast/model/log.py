@@ -40,6 +40,7 @@ class PromptLog:
             "n_tokens": int(self.n_read.sum()),
             "n_pairs": int(self.n_pairs.sum()),
             "n_special": sum(prompt.n_special for prompt in self.prompts),
+            "n_straddling": sum(prompt.n_straddling for prompt in self.prompts),
             "n_sinks": sum(int((~kept).sum()) for kept in self.kept),
         }
 
@@ -63,6 +64,7 @@ class PromptLog:
             "paired": tokens(lambda i, prompt: paired[i][0][self.kept_paired[i]]),
             "paired_demos": tokens(lambda i, prompt: paired[i][1][self.kept_paired[i]]),
             "n_special": pa.array([prompt.n_special for prompt in self.prompts], pa.int64()),
+            "n_straddling": pa.array([prompt.n_straddling for prompt in self.prompts], pa.int64()),
             "n_sinks": pa.array([int((~kept).sum()) for kept in self.kept], pa.int64()),
         }
         return pa.table(columns | {name: pa.array(column) for name, column in {**self.values, **values}.items()})

@@ -167,6 +167,7 @@ def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
             for name in PROMPT_COLUMNS
         },
         "n_special": pa.array([prompt.n_special for prompt in prompts], pa.int64()),
+        "n_straddling": pa.array([prompt.n_straddling for prompt in prompts], pa.int64()),
         "question": pa.array([prompt.question for prompt in prompts], pa.string()),
     }
     with files.atomic_path(path) as temporary:
@@ -183,6 +184,7 @@ def read_prompts(path: Path, stored_set: StoredSet) -> list[Prompt]:
             Prompt(
                 id=str(row["id"]),
                 n_special=int(row["n_special"]),
+                n_straddling=int(row["n_straddling"]),
                 question=None if row.get("question") is None else str(row["question"]),
                 **{name: np.asarray(row[name], np.int32) for name in PROMPT_COLUMNS},
             )
