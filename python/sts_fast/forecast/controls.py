@@ -28,7 +28,7 @@ PROBE_RIDGE = 1e-3
 
 # Sets of random features that the control averages over: one set alone would be as noisy as what it is to judge.
 N_RANDOM_SETS = 10
-# A feature of like activity is one of so many whose mean activation is nearest.
+# A feature of similar activity is one of so many whose mean activation is nearest.
 N_NEAREST = 10
 
 
