@@ -70,10 +70,10 @@ class Places:
             both = hook is not None and layer is not None
             if both and split_name(hook)[1] is not None:
                 raise InputError(
-                    f"--layer and --hook both name a layer: give only one, or --hook as one of {', '.join(PLACES)}"
+                    f"--layer and --hook say the same thing: give one of them, or --hook as {', '.join(PLACES)}"
                 )
             if layer is not None and layer < 0:
-                raise InputError(f"--layer counts from 0 and must not be negative, like {layer}")
+                raise InputError(f"--layer counts from 0, and is not {layer}")
             if hook is not None and layer is None and hook.removeprefix("hook_") in (*PLACES, "z"):
                 raise InputError(f"--hook {hook} exists in every layer: choose one with --layer")
             where = {"hook": place_name(hook, layer)} if both else {"hook": hook, "layer": layer}
