@@ -201,7 +201,7 @@ def test_what_cannot_be_used_is_told_in_a_sentence(tiny: Tiny, options: dict[str
 
 
 def test_scores_of_other_domains_or_of_another_kind_are_refused(tiny: Tiny, run: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="has no scores by 'act_sq': it has act, icl"):
+    with pytest.raises(InputError, match="has no scores by 'act_sq', only by act, icl"):
         mixed(tiny, rule="proportional", scores=run, estimator="act_sq")
     write_scores(tmp_path, make_scores() | {"domains": [{"name": "law"}]})
     with pytest.raises(InputError, match=r"is not a scores\.json: \$\.domains\[0\]"):
