@@ -1,4 +1,4 @@
-"""The one exception that the user can act on, and pieces of its messages."""
+"""The exception for wrong input, and pieces of its messages."""
 
 from collections.abc import Iterable
 

@@ -39,7 +39,7 @@ def findings(document: Mapping[str, Any]) -> list[str]:
         less_hurt = sum(change < own if of == "loss" else change > own for change in changes)
         sentences.append(
             f"Of {len(domains)} domains {worse} clearly lose{'s' if worse == 1 else ''} more than with features of "
-            f"like activity, and {less_hurt} lose{'s' if less_hurt == 1 else ''} less than the training set does."
+            f"similar activity, and {less_hurt} lose{'s' if less_hurt == 1 else ''} less than the training set does."
         )
     return sentences
 
