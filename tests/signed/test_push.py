@@ -342,7 +342,7 @@ def test_weak_forecasts_carry_a_warning() -> None:
 
     assert push_warnings(push(0.5, 0.25)) == []
     [solved] = push_warnings(push(0.002, 0.25))
-    assert "answers 's' already" in solved
+    assert "already answers 's'" in solved
     [stuck] = push_warnings(push(0.5, 0.6))
     assert "leaves 60%" in stuck
 
