@@ -197,11 +197,11 @@ def mix(
         raise InputError("a forecast needs both --model and --sae: give them, or mix by --rule proportional or uniform")
     if (scores is not None) != (rule == "proportional"):
         raise InputError(
-            "--rule proportional and --from RUN go together: shares in proportion to STS come from a run of "
+            "--rule proportional and --from RUN (scores) go together: shares in proportion to STS come from a run of "
             "sts-fast score over the same domains"
         )
     if mixing.estimator is not None and scores is None:
-        raise InputError("--estimator chooses among the scores of a run: give it with --rule proportional and --from")
+        raise InputError("--estimator chooses among the scores of a run: give it with --from (scores)")
     sets = Sets.read({TRAIN: train}, domains, None, mixing)
     pools = {
         name: [example for example in examples if example.answer is not None]
