@@ -106,10 +106,10 @@ def test_files_that_are_not_what_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"there is no file .*a\.safetensors"):
         files.load_arrays(path, "Test")
     save_file({"doubles": np.zeros(1)}, path)
-    with pytest.raises(InputError, match=r"a\.safetensors does not hold Test"):
+    with pytest.raises(InputError, match=r"a\.safetensors does not contain Test"):
         files.load_arrays(path, "Test")
     files.save_arrays(path, ARRAYS, {"kind": "Other"})
-    with pytest.raises(InputError, match=r"a\.safetensors does not hold Test"):
+    with pytest.raises(InputError, match=r"a\.safetensors does not contain Test"):
         files.load_arrays(path, "Test")
     whole = path.read_bytes()
     for damaged in (b"", b"x", whole[:-1], whole[: len(whole) // 2], b"\0" * 500, whole[8:]):

@@ -1,13 +1,14 @@
-"""The one exception that the user can act on, and pieces of its messages."""
+"""The exception for wrong input, and pieces of its messages."""
 
 from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used.
+    """Raised for input that cannot be used.
 
     The message is one sentence that names the thing and the remedy; the command line prints it after `error: `
-    and exits with 2.
+    and exits with 2. It names options as on the command line: `--top-n` is the Python argument `top_n`. Where the two
+    names differ otherwise, the `Option` of the argument's dataclass has the one of the command line.
     """
 
 

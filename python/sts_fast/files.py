@@ -1,4 +1,4 @@
-"""Files and folders of results: whole or not there, and hashes of what went in."""
+"""Writes files and folders of results as a whole or not at all, and hashes the inputs."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-# A JSON object, or a part of one, as it is written to a file or was read from one; its schema says what it holds.
+# A JSON object, or a part of one, as it is written to a file or was read from one; its schema defines its content.
 Document = dict[str, Any]
 
 METADATA_KEY = "sts_fast"
-LARGEST = 1e100  # beyond it no score or count is meant, and squares and plots would overflow
+LARGEST = 1e100  # no score or count is larger; squares and plots would overflow
 
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; renamed to `path` when all went well, removed when not.
+    """A temporary name beside `path` to write to; renamed to `path` after success, removed after an error.
 
     Raises InputError where the file cannot be written (no such folder, no permission, disk full).
     """
@@ -39,13 +39,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        with suppress(OSError):  # not there, or its folder is not one
+        with suppress(OSError):  # it does not exist, or its parent is no folder
             temporary.unlink()
 
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """A new, empty folder beside `path` to write to; takes the place of `path` when all went well, goes when not.
+    """A new, empty folder beside `path` to write to; replaces `path` after success, is removed after an error.
 
     Raises InputError where it cannot be written (no such folder, no permission, disk full).
     """
@@ -68,7 +68,7 @@ def save_arrays(path: str | Path, arrays: dict[str, NDArray[np.generic]], metada
     import numpy as np
     from safetensors.numpy import save
 
-    # safetensors writes the memory as it lies, whatever the strides.
+    # safetensors writes the memory as it is, regardless of the strides.
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     with atomic_path(path) as temporary:
         # One entry, because safetensors writes several in an order that changes from run to run.
@@ -86,7 +86,7 @@ def load_arrays(path: str | Path, kind: str) -> tuple[dict[str, NDArray[np.gener
         with safe_open(path, framework="np") as file:
             metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
             if metadata.get("kind") != kind:
-                raise InputError(f"{path} does not hold {kind}: give a file that was saved by it")
+                raise InputError(f"{path} does not contain {kind}: give a file that it saved")
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
     except FileNotFoundError as error:
         raise InputError(f"there is no file {path}") from error
@@ -131,7 +131,7 @@ def sha256(path: str | Path) -> str:
 def prepare_folder(folder: Path) -> None:
     """Makes sure that results can be written to `folder`, before any work is done. Raises InputError where not."""
     if folder == Path():
-        raise InputError("results need a folder of their own: give one with --output")
+        raise InputError("results need their own folder: give one with --output")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -170,12 +170,12 @@ class InputFile(TypedDict):
 def hashed_inputs(role: str, paths: Iterable[str | Path]) -> list[InputFile]:
     """The record of input files.
 
-    A folder of examples stands for all files in and below it, that of a model or SAE for the files directly in it:
-    below lie copies in other formats.
+    Of a folder of examples, all files in and below it are listed; of a folder of a model or SAE only those directly in
+    it, because subfolders contain copies in other formats.
     """
     entries: list[InputFile] = []
     for path in map(Path, paths):
-        found = path.glob("*" if role in ("model", "tuned", "sae") else "**/*")
-        for file in sorted(file for file in found if file.is_file()) if path.is_dir() else [path]:
+        entries_below = path.glob("*" if role in ("model", "tuned", "sae") else "**/*")
+        for file in sorted(file for file in entries_below if file.is_file()) if path.is_dir() else [path]:
             entries.append({"role": role, "path": str(file), "sha256": sha256(file)})
     return entries

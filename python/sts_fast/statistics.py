@@ -1,4 +1,4 @@
-"""Types of arrays, resamplings and their intervals, ranks and correlations, for all rooms."""
+"""Types of arrays, resamplings and their intervals, ranks and correlations, for the whole package."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ N_BOOTSTRAP = 1000
 CONFIDENCE = 0.95
 INTERVAL = (2.5, 97.5)  # the percentiles that leave CONFIDENCE between them
 Z_95 = 1.959963984540054
-# A share of the variance below this is a rounding error.
+# A smaller share of the variance is a rounding error.
 NOTHING_LEFT = 1e-12
-# Up to 8! = 40,320 orders are gone through one by one.
+# Up to 8! = 40,320 orders are tried one by one.
 MAX_EXACT = 8
 
 
 def resamples(n: int, seed: int, name: str, size: int = N_BOOTSTRAP) -> Doubles:
-    """[size, n] how often each resampling draws each of n things, with replacement; other names draw otherwise."""
+    """[size, n] number of times that each resampling draws each of n things, with replacement; it depends on `name`."""
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     return rng.multinomial(n, [1 / n] * n, size=size).astype(np.float64)
 
 
 def percentile_interval(values: Doubles) -> Interval:
-    """95% interval of what resamplings gave."""
+    """95% interval of the values of resamplings."""
     low, high = np.percentile(values, INTERVAL)
     return float(low), float(high)
 
@@ -46,7 +46,8 @@ def percentile_interval(values: Doubles) -> Interval:
 def mean_interval(values: Doubles, shares: Doubles) -> Interval:
     """95% interval of a mean over prompts.
 
-    values: [n_prompts]; shares: [n_resamples, n_prompts] of each prompt in a resampling, `resamples` / n_prompts
+    values: [n_prompts]
+    shares: [n_resamples, n_prompts] share of each prompt in a resampling, `resamples` / n_prompts
     """
     # einsum adds in one order; a BLAS product would depend on the number of threads.
     return percentile_interval(np.einsum("rp,p->r", shares, values))
@@ -55,8 +56,8 @@ def mean_interval(values: Doubles, shares: Doubles) -> Interval:
 def ratio_interval(numerator: Doubles, denominator: Doubles, resamples: Doubles) -> Interval:
     """95% interval of sum(numerator) / sum(denominator).
 
-    numerator, denominator: [n_prompts] sum over a prompt's tokens, number of them
-    resamples: [n_resamples, n_prompts] how often each resampling drew each prompt
+    numerator, denominator: [n_prompts] sum over a prompt's tokens, and their number
+    resamples: [n_resamples, n_prompts] number of times that each resampling drew each prompt
 
     Tokens of one prompt depend on each other, so whole prompts are drawn, numerator and denominator together.
     """
@@ -87,9 +88,9 @@ def spearman(x: ArrayLike, y: ArrayLike) -> Doubles:
 
 
 def partial_pearson(x: Doubles, y: Doubles, given: Doubles) -> Doubles:
-    """Correlation of x and y along the last axis, less what both owe to `given`: that of the residuals on it.
+    """Partial correlation of x and y along the last axis: the correlation of their residuals on `given`.
 
-    (r_xy - r_xz r_yz) / sqrt((1 - r_xz^2) (1 - r_yz^2)), with z what is given; NaN where x, y or z is constant, or z
+    (r_xy - r_xz r_yz) / sqrt((1 - r_xz^2) (1 - r_yz^2)), with z = given; NaN where x, y or z is constant, or z
     determines x or y
     """
     r, of_x, of_y = pearson(x, y), pearson(x, given), pearson(y, given)
@@ -105,7 +106,7 @@ def partial_spearman(x: ArrayLike, y: ArrayLike, given: ArrayLike) -> Doubles:
 
 
 def defined(r: Doubles) -> float | None:
-    """One correlation as a number; None where there is none."""
+    """One correlation as a number; None for NaN."""
     return None if np.isnan(r) else float(r)
 
 
@@ -115,9 +116,9 @@ def chance_of_agreement(rho: float, x: Sequence[float], y: Sequence[float]) -> f
 
     if len(x) > MAX_EXACT:
         return math.erfc(abs(rho) * math.sqrt((len(x) - 1) / 2))
-    a, b = (ranks - ranks.mean() for ranks in (mean_ranks(x), mean_ranks(y)))  # halves, of which sums are exact
-    found = stats.permutation_test(
+    a, b = (ranks - ranks.mean() for ranks in (mean_ranks(x), mean_ranks(y)))  # multiples of 1/2, whose sums are exact
+    test = stats.permutation_test(
         (a,), lambda order, axis: np.abs((order * b).sum(axis)),
         permutation_type="pairings", alternative="greater", n_resamples=np.inf, vectorized=True,
     )  # fmt: skip
-    return float(found.pvalue)
+    return float(test.pvalue)

@@ -181,7 +181,7 @@ def test_answers_of_a_run_without_any_are_read_from_their_files(
     forecast = forecasts[architecture]
     stages = forecast.prompts["stage"].to_pylist()
     without = replace(forecast, prompts=forecast.prompts.filter([stage == "score" for stage in stages]))
-    with pytest.raises(InputError, match="holds no answers"):
+    with pytest.raises(InputError, match="contains no answers"):
         sts_fast.ablate(without)
     with pytest.raises(InputError, match="--train and --domains go together"):
         sts_fast.ablate(without, train=tiny.train)
@@ -232,7 +232,7 @@ def test_what_cannot_be_zeroed_is_told(tiny: Tiny, forecasts: Any) -> None:
         sts_fast.ablate(forecast, sae=replace(sae, target_hook_name="blocks.2.hook_mlp_out"))
     with pytest.raises(InputError, match=r"reads .* dimensions, but .* has 96"):
         sts_fast.ablate(forecast, model=organism.model_folder())
-    with pytest.raises(InputError, match="are those of the run"):
+    with pytest.raises(InputError, match="are taken from the run"):
         sts_fast.ablate(forecast, layer=LAYER)
     with pytest.raises(InputError, match=r"may not belong to .* \(--strict\)"):
         sts_fast.ablate(forecast, strict=True)
@@ -295,8 +295,8 @@ def test_command_line(
     assert "training set" in printed
     assert "Zeroing the 5 features of D_N" in (tmp_path / "report.html").read_text(encoding="utf-8")
     for words, message in (
-        ((tmp_path, "--limit", 8), "are those of the run"),
-        ((tmp_path, "--layer", LAYER), "are those of the run"),
+        ((tmp_path, "--limit", 8), "are taken from the run"),
+        ((tmp_path, "--layer", LAYER), "are taken from the run"),
         ((tmp_path, "--strict"), "(--strict)"),
         ((tmp_path, "--device-map", "everywhere"), "--device-map is one of"),
         ((), "give the folder of a run"),

@@ -717,7 +717,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "layer beyond the model": (with_(layer=3), "has layers 0 to 2, but layer 3 is to be read"),
     "layer below zero": (with_(layer=-1), "layer"),
     "hook beyond the model": (with_(hook="blocks.9.hook_resid_post"), "has layers 0 to 2, but layer 9"),
-    "place of no layer": (with_(hook="resid_mid"), "--hook resid_mid is a place of every layer: say of which"),
+    "place of no layer": (with_(hook="resid_mid"), "--hook resid_mid exists in every layer: choose one"),
     "layer and hook": (with_(layer=1, hook="blocks.1.hook_resid_post"), "--layer and --hook say the same thing"),
     "more features than there are": (with_(top_n=D_SAE + 1), "--top-n is 49, but the SAE"),
     # the model

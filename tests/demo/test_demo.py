@@ -270,7 +270,7 @@ def test_an_organism_that_has_not_learnt_is_refused(
 
 @pytest.mark.parametrize(("words", "message"), [
     (("--seeds", "0"), "--seeds"),
-    (("--output", "."), "results need a folder of their own"),
+    (("--output", "."), "results need their own folder"),
     (("--output", "/proc/none/run"), "cannot make the output folder"),
 ])  # fmt: skip
 def test_wrong_options_are_one_sentence(

@@ -182,8 +182,8 @@ def test_json_is_what_the_file_holds(
         ({"budget": 1000}, "answered examples in all, fewer than the budget of 1000"),
         ({"rule": "best"}, "rule must be one of forecast, proportional, uniform"),
         ({"rule": "forecast"}, "needs both --model and --sae"),
-        ({"rule": "proportional"}, "--from RUN go together"),
-        ({"scores": "elsewhere"}, "--from RUN go together"),
+        ({"rule": "proportional"}, "--from RUN .scores. go together"),
+        ({"scores": "elsewhere"}, "--from RUN .scores. go together"),
         ({"rule": "proportional", "scores": "elsewhere"}, "there is no folder elsewhere"),
         ({"loss_left": 1.0}, "--loss-left must lie between 0 and 1"),
         ({"weights": {"law": 1.0}}, "a weight is given for 'law', but the domains are spelling, days"),
@@ -201,7 +201,7 @@ def test_what_cannot_be_used_is_told_in_a_sentence(tiny: Tiny, options: dict[str
 
 
 def test_scores_of_other_domains_or_of_another_kind_are_refused(tiny: Tiny, run: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="has no scores by 'act_sq': it has act, icl"):
+    with pytest.raises(InputError, match="has no scores by 'act_sq', only by act, icl"):
         mixed(tiny, rule="proportional", scores=run, estimator="act_sq")
     write_scores(tmp_path, make_scores() | {"domains": [{"name": "law"}]})
     with pytest.raises(InputError, match=r"is not a scores\.json: \$\.domains\[0\]"):

@@ -280,10 +280,10 @@ def test_files_that_are_not_statistics(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"s\.safetensors is not a readable safetensors file"):
         ShiftStats.load(path)
     save_file({"sum_sq_shift": np.zeros(3)}, path)
-    with pytest.raises(InputError, match=r"s\.safetensors does not hold ShiftStats"):
+    with pytest.raises(InputError, match=r"s\.safetensors does not contain ShiftStats"):
         ShiftStats.load(path)
     sts_fast.CorrelationStats(sae, 2).save(path)
-    with pytest.raises(InputError, match=r"s\.safetensors does not hold ShiftStats"):
+    with pytest.raises(InputError, match=r"s\.safetensors does not contain ShiftStats"):
         ShiftStats.load(path)
     ShiftStats(sae).save(path)
     whole = path.read_bytes()

@@ -68,5 +68,5 @@ def test_a_handle_belongs_to_one_sae_and_ends_with_it() -> None:
     other = replace(sae)
     assert torch_handle(sae) == handle != torch_handle(other)
     del sae
-    with pytest.raises(ValueError, match=rf"^sae {handle} is none that torch_handle has given out, or is gone"):
+    with pytest.raises(ValueError, match=rf"^sae {handle} is not a number of torch_handle, or its SAE no longer"):
         torch.ops.sts_fast.encode_sparse(handle, acts)

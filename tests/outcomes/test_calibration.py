@@ -275,7 +275,7 @@ def test_too_few_training_sets_are_refused_with_the_number_needed(tmp_path: Path
         put_run(tmp_path / "past" / str(number), number)
     for again in range(3):
         put_run(tmp_path / "past" / f"again-{again}", again)
-    with pytest.raises(InputError, match="90% takes past runs on 9 different training sets, and only 8"):
+    with pytest.raises(InputError, match="90% needs past runs on 9 different training sets, but only 8"):
         fit_calibration(tmp_path / "past")
 
 
@@ -292,10 +292,10 @@ def test_too_few_training_sets_are_refused_with_the_number_needed(tmp_path: Path
 )
 def test_runs_that_were_made_otherwise_are_refused(past: Path, edit: Any, message: str) -> None:
     calibration = fit_calibration(past)
-    with pytest.raises(InputError, match=f"another kind: .*{message}"):
+    with pytest.raises(InputError, match=f"other settings: .*{message}"):
         calibration.apply(made_forecast(5, edit))
     put_run(past / "strange", 50, edit=edit)
-    with pytest.raises(InputError, match=f"not made like .*{message}"):
+    with pytest.raises(InputError, match=f"differs from .*{message}"):
         fit_calibration(past)
 
 
@@ -323,7 +323,7 @@ def test_outcomes_of_two_kinds_are_refused(past: Path) -> None:
     path.write_text(path.read_text().replace("acc,none", "exact_match,strict-match"))
     assert fit_calibration(past).unit == "accuracy"
     path.write_text(path.read_text().replace("exact_match,strict-match", "word_perplexity,none"))
-    with pytest.raises(InputError, match=r"not of one kind \(accuracy in .*, word_perplexity in .*run-4\)"):
+    with pytest.raises(InputError, match=r"of different kinds \(accuracy in .*, word_perplexity in .*run-4\)"):
         fit_calibration(past)
 
 
@@ -342,7 +342,7 @@ def test_scores_beyond_those_learned_from_get_no_interval_and_most_of_them_a_ref
     assert applied["domains"][0]["change"] == pytest.approx(calibration.change(1.5 * calibration.largest))
     assert applied["domains"][1]["change_interval"] is not None
     assert any("domain 0 (1.50 times)" in warning for warning in applied["calibration"]["warnings"])
-    with pytest.raises(InputError, match=r"4 of 6 scores lie beyond the largest .* the median 2\.0 times as far out"):
+    with pytest.raises(InputError, match=r"4 of 6 scores exceed the largest .* the median 2\.0 times as large"):
         calibration.apply(made_forecast(5, scaled(2.0, 4)))
 
 
@@ -354,7 +354,7 @@ def test_domains_not_learned_from_are_named(past: Path) -> None:
 
 def test_a_forecast_without_the_estimator_is_refused(past: Path) -> None:
     calibration = replace(fit_calibration(past), estimator="adapter_loss")
-    with pytest.raises(InputError, match="one of 'adapter_loss': score with --estimators adapter"):
+    with pytest.raises(InputError, match="learned from 'adapter_loss': score with --estimators adapter"):
         calibration.apply(made_forecast(5))
 
 
@@ -379,7 +379,7 @@ def test_a_forecast_without_the_estimator_is_refused(past: Path) -> None:
             r"domains\[0\]\.scores\.act.*make the run again",
         ),
         (lambda past: [one.unlink() for one in past.glob("*/validation.json")], "none of 11 past runs has an outcome"),
-        (lambda past: [one.unlink() for one in past.glob("*/scores.json")], "holds no past run"),
+        (lambda past: [one.unlink() for one in past.glob("*/scores.json")], "contains no past run"),
     ],
 )
 def test_damaged_runs_are_told_by_name(past: Path, damage: Any, message: str) -> None:
@@ -456,7 +456,7 @@ def test_the_command_line_learns(
     assert Calibration.load(file) == calibration
     assert json.loads(capsys.readouterr().out) == calibration.to_dict()
     for words, message in (
-        (("--fit", *runs[:5]), "on 9 different training sets, and only 5"),
+        (("--fit", *runs[:5]), "on 9 different training sets, but only 5"),
         (("--fit", past, "--before", "x.csv"), "validate each run first"),
         ((*runs[:2], "--before", "x.csv"), "one run, or --fit"),
         ((runs[0],), "--before is missing"),

@@ -236,7 +236,7 @@ def test_names_are_matched() -> None:
     assert match_domains(["physics"], ["hendrycksTest-college_physics"]) == {}
     with pytest.raises(InputError, match="'philosophy' could be mmlu_philosophy or mmlu_pro_philosophy"):
         match_domains(["philosophy"], known)
-    with pytest.raises(InputError, match="'law' and 'mmlu_law' are both called 'Law'"):
+    with pytest.raises(InputError, match="'law' and 'mmlu_law' both match outcome 'Law'"):
         match_domains(["law", "mmlu_law"], ["Law"])
 
 
@@ -250,12 +250,12 @@ ROW = {"question_id": 1, "answer": "A", "category": "law"}
         ("x.json", None, "there is no file or folder"),
         ("x.json", "{", "is not readable JSON"),
         ("x.json", "[" * 100_000, "is not readable JSON"),
-        ("x.json", "{}", "holds no results that sts-fast knows"),
-        ("x.json", "[]", "holds no results that sts-fast knows"),
-        ("x.json", '{"results": {}}', "holds no metric of any task"),
-        ("x.json", '{"results": {"law": {"alias": "law", "acc": "N/A"}}}', "holds no metric of any task"),
-        ("x.json", '{"law": {"corr": "many", "wrong": 3}}', "law does not say how many"),
-        ("x.json", '{"law": {"corr": 0, "wrong": 0}}', "law does not say how many"),
+        ("x.json", "{}", "contains no results of a known format"),
+        ("x.json", "[]", "contains no results of a known format"),
+        ("x.json", '{"results": {}}', "contains no metric of any task"),
+        ("x.json", '{"results": {"law": {"alias": "law", "acc": "N/A"}}}', "contains no metric of any task"),
+        ("x.json", '{"law": {"corr": "many", "wrong": 3}}', "law does not give the numbers"),
+        ("x.json", '{"law": {"corr": 0, "wrong": 0}}', "law does not give the numbers"),
         ("x.json", json.dumps([ROW]), "neither model_outputs nor generated_text"),
         ("x.json", json.dumps([{**ROW, "model_outputs": ""}] * 2), "twice"),
         ("x.txt", "nothing here", "has no line 'Average accuracy"),
@@ -265,8 +265,8 @@ ROW = {"question_id": 1, "answer": "A", "category": "law"}
         ("x.csv", "domain,accuracy\n", "has no rows"),
         ("x.csv", "domain,accuracy\nlaw,high\n", "line 2: accuracy is 'high', not a number"),
         ("x.csv", "domain,accuracy\nlaw,NaN\n", "line 2: accuracy is 'NaN', not a number"),
-        ("x.csv", "domain,accuracy\n,.5\n", "line 2: no domain"),
-        ("x.csv", "domain,accuracy\nlaw,.5\nlaw,.6\n", "line 3: the domain 'law' comes twice"),
+        ("x.csv", "domain,accuracy\n,.5\n", "line 2 has no domain"),
+        ("x.csv", "domain,accuracy\nlaw,.5\nlaw,.6\n", "line 3: the domain 'law' occurs twice"),
         ("x.csv", "domain,accuracy,stderr\nlaw,.5,-1\n", "the standard error is negative"),
         ("x.csv", "domain,points\nlaw,.5\n", "'law' has no accuracy"),
         ("x.csv", "domain,accuracy\nmath,.5\n", "have no domain in common"),
@@ -302,12 +302,12 @@ def test_faults_of_folders_and_samples(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match="the questions of 'law' do not pair: only 0 of 60"):
         read_outcomes(first, second)
-    with pytest.raises(InputError, match=r"holds results of several models \(a, b\)"):
+    with pytest.raises(InputError, match=r"contains results of several models \(a, b\)"):
         read_outcomes(tmp_path, first)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="holds no results"):
+    with pytest.raises(InputError, match="contains no results"):
         read_outcomes(tmp_path / "empty", first)
-    with pytest.raises(InputError, match="alone tells no change"):
+    with pytest.raises(InputError, match="alone contains no change"):
         read_outcomes(first)
     with pytest.raises(InputError, match="there is no file or folder"):
         read_outcomes(tmp_path / "nowhere")

@@ -122,7 +122,7 @@ def test_what_cannot_check_is_told(monkeypatch: pytest.MonkeyPatch, tiny: Tiny) 
     for more, message in (
         ({"check": "broken_checker:gives_none"}, "failed on question 0"),
         ({"check": fails}, "failed on question 0 .*no such reward"),
-        ({"check": lambda *given: math.nan}, "gave nan on question 0"),
+        ({"check": lambda *given: math.nan}, "returned nan for question 0"),
         ({"check": "exact", "questions": [Example("7", "What?", None)]}, "question 7 has none"),
         ({"check": "exact", "questions": [Example("8", "word " * 5000, "4")]}, "question 8 has .* leaves no room"),
         ({"check": "exact", "n_samples": 0}, "--sample must be at least 1"),
@@ -147,7 +147,7 @@ def test_the_command_samples_forecasts_and_writes_every_way(
     ran = run(*shared, *asked, "--max-new-tokens", 6, "--estimators", "act,ntk", "--output", output)
     assert ran.returncode == 0, ran.stderr
     assert "completions of 10 prompts" in ran.stdout
-    assert "Part of the features that two ways have in common" in ran.stdout
+    assert "Share of the features that two ways have in common" in ran.stdout
     for way in ("verified", "correlation", "gradient", "step"):
         scores = json.loads((output / way / "scores.json").read_text())
         assert scores["rollouts"]["n_completions"] == 40
@@ -167,7 +167,7 @@ def test_the_command_samples_forecasts_and_writes_every_way(
     for arguments, message in (
         ([], "give either --rollouts, or --train"),
         (["--train", tiny.train], "--train needs --check"),
-        (["--rollouts", tiny.train], "hold completions"),
+        (["--rollouts", tiny.train], "contain completions"),
         (["--rollouts", tmp_path / "none.jsonl"], "does not exist"),
     ):
         words = ["sts-fast", "rollouts", *shared, *arguments, "--output", tmp_path / "failed"]

@@ -7,7 +7,9 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -203,6 +205,31 @@ def test_a_hub_that_cannot_be_reached(
     with pytest.raises(InputError, match="no repository of that name is available"):
         load_sae("owner/two")
     assert capfd.readouterr().err == ""
+
+
+def test_a_hub_that_answers_with_an_error(hub_cache: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache serves where it has the SAE; elsewhere the hub's reason is reported, and not that nothing is there."""
+    from huggingface_hub import constants
+
+    class Broken(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(500, "Out of order")
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    write_sae(hub_cache("owner/one"))
+    write_sae(hub_cache("owner/saes") / "layer_3")
+    with HTTPServer(("127.0.0.1", 0), Broken) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        assert load_sae("owner/one").d_in == D_IN
+        assert load_sae("owner/saes:layer_3").d_in == D_IN
+        for name in ("owner/saes", "owner/nothing"):
+            with pytest.raises(InputError, match=f"the files of {name} on the hub .*500.* as {name}:folder"):
+                load_sae(name)
+        server.shutdown()
 
 
 @pytest.mark.parametrize(

@@ -200,8 +200,10 @@ def test_a_scaling_that_nobody_asked_for_is_refused(tmp_path: Path, sae_lens: An
     assert load_sae(tmp_path, norm_scaling_factor=1.0).fingerprint == load_sae(tmp_path).fingerprint
     made(sae_lens, "StandardSAE", normalize_activations="expected_average_only_in").save_model(tmp_path)
     for factor in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(InputError, match="--norm-scaling-factor must be a positive number"):
+        with pytest.raises(InputError, match="must be a positive number, but --norm-scaling-factor gives"):
             load_sae(tmp_path, norm_scaling_factor=factor)
+    with pytest.raises(InputError, match=r"must be a positive number, but sae-lens' list: some-release gives -1\.0"):
+        load_sae(tmp_path).scaled(-1.0, "sae-lens' list: some-release")
 
 
 @pytest.mark.parametrize(("name", "reason"), [("MatchingPursuit", "subtracted"), ("Temporal", "through attention")])

@@ -316,10 +316,10 @@ def test_what_cannot_be_used_is_told(material: Material, tiny: Tiny) -> None:
         HookedModel(material.model, 7)
     with pytest.raises(InputError, match="head"):
         HookedModel(material.model.model, LAYER)
-    # A model in which nothing fires at the hook pulls at nothing.
+    # Where no feature fires, there is no gradient.
     sae = load_sae(tiny.saes["standard"])
     silent = Features(type(sae)("standard", sae.W_enc, sae.b_enc - 1e6, sae.b_dec))
-    with pytest.raises(InputError, match="'train' pull at no feature"):
+    with pytest.raises(InputError, match="'train' have no gradient at the SAE's features"):
         measure_push(
             HookedModel(material.model, LAYER, batch_tokens=BATCH_TOKENS),
             silent,
@@ -342,7 +342,7 @@ def test_weak_forecasts_carry_a_warning() -> None:
 
     assert push_warnings(push(0.5, 0.25)) == []
     [solved] = push_warnings(push(0.002, 0.25))
-    assert "answers 's' already" in solved
+    assert "already answers 's'" in solved
     [stuck] = push_warnings(push(0.5, 0.6))
     assert "leaves 60%" in stuck
 
@@ -351,4 +351,4 @@ def test_weak_forecasts_carry_a_warning() -> None:
 
     assert pull_warnings([pull(0.5, 3)]) == []
     [long] = pull_warnings([pull(0.5, 3), pull(0.5, 40)])
-    assert "in t (2e-09): read the forecasts of the loss" in long
+    assert "in t (2e-09): use the forecasts of the loss" in long

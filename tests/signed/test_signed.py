@@ -215,7 +215,7 @@ def test_validate_judges_direction_and_size() -> None:
     assert result.sign_auc == pytest.approx(5 / 6)
     assert "83%" in result.to_text()
     assert "size, not direction" not in result.to_text()
-    with pytest.raises(InputError, match="no scores of the estimator 'ntk'"):
+    with pytest.raises(InputError, match="no scores by 'ntk'"):
         validate(scores, outcomes, estimator="ntk")
 
 

@@ -1,4 +1,4 @@
-"""Zeroing features in the running model: does the trained ability go with them, and do the others stay?"""
+"""Zeroes features in the running model: does the trained ability disappear with them, and do the others stay?"""
 
 from sts_fast.ablate.ablate import ablate
 from sts_fast.ablate.record import Ablation

@@ -1,16 +1,16 @@
-"""Zeroing features in the running model: does the trained ability go with them, and do the others stay?
+"""Zeroes features in the running model: does the trained ability disappear with them, and do the others stay?
 
 At the SAE's hook, for a set D of features,
 
     x_t  ->  x_t - sum_{j in D} h_j(x_t) W_dec[j]
 
-so that the SAE's reconstruction loses what these features write, and what it does not explain of x_t stays as it is.
-This happens on every token that leads to an answer, but BOS and attention sinks. (The masking of top dimensions of the
-STS paper.) Beside D_N other sets of as many features are zeroed, each drawn several times:
+so that the SAE's reconstruction loses what these features write, and the part of x_t that it does not explain stays.
+This happens on every token that leads to an answer, except BOS and attention sinks. (The masking of top dimensions of
+the STS paper.) For comparison, other sets of as many features are zeroed, each drawn several times:
 
-    random         any features outside D_N, most of which hardly fire
+    random         any features outside D_N, most of which hardly ever fire
     like_activity  features outside D_N, each about as active on the training set as one of D_N
-    low_shift      features among those that shift least of all that fire
+    low_shift      features among those that fire and shift least
 
 Cost, for a hook at layer 25 of 32: one forward pass of each set, and a fifth of one for every set of features zeroed.
 """
@@ -48,17 +48,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Zeroing(Fields, Reading):
-    """Which features are zeroed, and how answers are asked for; see Fields and Reading for the rest.
+    """Options of the features that are zeroed and of the questions; see Fields and Reading for the rest.
 
-    few_shot: behind demonstrations (`demos`, as for `score`), as many as the run shows; needs train and domains
-    top_n:   how many of the most shifted features; by default all of D_N
-    n_draws: sets of features of each control
-    seed:    of the draws and the intervals
+    few_shot: ask after demonstrations (`demos`, as for `score`), as many as the run shows; needs train and domains
+    top_n:    number of the most shifted features; by default all of D_N
+    n_draws:  sets of features of each control
+    seed:     seed of the draws and the intervals
     """
 
-    few_shot: Annotated[bool, Option("Ask behind the run's number of demonstrations.")] = False
-    top_n: Annotated[int | None, Option("How many of the most shifted features.", least=1)] = None
-    n_draws: Annotated[int, Option("Sets of random and of least shifted features.", "--draws", least=1)] = 5
+    few_shot: Annotated[bool, Option("Ask after the run's number of demonstrations.")] = False
+    top_n: Annotated[int | None, Option("Number of the most shifted features; default: all of D_N.", least=1)] = None
+    n_draws: Annotated[int, Option("Sets of features of each control.", "--draws", least=1)] = 5
     seed: Seed = 0
 
 
@@ -82,11 +82,11 @@ def ablate(
     demos: Mapping[str, Source] | Sequence[str] | None = None,
     **options: Unpack[ZeroingOptions],
 ) -> Ablation:
-    """Zeroes the shifted features of a run in the running model, and others beside them; see the module's equation.
+    """Zeroes the shifted features of a run in the running model, and others for comparison; see the module's equation.
 
-    run:     a forecast, or the folder that it was saved in: D_N, and how far and how often every feature shifts
-    model:   where to zero them: by default the run's model; the model after training may be given instead
-    sae:     the run's, unless its place has changed
+    run:     a forecast, or the folder that it was saved in
+    model:   model to zero them in: by default the run's; the model after training may be given instead
+    sae:     needed only where the run's SAE has moved
     train, domains: answered questions, as for `score`; by default those of the run, if it has signed forecasts
     options: see Zeroing; the SAE reads where the run's did
 
@@ -98,11 +98,11 @@ def ablate(
     zeroing = Zeroing(**options)
     few_shot, n_draws, seed = zeroing.few_shot, zeroing.n_draws, zeroing.seed
     if few_shot and train is None:
-        raise InputError("--few-shot needs --train and --domains, which demonstrations are taken from")
+        raise InputError("--few-shot needs --train and --domains, from which demonstrations are taken: give both")
     if (train is None) != (domains is None):
-        raise InputError("--train and --domains go together: both are asked, or neither is given")
+        raise InputError("--train and --domains go together: give both or neither")
     if zeroing.layer is not None or zeroing.hook is not None:
-        raise InputError("--layer and --hook are those of the run: leave them out, or make it again with them")
+        raise InputError("--layer and --hook are taken from the run: leave them out, or make the run again with them")
     zeroing = replace(zeroing, hook=scores["sae"]["hook_name"])
     loaded = open_sae(scores["sae"]["source"] if sae is None else sae, zeroing)
     _check_sae(loaded, stats)
@@ -138,7 +138,7 @@ def ablate(
         "top_n": len(top),
         "n_draws": n_draws,
         "features": {condition: [features.tolist() for features in draws] for condition, draws in drawn.items()},
-        "sets": [outcome_of(one, kind, seed) for one, kind in zip(measured, kinds, strict=True)],
+        "sets": [outcome_of(answers, kind, seed) for answers, kind in zip(measured, kinds, strict=True)],
         "provenance": {
             "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": zeroing.command,
@@ -151,9 +151,9 @@ def ablate(
 
 def _check_sae(sae: SAE, stats: ShiftStats | CorrelationStats) -> None:
     if sae.fingerprint != stats.sae_fingerprint:
-        raise InputError(f"{sae.source or 'the SAE'} is not the SAE of this run: give the one it was made with (--sae)")
+        raise InputError(f"{sae.source or 'the SAE'} is not the SAE of this run: give that one with --sae")
     if sae.decoder is None:
-        raise InputError(f"the files of {sae.source} have no W_dec, which says what a feature writes: give them whole")
+        raise InputError(f"the files of {sae.source} have no W_dec, which zeroing needs: give the complete files")
     if sae.target_hook_name:
         raise InputError(
             f"{sae.source} is a transcoder, whose features are not written where it reads: give an SAE of a resid_post "
@@ -164,21 +164,21 @@ def _check_sae(sae: SAE, stats: ShiftStats | CorrelationStats) -> None:
 def _stored_sets(rows: Sequence[Mapping[str, Any]]) -> list[PromptSet]:
     """The answered prompts that a run with signed forecasts sent, the training set first."""
     empty = np.empty(0, np.int32)
-    found: dict[tuple[str, str], list[Prompt]] = {}
+    prompts_of: dict[tuple[str, str], list[Prompt]] = {}
     for row in rows:
         if row["stage"] in ("signed_train", "signed"):
             ids, positions = (np.asarray(row[name], np.int32) for name in ("base_ids", "positions"))
-            prompts = found.setdefault((row["stage"], row["domain"]), [])
+            prompts = prompts_of.setdefault((row["stage"], row["domain"]), [])
             prompts.append(Prompt(row["id"], ids, empty, positions, empty, empty, 0))
-    if not found:
-        raise InputError("this run holds no answers (it has no signed forecast): give --train and --domains")
-    return [PromptSet(name, prompts, 0, 0) for (_, name), prompts in found.items()]
+    if not prompts_of:
+        raise InputError("this run contains no answers (it has no signed forecast): give --train and --domains")
+    return [PromptSet(name, prompts, 0, 0) for (_, name), prompts in prompts_of.items()]
 
 
 def _asked_sets(
     examples: Sets, scores: Scores, template: PromptTemplate, context_length: int | None, *, few_shot: bool
 ) -> list[PromptSet]:
-    """Answered prompts of the training set and the domains: without demonstrations those of a signed forecast."""
+    """Answered prompts of the training set and the domains; without demonstrations those of a signed forecast."""
     settings = scores["settings"]
     sampling = Sampling(
         shots=settings["shots"], domain_shots=settings["domain_shots"], tokens="answer", limit=settings["limit"],
@@ -186,13 +186,13 @@ def _asked_sets(
     )  # fmt: skip
     given: list[tuple[Kind, str, list[Example]]] = [("train", name, rows) for name, rows in examples.trains.items()]
     given += [("domain", name, rows) for name, rows in examples.domains.items()]
-    asked = []
+    prompt_sets = []
     for kind, name, rows in given:
         demos = examples.demos.get(name)
-        found = sampling.prompts(name, rows, demos, template, context_length, kind=kind, show=few_shot)
-        check_enough(found, context_length, kind)
+        prompt_set = sampling.prompts(name, rows, demos, template, context_length, kind=kind, show=few_shot)
+        check_enough(prompt_set, context_length, kind)
         if few_shot:
-            behind = [replace(one, base_ids=one.demos_ids, positions=one.paired_demos) for one in found.prompts]
-            found = replace(found, prompts=behind)
-        asked.append(found)
-    return asked
+            after_demos = [replace(p, base_ids=p.demos_ids, positions=p.paired_demos) for p in prompt_set.prompts]
+            prompt_set = replace(prompt_set, prompts=after_demos)
+        prompt_sets.append(prompt_set)
+    return prompt_sets

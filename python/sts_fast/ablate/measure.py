@@ -1,4 +1,4 @@
-"""Features zeroed at the hook, and the answers that are left."""
+"""Zeroes features at the hook and scores the answers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 NOTHING, TOP, CONTROLS = "none", "top", ("random", "like_activity", "low_shift")
 OUTCOMES = ("loss", "p_answer", "accuracy")
-# The least shifted features are drawn from so many times as many.
+# The least shifted features are drawn from a pool this many times as large.
 LOW_SHIFT_POOL = 4
 
 
@@ -40,8 +40,9 @@ def draw_features(
 ) -> dict[str, list[Indices]]:
     """Sets of features to be zeroed, ascending, by condition: D_N itself, and n_draws sets of each control.
 
-    importance: [d_sae] what D_N was ranked by, where that is not in the statistics
-    few_shot: features are as active as D_N behind demonstrations, not without them
+    importance: [d_sae] the measure that D_N was ranked by, where it is not in the statistics
+    few_shot:   compare activity after demonstrations, not without them
+
     Raises InputError where too few features lie outside D_N.
     """
     if isinstance(stats, CorrelationStats):
@@ -56,7 +57,7 @@ def draw_features(
             f"{len(top)} of the SAE's {len(importance)} features leave too few others to compare with: lower --top-n"
         )
     rng = np.random.default_rng([seed, zlib.crc32(b"ablation")])
-    # It gives as many as `top` holds, so that stands there several times.
+    # low_shift returns as many features as it is given, so `top` is repeated.
     least = low_shift(importance, n_fired, np.resize(top, LOW_SHIFT_POOL * len(top)))
     return {
         TOP: [np.sort(top)],
@@ -70,8 +71,8 @@ def draw_features(
 class Measured:
     """Answers of a set: [n_draws, n_prompts] by condition, NOTHING among them.
 
-    nll: nats per token of the answer; exact: whether each token is the model's first choice
-    removed: by condition [n_draws], the squared length of what was taken away over that of the residuals
+    nll:     nats per token of the answer; exact: whether each token is the model's first choice
+    removed: by condition [n_draws], the squared length of what was removed over that of the residuals
     """
 
     prompt_set: PromptSet
@@ -86,7 +87,7 @@ class Measured:
 
 
 def measure(model: HookedModel, sae: SAE, prompt_set: PromptSet, drawn: Mapping[str, list[Indices]]) -> Measured:
-    """The answers of a set, whole and with each set of features zeroed.
+    """The answers of a set, with nothing and with each set of features zeroed.
 
     prompt_set: prompts that read their answers; drawn: by condition, n_draws sets of features [n], as of draw_features
     """

@@ -1,4 +1,4 @@
-"""What an ablation gives: ablation.json and ablation.parquet."""
+"""The files of an ablation: ablation.json and ablation.parquet."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ ANSWERS_FILE = "ablation.parquet"
 
 @dataclass(frozen=True)
 class Ablation:
-    """What zeroing features did to each set's answers.
+    """Effect of zeroing features on each set's answers.
 
-    document: what ablation.json holds
+    document: content of ablation.json
     answers:  rows of ablation.parquet: per condition, draw, set and prompt the answer's loss (nats, summed over its
         n_answer tokens) and whether each of its tokens is the model's first choice
     """
@@ -39,7 +39,7 @@ class Ablation:
         return self.document
 
     def findings(self) -> list[str]:
-        """What came out, in sentences."""
+        """The findings, in sentences."""
         return findings(self.document)
 
     def save(self, folder: str | Path) -> None:
@@ -74,11 +74,11 @@ def outcome_of(measured: Measured, kind: str, seed: int) -> Document:
     for name, change in changes.items():
         conditions[name] = {"removed": float(measured.removed[name].mean())}
         for outcome in OUTCOMES:
-            found = summed_up(change[outcome].mean(axis=0))
-            found["draws"] = change[outcome].mean(axis=1).tolist()
+            entry = summed_up(change[outcome].mean(axis=0))
+            entry["draws"] = change[outcome].mean(axis=1).tolist()
             if name != TOP:
-                found["top_less_this"] = summed_up(changes[TOP][outcome][0] - change[outcome].mean(axis=0))
-            conditions[name][outcome] = found
+                entry["top_less_this"] = summed_up(changes[TOP][outcome][0] - change[outcome].mean(axis=0))
+            conditions[name][outcome] = entry
     return {
         "name": prompt_set.name,
         "kind": kind,
@@ -93,9 +93,9 @@ def answers_table(measured: Sequence[Measured], kinds: Sequence[str]) -> pa.Tabl
     import pyarrow as pa
 
     tables = []
-    for one, kind in zip(measured, kinds, strict=True):
-        n = len(one.prompt_set.prompts)
-        for condition, nll in one.nll.items():
+    for answers, kind in zip(measured, kinds, strict=True):
+        n = len(answers.prompt_set.prompts)
+        for condition, nll in answers.nll.items():
             for i in range(len(nll)):
                 tables.append(
                     pa.table(
@@ -103,11 +103,11 @@ def answers_table(measured: Sequence[Measured], kinds: Sequence[str]) -> pa.Tabl
                             "condition": [condition] * n,
                             "draw": pa.array([i] * n, pa.int64()),
                             "kind": [kind] * n,
-                            "set": [one.prompt_set.name] * n,
-                            "id": [prompt.id for prompt in one.prompt_set.prompts],
-                            "answer_nll_sum": nll[i] * one.n_answer,
-                            "n_answer": one.n_answer,
-                            "answer_exact": one.exact[condition][i],
+                            "set": [answers.prompt_set.name] * n,
+                            "id": [prompt.id for prompt in answers.prompt_set.prompts],
+                            "answer_nll_sum": nll[i] * answers.n_answer,
+                            "n_answer": answers.n_answer,
+                            "answer_exact": answers.exact[condition][i],
                         }
                     )
                 )

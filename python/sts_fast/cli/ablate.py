@@ -33,11 +33,11 @@ OUTPUT = Path("sts-fast-ablation")
 
 @dataclass(frozen=True)
 class Sources:
-    """What the features are zeroed in, and what is asked for; a run's own where it is not said."""
+    """The model, SAE and sets of an ablation; by default those of the run."""
 
-    model: Annotated[str | None, Option("The model, if not where the run says.")] = None
-    tuned: Annotated[str | None, Option("Zero them in this model, after training.")] = None
-    sae: Annotated[str | None, Option("The run's SAE, if not where the run says.")] = None
+    model: Annotated[str | None, Option("The run's model, if it has moved.")] = None
+    tuned: Annotated[str | None, Option("Zero the features in this model, after training.")] = None
+    sae: Annotated[str | None, Option("The run's SAE, if it has moved.")] = None
     train: Annotated[Path | None, Option("Training set; by default the run's, if it has signed forecasts.")] = None
     domains: Annotated[list[str] | None, Option("As for score; repeatable.")] = None
     demos: Demos = None
@@ -47,22 +47,23 @@ class Sources:
 
 @dataclass(frozen=True)
 class RunPlaces(Places):
-    norm_scaling_factor: Annotated[list[float] | None, Option("As the run was made with.")] = None
+    norm_scaling_factor: Annotated[list[float] | None, Option("The same as for the run.")] = None
 
 
 def ablate(
     sources: Sources,
     zeroing: Zeroing,
     places: RunPlaces,
-    run: Annotated[Path | None, typer.Argument(help="Folder of sts-fast score or shift; or none.")] = None,
+    run: Annotated[Path | None, typer.Argument(help="Folder of sts-fast score or shift; optional.")] = None,
     threads: Threads = None,
     output: Annotated[Path | None, Option("Folder for the results; by default the run's own.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Zero the shifted features in the running model: does the trained ability go, do the others stay?"""
+    """Zero the shifted features in the running model: does the trained ability disappear, do the others stay?"""
     if run is not None and (sources.shots, sources.limit, places.hook, places.layer) != (None,) * 4:
         raise InputError(
-            "--shots, --limit, --hook and --layer are those of the run: leave them out, or make it again with them"
+            "--shots, --limit, --hook and --layer are taken from the run: leave them out, or make the run again with "
+            "them"
         )
     sae = sources.sae or (None if run is None else Run.load(run).scores["sae"]["source"])
     if sae is None:
@@ -114,23 +115,23 @@ def _print_ablation(ablation: Ablation) -> None:
     main = main_outcome(document)
     for outcome in (main, "accuracy"):
         what = WORDS[outcome].removeprefix("the ")
-        asked = ", asked behind demonstrations" if document["few_shot"] else ""
-        table = Table(title=f"Change of {what} when features are zeroed{asked}", title_justify="left", width=79)
+        demonstrated = ", asked after demonstrations" if document["few_shot"] else ""
+        table = Table(title=f"Change of {what} when features are zeroed{demonstrated}", title_justify="left", width=79)
         table.add_column("set", ratio=1, overflow="fold")
-        for column in ("before", f"D_N ({document['top_n']})", "like activity (draws)", "random", "low shift"):
+        for column in ("before", f"D_N ({document['top_n']})", "similar activity (draws)", "random", "low shift"):
             table.add_column(column, justify="right")
-        for one in document["sets"]:
-            found = {name: condition[outcome] for name, condition in one["conditions"].items()}
-            before = one["before"][outcome]
-            of_draws = found["like_activity"]["draws"]
+        for answered_set in document["sets"]:
+            effects = {name: condition[outcome] for name, condition in answered_set["conditions"].items()}
+            before = answered_set["before"][outcome]
+            of_draws = effects["like_activity"]["draws"]
             draws = ", ".join(short_amount(outcome, draw) for draw in (min(of_draws), max(of_draws)))
             table.add_row(
-                "training set" if one["kind"] == "train" else escape(one["name"]),
+                "training set" if answered_set["kind"] == "train" else escape(answered_set["name"]),
                 f"{before:.3g}" if outcome == "loss" else f"{before:.1%}",
-                short_amount(outcome, found["top"]["value"]),
-                f"{short_amount(outcome, found['like_activity']['value'])} ({draws})",
-                short_amount(outcome, found["random"]["value"]),
-                short_amount(outcome, found["low_shift"]["value"]),
+                short_amount(outcome, effects["top"]["value"]),
+                f"{short_amount(outcome, effects['like_activity']['value'])} ({draws})",
+                short_amount(outcome, effects["random"]["value"]),
+                short_amount(outcome, effects["low_shift"]["value"]),
             )
         out.print(table)
     for finding in ablation.findings():

@@ -28,9 +28,9 @@ app = typer.Typer(
     help="Forecast which abilities fine-tuning will move, before any training.",
 )
 
-# What typer returns after Ctrl-C: it catches KeyboardInterrupt.
+# Return value of typer after Ctrl-C: it catches KeyboardInterrupt.
 INTERRUPTED = 130
-# What typer raises for a wrong command line: its ClickException, which it does not export under a name of its own.
+# Base of the errors that typer raises for a wrong command line: its ClickException, which it does not export.
 CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]
 
 
@@ -59,11 +59,11 @@ def main() -> None:
     except CommandLineError as error:
         fail(f"{error.format_message()} See sts-fast --help")  # type: ignore[attr-defined]
     except (typer.Abort, KeyboardInterrupt):
-        # An interrupt inside exec(), as of a dataclass that is being imported, would make Python end by the signal
-        # though it was caught here: CPython forgets it with the next exec().
+        # After an interrupt inside exec(), as while a dataclass is imported, Python would end by the signal even though
+        # it is caught here; the next exec() clears that state of CPython.
         exec("")
         fail("interrupted: no result was written")
-    except (MemoryError, RuntimeError) as error:  # torch has no class of its own for memory that ran out on the CPU
+    except (MemoryError, RuntimeError) as error:  # torch has no class for running out of memory on the CPU
         if not (isinstance(error, MemoryError) or "memory" in str(error)):
             raise
-        fail("out of memory: lower --batch-tokens, or take --dtype bfloat16")
+        fail("out of memory: lower --batch-tokens, or use --dtype bfloat16")

@@ -1,4 +1,4 @@
-"""What was typed, as the functions of the package take it."""
+"""Turns what was typed into arguments of the package's functions."""
 
 from __future__ import annotations
 
@@ -32,30 +32,31 @@ def named_trains(values: list[str]) -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class Places:
-    """Where SAEs are read: each is said once for all of them, or once for each."""
+    """Places where SAEs are read; each option is given once for all SAEs, or once for each."""
 
     hook: Annotated[
         list[str] | None,
         Option(
-            "Where the SAE reads, whatever its files say: blocks.12.hook_mlp_out, or a module's path; once for all "
-            "SAEs, or once for each."
+            "Where the SAE reads, instead of where its files say: blocks.12.hook_mlp_out, or a module's path; once "
+            "for all SAEs, or once for each."
         ),
     ] = None
     layer: Annotated[
         list[int] | None,
-        Option("Read after this layer (or at the --hook of it), whatever the SAE says; as --hook."),
+        Option("Read after this layer (or at its --hook), instead of where the files say; as --hook."),
     ] = None
     norm_scaling_factor: Annotated[
-        list[float] | None, Option("What an SAE's input is multiplied by, if its files forgot; as --hook.")
+        list[float] | None, Option("Factor of an SAE's input, if its files lack it; as --hook.")
     ] = None
 
     def load(self, sources: list[str], dtype: str | None) -> list[SAE]:
-        """The SAEs, with what the command line says of each."""
+        """The SAEs, each with its options of the command line."""
 
         def for_each(option: str, values: list[Any] | None) -> list[Any]:
             if len(values or [None]) not in (1, len(sources)):
                 raise InputError(
-                    f"{option} is given {len(values or [])} times for {len(sources)} SAEs: once, or once each"
+                    f"{option} is given {len(values or [])} times for {len(sources)} SAEs: give it once, or once "
+                    "for each"
                 )
             return list(values or [None]) * (len(sources) if len(values or [None]) == 1 else 1)
 
@@ -74,7 +75,7 @@ class Places:
             if layer is not None and layer < 0:
                 raise InputError(f"--layer counts from 0, and is not {layer}")
             if hook is not None and layer is None and hook.removeprefix("hook_") in (*PLACES, "z"):
-                raise InputError(f"--hook {hook} is a place of every layer: say of which, with --layer")
+                raise InputError(f"--hook {hook} exists in every layer: choose one with --layer")
             where = {"hook": place_name(hook, layer)} if both else {"hook": hook, "layer": layer}
             loaded.append(load_sae(source, norm_scaling_factor=factor, dtype=dtype, **where))
         return loaded
@@ -82,11 +83,11 @@ class Places:
 
 @dataclass(frozen=True)
 class Core:
-    """How the native core computes."""
+    """Options of the native core."""
 
-    precision: Annotated[str | None, Option("Of the SAE on CUDA: bf16, bf16x2 or fp32; default: by its weights.")] = (
-        None
-    )
+    precision: Annotated[
+        str | None, Option("Precision on CUDA: bf16, bf16x2 or fp32; default: by the SAE's weights.")
+    ] = None
     threads: Threads = None
 
     def apply(self) -> None:
@@ -98,7 +99,7 @@ class Core:
 
 
 def values_by_set(option: str, rows: list[str] | None, *, number: bool = False) -> dict[str, Any]:
-    """By set, what an option says of it; '' for a field of all sets."""
+    """Values of an option by set; '' for a value that is for all sets."""
     values: dict[str, Any] = {}
     for row in rows or []:
         name, equals, text = row.rpartition("=")
@@ -114,14 +115,14 @@ def values_by_set(option: str, rows: list[str] | None, *, number: bool = False) 
 
 
 def or_none(option: str, number: int) -> int | None:
-    """None for 0, which says on the command line that there is no limit."""
+    """None for 0, which means no limit on the command line."""
     if number < 0:
         raise InputError(f"{option} must be at least 1, or 0 for all, not {number}")
     return number or None
 
 
 def set_threads(threads: int | None) -> None:
-    """Of the native core; None leaves it as it is."""
+    """Sets the number of threads of the native core; None changes nothing."""
     if threads is None:
         return
     if not 1 <= threads <= MOST_THREADS:
@@ -130,7 +131,7 @@ def set_threads(threads: int | None) -> None:
 
 
 def typed_command() -> str:
-    """The command as typed, less the options that change where results go and how fast, but not what they are."""
+    """The command as typed, without the options that do not change the results: --output, --threads, --json."""
     kept: list[str] = []
     words = iter(sys.argv[1:])
     for word in words:

@@ -1,7 +1,8 @@
-"""Calibrations on the command line: read before a forecast, applied after it, printed."""
+"""Calibrations on the command line: reads one before a forecast, applies it afterwards, prints the changes."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,10 +22,10 @@ OPTIONS = ("dims", "top_n", "tokens", "shots", "domain_shots", "signed_features"
 
 
 def read_calibration(path: Path, settings: Settings, n_saes: int) -> Calibration:
-    """Raises InputError where it cannot serve a forecast with these settings, before that is made."""
+    """The calibration in a file. Raises InputError where it does not fit a forecast with these settings."""
     calibration = Calibration.load(path)
     if n_saes > 1:
-        raise InputError("a calibration is of one SAE: give --calibration with one --sae")
+        raise InputError("a calibration belongs to one SAE: give --calibration with one --sae")
     estimator = BY_NAME[calibration.estimator].option
     if estimator not in settings.estimators:
         raise InputError(f"{path} was learned from '{calibration.estimator}': add {estimator} to --estimators")
@@ -40,17 +41,17 @@ def calibrated(forecast: Forecast, calibration: Calibration, path: Path) -> Fore
 
 def print_changes(forecast: Forecast) -> None:
     """The change of each domain, the largest rise first."""
-    said = forecast.calibration
-    if said is None:
+    calibration = forecast.calibration
+    if calibration is None:
         return
-    unit, signed = said["unit"], said["signed"]
+    unit, signed = calibration["unit"], calibration["signed"]
     what = "Forecast change" if signed else "Forecast size of change (its direction is not known)"
     table = Table(title=f"{what}, in {unit_name(unit)}", title_justify="left", width=79)
     table.add_column("domain", ratio=1)
     for column in ("worse", "better") if signed else ("",):
         table.add_column(column, width=SIDE_WIDTH, justify="right" if column == "worse" else "left")
     table.add_column("change", justify="right", no_wrap=True)
-    table.add_column(f"[{said['level']:.0%}]", justify="right", no_wrap=True)
+    table.add_column(f"[{calibration['level']:.0%}]", justify="right", no_wrap=True)
     known = [(domain.change, domain) for domain in forecast.domains if domain.change is not None]
     largest = max(abs(change) for change, _ in known) or 1.0
     for change, domain in sorted(known, key=lambda row: -row[0]):
@@ -60,14 +61,14 @@ def print_changes(forecast: Forecast) -> None:
         table.add_row(escape(domain.name), *bars, cells[0], escape(cells[1]))
     out.print(table)
     learned = (
-        f"Learned from {said['n_runs']} trainings on {said['n_trains']} sets, by '{said['estimator']}': holds for a "
-        "training like those."
+        f"Learned from {calibration['n_runs']} trainings on {calibration['n_trains']} sets, by "
+        f"'{calibration['estimator']}': valid for a training like those."
     )
-    if said["coverage"] is not None:
-        ratio = said["width"] / said["constant_width"]
+    if calibration["coverage"] is not None:
+        ratio = calibration["width"] / calibration["constant_width"]
         learned += (
-            f"\nOf sets held out, {said['coverage']:.0%} of the changes lay inside; "
-            f"intervals were {ratio:.0%} as wide as those around the mean change."
+            f"\nOn held-out sets {calibration['coverage']:.0%} of the changes lay inside the intervals, which "
+            f"were {ratio:.0%} as wide as those around the mean change."
         )
     out.print(learned, highlight=False, markup=False)
 
@@ -94,6 +95,6 @@ def print_change_comparison(comparison: Document) -> None:
 
 
 def print_warnings(forecasts: list[Forecast]) -> None:
-    said = (forecast.calibration["warnings"] for forecast in forecasts if forecast.calibration is not None)
-    for warning in dict.fromkeys(one for of_forecast in said for one in of_forecast):
+    warnings = [forecast.calibration["warnings"] for forecast in forecasts if forecast.calibration is not None]
+    for warning in dict.fromkeys(itertools.chain(*warnings)):
         err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)

@@ -23,7 +23,7 @@ class Sources:
 
     model: Annotated[str, Option("Model: folder or hub id.")]
     train: Annotated[list[str], Option("A training set: path, or name=path; repeatable.")]
-    output: Annotated[Path, Option("Folder for the activations; a part of them is completed.")]
+    output: Annotated[Path, Option("Folder for the activations; an incomplete one is completed.")]
     sae: Annotated[list[str] | None, Option("Read where this SAE reads; repeatable.")] = None
     hook: Annotated[list[str] | None, Option("A place to read: blocks.12.hook_mlp_out, or a module's path.")] = None
     layer: Annotated[list[int] | None, Option("Read after this layer; repeatable.")] = None
@@ -33,14 +33,14 @@ class Sources:
 
 @dataclass(frozen=True)
 class Demonstrated:
-    """Which sets are also read with demonstrations: those that a forecast of these settings reads so."""
+    """Settings of the forecast to come; sets that it reads with demonstrations are captured with them too."""
 
-    dims: Annotated[Dims, Option("active: the training sets without demonstrations.")] = "icl"
-    estimators: Annotated[str, Option("Without icl: the domains without demonstrations.")] = "act,icl"
+    dims: Annotated[Dims, Option("Of the forecast; active: training sets only without demonstrations.")] = "icl"
+    estimators: Annotated[str, Option("Of the forecast; without icl: domains only without demonstrations.")] = "act,icl"
 
 
 def capture(sources: Sources, demonstrated: Demonstrated, capturing: Capturing) -> None:
-    """Write what a forecast reads of a model to files, for other SAEs and settings without the model."""
+    """Write the activations that a forecast reads to files, for other SAEs and settings without the model."""
     if demonstrated.dims == "tuned":
         raise InputError("--dims tuned needs the model after training, whose activations are not captured")
     train = sources.train
@@ -67,6 +67,6 @@ def capture(sources: Sources, demonstrated: Demonstrated, capturing: Capturing) 
             **vars(capturing),
         )
     err.print(
-        f"{sources.output} holds {captured.summary()}: give it as --model to shift, score or compare",
+        f"{sources.output} contains {captured.summary()}: give it as --model to shift, score or compare",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Where the command line prints: results on standard output, everything else on standard error."""
+"""Output of the command line: results on standard output, everything else on standard error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ out = Console()
 err = Console(stderr=True)
 
 BAR_WIDTH = 12
-# Where bars go both ways.
+# Of bars that go both ways.
 SIDE_WIDTH = 8
 
 

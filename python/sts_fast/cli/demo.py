@@ -21,13 +21,13 @@ from sts_fast.statistics import Z_95
 
 def demo(
     seeds: Annotated[int, Option("Fine-tunings on each training set.", least=1)] = 1,
-    seed: Annotated[int, Option("Of the first fine-tuning, and of --retrain.", least=0)] = 0,
+    seed: Annotated[int, Option("Seed of the first fine-tuning, and of --retrain.", least=0)] = 0,
     heavy: Annotated[bool, Option("Train five times as long at a higher rate.")] = False,
-    retrain: Annotated[bool, Option("Make the model and SAE again first: minutes.")] = False,
+    retrain: Annotated[bool, Option("First train the model and SAE again; takes minutes.")] = False,
     output: Output = Path("sts-fast-demo"),
     as_json: AsJson = False,
 ) -> None:
-    """Forecast, really fine-tune and compare, on a small model that comes with the package."""
+    """Forecast, fine-tune and compare, on a small model that comes with the package."""
     files.prepare_folder(output)
     folder = output / "organism" if retrain else None
     with progress("steps") as tell:

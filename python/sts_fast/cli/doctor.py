@@ -23,11 +23,11 @@ from sts_fast.sae.summary import summary
 
 
 def doctor(
-    sae: Annotated[str | None, Option("Also read this SAE and say what was understood.")] = None,
+    sae: Annotated[str | None, Option("Also read this SAE and show what was understood.")] = None,
     layer: Annotated[int | None, Option("Read after this layer.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what is installed, which backend computes, what was understood of an SAE, and check the core."""
+    """Show what is installed, which backend is used and what was understood of an SAE, and check the core."""
     facts: dict[str, Any] = {
         "sts-fast": __version__,
         "python": platform.python_version(),
@@ -50,7 +50,7 @@ def doctor(
         table.add_row(f"[bold]{name}[/bold]", escape(str(value)))
     out.print(table)
     if not facts["self-check"].startswith("ok"):
-        raise InputError("the core fails its self-check on this machine: please report it with what is printed above")
+        raise InputError("the core fails its self-check on this machine: please report this with the output above")
 
 
 def _version(name: str) -> str:

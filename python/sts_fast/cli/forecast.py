@@ -43,7 +43,7 @@ from sts_fast.report import build_comparison_report, build_report
 
 @dataclass(frozen=True)
 class Sources:
-    """What one training set's forecasts are made of."""
+    """Model, SAEs and sets of one training set's forecasts."""
 
     model: Model
     sae: SAEs
@@ -55,7 +55,7 @@ class Sources:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What the forecasts of several training sets are made of."""
+    """Model, SAEs and sets of the forecasts of several training sets."""
 
     model: Model
     sae: SAEs
@@ -72,14 +72,14 @@ class ComparedSettings(Settings):
 
 @dataclass(frozen=True)
 class How(Core):
-    """What changes no score: what is shown beside it, and how it is computed."""
+    """Options that change no score: output beside it, and computation."""
 
     calibration: Annotated[
         Path | None,
-        Option("Forecast changes, with intervals: what sts-fast validate --fit learned."),
+        Option("Forecast changes with intervals, by this file of sts-fast validate --fit."),
     ] = None
     show_prompts: ShowPrompts = False
-    dry_run: Annotated[bool, Option("Run nothing; say what would be read, and what that would cost.")] = False
+    dry_run: Annotated[bool, Option("Run nothing; show what would be read, and what it would cost.")] = False
 
 
 def score(
@@ -162,7 +162,7 @@ def shift(
 def _outlook(
     sources: Sources | Candidates, trains: dict[str, Path], settings: Settings, places: Places, how: How
 ) -> Outlook:
-    """What the forecasts of some training sets will read and cost."""
+    """The prompts that forecasts of some training sets will read, and their cost."""
     how.apply()
     _check_trains(trains)
     return plan(
@@ -194,8 +194,8 @@ def _forecasts(
 ) -> list[Forecast]:
     """Runs the forecasts of one or more training sets with one or more SAEs, and saves each in its folder.
 
-    The folder is `output` itself, with one below it for each of several SAEs, and there for each of several training
-    set if they are kept apart `by_train`.
+    The folder is `output` itself; with several SAEs, one below it for each, and `by_train` one more level for each
+    training set.
     """
     calibration = None
     if how.calibration is not None:
@@ -231,7 +231,7 @@ def _forecasts(
             if calibration is not None and how.calibration is not None:
                 try:
                     forecasts[name] = forecast = calibrated(forecast, calibration, how.calibration)
-                except InputError as error:  # the scores are good all the same
+                except InputError as error:  # the scores are still valid
                     refused = f"{error}; the scores without changes are in {output}"
             forecast.save(folder)
             build_report(folder)
@@ -253,7 +253,7 @@ def _save_comparison(comparison: Document, folder: Path) -> None:
 
 
 def _write_json(forecasts: list[Forecast], output: Path, *, compared: bool) -> None:
-    """What was written as compare.json or, for one training set and one SAE, as scores.json."""
+    """Prints the content of compare.json or, for one training set and one SAE, of scores.json."""
     sys.stdout.write(
         (output / COMPARISON_FILE).read_text(encoding="utf-8") if compared else files.to_json(forecasts[0].to_dict())
     )

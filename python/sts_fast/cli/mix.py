@@ -21,11 +21,11 @@ from sts_fast.mix.mix import mix as run_mix
 
 @dataclass(frozen=True)
 class Sources:
-    """What is mixed, and what the rule goes by."""
+    """The sets that are mixed, and the model or run that the rule uses."""
 
     train: Train
     domains: Domains
-    budget: Annotated[int, Option("How many examples to add to the training set.")]
+    budget: Annotated[int, Option("Number of examples to add to the training set.")]
     model: Annotated[str | None, Option("Model: folder or hub id; for a forecast.")] = None
     sae: Annotated[str | None, Option("SAE of the model, as for score; for a forecast.")] = None
     run: Annotated[
@@ -41,7 +41,7 @@ def mix(
     output: Annotated[Path, Option("Folder for mix.json and the mixed training set.")] = Path("sts-fast-mix"),
     as_json: AsJson = False,
 ) -> None:
-    """Say what to mix into a training set so that other abilities keep, and write the mixed set."""
+    """Choose examples to mix into a training set so that other abilities are kept, and write the mixed set."""
     set_threads(threads)
     files.prepare_folder(output)
     loaded = None if sources.sae is None else places.load([sources.sae], mixing.sae_dtype)[0]
@@ -71,11 +71,11 @@ def _print_mixture(mixture: Mixture) -> None:
     for column in ("share", "examples", *(("loss", "alone", "mixed [95%]") if forecast else ())):
         table.add_column(column, justify="right", no_wrap=True)
 
-    def add(one: MixedSet, share: str) -> None:
-        cells = [escape(one.name), share, str(one.n_examples)]
-        if one.loss is not None and one.mixed_ci is not None:
-            low, high = one.mixed_ci
-            cells += [f"{one.loss:.3f}", f"{one.alone:+.3f}", f"{one.mixed:+.3f} [{low:+.3f}, {high:+.3f}]"]
+    def add(mixed: MixedSet, share: str) -> None:
+        cells = [escape(mixed.name), share, str(mixed.n_examples)]
+        if mixed.loss is not None and mixed.mixed_ci is not None:
+            low, high = mixed.mixed_ci
+            cells += [f"{mixed.loss:.3f}", f"{mixed.alone:+.3f}", f"{mixed.mixed:+.3f} [{low:+.3f}, {high:+.3f}]"]
         table.add_row(*cells)
 
     add(mixture.train, "")

@@ -1,4 +1,4 @@
-"""Commands take dataclasses of options (see data.options); here they become the options that typer knows."""
+"""Makes typer's options of the dataclasses of options that commands take; see data.options."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ AsJson = Annotated[bool, Option("Print the results as JSON instead of tables.", 
 
 
 class Fixed:
-    """In the annotation of a command's parameter: fields of its dataclass that the command sets, and does not offer."""
+    """Part of the annotation of a command's parameter: fields of its dataclass that the command sets and hides."""
 
     def __init__(self, **values: Any) -> None:
         self.values = values
@@ -41,7 +41,7 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Flag:
-    """An option of a command: what typer is to make of it, and what makes the field's value of what was typed."""
+    """An option of a command: its parameter for typer, and the function from the typed value to the field's value."""
 
     parameter: inspect.Parameter
     read: Callable[[Any], Any]
@@ -50,9 +50,9 @@ class Flag:
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """A command as typer takes it.
 
-    A parameter that is a dataclass becomes one option for each field that has an `Option`; a field that two of them
-    have is one option, which stands where it comes last. A parameter with an `Option` of its own becomes that option,
-    and any other is left as it is.
+    A parameter that is a dataclass becomes one option for each field that has an `Option`. A field that two dataclasses
+    have becomes one option, at the place of the last. A parameter with an `Option` of its own becomes that option, and
+    any other is unchanged.
     """
     flags: dict[str, Flag] = {}
     made: dict[str, Callable[[dict[str, Any]], Any]] = {}
@@ -60,7 +60,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     for name, parameter in inspect.signature(command).parameters.items():
         annotation = hints[name]
         if is_dataclass(kind := type_of(annotation)):
-            fixed = next((one.values for one in get_args(annotation)[1:] if isinstance(one, Fixed)), {})
+            fixed = next((extra.values for extra in get_args(annotation)[1:] if isinstance(extra, Fixed)), {})
             of_kind = _flags_of(kind, fixed)
             for field in of_kind:
                 flags.pop(field, None)
@@ -121,10 +121,10 @@ def _flag(name: str, annotation: Any, default: Any) -> Flag:
 
 
 def _typed(word: str, kind: Any, default: Any) -> tuple[Any, Any, Callable[[Any], Any]]:
-    """A field's type and default on the command line, and what reads its value from there.
+    """A field's type and default on the command line, and the function that reads its value.
 
-    Names from a list are separated by commas; of other sequences and of mappings the option is repeated; a number that
-    may be None, but is not by default, is 0 for it.
+    Names from a list are separated by commas. For other sequences and for mappings the option is repeated. Where a
+    number may be None, but is not by default, 0 stands for None.
     """
     parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     if element_choices_of(kind):
@@ -135,6 +135,6 @@ def _typed(word: str, kind: Any, default: Any) -> tuple[Any, Any, Callable[[Any]
         return list[str] | None, None, lambda typed: tuple(typed or ())
     if {*parts} == {int, type(None)} and isinstance(default, int):
         return int, default, functools.partial(or_none, word)
-    if len(parts) > 2:  # files, and what is a text or something else in Python
+    if len(parts) > 2:  # files, and values that are text here but may be objects in Python
         return (Path if Path in parts else str) | None, default, lambda typed: typed
     return kind, default, lambda typed: typed

@@ -31,7 +31,7 @@ ROLLOUTS_FILE = "rollouts.jsonl"
 
 @dataclass(frozen=True)
 class Sources:
-    """What the forecast is made of."""
+    """Model, SAE, rollouts and domains of the forecast."""
 
     model: Model
     sae: Annotated[str, Option("SAE: folder or file, release/id, or owner/repository:folder.")]
@@ -39,9 +39,9 @@ class Sources:
     rollouts: Annotated[
         Path | None, Option("File or folder of prompts, completions and rewards, as TRL or verl write it.")
     ] = None
-    train: Annotated[Path | None, Option("Questions to sample completions for, where there are no rollouts.")] = None
+    train: Annotated[Path | None, Option("Questions to sample completions for, instead of --rollouts.")] = None
     check: Annotated[
-        str | None, Option("What rewards them: exact, math, or package.module:function, which is run.")
+        str | None, Option("Checker that rewards them: exact, math, or package.module:function, which is run.")
     ] = None
     tuned: Annotated[str | None, Option("The model after RL: adds its true shift.")] = None
     demos: Demos = None
@@ -67,7 +67,7 @@ def rollouts(
             "--train needs --check, which rewards the sampled completions: exact, math or package:function"
         )
     if train is None and check is not None:
-        raise InputError("--check rewards what is sampled for --train; completions of --rollouts have their rewards")
+        raise InputError("--check is for completions sampled for --train; --rollouts has rewards: leave --check out")
     files.prepare_folder(output)
     core.apply()
     [loaded] = places.load([sources.sae], settings.sae_dtype)
@@ -105,18 +105,18 @@ def rollouts(
     if as_json:
         sys.stdout.write(files.to_json(compared))
         return
-    one = next(iter(forecasts.values()))
-    out.print(counts_in_words(one.rollouts or {}), highlight=False, markup=False)
+    first = next(iter(forecasts.values()))
+    out.print(counts_in_words(first.rollouts or {}), highlight=False, markup=False)
     print_comparison({**compared, "scores": {name: of for name, of in compared["scores"].items() if name in SIZES}})
     _print_overlaps(forecasts)
-    print_signed(one)  # the same whatever the way
+    print_signed(first)  # the same whatever the way
     print_end(list(forecasts.values()), output)
 
 
 def _print_overlaps(forecasts: dict[str, Forecast]) -> None:
-    """How much of D_N the ways have in common; chance is what two random sets would."""
+    """Share of D_N that the ways have in common, and that two random sets would have."""
     names = [*forecasts, "most_active"]
-    table = Table(title="Part of the features that two ways have in common", title_justify="left")
+    table = Table(title="Share of the features that two ways have in common", title_justify="left")
     table.add_column("way")
     for name in names:
         table.add_column(escape(name.replace("_", " ")), justify="right")
@@ -124,5 +124,5 @@ def _print_overlaps(forecasts: dict[str, Forecast]) -> None:
         shared = (forecast.rollouts or {})["overlaps"]
         table.add_row(way, *(f"{shared[name]:.0%}" if name in shared else "" for name in names))
     out.print(table)
-    one = next(iter(forecasts.values()))
-    out.print(f"By chance: {one.settings['top_n'] / one.sae['d_sae']:.1%}.", highlight=False)
+    first = next(iter(forecasts.values()))
+    out.print(f"By chance: {first.settings['top_n'] / first.sae['d_sae']:.1%}.", highlight=False)

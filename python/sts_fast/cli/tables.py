@@ -27,7 +27,7 @@ def print_shift(forecast: Forecast, n_features: int) -> None:
     out.print(table)
     low, high = shift["stability"]["overlap_ci"]
     out.print(
-        f"The top {top_n} hold {shift['share_of_top_n']:.0%} of the shift; resampling the "
+        f"The top {top_n} make up {shift['share_of_top_n']:.0%} of the shift; resampling the "
         f"{forecast.train['n_prompts']} training prompts keeps {shift['stability']['mean_overlap']:.0%} of them "
         f"({low:.0%} to {high:.0%}).\n"
     )
@@ -59,7 +59,7 @@ def print_scores(forecast: Forecast) -> None:
             markup=False,
         )
     out.print(
-        "A score says how much a domain is expected to move, not whether for better or worse.\n"
+        "A score forecasts how much a domain will move, not in which direction.\n"
         "Compare domains with each other, and each score with that of random features beside it."
     )
 
@@ -97,9 +97,9 @@ def print_comparison(comparison: Document) -> None:
             out.print(_comparison_table(comparison, estimator))
         if names == SIZES:
             out.print(
-                "Read down a column to see what a training set moves most; scores of one domain may be compared along "
-                "its row where the training sets shift the same kind of features. Scores say how much, not for better "
-                "or worse.",
+                "Read down a column to see which domains a training set moves most. Scores along a row can be compared "
+                "where the training sets shift the same kind of features. Scores forecast the size of a change, not "
+                "its direction.",
                 highlight=False,
             )
 
@@ -111,21 +111,21 @@ def _comparison_table(comparison: Document, estimator: Estimator) -> Table:
     for train in comparison["trains"]:
         table.add_column(escape(train["name"]), justify="right")
     for i, domain in enumerate(comparison["domains"]):
-        found = [(column["value"][i], column["ci"][i]) for column in columns]
-        texts = ["no answers" if value is None else estimator.text(value, ci) for value, ci in found]
+        scores = [(column["value"][i], column["ci"][i]) for column in columns]
+        texts = ["no answers" if value is None else estimator.text(value, ci) for value, ci in scores]
         table.add_row(escape(domain), *texts)
     return table
 
 
 def print_sae(forecast: Forecast, forecasts: list[Forecast]) -> None:
-    """Which SAE the tables below are of, where there are several."""
+    """Names the SAE of the tables below, where there are several."""
     if len(by_sae(forecasts)) > 1:
         text = f"{forecast.sae['source']}, read at {forecast.sae['hook_name']}"
         out.print(text, style="bold", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_agreement(forecasts: list[Forecast]) -> None:
-    """How alike several SAEs rank the domains."""
+    """Rank correlations between the scores of several SAEs over the domains."""
     if len(by_sae(forecasts)) == 1:
         return
     comparison = sae_comparison(forecasts)
@@ -143,9 +143,9 @@ def print_agreement(forecasts: list[Forecast]) -> None:
 
 
 def print_end(forecasts: list[Forecast], output: Path) -> None:
-    told = {forecast.sae["fit"][key] for forecast in forecasts for key in ("warning", "names")}
+    shown_before = {forecast.sae["fit"][key] for forecast in forecasts for key in ("warning", "names")}
     for warning in dict.fromkeys(warning for forecast in forecasts for warning in forecast.warnings):
-        if warning in told:
+        if warning in shown_before:
             continue
         err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     err.print(f"Results are in {output}", highlight=False, markup=False, soft_wrap=True)
@@ -176,7 +176,8 @@ def print_outlook(outlook: Outlook, *, as_json: bool) -> None:
     whole = f", and {cost.n_answer_tokens:,} tokens through the whole model" if cost.n_answer_tokens else ""
     out.print(
         f"{cost.n_passes:,} forward passes of {cost.n_tokens:,} tokens up to the hook{whole}: about "
-        f"{_duration(cost.seconds)} and {cost.memory_bytes / 1e9:.1f} GB of memory, loading the model not counted.",
+        f"{_duration(cost.seconds)} and {cost.memory_bytes / 1e9:.1f} GB of memory, not counting the time to "
+        "load the model.",
         highlight=False,
     )
 
@@ -188,6 +189,6 @@ def _duration(seconds: float) -> str:
 
 
 def by_sae(forecasts: list[Forecast]) -> list[list[Forecast]]:
-    """Forecasts in groups of one SAE: they stand in that order."""
+    """Forecasts in groups of one SAE; they must be in that order."""
     names = list(dict.fromkeys(forecast.train["name"] for forecast in forecasts))
     return [forecasts[i : i + len(names)] for i in range(0, len(forecasts), len(names))]

@@ -22,24 +22,26 @@ from sts_fast.report import build_report
 
 
 def validate(
-    runs: Annotated[list[Path], typer.Argument(help="Folder that sts-fast score wrote; several, or theirs, to --fit.")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folder that sts-fast score wrote; for --fit several, or a folder of them.")
+    ],
     before: Annotated[Path | None, Option("Evaluation before training; or a CSV with the changes.")] = None,
     after: Annotated[Path | None, Option("Evaluation after training.")] = None,
-    metric: Annotated[str | None, Option("Such as acc, or exact_match,strict-match.")] = None,
-    estimator: Annotated[str | None, Option(f"Whose scores: {', '.join(BY_NAME)}.")] = None,
-    fit: Annotated[bool, Option("Learn from past runs, each validated, to forecast changes with intervals.")] = False,
-    output: Annotated[Path, Option("Of --fit: file for score --calibration.")] = Path(CALIBRATION_FILE),
+    metric: Annotated[str | None, Option("Metric, such as acc, or exact_match,strict-match.")] = None,
+    estimator: Annotated[str | None, Option(f"Estimator of the scores: {', '.join(BY_NAME)}.")] = None,
+    fit: Annotated[bool, Option("Learn to forecast changes with intervals, from past, validated runs.")] = False,
+    output: Annotated[Path, Option("File for score --calibration, written by --fit.")] = Path(CALIBRATION_FILE),
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Hold a forecast against what really changed, and say how much that can tell; or learn from many such runs."""
+    """Compare a forecast with the measured change, and show how much that proves; or learn from many such runs."""
     if fit:
         if before is not None or after is not None:
             raise InputError("--fit reads the outcomes beside past runs: validate each run first, without --fit")
         _fit(runs, estimator, output, as_json=as_json)
         return
     if len(runs) > 1:
-        raise InputError("a forecast is validated alone: give one run, or --fit to learn from several")
+        raise InputError("forecasts are validated one at a time: give one run, or --fit to learn from several")
     if before is None:
         raise InputError("--before is missing: give the evaluation before training, or a CSV with the changes")
     run = runs[0]

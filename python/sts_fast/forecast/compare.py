@@ -1,4 +1,4 @@
-"""Several forecasts beside each other: of training sets over the same domains, and of SAEs."""
+"""Comparisons of several forecasts: of training sets over the same domains, and of SAEs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from sts_fast.statistics import defined, spearman
 
 
 def comparison(forecasts: Sequence[Forecast]) -> Document:
-    """Content of compare.json: scores of several training sets over the same domains, and their likeness.
+    """Content of compare.json: scores of several training sets over the same domains, and shared features.
 
     scores: by estimator and training set, `value` and `ci` in the order of `domains`; null for a domain without answers
     changes: unit, sign and level, and by training set `value` and `interval`; null without a calibration
-    shared_features: [n_trains][n_trains] part of D_N that two training sets have in common
+    shared_features: [n_trains][n_trains] share of D_N that two training sets have in common
     """
     tops = [{feature.index for feature in forecast.shifted_features} for forecast in forecasts]
     return {
@@ -30,7 +30,7 @@ def comparison(forecasts: Sequence[Forecast]) -> Document:
             if any(estimator.name in domain.scores for domain in forecasts[0].domains)
         },
         "changes": _changes(forecasts),
-        "shared_features": [[len(one & other) / len(one) for other in tops] for one in tops],
+        "shared_features": [[len(top & other) / len(top) for other in tops] for top in tops],
     }
 
 
@@ -58,9 +58,9 @@ def _changes(forecasts: Sequence[Forecast]) -> Document | None:
 
 
 def sae_names(saes: Sequence[tuple[str, str]]) -> list[str]:
-    """A name for each SAE, fit for a folder: the last parts of its source, as many as tell it from the others.
+    """A name for each SAE, suitable for a folder: the last parts of its source, as many as make it unique.
 
-    saes: source and hook name of each; an SAE that is read at several places is told apart by the place
+    saes: source and hook name of each; an SAE that is read at several places is named with its place
     """
     sources = [re.sub(r"[^\w.=-]+", "/", source or "sae").strip("/").split("/") for source, _ in saes]
     for n_parts in range(1, max(map(len, sources)) + 1):
@@ -73,7 +73,7 @@ def sae_names(saes: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def sae_comparison(forecasts: Sequence[Forecast]) -> Document:
-    """Content of compare.json for several SAEs: their scores of the same domains, and their likeness.
+    """Content of compare.json for several SAEs: their scores of the same domains, and rank correlations.
 
     scores: by estimator, training set and SAE, `value` and `ci` in the order of `domains`; scores of different SAEs are
         in different units
@@ -85,7 +85,7 @@ def sae_comparison(forecasts: Sequence[Forecast]) -> Document:
     comparisons = [comparison(of_sae) for of_sae in by_sae]
     estimators = list(comparisons[0]["scores"])
     values = {
-        (estimator, train): [one["scores"][estimator][train]["value"] for one in comparisons]
+        (estimator, train): [of_sae["scores"][estimator][train]["value"] for of_sae in comparisons]
         for estimator in estimators
         for train in trains
     }
@@ -96,14 +96,16 @@ def sae_comparison(forecasts: Sequence[Forecast]) -> Document:
         "domains": comparisons[0]["domains"],
         "scores": {
             estimator: {
-                train: {name: one["scores"][estimator][train] for name, one in zip(names, comparisons, strict=True)}
+                train: {
+                    name: of_sae["scores"][estimator][train] for name, of_sae in zip(names, comparisons, strict=True)
+                }
                 for train in trains
             }
             for estimator in estimators
         },
         "rank_correlation": {
             estimator: {
-                train: [[_rank_correlation(one, other) for other in of_saes] for one in of_saes]
+                train: [[_rank_correlation(of_sae, other) for other in of_saes] for of_sae in of_saes]
                 for train in trains
                 for of_saes in [values[estimator, train]]
             }
@@ -112,7 +114,7 @@ def sae_comparison(forecasts: Sequence[Forecast]) -> Document:
     }
 
 
-def _rank_correlation(one: Sequence[float | None], other: Sequence[float | None]) -> float | None:
-    """Spearman's over the domains that both have a score of; None for fewer than 3."""
-    both = [pair for pair in zip(one, other, strict=True) if None not in pair]
+def _rank_correlation(scores: Sequence[float | None], other_scores: Sequence[float | None]) -> float | None:
+    """Spearman's over the domains that both score; None for fewer than 3."""
+    both = [pair for pair in zip(scores, other_scores, strict=True) if None not in pair]
     return defined(spearman(*np.asarray(both, np.float64).T)) if len(both) > 2 else None

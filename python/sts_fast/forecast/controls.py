@@ -1,4 +1,4 @@
-"""What a forecast has to beat: the same scores from other features, and numbers that need no SAE at all."""
+"""Controls that a forecast has to beat: the same scores from other features, and numbers that need no SAE."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
     from sts_fast.statistics import Doubles, Indices
 
-# Relative: means of float32 activations that differ by less are the same.
+# Relative difference below which means of float32 activations count as the same.
 ROUNDING = 1e-5
 
-# Of a probe, so that directions in which no set spreads weigh no more than others.
+# Ridge of a probe, so that directions in which no set varies weigh no more than others.
 PROBE_RIDGE = 1e-3
 
-# Sets of random features that the control averages over: one set alone would be as noisy as what it is to judge.
+# Sets of random features that the control averages over: a single set would be as noisy as the score beside it.
 N_RANDOM_SETS = 10
-# A feature of like activity is one of so many whose mean activation is nearest.
+# A feature of similar activity is drawn from this number of features with the nearest mean activation.
 N_NEAREST = 10
 
 
@@ -40,7 +40,7 @@ def random_sets(d_sae: int, top: Indices, rng: np.random.Generator, n_sets: int 
 
 
 def like_activity(mean_activation: Doubles, top: Indices, rng: np.random.Generator) -> Indices:
-    """[top_n] for each feature of D_N another outside it: one of the ten, not taken yet, that are about as active."""
+    """[top_n] for each feature of D_N another outside it: one of the ten free ones with the nearest mean activation."""
     free = np.ones(len(mean_activation), bool)
     free[top] = False
     chosen = []
@@ -55,7 +55,7 @@ def like_activity(mean_activation: Doubles, top: Indices, rng: np.random.Generat
 def low_shift(importance: Doubles, n_fired: NDArray[np.int64], top: Indices) -> Indices:
     """At most top_n features outside D_N that fire on the training set's queries and shift least; may be empty.
 
-    importance: [d_sae] what D_N is ranked by; n_fired: [d_sae] on how many tokens each feature fires
+    importance: [d_sae] the measure that D_N is ranked by; n_fired: [d_sae] number of tokens on which each feature fires
     """
     candidates = np.setdiff1d(np.flatnonzero(n_fired > 0), top)
     return np.sort(candidates[np.argsort(importance[candidates], kind="stable")[: len(top)]])
@@ -136,16 +136,16 @@ class SecondMoments:
 
 
 def cka(a: Doubles, b: Doubles) -> float:
-    """How alike two sets of tokens spread: <A, B> / (||A|| ||B||) of their covariances; 0 where one of them is zero.
+    """Similarity of two sets' covariances A and B: <A, B> / (||A|| ||B||); 0 where one of them is zero.
 
-    Linear centred kernel alignment (Kornblith et al. 2019), its rows and columns exchanged: there one set of examples
-    in two spaces, here two sets of tokens in one.
+    Linear centred kernel alignment (Kornblith et al. 2019) with rows and columns exchanged: there one set of examples
+    in two spaces, here two sets of tokens in one space.
     """
     return cosine(a, b)
 
 
 def probe_logits(train_mean: Doubles, domain_means: Doubles, covariances: Doubles) -> Doubles:
-    """[n_domains] what a linear probe that tells the training set's tokens from all domains' says of each domain.
+    """[n_domains] logit of each domain by a linear probe that separates the training set's tokens from all domains'.
 
     Fisher's discriminant, with C the mean of the sets' covariances, a the mean of the domains' means, a little ridge:
 
@@ -176,9 +176,9 @@ def _solve(A: Doubles, b: Doubles) -> Doubles:
 
 
 def z_scored(activations: Doubles) -> Doubles:
-    """[n_domains] sum over D_N of how far a feature's mean lies from that over all domains, in deviations.
+    """[n_domains] sum over D_N of the distance of a feature's mean from its mean over all domains, in deviations.
 
-    sum_j (a_Tj - E_T a_Tj) / sd_T(a_Tj), where a feature that all domains have alike counts nothing
+    sum_j (a_Tj - E_T a_Tj) / sd_T(a_Tj), without features that are the same in all domains
 
     activations: [n_domains, top_n] E_x h_j(x)
     """
@@ -197,13 +197,13 @@ def cosine(a: Doubles, b: Doubles) -> float:
 
 @dataclass(frozen=True)
 class Ranking:
-    """A training set's features, as controls pick among them.
+    """Measures of a training set's features, from which controls pick.
 
     top:        [top_n] D_N, most shifted first
-    importance: [d_sae] what D_N is ranked by; mean_activation: [d_sae]
-    n_fired:    [d_sae] on how many of the training set's tokens each feature fires
+    importance: [d_sae] the measure that D_N is ranked by; mean_activation: [d_sae]
+    n_fired:    [d_sae] number of the training set's tokens on which each feature fires
     raw:        sums over the residual stream itself
-    seed:       of whatever is drawn
+    seed:       seed of all draws
     """
 
     top: Indices
@@ -216,11 +216,11 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A training set beside the domains, as controls compare them.
+    """A training set and the domains that controls compare it with.
 
     train, domains: sums over the residual stream
-    activations:    [n_domains, top_n] E_x h_j(x) of D_N; None where no estimator asks for them
-    answers:        how well the base model answers each domain; None where it was not asked
+    activations:    [n_domains, top_n] E_x h_j(x) of D_N; None where no estimator needs them
+    answers:        the base model's answers of each domain; None where they were not scored
     train_questions, domain_questions: the text of every question; None where it is not known
     """
 
@@ -234,14 +234,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Control:
-    """One thing beside a score that the score has to beat.
+    """A control that the score has to beat.
 
-    name:     its key in scores.json; meaning: what it is, for people
-    of:       what it is made from
-    pick:     features (or dimensions, of the residual stream) to read in the place of D_N, [n] or [n_sets, n]; scores
-              are made of them by every estimator, as of D_N, and averaged over sets
+    name:     its key in scores.json; meaning: its label for people
+    of:       the data that it is made from
+    pick:     features (or dimensions of the residual stream) to read instead of D_N, [n] or [n_sets, n]; every
+              estimator scores them like D_N, averaged over sets
     compare:  or one number for each domain, None where it is not known
-    quantity: the name of that number in scores.json; unit: the same for people
+    quantity: the name of that number in scores.json; unit: its label for people
     """
 
     name: str
@@ -271,7 +271,7 @@ def _raw(ranking: Ranking) -> Indices:
 
 
 def _z_scores(sets: Comparison) -> list[float | None]:
-    # Of two domains each feature would say no more than which is ahead.
+    # With two domains, each feature would only show which is larger.
     if sets.activations is None or len(sets.domains) < 3:
         return [None] * len(sets.domains)
     return [float(z) for z in z_scored(sets.activations)]

@@ -1,4 +1,4 @@
-"""Which features a training set shifts: D_N, and the features of the controls beside it."""
+"""The features that a training set shifts: D_N, and the features of the controls beside it."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
     from sts_fast.statistics import Doubles, Indices
 
-# Resamplings of the training prompts that tell how settled D_N is; each costs one float64 per feature.
+# Resamplings of the training prompts that show how stable D_N is; each costs one float64 per feature.
 N_REPLICATES = 32
 
 
 @dataclass(frozen=True)
 class Shift:
-    """What the training set moves.
+    """The features that a training set shifts.
 
-    stats:        sums per feature; importance: [d_sae] what D_N is ranked by
+    stats:        sums per feature; importance: [d_sae] the measure that ranks features for D_N
     replicates:   [d_sae, N_REPLICATES] the same for resamplings of the prompts, up to a factor
-    feature_sets: by control, its features in the place of D_N, [n] or [n_sets, n]; '' is D_N, most shifted first
+    feature_sets: by control, its features instead of D_N, [n] or [n_sets, n]; '' is D_N, most shifted first
     raw:          sums over the residual stream itself
     raw_sets:     by control, its dimensions of the residual stream, [n] or [n_sets, n]
     """
@@ -61,21 +61,21 @@ class Shift:
         return self.feature_sets[""]
 
     def firings(self) -> explain.Firings:
-        """Of the first of D_N, none found yet."""
+        """An empty record of where the first features of D_N fire."""
         return explain.Firings(self.top[: explain.N_FEATURES], "score")
 
     def overlaps(self, top_n: int) -> Doubles:
         """[N_REPLICATES] share of D_N that each resampling of the prompts keeps."""
-        kept = [len(np.intersect1d(self.top, top_indices(one, top_n))) for one in self.replicates.T]
+        kept = [len(np.intersect1d(self.top, top_indices(replicate, top_n))) for replicate in self.replicates.T]
         return np.asarray(kept) / top_n
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """Per feature, what D_N and its controls are chosen by.
+    """Measures per feature by which D_N and its controls are chosen.
 
     stats, importance, replicates, mean_activation: as in Shift
-    n_fired: [d_sae] on how many of the `stats.n_tokens` tokens each fires
+    n_fired: [d_sae] number of the `stats.n_tokens` tokens on which each fires
     """
 
     stats: ShiftStats | CorrelationStats
@@ -92,16 +92,16 @@ def measure_shifts(
     settings: Settings,
     tuned: Reader | None,
 ) -> list[Shift]:
-    """One pass over a training set, for all SAEs."""
+    """The shift of a training set by SAE, from one pass for all SAEs."""
     sums = [_ShiftSums(sae, prompt_set, settings) for sae in saes]
     at = [reader.hooks.index(reader.hook(sae)) for sae in saes]
     done = 0
     for of_hooks in reader.rows("train", prompt_set, tuned):
-        for one, hook in zip(sums, at, strict=True):
-            one.update(of_hooks[hook])
+        for shift_sums, hook in zip(sums, at, strict=True):
+            shift_sums.update(of_hooks[hook])
         done += len(of_hooks[0].prompts)
         settings.tell(f"shift of {prompt_set.name}", done, len(prompt_set.prompts))
-    return [_shift(one, settings) for one in sums]
+    return [_shift(shift_sums, settings) for shift_sums in sums]
 
 
 class _ShiftSums:
@@ -110,7 +110,7 @@ class _ShiftSums:
     def __init__(self, sae: SAE, prompt_set: PromptSet, settings: Settings) -> None:
         self.sae, self.prompt_set, self.of_active = sae, prompt_set, settings.dims == "active"
         n_prompts = len(prompt_set.prompts)
-        # [n_prompts, N_REPLICATES] how often each resampling of the prompts drew each of them.
+        # [n_prompts, N_REPLICATES] number of times that each resampling drew each prompt.
         self.draws = resamples(n_prompts, settings.seed, "shift", N_REPLICATES).T
         self.log = PromptLog("shift", prompt_set)
         self.raw = controls.RawShift(sae.d_in)
@@ -148,12 +148,12 @@ def _shift(sums: _ShiftSums, settings: Settings) -> Shift:
 def shift_of(
     sae: SAE, settings: Settings, prompt_set: PromptSet, ranked: Ranked, raw: controls.RawShift, log: PromptLog
 ) -> Shift:
-    """D_N, the top of what features are ranked by, and the features of its controls.
+    """The shift with D_N, the features of the largest importance, and the features of its controls.
 
     Raises InputError where features are too large for their sums.
     """
     if not np.isfinite(ranked.importance).all():
-        raise InputError(f"the SAE {sae.source} gives features too large to add up: is it the SAE of this model?")
+        raise InputError(f"the SAE {sae.source} gives features too large to add up: give the SAE of this model")
     top = top_indices(ranked.importance, settings.top_n)
     ranking = controls.Ranking(top, ranked.importance, ranked.mean_activation, ranked.n_fired, raw, settings.seed)
     return Shift(
@@ -171,5 +171,6 @@ def shift_of(
 
 
 def _picked(ranking: controls.Ranking, of: str) -> dict[str, Indices]:
-    """By control, what it picks of the features, or of the residual stream."""
-    return {one.name: one.pick(ranking) for one in controls.CONTROLS if one.pick is not None and one.of == of}
+    """By control, its features, or its dimensions of the residual stream."""
+    picking = [control for control in controls.CONTROLS if control.of == of]
+    return {control.name: control.pick(ranking) for control in picking if control.pick is not None}

@@ -1,4 +1,4 @@
-"""How strongly a domain leans on the shifted features: sums over its tokens, and the scores made of them."""
+"""Scores of a domain by its use of the shifted features, from sums over its tokens."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class DomainRead:
     """Sums over a domain's tokens: sums[training set, control, estimator] is [n_prompts].
 
     raw:     sums over the residual stream itself
-    firings: by training set, where the first of its D_N fire
-    columns: features that were looked at; mean_activation: [n_columns] E_x h_j(x), zero where no estimator asks for it
+    firings: by training set, where the first features of its D_N fire
+    columns: features that were read; mean_activation: [n_columns] E_x h_j(x), zero where no estimator needs it
     """
 
     prompt_set: PromptSet
@@ -46,9 +46,9 @@ class DomainRead:
     mean_activation: Doubles
 
     def activations(self, features: Indices) -> Doubles:
-        """E_x h_j(x) of some of the columns."""
-        found: Doubles = self.mean_activation[np.searchsorted(self.columns, features)]
-        return found
+        """[n_features] E_x h_j(x) of some of the columns."""
+        activations: Doubles = self.mean_activation[np.searchsorted(self.columns, features)]
+        return activations
 
 
 def read_domain(
@@ -58,16 +58,16 @@ def read_domain(
     shifts_of: Sequence[Sequence[Shift]],
     settings: Settings,
 ) -> list[DomainRead]:
-    """One pass over a domain, for all SAEs, training sets, controls and estimators."""
+    """Sums of a domain by SAE, from one pass for all SAEs, training sets, controls and estimators."""
     sums = [_DomainSums(sae, prompt_set, shifts, settings) for sae, shifts in zip(saes, shifts_of, strict=True)]
     at = [reader.hooks.index(reader.hook(sae)) for sae in saes]
     done = 0
     for of_hooks in reader.rows("domain", prompt_set):
-        for one, hook in zip(sums, at, strict=True):
-            one.update(of_hooks[hook])
+        for domain_sums, hook in zip(sums, at, strict=True):
+            domain_sums.update(of_hooks[hook])
         done += len(of_hooks[0].prompts)
         settings.tell(prompt_set.name, done, len(prompt_set.prompts))
-    return [one.read() for one in sums]
+    return [domain_sums.read() for domain_sums in sums]
 
 
 class _DomainSums:
@@ -80,7 +80,7 @@ class _DomainSums:
         self.log = PromptLog("score", prompt_set)
         self.raw = controls.RawShift(sae.d_in)
         self.sum_h: Doubles = np.zeros(len(self.columns))
-        # Of the residual stream only these dimensions are brought to the CPU.
+        # Only these dimensions of the residual stream are copied to the CPU.
         self.raw_dims = _columns(shift.raw_sets for shift in shifts)
         self.weights = {
             (shift.name, control): _weights(self.columns, sets)
@@ -135,12 +135,12 @@ class _DomainSums:
         """[n_tokens, n_raw_dims]"""
         import torch
 
-        found: Doubles = rows[:, torch.from_numpy(self.raw_dims).to(rows.device)].double().cpu().numpy()
-        return found
+        residual: Doubles = rows[:, torch.from_numpy(self.raw_dims).to(rows.device)].double().cpu().numpy()
+        return residual
 
     def _add_shifts(self, rows: PairedRows) -> None:
         n_prompts = len(self.prompt_set.prompts)
-        # One "replicate" per prompt, so that a single pass over the rows gives each prompt its own sums.
+        # One "replicate" per prompt, so that a single pass over the rows gives the sums of each prompt.
         of_prompt = (rows.paired_of[:, None] == np.asarray(rows.prompts)).astype(np.float64)
         stats = ShiftStats(self.sae, columns=self.columns, n_replicates=len(rows.prompts))
         stats.update(rows.paired, rows.demos, of_prompt)
@@ -153,12 +153,12 @@ class _DomainSums:
 
 
 def _columns(sets: Iterable[Mapping[str, Indices]]) -> Indices:
-    """[n_columns] everything that is in one of the sets, ascending."""
+    """[n_columns] union of all sets, ascending."""
     return np.unique(np.concatenate([members.ravel() for by_control in sets for members in by_control.values()]))
 
 
 def _weights(columns: Indices, sets: Indices) -> Doubles:
-    """[n_columns] how much each column counts: the share of the sets [n] or [n_sets, n] that it is in."""
+    """[n_columns] weight of each column: the share of the sets [n] or [n_sets, n] that contain it."""
     weights: Doubles = np.mean([np.isin(columns, members) for members in np.atleast_2d(sets)], axis=0)
     return weights
 
@@ -176,7 +176,7 @@ def domain_scores(
         train_questions=shift.prompt_set.questions,
         domain_questions=[read.prompt_set.questions for read in reads],
     )
-    compared = {one: one.compare(comparison) for one in controls.CONTROLS if one.compare is not None}
+    compared = {control: control.compare(comparison) for control in controls.CONTROLS if control.compare is not None}
     return [
         _domain_score(read, shift, {control: values[i] for control, values in compared.items()}, settings)
         for i, read in enumerate(reads)
@@ -190,27 +190,27 @@ def _domain_score(
     drawn = resamples(n_prompts, settings.seed, name)
     n_read, n_pairs = log.n_read.astype(np.float64), log.n_pairs.astype(np.float64)
     scores: dict[str, Score] = {}
-    found: dict[str, dict[str, float]] = {}
-    for control, members in (shift.feature_sets | shift.raw_sets).items():
+    control_scores: dict[str, dict[str, float]] = {}
+    for set_name, members in (shift.feature_sets | shift.raw_sets).items():
         size = max(members.shape[-1], 1)
         for estimator in settings.sizes:
-            numerator = read.sums[shift.name, control, estimator]
+            numerator = read.sums[shift.name, set_name, estimator]
             denominator = {"act": n_read, "icl": n_pairs, "act_sq": n_read * size}[estimator]
             if denominator.sum() == 0:
                 raise InputError(
                     f"domain '{name}' has no token to read for the estimator '{estimator}': its prompts without and "
-                    "with demonstrations end differently, or all their tokens are special"
+                    "with demonstrations end differently, or all their tokens are special; leave the domain out"
                 )
             ratio = float(numerator.sum() / denominator.sum())
-            if control:
-                found.setdefault(control, {})[estimator] = ratio
+            if set_name:
+                control_scores.setdefault(set_name, {})[estimator] = ratio
             else:
                 scores[estimator] = Score(ratio, ratio_interval(numerator, denominator, drawn))
-    for one, value in compared.items():
+    for control, value in compared.items():
         if value is not None:
-            found[one.name] = {one.quantity: value}
-        elif one.quantity in SIZES:  # by estimator, those that were asked for
-            found[one.name] = {}
+            control_scores[control.name] = {control.quantity: value}
+        elif control.quantity in SIZES:  # a number by estimator, none here
+            control_scores[control.name] = {}
     return DomainScore(
         name=name,
         scores=scores,
@@ -219,7 +219,7 @@ def _domain_score(
         n_too_long=read.prompt_set.n_too_long,
         n_unanswered=read.prompt_set.n_unanswered,
         **log.counts(),
-        controls=found,
+        controls=control_scores,
         change=None,
         change_interval=None,
     )

@@ -1,4 +1,4 @@
-"""How settled a forecast is, and how many more prompts would settle it: a hint, which stops nothing.
+"""Stability of a forecast, and the number of prompts that would settle it: a hint that stops nothing.
 
 Both rules rest on one fact: the error of a mean over n prompts falls as 1 / sqrt(n).
 """
@@ -10,15 +10,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# A set of features is settled when resampling the prompts keeps this share of it; a ranking, when this share of the
-# pairs of domains differ by more than chance would explain (95%).
+# A set of features is settled when resampling the prompts keeps this share of it. A ranking is settled when this share
+# of the pairs of domains differ by more than chance would explain (95%).
 SETTLED = 0.9
-# More than that is not said: the rule does not reach so far.
+# Larger factors are not reported: the rule does not extrapolate so far.
 MOST_TIMES = 100
 
 
 def times_for_overlap(overlap: float) -> float:
-    """How many times the prompts it takes until resampling keeps 90% of the shifted features, from the share kept now.
+    """Factor of the number of prompts at which resampling keeps 90% of the shifted features, from the share kept now.
 
     A feature leaves or enters the set when its error exceeds its distance from the border, so the share that changes
     is, to first order, proportional to the error: n' / n = ((1 - overlap) / (1 - 0.9))^2, and 1 where it is settled.
@@ -27,7 +27,7 @@ def times_for_overlap(overlap: float) -> float:
 
 
 def pairs_apart(values: Sequence[float], intervals: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Share of the pairs of domains whose scores differ at 95%, and how many times the prompts it takes for 90%.
+    """Share of the pairs of domains whose scores differ at 95%, and the factor of the number of prompts for 90%.
 
     values: [n_domains] scores; intervals: their 95% intervals, (low, high) each; two domains or more
 
@@ -44,7 +44,7 @@ def pairs_apart(values: Sequence[float], intervals: Sequence[Sequence[float]]) -
 
 
 def n_more(n_prompts: int, times: float) -> int | None:
-    """How many more prompts it takes from n_prompts now, 0 where it is settled; None where that is beyond the rule."""
+    """Number of prompts needed beyond n_prompts, 0 where it is settled; None where that is beyond the rule."""
     return None if times > MOST_TIMES else math.ceil(n_prompts * (times - 1))
 
 

@@ -11,10 +11,10 @@ from sts_fast.mix.flow import Flow
 if TYPE_CHECKING:
     from sts_fast.statistics import Counts, Doubles
 
-# What no forecast decides: gradients before training do not foresee all that long training forgets.
+# Share that no forecast decides: gradients before training do not foresee all that a long training forgets.
 EVENLY = 0.5
 MOST_STEPS = 400
-# Stops when a step gains less than this part of what is to be minimised.
+# Stops when a step gains less than this share of the loss that is minimised.
 TOLERANCE = 1e-7
 SHORTEST_STEP = 1e-6
 
@@ -22,7 +22,7 @@ SHORTEST_STEP = 1e-6
 def fill(wanted: Doubles, most: Doubles) -> Doubles:
     """[n] shares in proportion to `wanted` (none negative), each at most `most`, that sum to 1.
 
-    What a domain cannot give goes to the others, in proportion too, and where nothing is wanted of those, evenly.
+    The shortfall of a domain goes to the others, in proportion too, or evenly where nothing is wanted of those.
     The sum of `most` must be 1 or more.
     """
     shares, full = np.zeros(len(wanted)), most <= 0
@@ -40,7 +40,7 @@ def fill(wanted: Doubles, most: Doubles) -> Doubles:
 
 
 def whole_examples(shares: Doubles, budget: int, available: Counts) -> Counts:
-    """[n] whole numbers of examples with the sum `budget`, by largest remainder; ties go to what stands first."""
+    """[n] whole numbers of examples with the sum `budget`, by largest remainder; ties go to the earlier one."""
     exact = shares * budget
     counts = np.minimum(np.floor(exact + 1e-9).astype(np.int64), available)
     while (missing := budget - int(counts.sum())) > 0:
@@ -50,14 +50,14 @@ def whole_examples(shares: Doubles, budget: int, available: Counts) -> Counts:
 
 
 def least_loss(flow: Flow, train: int, train_share: float, weights: Doubles, most: Doubles) -> Doubles:
-    """[n] shares of the budget, in none of it `train`, with the least weighted sum of losses after training.
+    """[n] shares of the budget with the least weighted sum of losses after training; that of `train` is 0.
 
-    train_share: of the training set in the mixture; the budget is the rest
-    weights:     [n] what each set's loss counts; most: [n] largest share of each, 0 for `train`
+    train_share: share of the training set in the mixture; the budget is the rest
+    weights:     [n] weight of each set's loss; most: [n] largest share of each, 0 for `train`
 
-    The part EVENLY of the budget goes to all sets that count, whatever is forecast. The rest is sought by exponentiated
-    gradient from even shares, each step halved until it does not make things worse: the same input gives the same
-    shares. The losses are not convex in the shares, so this is a local minimum.
+    The part EVENLY of the budget goes to all sets that count, regardless of the forecast. The rest is optimised by
+    exponentiated gradient from even shares, each step halved until the loss does not rise: the same input gives the
+    same shares. The losses are not convex in the shares, so this is a local minimum.
     """
     in_train = np.where(np.arange(len(most)) == train, train_share, 0.0)
     floor = EVENLY * fill(((weights > 0) & (most > 0)).astype(np.float64), most)

@@ -1,11 +1,11 @@
-"""How the losses of several sets move while a model is trained on a mixture of them, told from their first gradients.
+"""The losses of several sets while a model is trained on a mixture of them, forecast from their first gradients.
 
 With M_a the gradient of a set's loss L_a at the hook (see push), training on shares p of the sets moves the loss
 of T by
 
     dL_T/dt = - sum_a p_a <M_a, M_T>
 
-to begin with. Gradients of cross-entropy shrink as answers become right: they are proportional to the probability of
+at first. Gradients of cross-entropy shrink as answers become right: they are proportional to the probability of
 being wrong, here e = 1 - exp(-L). If each set's gradient keeps its direction, and shrinks or grows as its own e does,
 
     dL_T/dt = - (e_T / e_T(0)) sum_a p_a (e_a / e_a(0)) K[a, T],    K[a, T] = <M_a, M_T> before training,
@@ -14,8 +14,8 @@ which is a straight motion of the log odds z = log(exp(L) - 1) of being wrong, b
 
     dz_T/dt = - sum_a p_a e_a C[a, T],    C[a, T] = K[a, T] / (e_a(0) e_T(0)),    e = 1 / (1 + exp(-z)).
 
-A set that has been learnt pulls no more, one that is forgotten pulls the more, and no loss becomes negative. Time is
-measured by a training set S alone, for which t is known in closed form: z - exp(-z) falls by t C[S, S].
+A set that has been learnt has no gradient left, a set that is forgotten has a larger one, and no loss becomes negative.
+Time is measured by training on a set S alone, for which t is known in closed form: z - exp(-z) falls by t C[S, S].
 
 The equation is this project's; without e it is the gradient flow of a linearised model, in which each set is one point.
 """
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sts_fast.statistics import Doubles
 
 N_STEPS = 128
-# A loss below this, in nats per token, is taken for this: its log odds would be without bound.
+# Smaller losses, in nats per token, are raised to this: their log odds would be unbounded.
 SMALLEST_LOSS = 1e-6
 
 
@@ -41,7 +41,7 @@ class Flow:
 
     K:    [..., n, n] <M_a, M_T>, for one measurement or for several resamplings of it
     loss: [..., n] loss before training, in nats per token
-    time: [...] how long, in the unit in which gradients are K's
+    time: [...] training time, in the unit in which gradients are K's
     """
 
     K: Doubles
@@ -50,14 +50,14 @@ class Flow:
 
     @classmethod
     def of(cls, K: Doubles, loss: Doubles, train: int, loss_left: float) -> Flow:
-        """As long as training on set `train` alone takes to leave the share `loss_left` of its loss."""
+        """A training as long as training on set `train` alone takes to leave the share `loss_left` of its loss."""
         own = np.maximum(loss[..., train], SMALLEST_LOSS)
         rate = K[..., train, train] / np.expm1(-own) ** 2
         return cls.lasting(K, loss, (_clock(own) - _clock(loss_left * own)) / rate)
 
     @classmethod
     def lasting(cls, K: Doubles, loss: Doubles, time: Doubles) -> Flow:
-        """As long as `time`, which may be another's."""
+        """A training of length `time`, which may come from another flow."""
         return cls(K, np.maximum(loss, SMALLEST_LOSS), time)
 
     def losses(self, shares: Doubles) -> Doubles:
@@ -67,7 +67,7 @@ class Flow:
     def value_and_gradient(self, shares: Doubles, weights: Doubles) -> tuple[float, Doubles]:
         """sum_T weights[T] loss[T] after training, and its derivative with respect to the shares [n].
 
-        Of one measurement: K is [n, n].
+        Only for one measurement: K is [n, n].
         """
         path, C, h = self._path(shares), self._coupling(), self._steps()
         own = np.diagonal(C)
@@ -92,7 +92,7 @@ class Flow:
         for step in self._steps():
             e = _wrong(path[-1])
             force = np.einsum("...a,...at->...t", shares * e, C)
-            # Implicit in what a set does to itself: learnt fast, it would overshoot.
+            # Implicit in a set's effect on itself: a set that is learnt fast would overshoot.
             brake = 1 + step * shares * np.maximum(own, 0) * e * (1 - e)
             path.append(path[-1] - step * force / brake)
         return path
@@ -103,7 +103,7 @@ class Flow:
         return C
 
     def _steps(self) -> Doubles:
-        """[N_STEPS, ..., 1] lengths of the steps: short first, when most happens."""
+        """[N_STEPS, ..., 1] lengths of the steps: short at first, when losses change most."""
         lengths = np.diff(np.linspace(0, 1, N_STEPS + 1) ** 3)
         steps: Doubles = np.multiply.outer(lengths, self.time)[..., None]
         return steps

@@ -1,4 +1,4 @@
-"""The tangent kernel between every pair of sets: how training on each moves the loss of each, to begin with."""
+"""The tangent kernel between every pair of sets: the first effect of training on each on the loss of each."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Kernel:
-    """K[a, T] = <M_a, M_T>, see signed.push, of sets by name, prompt by prompt of T.
+    """K[a, T] = <M_a, M_T> of every pair of sets, prompt by prompt of T; see signed.push.
 
-    values: by T, [n_sets, n_prompts] <M_a, m_prompt>, of which K[a, T] is the mean
-    nll:    by T, [n_prompts] loss of each prompt's answer, in nats per token
-    warnings: what a reader should know about the sets
+    values:   by T, [n_sets, n_prompts] <M_a, m_prompt>, of which K[a, T] is the mean
+    nll:      by T, [n_prompts] loss of each prompt's answer, in nats per token
+    warnings: remarks about the sets for the reader
     """
 
     names: list[str]
@@ -53,28 +53,31 @@ def measure_kernel(
     *,
     tell: Progress | None = None,
 ) -> Kernel:
-    """From two passes over each set, each forward and back down to the hook, whatever the number of pairs.
+    """The kernel, from two passes over each set, forward and back down to the hook, regardless of the number of pairs.
 
     sets: prompts that read their answers
     Q:    [d_in, r] of `projection`
 
-    All M are held at once: 67 MB a set at 7B shape (131,072 features, r = 64), where it costs 2.8 forward passes.
+    All M are in memory at once. At 7B shape (131,072 features, r = 64) a set takes 67 MB, and 2.8 forward passes.
     """
 
-    def told(stage: str) -> Tell:
+    def tell_of(stage: str) -> Tell:
         return lambda done, total: None if tell is None else tell(stage, done, total)
 
-    def pushed(asked: PromptSet) -> Tell:
-        return told(f"gradients of {asked.name}")
-
-    pushes = [measure_push(model, features, Q, one.name, one.prompts, tell=pushed(one)) for one in sets]
+    pushes = [
+        measure_push(
+            model, features, Q, prompt_set.name, prompt_set.prompts,
+            tell=tell_of(f"gradients of {prompt_set.name}"),
+        )
+        for prompt_set in sets
+    ]  # fmt: skip
     norms = np.asarray([push.norm for push in pushes])
     values, nll = [], []
-    for one in sets:
+    for prompt_set in sets:
         pull = measure_pull(
-            model, features, Q, one.name, one.prompts, pushes,
-            tell=told(f"kernel of {one.name}"),
+            model, features, Q, prompt_set.name, prompt_set.prompts, pushes,
+            tell=tell_of(f"kernel of {prompt_set.name}"),
         )  # fmt: skip
         values.append(norms[:, None] * pull.values["ntk_loss"])
         nll.append(pull.nll)
-    return Kernel([one.name for one in sets], values, nll, push_warnings(pushes[0]))
+    return Kernel([prompt_set.name for prompt_set in sets], values, nll, push_warnings(pushes[0]))

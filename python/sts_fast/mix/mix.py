@@ -1,4 +1,4 @@
-"""What to mix into a training set: a budget of further examples, allotted over the domains that they may come from."""
+"""Allots a budget of further examples to be mixed into a training set over the domains that they may come from."""
 
 from __future__ import annotations
 
@@ -45,22 +45,22 @@ N_BOOTSTRAP = 200
 
 @dataclass(frozen=True)
 class Mixing(Drawing, Fields, Reading):
-    """How examples are allotted; see Drawing, Fields and Reading for how sets and model are read.
+    """Options of the allotment; see Drawing, Fields and Reading for how sets and model are read.
 
     rule:      see mix
-    estimator: which scores of a run: 'act', 'icl' or 'act_sq'; by default the first that it has
-    weights:   what each domain's loss counts, 1 where none is given; under 'train', the training set's own, beside
+    estimator: scores of a run to use: 'act', 'icl' or 'act_sq'; by default the first that it has
+    weights:   weight of each domain's loss, 1 by default; under 'train' that of the training set's own loss, beside
                all domains together
-    protect:   domains that alone count; examples may still come from all
-    loss_left: how long the training is: what it would leave of the training set's own loss without any mixing
+    protect:   the only domains that count; examples may still come from all
+    loss_left: length of the training: the share of the training set's own loss that it would leave without mixing
     """
 
     rule: Annotated[Rule, Option("Least forecast loss; in proportion to STS (--from); or evenly.")] = "forecast"
-    estimator: Annotated[str | None, Option(f"Which scores of that run: {', '.join(SIZES)}.")] = None
+    estimator: Annotated[str | None, Option(f"Scores of that run to use: {', '.join(SIZES)}.")] = None
     weights: Annotated[
-        Mapping[str, float], Option("What a set's loss counts, as law=2 or train=0.5; repeatable.", "--weight")
+        Mapping[str, float], Option("Weight of a set's loss, as law=2 or train=0.5; repeatable.", "--weight")
     ] = field(default_factory=dict)
-    protect: Annotated[Sequence[str], Option("A domain that counts, where others do not; repeatable.")] = ()
+    protect: Annotated[Sequence[str], Option("Count only this domain; repeatable.")] = ()
     loss_left: Annotated[float, Option("Share of the training set's loss that training alone would leave.")] = LOSS_LEFT
     limit: Limit = 64
 
@@ -84,11 +84,12 @@ class MixingOptions(DrawingOptions, FieldsOptions, ReadingOptions, total=False):
 class MixedSet:
     """One set of the mixture: the training set, which is used whole, or a domain.
 
-    share:       of the budget; 0 for the training set
-    n_examples:  of it in the mixture; n_available: answered examples that it has
-    loss:        before training, in nats per token of its answers
+    share:        share of the budget; 0 for the training set
+    n_examples:   its examples in the mixture; n_available: answered examples that it has
+    loss:         loss before training, in nats per token of its answers
     alone, mixed: forecast change of that loss by training on the training set alone, and on the mixture, equally long
-    alone_ci, mixed_ci: 95% interval over resamplings of the sets' prompts, allotment held
+    alone_ci, mixed_ci: 95% interval over resamplings of the sets' prompts, with the same allotment
+
     Losses and forecasts are None where no model was given.
     """
 
@@ -108,9 +109,9 @@ class Mixture:
     """An allotment, its forecast, and the examples themselves.
 
     train, domains: see MixedSet
-    settings: what was chosen, as in mix.json
-    mean_change: forecast change of the mean loss over domains, weighted, `alone` and `mixed`; None without a model
-    examples: (set, example) of the mixture, shuffled
+    settings:    the options, as in mix.json
+    mean_change: forecast change of the weighted mean loss over domains, `alone` and `mixed`; None without a model
+    examples:    (set, example) of the mixture, shuffled
     """
 
     rule: Rule
@@ -123,7 +124,7 @@ class Mixture:
     examples: list[tuple[str, Example]]
 
     def to_dict(self) -> Document:
-        """What mix.json holds."""
+        """The content of mix.json."""
         return {
             "schema_version": SCHEMA_VERSION,
             "rule": self.rule,
@@ -172,21 +173,21 @@ def mix(
 
     The rules, where the training set makes up n / (n + budget) of the mixture:
 
-    forecast      half of the budget evenly from all domains that count, for what no forecast foresees; the other half
-                  so that the shares w of the whole minimise the forecast loss after training,
+    forecast      half of the budget evenly from all domains that count, against changes that no forecast foresees; the
+                  other half such that the shares w of the whole minimise the forecast loss after training,
                       v_train L_train(w) + sum_T v_T L_T(w) / sum_T v_T,
                   with v the weights; see flow for L(w), and kernel for the passes over model and data
     proportional  w_T in proportion to STS, as in the paper: from the run `scores`
     uniform       the same from every domain
 
-    No domain gives more answered examples than it has; what it lacks goes to the others.
+    No domain gives more answered examples than it has; the other domains make up the shortfall.
 
-    train, domains: as for `score`; domains are what the examples are taken from, so not what is evaluated on
-    model, sae:    as for `score`; needed by `forecast`. With them every rule's forecast is told
+    train, domains: as for `score`; examples are taken from the domains, so they must not be the evaluation itself
+    model, sae:    as for `score`; needed by `forecast`. With them the result of every rule is forecast
     scores:        folder of a run of `score` over the same domains, or its scores.json
     options:       see Mixing
 
-    Raises InputError, in one sentence with the remedy, for whatever in the input cannot be used.
+    Raises InputError, in one sentence with the remedy, for input that cannot be used.
     """
     mixing = Mixing(**options)
     rule, seed = mixing.rule, mixing.seed
@@ -196,11 +197,11 @@ def mix(
         raise InputError("a forecast needs both --model and --sae: give them, or mix by --rule proportional or uniform")
     if (scores is not None) != (rule == "proportional"):
         raise InputError(
-            "--rule proportional and --from RUN go together: shares in proportion to STS come from a run of "
+            "--rule proportional and --from RUN (scores) go together: shares in proportion to STS come from a run of "
             "sts-fast score over the same domains"
         )
     if mixing.estimator is not None and scores is None:
-        raise InputError("--estimator chooses among the scores of a run: give it with --rule proportional and --from")
+        raise InputError("--estimator chooses among the scores of a run: give it with --from (scores)")
     sets = Sets.read({TRAIN: train}, domains, None, mixing)
     pools = {
         name: [example for example in examples if example.answer is not None]
@@ -208,7 +209,7 @@ def mix(
     }
     names = [name for name in pools if name != TRAIN]
     if same := [name for name in names if pools[name] and pools[name] == pools[TRAIN]]:
-        raise InputError(f"domain '{same[0]}' holds the training set itself: leave it out of --domains")
+        raise InputError(f"domain '{same[0]}' is the training set itself: leave it out of --domains")
     if not names:
         raise InputError("there is no domain to take examples from: give one or more with --domains")
     available = np.asarray([len(pool) for pool in pools.values()])
@@ -238,10 +239,10 @@ def mix(
         for i, name in enumerate(pools)
     ]
     used_up = [
-        f"'{one.name}' gives all its {one.n_available} answered examples, and would give more: the others make "
-        "up for it, so add examples to it"
-        for one in mixed_sets[1:]
-        if one.n_examples == one.n_available < budget and one.n_examples > 0
+        f"'{mixed_set.name}' gives all its {mixed_set.n_available} answered examples, fewer than its share: the other "
+        "domains make up the shortfall; add examples to it"
+        for mixed_set in mixed_sets[1:]
+        if mixed_set.n_examples == mixed_set.n_available < budget and mixed_set.n_examples > 0
     ]
     for warning in used_up:
         mixing.tell_line(f"warning: {warning}")
@@ -264,12 +265,12 @@ def mix(
             "command": mixing.command,
         },
         warnings=[*(kernel.warnings if kernel is not None else []), *used_up],
-        examples=_drawn(pools, [one.n_examples for one in mixed_sets], seed),
+        examples=_drawn(pools, [mixed_set.n_examples for mixed_set in mixed_sets], seed),
     )
 
 
 def _weights(names: Sequence[str], weights: Mapping[str, float], protect: Sequence[str]) -> Doubles:
-    """[1 + n_domains] what each set's loss counts, the training set first; those of the domains sum to 1."""
+    """[1 + n_domains] weight of each set's loss, the training set first; those of the domains sum to 1."""
     for name in (*weights, *protect):
         if name not in (*names, TRAIN) or (name == TRAIN and name in protect):
             raise InputError(f"a weight is given for '{name}', but the domains are {', '.join(names)}")
@@ -292,18 +293,18 @@ def _measure(
     purpose = Purpose(whole=True, needs=[("mix", "the whole model, and its gradients")])
     limit, seed = mixing.limit, mixing.seed
     session = Session.open(model, [sae], mixing, tokenizer=tokenizer, purpose=purpose)
-    reader, [one] = session.reader, session.saes
-    hooked = HookedModel(session.whole, hook_layer(one), name=reader.name, batch_tokens=mixing.batch_tokens)
+    reader, [loaded_sae] = session.reader, session.saes
+    hooked = HookedModel(session.whole, hook_layer(loaded_sae), name=reader.name, batch_tokens=mixing.batch_tokens)
     template, context_length = session.template, reader.context_length
-    asked = [
+    prompt_sets = [
         build_prompts(name, pool, template, tokens="answer", context_length=context_length, limit=limit, seed=seed)
         for name, pool in pools.items()
     ]
-    for prompt_set in asked:
-        check_enough(prompt_set, context_length, "train" if prompt_set is asked[0] else "domain")
-    [fit] = session.check_fit(asked[0])
+    for prompt_set in prompt_sets:
+        check_enough(prompt_set, context_length, "train" if prompt_set is prompt_sets[0] else "domain")
+    [fit] = session.check_fit(prompt_sets[0])
     kernel = measure_kernel(
-        hooked, Features(one), projection(one.d_in, seed=seed), asked,
+        hooked, Features(loaded_sae), projection(loaded_sae.d_in, seed=seed), prompt_sets,
         tell=mixing.tell,
     )  # fmt: skip
     for warning in kernel.warnings:
@@ -317,7 +318,7 @@ def _scores(run: str | Path, names: Sequence[str], estimator: str | None) -> Dou
     has = [name for name in SIZES if all(name in scores for scores in of.values())]
     estimator = estimator or next(iter(has), None)
     if estimator not in has:
-        raise InputError(f"{run} has no scores by '{estimator}': it has {', '.join(has) or 'none'}")
+        raise InputError(f"{run} has no scores by '{estimator}', only by {', '.join(has) or 'none'}: name one of these")
     missing = [name for name in names if name not in of]
     if missing:
         raise InputError(f"{run} has no score of '{missing[0]}': run sts-fast score over the same domains")
@@ -327,8 +328,8 @@ def _scores(run: str | Path, names: Sequence[str], estimator: str | None) -> Dou
 def _with_forecast(
     sets: Sequence[MixedSet], kernel: Kernel, flow: Flow, trained_on: Doubles, counted: Doubles, seed: int
 ) -> tuple[list[MixedSet], dict[str, float]]:
-    """The sets with what training on the training set alone, and on the mixture, is forecast to do to them."""
-    # The same training for every resampling: as long as the forecast's.
+    """The sets with the forecast effects of training on the training set alone, and on the mixture."""
+    # Every resampling has the same training time as the forecast.
     K, loss = kernel.resampled(N_BOOTSTRAP, seed)
     resampled = Flow.lasting(K, loss, flow.time)
 
@@ -337,25 +338,25 @@ def _with_forecast(
         return flow.losses(shares) - flow.loss, list(zip(low.tolist(), high.tolist(), strict=True))
 
     (alone, alone_ci), (mixed, mixed_ci) = forecast(np.eye(len(sets))[0]), forecast(trained_on)
-    told = [
+    with_forecast = [
         replace(
-            one,
+            mixed_set,
             loss=float(flow.loss[i]),
             alone=float(alone[i]),
             alone_ci=alone_ci[i],
             mixed=float(mixed[i]),
             mixed_ci=mixed_ci[i],
         )
-        for i, one in enumerate(sets)
+        for i, mixed_set in enumerate(sets)
     ]
-    return told, {
+    return with_forecast, {
         "alone": float(np.einsum("t,t->", counted[1:], alone[1:])),
         "mixed": float(np.einsum("t,t->", counted[1:], mixed[1:])),
     }
 
 
 def _drawn(pools: Mapping[str, list[Example]], counts: Sequence[int], seed: int) -> list[tuple[str, Example]]:
-    """(set, example): of each set so many, drawn without replacement, in an order that mixes them."""
+    """(set, example): `counts` examples of each set, drawn without replacement and shuffled."""
     rng = np.random.default_rng([seed, 1])
     chosen = [
         (name, pool[i])
@@ -375,5 +376,5 @@ def validate_mix(mixture: Document) -> None:
     files.check_document(mixture, mix_schema())
 
 
-def _plain(one: MixedSet) -> Document:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(one).items()}
+def _plain(mixed_set: MixedSet) -> Document:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(mixed_set).items()}

@@ -1,4 +1,4 @@
-"""Hands an SAE to the native core: folds its biases and picks the backend, which is where the activations are."""
+"""Passes an SAE to the native core: folds its biases and picks the backend by the device of the activations."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ _precision: str | None = None
 
 
 def set_precision(name: str | None) -> None:
-    """How CUDA products are taken: "bf16" (weights and activations rounded), "bf16x2" (each that is not bfloat16
-    already as the sum of two, relative error about 1e-5) or "fp32"; None: "bf16x2", and "bf16" for bfloat16 SAEs.
+    """Sets the precision of CUDA products: "bf16", "bf16x2" or "fp32"; None: "bf16x2", and "bf16" for bfloat16 SAEs.
+
+    "bf16" rounds weights and activations. "bf16x2" writes each that is not bfloat16 already as the sum of two, with a
+    relative error of about 1e-5.
 
     Raises ValueError for another name. The CPU always computes in float32.
     """
@@ -37,19 +39,19 @@ def set_precision(name: str | None) -> None:
 
 
 def precision_of(sae: SAE) -> str:
-    """The precision that CUDA products with this SAE's weights have."""
+    """The precision of CUDA products with this SAE's weights."""
     return _precision or ("bf16" if str(sae.W_enc.dtype).endswith("bfloat16") else "bf16x2")
 
 
 def encoder(sae: SAE) -> _cpu.Encoder:
-    """The SAE as the CPU core takes it, made once per SAE; W_enc is borrowed, b_dec is folded into the biases."""
+    """The SAE for the CPU core, made once per SAE; W_enc is borrowed, b_dec is folded into the biases."""
     if sae not in _encoders:
         _encoders[sae] = _named(sae, lambda: _cpu.Encoder(sae.W_enc, **_folded(sae, _b_dec_through_W_enc(sae))))
     return _encoders[sae]
 
 
 def cuda_encoder(sae: SAE, device: torch.device) -> CudaEncoder:
-    """The SAE as the CUDA core takes it, made once per SAE, device and precision; W_enc is copied to the device."""
+    """The SAE for the CUDA core, made once per SAE, device and precision; W_enc is copied to the device."""
 
     def make() -> CudaEncoder:
         weights = prepare_weights(sae.W_enc, sae.b_dec, device, precision)
@@ -66,7 +68,7 @@ def cuda_encoder(sae: SAE, device: torch.device) -> CudaEncoder:
 def rows(acts: Any) -> Any:
     """[n_tokens, d_in] activations, a view; those of hook_z come as [n_tokens, n_heads, d_head].
 
-    What another library has on a CUDA device comes as a torch tensor.
+    An array of another library on a CUDA device becomes a torch tensor.
     """
     if not hasattr(acts, "is_cuda") and _is_on_cuda(acts):
         import torch
@@ -79,9 +81,9 @@ def rows(acts: Any) -> Any:
 
 
 def cuda_device_of(acts: Any) -> torch.device | None:
-    """The CUDA device that activations are on, and so are to be encoded on; None for the CPU.
+    """The CUDA device that activations are on, where they are also encoded; None for the CPU.
 
-    Raises InputError where this machine or build has no CUDA ops: nothing goes to the CPU unasked.
+    Raises InputError where this machine or build has no CUDA ops: nothing moves to the CPU unless the user does it.
     """
     if not _is_on_cuda(acts):
         return None
@@ -101,13 +103,13 @@ def _is_on_cuda(acts: Any) -> bool:
 
 
 class Accumulators:
-    """Named arrays that are added to where the rows are: numpy's on the CPU, torch's on a CUDA device."""
+    """Named arrays of sums on the device of the rows: numpy arrays on the CPU, tensors on a CUDA device."""
 
     def __init__(self, **arrays: NDArray[Any]) -> None:
         self._arrays: dict[str, Any] = arrays
 
     def on(self, device: torch.device | None) -> dict[str, Any]:
-        """All of them, moved there first; to be changed in place."""
+        """All arrays, after moving them to the device; callers change them in place."""
         for name, values in self._arrays.items():
             if not isinstance(values, np.ndarray):
                 self._arrays[name] = values.cpu().numpy() if device is None else values.to(device)
@@ -122,23 +124,23 @@ class Accumulators:
         return self._arrays[name]
 
     def __getitem__(self, name: str) -> Any:
-        """As numpy has it; a copy where it is on a device."""
+        """The numpy array; a copy where it is on a device."""
         values = self._arrays[name]
         return values if isinstance(values, np.ndarray) else values.cpu().numpy()
 
 
 def _named(sae: SAE, make: Any) -> Any:
     try:
-        with np.errstate(over="ignore", invalid="ignore"):  # the core refuses what is not finite, by name
+        with np.errstate(over="ignore", invalid="ignore"):  # the core rejects values that are not finite, by name
             return make()
     except ValueError as error:
         raise InputError(f"the SAE {sae.source} cannot be used: {error}") from error
 
 
 def _folded(sae: SAE, b_dec_W: NDArray[np.float64]) -> dict[str, Any]:
-    """An encoder's arguments but for W_enc."""
+    """An encoder's arguments, except W_enc."""
     # With s = input_scale: (s x - b_dec) W + b = s (x W) + (b - b_dec W), the bracket computed in float64. The core
-    # multiplies x W by its scale, and so does nothing to x.
+    # multiplies x W by its scale, and leaves x unchanged.
     shift = b_dec_W if sae.apply_b_dec_to_input else np.zeros(sae.d_sae)
     if sae.architecture == "gated":
         assert sae.r_mag is not None
@@ -149,7 +151,7 @@ def _folded(sae: SAE, b_dec_W: NDArray[np.float64]) -> dict[str, Any]:
             "bias": (sae.b_mag - scale * shift).astype(np.float32),
             "activation": "gated",
             "scale": (scale * sae.input_scale).astype(np.float32),
-            # The core's gate looks at x W itself: s (x W) + b > 0 where x W + b / s > 0.
+            # The core's gate uses x W itself: s (x W) + b > 0 where x W + b / s > 0.
             "gate_bias": ((sae.b_gate - shift) / sae.input_scale).astype(np.float32),
             "input_norm": sae.input_norm,
         }

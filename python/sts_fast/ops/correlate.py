@@ -1,4 +1,4 @@
-"""Which features go along with a number known for each token."""
+"""Correlations of features with numbers known for each token."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _OF_TARGETS = ("sum_y", "sum_sq_y", "origin")
 class CorrelationStats:
     """Streaming sums behind the Pearson correlation of every feature h_j with K targets y_k; two instances add up.
 
-    Targets are taken relative to `origin`, those of the first row, which keeps the sums small; correlations do not
+    Targets are relative to `origin`, the targets of the first row, which keeps the sums small. Correlations do not
     depend on it, and sums in row order do not depend on how rows are split into updates.
 
     sum_h, sum_sq_h: [d_sae] float64, sums of h and of h^2
@@ -36,7 +36,7 @@ class CorrelationStats:
     sum_y, sum_sq_y: [n_targets] float64, sums of (y - origin) and of its square
     n_tokens:        rows seen
 
-    Rows on a CUDA device are summed there, and sums of features stay there until they are asked for.
+    Rows on a CUDA device are summed there, and sums of features stay there until they are read.
     """
 
     sum_h: Doubles
@@ -73,7 +73,7 @@ class CorrelationStats:
         """
         if self.sae is None:
             raise ValueError(
-                "these statistics were loaded without their SAE: give it to CorrelationStats.load to go on"
+                "these statistics were loaded without their SAE: give it to CorrelationStats.load to continue"
             )
         on_device = getattr(targets, "is_cuda", False)
         y = np.ascontiguousarray(targets.cpu() if on_device else targets, dtype=np.float64)
@@ -106,7 +106,7 @@ class CorrelationStats:
         covariance = n * self.sum_hy - np.outer(self.sum_h, self.sum_y)
         spread_h = n * self.sum_sq_h - self.sum_h**2
         spread_y = n * self.sum_sq_y - self.sum_y**2
-        # What rounding leaves of the spread of something constant is not spread.
+        # The spread of a constant is zero up to rounding.
         spread_h[spread_h <= ROUNDING * n * self.sum_sq_h] = np.nan
         spread_y[spread_y <= ROUNDING * n * self.sum_sq_y] = np.nan
         return (covariance / np.sqrt(np.outer(spread_h, spread_y))).T
@@ -167,6 +167,6 @@ class CorrelationStats:
 
 
 def _add_in_order(total: Doubles, rows: Doubles) -> Doubles:
-    # accumulate adds one row after the other; sum() would pair them up, in an order that depends on their number.
+    # accumulate adds one row after the other; sum() would add pairs, in an order that depends on their number.
     last: Doubles = np.add.accumulate(np.vstack([total, rows]), axis=0)[-1]
     return last

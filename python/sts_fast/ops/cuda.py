@@ -126,7 +126,7 @@ def top_indices(values: torch.Tensor, n: int) -> torch.Tensor:
 
 
 class _Call:
-    """One call of an op: its rows, block by block, and what its kernels found wrong."""
+    """One call of an op: its rows, block by block, and the faults that its kernels report."""
 
     def __init__(
         self, encoder: Encoder, members: list[torch.Tensor], names: tuple[str, ...], columns: NDArray[np.int64] | None
@@ -192,7 +192,7 @@ class _Call:
         return table.to(self.encoder.device).contiguous()
 
     def run(self, sums: list[torch.Tensor | None], rows: torch.Tensor | None, weighted: torch.Tensor | None) -> None:
-        """Adds everything, or nothing where a row is at fault."""
+        """Adds all rows, or none where a row is at fault."""
         if self.n_tokens and self.n_columns:
             if self.encoder.selects_top_k:
                 self._run_entries(self._top_k_entries(), sums, rows, weighted)
@@ -203,7 +203,7 @@ class _Call:
         self.raise_faults()
 
     def raise_faults(self) -> None:
-        """Waits for the device, but while a CUDA graph is captured."""
+        """Raises ValueError for a faulty row; waits for the device, except while a CUDA graph is captured."""
         import torch
 
         if _capturing(self.encoder.device):
@@ -286,19 +286,20 @@ class _Call:
         import torch
 
         for start, prepared in self._prepared_blocks():
-            found = [self._append(acts, 0) for acts in prepared]
-            keys = [(keys & 0xFFFFFFFF) << 32 | keys >> 32 << 1 | member for member, (keys, _) in enumerate(found)]
-            yield slice(start, start + self.rows_per_block), torch.cat(keys), torch.cat([values for _, values in found])
+            entries = [self._append(acts, 0) for acts in prepared]
+            keys = [(keys & 0xFFFFFFFF) << 32 | keys >> 32 << 1 | member for member, (keys, _) in enumerate(entries)]
+            block = slice(start, start + self.rows_per_block)
+            yield block, torch.cat(keys), torch.cat([values for _, values in entries])
 
     def sparse_blocks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(token << 32 | column, value) of every active feature; columns count among those wanted, unless top k."""
         if not self.n_tokens or not self.n_columns:
             return
         if self.encoder.selects_top_k:
-            for start, [(columns, found, counts)] in self._top_k_blocks():
+            for start, [(columns, values, counts)] in self._top_k_blocks():
                 column, token = self._placed(columns, counts)
-                there = (column >= 0) & (found != 0)
-                yield ((start + token) << 32 | columns)[there], found[there]
+                there = (column >= 0) & (values != 0)
+                yield ((start + token) << 32 | columns)[there], values[there]
             return
         for start, [acts] in self._prepared_blocks():
             yield self._append(acts, start)
@@ -342,13 +343,13 @@ class _Call:
             n = min(self.n_tokens - start, self.rows_per_block)
             lists = [self._row_top_k(rows, n, strip, dense=False) for rows in prepared]
             if not _capturing(self.encoder.device) and int(self.status[-1]) != load().fine:
-                # A row of unusual values: every strip is then written out and looked through.
+                # A row of unusual values: every strip is then written out and searched.
                 self.status[-1] = load().fine
                 lists = [self._row_top_k(rows, n, strip, dense=True) for rows in prepared]
             yield start, lists
 
     def _row_top_k(self, rows: Any, n: int, strip: int, *, dense: bool) -> Any:
-        """The k largest of each row. Those of the first strip bound the row's from below: few of the rest pass."""
+        """The k largest of each row; those of the first strip are a lower bound, which few of the rest pass."""
         import torch
 
         encoder, device = self.encoder, self.encoder.device
@@ -383,12 +384,12 @@ class _Call:
         return columns[:, :k].contiguous(), values[:, :k].contiguous(), counts
 
     def _prepared_blocks(self, bytes_per_row: int = 0) -> Iterator[tuple[int, list[Any]]]:
-        """(first row, the members' rows as the products take them), in blocks that bound the workspace."""
+        """(first row, the members' rows prepared for the products), in blocks that bound the workspace."""
         import torch
 
         encoder = self.encoder
         word_of_row = 4 if encoder.precision == "fp32" else 2
-        # Paired operands are split alike.
+        # Paired operands are split in the same way.
         exact = encoder.input_norm == "none" and all(acts.dtype == torch.bfloat16 for acts in self.members)
         split = encoder.precision == "bf16x2" and not exact
         direct = [not split and self._is_direct(acts) for acts in self.members]
@@ -397,7 +398,7 @@ class _Call:
         self.rows_per_block = max(256, min(rows_per_block, MOST_ROWS))
         several = self.n_tokens > self.rows_per_block
         if several or any(direct):
-            # Nothing is added before every row has been looked at.
+            # Nothing is added before every row has been checked.
             for word, acts in enumerate(self.members):
                 self._prepare(acts, None, None, 0, word)
         for start in range(0, self.n_tokens, self.rows_per_block):

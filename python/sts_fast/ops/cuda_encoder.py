@@ -1,4 +1,4 @@
-"""The encoder half of an SAE on a CUDA device, with its weights as the products take them."""
+"""The encoder half of an SAE on a CUDA device, with weights prepared for the products."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ PRECISIONS = ("bf16", "bf16x2", "fp32")
 
 
 class Weights(NamedTuple):
-    """W_enc on a device, as the products use it.
+    """W_enc on a device, prepared for the products.
 
-    hi, lo:    [d_sae, depth] bfloat16 whose sum stands for W_enc's transpose; lo is None where hi is all of it.
+    hi, lo:    [d_sae, depth] bfloat16 whose sum is W_enc's transpose; lo is None where hi alone is enough.
                For "fp32", hi is float32. depth is d_in, padded with zeros.
-    b_dec_W:   [d_sae] float64, b_dec times these very weights
+    b_dec_W:   [d_sae] float64, b_dec times these rounded weights
     """
 
     hi: torch.Tensor
@@ -59,7 +59,7 @@ def prepare_weights(W_enc: Any, b_dec: NDArray[np.float32], device: torch.device
 
 
 class Encoder:
-    """The encoder half of an SAE on a device; the arguments mean what those of _cpu.Encoder do."""
+    """The encoder half of an SAE on a device; the arguments are those of _cpu.Encoder."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class Encoder:
         return self.activation in ("topk", "abstopk")
 
     def of_columns(self, columns: NDArray[np.int64]) -> Encoder:
-        """The same with these features only; the last one asked for is kept."""
+        """The same with these features only; the last result is cached."""
         import torch
 
         key = columns.tobytes()
@@ -112,7 +112,7 @@ class Encoder:
         return self._subset[1]
 
     def strip(self, start: int, end: int) -> tuple[Any, Any]:
-        """(prepared weights, vectors) of the features from start to end, as the kernels take them."""
+        """(prepared weights, vectors) of the features from start to end, for the kernels."""
         lo = None if self.lo is None else self.lo[start:end]
         prepared = load().PreparedRows(self.hi[start:end], lo)
         vectors = load().Vectors(*(values[start:end] for values in self.vectors), self.activation == "gated")

@@ -1,4 +1,4 @@
-"""The compiled CUDA module: why it cannot be used here, or itself."""
+"""The compiled CUDA module, or the reason why it cannot be used here."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ WORKSPACE_BYTES = 64 << 20  # of each kind: prepared rows, dense strips, lists o
 
 
 def missing_reason() -> str | None:
-    """Why the CUDA ops cannot serve here, in words; None where they can."""
+    """The reason why the CUDA ops cannot be used here, in words; None where they can."""
     if find_spec("sts_fast.ops._cuda") is None:
-        return "this build has no CUDA module: build it where nvcc is, with STS_CUDA=ON"
+        return "this build has no CUDA module: build it with nvcc and STS_CUDA=ON"
     try:
         from sts_fast.ops import _cuda
     except ImportError as error:
@@ -25,7 +25,7 @@ def missing_reason() -> str | None:
 
 
 def load() -> Any:
-    """The compiled module; it is there wherever missing_reason() is None."""
+    """The compiled module; it exists wherever missing_reason() is None."""
     global kernels
     if kernels is None:
         from sts_fast.ops import _cuda

@@ -1,4 +1,4 @@
-"""How far each feature moves when demonstrations (or training) are added."""
+"""Sums of how far each feature moves when demonstrations (or training) are added."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class ShiftStats:
     n_fired_base, n_fired_other: [n_columns] int64, rows with h != 0, with g != 0
     weighted_sq_shift: [n_columns, n_replicates] sum of w (g - h)^2 for each column of row weights (bootstrap)
     n_tokens:      rows seen
-    columns:       [n_columns] int64, the features kept track of; all of the SAE's by default
+    columns:       [n_columns] int64, the features that are summed; by default all of the SAE's
 
     On the CPU the sums are the same, bit for bit, for any split of the rows into updates and any number of threads.
-    Rows on a CUDA device are summed there, and sums stay there until they are asked for or rows come from elsewhere.
+    Rows on a CUDA device are summed there; the sums stay there until they are read, or rows come from elsewhere.
     """
 
     sum_sq_shift: Doubles
@@ -80,7 +80,7 @@ class ShiftStats:
         Raises InputError for a CUDA tensor where there are no CUDA ops.
         """
         if self.sae is None:
-            raise ValueError("these statistics were loaded without their SAE: give it to ShiftStats.load to go on")
+            raise ValueError("these statistics were loaded without their SAE: give it to ShiftStats.load to continue")
         if (row_weights is not None) != (self.n_replicates > 0):
             raise ValueError(f"row_weights must be given exactly where n_replicates > 0, and it is {self.n_replicates}")
         base, other = backend.rows(base), backend.rows(other)
@@ -176,8 +176,8 @@ class ShiftStats:
 def top_indices(values: Any, n: int) -> NDArray[np.int64]:
     """[n] int64 positions of the n largest values (numpy, or a tensor), largest first; among equals the lower."""
     if not isinstance(values, np.ndarray):
-        found: NDArray[np.int64] = cuda.top_indices(values, n).cpu().numpy()
-        return found
+        indices: NDArray[np.int64] = cuda.top_indices(values, n).cpu().numpy()
+        return indices
     if not 1 <= n <= len(values):
         raise ValueError(f"top {n} of {len(values)} features cannot be taken")
     return np.argsort(-values, kind="stable")[:n]

@@ -1,4 +1,4 @@
-"""The ops as torch operators, sts_fast::accumulate_shift and so on, for code that torch.compile or export reads.
+"""The ops as torch operators, sts_fast::accumulate_shift and so on, for torch.compile and export.
 
     handle = sts_fast.torch_handle(sae)
     torch.ops.sts_fast.accumulate_shift(handle, base, other, sum_sq_shift)
@@ -41,9 +41,9 @@ _saes: WeakValueDictionary[int, SAE] = WeakValueDictionary()
 
 
 def torch_handle(sae: SAE) -> int:
-    """Defines torch.ops.sts_fast where that has not been done, and returns the number by which they know this SAE.
+    """The number of an SAE for torch.ops.sts_fast, which are defined at the first call.
 
-    The number is good for as long as the SAE lives.
+    The number is valid as long as the SAE exists.
     """
     _define()
     if sae not in _handles:
@@ -64,10 +64,10 @@ def _define() -> None:
 
 
 def _backend(handle: int, acts: torch.Tensor) -> tuple[Any, Any, Any]:
-    """(ops, encoder, how they take their other arguments)."""
+    """(ops, encoder, conversion of their other arguments)."""
     sae = _saes.get(handle)
     if sae is None:
-        raise ValueError(f"sae {handle} is none that torch_handle has given out, or is gone")
+        raise ValueError(f"sae {handle} is not a number of torch_handle, or its SAE no longer exists")
     device = backend.cuda_device_of(acts)
     if device is None:
         return _cpu, backend.encoder(sae), lambda tensor: None if tensor is None else tensor.numpy()

@@ -1,1 +1,1 @@
-"""What really changed, held against a forecast, and what is learned from it."""
+"""Measured changes: compared with a forecast, and learned from."""

@@ -1,4 +1,4 @@
-"""One evaluation of one model, whatever file it was read from, and how its files are opened."""
+"""The results of evaluating one model, regardless of their format, and functions that open their files."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 from sts_fast.errors import InputError
 
-# What counts as accuracy, best first; other metrics are read when asked for by name.
+# Metrics that count as accuracy, best first; others are read only where they are named.
 METRICS = ("accuracy", "acc", "exact_match", "pass@1", "acc_norm", "f1")
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task of one evaluation. correct: question -> 1.0 or 0.0; key: question -> its right answer or a hash."""
+    """Results of one task. correct: question -> 1.0 or 0.0; key: question -> its right answer or a hash."""
 
     value: float
     metric: str
@@ -30,7 +30,7 @@ class Task:
 
 @dataclass
 class Evaluation:
-    """One evaluation of one model. metrics: task -> metric -> its result."""
+    """Results of evaluating one model. metrics: task -> metric -> its result."""
 
     metrics: dict[str, dict[str, Task]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)

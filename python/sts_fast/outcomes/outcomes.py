@@ -1,4 +1,4 @@
-"""Reads how much each domain really changed: evaluation results before and after training."""
+"""Reads the measured change of each domain from evaluation results before and after training."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from sts_fast.outcomes.evaluation import METRICS, Evaluation, Task, finite, read
 from sts_fast.outcomes.formats import table
 from sts_fast.outcomes.read import read_evaluation
 
-# Which answer extraction of lm-evaluation-harness is read where a task has several, best first.
+# Answer extractions of lm-evaluation-harness, best first; the first that a task has is read.
 FILTERS = ("custom-extract", "none", "strict-match", "flexible-extract")
-# Words in front of a domain's name that say which benchmark it belongs to.
+# Words before a domain's name that name its benchmark.
 BENCHMARK = re.compile(r"^(leaderboard )?(mmlu pro|mmlu|hendryckstest) ")
-# Two evaluations are paired only if at least this share of their questions is the same.
+# Two evaluations are paired only if they share at least this part of their questions.
 MIN_COMMON = 0.5
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one domain really did.
+    """Measured change of one domain.
 
     before, after: accuracy (or another metric) of the model before and after training; None where only the change
                    is known
     change:        after - before, in the metric's own unit
-    stderr:        standard error of the change; None where the evaluation does not tell
+    stderr:        standard error of the change; None where the evaluation does not give it
                    paired:   sd_q(correct_after[q] - correct_before[q]) / sqrt(n), ddof 1, over the n common questions
                    unpaired: sqrt(stderr_before^2 + stderr_after^2), too large where the two models agree on questions
-    n:             questions behind it, None where not said
+    n:             number of questions; None where not given
     paired:        how stderr was computed; None where it was given, or is not known
-    unparsed:      (before, after) share of the answers in which no choice could be read, None where not said;
-                   they count as wrong
+    unparsed:      (before, after) share of the answers in which no choice could be read, which count as wrong;
+                   None where not given
     """
 
     change: float
@@ -52,14 +52,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Outcomes:
-    """Outcomes by the names that the evaluation gives its domains, and what to know about how they were read."""
+    """Outcomes by the evaluation's names of the domains, and warnings about how they were read."""
 
     domains: dict[str, Outcome]
     warnings: list[str] = field(default_factory=list)
 
 
 def read_outcomes(before: str | Path, after: str | Path | None = None, *, metric: str | None = None) -> Outcomes:
-    """Reads the measured change of every domain from two evaluations, or from one table that holds the change.
+    """Reads the measured change of every domain from two evaluations, or from one table of changes.
 
     before, after: of the model before and after training, each a file or a folder:
         lm-evaluation-harness   results_*.json of any version (the newest in a folder); with the samples_*.jsonl of
@@ -69,9 +69,9 @@ def read_outcomes(before: str | Path, after: str | Path | None = None, *, metric
         CSV                     columns domain, accuracy, and if known stderr and n
       With `after` left out, `before` is a CSV with the columns domain, before, after or domain, change, and if known
       stderr (of the change) and n; or the training.json that TransferMonitor wrote: the exposures at its end.
-    metric: such as 'acc', 'exact_match,strict-match'; by default what counts as accuracy in each task
+    metric: such as 'acc', 'exact_match,strict-match'; by default the first accuracy that each task has
 
-    Raises InputError, in one sentence, for what cannot be read or does not belong together.
+    Raises InputError, in one sentence, for files that cannot be read or do not belong together.
     """
     before = Path(before)
     if after is None or (Path(after) == before and table.recognises(before)):
@@ -96,30 +96,30 @@ def read_outcomes(before: str | Path, after: str | Path | None = None, *, metric
 
 
 def match_domains(wanted: Sequence[str], known: Iterable[str]) -> dict[str, str]:
-    """Which outcome belongs to which domain of the forecast: wanted name -> known name, without those not found.
+    """The outcome of each domain of the forecast: wanted name -> known name, without domains that have none.
 
-    Names are the same if they are so in lower case, with anything but letters and digits read as a space; and, where
-    none is, without the benchmark's name in front (mmlu_pro_law, hendrycksTest-law and law).
+    Names match if they are the same in lower case, with everything except letters and digits read as a space. Where no
+    name matches, the benchmark's name in front is dropped (mmlu_pro_law, hendrycksTest-law and law).
 
     Raises InputError where two outcomes fit one domain, or two domains one outcome.
     """
     known = list(known)
-    found: dict[str, str] = {}
+    matches: dict[str, str] = {}
     for name in wanted:
         fitting = [other for other in known if _plain(other) == _plain(name)]
         fitting = fitting or [other for other in known if _short(other) == _short(name)]
         if len(fitting) > 1:
-            raise InputError(f"the domain '{name}' could be {' or '.join(fitting)}: name the domain as one of them")
+            raise InputError(f"the domain '{name}' could be {' or '.join(fitting)}: give it the name of one of them")
         if fitting:
-            taken = next((other for other, outcome in found.items() if outcome == fitting[0]), None)
+            taken = next((other for other, outcome in matches.items() if outcome == fitting[0]), None)
             if taken is not None:
-                raise InputError(f"the domains '{taken}' and '{name}' are both called '{fitting[0]}' in the outcomes")
-            found[name] = fitting[0]
-    return found
+                raise InputError(f"the domains '{taken}' and '{name}' both match outcome '{fitting[0]}': rename one")
+            matches[name] = fitting[0]
+    return matches
 
 
 def cautions(outcomes: Mapping[str, Outcome]) -> Iterator[str]:
-    """What a reader should know about these outcomes, one sentence each."""
+    """Warnings about these outcomes, one sentence each."""
     unpaired = [name for name, outcome in outcomes.items() if outcome.paired is False]
     if unpaired:
         yield (
@@ -138,7 +138,7 @@ def cautions(outcomes: Mapping[str, Outcome]) -> Iterator[str]:
         first, second = (float(np.mean(column)) for column in zip(*pairs, strict=True))
         yield (
             f"no choice could be read in {first:.1%} of answers before and {second:.1%} after on average, "
-            f"counted as wrong, most in {worst} ({shares[worst]:.1%}): part of the change may be one of format"
+            f"counted as wrong, most in {worst} ({shares[worst]:.1%}): part of the change may only be one of format"
         )
 
 
@@ -150,7 +150,7 @@ def _short(name: str) -> str:
     return BENCHMARK.sub("", _plain(name))
 
 
-# ---- putting two evaluations together
+# ---- two evaluations
 
 
 def _common_names(evaluations: tuple[Evaluation, Evaluation], before: Path, after: Path) -> list[tuple[str, str]]:
@@ -159,13 +159,13 @@ def _common_names(evaluations: tuple[Evaluation, Evaluation], before: Path, afte
     names = [(name, others[_plain(name)]) for name in first if _plain(name) in others]
     if not names:
         raise InputError(
-            f"{before} and {after} have no domain in common: the one holds {listed(first)}, the other {listed(second)}"
+            f"{before} and {after} have no domain in common: one has {listed(first)}, the other {listed(second)}"
         )
     return names
 
 
-def _choose_metric(before: dict[str, Task], after: dict[str, Task], asked: str | None) -> str | None:
-    """The metric, as 'name,filter', that both tasks have: the one asked for, or the best known accuracy."""
+def _choose_metric(before: dict[str, Task], after: dict[str, Task], metric: str | None) -> str | None:
+    """The metric, as 'name,filter', that both tasks have: the given one, or the best known accuracy."""
     common = [key for key in before if key in after]
 
     def rank(key: str) -> tuple[int, int]:
@@ -175,10 +175,10 @@ def _choose_metric(before: dict[str, Task], after: dict[str, Task], asked: str |
             FILTERS.index(extraction) if extraction in FILTERS else len(FILTERS),
         )
 
-    if asked is None:
+    if metric is None:
         common = [key for key in common if key.partition(",")[0] in METRICS]
     else:
-        common = [key for key in common if asked in (key, key.partition(",")[0])]
+        common = [key for key in common if metric in (key, key.partition(",")[0])]
     return min(common, key=rank, default=None)
 
 
@@ -217,7 +217,7 @@ def _read_changes(path: Path) -> Outcomes:
     if path.name == TRAINING_FILE:
         return _read_exposures(path)
     if not table.recognises(path):
-        raise InputError(f"{path} alone tells no change: give the evaluations before and after, or a CSV with both")
+        raise InputError(f"{path} alone contains no change: give the evaluations before and after, or a CSV with both")
     outcomes = {}
     for line, name, numbers in table.read_table(path):
         before, after = numbers.get("before"), numbers.get("after")
@@ -239,6 +239,6 @@ def _read_exposures(path: Path) -> Outcomes:
     last = history[-1] if isinstance(history, list) and history else None
     exposures = last.get("exposure") if isinstance(last, dict) else None
     if not isinstance(exposures, dict) or any(finite(value) is None for value in exposures.values()):
-        raise InputError(f"{path} holds no measurement of TransferMonitor: train again, or give evaluations")
+        raise InputError(f"{path} contains no measurement of TransferMonitor: train again, or give evaluations")
     outcomes = {name: Outcome(float(value)) for name, value in exposures.items()}
-    return Outcomes(outcomes, [f"{path} holds how far features moved in training, not changes of accuracy"])
+    return Outcomes(outcomes, [f"{path} contains the movement of features in training, not changes of accuracy"])

@@ -37,7 +37,7 @@ def _read_folder(folder: Path) -> Evaluation:
         inside = sorted({path.parent for path in folder.glob("*/results*.json")})
         if len(inside) > 1:
             names = listed(path.name for path in inside)
-            raise InputError(f"{folder} holds results of several models ({names}): give the folder of one")
+            raise InputError(f"{folder} contains results of several models ({names}): give the folder of one")
         results = sorted(inside[0].glob("results*.json")) if inside else []
     if results:
         newest = max(results, key=lambda path: (lm_eval.time_of(path), path.name))
@@ -61,7 +61,7 @@ def _read_folder(folder: Path) -> Evaluation:
         return mmlu_pro.read_rows(folder, rows)
     summaries = sorted(folder.glob("*summary.json"))
     if not summaries:
-        raise InputError(f"{folder} holds no results: expected results_*.json, or MMLU-Pro's JSON per question")
+        raise InputError(f"{folder} contains no results: give results_*.json, or MMLU-Pro's JSON per question")
     merged = Evaluation()
     for path in summaries:
         evaluation = _read_document(path, read_json(path))
@@ -75,5 +75,5 @@ def _read_document(path: Path, document: Any) -> Evaluation:
         if known.recognises(document):
             return known.read(path, document)
     raise InputError(
-        f"{path} holds no results that sts-fast knows: expected those of lm-evaluation-harness, MMLU-Pro's, or a CSV"
+        f"{path} contains no results of a known format: give those of lm-evaluation-harness or MMLU-Pro, or a CSV"
     )

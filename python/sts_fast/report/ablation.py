@@ -110,6 +110,6 @@ def _figure(rows: list[Zeroed], title: str, outcome: str) -> Markup:
         scale,
         title=f"With the features of D_N zeroed: {title}, the training set first",
         description=f"Training set: {bars[0].text}. In brackets 95% intervals; the mark on each row is the same with "
-        "features of like activity zeroed. The table below the figure has all numbers.",
+        "features of similar activity zeroed. The table below the figure has all numbers.",
         axis=("← worse", title, "better →"),
     )

@@ -1,8 +1,8 @@
-"""Which features RL will shift, from completions and their advantages: three answers to the same question.
+"""Finds the features that RL will shift, from completions and their advantages, in three ways.
 
-| way         | D_N holds the features                                                                         |
+| way         | D_N contains the features                                                                      |
 |-------------|------------------------------------------------------------------------------------------------|
-| correlation | whose activity on a completion's tokens goes most along with its advantage, or most against it |
+| correlation | whose activity on a completion's tokens correlates most with its advantage, in either sign     |
 | gradient    | whose rows of the policy gradient at the hook are the largest                                  |
 | step        | that a step along that gradient shifts most                                                    |
 """
@@ -33,16 +33,16 @@ from sts_fast.statistics import resamples
 if TYPE_CHECKING:
     from sts_fast.statistics import Doubles, Indices
 
-# Parts in which the policy gradient is kept, to tell how settled its D_N is.
+# Parts in which the policy gradient is kept, to estimate how stable its D_N is.
 N_FOLDS = 8
 
 
 @dataclass(frozen=True)
 class Completions:
-    """A policy's completions as they are read: each prompt with its completion, whose tokens are its positions.
+    """A policy's completions as they are read: each prompt with its completion, whose tokens are the positions read.
 
     prompt_set: one prompt per completion, completions of one prompt side by side
-    advantages: [n] float64 of each; group_of: [n] int64 which prompt it answers, numbered from 0 without gaps
+    advantages: [n] float64 of each; group_of: [n] int64 number of the prompt it answers, from 0 without gaps
     """
 
     prompt_set: PromptSet
@@ -62,10 +62,10 @@ class Completions:
 def correlation_shifts(
     reader: Reader, saes: Sequence[SAE], completions: Completions, settings: Settings
 ) -> list[Shift]:
-    """One pass over completions, for all SAEs: D_N holds the features of the largest |r| with the advantage.
+    """One pass over completions, for all SAEs; D_N contains the features with the largest |r| with the advantage.
 
-    r is Pearson's correlation, over the tokens t of all completions i, of h_j(x_t) with A_i. `stats` has as targets the
-    advantage, and then for each resampling of the prompts how often it drew t's prompt, and that times the advantage.
+    r is Pearson's correlation of h_j(x_t) with A_i, over the tokens t of all completions i. The targets of `stats` are
+    the advantage, then for each resampling of the prompts how often it drew t's prompt, then that times the advantage.
     """
     prompt_set, n = completions.prompt_set, len(completions.prompt_set.prompts)
     draws, A = completions.draws(settings.seed), completions.advantages[:, None]
@@ -113,14 +113,15 @@ def _resampled_correlation(stats: CorrelationStats) -> Doubles:
     drawn = np.maximum(sum_y[of_draws], 1.0)
     covariance = sum_hy[:, of_products] / drawn - sum_hy[:, of_draws] / drawn * (sum_y[of_products] / drawn)
     variance = np.maximum(stats.sum_sq_h / n - (stats.sum_h / n) ** 2, 0.0)[:, None]
-    found: Doubles = np.divide(np.abs(covariance), np.sqrt(variance), out=np.zeros_like(covariance), where=variance > 0)
-    return found
+    deviation, nothing = np.sqrt(variance), np.zeros_like(covariance)
+    correlations: Doubles = np.divide(np.abs(covariance), deviation, out=nothing, where=variance > 0)
+    return correlations
 
 
 def gradient_shift(sae: SAE, push: Push, read: Shift, settings: Settings) -> Shift:
-    """D_N holds the features whose rows of the policy gradient M are the largest, by ||M[j]||^2.
+    """The shift whose D_N contains the features with the largest rows of the policy gradient M, by ||M[j]||^2.
 
-    push: measured with n_folds=N_FOLDS; read: what `correlation_shifts` found of the same completions
+    push: measured with n_folds=N_FOLDS; read: the result of `correlation_shifts` for the same completions
     """
     if push.folds is None:
         raise ValueError("the push must be measured with its folds")
@@ -147,10 +148,10 @@ def step_shift(
     completions: Completions,
     settings: Settings,
 ) -> Shift:
-    """D_N holds the features that the virtual step W of `push` shifts most, by E_x ||h_j(x + W^T h(x)) - h_j(x)||^2.
+    """The shift whose D_N the virtual step W of `push` shifts most, by E_x ||h_j(x + W^T h(x)) - h_j(x)||^2.
 
-    x runs over the tokens of prompts and completions, but BOS and attention sinks. Q: that of the push; read: what
-    `correlation_shifts` found of the same completions
+    x runs over the tokens of prompts and completions, except BOS and attention sinks. Q: the projection of the push;
+    read: the result of `correlation_shifts` for the same completions
     """
     import torch
 
@@ -186,7 +187,7 @@ def _ranked_otherwise(
     n_fired: Indices,
     stats: ShiftStats | CorrelationStats,
 ) -> Shift:
-    """The same completions under another name, with their features ranked by something else."""
+    """The same completions under another name, with their features ranked by `importance`."""
     log = copy.copy(read.log)
     log.name = name
     prompt_set = replace(read.prompt_set, name=name)

@@ -1,4 +1,4 @@
-"""From rollouts to what the model reads: each completion behind its prompt, and the verified ones as demonstrations."""
+"""Makes prompts of rollouts: each completion after its prompt, and the verified ones as demonstrations."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ SIGN_OF_SYSTEM = SIGN * 2
 
 
 class Rendering:
-    """How prompts are sent, and what of a prompt that was logged as text is the template's and what the user's.
+    """Renders prompts as they are sent, and finds the user's text in prompts that were logged as text.
 
-    Trainers log what they sent with the template's marks, without its special tokens, or unrendered.
+    Trainers log a prompt with the template's marks, without its special tokens, or not rendered at all.
     """
 
     def __init__(self, template: PromptTemplate) -> None:
@@ -36,22 +36,22 @@ class Rendering:
         shapes: list[list[Turn]] = [[("user", SIGN)], [("system", SIGN_OF_SYSTEM), ("user", SIGN)]]
         rendered = [text for turns in shapes if (text := self._rendered(turns))]
         forms = [form(text) for of in (rendered, map(self._unmarked, rendered)) for text in of]
-        self._forms = [one for one in forms if one is not None]
+        self._forms = [pattern for pattern in forms if pattern is not None]
 
     def turns(self, prompt: str | tuple[Turn, ...]) -> tuple[Turn, ...] | None:
-        """The conversation of a prompt; None for a text that is to be sent as it stands, where there is no template."""
+        """The conversation of a prompt; None for a text that is sent unchanged, without a template."""
         if not isinstance(prompt, str):
             return prompt
         for text in (prompt.strip(), self._unmarked(prompt).strip()):
-            for one in self._forms:
-                if (match := one.fullmatch(text)) and match["user"]:
-                    said = match.groupdict()
-                    system = [("system", said["system"])] if said.get("system") else []
-                    return (*system, ("user", said["user"]))
+            for pattern in self._forms:
+                if (match := pattern.fullmatch(text)) and match["user"]:
+                    parts = match.groupdict()
+                    system = [("system", parts["system"])] if parts.get("system") else []
+                    return (*system, ("user", parts["user"]))
         return (("user", prompt.strip()),) if self.template.is_chat else None
 
     def prompt_ids(self, prompt: str | tuple[Turn, ...]) -> IntArray:
-        """[n] int32 token ids of a prompt, open to be gone on with. Raises InputError as PromptTemplate.token_ids."""
+        """[n] int32 token ids of a prompt, ready for a completion. Raises InputError as PromptTemplate.token_ids."""
         turns = self.turns(prompt)
         return self.template.plain_ids(str(prompt)) if turns is None else self.template.token_ids(turns)
 
@@ -76,7 +76,7 @@ class Rendering:
 
 
 def form(rendered: str) -> re.Pattern[str] | None:
-    """What matches any text that was rendered like this one of signs; None where a sign does not appear."""
+    """Pattern of texts rendered like this one, which contains signs for its turns; None where a sign is missing."""
     text = re.escape(rendered.strip())
     if text.replace(SIGN_OF_SYSTEM, "").count(SIGN) != 1 or text.count(SIGN_OF_SYSTEM) > 1:
         return None
@@ -85,7 +85,7 @@ def form(rendered: str) -> re.Pattern[str] | None:
 
 
 def with_endings(rollouts: Rollouts, rendering: Rendering) -> Rollouts:
-    """Completions without end marks; where any has one, and nothing else tells, those without were cut off."""
+    """Completions without their end marks. Where some have one, those without count as cut off, unless it is known."""
     ended = [rendering.ended(row.completion) for row in rollouts.rows]
     tells = any(end for _, end in ended)
     rows = [
@@ -100,9 +100,9 @@ def read_completions(
 ) -> Completions:
     """The completions of a random sample of `limit` prompts whose completions differ in advantage, in their order.
 
-    Prompt and completion are tokenised apart, as they were when the completion was sampled, and read are the
-    completion's tokens but special ones. Left out, after advantages were taken: empty completions, and those that
-    overrun the model's context.
+    Prompt and completion are tokenised apart, as they were when the completion was sampled. All tokens of the
+    completion are read, except special ones. Empty completions, and those longer than the model's context, are left
+    out after the advantages have been computed.
 
     Raises InputError where no prompt has completions of different advantage, or none of these can be read.
     """
@@ -111,11 +111,11 @@ def read_completions(
     if not len(apart):
         what = "reward" if rollouts.rows[0].advantage is None else "advantage"
         why = (
-            "every prompt has one completion only: sample several of each"
+            "every prompt has only one completion: sample several of each"
             if np.bincount(group_of).max() == 1
             else f"all completions of a prompt have the same {what}: take prompts neither too easy nor too hard"
         )
-        raise InputError(f"the rewards say nothing about which completions are better, because {why}")
+        raise InputError(f"the rewards do not show which completions are better, because {why}")
     rows_of: dict[int, list[int]] = {}
     for i, group in enumerate(group_of.tolist()):
         rows_of.setdefault(group, []).append(i)
@@ -124,7 +124,7 @@ def read_completions(
     for group in np.random.default_rng(seed).permutation(apart).tolist():
         if len(chosen) == limit:
             break
-        found: list[tuple[int, Prompt]] = []
+        readable: list[tuple[int, Prompt]] = []
         for place, i in enumerate(rows_of[group]):
             prompt = _completion_prompt(rollouts.rows[i], f"{group + 1}.{place + 1}", rendering)
             if prompt is None:
@@ -132,21 +132,21 @@ def read_completions(
             elif context_length is not None and len(prompt.base_ids) > context_length:
                 n_too_long += 1
             else:
-                found.append((i, prompt))
-        if len({float(advantages[i]) for i, _ in found}) > 1:
-            chosen[group] = found
+                readable.append((i, prompt))
+        if len({float(advantages[i]) for i, _ in readable}) > 1:
+            chosen[group] = readable
     if not chosen:
         raise InputError(
             f"no prompt has two readable completions of different reward: {n_empty} are empty, and {n_too_long} "
-            f"overrun the model's context of {context_length} tokens: give shorter rollouts, or a model of longer "
+            f"exceed the model's context of {context_length} tokens: give shorter rollouts, or a model with a longer "
             "context"
         )
     kept = [chosen[group] for group in sorted(chosen)]
-    rows = [i for found in kept for i, _ in found]
+    rows = [i for readable in kept for i, _ in readable]
     return Completions(
-        PromptSet("correlation", [prompt for found in kept for _, prompt in found], n_too_long, n_empty),
+        PromptSet("correlation", [prompt for readable in kept for _, prompt in readable], n_too_long, n_empty),
         advantages[rows],
-        np.repeat(np.arange(len(kept)), [len(found) for found in kept]),
+        np.repeat(np.arange(len(kept)), [len(readable) for readable in kept]),
     )
 
 
@@ -184,8 +184,8 @@ class Verified:
     """A policy's own verified completions.
 
     queries: every prompt, in order; demos: the best verified completion of each prompt that has one, best first
-    lowest:  reward from which on a completion counts as verified
-    alike:   whether none does because all rewards are the same
+    lowest:  smallest reward of a verified completion
+    alike:   True if none is verified because all rewards are the same
     """
 
     queries: list[Example]
@@ -195,9 +195,9 @@ class Verified:
 
 
 def verified_demos(rollouts: Rollouts, rendering: Rendering, lowest: float | None) -> Verified:
-    """Verified are completions of a reward of at least `lowest`.
+    """The completions whose reward is at least `lowest`, as demonstrations.
 
-    lowest: by default the middle between the smallest reward and the largest; none, where these are the same
+    lowest: by default halfway between the smallest and the largest reward; where these are equal, none is verified
     """
     rewards = rollouts.rewards
     none_is_better = lowest is None and rewards.min() == rewards.max()
@@ -211,10 +211,10 @@ def verified_demos(rollouts: Rollouts, rendering: Rendering, lowest: float | Non
         verified = row.reward >= lowest and not none_is_better
         if verified and row.completion.strip() and row.reward > best.get(row.group, (-np.inf, None))[0]:
             best[row.group] = row.reward, example
-    demos = [example for _, example in sorted(best.values(), key=lambda found: -found[0])]
+    demos = [example for _, example in sorted(best.values(), key=lambda rewarded: -rewarded[0])]
     return Verified(_distinct(list(queries.values())), demos, lowest, none_is_better)
 
 
 def _distinct(examples: Sequence[Example]) -> list[Example]:
-    """Each question once: a prompt may have been asked at several steps."""
+    """Each question once: a prompt may occur at several steps."""
     return list({(example.context, example.question): example for example in reversed(examples)}.values())[::-1]

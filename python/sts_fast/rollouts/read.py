@@ -10,7 +10,7 @@
 | group               | `uid`, `group_id`, ...; else completions of the same prompt at the same `step` are one     |
 | whether it was cut  | `truncated`, or `finish_reason` "length"                                                   |
 
-Files are those that `examples` reads; of a folder all, each a group set of its own.
+All formats that `examples` reads are accepted. Of a folder all files are read; no group spans two of them.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ CUT_REASONS = ("length", "max_tokens", "max_length")
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns to read, where they are not to be found by their names; `a.b` is field b of column a.
+    """Columns to read, where their names do not tell; `a.b` is field b of column a.
 
     rewards: their sum is the reward
     """
@@ -73,7 +73,7 @@ class Columns:
     prompt: Annotated[str | None, Option("Column of the prompts.", "--prompt-field")] = None
     completion: Annotated[str | None, Option("Column of the completions.", "--completion-field")] = None
     rewards: Annotated[Sequence[str], Option("Column of the rewards; several are added up.", "--reward-field")] = ()
-    group: Annotated[str | None, Option("Column that tells which completions belong together.", "--group-field")] = None
+    group: Annotated[str | None, Option("Column that groups the completions of a prompt.", "--group-field")] = None
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ class Rollout:
     prompt:     the text that was sent, or turns (role, text), the last of them the user's or a tool's
     completion: text, without the end-of-text mark where the trainer dropped it; may be empty
     reward:     as the checker gave it; advantage: as the trainer recorded it, if it did
-    group:      which of the prompts it answers, numbered from 0 in order of appearance
-    truncated:  whether it was cut off at the longest length; None where nothing tells
+    group:      number of the prompt that it answers, from 0 in order of appearance
+    truncated:  whether it was cut off at the longest length; None where that is not known
     """
 
     prompt: Prompt
@@ -99,7 +99,8 @@ class Rollout:
 class Rollouts:
     """Rewarded completions, those of one prompt side by side.
 
-    read_as: what the columns were taken for; n_unrewarded: rows left out because they have no reward
+    read_as:      column that each role (prompt, reward, ...) was read from
+    n_unrewarded: completions left out because they have no reward
     """
 
     rows: list[Rollout]
@@ -130,12 +131,12 @@ class Rollouts:
                     prompt if isinstance(prompt, str) else [{"role": role, "content": text} for role, text in prompt]
                 )
                 known = {"advantage": row.advantage, "truncated": row.truncated}
-                told = {name: value for name, value in known.items() if value is not None}
-                line = {"group": row.group, "prompt": turns, "completion": row.completion, "reward": row.reward, **told}
+                line = {"group": row.group, "prompt": turns, "completion": row.completion, "reward": row.reward}
+                line |= {name: value for name, value in known.items() if value is not None}
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def counts(self) -> dict[str, int]:
-        """What is known before the model reads them; a prompt is settled where all of its advantages are the same."""
+        """Numbers known before the model reads the rows; a prompt is settled where all its advantages are the same."""
         sizes = np.bincount(self.group_of)
         return {
             "n_completions": len(self.rows),
@@ -153,7 +154,7 @@ def load_rollouts(path: str | Path, columns: Columns = Columns()) -> Rollouts:
 
     Raises InputError, naming file and row, for whatever cannot be read as such, and where no row has a reward.
     """
-    path, found = Path(path), _Found()
+    path, by_group = Path(path), _RolloutsByGroup()
     n_rows = 0
     for file in _files(path):
         reader = _RowReader(file, columns)
@@ -163,20 +164,20 @@ def load_rollouts(path: str | Path, columns: Columns = Columns()) -> Rollouts:
                 raise InputError(f"{where} is {kind_of(row)}; every row must be an object with named fields")
             n_rows += 1
             for key, prompt, rollout in reader.read(row, where):
-                found.add((str(file), *key), prompt, rollout, where)
-        found.read_as |= reader.read_as
+                by_group.add((str(file), *key), prompt, rollout, where)
+        by_group.read_as |= reader.read_as
     if not n_rows:
-        raise InputError(f"{path} holds no rollouts; give a file with at least one row")
-    if not found.rows:
-        raise InputError(f"{path} has no reward in any row; fill in {found.read_as.get('reward', 'the rewards')}")
-    with_advantage = [rollout.advantage is not None for rollout in found.rows]
+        raise InputError(f"{path} contains no rollouts; give a file with at least one row")
+    if not by_group.rows:
+        raise InputError(f"{path} has no reward in any row; fill in {by_group.read_as.get('reward', 'the rewards')}")
+    with_advantage = [rollout.advantage is not None for rollout in by_group.rows]
     if any(with_advantage) and not all(with_advantage):
         raise InputError(
             f"{path} has an advantage in some rows but not in all; fill them in, or name the rewards with "
-            "--reward-field, and advantages are made of them"
+            "--reward-field, from which advantages are then computed"
         )
-    in_order = sorted(found.rows, key=lambda rollout: rollout.group)
-    return Rollouts(in_order, found.read_as, found.n_unrewarded)
+    in_order = sorted(by_group.rows, key=lambda rollout: rollout.group)
+    return Rollouts(in_order, by_group.read_as, by_group.n_unrewarded)
 
 
 def _files(path: Path) -> list[Path]:
@@ -186,14 +187,14 @@ def _files(path: Path) -> list[Path]:
         return [path]
     files = [file for file in listdir(path) if suffix_of(file) and not file.name.startswith(".")]
     if not files:
-        raise InputError(f"{path} holds no rollout files; give {KINDS}")
+        raise InputError(f"{path} contains no rollout files; give {KINDS}")
     # 2.jsonl before 10.jsonl: dumps are named after their step.
     return sorted(
         files, key=lambda file: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.name)]
     )
 
 
-class _Found:
+class _RolloutsByGroup:
     """Rollouts by group, as they are read."""
 
     def __init__(self) -> None:
@@ -206,16 +207,17 @@ class _Found:
         if rollout is None:
             self.n_unrewarded += 1
             return
-        group, asked = self.groups.setdefault(key, (len(self.groups), prompt))
-        if asked != prompt:
+        group, first_prompt = self.groups.setdefault(key, (len(self.groups), prompt))
+        if first_prompt != prompt:
             raise InputError(
-                f"{where} has another prompt than its group {key[-1]!r} before; name the group with --group-field"
+                f"{where} has a different prompt from earlier rows of its group {key[-1]!r}; name the column of "
+                "the groups with --group-field"
             )
         self.rows.append(replace(rollout, group=group))
 
 
 class _RowReader:
-    """Makes rollouts of the rows of one file; the first row decides what its columns are."""
+    """Makes rollouts of the rows of one file; its first row decides which columns are read."""
 
     def __init__(self, path: Path, columns: Columns) -> None:
         self.path, self.named = path, columns
@@ -230,7 +232,7 @@ class _RowReader:
         return {what: column for what, column in used.items() if column}
 
     def read(self, row: Row, where: str) -> Iterator[tuple[tuple[str, ...], Prompt, Rollout | None]]:
-        """(group, prompt, rollout) of each completion of a row; None in the place of one without a reward."""
+        """(group, prompt, rollout) of each completion of a row; None instead of a rollout where it has no reward."""
         if not self.known:
             self._choose(row)
         prompt, begun = self._prompt(row, where)
@@ -262,7 +264,7 @@ class _RowReader:
         self.advantage = "" if self.named.rewards else first(ADVANTAGE_COLUMNS)
         self.rewards = list(self.named.rewards) or self._reward_columns(row, columns, first(REWARD_COLUMNS))
         if len({*self.rewards}) < len(self.rewards):
-            raise InputError(f"--reward-field {', '.join(self.rewards)} adds a column up twice: name each once")
+            raise InputError(f"--reward-field {', '.join(self.rewards)} adds up the same column twice: name each once")
         for what, column, option in (
             ("prompts", self.prompt, "--prompt-field"),
             ("completions", self.completion, "--completion-field"),
@@ -270,7 +272,8 @@ class _RowReader:
         ):
             if not column:
                 raise InputError(
-                    f"{self.path} has no column known to hold {what} among {listed(row)}; name one with {option}"
+                    f"{self.path} has no column that is known to contain {what}, only {listed(row)}; name one with "
+                    f"{option}"
                 )
 
     def _reward_columns(self, row: Row, columns: dict[str, str], known: str) -> list[str]:
@@ -291,7 +294,7 @@ class _RowReader:
         return value
 
     def _prompt(self, row: Row, where: str) -> tuple[Prompt, str]:
-        """The prompt, and what it makes the completion begin with, which is rare."""
+        """The prompt, and the text that it makes the completion begin with, which is rare."""
         value = self._value(row, self.prompt, where)
         if is_missing(value):
             raise InputError(f"{where} has no prompt in {self.prompt!r}; fill it in or remove the row")
@@ -305,12 +308,12 @@ class _RowReader:
             turns, begun = chatml_turns(text.strip(), where)
         else:
             raise InputError(
-                f"{where} holds {kind_of(value)} in {self.prompt!r}; name a column of text or messages with "
+                f"{where} contains {kind_of(value)} in {self.prompt!r}; name a column of text or messages with "
                 "--prompt-field"
             )
         if not any(role == "user" and text.strip() for role, text in turns):
             raise InputError(
-                f"{where} has a prompt in which the user says nothing; every prompt needs a turn of the user"
+                f"{where} has a prompt without a user turn, or an empty one; every prompt needs text from the user"
             )
         if turns[-1][0] == "assistant":
             raise InputError(
@@ -322,23 +325,23 @@ class _RowReader:
         """(turns before the last reply, last reply) of each of a row's completions."""
         value = self._value(row, self.completion, where)
         several = isinstance(value, list) and not is_turns(value) and bool(value)
-        found: list[tuple[tuple[Turn, ...], str]] = []
-        for one in value if several else [value]:
-            if one is None or isinstance(one, str):
-                found.append(((), encodable(one or "", where, self.completion)))
+        completions: list[tuple[tuple[Turn, ...], str]] = []
+        for completion in value if several else [value]:
+            if completion is None or isinstance(completion, str):
+                completions.append(((), encodable(completion or "", where, self.completion)))
                 continue
-            if not is_turns(one):
+            if not is_turns(completion):
                 raise InputError(
-                    f"{where} holds {kind_of(one)} in {self.completion!r}; name a column of text or messages with "
-                    "--completion-field"
+                    f"{where} contains {kind_of(completion)} in {self.completion!r}; name a column of text or messages "
+                    "with --completion-field"
                 )
-            turns = parsed_turns(one, where)
+            turns = parsed_turns(completion, where)
             if turns and turns[-1][0] != "assistant":
                 raise InputError(
                     f"{where} has a completion that ends with a turn of the {turns[-1][0]}; it must end with a reply"
                 )
-            found.append((tuple(turns[:-1]), turns[-1][1]) if turns else ((), ""))
-        return found
+            completions.append((tuple(turns[:-1]), turns[-1][1]) if turns else ((), ""))
+        return completions
 
     def _numbers(self, row: Row, names: Sequence[str], n: int, where: str) -> list[float | None]:
         """[n] the sum of the columns for each of a row's completions; None where none of them has a number."""
@@ -350,8 +353,8 @@ class _RowReader:
                 raise InputError(
                     f"{where} has {n} completions but {len(values)} numbers in {name!r}; give one for each"
                 )
-            for i, one in enumerate(values if len(values) == n else [None] * n):
-                if (number := _number(one, where, name)) is not None:
+            for i, entry in enumerate(values if len(values) == n else [None] * n):
+                if (number := _number(entry, where, name)) is not None:
                     totals[i] = (totals[i] or 0.0) + number
         return totals
 
@@ -367,7 +370,7 @@ def _number(value: Any, where: str, name: str) -> float | None:
     if not math.isfinite(number):
         shown = repr(value) if isinstance(value, (str, int, float)) else kind_of(value)
         raise InputError(
-            f"{where} holds {shown[:40]} in {name!r}, which must be a finite number; name another column with "
+            f"{where} contains {shown[:40]} in {name!r}, which must be a finite number; name another column with "
             "--reward-field"
         )
     return number
@@ -378,7 +381,7 @@ def _label(row: Row, name: str, where: str) -> str:
     if value is None or value is ABSENT:
         return ""
     if not isinstance(value, (str, int, float)):
-        raise InputError(f"{where} holds {kind_of(value)} in {name!r}; it must be a text or a number")
+        raise InputError(f"{where} contains {kind_of(value)} in {name!r}; it must be a text or a number")
     return str(value)
 
 

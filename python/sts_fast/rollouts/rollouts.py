@@ -1,4 +1,4 @@
-"""The forecast before RL: which features a policy's rewarded completions say that training will shift."""
+"""Forecasts before RL: the features that training will shift, from a policy's rewarded completions."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 Way = Literal["verified", "correlation", "gradient", "step"]
 WAYS: tuple[Way, ...] = get_args(Way)
 
-# A larger part of completions than this that were cut off is worth a warning.
+# A larger share of truncated completions than this is worth a warning.
 MANY_TRUNCATED = 0.1
 
 
@@ -52,13 +52,13 @@ MANY_TRUNCATED = 0.1
 class RolloutSettings(Settings):
     """The options of a forecast from rollouts.
 
-    ways:     how D_N is found: 'verified', own completions of a high reward as demonstrations in the place of ground
-              truth; 'correlation', 'gradient' and 'step', see rollouts.dims
-    verified_reward: reward from which on a completion counts as verified; by default, the middle of all rewards
+    ways:            how D_N is found: 'verified', the model's own completions with a high reward as demonstrations,
+                     instead of ground truth; 'correlation', 'gradient' and 'step', see rollouts.dims
+    verified_reward: smallest reward of a verified completion; by default halfway between the smallest and the largest
     """
 
-    ways: Annotated[Sequence[Way], Option("Comma-separated: how the features are found.")] = WAYS
-    verified_reward: Annotated[float | None, Option("Reward of a verified completion; default: the middle.")] = None
+    ways: Annotated[Sequence[Way], Option("Ways of finding the features, comma-separated.")] = WAYS
+    verified_reward: Annotated[float | None, Option("Least reward of a verified completion; default: halfway.")] = None
 
 
 class RolloutOptions(Options, total=False):
@@ -102,16 +102,16 @@ def rollouts(
         tokenizer=tokenizer, tuned=tuned, top_n=settings.top_n,
         purpose=Purpose(needs=[("rollouts", "a model")]),
     )  # fmt: skip
-    reader, [one] = session.reader, session.saes
+    reader, [loaded_sae] = session.reader, session.saes
     rendering = Rendering(session.template)
     data = with_endings(data, rendering)
     by_gradient = bool(settings.signed or {"gradient", "step"} & {*ways})
     if by_gradient:
-        hook_layer(one)
+        hook_layer(loaded_sae)
         if settings.signed_features != "sae":
-            raise InputError("--signed-features must be sae for rollouts: their D_N are rows of the same gradient")
+            raise InputError("--signed-features must be sae for rollouts: D_N is chosen from rows of the same gradient")
 
-    # Every set is made ready before the first forward pass, so that bad input is told at once.
+    # All sets are prepared before the first forward pass, so that bad input is reported at once.
     verified = verified_demos(data, rendering, settings.verified_reward)
     own = _verified_prompts(verified, session, settings) if "verified" in ways else None
     plain = _plain_prompts(verified, session, settings) if tuned is not None else None
@@ -137,15 +137,15 @@ def rollouts(
 
     shifts: dict[str, Shift] = {}
     if own is not None:
-        [shifts["verified"]] = measure_shifts(reader, [one], own, settings, None)
+        [shifts["verified"]] = measure_shifts(reader, [loaded_sae], own, settings, None)
     signed: dict[str, SignedForecast] = {}
     if completions is not None:
         of_completions, by_push = _read_completions(plan, completions, ways)
         shifts |= of_completions
-        # What is forecast is the same whatever D_N is.
+        # The signed forecast does not depend on D_N.
         signed = {} if by_push is None else dict.fromkeys([*shifts, "tuned"], by_push)
     if plain is not None:
-        [shifts["tuned"]] = measure_shifts(reader, [one], plain, replace(settings, dims="tuned"), session.tuned)
+        [shifts["tuned"]] = measure_shifts(reader, [loaded_sae], plain, replace(settings, dims="tuned"), session.tuned)
     [forecasts] = forecasts_of(plan, fits, [list(shifts.values())], [signed])
     block = _block(data, verified, completions)
     return {
@@ -161,16 +161,16 @@ def rollouts(
 
 
 def _verified_prompts(verified: Verified, session: Session, settings: Settings) -> PromptSet:
-    """The rollouts' prompts, with the best verified completions as demonstrations."""
+    """The prompts of the rollouts, with the best verified completions as demonstrations."""
     if verified.alike and settings.shots:
         raise InputError(
-            f"0 prompts have a verified completion, because all rewards are the same, {verified.lowest:g}: say with "
-            "--verified-reward from which on one counts, or leave verified out of --ways"
+            f"0 prompts have a verified completion, because all rewards are the same, {verified.lowest:g}: give the "
+            "least reward of a verified completion with --verified-reward, or leave verified out of --ways"
         )
     if len(verified.demos) < settings.shots:
         raise InputError(
-            f"{len(verified.demos)} prompts have a verified completion, of a reward of {verified.lowest:g} or more, "
-            f"but {settings.shots} are to be shown as demonstrations: lower --verified-reward or --shots, or leave "
+            f"{len(verified.demos)} prompts have a verified completion, with a reward of {verified.lowest:g} or more, "
+            f"but {settings.shots} are needed as demonstrations: lower --verified-reward or --shots, or leave "
             "verified out of --ways"
         )
     prompt_set = settings.prompts(
@@ -195,17 +195,17 @@ def _check_groups(completions: Completions) -> None:
     n = int(completions.group_of[-1]) + 1
     if n < MIN_PROMPTS:
         raise InputError(
-            f"{n} prompts have readable completions of different reward, but at least {MIN_PROMPTS} are needed: give "
-            "more rollouts, or raise --limit"
+            f"{n} prompts have readable completions with different rewards, but at least {MIN_PROMPTS} are needed: "
+            "give more rollouts, or raise --limit"
         )
 
 
 def _read_completions(
     plan: Plan, completions: Completions, ways: Sequence[Way]
 ) -> tuple[dict[str, Shift], SignedForecast | None]:
-    """By way, the shift that the completions tell of; and what they push the domains to, where that is asked for."""
+    """The shift of the completions by way; and their signed forecast, where signed estimators are chosen."""
     settings, reader, [sae] = plan.settings, plan.session.reader, plan.session.saes
-    # What is read alike for all ways is read once.
+    # One pass serves all ways.
     [read] = correlation_shifts(reader, [sae], completions, settings)
     shifts = {"correlation": read} if "correlation" in ways else {}
     maps: list[MapKind] = [
@@ -222,7 +222,7 @@ def _read_completions(
     )  # fmt: skip
     if "gradient" in ways:
         shifts["gradient"] = gradient_shift(sae, push, read, settings)
-        push = replace(push, folds=None)  # eight times as large as all else of it
+        push = replace(push, folds=None)  # eight times as large as the rest of it
     if "step" in ways:
         shifts["step"] = step_shift(hooked, sae, Q, push, read, completions, settings)
     if not settings.signed:
@@ -235,7 +235,7 @@ def _read_completions(
 
 
 def _block(data: Rollouts, verified: Verified, completions: Completions | None) -> Document:
-    """`rollouts` in scores.json, but for the overlaps."""
+    """`rollouts` in scores.json, without the overlaps."""
     recorded = bool(data.read_as.get("advantage"))
     return {
         **data.counts(),
@@ -251,7 +251,7 @@ def _block(data: Rollouts, verified: Verified, completions: Completions | None) 
 
 
 def _overlaps(shifts: Mapping[str, Shift], way: str) -> dict[str, float]:
-    """Part of D_N that each other way has too, and the most active features."""
+    """Share of D_N that each other way, and the most active features, have in common with it."""
     top = shifts[way].top
     others = {name: shift.top for name, shift in shifts.items() if name != way}
     others["most_active"] = shifts[way].feature_sets["most_active"]
@@ -263,11 +263,11 @@ def _warnings(data: Rollouts) -> list[str]:
     if counts["n_truncated"] > MANY_TRUNCATED * counts["n_completions"]:
         warnings.append(
             f"{counts['n_truncated']} of {counts['n_completions']} completions were cut off: their rewards say little "
-            "about what they would have answered"
+            "about the answers they would have reached"
         )
     if 2 * (counts["n_settled"] + counts["n_lone"]) > counts["n_groups"]:
         warnings.append(
-            f"{counts['n_settled'] + counts['n_lone']} of {counts['n_groups']} prompts have completions of one reward "
-            "only, and say nothing about what is better"
+            f"{counts['n_settled'] + counts['n_lone']} of {counts['n_groups']} prompts have completions of only one "
+            "reward, which show nothing about what is better"
         )
     return warnings

@@ -28,23 +28,23 @@ if TYPE_CHECKING:
 
 Checker = Callable[[str, str, str | None], float]
 
-# GSM8K writes its result behind this mark.
+# GSM8K writes its result after this mark.
 RESULT_MARK = "####"
-# Models without a chat template go on with a question of their own.
+# Models without a chat template continue with a question of their own.
 NEXT_QUESTION = "\nQuestion:"
 
 
 @dataclass(frozen=True)
 class Completing(Drawing, Loading):
-    """How completions are sampled, of a model loaded as Loading says.
+    """Options of sampling completions; see Loading for how the model is loaded.
 
-    n_samples:   completions of each question, from the whole distribution at `temperature`, each of at most
-                 `max_new_tokens` tokens and no more than the context has room for; those without an end are truncated
-    limit:       most questions, the first ones; None for all
+    n_samples: completions of each question, from the whole distribution at `temperature`, each of at most
+               `max_new_tokens` tokens and no more than the context has room for; those without an end are truncated
+    limit:     most questions, the first ones; None for all
     """
 
     n_samples: Annotated[int, Option("Completions of each question of --train.", "--sample", least=1)] = 8
-    temperature: Annotated[float, Option("Of sampling.")] = 1.0
+    temperature: Annotated[float, Option("Temperature of sampling.")] = 1.0
     max_new_tokens: Annotated[int, Option("Longest completion sampled.", least=1)] = 256
 
     def __post_init__(self) -> None:
@@ -77,10 +77,10 @@ def sample_rollouts(
     questions: a file, a folder, or examples; check: see load_checker, or a function of (question, completion, answer)
     options:   see Completing
 
-    A question's completions depend on `seed` and the question alone, not on the others.
+    The completions of a question depend only on `seed` and the question, not on the other questions.
 
-    Raises InputError for a checker that cannot be used, for questions without the answers that it needs or as long as
-    the model's context, and for a tokenizer of another model.
+    Raises InputError for a checker that cannot be used, for questions that lack the answers it needs or are as long
+    as the model's context, and for a tokenizer of another model.
     """
     import torch
 
@@ -89,7 +89,7 @@ def sample_rollouts(
     if isinstance(questions, (str, Path)):
         questions = load_examples(questions, question_field=question_field, answer_field=answer_field)
     examples = list(questions)[: completing.limit]
-    if check in ("exact", "math") and (lacking := [one.id for one in examples if one.answer is None]):
+    if check in ("exact", "math") and (lacking := [example.id for example in examples if example.answer is None]):
         raise InputError(
             f"--check {check} compares with the answer, but question {lacking[0]} has none: fill it in, name its "
             "column with --answer-field, or give a checker of your own"
@@ -102,7 +102,7 @@ def sample_rollouts(
     conversations: list[tuple[Turn, ...]] = [(*example.context, ("user", example.question)) for example in examples]
     ids = [template.token_ids(turns) for turns in conversations]
     check_vocabulary(whole, ids, name=session.name)
-    room = _room(whole, examples, [len(one) for one in ids])
+    room = _room(whole, examples, [len(prompt_ids) for prompt_ids in ids])
     rows: list[Rollout] = []
     for group, (example, turns) in enumerate(zip(examples, conversations, strict=True)):
         with torch.random.fork_rng():
@@ -125,7 +125,7 @@ def _room(model: Any, examples: Sequence[Example], lengths: Sequence[int]) -> li
         if length >= context:
             raise InputError(
                 f"question {example.id} has {length} tokens, and the model's context of {context} leaves no room for a "
-                "completion: leave it out, or take a model of longer context"
+                "completion: leave it out, or use a model with a longer context"
             )
     return [context - length for length in lengths]
 
@@ -133,7 +133,7 @@ def _room(model: Any, examples: Sequence[Example], lengths: Sequence[int]) -> li
 def _sample(
     model: Any, template: PromptTemplate, prompt_ids: IntArray, completing: Completing, room: int
 ) -> list[tuple[str, bool]]:
-    """(text, whether it was cut off) of the completions of a prompt [n_tokens], in a context with so much room."""
+    """(text, whether it was cut off) of the completions of a prompt [n_tokens]; room: tokens left in the context."""
     import torch
 
     tokenizer = template.tokenizer
@@ -147,13 +147,13 @@ def _sample(
             max_new_tokens=min(completing.max_new_tokens, room), eos_token_id=ends or None,
             pad_token_id=ends[0] if ends else 0,
         )  # fmt: skip
-    found = []
+    completions = []
     for row in out[:, ids.shape[1] :].tolist():
         at = next((i for i, token in enumerate(row) if token in ends), None)
         text = str(tokenizer.decode(row[:at], skip_special_tokens=True))
         text, _, more = text.partition(NEXT_QUESTION) if not template.is_chat else (text, "", "")
-        found.append((text, at is None and not more))
-    return found
+        completions.append((text, at is None and not more))
+    return completions
 
 
 def _end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -165,8 +165,8 @@ def _end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def load_checker(name: str) -> Checker:
     """A function (question, completion, answer) -> reward, by name.
 
-    'exact': 1 where completion and answer are the same text, but for space around them
-    'math':  1 where math-verify finds both equivalent
+    'exact': 1 where completion and answer are the same text, apart from surrounding space
+    'math':  1 where math-verify finds them equivalent
     'package.module:function': any function of the user's, found as Python finds modules, or in the current folder
 
     Raises InputError where there is no such function, or math-verify is not installed.
@@ -183,7 +183,7 @@ def load_checker(name: str) -> Checker:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # a module of the user's may raise anything
-        raise InputError(f"--check {name}: {module_name} cannot be imported ({_said(error)})") from error
+        raise InputError(f"--check {name}: {module_name} cannot be imported ({_first_line(error)})") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise InputError(f"--check {name}: {module_name} has no function {function_name}")
@@ -196,13 +196,12 @@ def _math_checker() -> Checker:
         from math_verify import parse, verify
     except ImportError as error:
         raise InputError(
-            "--check math needs math-verify, which is not installed: pip install 'sts-fast[math]', or take --check "
-            "exact"
+            "--check math needs math-verify, which is not installed: pip install 'sts-fast[math]', or use --check exact"
         ) from error
 
     def check(question: str, completion: str, answer: str | None) -> float:
         gold = (answer or "").rpartition(RESULT_MARK)[2].strip()
-        # A bare result such as \frac{1}{2} is only seen as mathematics between dollars.
+        # math-verify recognises a bare result such as \frac{1}{2} only between dollar signs.
         return float(any(verify(parse(form), parse(completion)) for form in (gold, f"${gold}$")))
 
     return check
@@ -212,11 +211,11 @@ def _checked(checker: Checker, example: Example, completion: str) -> float:
     try:
         reward = float(checker(example.question, completion, example.answer))
     except Exception as error:  # a function of the user's may raise anything
-        raise InputError(f"the checker failed on question {example.id} ({_said(error)}): correct it") from error
+        raise InputError(f"the checker failed on question {example.id} ({_first_line(error)}): correct it") from error
     if not math.isfinite(reward):
-        raise InputError(f"the checker gave {reward} on question {example.id}: rewards must be finite numbers")
+        raise InputError(f"the checker returned {reward} for question {example.id}: rewards must be finite numbers")
     return reward
 
 
-def _said(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".strip().partition("\n")[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -111,11 +111,14 @@ def _read_by_sae_lens(release: str, sae_id: str, name: str, dtype: str | None) -
 
 
 def _is_repository(name: str) -> bool:
-    """True if the hub has a repository of this name; offline, if the cache has."""
+    """True if the hub has a repository of this name, or cannot say so; offline, if the cache has."""
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
     try:
         _files(name)
-    except InputError:
-        return False
+    except InputError as error:
+        reason = error.__cause__
+        return isinstance(reason, HfHubHTTPError) and not isinstance(reason, RepositoryNotFoundError)
     return True
 
 
@@ -129,7 +132,7 @@ def _read_repository(repository: str, path: str, *, dtype: str | None, source: s
     else:
         files = _files(repository)
         patterns = [file for file in files if "/" not in file]
-        if not any(file.endswith(detect.WEIGHTS) for file in patterns):
+        if not _has_weights(patterns):
             folders = sorted({str(Path(file).parent) for file in files if file.endswith(detect.WEIGHTS)})
             some = ", ".join(folders[:5]) + (", …" if len(folders) > 5 else "")
             raise InputError(
@@ -155,14 +158,35 @@ def _snapshot(repository: str, patterns: list[str]) -> Path:
 
 
 def _files(repository: str) -> list[str]:
-    """Names of a repository's files; offline, of those in the cache."""
+    """Names of a repository's files; offline, of those in the cache.
+
+    Where the hub does not list them, those in the cache, if an SAE is in its root. Raises InputError with the hub's
+    reason if not.
+    """
     from huggingface_hub import HfApi, constants
 
-    if not constants.HF_HUB_OFFLINE:
-        with suppress(Exception):  # the snapshot below reports what is wrong with network, hub or name
-            return sorted(file.rfilename for file in HfApi().model_info(repository).siblings or [])
+    if constants.HF_HUB_OFFLINE:
+        return _cached_files(repository)
+    try:
+        return sorted(file.rfilename for file in HfApi().model_info(repository).siblings or [])
+    except Exception as error:  # the network or the hub can raise anything
+        with suppress(InputError):
+            files = _cached_files(repository)
+            if _has_weights(file for file in files if "/" not in file):
+                return files
+        raise InputError(
+            f"cannot list the files of {repository} on the hub ({_reason(error)}): try again, or give the SAE's folder "
+            f"as {repository}:folder"
+        ) from error
+
+
+def _cached_files(repository: str) -> list[str]:
     root = _snapshot(repository, [])
     return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+
+
+def _has_weights(files: Iterable[str]) -> bool:
+    return any(file.endswith(detect.WEIGHTS) for file in files)
 
 
 def _reason(error: Exception) -> str:

@@ -204,7 +204,7 @@ class SAE:
         Raises InputError where it is not a positive number, or where the SAE needs none and it is not 1.
         """
         if not 0 < factor < math.inf:
-            raise InputError(f"--norm-scaling-factor must be a positive number, not {factor}")
+            raise InputError(f"the factor of the SAE's input must be a positive number, but {origin} gives {factor}")
         if not self.needs_scaling:
             if factor == 1:  # beside other SAEs, to which the option gives a factor
                 return self

@@ -1,4 +1,4 @@
-"""Gradients of a model's answers with respect to its residual stream, and the model run on from there."""
+"""Gradients of a model's answers with respect to its residual stream, and runs of the layers above it."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AnswerRows:
-    """One batch of prompts with their answers: every token that leads to an answer, but BOS and attention sinks.
+    """One batch of prompts with their answers: every token that leads to an answer, except BOS and attention sinks.
 
-    prompts:  index of each prompt in the list that was asked; padded: [n_prompts, longest, d_in] its residuals
+    prompts:  index of each prompt in the given list; padded: [n_prompts, longest, d_in] its residuals
     ids:      [n_prompts, longest] token ids
-    at:       [n_tokens] row of each kept token in the flattened `padded`; prompt_of: [n_tokens] which of `prompts`
-    x:        [n_tokens, d_in] residuals of kept tokens, on the CPU, as the core takes them
+    at:       [n_tokens] row of each kept token in the flattened `padded`; prompt_of: [n_tokens] its place in `prompts`
+    x:        [n_tokens, d_in] residuals of kept tokens, on the CPU, for the core
     g:        [n_tokens, r] float64 dL/dx_t Q, for L of the token's own prompt; no rows where no Q was given
     nll:      [n_prompts] L, mean negative log-likelihood of the answer's tokens, in nats; n_answer: their number
     exact:    [n_prompts] whether each of them is the model's first choice
@@ -52,11 +52,11 @@ class AnswerRows:
 
 
 class HookedModel:
-    """A whole causal language model that can be differentiated at, and started from, the output of one of its layers.
+    """A whole causal language model that can be differentiated at, and run on from, the output of one of its layers.
 
-    model: a Hugging Face decoder in memory; layer: whose output, the residual stream, is meant
-    name:  how errors call it; say: is told where a batch did not fit into memory and smaller ones follow
-    batch_tokens: most tokens of one pass, at most MOST_BATCH_TOKENS; None for as many
+    model: a Hugging Face decoder in memory; layer: the layer whose output is the hook, the residual stream
+    name:  its name in errors; say: called where a batch did not fit into memory and smaller ones follow
+    batch_tokens: most tokens of one pass, at most MOST_BATCH_TOKENS; None for MOST_BATCH_TOKENS
 
     Raises InputError where the model has no such layer or no head.
     """
@@ -82,7 +82,7 @@ class HookedModel:
         self.d_in: int = config.hidden_size
         self._below, self._block = list(layers)[: layer + 1], layers[layer]
         self._bos = config.bos_token_id
-        self._gives_tuple = False  # whether layers give (hidden states, ...), seen when they are run
+        self._gives_tuple = False  # whether layers return (hidden states, ...); known once they have run
 
     def answer_rows(self, prompts: Sequence[Prompt], Q: Doubles | None = None) -> Iterator[AnswerRows]:
         """Runs prompts that read their answers (tokens='answer'), shortest first, a batch at a time.
@@ -90,7 +90,7 @@ class HookedModel:
         Q: [d_in, r] of `projection`, where gradients are wanted. The backward pass ends at the hook: no weight gets a
             gradient.
 
-        Raises InputError where the model gives NaN, or a single prompt does not fit into memory.
+        Raises InputError where the model returns NaN, or a single prompt does not fit into memory.
         """
 
         def read(batch: list[int], ids: torch.Tensor) -> AnswerRows:
@@ -177,7 +177,7 @@ class HookedModel:
         return logits
 
     def _kept(self, prompt: Prompt, residual: torch.Tensor) -> NDArray[np.int64]:
-        """Positions that lead to the answer: all before its last token, but BOS and attention sinks."""
+        """Positions that lead to the answer: all before its last token, except BOS and attention sinks."""
         kept = ~attention_sinks(row_norms(residual.detach()).cpu().numpy())
         kept[-1] = False
         kept[0] &= prompt.base_ids[0] != self._bos
@@ -197,7 +197,7 @@ class HookedModel:
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
-        # Then nothing below the hook is recorded for the backward pass, and it makes no gradient of a weight.
+        # Nothing below the hook is then recorded for the backward pass, and no weight gets a gradient.
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         for parameter in trainable:
             parameter.requires_grad_(False)
@@ -213,7 +213,7 @@ class HookedModel:
         def hand_on(hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
             return (hidden_states,) if self._gives_tuple else hidden_states
 
-        # A model that is spread over devices has a forward of its own on each module.
+        # In a model spread over devices each module has its own `forward` attribute.
         saved = [vars(block).get("forward") for block in self._below]
         for block in self._below:
             block.forward = hand_on
@@ -237,5 +237,5 @@ def _for_core(rows: torch.Tensor) -> torch.Tensor:
 def _finite(values: torch.Tensor, name: str) -> Doubles:
     doubles: Doubles = values.double().cpu().numpy()
     if not np.isfinite(doubles).all():
-        raise InputError(f"{name} gives NaN or infinity for the loss of an answer or its gradient: try --dtype float32")
+        raise InputError(f"{name} gives NaN or infinity for an answer's loss or its gradient: try --dtype float32")
     return doubles

@@ -1,4 +1,4 @@
-"""What training lowers: the loss of given answers in fine-tuning, that of a policy's own completions in RL."""
+"""Losses that training lowers: of given answers in fine-tuning, of a policy's own completions in RL."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ EPSILON = 1e-4
 def group_advantages(rewards: Doubles, group_of: Indices) -> Doubles:
     """[n] float64 A_i = (r_i - mean_g) / (std_g + 1e-4) of each completion within its prompt's group g.
 
-    rewards: [n]; group_of: [n] which group each completion belongs to, numbered from 0
+    rewards: [n]; group_of: [n] number of each completion's group, from 0
 
-    GRPO, eq. 3 of arXiv 2402.03300, with the unbiased standard deviation that TRL and verl take. Where all rewards of a
-    group are the same, or there is only one, every advantage is exactly zero.
+    GRPO, eq. 3 of arXiv 2402.03300, with the unbiased standard deviation that TRL and verl use. Where all rewards of a
+    group are the same, or it has only one, every advantage is exactly zero.
     """
     n = np.bincount(group_of)
     mean = np.bincount(group_of, rewards) / np.maximum(n, 1)
@@ -54,16 +54,18 @@ class AnswerLoss:
         return np.full(len(nll), 1 / len(nll))
 
     def first(self, most: int) -> tuple[int | None, AnswerLoss]:
-        """How many prompts to take where `most` will do, and the loss of these."""
+        """The number of prompts to use where `most` are enough, and their loss."""
         return most, self
 
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """What a policy's completions still lack of the best ones, where training may only move probability among them.
+    """Shortfall of a policy's expected advantage against its best completion of each prompt.
+
+    Training is taken to move probability only among the completions.
 
     advantages: [n] A_i of each completion
-    group_of:   [n] which prompt it answers: 0, 0, .., 1, 1, .., completions of one prompt side by side
+    group_of:   [n] number of the prompt it answers: 0, 0, .., 1, 1, .., completions of one prompt side by side
 
         L = mean_g (max_i A_i - sum_i w_i A_i),    w_i = rho_i / sum_i rho_i,    rho_i = exp(nll_i(base) - nll_i),
 
@@ -84,11 +86,11 @@ class PolicyLoss:
     def slopes(self, nll: Doubles, base_nll: Doubles) -> Doubles:
         """[n] dL/dnll_i = w_i (A_i - sum_i w_i A_i) / n_groups"""
         weights = self._weights(nll, base_nll)
-        found: Doubles = weights * (self.advantages - self._expected(weights)[self.group_of]) / self._n_groups
-        return found
+        above: Doubles = self.advantages - self._expected(weights)[self.group_of]
+        return weights * above / self._n_groups
 
     def first(self, most: int) -> tuple[int | None, PolicyLoss]:
-        """How many completions to take where `most` will do, of whole groups and at least one, and their loss."""
+        """The number of completions to use where `most` are enough, whole groups and at least one, and their loss."""
         ends = np.flatnonzero(np.diff(self.group_of, append=-1)) + 1
         n = int(max(ends[ends <= most], default=ends[0]))
         return n, PolicyLoss(self.advantages[:n], self.group_of[:n])

@@ -1,4 +1,4 @@
-"""A random map to few dimensions, for what would be too wide otherwise: gradients, covariances."""
+"""A random map to few dimensions, for gradients and covariances that would otherwise be too wide."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 if TYPE_CHECKING:
     from sts_fast.statistics import Doubles
 
-# Where d_in is no larger, everything is kept.
+# A residual stream no wider than this is not projected.
 DIMS = 64
 
 
 def projection(d_in: int, *, seed: int = 0, dims: int = DIMS) -> Doubles:
-    """[d_in, r] a random map that keeps inner products on average: E[Q Q^T] = 1; the identity where d_in <= dims.
+    """[d_in, r] random map that preserves inner products on average, E[Q Q^T] = 1; the identity where d_in <= dims.
 
-    Its columns are orthogonal, which spreads less than independent ones do.
+    Its columns are orthogonal, which varies less than independent columns.
     """
     if d_in <= dims:
         return np.eye(d_in)

@@ -1,6 +1,6 @@
-"""Which way a training set pushes each domain: forecasts with a sign, from gradients at the hook and without training.
+"""Direction in which a training set pushes each domain: signed forecasts, from gradients at the hook, without training.
 
-Training is stood in for by its smallest part: a linear map W from features to the residual stream, added at the hook,
+A linear map W from features to the residual stream, added at the hook, stands for the training:
 
     x_t -> x_t + W^T h(x_t),    W [n_features, d_in], zero before training.
 
@@ -17,12 +17,13 @@ one forward pass and one backward pass that ends at the hook. A step -η M_S / |
     adapter, adapter_loss   the same with W trained on S in many small steps instead of one long one
 
 with m_prompt one prompt's part of M_T, n the tokens of its answer and P the probability of all of them; η of `step` is
-such that S's own loss falls to a quarter, and W is trained until it falls to a twentieth. `<M_S, M_T>` is the neural
-tangent kernel of W, averaged over both sets. For RL, S's loss is that of its own completions, `policy.PolicyLoss`.
+such that S's own loss falls to a quarter, and W of `adapter` is trained until it falls to a twentieth. `<M_S, M_T>` is
+the neural tangent kernel of W, averaged over both sets. For RL, S's loss is that of its own completions,
+`objectives.PolicyLoss`.
 
 At 7B shape (d_in 3584, d_sae 131,072, hook at layer 25 of 32) M costs a set one forward pass and the upper fifth of a
-backward pass, 1.4 forward passes in all, and 67 MB, since g is projected to 64 dimensions; `step` and `adapter` cost
-each pair of sets another 0.2 forward passes, and a training set 10 to 30 times 0.6 for 64 of its prompts.
+backward pass, 1.4 forward passes in all, and 67 MB, since g is projected to 64 dimensions. `step` and `adapter` cost
+another 0.2 forward passes for each pair of sets, and 10 to 30 times 0.6 for 64 prompts of a training set.
 """
 
 from __future__ import annotations
@@ -50,28 +51,28 @@ if TYPE_CHECKING:
 FeatureKind = Literal["sae", "fired", "raw"]
 MapKind = Literal["step", "adapter"]
 
-# A training set whose loss is below this, in nats per token, has nothing left to pull at.
+# A training set whose loss is below this, in nats per token, has almost no gradient left.
 SOLVED_LOSS = 0.01
-# Answers with a smaller probability than this, on average, are too long for a change of it to say anything.
+# Where answers are less probable than this on average, a change of their probability says nothing.
 SMALLEST_P = 1e-3
-# How many of the training set's prompts are asked while a map is sought, and what it is to leave of their loss.
+# Prompts of the training set on which a map is fitted, and the share of their loss that it should leave.
 MAP_PROMPTS = 64
 STEP_LOSS, ADAPTER_LOSS = 0.25, 0.05
 STEP_GROWTH, N_BISECTIONS = 1.4, 7
-# By the first gradient alone, so many of an adapter's steps bring the loss to zero; it takes more of them.
+# Number of an adapter's steps that would bring the loss to zero by the first gradient alone; it needs more.
 ADAPTER_STEPS, MOST_ADAPTER_STEPS = 8, 64
-# Rows whose features are written out one by one at a time: 64 MB at 100 features a row.
+# Rows whose active features are listed at a time: 64 MB at 100 features a row.
 SPARSE_ROWS = 1024
 
 
 @dataclass(frozen=True)
 class Features:
-    """h(x): what a training set's push is written in.
+    """h(x): the coordinates of a training set's push.
 
     kind:   'sae' its activations, 'fired' 1 where a feature fires, or 'raw' the residual x itself, less `centre`
     centre: [d_in] float64, a mean residual; for 'raw' only
 
-    The SAE explains a forecast and makes it sparse; it does not make it better: see docs/signed.md.
+    The SAE explains a forecast and makes it sparse, but not better; see docs/signed.md.
     """
 
     sae: SAE
@@ -131,10 +132,10 @@ def _chunks(n: int) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class LinearMap:
-    """What training is stood in for by: x_t -> x_t + W^T h(x_t) at the hook.
+    """A map that stands for the training: x_t -> x_t + W^T h(x_t) at the hook.
 
     W:         [n_features, r] float64, acting through Q
-    loss_left: share of the training set's own loss that it leaves; aim: the share that was wanted
+    loss_left: share of the training set's own loss that it leaves; aim: the share it was fitted for
     """
 
     W: Doubles
@@ -144,14 +145,14 @@ class LinearMap:
 
 @dataclass(frozen=True)
 class Push:
-    """What training on a set pulls at.
+    """Gradient of a training set at the hook.
 
     direction: [n_features, r] float64 M_S / ||M_S||, gradients projected; training moves W against it
     norm:      ||M_S||, fall of the set's own loss per unit of η
     loss:      the set's loss before training: of answers, in nats per token; of a policy, in advantages
     nll:       [n_prompts] loss per token of each answer (or completion) before training, in nats
-    folds:     [n_folds, n_features, r] parts of M_S that add up to it, from every n_folds-th prompt or group; or none
-    maps:      W after a virtual training, by estimator: 'step', 'adapter', or none
+    folds:     [n_folds, n_features, r] parts of M_S that add up to it, from every n_folds-th prompt or group; or None
+    maps:      W after a virtual training, by estimator ('step', 'adapter'); may be empty
     """
 
     name: str
@@ -165,7 +166,7 @@ class Push:
 
 @dataclass(frozen=True)
 class Pull:
-    """How a domain answers to each push.
+    """Response of a domain to each push.
 
     values: by estimator, such as 'ntk' and 'ntk_loss', [n_pushes, n_prompts] each prompt's part, as in the module's
         equations: a domain's forecast is the mean over its prompts
@@ -205,8 +206,8 @@ def measure_push(
 
     Q:         [d_in, r] of `projection`
     objective: what training lowers, by default AnswerLoss; of a PolicyLoss, `prompts` are the completions
-    maps:      also seek these, on at most 64 of the prompts (or groups of at most 64 completions in all)
-    n_folds:   also keep M_S in so many parts
+    maps:      also fit these, on at most 64 of the prompts (or groups of at most 64 completions in all)
+    n_folds:   also keep M_S in this number of parts
 
     Raises InputError where the loss has no gradient at the hook.
     """
@@ -233,17 +234,18 @@ def measure_push(
     norm, loss = _norm(M), objective.loss(nll, nll)
     if norm == 0:
         raise InputError(
-            f"the answers of '{name}' pull at no feature: no feature fires on its tokens, or the loss is exactly zero"
+            f"the answers of '{name}' have no gradient at the SAE's features: none of these fires, or the loss is "
+            "exactly zero; leave the set out, or give the SAE of this model"
         )
     seek = {"step": _seek_step, "adapter": _train_adapter}
-    asked = _Asked.of(model, features, Q, prompts, objective) if maps else None
-    found = {kind: seek[kind](asked, M / norm, loss / norm) for kind in maps if asked is not None}
-    return Push(name, M / norm, norm, loss, nll, found, folds if n_folds else None)
+    map_prompts = _MapPrompts.of(model, features, Q, prompts, objective) if maps else None
+    fitted = {kind: seek[kind](map_prompts, M / norm, loss / norm) for kind in maps if map_prompts is not None}
+    return Push(name, M / norm, norm, loss, nll, fitted, folds if n_folds else None)
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """The prompts on which a map is sought: their residuals are kept, so that only the upper layers are run again."""
+class _MapPrompts:
+    """Prompts on which a map is fitted; their residuals are kept, so that only the upper layers are run again."""
 
     model: HookedModel
     features: Features
@@ -261,7 +263,7 @@ class _Asked:
         Q: Doubles,
         prompts: Sequence[Prompt],
         objective: AnswerLoss | PolicyLoss,
-    ) -> _Asked:
+    ) -> _MapPrompts:
         n, objective = objective.first(MAP_PROMPTS)
         rows = list(model.answer_rows(prompts[:n]))
         nll = np.zeros(len(prompts[:n]))
@@ -270,7 +272,7 @@ class _Asked:
         return cls(model, features, Q, prompts[:n], objective, rows, nll)
 
     def share_left(self, W: Doubles, M: Doubles | None = None) -> float:
-        """What W leaves of the loss; the gradient with respect to W is added to M."""
+        """Share of the loss that W leaves; adds the gradient with respect to W to M."""
         nll, gradients = np.zeros_like(self.nll), []
         for rows in self.rows:
             moved = _project_back(self.features.times(rows.x, W)[0], self.Q)
@@ -283,18 +285,19 @@ class _Asked:
         return self.objective.loss(nll, self.nll) / self.objective.loss(self.nll, self.nll)
 
 
-def _seek_step(asked: _Asked, direction: Doubles, full_step: float) -> LinearMap:
-    """The smallest η found at which -η direction brings the loss down to STEP_LOSS of itself.
+def _seek_step(prompts: _MapPrompts, direction: Doubles, full_step: float) -> LinearMap:
+    """The map -η direction with the smallest η found that lowers the loss to STEP_LOSS of itself.
 
-    Where it never falls as far, the η with the lowest loss. full_step: the η that a straight line takes to zero
+    Where the loss never falls so far, η is the one with the lowest loss. full_step: the η at which a straight line
+    reaches zero
     """
     left: dict[float, float] = {}
 
     def share_left(eta: float) -> float:
-        left[eta] = asked.share_left(-eta * direction)
+        left[eta] = prompts.share_left(-eta * direction)
         return left[eta]
 
-    too_short, eta = 0.0, full_step / 10  # the search begins well below
+    too_short, eta = 0.0, full_step / 10  # starts well below
     while share_left(eta) > STEP_LOSS:
         if left[eta] > 3 or len(left) > 40:
             eta = min(left, key=lambda eta: left[eta])
@@ -306,13 +309,13 @@ def _seek_step(asked: _Asked, direction: Doubles, full_step: float) -> LinearMap
     return LinearMap(-eta * direction, left[eta], STEP_LOSS)
 
 
-def _train_adapter(asked: _Asked, direction: Doubles, full_step: float) -> LinearMap:
-    """W after gradient descent in steps of one length, once the loss is ADAPTER_LOSS of itself; else the best W met."""
+def _train_adapter(prompts: _MapPrompts, direction: Doubles, full_step: float) -> LinearMap:
+    """W after gradient descent in equal steps, once the loss is ADAPTER_LOSS of itself; else the best W on the way."""
     W = np.zeros_like(direction)
     best = LinearMap(W, 1.0, ADAPTER_LOSS)
     for _ in range(MOST_ADAPTER_STEPS + 1):
         M = np.zeros_like(W)
-        left = asked.share_left(W, M)
+        left = prompts.share_left(W, M)
         if left <= best.loss_left:
             best = LinearMap(W, left, ADAPTER_LOSS)
         norm = _norm(M)
@@ -332,14 +335,14 @@ def measure_pull(
     *,
     tell: Tell | None = None,
 ) -> Pull:
-    """How a domain answers to each push, from one pass over it, and one through the upper layers for each map.
+    """Response of a domain to each push, from one pass over it, and one through the upper layers for each map.
 
-    All pushes have the same maps.
+    All pushes must have the same maps.
     """
     n = len(prompts)
     M = np.zeros((features.n, Q.shape[1]))
     aligned = np.zeros((len(pushes), n))
-    directions = [M for push in pushes for M in (push.direction, *(found.W for found in push.maps.values()))]
+    directions = [M for push in pushes for M in (push.direction, *(linear_map.W for linear_map in push.maps.values()))]
     moved_nll = {kind: np.zeros((len(pushes), n)) for push in pushes for kind in push.maps}
     nll, n_answer, exact = np.zeros(n), np.zeros(n, np.int64), np.zeros(n, bool)
     done = 0
@@ -364,30 +367,30 @@ def measure_pull(
 
 
 def push_warnings(push: Push) -> list[str]:
-    """What a reader should know about a training set's push."""
+    """Warnings about a training set's push, one sentence each."""
     warnings = []
     if push.loss < SOLVED_LOSS:
         warnings.append(
-            f"the model answers '{push.name}' already (loss {push.loss:.4f} per token, below {SOLVED_LOSS}): there is "
-            "little left to pull at, and signed forecasts are weak"
+            f"the model already answers '{push.name}' (loss {push.loss:.4f} per token, below {SOLVED_LOSS}): little "
+            "gradient is left, and signed forecasts are weak"
         )
     warnings += [
-        f"no {kind} brings the loss of '{push.name}' down to {found.aim:.0%} of itself; the best one leaves "
-        f"{found.loss_left:.0%}"
-        for kind, found in push.maps.items()
-        if found.loss_left > found.aim * 1.05
+        f"no {kind} brings the loss of '{push.name}' down to {linear_map.aim:.0%} of itself; the best one leaves "
+        f"{linear_map.loss_left:.0%}"
+        for kind, linear_map in push.maps.items()
+        if linear_map.loss_left > linear_map.aim * 1.05
     ]
     return warnings
 
 
 def pull_warnings(pulls: Sequence[Pull]) -> list[str]:
-    """What a reader should know about the domains' answers."""
+    """Warnings about the domains' answers, one sentence each."""
     unlikely = {pull.name: p for pull in pulls if (p := float(pull.p_answer.mean())) < SMALLEST_P}
     if not unlikely:
         return []
     named = ", ".join(f"{name} ({p:.1g})" for name, p in unlikely.items())
     return [
-        f"answers too long or too unlikely for a change of their probability to say much, in {named}: read the "
+        f"answers are too long or too unlikely for a change of their probability to say much in {named}: use the "
         "forecasts of the loss there"
     ]
 

@@ -38,18 +38,19 @@ LINE = 79
 
 @dataclass(frozen=True)
 class Calibration:
-    """How scores of one estimator became changes in past trainings of one model; see conformal for the equations.
+    """Relation of one estimator's scores to changes, from past trainings of one model; see conformal for the equations.
 
-    estimator:  whose scores; unit: of the changes, 'accuracy' being a share of 1, 'given' that of a table of changes
-    level:      of the intervals
-    conditions: what the scores depend on beside the training set, by name: model, SAE, and options
+    estimator:  estimator of the scores
+    unit:       unit of the changes: 'accuracy' is a share of 1, 'given' is that of a table of changes
+    level:      level of the intervals
+    conditions: by name, what the scores depend on beside the training set: model, SAE, and options
     line:       change, and scale of its interval, as a function of the score
     multiplier: half width of the interval in units of the scale
     largest:    largest |score| learned from
     domains:    names of the domains learned from
-    assessment: how the intervals do on training sets that were not learned from; None where too few would be left
-    runs:       the past runs
-    warnings:   what to know before trusting it
+    assessment: quality of the intervals on held-out training sets; None where too few would be left
+    runs:       the past runs: number of the training set, its name, domains, hashes of the files
+    warnings:   reservations about the calibration, one sentence each
     """
 
     estimator: str
@@ -66,12 +67,12 @@ class Calibration:
 
     @property
     def signed(self) -> bool:
-        """Whether the direction of a change is forecast; otherwise its size alone."""
+        """True if the direction of a change is forecast, not only its size."""
         return self.estimator in SIGNED
 
     @property
     def n_trains(self) -> int:
-        """Different training sets among the past runs."""
+        """Number of different training sets among the past runs."""
         return len({run.train for run in self.runs})
 
     def change(self, score: float) -> float:
@@ -79,7 +80,7 @@ class Calibration:
         return float(self.line.change(np.asarray(score)))
 
     def interval(self, score: float) -> Interval | None:
-        """Where the change lies with probability `level`; None for a score beyond all that were learned from."""
+        """Interval that contains the change with probability `level`; None for a score beyond all learned from."""
         if abs(score) > self.largest:
             return None
         half = self.multiplier * float(self.line.scale(np.asarray(score)))
@@ -87,34 +88,34 @@ class Calibration:
         return (low if self.signed else max(low, 0.0)), high
 
     def check(self, conditions: past.Conditions) -> None:
-        """Raises InputError where the conditions of a forecast, as far as given, differ from those learned under."""
+        """Raises InputError where given conditions of a forecast differ from those of the past runs."""
         learned = {name: value for name, value in self.conditions.items() if name in conditions}
         if differ := past.differences(learned, conditions):
             raise InputError(
-                f"the calibration was learned from forecasts of another kind: {', '.join(differ)}; score as it was, or "
-                "learn a calibration from runs like this one"
+                f"the calibration was learned from forecasts with other settings: {', '.join(differ)}; score with its "
+                "settings, or learn a calibration from runs like this one"
             )
 
     def apply(self, forecast: Forecast) -> Forecast:
         """The forecast with `change` and `change_interval` of each domain that the estimator scores.
 
-        A score beyond all that were learned from gets no interval, and a warning says how far beyond it is.
+        A score beyond all learned from gets no interval, but a warning that gives the distance.
 
-        Raises InputError where the forecast does not hold the estimator, was made with another model, SAE or settings,
+        Raises InputError where the forecast lacks the estimator, was made with another model, SAE or settings,
         or has most of its scores beyond those learned from.
         """
         document = forecast.to_dict()
         scores = past.forecasts_of(document, self.estimator)
         if not scores:
             option = BY_NAME[self.estimator].option
-            raise InputError(f"the calibration is one of '{self.estimator}': score with --estimators {option}")
+            raise InputError(f"the calibration was learned from '{self.estimator}': score with --estimators {option}")
         self.check(past.conditions(document, self.estimator))
         beyond = {name: abs(score) / self.largest for name, score in scores.items() if abs(score) > self.largest}
         if 2 * len(beyond) > len(scores):
             raise InputError(
-                f"{len(beyond)} of {len(scores)} scores lie beyond the largest that the calibration was learned from "
-                f"({self.largest:.3g}), the median {np.median(list(beyond.values())):.1f} times as far out: learn it "
-                "from runs like this one"
+                f"{len(beyond)} of {len(scores)} scores exceed the largest that the calibration was learned from "
+                f"({self.largest:.3g}), in the median {np.median(list(beyond.values())):.1f} times as large: learn a "
+                "calibration from runs like this one"
             )
         warnings = list(self.warnings)
         if beyond:
@@ -122,7 +123,8 @@ class Calibration:
             warnings.append(f"no interval for scores beyond the largest that the calibration was learned from: {shown}")
         if new := [name for name in scores if name not in self.domains]:
             warnings.append(
-                f"the calibration was learned without {listed(new)}: their intervals hold if they move like the others"
+                f"the calibration was learned without {listed(new)}: their intervals are valid if they move like the "
+                "others"
             )
         domains = [
             replace(
@@ -155,16 +157,16 @@ class Calibration:
         }
 
     def to_dict(self) -> Document:
-        """Contents of the file."""
+        """The content of the file."""
         document: Document = json.loads(json.dumps(asdict(self), allow_nan=False))
         return {"schema_version": CALIBRATION_SCHEMA_VERSION, **document}
 
     def to_text(self) -> str:
-        """What was learned, as lines of text."""
+        """The calibration as lines of text."""
         return text_of(self)
 
     def save(self, path: str | Path) -> None:
-        """Writes it as JSON. Raises InputError where that cannot be done."""
+        """Writes it as JSON. Raises InputError where that fails."""
         document = self.to_dict()
         _validate(document)
         with files.atomic_path(path) as temporary:
@@ -172,7 +174,7 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
-        """Raises InputError where the file is not one that `save` wrote."""
+        """The calibration in a file. Raises InputError where `save` did not write it."""
         import jsonschema
 
         try:
@@ -194,7 +196,7 @@ class Calibration:
 
 
 def text_of(calibration: Calibration) -> str:
-    """What was learned, and how its intervals do on training sets held out."""
+    """The relation that was learned, and the quality of its intervals on held-out training sets."""
     unit, line = calibration.unit, calibration.line
 
     def number(value: float) -> str:
@@ -225,7 +227,7 @@ def text_of(calibration: Calibration) -> str:
             f"{number(found.constant_interval_score):>17}{number(found.constant_error):>8}",
             "",
             *textwrap.wrap(
-                f"Of single training sets, {found.coverage_range[0]:.0%} to {found.coverage_range[1]:.0%} of the "
+                f"In single training sets {found.coverage_range[0]:.0%} to {found.coverage_range[1]:.0%} of the "
                 f"changes lie inside. The interval score is the width, and {2 / (1 - calibration.level):.0f} times how "
                 "far outside a change lies: smaller is better.",
                 LINE,
@@ -235,14 +237,14 @@ def text_of(calibration: Calibration) -> str:
 
 
 def fit_calibration(runs: str | Path | Iterable[str | Path], *, estimator: str | None = None) -> Calibration:
-    """Learns from past runs how their scores became changes.
+    """Learns the relation of scores to changes from past runs.
 
-    runs:      folders that sts-fast score or compare wrote, or that hold such folders, each with the outcome that
+    runs:      folders that sts-fast score or compare wrote, or folders of them, each with the outcome that
                sts-fast validate put beside it; runs without one are left out
-    estimator: by default the first that all runs hold of adapter, step, ntk, act, icl, act_sq
+    estimator: by default the first of adapter, step, ntk, act, icl, act_sq that all runs have
 
-    Raises InputError where there are fewer than nine different training sets with an outcome, which an interval of 90%
-    takes, or where runs differ in model, SAE, settings or kind of outcome.
+    Raises InputError where fewer than nine different training sets have an outcome, which an interval of 90% needs, or
+    where runs differ in model, SAE, settings or kind of outcome.
     """
     having, without = past.read_past([runs] if isinstance(runs, (str, Path)) else runs)
     unit = past.unit_of(having)
@@ -251,8 +253,8 @@ def fit_calibration(runs: str | Path | Iterable[str | Path], *, estimator: str |
     points, keys = past.points_of(having, estimator)
     if len(keys) < trains_needed():
         raise InputError(
-            f"an interval of {LEVEL:.0%} takes past runs on {trains_needed()} different training sets, and only "
-            f"{len(keys)} with an outcome are there"
+            f"an interval of {LEVEL:.0%} needs past runs on {trains_needed()} different training sets, but only "
+            f"{len(keys)} have an outcome: validate more runs"
         )
     if not np.ptp(points.score):
         raise InputError(f"all scores by '{estimator}' in the past runs are the same: nothing can be learned from them")
@@ -279,18 +281,18 @@ def _warnings(having: list[past.PastRun], without: list[Path], line: Line, asses
     largest = [max(abs(outcome.change) for outcome in run.outcomes.values()) for run in having]
     if min(largest) <= 1 < max(largest):
         percent, share = (having[largest.index(pick(largest))].folder for pick in (max, min))
-        said.append(f"changes exceed 1 in {percent} and not in {share}: percent in one, shares in the other?")
+        said.append(f"changes exceed 1 in {percent} but not in {share}: percent in one, shares in the other?")
     if assessment is None:
-        said.append(f"whether the intervals hold could not be tried: that takes {trains_needed() + 1} training sets")
+        said.append(f"the intervals could not be tested: that needs {trains_needed() + 1} training sets, one held out")
     elif assessment.interval_score >= assessment.constant_interval_score:
-        said.append("on training sets held out the scores did no better than the mean change of past trainings")
+        said.append("on held-out training sets the scores did no better than the mean change of past trainings")
     if line.slope < 0:
-        said.append("past changes went against the sign of the scores, so the forecast turns it round")
+        said.append("past changes had the opposite sign of the scores, so the forecast inverts it")
     return said
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"it holds {name}")
+    raise ValueError(f"it contains {name}")
 
 
 def _validate(document: Any) -> None:

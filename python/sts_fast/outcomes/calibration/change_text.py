@@ -6,7 +6,7 @@ from sts_fast.statistics import Interval
 
 
 def unit_name(unit: str) -> str:
-    """'points of accuracy' for shares of 1, which are shown in hundredths; else what is known of the unit."""
+    """'points of accuracy' for shares of 1, which are shown in hundredths; otherwise the unit itself."""
     return {"accuracy": "points of accuracy", "given": "the unit of the outcomes' table"}.get(unit, unit)
 
 

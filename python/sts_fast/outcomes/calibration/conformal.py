@@ -1,20 +1,21 @@
-"""From scores and changes of past trainings to forecasts of the change with prediction intervals.
+"""Fits forecasts of the change with prediction intervals, from scores and changes of past trainings.
 
-The line     change = intercept + slope * score, by least squares, every training set weighing the same. Scores with a
-             sign go through the origin. Scores without one forecast |change|, with intercept and slope >= 0.
-The scale    sigma(s) = floor + per_score * |s|, the same fit of the absolute residuals: where much is forecast, more
-             can be missed.
+The line     change = intercept + slope * score, by least squares, with the same weight for every training set. For
+             signed scores it goes through the origin. Scores without a sign forecast |change|, with intercept and
+             slope >= 0.
+The scale    sigma(s) = floor + per_score * |s|, the same fit of the absolute residuals: larger forecasts can have
+             larger errors.
 The interval line(s) +- multiplier * sigma(s). The multiplier comes from residuals r = |change - line(s)| / sigma(s)
              whose line and scale were fitted without their own training set (cross-conformal prediction, Vovk 2015;
              Barber et al. 2021, with whole training sets left out).
 
-Domains of one training move together, so that only training sets are exchangeable, not domains. One domain drawn from
-each of K training sets, and one from the next, are: the m-th smallest of the K residuals, m = ceil(level (K + 1)),
-covers the next with probability m / (K + 1) (Dunn, Wasserman and Ramdas 2022, subsampling once). To be rid of the draw,
-the multiplier is the residual below which, averaged over training sets, lies the share of residuals that lies below
-that m-th smallest on average over all draws; this average has a closed form (a Poisson-binomial sum). With one domain
-per training set it is the m-th smallest itself, with training sets all alike the m / (K + 1) quantile. The probability
-is exact for the drawn residual alone; simulations in the tests hold the multiplier to it.
+Domains of one training move together, so only training sets are exchangeable, not domains. One domain drawn from
+each of K training sets, and one from the next, are exchangeable: the m-th smallest of the K residuals, with
+m = ceil(level (K + 1)), covers the next with probability m / (K + 1) (Dunn, Wasserman and Ramdas 2022, subsampling
+once). The multiplier avoids the random draw: the share of residuals below it, averaged over training sets, is the share
+below that m-th smallest, averaged over all draws; this average has a closed form (a Poisson-binomial sum). With one
+domain per training set the multiplier is the m-th smallest itself, with training sets all alike the m / (K + 1)
+quantile. The probability is exact only for the drawn residual; simulations in the tests check the multiplier.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ MOST_CANDIDATES = 4096
 
 @dataclass(frozen=True)
 class Points:
-    """Scores and changes of past trainings, a point being one domain of one training.
+    """Scores and changes of past trainings; a point is one domain of one training.
 
     score, change: [n]; change is |change| where the scores have no sign
     train:         [n] number of the training set, from 0; trainings on the same set share it
@@ -54,14 +55,14 @@ class Points:
         return Points(self.score[kept], self.change[kept], self.train[kept], self.signed)
 
     def weights(self) -> Doubles:
-        """[n] one over the points of the training set: each set weighs the same."""
+        """[n] weights that sum to 1, the same total for each training set."""
         _, of, counts = np.unique(self.train, return_inverse=True, return_counts=True)
         return np.asarray(1 / (counts[of] * len(counts)))
 
 
 @dataclass(frozen=True)
 class Line:
-    """What is forecast for a score, and how far that may be off: the unit of the interval's half width."""
+    """The change forecast for a score, and its scale: the unit of the interval's half width."""
 
     intercept: float
     slope: float
@@ -117,7 +118,7 @@ def fit_line(points: Points) -> Line:
 
 
 def fit_constant(points: Points) -> Line:
-    """The mean change for every score: what a forecast has to beat."""
+    """The mean change for every score, which a forecast has to beat."""
     weight = points.weights()
     mean = float((weight * points.change).sum())
     residual = np.abs(points.change - mean)
@@ -157,7 +158,7 @@ def multiplier(residuals: Doubles, train: Indices, level: float = LEVEL) -> floa
 
     Raises ValueError where K < trains_needed(level).
     """
-    sets = [np.sort(residuals[train == one]) for one in np.unique(train)]
+    sets = [np.sort(residuals[train == number]) for number in np.unique(train)]
     n_sets = len(sets)
     rank = math.ceil(level * (n_sets + 1) - 1e-9)
     if rank > n_sets:
@@ -166,7 +167,7 @@ def multiplier(residuals: Doubles, train: Indices, level: float = LEVEL) -> floa
     if len(values) > MOST_CANDIDATES:
         values = values[np.linspace(0, len(values) - 1, MOST_CANDIDATES).astype(np.int64)]
     # [n_values, n_sets] share of each training set's residuals that do not exceed each value.
-    shares = np.stack([np.searchsorted(one, values, side="right") / len(one) for one in sets], axis=1)
+    shares = np.stack([np.searchsorted(own, values, side="right") / len(own) for own in sets], axis=1)
     # [n_values, n_sets + 1] P(so many of the drawn residuals do not exceed the value).
     drawn = np.zeros((len(values), n_sets + 1))
     drawn[:, 0] = 1
@@ -189,11 +190,11 @@ def judge(past: Points, new: Points, fit: Lines = fit_line, level: float = LEVEL
 
 
 def assess(points: Points, level: float = LEVEL) -> Assessment | None:
-    """How the intervals do on training sets that they were not learned from; None where too few would be left."""
+    """Quality of the intervals on held-out training sets; None where too few would be left."""
     trains = np.unique(points.train)
     if len(trains) - 1 < trains_needed(level):
         return None
-    held_out = [(points.only(points.train != one), points.only(points.train == one)) for one in trains]
+    held_out = [(points.only(points.train != train), points.only(points.train == train)) for train in trains]
     by_line = np.asarray([judge(past, new, fit_line, level) for past, new in held_out])
     by_constant = np.asarray([judge(past, new, fit_constant, level) for past, new in held_out])
     coverage, *figures = by_line.mean(axis=0).tolist()

@@ -1,4 +1,4 @@
-"""Past runs: forecasts whose training has been done since, and what became of each domain."""
+"""Past runs: forecasts of trainings that have been done since, with the outcome of each domain."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from sts_fast.outcomes.evaluation import METRICS
 from sts_fast.outcomes.outcomes import Outcome
 from sts_fast.outcomes.validate import load_outcomes
 
-# Which estimator is learned from where none is named: the first that all runs hold.
+# Estimators to learn from where none is named: the first of these that all runs have.
 PREFERRED = (*(name for name in reversed(ESTIMATOR_OPTIONS) if name in SIGNED), *SIZES)
-# What identifies a local model or SAE, of all the files that were hashed.
+# Suffixes of the hashed files that identify a local model or SAE.
 WEIGHTS = (".safetensors", ".npz", ".pt", ".bin")
 SHOWN_DIGITS = 12
 
@@ -57,7 +57,7 @@ class PastRun:
 def read_past(sources: Iterable[str | Path]) -> tuple[list[PastRun], list[Path]]:
     """The runs in and below the given folders, and those of them that lack an outcome.
 
-    Raises InputError where a folder holds no run, or no run has an outcome, or a file is damaged.
+    Raises InputError where a folder contains no run, no run has an outcome, or a file is damaged.
     """
     folders: list[Path] = []
     for source in map(Path, sources):
@@ -65,14 +65,14 @@ def read_past(sources: Iterable[str | Path]) -> tuple[list[PastRun], list[Path]]
             raise InputError(f"there is no folder {source}: give folders of past runs, each as sts-fast score wrote it")
         found = sorted({path.parent for depth in ("", "*/", "*/*/") for path in source.glob(f"{depth}{SCORES_FILE}")})
         if not found:
-            raise InputError(f"{source} holds no past run: give folders that sts-fast score wrote")
+            raise InputError(f"{source} contains no past run: give folders that sts-fast score wrote")
         folders += [folder for folder in found if folder not in folders]
     if not folders:
         raise InputError("there are no past runs to learn from: give their folders")
     having = [folder for folder in folders if (folder / VALIDATION_FILE).is_file()]
     if not having:
         raise InputError(
-            f"none of {len(folders)} past runs has an outcome: hold each against its evaluations first, with "
+            f"none of {len(folders)} past runs has an outcome: first compare each with its evaluations, with "
             f"sts-fast validate {folders[0]} --before ... --after ..."
         )
     runs = [PastRun(folder, Run.load(folder).scores, load_outcomes(folder)) for folder in having]
@@ -80,7 +80,7 @@ def read_past(sources: Iterable[str | Path]) -> tuple[list[PastRun], list[Path]]
 
 
 def forecasts_of(scores: Scores, estimator: str) -> dict[str, float]:
-    """Score by domain, of those that have one; empty where the run was made without the estimator."""
+    """Scores by domain, of domains that have one; empty where the run was made without the estimator."""
     return {
         domain["name"]: domain["scores"][estimator]["value"]
         for domain in scores["domains"]
@@ -89,7 +89,7 @@ def forecasts_of(scores: Scores, estimator: str) -> dict[str, float]:
 
 
 def choose_estimator(runs: Sequence[PastRun], asked: str | None) -> str:
-    """Raises InputError where not every run holds it."""
+    """The given estimator, or the first of PREFERRED that all runs have. Raises InputError where a run lacks it."""
     if asked is not None and asked not in BY_NAME:
         raise InputError(f"--estimator must be one of {', '.join(BY_NAME)}, not '{asked}'")
     for estimator in [asked] if asked else PREFERRED:
@@ -116,7 +116,7 @@ def points_of(runs: Sequence[PastRun], estimator: str) -> tuple[Points, list[str
         both = [name for name in run.outcomes if name in forecasts]
         if not both:
             raise InputError(
-                f"{run.folder} forecasts none of the domains that {VALIDATION_FILE} has outcomes of "
+                f"{run.folder} forecasts none of the domains with an outcome in {VALIDATION_FILE} "
                 f"({listed(run.outcomes) or 'none'}): validate it again"
             )
         score += [forecasts[name] for name in both]
@@ -128,7 +128,7 @@ def points_of(runs: Sequence[PastRun], estimator: str) -> tuple[Points, list[str
 
 
 def train_key(scores: Scores) -> str:
-    """What tells training sets apart: the hashes of their files; of examples in memory, the shift that they cause."""
+    """Identity of a training set: the hashes of its files; of examples in memory, the shift that they cause."""
     hashes = [entry["sha256"] for entry in scores["provenance"]["inputs"] if entry["role"] == "train"]
     shifts = [[feature["index"], feature["mean_activation"]] for feature in scores["shifted_features"]]
     return _digest(sorted(hashes) or shifts)
@@ -143,12 +143,12 @@ def unit_of(runs: Sequence[PastRun]) -> str:
             units.setdefault("accuracy" if name in METRICS else name, run.folder)
     if len(units) > 1:
         shown = ", ".join(f"{unit} in {folder}" for unit, folder in units.items())
-        raise InputError(f"the outcomes are not of one kind ({shown}): learn from runs that were evaluated alike")
+        raise InputError(f"the outcomes are of different kinds ({shown}): learn from runs with the same evaluation")
     return next(iter(units))
 
 
 def conditions(scores: Scores, estimator: str) -> Conditions:
-    """What scores depend on beside the training set, which past runs and new ones must have in common."""
+    """Settings that scores depend on beside the training set; past runs and new ones must have the same."""
     model, sae, settings = scores["model"], scores["sae"], scores["settings"]
     shared: Conditions = {
         "model": _identity(scores, "model", model["name"], model["revision"]),
@@ -168,7 +168,7 @@ def conditions(scores: Scores, estimator: str) -> Conditions:
 
 
 def _identity(scores: Scores, role: str, name: str, revision: str | None) -> str:
-    """The weights' digest for local files, so that a folder may move; the name for what came from the hub."""
+    """Name with the digest of local weights, so that a folder may move; or with the revision on the hub."""
     hashes = sorted(
         entry["sha256"]
         for entry in scores["provenance"]["inputs"]
@@ -180,7 +180,7 @@ def _identity(scores: Scores, role: str, name: str, revision: str | None) -> str
 
 
 def differences(past: Conditions, new: Conditions) -> list[str]:
-    """In words, where two runs were not made alike; a folder's name does not count where its weights are the same."""
+    """Differences between the conditions of two runs, in words; a folder's name does not count if its weights agree."""
     return [
         f"{name} {new.get(name)} instead of {value}"
         for name, value in past.items()
@@ -193,12 +193,13 @@ def _comparable(value: Any) -> Any:
 
 
 def check_alike(runs: Sequence[PastRun], estimator: str) -> Conditions:
-    """The conditions that all runs share. Raises InputError where one was made otherwise."""
+    """The conditions that all runs share. Raises InputError where one differs."""
     first = conditions(runs[0].scores, estimator)
     for run in runs[1:]:
         if differ := differences(first, conditions(run.scores, estimator)):
             raise InputError(
-                f"{run.folder} was not made like {runs[0].folder}: {', '.join(differ)}; learn from runs made alike"
+                f"{run.folder} differs from {runs[0].folder}: {', '.join(differ)}; learn from runs with the same "
+                "settings"
             )
     return first
 
@@ -208,6 +209,7 @@ def _digest(value: Any) -> str:
 
 
 def described(run: PastRun, number: int) -> LearnedRun:
+    """The calibration's record of a run that it was learned from."""
     return LearnedRun(
         train=number,
         name=run.scores["train"]["name"],

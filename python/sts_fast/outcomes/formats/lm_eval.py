@@ -49,17 +49,17 @@ def read(path: Path, document: Document) -> Evaluation:
         if tasks:
             evaluation.metrics[alias] = tasks
     if not evaluation.metrics:
-        raise InputError(f"{path} holds no metric of any task")
+        raise InputError(f"{path} contains no metric of any task: give a results file of lm-evaluation-harness")
     if incomplete:
         evaluation.warnings.append(
-            f"{path}: the samples are not those that the results were computed from, and are not used: "
+            f"{path}: the samples are not those that the results were computed from, and are ignored: "
             f"{listed(dict.fromkeys(incomplete))}"
         )
     return evaluation
 
 
 def _aliases(entries: Document) -> dict[str, str]:
-    """Task -> the name it is shown by, or its own name where two tasks are shown by the same."""
+    """Task -> its alias, or its own name where two tasks have the same alias."""
     shown = {name: str(entry.get("alias") or name).strip(" -") or name for name, entry in entries.items()}
     taken = list(shown.values())
     return {name: alias if taken.count(alias) == 1 else name for name, alias in shown.items()}
@@ -76,7 +76,7 @@ def _read_samples(results: Path, task: str) -> Iterator[Document]:
                     sample = json.loads(line)
                     if not isinstance(sample, dict) or "doc_id" not in sample:
                         raise InputError(f"{path}, line {number}: not a sample of lm-evaluation-harness")
-                    # The prompts are most of the file, and nobody reads them here.
+                    # The prompts are most of the file and are not needed.
                     yield {key: sample[key] for key in sample if key not in ("doc", "arguments", "resps")}
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, InputError):
@@ -85,7 +85,7 @@ def _read_samples(results: Path, task: str) -> Iterator[Document]:
 
 
 def _with_samples(task: Task, samples: list[Document], metric: str, extraction: str) -> Task:
-    """The task with its answers question by question, if these are all of them and average to its value."""
+    """The task with its answers by question, if these are complete and average to its value."""
     samples = [sample for sample in samples if sample.get("filter", extraction or "none") == (extraction or "none")]
     correct = {}
     for sample in samples:
@@ -107,5 +107,5 @@ def _with_samples(task: Task, samples: list[Document], metric: str, extraction: 
 
 
 def time_of(path: Path) -> str:
-    found = TIME.search(path.name)
-    return found[0] if found else ""
+    match = TIME.search(path.name)
+    return match[0] if match else ""

@@ -11,7 +11,7 @@ from sts_fast.errors import InputError
 from sts_fast.files import Document
 from sts_fast.outcomes.evaluation import Evaluation, Task, finite, read_text
 
-# The scripts' first and strictest pattern (compute_accuracy.py, level l1); what it does not find counts as wrong.
+# The scripts' first and strictest pattern (compute_accuracy.py, level l1); answers that it does not match are wrong.
 ANSWER = re.compile(r"answer is \(?([A-J])\)?")
 SUMMARY_LINE = re.compile(r"^Average accuracy (\S+) - (.+)$", re.MULTILINE)
 
@@ -35,7 +35,7 @@ def has_rows(document: Any) -> bool:
 
 
 def read_rows(path: Path, rows: list[Document]) -> Evaluation:
-    """Answers per question. The scripts themselves guess where no answer can be read; here that is wrong."""
+    """Answers per question. Where no answer can be read, the scripts guess; here the answer counts as wrong."""
     correct: dict[str, dict[str, float]] = {}
     key: dict[str, dict[str, str]] = {}
     unparsed: dict[str, int] = {}
@@ -46,12 +46,12 @@ def read_rows(path: Path, rows: list[Document]) -> Evaluation:
             text = text[0] if text else None
         if "model_outputs" not in row and "generated_text" not in row:
             raise InputError(f"{path}: question {question} has neither model_outputs nor generated_text to read again")
-        found = ANSWER.search(text) if isinstance(text, str) else None
+        match = ANSWER.search(text) if isinstance(text, str) else None
         if question in correct.setdefault(category, {}):
-            raise InputError(f"{path} holds question {question} twice: give one evaluation")
-        correct[category][question] = float(found is not None and found[1] == row["answer"])
+            raise InputError(f"{path} contains question {question} twice: give one evaluation")
+        correct[category][question] = float(match is not None and match[1] == row["answer"])
         key.setdefault(category, {})[question] = f"{row['answer']} {row.get('question', '')}"
-        unparsed[category] = unparsed.get(category, 0) + (found is None)
+        unparsed[category] = unparsed.get(category, 0) + (match is None)
     evaluation = Evaluation()
     for category, answers in correct.items():
         n, value = len(answers), sum(answers.values()) / len(answers)
@@ -65,7 +65,7 @@ def read_summary(path: Path, document: Document) -> Evaluation:
     for name, entry in document.items():
         right, wrong = (finite(entry.get(k)) if isinstance(entry, dict) else None for k in ("corr", "wrong"))
         if right is None or wrong is None or right < 0 or wrong < 0 or right + wrong == 0:
-            raise InputError(f"{path}: {name} does not say how many answers are right and wrong")
+            raise InputError(f"{path}: {name} does not give the numbers of right and wrong answers")
         if name != "total":
             n = round(right + wrong)
             evaluation.metrics[name] = {"accuracy": Task(right / n, "accuracy", _stderr(right / n, n), n)}

@@ -36,9 +36,9 @@ def read_table(path: Path) -> list[tuple[int, str, dict[str, float]]]:
             if name in known and cell:
                 numbers[name] = _cell(path, line, name, cell)
         if len(row) <= column or not row[column]:
-            raise InputError(f"{path}, line {line}: no domain")
+            raise InputError(f"{path}, line {line} has no domain: fill it in")
         if any(row[column] == other for _, other, _ in table):
-            raise InputError(f"{path}, line {line}: the domain '{row[column]}' comes twice")
+            raise InputError(f"{path}, line {line}: the domain '{row[column]}' occurs twice")
         if numbers.get("stderr", 0.0) < 0:
             raise InputError(f"{path}, line {line}: the standard error is negative")
         table.append((line, row[column], numbers))

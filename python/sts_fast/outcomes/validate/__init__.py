@@ -1,4 +1,4 @@
-"""Holds a forecast against what really changed, and says how much that comparison can tell."""
+"""Compares a forecast with the measured changes, and shows how much the comparison proves."""
 
 from sts_fast.outcomes.validate.record import DomainResult
 from sts_fast.outcomes.validate.statistics import outcome_limits

@@ -1,4 +1,4 @@
-"""What a comparison is made from: scores with their controls, and outcomes, as arrays."""
+"""Inputs of a comparison: scores with their controls, and outcomes, as arrays."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ControlValues = dict[str, Any]
 
 TEXT_CONTROLS = tuple(control.name for control in CONTROLS if control.of == "text")
 MIN_DOMAINS = 4
-# No score and no change is as large; squares of what is overflow.
+# No score and no change is larger; squares of larger numbers would overflow.
 LARGEST = 1e100
 
 
@@ -37,23 +37,26 @@ def read_scores(source: ScoreSource, estimator: str) -> tuple[dict[str, Number],
         return {str(name): value for name, value in document.items()}, {}
     scores: dict[str, Number] = {}
     controls: dict[str, ControlValues] = {}
-    # A control has no number for a signed estimator, and is compared by its size.
+    # Controls have no signed numbers; a signed estimator is compared with their sizes.
     key = "act" if estimator in SIGNED else estimator
     for domain in document["domains"]:
         if not isinstance(domain, dict) or "name" not in domain:
-            raise InputError(f"{where} is not a forecast: it lists a domain without a name")
+            raise InputError(f"{where} is not a forecast, because a domain has no name: give a run of sts-fast score")
         score = domain.get("scores", {}).get(estimator)
         if score is None:
             continue
         if not isinstance(score.get("ci"), list) or len(score["ci"]) != 2:
-            raise InputError(f"{where} holds an interval of '{domain['name']}' that is no pair of numbers")
+            raise InputError(
+                f"the interval of '{domain['name']}' in {where} is not a pair of numbers: make the run again"
+            )
         scores[domain["name"]] = (score["value"], *score["ci"])
         for control, entry in (domain.get("controls") or {}).items():
             for label, number in _control_values(control, entry, key):
                 controls.setdefault(label, {})[domain["name"]] = number
     if not scores:
         held = dict.fromkeys(name for domain in document["domains"] for name in domain.get("scores", {}))
-        raise InputError(f"{where} holds no scores of the estimator '{estimator}': it has {', '.join(held) or 'none'}")
+        known = ", ".join(held) or "none"
+        raise InputError(f"{where} has no scores by '{estimator}', only by {known}: name one of these")
     return scores, controls
 
 
@@ -67,7 +70,7 @@ def _content(source: ScoreSource) -> tuple[str, Mapping[str, Any]]:
 
 
 def _control_values(control: str, entry: Any, key: str) -> list[tuple[str, Any]]:
-    """A control is a number, or numbers by estimator (only the one in question counts) or by other names."""
+    """(label, value) of a control, which is a number, numbers by estimator (only `key` counts) or by other names."""
     if not isinstance(entry, dict):
         return [(control, entry)]
     others = [(f"{control} {name}", value) for name, value in entry.items() if name not in BY_NAME]
@@ -88,7 +91,7 @@ def unmatched(scores: Mapping[str, Any], outcomes: Mapping[str, Any], names: Map
 
 
 def score_arrays(scores: Mapping[str, Number], names: Mapping[str, Any]) -> tuple[Doubles, Doubles]:
-    """Scores [n] and the standard deviations [n] that their 95% intervals stand for, 0 where there is none."""
+    """Scores [n] and their standard deviations [n] by their 95% intervals, 0 where there is none."""
     values, deviations = np.zeros(len(names)), np.zeros(len(names))
     for i, name in enumerate(names):
         interval = interval_of(scores[name])
@@ -102,7 +105,7 @@ def score_arrays(scores: Mapping[str, Number], names: Mapping[str, Any]) -> tupl
 
 
 def control_array(values: Mapping[str, Any], names: Iterable[str]) -> Doubles | None:
-    """[n] a control's numbers; None where it has none for one of the domains."""
+    """[n] a control's numbers; None where one of the domains has none."""
     numbers = [values.get(name) for name in names]
     if any(not isinstance(number, (int, float)) or not math.isfinite(number) for number in numbers):
         return None
@@ -110,7 +113,7 @@ def control_array(values: Mapping[str, Any], names: Iterable[str]) -> Doubles | 
 
 
 def text_arrays(controls: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> dict[str, Doubles]:
-    """By control, the numbers [n] of those that are made from the text of the questions alone."""
+    """The numbers [n] of each control that is made from the text of the questions alone."""
     names = list(names)
     of_text = {name: values for name, values in controls.items() if name.partition(" ")[0] in TEXT_CONTROLS}
     arrays = {name: control_array(values, names) for name, values in of_text.items()}

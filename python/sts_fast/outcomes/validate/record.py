@@ -1,4 +1,4 @@
-"""What a comparison of forecast and outcome is made of."""
+"""Parts of a comparison of forecast and outcome."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ class Estimate:
     """One statistic of the scores s and the changes, over the matched domains.
 
     value:       as observed
-    ci:          95% interval if the same domains were measured again: random are the outcomes, N(change, stderr^2), and
-                 the scores, N(score, ((high - low) / 3.92)^2) from their own interval; the domains stay. Percentiles
-                 of 10,000 draws. The observed values hold noise already and get it once more, so the interval lies
-                 lower than the value. None where neither noise is known.
-    ci_domains:  95% interval if other domains of the kind had been chosen: random are the domains, drawn with
-                 replacement, each with the score and the change that were observed for it. The noise of both comes
-                 along with the domain and is not added a second time. With 8 to 14 domains such an interval covers
-                 the truth in about 90% of cases rather than 95%.
+    ci:          95% interval for measuring the same domains again: percentiles of 10,000 draws of the outcomes,
+                 N(change, stderr^2), and the scores, N(score, ((high - low) / 3.92)^2) from their own interval. The
+                 observed values contain noise already and get it once more, so the interval lies lower than the
+                 value. None where neither noise is known.
+    ci_domains:  95% interval for choosing other domains of the same kind: the domains are drawn with replacement, each
+                 with its observed score and change. Their noise comes with the domain and is not added a second time.
+                 With 8 to 14 domains such an interval covers the truth in about 90% of cases instead of 95%.
     leave_one_out: lowest and highest value with one domain left out
-    p_one_sided: share of all orders of the scores with a value at least as large: what a random forecast reaches
+    p_one_sided: share of all orders of the scores with a value at least as large, as random forecasts reach it
     p_two_sided: share with a value at least as far from zero
     """
 
@@ -36,7 +35,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Association:
-    """How scores and changes go together.
+    """Association of scores and changes.
 
     pearson:   sum (s - mean s)(t - mean t) / sqrt(sum (s - mean s)^2 sum (t - mean t)^2)
     spearman:  the same of the ranks, ties ranked by their mean
@@ -50,7 +49,7 @@ class Association:
 
 @dataclass(frozen=True)
 class Partial:
-    """A partial correlation, with the intervals of Estimate; what is given is taken as known exactly."""
+    """A partial correlation, with the intervals of Estimate; the given variable counts as known exactly."""
 
     value: float
     ci: Interval | None
@@ -59,10 +58,10 @@ class Partial:
 
 @dataclass(frozen=True)
 class GivenText:
-    """How scores and changes go together, less what both owe to the text of the questions.
+    """Association of scores and changes, given the text of the questions.
 
     control: of the controls that need no model, the one with the largest |r| with the changes; r: that correlation
-    pearson, spearman: of scores and changes, partial given it; None where it determines one of them
+    pearson, spearman: partial correlation of scores and changes, given it; None where it determines one of them
     """
 
     control: str
@@ -73,7 +72,7 @@ class GivenText:
 
 @dataclass(frozen=True)
 class Limits:
-    """What these outcomes could show of any forecast. Observed changes d stand in for the true ones: it is a best case.
+    """Limits of these outcomes as evidence about any forecast, at best: observed changes d are taken as the true ones.
 
     n_distinguishable: changes with |d| > 1.96 stderr
     reliability: 1 - mean_i Var|N(d_i, stderr_i^2)| / Var(|d|): the share of the variance of |change| over domains that
@@ -87,7 +86,7 @@ class Limits:
                  P(r > .7), which depends on the number of domains only
     chance_ranking_above_good: the same for a random ranking, 1 to n in any order, against these outcomes
 
-    What needs standard errors is None where one of them is not known; power is then that of noiseless outcomes.
+    Fields that need standard errors are None where one of them is not known; power is then that of noiseless outcomes.
     """
 
     n_distinguishable: int | None
@@ -102,7 +101,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class DomainResult:
-    """One domain: its score beside its change. z = change / stderr; None where stderr is unknown or zero."""
+    """Score and change of one domain. z = change / stderr; None where stderr is unknown or zero."""
 
     name: str
     score: float

@@ -1,4 +1,4 @@
-"""How scores and changes go together, and what outcomes could show of any forecast; along the last axis."""
+"""Association of scores and changes, and limits of the outcomes as evidence; statistics run along the last axis."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 
 N_DRAWS = 10_000
 LEVEL = 0.05
-# What a good forecast is taken to be: the paper reports .60 to .90.
+# The r of a good forecast: the paper reports .60 to .90.
 GOOD = 0.7
 
 
 def outcome_limits(outcomes: Outcomes | Mapping[str, Outcome], *, seed: int = 0) -> Limits:
-    """What these outcomes could show of any forecast, before one is made. Raises InputError for fewer than four."""
+    """Limits of these outcomes as evidence about any forecast. Raises InputError for fewer than four domains."""
     domains = outcomes.domains if isinstance(outcomes, Outcomes) else outcomes
     change, stderr = outcome_arrays(domains)
     size, n = np.abs(change), len(change)
@@ -77,7 +77,7 @@ def sign_auc(score: Doubles, change: Doubles) -> float | None:
 
 @dataclass(frozen=True)
 class Draws:
-    """Random numbers that every predictor is judged by, so that predictors differ by nothing else.
+    """Random numbers shared by all predictors, so that these are compared on the same draws.
 
     outcome_noise, score_noise: [N_DRAWS, n] standard normal
     domains: [N_DRAWS, n] domains drawn with replacement
@@ -140,7 +140,7 @@ def associate(
 def associate_control(
     values: Mapping[str, Any], names: Sequence[str], change: Doubles, stderr: Doubles, draws: Draws
 ) -> Association | None:
-    """As associate; None also where the control is not there for every domain."""
+    """As associate; None also where the control is missing for a domain."""
     numbers = control_array(values, names)
     return None if numbers is None else associate(numbers, np.zeros(len(names)), change, stderr, np.abs, draws)
 
@@ -151,13 +151,15 @@ def given_text(
 ) -> GivenText | None:  # fmt: skip
     """Scores against target(change), given the best of the controls that are made from texts alone.
 
-    texts: by control, its number in every domain. None where none of them varies.
+    texts: by control, its number in every domain
+
+    None where no control varies.
     """
     aim = target(change)
-    found = {name: r for name, values in texts.items() if (r := defined(pearson(values, aim))) is not None}
-    if not found:
+    r_of = {name: r for name, values in texts.items() if (r := defined(pearson(values, aim))) is not None}
+    if not r_of:
         return None
-    best = max(found, key=lambda name: abs(found[name]))
+    best = max(r_of, key=lambda name: abs(r_of[name]))
     z, again = texts[best], _measured_again(score, score_sd, change, stderr, target, draws)
 
     def partial(statistic: Callable[[Doubles, Doubles, Doubles], Doubles]) -> Partial | None:
@@ -167,7 +169,7 @@ def given_text(
         of_domains = statistic(score[draws.domains], aim[draws.domains], z[draws.domains])
         return Partial(value, None if again is None else _percentiles(statistic(*again, z)), _percentiles(of_domains))
 
-    return GivenText(best, found[best], partial(partial_pearson), partial(partial_spearman))
+    return GivenText(best, r_of[best], partial(partial_pearson), partial(partial_spearman))
 
 
 def _measured_again(
@@ -210,7 +212,7 @@ def _percentiles(values: Doubles) -> Interval | None:
 
 
 def _share(hits: NDArray[np.bool_], exact: bool) -> float:
-    """Of all orders; of random orders and the observed one, so that it is never zero."""
+    """Share of all orders; or of random orders and the observed one, which is never zero."""
     return float(hits.mean()) if exact else float((hits.sum() + 1) / (len(hits) + 1))
 
 

@@ -1,4 +1,4 @@
-"""Holds a forecast against what really changed, and says how much that comparison can tell."""
+"""Compares a forecast with the measured changes, and shows how much the comparison proves."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def validate(
 
     scores:   a Forecast, the folder or scores.json of a run, its content, or domain -> score or (score, low, high)
     outcomes: domain -> Outcome; or give `before`, `after`, `metric` for read_outcomes
-    estimator: whose scores to take, by its name in scores.json
-    seed:     of every draw; the same seed gives the same numbers
+    estimator: estimator of the scores, by its name in scores.json
+    seed:     seed of every draw; the same seed gives the same numbers
 
     Raises InputError where scores or outcomes cannot be read or fewer than four domains are in both.
     """
@@ -91,7 +91,7 @@ def validate(
         )
         for i, (name, outcome) in enumerate(matched.items())
     ]
-    carried = [what for what, known_ in zip(("the outcomes", "the scores"), noise_known, strict=True) if known_]
+    carried = [source for source, is_known in zip(("the outcomes", "the scores"), noise_known, strict=True) if is_known]
     return Validation(
         estimator=estimator,
         domains=rows,

@@ -1,4 +1,4 @@
-"""A comparison of forecast and outcome, and what it says in words and lines of text."""
+"""A comparison of forecast and outcome, and its text."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ LINE = 79
 
 @dataclass(frozen=True)
 class Validation:
-    """A forecast beside what really happened.
+    """A forecast beside the measured changes.
 
-    size:     scores against |change|, which is what they forecast; of signed forecasts their absolute values
+    size:     scores against |change|, which they forecast; for signed forecasts their absolute values
     signed:   scores against the change with its sign
-    sign_auc: of all pairs of a domain that rose and one that fell, the share that a signed forecast has in the right
+    sign_auc: of all pairs of a domain that rose and one that fell, the share that a signed forecast puts in the right
               order; None for scores without a sign, or where all changes have one sign
-    controls: size, for each control in the place of the score
+    controls: as `size`, for each control instead of the score
     size_given_text, signed_given_text: the same as `size` and `signed`, given the best of the controls that need no
               model; None where the run has none
-    ci_carries: whose noise the intervals `ci` hold
+    ci_carries: sources of the noise in the intervals `ci`
     """
 
     estimator: str
@@ -81,7 +81,7 @@ def load_outcomes(folder: str | Path) -> dict[str, Outcome]:
             for domain in domains
         }
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path} is not what sts-fast validate wrote: validate the run again") from error
+        raise InputError(f"{path} is not a result of sts-fast validate: validate the run again") from error
     for name, outcome in outcomes.items():
         finite(f"the change of '{name}' in {path}", outcome.change)
     return outcomes
@@ -98,43 +98,43 @@ def verdict(
     limits: Limits, without: tuple[int, float],
 ) -> str:  # fmt: skip
     n, r, p = len(rows), size.pearson.value, size.pearson.p_one_sided
-    found = f"r = {r:.2f}, p = {p:.2g}; Spearman {size.spearman.value:.2f}, p = {size.spearman.p_one_sided:.2g}"
+    evidence = f"r = {r:.2f}, p = {p:.2g}; Spearman {size.spearman.value:.2f}, p = {size.spearman.p_one_sided:.2g}"
     weak = f"a forecast with a true r of {GOOD:g} would stand out from random ones in only {limits.power:.0%} of cases"
     why = [f"{n} domains are few"] if n < 20 else []
     if limits.n_distinguishable is not None and limits.n_distinguishable < n:
         why.insert(0, f"{n - limits.n_distinguishable} of {n} changes cannot be told from zero")
     because = f" ({', '.join(why)})" if why else ""
     if p < LEVEL:
-        said = [f"The score orders the {n} domains by size of change better than chance ({found})."]
+        sentences = [f"The score orders the {n} domains by size of change better than chance ({evidence})."]
         index, rest = without
         if rest <= critical_r(n - 1):
-            said.append(f"That hangs on {rows[index].name}: without it r is {rest:.2f}, no better than chance.")
+            sentences.append(f"This depends on {rows[index].name}: without it r is {rest:.2f}, no better than chance.")
         if limits.power < ENOUGH_POWER:
-            said.append(f"The outcomes are weak evidence all the same{because}: {weak}.")
+            sentences.append(f"The outcomes are still weak evidence{because}: {weak}.")
     elif limits.power < ENOUGH_POWER:
-        said = [
+        sentences = [
             f"These outcomes cannot tell a good forecast from a useless one{because}: {weak}. "
-            f"What this score reaches ({found}) speaks neither for nor against it."
+            f"The result of this score ({evidence}) speaks neither for nor against it."
         ]
     else:
-        said = [
-            f"No better than chance ({found}), where a forecast with a true r of {GOOD:g} would have stood out from "
-            f"random ones in {limits.power:.0%} of cases."
+        sentences = [
+            f"The score is no better than chance ({evidence}), while a forecast with a true r of {GOOD:g} would have "
+            f"stood out from random ones in {limits.power:.0%} of cases."
         ]
     rivals = [
         f"{name} ({control.pearson.value:.2f})" for name, control in controls.items() if control.pearson.value >= r
     ]
     if rivals:
-        said.append(f"Controls do as well: {', '.join(rivals)}.")
+        sentences.append(f"Controls do as well: {', '.join(rivals)}.")
     if given is not None:
-        said += _explained_by_text(given, r, better=p < LEVEL)
+        sentences += _explained_by_text(given, r, better=p < LEVEL)
     if limits.reliability is None:
-        said.append("The noise of the evaluation is not known, so all of this is a best case.")
-    return " ".join(said)
+        sentences.append("The noise of the evaluation is not known, so this is a best case.")
+    return " ".join(sentences)
 
 
 def _explained_by_text(given: GivenText, r: float, *, better: bool) -> list[str]:
-    """The sentence that the text of the questions explains the score, where it does."""
+    """A sentence where the text of the questions explains the score, else nothing."""
     best = f"{given.control}, the best of the controls that need no model (largest |r| with |change|)"
     partial = given.pearson
     rest = "" if partial is None else f"; given it, the score's partial r is {_with_interval(partial)}"
@@ -142,7 +142,10 @@ def _explained_by_text(given: GivenText, r: float, *, better: bool) -> list[str]
         return [f"The text of the questions alone explains as much: {best}, has r = {given.r:.2f}{rest}."]
     interval = None if partial is None else partial.ci_domains
     if better and (interval is None or interval[0] <= 0 <= interval[1]):
-        return [f"The text of the questions may explain it: {best}, has r = {given.r:.2f}{rest}, not told from 0."]
+        return [
+            f"The text of the questions may explain it: {best}, has r = {given.r:.2f}{rest}, not clearly different "
+            "from 0."
+        ]
     return []
 
 
@@ -212,23 +215,23 @@ def _shown(interval: Interval | None) -> str:
 
 def limit_lines(validation: Validation) -> list[str]:
     limits, n = validation.limits, len(validation.domains)
-    said = []
+    sentences = []
     if limits.n_distinguishable is not None:
-        said.append(f"{limits.n_distinguishable} of {n} changes differ from zero at 5%")
+        sentences.append(f"{limits.n_distinguishable} of {n} changes differ from zero at 5%")
     if limits.reliability is not None:
-        said.append(
+        sentences.append(
             f"reliability of |change|: {limits.reliability:.2f}; a forecast that knows every true |change| reaches its "
             f"root, r = {math.sqrt(limits.reliability):.2f}"
         )
     if limits.ceiling is not None:
-        said.append(
+        sentences.append(
             "a forecast equal to the observed |change| reaches, when all is measured again, "
             f"r = {limits.ceiling:.2f} {_shown(limits.ceiling_ci)}"
         )
-    said.append(
+    sentences.append(
         f"a random forecast exceeds r = {GOOD:g} in {limits.chance_above_good:.1%} of cases, a random ranking in "
         f"{limits.chance_ranking_above_good:.1%}"
     )
-    said.append(f"a forecast with a true r of {GOOD:g} stands out from random ones in {limits.power:.0%} of cases")
-    lines = [textwrap.wrap(sentence, LINE, initial_indent="- ", subsequent_indent="  ") for sentence in said]
-    return ["What these outcomes could show of any forecast, at best:", *itertools.chain(*lines)]
+    sentences.append(f"a forecast with a true r of {GOOD:g} stands out from random ones in {limits.power:.0%} of cases")
+    lines = [textwrap.wrap(sentence, LINE, initial_indent="- ", subsequent_indent="  ") for sentence in sentences]
+    return ["Limits of these outcomes as evidence about any forecast, at best:", *itertools.chain(*lines)]
