@@ -13,8 +13,8 @@ import sts_fast
 from sts_fast.ablate.ablate import Zeroing, ZeroingOptions
 from sts_fast.data.options import Checked, Option, annotations_of, element_choices_of, part, type_of
 from sts_fast.errors import InputError
+from sts_fast.forecast.estimators import ESTIMATOR_OPTIONS
 from sts_fast.forecast.options import Options, Settings
-from sts_fast.forecast.run import ESTIMATOR_OPTIONS
 from sts_fast.mix.mix import Mixing, MixingOptions
 from sts_fast.model.stored.writing import Capturing, CapturingOptions
 from sts_fast.rollouts.rollouts import RolloutOptions, RolloutSettings

@@ -11,7 +11,8 @@ from scipy import linalg, stats
 from scipy.spatial import distance
 
 from sts_fast.forecast import controls
-from sts_fast.forecast.run import SIZES, scores_schema
+from sts_fast.forecast.estimators import SIZES
+from sts_fast.forecast.run import scores_schema
 
 # --- other features ---
 

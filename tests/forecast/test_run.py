@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jsonschema
 import pyarrow.parquet as pq
@@ -25,15 +25,12 @@ from tiny import Tiny
 
 import sts_fast
 from sts_fast import files
+from sts_fast.forecast.estimators import BY_NAME, ESTIMATOR_OPTIONS, SIGNED, SIZES, SizeEstimator
 from sts_fast.forecast.run import (
-    BY_NAME,
-    ESTIMATOR_OPTIONS,
     FEATURES_FILE,
     PROMPTS_FILE,
     SCORES_FILE,
     SHIFT_FILE,
-    SIGNED,
-    SIZES,
     Score,
     scores_schema,
     validate_scores,
@@ -94,11 +91,12 @@ def test_schema_names_every_key_and_wants_each() -> None:
 
 def test_schema_knows_the_estimators_of_the_table() -> None:
     schema = scores_schema()
-    scores = schema["properties"]["domains"]["items"]["properties"]["scores"]
-    assert scores["propertyNames"]["enum"] == list(BY_NAME)
-    [sizes] = scores["patternProperties"]
+    assert schema["$defs"]["estimator"]["enum"] == list(BY_NAME)
+    [sizes] = schema["$defs"]["scores"]["patternProperties"]
     assert [name for name in BY_NAME if re.search(sizes, name)] == list(SIZES)
-    assert schema["properties"]["settings"]["properties"]["estimators"]["items"]["enum"] == list(SIZES)
+    assert schema["$defs"]["size_estimator"]["enum"] == list(SIZES) == list(get_args(SizeEstimator))
+    estimators = schema["properties"]["settings"]["properties"]["estimators"]
+    assert estimators["items"] == {"$ref": "#/$defs/size_estimator"}
     calibration = Path(sts_fast.__file__).parent / "outcomes" / "calibration" / "calibration.schema.json"
     assert json.loads(calibration.read_text())["properties"]["estimator"]["enum"] == list(BY_NAME)
     assert SIGNED == SIGNED_FIELDS

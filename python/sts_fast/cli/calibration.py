@@ -13,8 +13,9 @@ from sts_fast import files
 from sts_fast.cli.console import SIDE_WIDTH, err, out
 from sts_fast.errors import InputError
 from sts_fast.files import Document
+from sts_fast.forecast.estimators import BY_NAME
 from sts_fast.forecast.options import Settings
-from sts_fast.forecast.run import BY_NAME, Forecast
+from sts_fast.forecast.run import Forecast
 from sts_fast.outcomes.calibration import Calibration
 from sts_fast.outcomes.calibration.change_text import shown_change, shown_interval, unit_name
 

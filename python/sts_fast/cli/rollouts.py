@@ -18,7 +18,8 @@ from sts_fast.cli.tables import print_comparison, print_end, print_signed
 from sts_fast.data.options import Option
 from sts_fast.errors import InputError
 from sts_fast.forecast.compare import comparison
-from sts_fast.forecast.run import COMPARISON_FILE, SIZES, Forecast, clear_earlier
+from sts_fast.forecast.estimators import SIZES
+from sts_fast.forecast.run import COMPARISON_FILE, Forecast, clear_earlier
 from sts_fast.report import build_comparison_report, build_report
 from sts_fast.rollouts import Columns, sample_rollouts
 from sts_fast.rollouts import rollouts as forecast_rollouts

@@ -13,7 +13,8 @@ from sts_fast.cli.console import BAR_WIDTH, SIDE_WIDTH, err, out
 from sts_fast.files import Document
 from sts_fast.forecast.compare import sae_comparison
 from sts_fast.forecast.cost import Outlook
-from sts_fast.forecast.run import BY_NAME, SIGNED, SIZES, Estimator, Forecast, Score
+from sts_fast.forecast.estimators import BY_NAME, SIGNED, SIZES, Estimator
+from sts_fast.forecast.run import Forecast, Score
 
 
 def print_shift(forecast: Forecast, n_features: int) -> None:

@@ -14,7 +14,7 @@ from sts_fast.cli.options import AsJson
 from sts_fast.data.options import Option
 from sts_fast.data.sets import Seed
 from sts_fast.errors import InputError
-from sts_fast.forecast.run import BY_NAME
+from sts_fast.forecast.estimators import BY_NAME
 from sts_fast.outcomes.calibration import fit_calibration
 from sts_fast.outcomes.calibration.calibration import CALIBRATION_FILE
 from sts_fast.outcomes.validate import validate as run_validate

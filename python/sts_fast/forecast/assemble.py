@@ -17,11 +17,12 @@ from sts_fast.data.prompts import prompts_sha256
 from sts_fast.files import InputFile
 from sts_fast.forecast.blocks import ConcentrationBlock, ProvenanceBlock, SetBlock
 from sts_fast.forecast.dims import N_REPLICATES, Shift
-from sts_fast.forecast.estimators import DomainRead, domain_scores
+from sts_fast.forecast.domains import DomainRead, domain_scores
+from sts_fast.forecast.estimators import BY_NAME
 from sts_fast.forecast.length import LengthEffect, length_effect
 from sts_fast.forecast.options import Settings
 from sts_fast.forecast.plan import Plan
-from sts_fast.forecast.run import BY_NAME, Forecast, Score, ShiftedFeature, with_value_columns
+from sts_fast.forecast.run import Forecast, Score, ShiftedFeature, with_value_columns
 from sts_fast.model import explain
 from sts_fast.model.forward import PassRecord
 from sts_fast.model.log import AnswerLog
@@ -236,7 +237,7 @@ def _train_block(shift: Shift) -> SetBlock:
 
 def _length_effect(reads: Sequence[DomainRead], train: str, estimator: str) -> LengthEffect:
     """Of the score that D_N gives."""
-    lengths = [read.log.n_pairs if estimator == "icl" else read.log.n_read for read in reads]
+    lengths = [read.log.n_pairs if BY_NAME[estimator].of == "pairs" else read.log.n_read for read in reads]
     return length_effect([read.sums[train, "", estimator] for read in reads], [n.astype(np.float64) for n in lengths])
 
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from sts_fast.files import Document
-from sts_fast.forecast.run import ESTIMATORS, SCHEMA_VERSION, Forecast
+from sts_fast.forecast.estimators import ESTIMATORS
+from sts_fast.forecast.run import SCHEMA_VERSION, Forecast
 from sts_fast.statistics import defined, spearman
 
 

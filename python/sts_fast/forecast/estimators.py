@@ -1,225 +1,117 @@
-"""Scores of a domain by its use of the shifted features, from sums over its tokens."""
+"""The estimators of a forecast, in the order in which they are shown."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from sts_fast.data.prompts import PromptSet
-from sts_fast.errors import InputError
-from sts_fast.forecast import controls
-from sts_fast.forecast.dims import Shift
-from sts_fast.forecast.options import Settings
-from sts_fast.forecast.run import SIZES, DomainScore, Score
-from sts_fast.model.explain import Firings
-from sts_fast.model.log import AnswerLog, PromptLog
-from sts_fast.model.reader import PairedRows, Reader
-from sts_fast.ops.encode import SparseFeatures, encode
-from sts_fast.ops.shift import ShiftStats
-from sts_fast.sae import SAE
-from sts_fast.statistics import ratio_interval, resamples
+from sts_fast.statistics import Interval
 
 if TYPE_CHECKING:
-    import torch
+    from sts_fast.statistics import Doubles
 
-    from sts_fast.statistics import Doubles, Indices
+SizeEstimator = Literal["act", "icl", "act_sq"]
 
 
 @dataclass(frozen=True)
-class DomainRead:
-    """Sums over a domain's tokens: sums[training set, control, estimator] is [n_prompts].
+class Estimator:
+    """One way of scoring a domain.
 
-    raw:     sums over the residual stream itself
-    firings: by training set, where the first features of its D_N fire
-    columns: features that were read; mean_activation: [n_columns] E_x h_j(x), zero where no estimator needs it
+    name:     key of its scores; label: its name for people
+    meaning:  how a score is made, for people
+    signed:   whether a score above zero is a change for the better; without a sign it is the size of a change
+    quantity: what a score forecasts; unit: 'points' or 'nats per token', '' for scores that only compare domains
+    of:       of one without sign, whether it is a mean over tokens, or over pairs of tokens with and without
+        demonstrations: then it sums the squared changes of features
+    term, raw_term: of a mean over tokens, what an activation [n], or a residual [n, d], adds
+    per_feature: whether it is a mean over the features too, and not their sum
     """
 
-    prompt_set: PromptSet
-    log: PromptLog
-    sums: dict[tuple[str, str, str], Doubles]
-    raw: controls.RawShift
-    firings: dict[str, Firings]
-    columns: Indices
-    mean_activation: Doubles
+    name: str
+    label: str
+    meaning: str
+    signed: bool = False
+    quantity: str = "size of change"
+    unit: str = ""
+    of: Literal["tokens", "pairs"] = "tokens"
+    term: Callable[[Doubles], Doubles] = np.positive
+    raw_term: Callable[[Doubles], Doubles] = np.abs
+    per_feature: bool = False
 
-    def activations(self, features: Indices) -> Doubles:
-        """[n_features] E_x h_j(x) of some of the columns."""
-        activations: Doubles = self.mean_activation[np.searchsorted(self.columns, features)]
-        return activations
+    @property
+    def option(self) -> str:
+        """The name that asks for it: a signed estimator gives a score of P(answer) and one of the loss."""
+        return self.name.removesuffix("_loss")
 
+    @property
+    def factor(self) -> float:
+        """Units in a score of 1."""
+        return 100.0 if self.unit == "points" else 1.0
 
-def read_domain(
-    reader: Reader,
-    saes: Sequence[SAE],
-    prompt_set: PromptSet,
-    shifts_of: Sequence[Sequence[Shift]],
-    settings: Settings,
-) -> list[DomainRead]:
-    """Sums of a domain by SAE, from one pass for all SAEs, training sets, controls and estimators."""
-    sums = [_DomainSums(sae, prompt_set, shifts, settings) for sae, shifts in zip(saes, shifts_of, strict=True)]
-    at = [reader.hooks.index(reader.hook(sae)) for sae in saes]
-    done = 0
-    for of_hooks in reader.rows("domain", prompt_set):
-        for domain_sums, hook in zip(sums, at, strict=True):
-            domain_sums.update(of_hooks[hook])
-        done += len(of_hooks[0].prompts)
-        settings.tell(prompt_set.name, done, len(prompt_set.prompts))
-    return [domain_sums.read() for domain_sums in sums]
+    @property
+    def title(self) -> str:
+        """The title of an axis."""
+        return f"{self.quantity}, {self.unit}" if self.unit else f"{self.quantity} (no scale)"
 
-
-class _DomainSums:
-    """Sums over a domain's tokens, for one SAE; see DomainRead."""
-
-    def __init__(self, sae: SAE, prompt_set: PromptSet, shifts: Sequence[Shift], settings: Settings) -> None:
-        self.sae, self.prompt_set, self.estimators = sae, prompt_set, settings.sizes
-        self.firings = {shift.name: shift.firings() for shift in shifts}
-        self.columns = _columns(shift.feature_sets for shift in shifts)
-        self.log = PromptLog("score", prompt_set)
-        self.raw = controls.RawShift(sae.d_in)
-        self.sum_h: Doubles = np.zeros(len(self.columns))
-        # Only these dimensions of the residual stream are copied to the CPU.
-        self.raw_dims = _columns(shift.raw_sets for shift in shifts)
-        self.weights = {
-            (shift.name, control): _weights(self.columns, sets)
-            for shift in shifts
-            for control, sets in shift.feature_sets.items()
-        }
-        self.raw_sets = {
-            (shift.name, control): np.searchsorted(self.raw_dims, dims)
-            for shift in shifts
-            for control, dims in shift.raw_sets.items()
-        }
-        self.sums: dict[tuple[str, str, str], Doubles] = {
-            (*key, name): np.zeros(len(prompt_set.prompts))
-            for key in (*self.weights, *self.raw_sets)
-            for name in settings.sizes
-        }
-
-    def update(self, rows: PairedRows) -> None:
-        self.raw.update(rows.base, rows.paired[:0], rows.demos[:0])
-        active = encode(self.sae, rows.base, self.columns).on_cpu()
-        positions = np.concatenate(
-            [self.prompt_set.prompts[i].positions[kept] for i, kept in zip(rows.prompts, rows.kept, strict=True)]
-        )
-        for firings in self.firings.values():
-            firings.add(self.prompt_set, rows.base_of, positions, active)
-        if "act" in self.estimators or "act_sq" in self.estimators:
-            self._add_activations(rows, active)
-        if "icl" in self.estimators:
-            self._add_shifts(rows)
-        self.log.record(rows)
-
-    def read(self) -> DomainRead:
-        mean_activation = self.sum_h / max(self.raw.n_tokens, 1)
-        return DomainRead(self.prompt_set, self.log, self.sums, self.raw, self.firings, self.columns, mean_activation)
-
-    def _add_activations(self, rows: PairedRows, active: SparseFeatures) -> None:
-        n_prompts = len(self.prompt_set.prompts)
-        prompt_of = np.repeat(rows.base_of, np.diff(active.indptr))
-        column_of = np.searchsorted(self.columns, active.indices)
-        values = active.values.astype(np.float64)
-        self.sum_h += np.bincount(column_of, values, minlength=len(self.columns))
-        residual = self._raw(rows.base)
-        for name, term, raw_term in (("act", values, np.abs(residual)), ("act_sq", values**2, residual**2)):
-            if name in self.estimators:
-                for key, weight in self.weights.items():
-                    self.sums[(*key, name)] += np.bincount(prompt_of, weight[column_of] * term, minlength=n_prompts)
-                for key, dims in self.raw_sets.items():
-                    per_token = raw_term[:, dims].sum(axis=1)
-                    self.sums[(*key, name)] += np.bincount(rows.base_of, per_token, minlength=n_prompts)
-
-    def _raw(self, rows: torch.Tensor) -> Doubles:
-        """[n_tokens, n_raw_dims]"""
-        import torch
-
-        residual: Doubles = rows[:, torch.from_numpy(self.raw_dims).to(rows.device)].double().cpu().numpy()
-        return residual
-
-    def _add_shifts(self, rows: PairedRows) -> None:
-        n_prompts = len(self.prompt_set.prompts)
-        # One "replicate" per prompt, so that a single pass over the rows gives the sums of each prompt.
-        of_prompt = (rows.paired_of[:, None] == np.asarray(rows.prompts)).astype(np.float64)
-        stats = ShiftStats(self.sae, columns=self.columns, n_replicates=len(rows.prompts))
-        stats.update(rows.paired, rows.demos, of_prompt)
-        squares = (self._raw(rows.demos) - self._raw(rows.paired)) ** 2
-        for key, weight in self.weights.items():
-            self.sums[(*key, "icl")][rows.prompts] = np.einsum("j,jp->p", weight, stats.weighted_sq_shift)
-        for key, dims in self.raw_sets.items():
-            per_token = squares[:, dims].sum(axis=1)
-            self.sums[(*key, "icl")] += np.bincount(rows.paired_of, per_token, minlength=n_prompts)
+    def text(self, value: float, ci: Interval) -> str:
+        """A score in its unit: '1.2 [1.1, 1.3]', with a sign '+12.3 [+10.1, +14.5]'."""
+        form = ".3g" if not self.signed else "+.1f" if self.unit == "points" else "+.3g"
+        return "{} [{}, {}]".format(*(format(self.factor * number, form) for number in (value, *ci)))
 
 
-def _columns(sets: Iterable[Mapping[str, Indices]]) -> Indices:
-    """[n_columns] union of all sets, ascending."""
-    return np.unique(np.concatenate([members.ravel() for by_control in sets for members in by_control.values()]))
-
-
-def _weights(columns: Indices, sets: Indices) -> Doubles:
-    """[n_columns] weight of each column: the share of the sets [n] or [n_sets, n] that contain it."""
-    weights: Doubles = np.mean([np.isin(columns, members) for members in np.atleast_2d(sets)], axis=0)
-    return weights
-
-
-def domain_scores(
-    reads: Sequence[DomainRead], shift: Shift, answers: Mapping[str, AnswerLog], settings: Settings
-) -> list[DomainScore]:
-    if not reads:
-        return []
-    comparison = controls.Comparison(
-        train=shift.raw,
-        domains=[read.raw for read in reads],
-        activations=np.stack([read.activations(shift.top) for read in reads]) if "act" in settings.sizes else None,
-        answers=[answers.get(read.prompt_set.name) for read in reads],
-        train_questions=shift.prompt_set.questions,
-        domain_questions=[read.prompt_set.questions for read in reads],
+def _signed(name: str, meaning: str, of_answer: str, of_loss: str) -> tuple[Estimator, Estimator]:
+    return (
+        Estimator(name, name, meaning, True, "change of P(answer)", of_answer),
+        Estimator(f"{name}_loss", f"{name}_loss", meaning, True, "fall of the loss", of_loss),
     )
-    compared = {control: control.compare(comparison) for control in controls.CONTROLS if control.compare is not None}
-    return [
-        _domain_score(read, shift, {control: values[i] for control, values in compared.items()}, settings)
-        for i, read in enumerate(reads)
-    ]
 
 
-def _domain_score(
-    read: DomainRead, shift: Shift, compared: Mapping[controls.Control, float | None], settings: Settings
-) -> DomainScore:
-    name, log, n_prompts = read.prompt_set.name, read.log, len(read.prompt_set.prompts)
-    drawn = resamples(n_prompts, settings.seed, name)
-    n_read, n_pairs = log.n_read.astype(np.float64), log.n_pairs.astype(np.float64)
-    scores: dict[str, Score] = {}
-    control_scores: dict[str, dict[str, float]] = {}
-    for set_name, members in (shift.feature_sets | shift.raw_sets).items():
-        size = max(members.shape[-1], 1)
-        for estimator in settings.sizes:
-            numerator = read.sums[shift.name, set_name, estimator]
-            denominator = {"act": n_read, "icl": n_pairs, "act_sq": n_read * size}[estimator]
-            if denominator.sum() == 0:
-                raise InputError(
-                    f"domain '{name}' has no token to read for the estimator '{estimator}': its prompts without and "
-                    "with demonstrations end differently, or all their tokens are special; leave the domain out"
-                )
-            ratio = float(numerator.sum() / denominator.sum())
-            if set_name:
-                control_scores.setdefault(set_name, {})[estimator] = ratio
-            else:
-                scores[estimator] = Score(ratio, ratio_interval(numerator, denominator, drawn))
-    for control, value in compared.items():
-        if value is not None:
-            control_scores[control.name] = {control.quantity: value}
-        elif control.quantity in SIZES:  # a number by estimator, none here
-            control_scores[control.name] = {}
-    return DomainScore(
-        name=name,
-        scores=scores,
-        n_prompts=n_prompts,
-        n_skipped=read.prompt_set.n_too_long + read.prompt_set.n_unanswered,
-        n_too_long=read.prompt_set.n_too_long,
-        n_unanswered=read.prompt_set.n_unanswered,
-        **log.counts(),
-        controls=control_scores,
-        change=None,
-        change_interval=None,
-    )
+ESTIMATORS = (
+    Estimator(
+        *("act", "STS_act"),
+        "how active the shifted features are on the domain's own questions: their activations summed, per token",
+    ),
+    Estimator(
+        *("icl", "STS_icl"),
+        "how far the shifted features move on the domain's questions when demonstrations of the domain are shown: "
+        "their squared changes summed, per token",
+        of="pairs",
+    ),
+    Estimator(
+        *("act_sq", "STS_act_sq"),
+        "the mean square of the shifted features' activations on the domain's questions, the variant of the authors' "
+        "notebook",
+        term=np.square,
+        raw_term=np.square,
+        per_feature=True,
+    ),
+    *_signed(
+        "ntk",
+        "to first order: how far the gradients of the training set and of the domain point the same way",
+        *("", ""),
+    ),
+    *_signed(
+        "step",
+        "one long step of that map, and the domain's questions are asked again",
+        *("points", "nats per token"),
+    ),
+    *_signed(
+        "adapter",
+        "a linear map at the SAE's hook is trained on the training set, the model itself left as it is, and the "
+        "domain's questions are asked again",
+        *("points", "nats per token"),
+    ),
+)
+BY_NAME = {estimator.name: estimator for estimator in ESTIMATORS}
+SIZES = tuple(estimator.name for estimator in ESTIMATORS if not estimator.signed)
+SIGNED = tuple(estimator.name for estimator in ESTIMATORS if estimator.signed)
+# The names that can be asked for.
+ESTIMATOR_OPTIONS = tuple(dict.fromkeys(estimator.option for estimator in ESTIMATORS))
+
+
+def label_of(estimator: str) -> str:
+    """The name for people, also of an estimator that only another version knows."""
+    return BY_NAME[estimator].label if estimator in BY_NAME else estimator

@@ -9,14 +9,13 @@ from typing import Annotated, Literal, get_args
 
 from sts_fast.data.options import Option
 from sts_fast.data.sets import Fields, FieldsOptions, Sampling, SamplingOptions
-from sts_fast.forecast.run import SIZES
+from sts_fast.forecast.estimators import SIZES, SizeEstimator
 from sts_fast.model.session import Reading, ReadingOptions
 from sts_fast.signed.push import FeatureKind
 from sts_fast.signed.signed import SignedEstimator
 
 Dims = Literal["icl", "tuned", "active"]
 Controls = Literal["features", "all"]
-SizeEstimator = Literal["act", "icl", "act_sq"]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from sts_fast.data.prompts import PromptSet, TokenClass, show_prompt
 from sts_fast.data.sets import MIN_PROMPTS, Kind, Sets, check_enough
 from sts_fast.errors import InputError
+from sts_fast.forecast.estimators import BY_NAME
 from sts_fast.forecast.options import Settings
 from sts_fast.model import explain
 from sts_fast.model.session import Session
@@ -56,7 +57,8 @@ class Plan:
             return session.prompts(kind, name, examples, demos, sampling, show=show)
 
         trains = [prompts("train", name, show=settings.dims == "icl") for name in sets.trains]
-        domains = [prompts("domain", name, show="icl" in sizes) for name in sets.domains]
+        pairs = any(BY_NAME[estimator].of == "pairs" for estimator in sizes)
+        domains = [prompts("domain", name, show=pairs) for name in sets.domains]
         for prompt_set in trains:
             check_enough(prompt_set, session.context_length, "train")
         for prompt_set in domains:

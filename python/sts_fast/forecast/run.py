@@ -29,6 +29,7 @@ from sts_fast.forecast.blocks import (
     ShiftBlock,
 )
 from sts_fast.forecast.controls import CONTROLS
+from sts_fast.forecast.estimators import BY_NAME, SIZES
 from sts_fast.ops.correlate import CorrelationStats
 from sts_fast.ops.shift import ShiftStats
 from sts_fast.signed.signed import SignedBlock
@@ -58,98 +59,11 @@ RUN_FILES = (
 DIMS_OF_ACTIVITY = ("active", "correlation", "gradient")
 
 
-@dataclass(frozen=True)
-class Estimator:
-    """One way of scoring a domain.
-
-    name:     key of its scores; label: its name for people
-    meaning:  how a score is made, for people
-    signed:   whether a score above zero is a change for the better; without a sign it is the size of a change
-    quantity: what a score forecasts; unit: 'points' or 'nats per token', '' for scores that only compare domains
-    """
-
-    name: str
-    label: str
-    meaning: str
-    signed: bool = False
-    quantity: str = "size of change"
-    unit: str = ""
-
-    @property
-    def option(self) -> str:
-        """The name that asks for it: a signed estimator gives a score of P(answer) and one of the loss."""
-        return self.name.removesuffix("_loss")
-
-    @property
-    def factor(self) -> float:
-        """Units in a score of 1."""
-        return 100.0 if self.unit == "points" else 1.0
-
-    @property
-    def title(self) -> str:
-        """The title of an axis."""
-        return f"{self.quantity}, {self.unit}" if self.unit else f"{self.quantity} (no scale)"
-
-    def text(self, value: float, ci: Interval) -> str:
-        """A score in its unit: '1.2 [1.1, 1.3]', with a sign '+12.3 [+10.1, +14.5]'."""
-        form = ".3g" if not self.signed else "+.1f" if self.unit == "points" else "+.3g"
-        return "{} [{}, {}]".format(*(format(self.factor * number, form) for number in (value, *ci)))
-
-
-def _signed(name: str, meaning: str, of_answer: str, of_loss: str) -> tuple[Estimator, Estimator]:
-    return (
-        Estimator(name, name, meaning, True, "change of P(answer)", of_answer),
-        Estimator(f"{name}_loss", f"{name}_loss", meaning, True, "fall of the loss", of_loss),
-    )
-
-
-ESTIMATORS = (
-    Estimator(
-        *("act", "STS_act"),
-        "how active the shifted features are on the domain's own questions: their activations summed, per token",
-    ),
-    Estimator(
-        *("icl", "STS_icl"),
-        "how far the shifted features move on the domain's questions when demonstrations of the domain are shown: "
-        "their squared changes summed, per token",
-    ),
-    Estimator(
-        *("act_sq", "STS_act_sq"),
-        "the mean square of the shifted features' activations on the domain's questions, the variant of the authors' "
-        "notebook",
-    ),
-    *_signed(
-        "ntk",
-        "to first order: how far the gradients of the training set and of the domain point the same way",
-        *("", ""),
-    ),
-    *_signed(
-        "step",
-        "one long step of that map, and the domain's questions are asked again",
-        *("points", "nats per token"),
-    ),
-    *_signed(
-        "adapter",
-        "a linear map at the SAE's hook is trained on the training set, the model itself left as it is, and the "
-        "domain's questions are asked again",
-        *("points", "nats per token"),
-    ),
-)
-BY_NAME = {estimator.name: estimator for estimator in ESTIMATORS}
-SIZES = tuple(estimator.name for estimator in ESTIMATORS if not estimator.signed)
-SIGNED = tuple(estimator.name for estimator in ESTIMATORS if estimator.signed)
-# The names that can be asked for.
-ESTIMATOR_OPTIONS = tuple(dict.fromkeys(estimator.option for estimator in ESTIMATORS))
 VALUE_COLUMNS = [
     f"{control}_{estimator}_sum".removeprefix("_")
     for control in ("", *(one.name for one in CONTROLS if one.pick is not None))
     for estimator in SIZES
 ] + ["answer_nll_sum", "answer_exact", "advantage"]
-
-
-def label_of(estimator: str) -> str:
-    """The name for people, also of an estimator that only another version knows."""
-    return BY_NAME[estimator].label if estimator in BY_NAME else estimator
 
 
 @dataclass(frozen=True)
@@ -395,10 +309,14 @@ class Run:
 
 
 def scores_schema() -> Document:
-    """The JSON schema of scores.json: that of the package, with the names of the numbers that controls have."""
+    """The JSON schema of scores.json: that of the package, with the names of estimators and of controls' numbers."""
     schema = files.load_schema("forecast/scores.schema.json")
-    quantities = (one.quantity for one in CONTROLS if one.quantity)
-    return {**schema, "$defs": {**schema["$defs"], "control_number": {"enum": [*dict.fromkeys((*SIZES, *quantities))]}}}
+    quantities = (control.quantity for control in CONTROLS if control.quantity)
+    names = {"control_number": (*SIZES, *quantities), "size_estimator": SIZES, "estimator": tuple(BY_NAME)}
+    filled: Document = {name: {"enum": [*dict.fromkeys(values)]} for name, values in names.items()}
+    sizes = {f"^({'|'.join(SIZES)})$": {"$ref": "#/$defs/size"}}
+    filled["scores"] = {**schema["$defs"]["scores"], "patternProperties": sizes}
+    return {**schema, "$defs": {**schema["$defs"], **filled}}
 
 
 def validate_scores(scores: Mapping[str, Any]) -> None:

@@ -15,10 +15,11 @@ from sts_fast.forecast.assemble import Measured, assemble
 from sts_fast.forecast.compare import sae_names
 from sts_fast.forecast.cost import Outlook
 from sts_fast.forecast.dims import Shift, measure_shifts
-from sts_fast.forecast.estimators import read_domain
+from sts_fast.forecast.domains import read_domain
+from sts_fast.forecast.estimators import BY_NAME
 from sts_fast.forecast.options import Options, Settings
 from sts_fast.forecast.plan import Plan
-from sts_fast.forecast.run import BY_NAME, Forecast
+from sts_fast.forecast.run import Forecast
 from sts_fast.model.answers import answer_outcomes
 from sts_fast.model.log import AnswerLog
 from sts_fast.model.memory import MOST_BATCH_TOKENS

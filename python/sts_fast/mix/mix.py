@@ -17,7 +17,8 @@ from sts_fast.data.prompts import build_prompts
 from sts_fast.data.sets import Drawing, DrawingOptions, Fields, FieldsOptions, Limit, Sets, Source, check_enough
 from sts_fast.errors import InputError
 from sts_fast.files import Document
-from sts_fast.forecast.run import SIZES, Run
+from sts_fast.forecast.estimators import SIZES
+from sts_fast.forecast.run import Run
 from sts_fast.mix.allot import fill, least_loss, whole_examples
 from sts_fast.mix.flow import Flow
 from sts_fast.mix.kernel import Kernel, measure_kernel

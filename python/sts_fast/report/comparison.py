@@ -10,7 +10,8 @@ from urllib.parse import quote
 from sts_fast import files
 from sts_fast.errors import InputError
 from sts_fast.files import Document
-from sts_fast.forecast.run import BY_NAME, COMPARISON_FILE, REPORT_FILE, SIZES, Estimator
+from sts_fast.forecast.estimators import BY_NAME, SIZES, Estimator
+from sts_fast.forecast.run import COMPARISON_FILE, REPORT_FILE
 from sts_fast.outcomes.calibration.change_text import shown_change, shown_interval, unit_name
 from sts_fast.report.numbers import counted, percent, significant
 from sts_fast.report.page import render

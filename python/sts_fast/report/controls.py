@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sts_fast.forecast.blocks import Scores
 from sts_fast.forecast.controls import CONTROLS
-from sts_fast.forecast.run import BY_NAME, SIZES
+from sts_fast.forecast.estimators import BY_NAME, SIZES
 from sts_fast.report.numbers import MIN_DOMAINS, SAME, SIMILAR, joined
 from sts_fast.report.ranking import estimators_of
 from sts_fast.statistics import defined, spearman

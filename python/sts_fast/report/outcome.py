@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from sts_fast.files import Document
-from sts_fast.forecast.run import label_of
+from sts_fast.forecast.estimators import label_of
 from sts_fast.report import figures
 from sts_fast.report.controls import control_label
 from sts_fast.report.numbers import bracketed, correlation, correlations, percent

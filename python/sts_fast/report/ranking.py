@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from sts_fast.forecast.blocks import DomainBlock, Scores, SetBlock
-from sts_fast.forecast.run import BY_NAME, SIZES
+from sts_fast.forecast.estimators import BY_NAME, SIZES
 from sts_fast.report import figures
 from sts_fast.report.numbers import (
     MIN_DOMAINS,

@@ -13,8 +13,8 @@ from sts_fast.ablate.record import ABLATION_FILE, ablation_schema
 from sts_fast.errors import InputError, one_line
 from sts_fast.files import Document
 from sts_fast.forecast.blocks import Scores
+from sts_fast.forecast.estimators import BY_NAME
 from sts_fast.forecast.run import (
-    BY_NAME,
     DIMS_OF_ACTIVITY,
     FEATURES_FILE,
     SCORES_FILE,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from sts_fast.forecast.blocks import ScoreBlock, Scores
-from sts_fast.forecast.run import BY_NAME, ESTIMATOR_OPTIONS, SIGNED
+from sts_fast.forecast.estimators import BY_NAME, ESTIMATOR_OPTIONS, SIGNED
 from sts_fast.report import figures
 from sts_fast.report.features import FIRST_FEATURES, Feature, FeatureSection, feature_of, section_of
 from sts_fast.report.numbers import counted, isolated, joined, percent, significant, with_sign

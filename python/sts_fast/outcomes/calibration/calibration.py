@@ -15,7 +15,8 @@ from sts_fast import files
 from sts_fast.errors import InputError, listed
 from sts_fast.files import Document
 from sts_fast.forecast.blocks import CalibrationBlock, LearnedBlock
-from sts_fast.forecast.run import BY_NAME, SIGNED, Forecast
+from sts_fast.forecast.estimators import BY_NAME, SIGNED
+from sts_fast.forecast.run import Forecast
 from sts_fast.outcomes.calibration import past
 from sts_fast.outcomes.calibration.change_text import shown_change, unit_name
 from sts_fast.outcomes.calibration.conformal import (

@@ -14,7 +14,8 @@ import numpy as np
 from sts_fast import files
 from sts_fast.errors import InputError, listed
 from sts_fast.forecast.blocks import Scores
-from sts_fast.forecast.run import BY_NAME, ESTIMATOR_OPTIONS, SCORES_FILE, SIGNED, SIZES, VALIDATION_FILE, Run
+from sts_fast.forecast.estimators import BY_NAME, ESTIMATOR_OPTIONS, SIGNED, SIZES
+from sts_fast.forecast.run import SCORES_FILE, VALIDATION_FILE, Run
 from sts_fast.outcomes.calibration.conformal import Points
 from sts_fast.outcomes.evaluation import METRICS
 from sts_fast.outcomes.outcomes import Outcome

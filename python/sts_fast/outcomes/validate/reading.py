@@ -11,7 +11,8 @@ import numpy as np
 
 from sts_fast.errors import InputError, listed
 from sts_fast.forecast.controls import CONTROLS
-from sts_fast.forecast.run import BY_NAME, SIGNED, Forecast, Run
+from sts_fast.forecast.estimators import BY_NAME, SIGNED
+from sts_fast.forecast.run import Forecast, Run
 from sts_fast.outcomes.outcomes import Outcome
 from sts_fast.statistics import Z_95, Interval
 

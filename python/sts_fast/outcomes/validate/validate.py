@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from sts_fast.errors import InputError
-from sts_fast.forecast.run import SIGNED
+from sts_fast.forecast.estimators import SIGNED
 from sts_fast.outcomes.outcomes import Outcome, Outcomes, cautions, match_domains, read_outcomes
 from sts_fast.outcomes.validate.reading import (
     ScoreSource,

@@ -12,7 +12,8 @@ from pathlib import Path
 from sts_fast import files
 from sts_fast.errors import InputError
 from sts_fast.files import Document
-from sts_fast.forecast.run import SIGNED, VALIDATION_FILE, label_of
+from sts_fast.forecast.estimators import SIGNED, label_of
+from sts_fast.forecast.run import VALIDATION_FILE
 from sts_fast.outcomes.outcomes import Outcome
 from sts_fast.outcomes.validate.reading import finite
 from sts_fast.outcomes.validate.record import Association, DomainResult, GivenText, Limits, Partial
