@@ -278,7 +278,8 @@ def sums_of(
 
 @dataclass(frozen=True)
 class Writing:
-    """How plain text writes a question and its answer, read back from the tokens."""
+    """How a question and its answer are written: as plain text, or as the demo's model has them, whose questions end
+    with '>'. Read back from the tokens."""
 
     tokenizer: Any
     special: set[int]
@@ -294,9 +295,14 @@ class Writing:
         told = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
         ends = [len(self.tokenizer.decode(base[: i + 1], **told)) for i in range(len(base))]
         text = self.tokenizer.decode(base, **told)
-        start, middle = text.index("Question:") + len("Question:"), text.rindex("\nAnswer:")
+        if "Question:" in text:
+            middle = text.rindex("\nAnswer:")
+            spans = (text.index("Question:") + len("Question:"), middle), (middle + len("\nAnswer:"), len(text))
+        else:
+            middle = text.rindex(">") + 1
+            spans = (len("<s>"), middle), (middle, len(text))
         of_texts = []
-        for begin, end in ((start, middle), (middle + len("\nAnswer:"), len(text))):
+        for begin, end in spans:
             content = text[begin:end]
             first = begin + len(content) - len(content.lstrip())
             last = begin + len(content.rstrip())

@@ -1,12 +1,12 @@
 """Forecasts of the product for the design part, as a user would ask for them, with their time and memory.
 
-Each is one command line in a process of its own. `without template` reads the content of a question alone: the
-tokens that the chat template writes around it are text to the product so far, and no special tokens.
+Each is one command line in a process of its own. `paper` reads the tokens that the chat template writes around a
+question, as the product did by default when the study was planned; `paper without template` reads the question alone,
+as it does now.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import multiprocessing
 import resource
 import sys
@@ -14,8 +14,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from study.real import runs
 from study.real.runs import Tell
@@ -36,12 +34,11 @@ class Asked:
     name: str
     options: tuple[str, ...]
     layers: tuple[int, ...] = (MIDDLE,)
-    content_alone: bool = False
 
 
 FORECASTS = (
-    Asked("paper", (*PAPER, "--controls", "all"), LAYERS),
-    Asked("paper without template", PAPER, LAYERS, content_alone=True),
+    Asked("paper", (*PAPER, "--controls", "all", "--tokens", "template"), LAYERS),
+    Asked("paper without template", PAPER, LAYERS),
     Asked("active", ("--estimators", "act,act_sq", "--dims", "active")),
     Asked("ntk", ("--estimators", "ntk")),
     Asked("step", ("--estimators", "step")),
@@ -71,8 +68,6 @@ def make_and_write(work: Path, asked: Asked, part: dict[str, list[str]], path: P
 
     torch.set_num_threads(1)
     output = work / "forecasts" / asked.name
-    if asked.content_alone:
-        read_content_alone(work)
     start = time.process_time()
     sys.argv = ["sts-fast", *command(work, asked, part), "--output", str(output)]
     main()
@@ -113,46 +108,3 @@ def numbers(runs_of_saes: list[dict[str, Any]], layer: int) -> Numbers:
             values |= {name: signed[name] for name in ("gradient_cosine", "base_loss") if name in signed}
             of_train[domain["name"]] = {name: float(f"{value:.6g}") for name, value in values.items()}
     return found
-
-
-def read_content_alone(work: Path) -> None:
-    """From now on, the tokens of the template before and after a question are not read."""
-    from transformers import AutoTokenizer
-
-    from sts_fast.data import prompts, sets
-    from sts_fast.data.prompts import PromptSet
-
-    build = prompts.build_prompts
-    before, after = template_tokens(AutoTokenizer.from_pretrained(work / "model"))
-
-    def build_prompts(*args: Any, **options: Any) -> PromptSet:
-        made = build(*args, **options)
-        if options.get("tokens", "query") != "query":
-            return made
-        cut = []
-        for prompt in made.prompts:
-            content = prompt.positions[before : len(prompt.positions) - after]
-            both = np.isin(prompt.paired, content)
-            cut.append(
-                dataclasses.replace(
-                    prompt,
-                    positions=content,
-                    paired=prompt.paired[both],
-                    paired_demos=prompt.paired_demos[both],
-                )
-            )
-        return dataclasses.replace(made, prompts=cut)
-
-    sets.build_prompts = build_prompts
-
-
-def template_tokens(tokenizer: Any) -> tuple[int, int]:
-    """How many tokens the product reads before and after the content of a question."""
-    from sts_fast.data.examples import Example
-    from sts_fast.data.prompts import PromptTemplate, build_prompts
-
-    example = Example(id="", question="?", answer="!", context=())
-    [prompt] = build_prompts("", [example], PromptTemplate(tokenizer), tokens="query").prompts
-    read = prompt.base_ids[prompt.positions].tolist()
-    at = read.index(tokenizer("?", add_special_tokens=False).input_ids[0])
-    return at, len(read) - at - 1

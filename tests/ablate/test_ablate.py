@@ -213,6 +213,7 @@ def test_questions_behind_demonstrations(tiny: Tiny, forecasts: Any) -> None:
             text = "".join(f"Question: {q['question']}\nAnswer: {q['answer']}\n\n" for q in (demo, query)).rstrip("\n")
             ids = tokenizer(text).input_ids
             n_before = len(tokenizer(text[: -len(query["answer"]) - 1]).input_ids)
+            n_before += not tokenizer.decode(ids[n_before]).strip()  # a blank before the answer is not the answer's
             prompt = {"base_ids": ids, "positions": list(range(n_before, len(ids)))}
             features = [] if row["condition"] == "none" else document["features"]["top"][0]
             nll, _, _ = answer_without(tiny, tiny.saes["topk"], prompt, features)

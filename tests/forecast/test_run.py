@@ -25,7 +25,9 @@ from tiny import Tiny
 
 import sts_fast
 from sts_fast import files
+from sts_fast.data.prompts import TokenClass
 from sts_fast.forecast.estimators import BY_NAME, ESTIMATOR_OPTIONS, SIGNED, SIZES, SizeEstimator
+from sts_fast.forecast.options import Controls, Dims
 from sts_fast.forecast.run import (
     FEATURES_FILE,
     PROMPTS_FILE,
@@ -101,6 +103,13 @@ def test_schema_knows_the_estimators_of_the_table() -> None:
     assert json.loads(calibration.read_text())["properties"]["estimator"]["enum"] == list(BY_NAME)
     assert SIGNED == SIGNED_FIELDS
     assert set(ESTIMATOR_OPTIONS) == {*SIZES, *SIGNED_ESTIMATORS}
+
+
+def test_schema_knows_the_choices_of_the_options() -> None:
+    settings = scores_schema()["properties"]["settings"]["properties"]
+    assert settings["tokens"]["enum"] == list(get_args(TokenClass))
+    assert {*get_args(Dims)} < {*settings["dims"]["enum"]}
+    assert settings["controls"]["enum"] == list(get_args(Controls))
 
 
 def drop(*path: Any) -> Callable[[Any], None]:

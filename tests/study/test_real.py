@@ -230,7 +230,10 @@ def test_a_forecast_without_template_reads_the_content_alone(
     monkeypatch.setattr(runs, "RESULTS", tmp_path)
     monkeypatch.setattr(forecasts, "RESULTS", tmp_path / "forecasts")
     options = ("--estimators", "act,icl", "--top-n", "8", "--domain-shots", "2")
-    both = (forecasts.Asked("whole", options, (0,)), forecasts.Asked("content", options, (0,), content_alone=True))
+    both = (
+        forecasts.Asked("whole", (*options, "--tokens", "template"), (0,)),
+        forecasts.Asked("content", options, (0,)),
+    )
     monkeypatch.setattr(forecasts, "FORECASTS", both)
     forecasts.forecast(work, [], lambda text: None)
 
