@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 
 from study.real import runs
+from study.real.agreement import KINDS, agreements, ceilings, costs, counted
 from study.real.changes import LEAST_RELIABLE, Training, ceiling, trainings
 from study.real.sets import own_domains
 from study.real.training import WAYS
 
 PAGE = runs.RESULTS / "outcomes.md"
+FORECASTS_PAGE = runs.RESULTS / "forecasts.md"
 LEAST_EXACT = 0.1  # exact answers are reported where their share is at least so much, before or after
 
 
@@ -33,8 +35,37 @@ def write_tables() -> str:
         base_table(outcomes[runs.BASE]),
         *(part for way in WAYS for part in changes_part(way, done)),
     ]
+    if (runs.RESULTS / "forecasts").is_dir():
+        FORECASTS_PAGE.write_text(forecasts_page(done), encoding="utf-8")
     PAGE.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     return PAGE.read_text(encoding="utf-8")
+
+
+def forecasts_page(done: list[Training]) -> str:
+    """Every number of every forecast that has been made, and its cost; of the design part alone."""
+    chosen, limits = counted(done), ceilings(done)
+
+    def spread(values: list[float]) -> str:
+        return f"{np.mean(values):+.2f} ({min(values):+.2f} to {max(values):+.2f})"
+
+    rows = [[a.forecast, a.number, *(spread(a.r[kind]) for kind in KINDS)] for a in agreements(done)]
+    limit = ["*ceiling*", "", *(spread(limits[kind]) for kind in KINDS)]
+    head = ["forecast", "number", "r with the fall of loss", "r with the size of its change"]
+    cost = [[name, f"{seconds:.0f}", f"{share:.0%}", str(peak)] for name, seconds, share, peak in costs(done)]
+    return "\n\n".join(
+        [
+            "# First forecasts, on the design part",
+            "Written by `python -m study.real table`. r over the design domains that are not of the training set's own "
+            f"kind; mean over {len(chosen)} light trainings (lowest to highest): "
+            f"{', '.join(t.record['train'] for t in chosen)}. Nothing here is judged: forecasts are chosen from this.",
+            markdown(head, [limit, *rows]),
+            "## Cost",
+            "Of the forecasts of all design sets and domains, as a share of training on these sets (at both learning "
+            "rates) and evaluating these domains.",
+            markdown(["forecast", "processor seconds", "share", "peak MB"], cost),
+            "",
+        ]
+    )
 
 
 def trainings_table(done: list[Training]) -> str:
