@@ -54,7 +54,7 @@ def annotations_of(options: Any) -> dict[str, Any]:
 
 
 def option_of(annotation: Any) -> Option | None:
-    return next((one for one in getattr(annotation, "__metadata__", ()) if isinstance(one, Option)), None)
+    return next((entry for entry in getattr(annotation, "__metadata__", ()) if isinstance(entry, Option)), None)
 
 
 def type_of(annotation: Any) -> Any:
@@ -90,9 +90,9 @@ def check(name: str, annotation: Any, value: Any) -> None:
     if (choices := choices_of(kind)) and value not in choices:
         raise InputError(f"{word} must be one of {', '.join(choices)}, not '{value}'")
     if choices := element_choices_of(kind):
-        for one in value:
-            if one not in choices:
-                raise InputError(f"{word} must be among {', '.join(choices)}, not '{one}'")
+        for element in value:
+            if element not in choices:
+                raise InputError(f"{word} must be among {', '.join(choices)}, not '{element}'")
         if not value or len({*value}) < len(value):
             raise InputError(f"{word} must name one or more, each once")
     if option.least is not None and (value is None or value < option.least):
