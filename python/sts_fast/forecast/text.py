@@ -61,9 +61,9 @@ def saved_bytes(train: tuple[str, ...], domain: tuple[str, ...]) -> float:
     (C(S) + C(T) - C(S T)) / C(T), with C the bytes that zlib compresses a text to, without header: one minus a
     normalised compression distance. Other builds of zlib may compress otherwise.
     """
-    one, other = profile(train), profile(domain)
-    together = n_compressed(one.sample + other.sample)
-    return (one.n_compressed + other.n_compressed - together) / other.n_compressed
+    train_profile, domain_profile = profile(train), profile(domain)
+    together = n_compressed(train_profile.sample + domain_profile.sample)
+    return (train_profile.n_compressed + domain_profile.n_compressed - together) / domain_profile.n_compressed
 
 
 def mean_words(questions: tuple[str, ...]) -> float:
