@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Option:
-    """What the annotation of an option says besides its type.
+    """The part of an option's annotation that is not its type.
 
     help:  its row in --help
     name:  on the command line, where it is another than the field's
@@ -63,7 +63,7 @@ def type_of(annotation: Any) -> Any:
 
 
 def choices_of(kind: Any) -> tuple[str, ...]:
-    """What a Literal, or a union of some, allows; empty for other types."""
+    """Values that a Literal, or a union of some, allows; empty for other types."""
     if get_origin(kind) is Literal:
         return get_args(kind)
     if get_origin(kind) in (Union, UnionType):
@@ -72,7 +72,7 @@ def choices_of(kind: Any) -> tuple[str, ...]:
 
 
 def element_choices_of(kind: Any) -> tuple[str, ...]:
-    """What each element of a Sequence of Literals may be; empty for other types."""
+    """Values that each element of a Sequence of Literals may have; empty for other types."""
     return choices_of(get_args(kind)[0]) if get_origin(kind) is Sequence else ()
 
 

@@ -130,7 +130,7 @@ class PromptTemplate:
         return self.text(turns) if self.is_chat else plain_text(turns)
 
     def _span(self, turns: Sequence[Turn], i: int, text: str) -> tuple[int, int]:
-        """Where in a rendered conversation the text of a turn is: what differs when a sign is put in its place."""
+        """Range of a turn's text in a rendered conversation: what differs when a sign is put in its place."""
         role, content = turns[i]
         if not content.strip():
             return 0, 0

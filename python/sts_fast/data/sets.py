@@ -26,7 +26,7 @@ MIN_PROMPTS = 8
 
 @dataclass(frozen=True)
 class Fields(Checked):
-    """Which columns hold questions and answers, by set name ('train', a domain's); '' for all sets not named."""
+    """Columns that hold questions and answers, by set name ('train', a domain's); '' for all sets not named."""
 
     question_fields: Annotated[
         Mapping[str, str],
@@ -96,7 +96,7 @@ class Sets:
 
 @dataclass(frozen=True)
 class Drawing(Checked):
-    """How much of each set is read.
+    """Number of prompts that are read of each set, and the seed that draws them.
 
     limit: most prompts of a set, None for all, drawn with `seed`
     seed:  of everything that is drawn, bootstraps too
@@ -115,7 +115,7 @@ class DrawingOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Sampling(Drawing):
-    """What decides, besides its examples, which prompts a set has.
+    """Options that decide, besides its examples, which prompts a set has.
 
     shots, domain_shots: demonstrations of a training set (for D_N), of a domain (for the estimator 'icl')
     tokens: which tokens are read; see build_prompts
