@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured with one SAE.
+    """Measurements with one SAE.
 
     fit: whether the SAE belongs to the model; shifts: of each training set; domains: the sums over each
     signed: by training set; empty where no signed estimator was asked for

@@ -1,4 +1,4 @@
-"""What a forecast holds, and the files it is written to."""
+"""Contents of a forecast, and the files it is written to."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ class Forecast:
 
     @property
     def settled(self) -> SettledBlock:
-        """How settled D_N and the ranking are, and how many more prompts would settle them; see stability.
+        """Measures how settled D_N and the ranking are, and how many more prompts would settle them; see stability.
 
         shifted_features: share of D_N that resampling the training prompts keeps; ranking: by estimator, share of the
         pairs of domains that are apart, empty for fewer than two domains; more_prompts: of the training set, of each
@@ -381,7 +381,7 @@ def _check_scores(scores: Document, path: Path) -> None:
 
 
 def _is_extension(error: ValidationError) -> bool:
-    """Whether what breaks a rule of the schema is a new key, a control that is one number or none, or a version."""
+    """True where what breaks a rule of the schema is a new key, a control of one number or none, or a version."""
     where = list(error.absolute_path)
     if error.validator == "additionalProperties" or "propertyNames" in error.absolute_schema_path:
         return True
