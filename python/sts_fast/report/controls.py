@@ -1,4 +1,4 @@
-"""What the report says about the controls: which of them put the domains in the order of the scores."""
+"""Controls in the report: which of them put the domains in the order of the scores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ UNITS = {control.quantity: control.unit for control in CONTROLS if control.unit}
 
 @dataclass(frozen=True)
 class Compared:
-    """How a control ranks the domains beside a score; rho is None where that cannot be judged."""
+    """Comparison of a control's ranking of the domains with a score's; rho is None where that cannot be judged."""
 
     rho: float | None
     word: str

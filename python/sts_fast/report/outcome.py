@@ -1,4 +1,4 @@
-"""What the report says about forecast and outcome, from validation.json; keys that are missing are left out."""
+"""Forecast and outcome in the report, from validation.json; keys that are missing are left out."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def outcome_warnings(validation: Document) -> list[str]:
 
 
 def _facts(validation: Document, n: int) -> list[str]:
-    """What these outcomes could show of any forecast, and how the numbers were made."""
+    """Sentences on what these outcomes could show of any forecast, and on how the numbers were made."""
     sentences = []
     limits = _get(validation, "limits")
     different = _number(limits, "n_distinguishable")
