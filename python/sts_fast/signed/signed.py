@@ -54,7 +54,7 @@ class ContributionBlock(TypedDict):
 
 
 class SignedDomainBlock(TypedDict):
-    """What the signed forecast of a domain rests on. top_features: None for maps that are not written in features."""
+    """Basis of the signed forecast of a domain. top_features: None for maps that are not written in features."""
 
     n_prompts: int
     base_loss: float
