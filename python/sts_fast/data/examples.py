@@ -143,11 +143,11 @@ def read_domains(
             names.append(name)
             question_field = question_fields.get(name, question_fields.get(""))
             answer_field = answer_fields.get(name, answer_fields.get(""))
-            found: dict[str, list[Example]] = {}
+            examples_of: dict[str, list[Example]] = {}
             rows, columns = _read(files, question_field, answer_field, by_category=by_category)
             for category, example in rows:
-                found.setdefault(name if category is None else category, []).append(example)
-            for domain, examples in found.items():
+                examples_of.setdefault(name if category is None else category, []).append(example)
+            for domain, examples in examples_of.items():
                 if domain in domains:
                     raise InputError(f"domain {domain!r} of {source} exists already; name it with NAME=PATH")
                 domains[domain] = examples, columns
@@ -392,20 +392,20 @@ def chatml_turns(text: str, where: str) -> tuple[list[Turn], str]:
 
     The second value is what the open last turn makes the assistant begin with; a thought left empty does not count.
     """
-    found = [(match[1], match[2].strip(), bool(match[3])) for match in _CHATML_TURN.finditer(text)]
+    turns = [(match[1], match[2].strip(), bool(match[3])) for match in _CHATML_TURN.finditer(text)]
     prefill = ""
-    if found and found[-1][0] == "assistant" and not found[-1][2]:
-        prefill = _EMPTY_THOUGHT.sub("", found.pop()[1])
-    return parsed_turns([{"role": role, "content": content} for role, content, _ in found], where), prefill
+    if turns and turns[-1][0] == "assistant" and not turns[-1][2]:
+        prefill = _EMPTY_THOUGHT.sub("", turns.pop()[1])
+    return parsed_turns([{"role": role, "content": content} for role, content, _ in turns], where), prefill
 
 
 def _split_turns(turns: list[Turn], where: str) -> tuple[list[Turn], str, str | None]:
     """(earlier turns, question, answer): the last user turn that has a reply, else the last user turn."""
-    asked = [i for i, (role, _) in enumerate(turns) if role == "user"]
-    if not asked:
+    user_turns = [i for i, (role, _) in enumerate(turns) if role == "user"]
+    if not user_turns:
         raise InputError(f"{where} has no turn of the user; every conversation needs one")
-    replied = [i for i in asked if i + 1 < len(turns) and turns[i + 1][0] == "assistant"]
-    at = replied[-1] if replied else asked[-1]
+    replied = [i for i in user_turns if i + 1 < len(turns) and turns[i + 1][0] == "assistant"]
+    at = replied[-1] if replied else user_turns[-1]
     return turns[:at], turns[at][1], turns[at + 1][1] if replied else None
 
 

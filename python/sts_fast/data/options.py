@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Option:
-    """What the annotation of an option says besides its type.
+    """The part of an option's annotation that is not its type.
 
     help:  its row in --help
     name:  on the command line, where it is another than the field's
@@ -54,7 +54,7 @@ def annotations_of(options: Any) -> dict[str, Any]:
 
 
 def option_of(annotation: Any) -> Option | None:
-    return next((one for one in getattr(annotation, "__metadata__", ()) if isinstance(one, Option)), None)
+    return next((entry for entry in getattr(annotation, "__metadata__", ()) if isinstance(entry, Option)), None)
 
 
 def type_of(annotation: Any) -> Any:
@@ -63,7 +63,7 @@ def type_of(annotation: Any) -> Any:
 
 
 def choices_of(kind: Any) -> tuple[str, ...]:
-    """What a Literal, or a union of some, allows; empty for other types."""
+    """Values that a Literal, or a union of some, allows; empty for other types."""
     if get_origin(kind) is Literal:
         return get_args(kind)
     if get_origin(kind) in (Union, UnionType):
@@ -72,7 +72,7 @@ def choices_of(kind: Any) -> tuple[str, ...]:
 
 
 def element_choices_of(kind: Any) -> tuple[str, ...]:
-    """What each element of a Sequence of Literals may be; empty for other types."""
+    """Values that each element of a Sequence of Literals may have; empty for other types."""
     return choices_of(get_args(kind)[0]) if get_origin(kind) is Sequence else ()
 
 
@@ -90,9 +90,9 @@ def check(name: str, annotation: Any, value: Any) -> None:
     if (choices := choices_of(kind)) and value not in choices:
         raise InputError(f"{word} must be one of {', '.join(choices)}, not '{value}'")
     if choices := element_choices_of(kind):
-        for one in value:
-            if one not in choices:
-                raise InputError(f"{word} must be among {', '.join(choices)}, not '{one}'")
+        for element in value:
+            if element not in choices:
+                raise InputError(f"{word} must be among {', '.join(choices)}, not '{element}'")
         if not value or len({*value}) < len(value):
             raise InputError(f"{word} must name one or more, each once")
     if option.least is not None and (value is None or value < option.least):

@@ -130,7 +130,7 @@ class PromptTemplate:
         return self.text(turns) if self.is_chat else plain_text(turns)
 
     def _span(self, turns: Sequence[Turn], i: int, text: str) -> tuple[int, int]:
-        """Where in a rendered conversation the text of a turn is: what differs when a sign is put in its place."""
+        """Range of a turn's text in a rendered conversation: what differs when a sign is put in its place."""
         role, content = turns[i]
         if not content.strip():
             return 0, 0
@@ -180,13 +180,13 @@ class PromptTemplate:
         the answer is put where the sign stands. An answer whose sign the template does not write either stays cut.
         """
         text = self._rendered(turns)
-        if not any(said.strip() in text for role, said in turns if role == "user"):
+        if not any(content.strip() in text for role, content in turns if role == "user"):
             raise InputError("the model's chat template does not write what the user says: give it another template")
         cut = [i for i, (role, answer) in enumerate(turns) if role == "assistant" and answer.strip() not in text]
         if not cut:
             return text
         signs = {i: f"{SIGN}{i}{SIGN}" for i in cut}
-        signed = self._rendered([(role, signs.get(i, said)) for i, (role, said) in enumerate(turns)])
+        signed = self._rendered([(role, signs.get(i, content)) for i, (role, content) in enumerate(turns)])
         if any(signed.count(sign) != 1 for sign in signs.values()):
             return text
         for i, sign in signs.items():

@@ -26,7 +26,7 @@ MIN_PROMPTS = 8
 
 @dataclass(frozen=True)
 class Fields(Checked):
-    """Which columns hold questions and answers, by set name ('train', a domain's); '' for all sets not named."""
+    """Columns that hold questions and answers, by set name ('train', a domain's); '' for all sets not named."""
 
     question_fields: Annotated[
         Mapping[str, str],
@@ -96,7 +96,7 @@ class Sets:
 
 @dataclass(frozen=True)
 class Drawing(Checked):
-    """How much of each set is read.
+    """Number of prompts that are read of each set, and the seed that draws them.
 
     limit: most prompts of a set, None for all, drawn with `seed`
     seed:  of everything that is drawn, bootstraps too
@@ -115,7 +115,7 @@ class DrawingOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Sampling(Drawing):
-    """What decides, besides its examples, which prompts a set has.
+    """Options that decide, besides its examples, which prompts a set has.
 
     shots, domain_shots: demonstrations of a training set (for D_N), of a domain (for the estimator 'icl')
     tokens: which tokens are read; see build_prompts
@@ -185,14 +185,14 @@ def _read_demos(
 ) -> dict[str, list[Example]]:
     """Demonstrations by set; a file split by category may hold more categories than there are domains."""
     groups = [demos] if isinstance(demos, Mapping) else [[source] for source in demos]
-    found: dict[str, list[Example]] = {}
+    demonstrations: dict[str, list[Example]] = {}
     for group in groups:
         examples = _examples(_read_sets(group, fields, [*fields.question_fields, *fields.answer_fields]))
         unknown = [name for name in examples if name not in names]
         if unknown and (isinstance(group, Mapping) or len(unknown) == len(examples)):
             raise InputError(f"demonstrations are given for '{unknown[0]}', but the sets are {', '.join(names)}")
-        found |= {name: examples[name] for name in examples if name in names}
-    return found
+        demonstrations |= {name: examples[name] for name in examples if name in names}
+    return demonstrations
 
 
 def common_template(tokenizer: PreTrainedTokenizerBase, starts: Sequence[tuple[str, bool]]) -> PromptTemplate:
@@ -202,9 +202,11 @@ def common_template(tokenizer: PreTrainedTokenizerBase, starts: Sequence[tuple[s
     """
     templates = {has_bos: PromptTemplate(tokenizer, prepend_bos=has_bos) for _, has_bos in starts}
     if len({tuple(template.token_ids([("user", "?")])) for template in templates.values()}) > 1:
-        one, other = (next(source for source, has_bos in starts if has_bos == start) for start in (True, False))
+        with_bos = next(source for source, has_bos in starts if has_bos)
+        without_bos = next(source for source, has_bos in starts if not has_bos)
         raise InputError(
-            f"the SAE {one} was trained on texts that start with BOS, but {other} was not: forecast with each apart"
+            f"the SAE {with_bos} was trained on texts that start with BOS, but {without_bos} was not: "
+            "forecast with each apart"
         )
     return next(iter(templates.values()))
 

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured with one SAE.
+    """Measurements with one SAE.
 
     fit: whether the SAE belongs to the model; shifts: of each training set; domains: the sums over each
     signed: by training set; empty where no signed estimator was asked for
@@ -116,7 +116,6 @@ def _forecast(
         if (warning := effect.warning(BY_NAME[name].label, len(domain_reads))) is not None
     ]
     stability = shift.overlaps(top_n)
-    moments = [read.raw.moments for read in domain_reads]
     total = float(shift.importance.sum())
     tables = [shift.log.table({})]
     for read in domain_reads:
@@ -208,8 +207,12 @@ def _forecast(
             "domain_mean_residuals": np.stack([read.raw.mean for read in domain_reads] or [np.zeros(sae.d_in)]),
             "projected_mean": shift.raw.moments.mean,
             "projected_covariance": shift.raw.moments.covariance,
-            "domain_projected_means": np.stack([one.mean for one in moments] or [shift.raw.moments.mean[:0]]),
-            "domain_projected_covariances": np.stack([one.covariance for one in moments] or [np.zeros((0, 0))]),
+            "domain_projected_means": np.stack(
+                [read.raw.moments.mean for read in domain_reads] or [shift.raw.moments.mean[:0]]
+            ),
+            "domain_projected_covariances": np.stack(
+                [read.raw.moments.covariance for read in domain_reads] or [np.zeros((0, 0))]
+            ),
             "domain_mean_activations": np.stack(
                 [read.activations(shift.top) for read in domain_reads] or [np.zeros(0)]
             ),
@@ -304,8 +307,8 @@ def _provenance(
     inputs: list[InputFile] = []
     for role, source in sources.items():
         several = role in ("domains", "demos") and not isinstance(source, (str, Path))
-        for one in (list(source.values()) if isinstance(source, Mapping) else source) if several else [source]:  # type: ignore[attr-defined]
-            path = _existing_path(one)
+        for set_source in (list(source.values()) if isinstance(source, Mapping) else source) if several else [source]:  # type: ignore[attr-defined]
+            path = _existing_path(set_source)
             inputs += files.hashed_inputs(role, [path]) if path else []
     return {
         "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -171,7 +171,7 @@ CalibrationBlock = TestedCalibrationBlock | UntestedCalibrationBlock
 
 
 class ProvenanceBlock(TypedDict):
-    """What a run can be repeated from."""
+    """Everything that a run can be repeated from."""
 
     created_at: str
     command: str | None
@@ -184,7 +184,7 @@ class ProvenanceBlock(TypedDict):
 
 
 class LengthBlock(TypedDict):
-    """How far the length of the questions explains the scores of an estimator; see LengthEffect."""
+    """Extent to which the length of the questions explains an estimator's scores; see LengthEffect."""
 
     constant_share: float | None
     r_inverse_length: float | None

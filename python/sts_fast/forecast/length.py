@@ -24,7 +24,7 @@ MOST_CONSTANT, MOST_R, LEAST_DOMAINS = 0.5, 0.9, 5
 
 @dataclass(frozen=True)
 class LengthEffect:
-    """How far one estimator's scores are explained by the length of the prompts.
+    """Extent to which the length of the prompts explains one estimator's scores.
 
     constant_share: share of all prompts' sums in what each prompt has alike, whatever its length and its domain: the
         common intercept A of S_i = A + b_d n_i, b_d one slope for each domain d; None where lengths do not differ

@@ -1,4 +1,4 @@
-"""What can be chosen of a forecast."""
+"""Options of a forecast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a forecast holds, and the files it is written to."""
+"""Contents of a forecast, and the files it is written to."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ DIMS_OF_ACTIVITY = ("active", "correlation", "gradient")
 
 VALUE_COLUMNS = [
     f"{control}_{estimator}_sum".removeprefix("_")
-    for control in ("", *(one.name for one in CONTROLS if one.pick is not None))
+    for control in ("", *(picked.name for picked in CONTROLS if picked.pick is not None))
     for estimator in SIZES
 ] + ["answer_nll_sum", "answer_exact", "advantage"]
 
@@ -170,7 +170,7 @@ class Forecast:
         """The forecast that `save` wrote. Raises InputError where one of its files is missing or damaged."""
         run = Run.load(folder)
         stats, more = run.stats()
-        features = [ShiftedFeature(**_known(ShiftedFeature, one)) for one in run.scores["shifted_features"]]
+        features = [ShiftedFeature(**_known(ShiftedFeature, feature)) for feature in run.scores["shifted_features"]]
         read = {
             "domains": [DomainScore.from_plain(domain) for domain in run.scores["domains"]],
             "shifted_features": features,
@@ -183,7 +183,7 @@ class Forecast:
 
     @property
     def settled(self) -> SettledBlock:
-        """How settled D_N and the ranking are, and how many more prompts would settle them; see stability.
+        """Measures how settled D_N and the ranking are, and how many more prompts would settle them; see stability.
 
         shifted_features: share of D_N that resampling the training prompts keeps; ranking: by estimator, share of the
         pairs of domains that are apart, empty for fewer than two domains; more_prompts: of the training set, of each
@@ -335,7 +335,7 @@ def clear_earlier(folder: Path, written: Collection[Path]) -> None:
     if comparison.is_file():
         try:
             document = json.loads(comparison.read_text(encoding="utf-8"))
-            names = [str(one["name"]) for one in document.get("saes", document.get("trains", []))]
+            names = [str(entry["name"]) for entry in document.get("saes", document.get("trains", []))]
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             names = []  # another program's file: it is written over, as ever
         for name in names:
@@ -357,8 +357,8 @@ def _check_has_scores(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}: give the --output folder of sts-fast score")
-    found = [path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{SCORES_FILE}")]
-    below = sorted(path.relative_to(folder).as_posix() for path in found)
+    run_folders = [path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{SCORES_FILE}")]
+    below = sorted(path.relative_to(folder).as_posix() for path in run_folders)
     if below:
         some = ", ".join(below[:5]) + (", …" if len(below) > 5 else "")
         raise InputError(f"{folder} has no {SCORES_FILE} itself, but folders that do ({some}): give one of them")
@@ -381,7 +381,7 @@ def _check_scores(scores: Document, path: Path) -> None:
 
 
 def _is_extension(error: ValidationError) -> bool:
-    """Whether what breaks a rule of the schema is a new key, a control that is one number or none, or a version."""
+    """True where what breaks a rule of the schema is a new key, a control of one number or none, or a version."""
     where = list(error.absolute_path)
     if error.validator == "additionalProperties" or "propertyNames" in error.absolute_schema_path:
         return True

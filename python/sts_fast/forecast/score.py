@@ -277,7 +277,7 @@ def _beyond_activations(settings: Settings) -> list[tuple[str, str]]:
 
 
 def _read_answers(plan: Plan, signed: Sequence[Mapping[str, SignedForecast]]) -> dict[str, AnswerLog]:
-    """How well the base model answers each domain, by domain name; signed forecasts have asked it already."""
+    """Measures how well the base model answers each domain, by name; signed forecasts have measured it already."""
     already = next((forecast for of_train in signed for forecast in of_train.values()), None)
     if already is not None:
         return {answers.name: already.answers[answers.name] for answers in plan.domain_answers}

@@ -1,4 +1,4 @@
-"""What questions look like as text, and how alike two sets of them are: without a model, a tokenizer or an SAE."""
+"""Properties of questions as text, and the likeness of two sets: without a model, a tokenizer or an SAE."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _WORD_FROM_DIGIT = re.compile(r"\d\S*")
 
 @dataclass(frozen=True)
 class TextProfile:
-    """What is compared of a set of questions.
+    """Properties of a set of questions that are compared.
 
     ngrams:       [N_COUNTERS] float32 root of the share of each n-gram, so that the squares add up to 1; zeros for none
     sample:       at most MOST_BYTES of its text; n_compressed: bytes that this takes compressed
@@ -61,9 +61,9 @@ def saved_bytes(train: tuple[str, ...], domain: tuple[str, ...]) -> float:
     (C(S) + C(T) - C(S T)) / C(T), with C the bytes that zlib compresses a text to, without header: one minus a
     normalised compression distance. Other builds of zlib may compress otherwise.
     """
-    one, other = profile(train), profile(domain)
-    together = n_compressed(one.sample + other.sample)
-    return (one.n_compressed + other.n_compressed - together) / other.n_compressed
+    train_profile, domain_profile = profile(train), profile(domain)
+    together = n_compressed(train_profile.sample + domain_profile.sample)
+    return (train_profile.n_compressed + domain_profile.n_compressed - together) / domain_profile.n_compressed
 
 
 def mean_words(questions: tuple[str, ...]) -> float:

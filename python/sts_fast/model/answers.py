@@ -1,4 +1,4 @@
-"""How well a language model predicts answers: the likelihood of their tokens, and whether it would say them itself."""
+"""Prediction of answers by a language model: the likelihood of their tokens, and whether it would say them itself."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def in_batches(
     batch_tokens: int,
     memory: TokenBudget,
 ) -> Iterator[tuple[list[int], T]]:
-    """What `read` makes of prompts that read their answers, shortest first, a batch at a time.
+    """Yields what `read` makes of prompts that read their answers, shortest first, a batch at a time.
 
     read:         takes the indices of a batch, and its token ids [n_prompts, longest] on the model's device, up to the
                   last token of each answer: what follows it is not needed
@@ -86,7 +86,7 @@ def answer_outcomes(
     batch_tokens: int,
     say: Callable[[str], None] | None = None,
 ) -> tuple[Doubles, NDArray[np.int64], NDArray[np.bool_]]:
-    """How well a language model predicts the answers, at the positions that `prompts` read (tokens='answer').
+    """Measures how well a language model predicts the answers, at the positions `prompts` read (tokens='answer').
 
     model: with its head: what it returns has `logits` [batch, n_tokens, vocabulary]
     batch_tokens: most tokens of a pass; say: is told where that did not fit into memory, and half of it follows

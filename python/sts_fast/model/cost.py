@@ -1,4 +1,4 @@
-"""What forward passes will cost, told before any is run."""
+"""Cost of forward passes, estimated before any is run."""
 
 from __future__ import annotations
 

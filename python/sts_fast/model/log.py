@@ -1,4 +1,4 @@
-"""Which tokens of which prompts were read."""
+"""Records of the tokens that were read of each prompt, and of how well answers were predicted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class PromptLog:
-    """Which tokens of each prompt were read in the end, for prompts.parquet."""
+    """Record of the tokens of each prompt that were read in the end, for prompts.parquet."""
 
     def __init__(self, stage: str, prompt_set: PromptSet) -> None:
         self.stage, self.name, self.prompts = stage, prompt_set.name, prompt_set.prompts
@@ -72,7 +72,7 @@ class PromptLog:
 
 @dataclass(frozen=True)
 class AnswerLog:
-    """How well the base model predicted each answer; see answers.answer_outcomes.
+    """Record of how well the base model predicted each answer; see answers.answer_outcomes.
 
     nll: [n_prompts] nats; n_tokens: [n_prompts] answer tokens; exact: [n_prompts]
     """

@@ -1,4 +1,4 @@
-"""What a forecast reads prompts with: a language model, or activations that were captured of one."""
+"""Readers of prompts for a forecast: a language model, or activations that were captured of one."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Reader(Protocol):
         """[vocabulary, d_in] the matrix that turns residuals into logits; None where it is not at hand."""
 
     def forward_passes(self) -> PassRecord:
-        """How forward passes were run, and how many, for the record."""
+        """Record of how forward passes were run, and of their number."""
 
     def say_passes(self) -> None:
         """Says the same in one line, if there were any."""

@@ -33,7 +33,7 @@ SAEDtype = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class Loading(Checked):
-    """How a model is loaded.
+    """Options of loading a model.
 
     dtype, device: see load_decoder
     device_map: spreads the model over devices, memory and disk; see weights.Placement
@@ -60,7 +60,7 @@ class LoadingOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Running(Loading):
-    """How a model is run.
+    """Options of running a model.
 
     batch_tokens: most tokens of one forward pass; None: as many as the free memory allows
     progress:  called with (stage, prompts done, prompts in all)
@@ -93,7 +93,7 @@ class RunningOptions(LoadingOptions, total=False):
 
 @dataclass(frozen=True)
 class Reading(Running):
-    """How a model is read with its SAEs.
+    """Options of reading a model with its SAEs.
 
     layer:     reads the residual stream after this layer, whatever the SAE's files say; hook: the same by name. The
                command line says this of each SAE apart
@@ -128,7 +128,7 @@ class ReadingOptions(RunningOptions, total=False):
 
 @dataclass(frozen=True)
 class Purpose:
-    """What a session is opened for, which says what of it is opened at once.
+    """The purpose of a session, which decides what of it is opened at once.
 
     whole: reads in the whole model, head included, because that is needed anyway
     texts: prompts are written, for which a tokenizer is needed
@@ -205,14 +205,14 @@ class Session:
 
     @property
     def name(self) -> str:
-        """How errors call the model."""
+        """The model's name in errors."""
         if self.activations is not None:
             return self.activations.name
         return "the model" if self._files is None else str(self._files)
 
     @property
     def _files(self) -> str | Path | None:
-        """Where config and tokenizer are; None for a model in memory."""
+        """The place of config and tokenizer; None for a model in memory."""
         if self.activations is not None:
             return self.activations.folder / MODEL_FOLDER
         return self.model if isinstance(self.model, (str, Path)) else None
@@ -248,7 +248,7 @@ class Session:
 
     @cached_property
     def template(self) -> PromptTemplate:
-        """How prompts are written: as all SAEs were trained, and with BOS where there is none."""
+        """Template that prompts are written with: as all SAEs were trained, and with BOS where there is no SAE."""
         if not self.saes:
             return PromptTemplate(self.tokenizer, prepend_bos=True)
         return common_template(self.tokenizer, [(sae.source, sae.prepend_bos) for sae in self.saes])
@@ -289,7 +289,7 @@ class Session:
 
     @property
     def has_head(self) -> bool:
-        """Whether the model can say how likely an answer is; one of files always can."""
+        """True where the model can say how likely an answer is; one of files always can."""
         return isinstance(self.model, (str, Path)) or self.model.get_output_embeddings() is not None  # type: ignore[no-untyped-call]
 
     def prompts(
@@ -311,7 +311,7 @@ class Session:
         return sampling.prompts(name, examples, demos, self.template, self.context_length, kind=kind, show=show)
 
     def check_fit(self, prompt_set: PromptSet) -> list[Fit]:
-        """What the first tokens of a training set say about each SAE; see sae_check.Fit.
+        """Judges each SAE by the first tokens of a training set; see sae_check.Fit.
 
         Raises InputError or warns, as the session's reading has it, where one does not seem to belong.
         """

@@ -1,4 +1,4 @@
-"""What the report says about the controls: which of them put the domains in the order of the scores."""
+"""Controls in the report: which of them put the domains in the order of the scores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ UNITS = {control.quantity: control.unit for control in CONTROLS if control.unit}
 
 @dataclass(frozen=True)
 class Compared:
-    """How a control ranks the domains beside a score; rho is None where that cannot be judged."""
+    """Comparison of a control's ranking of the domains with a score's; rho is None where that cannot be judged."""
 
     rho: float | None
     word: str
@@ -56,14 +56,14 @@ def control_label(control: str) -> str:
 def control_section(scores: Scores) -> ControlSection:
     """Every control beside every estimator: by its own number for that estimator, or else by the only one it has."""
     domains, known = scores["domains"], estimators_of(scores)
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    numbers_of: dict[str, dict[str, dict[str, float]]] = {}
     for domain in domains:
         for control, entry in domain["controls"].items():
             for quantity, value in entry.items() if isinstance(entry, dict) else [("", entry)]:
                 if isinstance(value, (int, float)) and not isinstance(value, bool):
-                    found.setdefault(control, {}).setdefault(quantity, {})[domain["name"]] = float(value)
+                    numbers_of.setdefault(control, {}).setdefault(quantity, {})[domain["name"]] = float(value)
     controls = []
-    for control, numbers in found.items():
+    for control, numbers in numbers_of.items():
         alone = next(iter(numbers.values())) if not any(key in SIZES for key in numbers) else {}
         compared = []
         for estimator in known:
@@ -78,7 +78,7 @@ def control_section(scores: Scores) -> ControlSection:
         sentences=_control_sentences(labels, controls),
         quantities=[
             (control_label(control), _quantity_label(quantity), values)
-            for control, numbers in found.items()
+            for control, numbers in numbers_of.items()
             for quantity, values in numbers.items()
         ],
     )
@@ -99,18 +99,18 @@ def _compare(values: dict[str, float], scored: dict[str, float]) -> Compared:
 
 
 def _control_sentences(labels: Sequence[str], controls: Sequence[Control]) -> list[str]:
-    said = []
+    sentences = []
     for i, label in enumerate(labels):
         rhos = {c.label: compared.rho for c in controls if (compared := c.compared[i]) and compared.rho is not None}
         same = [name for name, rho in rhos.items() if rho >= SAME]
         if same:
-            said.append(
+            sentences.append(
                 f"{label}: {joined(same)} {'puts' if len(same) == 1 else 'put'} the domains in nearly the same order, "
                 f"so over these domains it says little that {'this does' if len(same) == 1 else 'these do'} not."
             )
         elif rhos:
-            said.append(f"{label}: no control puts the domains in nearly the same order.")
-    return said
+            sentences.append(f"{label}: no control puts the domains in nearly the same order.")
+    return sentences
 
 
 def _quantity_label(quantity: str) -> str:

@@ -1,4 +1,4 @@
-"""What the report says about forecast and outcome, from validation.json; keys that are missing are left out."""
+"""Forecast and outcome in the report, from validation.json; keys that are missing are left out."""
 
 from __future__ import annotations
 
@@ -110,15 +110,15 @@ def outcome_warnings(validation: Document) -> list[str]:
 
 
 def _facts(validation: Document, n: int) -> list[str]:
-    """What these outcomes could show of any forecast, and how the numbers were made."""
-    said = []
+    """Sentences on what these outcomes could show of any forecast, and on how the numbers were made."""
+    sentences = []
     limits = _get(validation, "limits")
     different = _number(limits, "n_distinguishable")
     if different is not None:
-        said.append(f"{different:.0f} of {n} changes differ from zero at the 5% level.")
+        sentences.append(f"{different:.0f} of {n} changes differ from zero at the 5% level.")
     reliability = _number(limits, "reliability")
     if reliability is not None:
-        said.append(
+        sentences.append(
             f"Reliability of the sizes of change: {correlation(reliability)} of their spread over domains is not noise "
             "of the evaluation."
         )
@@ -126,38 +126,40 @@ def _facts(validation: Document, n: int) -> list[str]:
     if ceiling is not None:
         bounds = _interval(limits, "ceiling_ci")
         shown = f" (95%: {correlations(bounds)})" if bounds else ""
-        said.append(
+        sentences.append(
             f"Ceiling: a forecast that knows every change exactly would reach r = {correlation(ceiling)}{shown}."
         )
     good, ranking = _number(limits, "chance_above_good"), _number(limits, "chance_ranking_above_good")
     if good is not None:
         also = "" if ranking is None else f", a random ranking in {percent(ranking)}"
-        said.append(f"Chance: a random forecast exceeds r = 0.7 in {percent(good)} of cases{also}.")
+        sentences.append(f"Chance: a random forecast exceeds r = 0.7 in {percent(good)} of cases{also}.")
     critical = _number(limits, "critical_r")
     if critical is not None:
-        said.append(f"5% of random forecasts exceed r = {correlation(critical)}.")
+        sentences.append(f"5% of random forecasts exceed r = {correlation(critical)}.")
     power = _number(limits, "power")
     if power is not None:
-        said.append(f"A forecast whose true r is 0.7 would stand out from random ones in {percent(power)} of cases.")
+        sentences.append(
+            f"A forecast whose true r is 0.7 would stand out from random ones in {percent(power)} of cases."
+        )
     low_high = _interval(_get(validation, "size", "pearson"), "leave_one_out")
     if low_high is not None:
-        said.append(
+        sentences.append(
             f"With any one domain left out, r lies between {correlation(low_high[0])} and {correlation(low_high[1])}."
         )
     given = _get(validation, "size_given_text")
     r = _number(given, "r")
     if r is not None:
-        said.append(
+        sentences.append(
             f"Partial correlations are given {control_label(_text(given, 'control'))}: of the controls that need no "
             f"model, the one with the largest |r| with the size of change, {correlation(r)}."
         )
     carries = _text(validation, "ci_carries")
     if carries:
-        said.append(
+        sentences.append(
             f"“Measured again”: 95% interval that carries the noise of {carries}, the domains staying the same. “Other "
             "domains”: 95% interval over domains drawn again."
         )
-    return said
+    return sentences
 
 
 def _scatter(label: str, rows: Sequence[Measured]) -> Markup | None:

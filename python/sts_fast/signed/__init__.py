@@ -1,1 +1,1 @@
-"""Which way a training set pushes the answers of a domain."""
+"""Forecast of the direction in which a training set pushes the answers of a domain."""

@@ -54,7 +54,7 @@ class ContributionBlock(TypedDict):
 
 
 class SignedDomainBlock(TypedDict):
-    """What the signed forecast of a domain rests on. top_features: None for maps that are not written in features."""
+    """Basis of the signed forecast of a domain. top_features: None for maps that are not written in features."""
 
     n_prompts: int
     base_loss: float
@@ -137,7 +137,7 @@ def measure_signed(
     maps: list[MapKind] = [name for name in estimators if name != "ntk"]
 
     pushes = [
-        measure_push(model, features, Q, train.name, train.prompts, maps=maps, tell=_told(tell, train.name))
+        measure_push(model, features, Q, train.name, train.prompts, maps=maps, tell=_tell_for(tell, train.name))
         for train in trains
     ]
     return signed_forecasts(model, features, Q, pushes, trains, domains, estimators, seed=seed, tell=tell)
@@ -164,12 +164,12 @@ def signed_forecasts(
             domain.name,
             domain.prompts,
             pushes,
-            tell=_told(tell, domain.name),
+            tell=_tell_for(tell, domain.name),
         )
         for domain in domains
     ]
     blocks = [_block(i, push, pulls, features) for i, push in enumerate(pushes)]
-    carriers = [[found["index"] for found in block["top_features"][:N_FEATURES]] for block in blocks]
+    carriers = [[feature["index"] for feature in block["top_features"][:N_FEATURES]] for block in blocks]
     firings = [Firings(np.asarray(indices, np.int64), "signed") for indices in carriers]
     for domain in domains:
         _find_firings(model, features.sae, domain, firings)
@@ -183,23 +183,23 @@ def signed_forecasts(
             {pull.name: _scores(i, pull, estimators, seed) for pull in pulls},
             [*push_warnings(push), *pull_warnings(pulls)],
             _prompt_table(i, train, push, domains, pulls),
-            found,
+            train_firings,
             answers,
         )
-        for i, (train, push, block, found) in enumerate(zip(trains, pushes, blocks, firings, strict=True))
+        for i, (train, push, block, train_firings) in enumerate(zip(trains, pushes, blocks, firings, strict=True))
     }
 
 
 def _find_firings(model: HookedModel, sae: SAE, domain: PromptSet, firings: Sequence[Firings]) -> None:
-    columns = np.unique(np.concatenate([one.features for one in firings]))
+    columns = np.unique(np.concatenate([train_firings.features for train_firings in firings]))
     if not len(columns):
         return
     for rows in model.answer_rows(domain.prompts[:EXAMPLE_PROMPTS]):
         active = encode(sae, rows.x, columns)
         prompt_of = np.asarray(rows.prompts)[rows.prompt_of]
         positions = rows.at.cpu().numpy() % rows.ids.shape[1]
-        for one in firings:
-            one.add(domain, prompt_of, positions, active)
+        for train_firings in firings:
+            train_firings.add(domain, prompt_of, positions, active)
 
 
 def _prompt_table(
@@ -226,7 +226,7 @@ def _prompt_table(
     return pa.concat_tables(tables)
 
 
-def _told(tell: Progress | None, name: str) -> Tell | None:
+def _tell_for(tell: Progress | None, name: str) -> Tell | None:
     return None if tell is None else lambda done, total: tell(f"gradients of {name}", done, total)
 
 
@@ -265,11 +265,11 @@ def _block(i: int, push: Push, pulls: Sequence[Pull], features: Features) -> Sig
 def _scores(i: int, pull: Pull, estimators: Sequence[str], seed: int) -> dict[str, tuple[float, tuple[float, float]]]:
     n = len(pull.nll)
     shares = resamples(n, seed, pull.name) / n
-    found = {}
+    scores = {}
     for field in (field for field in SIGNED_FIELDS if field.removesuffix("_loss") in estimators):
         values = pull.values[field][i]
-        found[field] = float(values.mean()), mean_interval(values, shares)
-    return found
+        scores[field] = float(values.mean()), mean_interval(values, shares)
+    return scores
 
 
 def _domain(i: int, pull: Pull, features: Features) -> SignedDomainBlock:

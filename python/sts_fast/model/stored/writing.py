@@ -51,7 +51,7 @@ SHARD_PROMPTS = 32
 
 @dataclass(frozen=True)
 class Capturing(Sampling, Fields, Running):
-    """What is captured: see Sampling, Fields and Running.
+    """Options of capturing activations; see Sampling, Fields and Running too.
 
     train_demos, domain_demos: also with demonstrations (what dims='icl', and the estimator 'icl', read)
     activation_dtype: 'bfloat16', or 'float32' for twice the size and no rounding

@@ -189,11 +189,11 @@ class Calibration:
         except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path} is not a calibration: {error}") from error
         del document["schema_version"]
-        found = document.pop("assessment")
-        if found is not None:
-            found = Assessment(**{**found, "coverage_range": tuple(found["coverage_range"])})
+        assessment = document.pop("assessment")
+        if assessment is not None:
+            assessment = Assessment(**{**assessment, "coverage_range": tuple(assessment["coverage_range"])})
         runs = [past.LearnedRun(**run) for run in document["runs"]]
-        return cls(**{**document, "line": Line(**document["line"]), "assessment": found, "runs": runs})
+        return cls(**{**document, "line": Line(**document["line"]), "assessment": assessment, "runs": runs})
 
 
 def text_of(calibration: Calibration) -> str:
@@ -218,19 +218,20 @@ def text_of(calibration: Calibration) -> str:
         f"{calibration.largest:.3g}",
         f"{calibration.level:.0%} interval: that ± ({half})",
     ]
-    if (found := calibration.assessment) is not None:
+    if (assessment := calibration.assessment) is not None:
         lines += [
             "",
             f"{'Training sets held out in turn':<32}{'inside':>8}{'mean width':>13}{'interval score':>17}{'error':>8}",
-            f"{'by the score':<32}{found.coverage:>8.0%}{number(found.width):>13}"
-            f"{number(found.interval_score):>17}{number(found.error):>8}",
-            f"{'the mean change, always':<32}{found.constant_coverage:>8.0%}{number(found.constant_width):>13}"
-            f"{number(found.constant_interval_score):>17}{number(found.constant_error):>8}",
+            f"{'by the score':<32}{assessment.coverage:>8.0%}{number(assessment.width):>13}"
+            f"{number(assessment.interval_score):>17}{number(assessment.error):>8}",
+            f"{'the mean change, always':<32}{assessment.constant_coverage:>8.0%}"
+            f"{number(assessment.constant_width):>13}{number(assessment.constant_interval_score):>17}"
+            f"{number(assessment.constant_error):>8}",
             "",
             *textwrap.wrap(
-                f"In single training sets {found.coverage_range[0]:.0%} to {found.coverage_range[1]:.0%} of the "
-                f"changes lie inside. The interval score is the width, and {2 / (1 - calibration.level):.0f} times how "
-                "far outside a change lies: smaller is better.",
+                f"In single training sets {assessment.coverage_range[0]:.0%} to "
+                f"{assessment.coverage_range[1]:.0%} of the changes lie inside. The interval score is the "
+                f"width, and {2 / (1 - calibration.level):.0f} times how far outside a change lies: smaller is better.",
                 LINE,
             ),
         ]
@@ -276,20 +277,22 @@ def fit_calibration(runs: str | Path | Iterable[str | Path], *, estimator: str |
 
 
 def _warnings(having: list[past.PastRun], without: list[Path], line: Line, assessment: Assessment | None) -> list[str]:
-    said = []
+    warnings = []
     if without:
-        said.append(f"left out, without an outcome: {listed(map(str, without))}")
+        warnings.append(f"left out, without an outcome: {listed(map(str, without))}")
     largest = [max(abs(outcome.change) for outcome in run.outcomes.values()) for run in having]
     if min(largest) <= 1 < max(largest):
         percent, share = (having[largest.index(pick(largest))].folder for pick in (max, min))
-        said.append(f"changes exceed 1 in {percent} but not in {share}: percent in one, shares in the other?")
+        warnings.append(f"changes exceed 1 in {percent} but not in {share}: percent in one, shares in the other?")
     if assessment is None:
-        said.append(f"the intervals could not be tested: that needs {trains_needed() + 1} training sets, one held out")
+        warnings.append(
+            f"the intervals could not be tested: that needs {trains_needed() + 1} training sets, one held out"
+        )
     elif assessment.interval_score >= assessment.constant_interval_score:
-        said.append("on held-out training sets the scores did no better than the mean change of past trainings")
+        warnings.append("on held-out training sets the scores did no better than the mean change of past trainings")
     if line.slope < 0:
-        said.append("past changes had the opposite sign of the scores, so the forecast inverts it")
-    return said
+        warnings.append("past changes had the opposite sign of the scores, so the forecast inverts it")
+    return warnings
 
 
 def _no_constant(name: str) -> None:

@@ -64,10 +64,10 @@ def read_past(sources: Iterable[str | Path]) -> tuple[list[PastRun], list[Path]]
     for source in map(Path, sources):
         if not source.is_dir():
             raise InputError(f"there is no folder {source}: give folders of past runs, each as sts-fast score wrote it")
-        found = sorted({path.parent for depth in ("", "*/", "*/*/") for path in source.glob(f"{depth}{SCORES_FILE}")})
-        if not found:
+        below = sorted({path.parent for depth in ("", "*/", "*/*/") for path in source.glob(f"{depth}{SCORES_FILE}")})
+        if not below:
             raise InputError(f"{source} contains no past run: give folders that sts-fast score wrote")
-        folders += [folder for folder in found if folder not in folders]
+        folders += [folder for folder in below if folder not in folders]
     if not folders:
         raise InputError("there are no past runs to learn from: give their folders")
     having = [folder for folder in folders if (folder / VALIDATION_FILE).is_file()]
@@ -89,17 +89,17 @@ def forecasts_of(scores: Scores, estimator: str) -> dict[str, float]:
     }
 
 
-def choose_estimator(runs: Sequence[PastRun], asked: str | None) -> str:
+def choose_estimator(runs: Sequence[PastRun], chosen: str | None) -> str:
     """The given estimator, or the first of PREFERRED that all runs have. Raises InputError where a run lacks it."""
-    if asked is not None and asked not in BY_NAME:
-        raise InputError(f"--estimator must be one of {', '.join(BY_NAME)}, not '{asked}'")
-    for estimator in [asked] if asked else PREFERRED:
+    if chosen is not None and chosen not in BY_NAME:
+        raise InputError(f"--estimator must be one of {', '.join(BY_NAME)}, not '{chosen}'")
+    for estimator in [chosen] if chosen else PREFERRED:
         lacking = [run for run in runs if not run.forecasts(estimator)]
         if not lacking:
             return estimator
-    if asked:
+    if chosen:
         raise InputError(
-            f"{lacking[0].folder} holds no scores by '{asked}': score it with --estimators {BY_NAME[asked].option}"
+            f"{lacking[0].folder} holds no scores by '{chosen}': score it with --estimators {BY_NAME[chosen].option}"
         )
     raise InputError("the past runs have no estimator in common: score them with the same --estimators")
 
