@@ -64,8 +64,8 @@ class Plan:
         for prompt_set in domains:
             check_enough(prompt_set, session.context_length, "domain")
         # Without demonstrations, and of domains with answers enough.
-        asked = sets.domains if signed or settings.controls == "all" else ()
-        domain_answers = [prompts("domain", name, show=False, tokens="answer") for name in asked]
+        sets_of_answers = sets.domains if signed or settings.controls == "all" else ()
+        domain_answers = [prompts("domain", name, show=False, tokens="answer") for name in sets_of_answers]
         domain_answers = [answers for answers in domain_answers if len(answers.prompts) >= MIN_PROMPTS]
         if signed and not domain_answers:
             raise InputError(
