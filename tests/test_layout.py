@@ -46,7 +46,7 @@ MACHINE_PATH = re.compile("(?<![\\w.])/" + "(root|home/[a-z]|work|Users/[a-z])" 
 # machine code, of load_sae, and of the report in a browser.
 OF_THE_REPOSITORY = {"layout", "benchmarks", "paper"}
 OF_NO_MODULE = {
-    "study": {"real", "world"},
+    "study": {"real", "world", "agreement"},
     "ops": {"core"},
     "sae": {"hostile_checkpoints"},
     "report": {"report_browser"},
