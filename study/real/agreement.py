@@ -1,4 +1,4 @@
-"""How well each forecast goes with what the light trainings changed, on the design part alone."""
+"""Correlation of each forecast with the changes that the light trainings made, on the design part alone."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def of_training(training: Training, of_trains: dict[str, Any], number: str, kind
 
 
 def ceilings(trainings: list[Training]) -> dict[str, list[float]]:
-    """What reliability leaves of any r, by kind, of the trainings that `agreements` counts."""
+    """Largest r that reliability allows, by kind, for each training that `agreements` counts."""
     return {kind: [ceiling(t.reliability(size=kind == "size")) for t in counted(trainings)] for kind in KINDS}
 
 

@@ -346,6 +346,14 @@ def test_tokens_across_the_end_of_a_text_are_left_out_and_counted() -> None:
     assert answered.n_straddling == 1
 
 
+def test_text_that_the_template_writes_twice_is_read_once() -> None:
+    template = chat("{% for m in messages %}<{{ m.role }}> {{ m.content }} turns {{ m.content }} <end> {% endfor %}")
+    prompt = build_one(template, AB, [DEMO])
+    assert words(prompt.base_ids) == "<user> a b turns a b <end>"
+    assert prompt.positions.tolist() == [4, 5]
+    assert tokens_read(prompt) == words(prompt.demos_ids[prompt.paired_demos]) == "a b"
+
+
 def test_tokenizer_that_does_not_tell_where_its_tokens_are() -> None:
     class Silent(PreTrainedTokenizerFast):
         def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -51,9 +51,11 @@ def test_nothing_is_said_where_nothing_can_be() -> None:
     ],
 )
 def test_warning(effect: LengthEffect, n_domains: int, warns: bool) -> None:
-    warning = effect.warning("STS_icl", n_domains)
+    warning = effect.warning("STS_icl", n_domains, "template")
     assert (warning is not None) == warns
     if warning:
         assert "STS_icl" in warning
         assert "r = 0.99" in warning
         assert "80%" in warning
+        assert "--tokens query" in warning
+        assert "--tokens query" not in (effect.warning("STS_icl", n_domains, "query") or "")

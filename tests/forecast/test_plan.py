@@ -62,6 +62,17 @@ def test_no_weights_are_needed(tiny: Tiny, tmp_path: Path) -> None:
         sts_fast.score(model=tmp_path / "model", train=tiny.train, **given)
 
 
+def test_a_model_in_memory_costs_the_same(tiny: Tiny) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    given: dict[str, Any] = {"sae": tiny.saes["topk"], "trains": {"train": tiny.train}, "domains": tiny.domains}
+    files = sts_fast.plan(model=tiny.model, top_n=5, **given)
+    model, tokenizer = (kind.from_pretrained(tiny.model) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    memory = sts_fast.plan(model=model, tokenizer=tokenizer, top_n=5, **given)
+    assert memory.sets == files.sets
+    assert memory.cost.memory_bytes == files.cost.memory_bytes
+
+
 def test_columns_are_named_as_the_file_names_them(tiny: Tiny, tmp_path: Path) -> None:
     rows = [
         {

@@ -111,49 +111,65 @@ class PromptTemplate:
 
         Raises InputError where the model's chat template refuses the turns.
         """
-        if not self.is_chat:
-            return self.plain_ids(plain_text(turns))
-        ids = self.tokenizer(self.text(turns), add_special_tokens=False, verbose=False).input_ids
-        return np.asarray(ids, dtype=np.int32)
+        return self.written_ids(self._written(turns))
+
+    def written_ids(self, text: str) -> IntArray:
+        """[n] int32 token ids of a conversation that is written already, with BOS where there is to be one."""
+        return self._tokens(text)[0]
 
     def owned_ids(self, turns: Sequence[Turn], n_own: int) -> tuple[IntArray, IntArray]:
-        """Token ids of (role, text) turns as in `token_ids`, and whose each token is, of the last n_own turns.
+        """Token ids of (role, text) turns as in `token_ids`, and the owner of each token among the last n_own turns.
 
         Returns [n] int32 ids, and [n] int32 owners: 0 to n_own - 1 where a token is part of the text of that turn,
-        TEMPLATE where it is not, STRADDLING where only a part of it is. Blanks around a text are anybody's.
+        TEMPLATE where it is not, STRADDLING where only a part of it is. Blanks around a text belong to either.
+        Raises InputError as `token_ids` does.
         """
-        text, ids = self._written(turns), self.token_ids(turns)
+        text = self._written(turns)
+        ids, offsets = self._tokens(text)
+        named = ~np.isin(ids, self.special_ids)
+        if named.any() and not (offsets[named, 1] > offsets[named, 0]).any():
+            offsets = self._searched_offsets(text, ids)
         spans = [self._span(turns, i, text) for i in range(len(turns) - n_own, len(turns))]
-        return ids, token_owners(self._offsets(text, ids), text, spans)
+        return ids, token_owners(offsets, text, spans)
 
     def _written(self, turns: Sequence[Turn]) -> str:
         return self.text(turns) if self.is_chat else plain_text(turns)
 
     def _span(self, turns: Sequence[Turn], i: int, text: str) -> tuple[int, int]:
-        """Range of a turn's text in a rendered conversation: what differs when a sign is put in its place."""
+        """Range of a turn's text in a rendered conversation: the part that changes with a sign in its place.
+
+        Of a text that the template writes more than once, the last.
+        """
         role, content = turns[i]
         if not content.strip():
             return 0, 0
         here, there = _characters(text), _characters(self._written([*turns[:i], (role, SIGN), *turns[i + 1 :]]))
         start = common_prefix_length(here, there)
-        return start, len(here) - min(common_suffix_length(here, there), len(here) - start, len(there) - start)
+        end = len(here) - min(common_suffix_length(here, there), len(here) - start, len(there) - start)
+        last = text.rfind(content.strip(), start, end)
+        return (start, end) if last < 0 else (last, last + len(content.strip()))
 
-    def _offsets(self, text: str, ids: IntArray) -> IntArray:
-        """[n, 2] int32 the characters of each token, from the first to behind the last; an empty range for none."""
-        if not self.tokenizer.is_fast:
-            return self._searched_offsets(text, ids)
-        read = self.tokenizer(text, add_special_tokens=not self.is_chat, verbose=False, return_offsets_mapping=True)
-        offsets = np.zeros((len(ids), 2), np.int32)
-        n_before = int(len(ids) > 0 and list(read.input_ids[:1]) != ids[:1].tolist())  # a BOS was put before
-        given = np.asarray(read.offset_mapping, dtype=np.int32).reshape(-1, 2)[: len(ids) - n_before]
-        offsets[n_before : n_before + len(given)] = given
-        named = ~np.isin(ids, self.special_ids)
-        # Some tokenizers give every token an empty range.
-        tells = not named.any() or bool((offsets[named, 1] > offsets[named, 0]).any())
-        return offsets if tells else self._searched_offsets(text, ids)
+    def _tokens(self, text: str) -> tuple[IntArray, IntArray]:
+        """[n] int32 token ids of a rendered text, and [n, 2] int32 the characters from start to end of each token.
+
+        Plain text gets BOS where there is to be one. The range of BOS is empty, and so are all where the tokenizer does
+        not tell them.
+        """
+        is_fast = self.tokenizer.is_fast
+        read = self.tokenizer(text, add_special_tokens=not self.is_chat, verbose=False, return_offsets_mapping=is_fast)
+        ids = np.asarray(read.input_ids, np.int32)
+        offsets = np.asarray(read.offset_mapping if is_fast else np.zeros((len(ids), 2)), np.int32).reshape(-1, 2)
+        if self.is_chat:
+            return ids, offsets
+        if self.prepend_bos and ids[:1].tolist() != [self.tokenizer.bos_token_id]:
+            ids = np.concatenate([np.asarray([self.tokenizer.bos_token_id], np.int32), ids])
+            offsets = np.concatenate([np.zeros((1, 2), np.int32), offsets])
+        if ids[-1:].tolist() == [self.tokenizer.eos_token_id] and len(ids) > 1:
+            return ids[:-1], offsets[:-1]  # some tokenizers close every text, but the model is to go on from here
+        return ids, offsets
 
     def _searched_offsets(self, text: str, ids: IntArray) -> IntArray:
-        """The same of a tokenizer that does not tell: each token's text is looked for behind the one before."""
+        """[n, 2] int32 the characters of each token, searched for behind the token before it; empty if not found."""
         offsets, at = np.zeros((len(ids), 2), np.int32), 0
         for i, token in enumerate(ids.tolist()):
             piece = str(self.tokenizer.decode([token], skip_special_tokens=False)).strip()
@@ -162,15 +178,6 @@ class PromptTemplate:
                 offsets[i] = start, start + len(piece)
                 at = start + len(piece)
         return offsets
-
-    def plain_ids(self, text: str) -> IntArray:
-        """[n] int32 token ids of a text as it stands, with BOS where there is to be one."""
-        ids = self.tokenizer(text, verbose=False).input_ids
-        if self.prepend_bos and ids[:1] != [self.tokenizer.bos_token_id]:
-            ids = [self.tokenizer.bos_token_id, *ids]
-        if ids[-1:] == [self.tokenizer.eos_token_id] and len(ids) > 1:
-            ids = ids[:-1]  # some tokenizers close every text, but the model is to go on from here
-        return np.asarray(ids, dtype=np.int32)
 
     def text(self, turns: Sequence[Turn]) -> str:
         """The conversation as the chat template writes it, but with every answer whole.

@@ -113,7 +113,7 @@ def _forecast(
     warnings += [
         warning
         for name, effect in length.items()
-        if (warning := effect.warning(BY_NAME[name].label, len(domain_reads))) is not None
+        if (warning := effect.warning(BY_NAME[name].label, len(domain_reads), settings.tokens)) is not None
     ]
     stability = shift.overlaps(top_n)
     total = float(shift.importance.sum())

@@ -1,4 +1,4 @@
-"""What a forecast will read and cost, told before the model is run."""
+"""Sets and costs of a forecast, known before the model is run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sts_fast.sae import SAE
 from sts_fast.signed.push import MAP_PROMPTS
 from sts_fast.signed.signed import hook_layer
 
-# What seeking a map costs: evaluations of the layers above the hook, as many as it usually takes.
+# Evaluations of the layers above the hook that seeking a map usually takes.
 MAP_EVALUATIONS = {"step": 15, "adapter": 60}
 # Share of the speed of a bare product that a forecast reaches. With it, a forecast of SmolLM2-135M over four domains on
 # two cores was put at 27 s and took 26 (35 with loading); with ntk, at 243 s, and took 350.
@@ -54,11 +54,11 @@ class PlannedSet:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a forecast will take.
+    """Passes, tokens, time and memory of a forecast.
 
     n_passes, n_tokens: forward passes up to the hooks, and the tokens in them, where prompts share what they begin with
     n_answer_tokens: tokens that pass the whole model, back to the hook too for signed estimators
-    seconds: estimate, less the loading of the model; memory_bytes: estimate of the peak
+    seconds, memory_bytes: estimates of the time, less that of loading the model, and of the peak memory
     """
 
     n_passes: int
@@ -70,7 +70,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Outlook:
-    """What a forecast will read and cost."""
+    """Sets that a forecast reads, in their order, and its cost."""
 
     sets: list[PlannedSet]
     cost: Cost
@@ -101,7 +101,7 @@ def estimated_cost(plan: Plan, planned: Sequence[PlannedSet]) -> Cost:
     import torch
 
     settings, session, saes = plan.settings, plan.session, plan.session.saes
-    size, budget = ModelSize(session.config), _budget(plan)
+    size, budget = ModelSize(session.outline), _budget(plan)
     layers = [layer for sae in saes if (layer := split_name(sae.hook_name)[1]) is not None]
     last = max(layers) + 1 if len(layers) == len(saes) else size.n_layers
     n_answers = sum(of.n_tokens for of in planned if of.use == "answers")
@@ -113,7 +113,9 @@ def estimated_cost(plan: Plan, planned: Sequence[PlannedSet]) -> Cost:
         flops += n_shifted * encode * (1 if settings.dims == "active" else 2)
         if settings.signed:
             flops += n_answers * encode + _signed_flops(plan, size, hook_layer(sae) + 1)
-    device, dtype = budget.device, getattr(torch, "float32" if settings.dtype == "auto" else settings.dtype)
+    dtype: torch.dtype = getattr(torch, settings.dtype, None) or torch.float32
+    if settings.dtype == "auto" and budget.device.type != "cpu":  # the checkpoint's own, as for load_decoder
+        dtype = getattr(session.config, "dtype", None) or dtype
     runs_whole = bool(plan.domain_answers)
     n_weights = size.n_weights(last) + (size.n_weights(size.n_layers) if runs_whole else 0)
     n_maps = len(plan.trains) * SUM_BYTES + len(plan.train_answers) * (1 + len(settings.signed)) * MAP_BYTES
@@ -122,7 +124,7 @@ def estimated_cost(plan: Plan, planned: Sequence[PlannedSet]) -> Cost:
         n_passes=sum(of.n_passes or 0 for of in planned),
         n_tokens=n_tokens,
         n_answer_tokens=n_answers,
-        seconds=flops / (PRODUCT_SHARE * product_speed(device, dtype)),
+        seconds=flops / (PRODUCT_SHARE * product_speed(budget.device, dtype)),
         memory_bytes=LIBRARY_BYTES
         + n_weights * dtype.itemsize * (session.activations is None)
         + sum(_matrix_bytes(sae) + sae.d_sae * n_maps for sae in saes)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sts_fast.data.prompts import TokenClass
 from sts_fast.forecast.blocks import LengthBlock
 from sts_fast.statistics import pearson
 
@@ -37,17 +38,17 @@ class LengthEffect:
     def to_plain(self) -> LengthBlock:
         return {"constant_share": self.constant_share, "r_inverse_length": self.r_inverse_length}
 
-    def warning(self, label: str, n_domains: int) -> str | None:
-        """A sentence where length explains the order of the domains."""
+    def warning(self, label: str, n_domains: int, tokens: TokenClass) -> str | None:
+        """A sentence where length explains the order of the domains; tokens: the reading that the scores are of."""
         r, constant = self.r_inverse_length, self.constant_share
         if n_domains < LEAST_DOMAINS or r is None or constant is None:
             return None
         if r < MOST_R or constant < MOST_CONSTANT:
             return None
+        remedy = "compare domains of similar length" if tokens == "query" else "read --tokens query instead"
         return (
-            f"{label} mostly ranks the domains by the length of their questions (r = {r:.2f} with 1/length): "
-            f"{constant:.0%} of it is the same for every prompt, whatever is asked; read --tokens query, and compare "
-            "domains of like length"
+            f"{label} mostly ranks the domains by the length of their questions (r = {r:.2f} with 1/length), and "
+            f"{constant:.0%} of it is the same for every prompt: {remedy}"
         )
 
 
@@ -71,12 +72,13 @@ def _constant_share(sums: Sequence[Doubles], lengths: Sequence[Doubles]) -> floa
     n = sum(map(len, sums))
     if weight <= 1e-9 * n or total <= 0:
         return None
-    A = float(sum(residual @ of_domain for residual, of_domain in zip(residuals, sums, strict=True))) / weight
+    # Sums, not products of BLAS, whose order may depend on threads.
+    A = sum(float((residual * of_domain).sum()) for residual, of_domain in zip(residuals, sums, strict=True)) / weight
     return n * A / total
 
 
 def _ones_less_length(lengths: Doubles) -> Doubles:
-    square = float(lengths @ lengths)
+    square = float((lengths * lengths).sum())
     residual: Doubles = 1.0 - lengths * (float(lengths.sum()) / square if square else 0.0)
     return residual
 

@@ -169,14 +169,16 @@ def plan(
     tuned: str | Path | PreTrainedModel | None = None,
     **options: Unpack[Options],
 ) -> Outlook:
-    """Tells what `compare` will read and cost, without loading the model's weights.
+    """The sets that `compare` would read and the cost of it, without loading the model's weights.
 
+    All arguments are those of `compare`; options: see Settings. The first prompt of each set goes to `show`.
+
+    Returns the sets with their prompts, tokens and columns, and an estimate of time (seconds) and memory (bytes).
     Raises InputError for everything in the input that `compare` would refuse before its first forward pass.
     """
-    settings = Settings(**options)
-    made = _plan(model, sae, trains, domains, demos, tokenizer, tuned, settings, run=False)
-    made.show()
-    return Outlook.of(made)
+    planned = _plan(model, sae, trains, domains, demos, tokenizer, tuned, Settings(**options), run=False)
+    planned.show()
+    return Outlook.of(planned)
 
 
 def _plan(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from sts_fast.model.packing import layer_sizes, shared_length
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
     from sts_fast.statistics import IntArray
 
@@ -22,21 +23,15 @@ PRODUCT_SIDE, PRODUCT_SECONDS = 1024, 0.2
 
 
 class ModelSize:
-    """Multiplications and bytes of a model, from its config alone.
+    """Weights of a model.
 
     n_layers:      decoder layers
     layer_weights: weights in one of them, on average; embedding: those of the embedding, and of the head
-    d_attention:   width of the queries
     """
 
-    def __init__(self, config: Any) -> None:
-        import torch
-        from transformers import AutoModel
-
-        text = config.get_text_config()
-        with torch.device("meta"):
-            model = AutoModel.from_config(config)  # type: ignore[no-untyped-call]
-        self.layer_weights, self.d_attention, _ = layer_sizes(model, text)
+    def __init__(self, model: torch.nn.Module) -> None:
+        text = model.config.get_text_config()  # type: ignore[union-attr, operator]
+        self.layer_weights, _, _ = layer_sizes(model, text)
         self.n_layers: int = text.num_hidden_layers
         self.embedding: int = text.vocab_size * text.hidden_size
 
@@ -48,13 +43,12 @@ class ModelSize:
         return self.layer_weights * n_layers + self.embedding
 
 
-def count_passes(
-    prompt_set: PromptSet, budget: Callable[[int], int], *, shares: bool = True, n_models: int = 1
-) -> tuple[int, int]:
-    """Forward passes that reading a set takes, and the tokens in them, as ForwardPasses runs them.
+def count_passes(prompt_set: PromptSet, budget: Callable[[int], int], *, n_models: int = 1) -> tuple[int, int]:
+    """Forward passes that reading a set takes, and the tokens in them, where the start that prompts share is run once.
 
-    budget:   most tokens of a batch, by how many all its prompts share before them
-    shares:   whether what prompts share is run once; a model that cannot be run so, needs as many tokens as they have
+    ForwardPasses runs all models so whose self-check allows it; the others need as many tokens as the prompts have.
+
+    budget:   most tokens of a batch, by how many tokens all its prompts share before them
     n_models: read with no demonstrations, but by this many models
     """
     prompts = prompt_set.prompts
@@ -62,7 +56,7 @@ def count_passes(
     if n_models == 1 and prompts and all(len(p.demos_ids) for p in prompts):
         sides.append(([p.demos_ids for p in prompts], [p.paired_demos for p in prompts]))
     needed = [([ids[: int(at.max(initial=-1)) + 1] for ids, at in zip(*side, strict=True)], side[1]) for side in sides]
-    shared = [shared_length(*side) if shares else 0 for side in needed]
+    shared = [shared_length(*side) for side in needed]
     own = [_own_lengths(ids, n) for (ids, _), n in zip(needed, shared, strict=True)]
     n_tokens = sum(map(int, map(np.sum, own))) + sum(shared)
     n_passes = sum(-(-n // budget(n)) for n in shared if n)
@@ -74,7 +68,7 @@ def count_passes(
     return n_passes, n_tokens
 
 
-def _own_lengths(ids: Sequence[IntArray], n_shared: int) -> Any:
+def _own_lengths(ids: Sequence[IntArray], n_shared: int) -> NDArray[np.int64]:
     return np.asarray([max(0, len(sequence) - n_shared) for sequence in ids], np.int64)
 
 
@@ -92,7 +86,8 @@ def product_speed(device: torch.device, dtype: torch.dtype) -> float:
             torch.cuda.synchronize(device)
         return time.perf_counter() - started
 
-    n, took = 1, seconds(1)  # the first product sets things up
+    seconds(1)  # the first product sets things up
+    n = 1
     while (took := seconds(n)) < PRODUCT_SECONDS:
         n *= 2
     return 2.0 * PRODUCT_SIDE**3 * n / took

@@ -24,6 +24,7 @@ from sts_fast.places import layer_of, place_name, split_name
 from sts_fast.sae import SAE, load_sae
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SAESource = str | Path | SAE
@@ -286,6 +287,18 @@ class Session:
         return load_language_model(
             self.model, dtype=reading.dtype, device=reading.device, device_map=reading.device_map
         )
+
+    @cached_property
+    def outline(self) -> torch.nn.Module:
+        """The decoder without its weights: modules and shapes only; the decoder itself of a model in memory."""
+        import torch
+        from transformers import AutoModel
+
+        if self._files is None:
+            return self.model.base_model  # type: ignore[union-attr]
+        with torch.device("meta"):
+            model: torch.nn.Module = AutoModel.from_config(self.config)  # type: ignore[no-untyped-call]
+        return model
 
     @property
     def has_head(self) -> bool:

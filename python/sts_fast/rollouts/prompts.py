@@ -53,7 +53,7 @@ class Rendering:
     def prompt_ids(self, prompt: str | tuple[Turn, ...]) -> IntArray:
         """[n] int32 token ids of a prompt, ready for a completion. Raises InputError as PromptTemplate.token_ids."""
         turns = self.turns(prompt)
-        return self.template.plain_ids(str(prompt)) if turns is None else self.template.token_ids(turns)
+        return self.template.written_ids(str(prompt)) if turns is None else self.template.token_ids(turns)
 
     def ended(self, completion: str) -> tuple[str, bool]:
         """A completion without the special tokens at its end, and whether there were any."""
