@@ -283,6 +283,10 @@ def test_dry_run_refuses_what_a_run_would_refuse(score: Options, run: Callable[.
     error = assert_refused(run(score.with_(dry_run=True, layer=99)))
     assert "99" in error
     assert_refused(run(score.with_(dry_run=True, shots=99)))
+    assert "--device-map" in assert_refused(run(score.with_(dry_run=True, device=None, device_map="bad")))
+    assert "nowhere.json" in assert_refused(run(score.with_(dry_run=True, calibration="nowhere.json")))
+    tokens = assert_refused(run(score.with_(dry_run=True, tokens="words")))
+    assert tokens.startswith("error: Invalid value for '--tokens': 'words' is not one of 'query', 'template'")
 
 
 def test_shift_measures_the_training_set_alone(score: Options, run: Callable[..., Ran]) -> None:

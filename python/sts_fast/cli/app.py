@@ -57,7 +57,8 @@ def main() -> None:
     except (InputError, OSError) as error:  # OSError: names that are too long, folders that may not be listed
         fail(str(error))
     except CommandLineError as error:
-        fail(f"{error.format_message()} See sts-fast --help")  # type: ignore[attr-defined]
+        message: str = error.format_message()  # type: ignore[attr-defined]
+        fail(f"{message.replace('Value error, ', '')} See sts-fast --help")  # the words are the parser's
     except (typer.Abort, KeyboardInterrupt):
         # After an interrupt inside exec(), as while a dataclass is imported, Python would end by the signal even though
         # it is caught here; the next exec() clears that state of CPython.

@@ -163,6 +163,8 @@ def _outlook(
     sources: Sources | Candidates, trains: dict[str, Path], settings: Settings, places: Places, how: How
 ) -> Outlook:
     """The prompts that forecasts of some training sets will read, and their cost."""
+    if how.calibration is not None:
+        read_calibration(how.calibration, settings, len(sources.sae))
     how.apply()
     _check_trains(trains)
     return plan(

@@ -174,7 +174,8 @@ def plan(
     All arguments are those of `compare`; options: see Settings. The first prompt of each set goes to `show`.
 
     Returns the sets with their prompts, tokens and columns, and an estimate of time (seconds) and memory (bytes).
-    Raises InputError for everything in the input that `compare` would refuse before its first forward pass.
+    Raises InputError for everything that `compare` would refuse before its first forward pass, but for what only the
+    weights can show.
     """
     planned = _plan(model, sae, trains, domains, demos, tokenizer, tuned, Settings(**options), run=False)
     planned.show()

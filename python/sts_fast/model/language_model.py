@@ -343,9 +343,8 @@ def _load(
 ) -> torch.nn.Module:
     import torch
 
+    weights.check_placement(device, device_map)
     chosen = str(weights.device_named(device))
-    if device != "auto" and device_map not in (None, "disk"):
-        raise InputError("--device and --device-map both say where the model goes: give one of them")
     if dtype == "auto" and chosen == "cpu":
         dtype = "float32"
     placement = None if device_map is None else Placement(device_map, chosen)

@@ -18,7 +18,7 @@ from sts_fast.model.language_model import LanguageModel, load_config, load_decod
 from sts_fast.model.reader import Reader
 from sts_fast.model.sae_check import Fit, check_names, check_width, measure_fit
 from sts_fast.model.stored import MODEL_FOLDER, Activations, is_activations
-from sts_fast.model.weights import DeviceMap
+from sts_fast.model.weights import DeviceMap, check_placement
 from sts_fast.ops import cuda_kernels
 from sts_fast.places import layer_of, place_name, split_name
 from sts_fast.sae import SAE, load_sae
@@ -189,6 +189,7 @@ class Session:
                     f"{what} needs {why}, but {model} holds activations: give a folder or hub id of a model with "
                     "--model"
                 )
+        check_placement(reading.device, reading.device_map)
         opened = [open_sae(sae, reading, top_n) for sae in saes]
         session = cls(model, opened, reading, places, purpose.whole, tokenizer, tuned)
         reading.warn(*session.names)

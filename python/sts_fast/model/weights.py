@@ -37,6 +37,19 @@ def device_named(name: str) -> torch.device:
     return torch.device(name)
 
 
+def check_placement(device: str, device_map: DeviceMap | None) -> None:
+    """Raises InputError for an unknown device or map, for both together, and where accelerate is missing."""
+    device_named(device)
+    if device_map is None:
+        return
+    if device != "auto" and device_map != "disk":
+        raise InputError("--device and --device-map both say where the model goes: give one of them")
+    if isinstance(device_map, str) and device_map not in (*SPREADING, *SINGLE):
+        raise InputError(f"--device-map is one of {', '.join((*SPREADING, *SINGLE))}, not '{device_map}'")
+    if importlib.util.find_spec("accelerate") is None:
+        raise InputError("--device-map needs the package accelerate: pip install accelerate")
+
+
 class Placement:
     """Placement of a model's weights, as options of `from_pretrained`.
 
@@ -44,15 +57,9 @@ class Placement:
         'disk' (the decoder layers stay there, and each is loaded when it is run), or a dict of a device by module, as
         for transformers
     device: device that runs a model whose layers stay on disk
-
-    Raises InputError for another map, and where the package accelerate is missing.
     """
 
     def __init__(self, device_map: DeviceMap, device: str) -> None:
-        if isinstance(device_map, str) and device_map not in (*SPREADING, *SINGLE):
-            raise InputError(f"--device-map is one of {', '.join((*SPREADING, *SINGLE))}, not '{device_map}'")
-        if importlib.util.find_spec("accelerate") is None:
-            raise InputError("--device-map needs the package accelerate: pip install accelerate")
         self.device_map, self.device = device_map, device
         self.folder = tempfile.mkdtemp(prefix="sts-fast-offloaded-")
 
