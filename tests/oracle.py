@@ -40,6 +40,7 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
+from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 Doubles = NDArray[np.float64]
@@ -400,7 +401,7 @@ def expect(
     claimed = [feature["index"] for feature in actual["shifted_features"]]
     n_ties = check_top(importance, claimed, top_n)
 
-    draws = np.random.default_rng([seed, zlib.crc32(b"shift")]).multinomial(len(rows), [1 / len(rows)] * len(rows), 32)
+    draws = drawn_anew([row["draw"] for row in rows], seed, "shift", 32)
     overlaps = np.asarray([overlap(np.tensordot(per_prompt, draw, ([1], [0])), claimed) for draw in draws]).T
     mean_base = (train.h if dims == "active" else train.base).sum(axis=1) / n_tokens
     fired = (train.fired_read if dims == "active" else train.fired).sum(axis=1)
@@ -461,9 +462,7 @@ def expect(
         entry: dict[str, Any] = {"name": name, "scores": {}, **counts_of(rows)}
         controls: dict[str, dict[str, Any]] = {control: {} for control in of_control if control}
         values: dict[str, Doubles] = {}
-        resamples = np.random.default_rng([seed, zlib.crc32(name.encode())]).multinomial(
-            len(rows), [1 / len(rows)] * len(rows), settings["n_bootstrap"]
-        )
+        resamples = drawn_anew([0] * len(rows), seed, name, settings["n_bootstrap"])
         for estimator in ("act", "icl", "act_sq"):
             if estimator not in settings["estimators"]:
                 continue
@@ -481,6 +480,8 @@ def expect(
                     controls[control][estimator] = ratio
                 else:
                     ci = interval(of_prompts, per_token, resamples, percentages(settings))
+                    if estimator == "icl":
+                        ci = widened(ci, of_prompts, per_token, [row["draw"] for row in rows], settings["confidence"])
                     entry["scores"][estimator] = {"value": ratio, "ci": ci}
         means = [part.residual.sum(axis=0) / part.n_read.sum() for part in (train, sums)]
         check_means(np.stack([saved["mean_residual"], mean_residual]), np.stack(means))
@@ -646,6 +647,43 @@ def interval(
         for one in numerator
     ]
     return [np.asarray([percentile(one, q) for one in ratios]) for q in at]
+
+
+def drawn_anew(groups: list[int], seed: int, name: str, size: int) -> NDArray[np.int64]:
+    """[size, n] times that each of n things is drawn: of several groups first groups, then as many members of each."""
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    n_groups = len(set(groups))
+    if n_groups == 1:
+        return rng.multinomial(len(groups), [1 / len(groups)] * len(groups), size)
+    chosen = rng.multinomial(n_groups, [1 / n_groups] * n_groups, size)
+    counts = np.zeros((size, len(groups)), np.int64)
+    for g, group in enumerate(sorted(set(groups))):
+        here = [i for i, of in enumerate(groups) if of == group]
+        counts[:, here] = rng.multinomial(len(here) * chosen[:, g], [1 / len(here)] * len(here))
+    return counts
+
+
+def widened(
+    of_prompts: list[Doubles], numerator: Doubles, denominator: Doubles, groups: list[int], confidence: float
+) -> list[Doubles]:
+    """The interval, at least as wide as the spread between groups of prompts makes it.
+
+    ln R +- t sqrt(K / (K - 1) sum_k (sum_{i in k} (a_i - R b_i))^2) / (R sum_i b_i), of R = sum a / sum b
+    """
+    k = len(set(groups))
+    if k == 1:
+        return of_prompts
+    low, high = (np.array(end, np.float64) for end in of_prompts)
+    for i, a in enumerate(numerator):
+        ratio = a.sum() / denominator.sum()
+        if ratio == 0:
+            continue
+        of_groups = [sum(a[p] - ratio * denominator[p] for p, of in enumerate(groups) if of == g) for g in {*groups}]
+        error = np.sqrt(k / (k - 1) * sum(one**2 for one in of_groups)) / (ratio * denominator.sum())
+        t = stats.t(k - 1).isf((1 - confidence) / 2)
+        low[i] = min(low[i], np.exp(np.log(ratio) - t * error))
+        high[i] = max(high[i], np.exp(np.log(ratio) + t * error))
+    return [np.array([end.min(), end[1], end.max()]) for end in (low, high)]
 
 
 def percentile(values: Any, q: float) -> float:

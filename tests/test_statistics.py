@@ -13,6 +13,8 @@ from sts_fast import statistics
 from sts_fast.statistics import (
     chance_of_agreement,
     defined,
+    group_resamples,
+    grouped_ratio_interval,
     mean_interval,
     mean_ranks,
     partial_pearson,
@@ -55,6 +57,58 @@ def test_interval_of_a_ratio_leaves_out_resamplings_without_tokens() -> None:
     numerator, denominator = np.asarray([1.0, 3, 0]), np.asarray([2.0, 2, 0])
     drawn = np.asarray([[3.0, 0, 0], [0, 3, 0], [1, 1, 1], [0, 0, 3]])
     assert ratio_interval(numerator, denominator, drawn) == pytest.approx((0.525, 1.475), rel=1e-12)
+
+
+def test_groups_are_drawn_first_and_then_their_members() -> None:
+    groups = np.asarray([0, 1, 0, 1, 1, 2, 2], np.int32)
+    drawn = group_resamples(groups, 3, "law", 4000)
+    sizes = np.asarray([2, 3, 2])
+    of_groups = np.stack([drawn[:, groups == g].sum(axis=1) for g in range(3)], axis=1) / sizes
+    assert (of_groups == of_groups.astype(int)).all()
+    assert (of_groups.sum(axis=1) == 3).all()
+    # Multinomial: the mean is 1, the variance of a group's count 1 - 1/3.
+    np.testing.assert_allclose(of_groups.var(axis=0), 2 / 3, atol=0.05)
+    np.testing.assert_allclose(drawn.mean(axis=0), 1, atol=0.06)
+    assert (group_resamples(np.zeros(5, np.int32), 3, "law", 8) == resamples(5, 3, "law", 8)).all()
+
+
+def test_interval_of_a_ratio_over_groups_by_hand() -> None:
+    # R = 16 / 4 = 4. Residuals of the groups: (2 + 4) - 4 * 2 = -2, and (4 + 6) - 4 * 2 = 2. The relative error is
+    # sqrt(2 * (4 + 4)) / 16 = .25, and t of one degree of freedom 12.7062.
+    numerator, denominator = np.asarray([2.0, 4, 4, 6]), np.ones(4)
+    drawn = np.ones((3, 4))
+    found = grouped_ratio_interval(numerator, denominator, drawn, np.asarray([0, 0, 1, 1], np.int32))
+    factor = np.exp(12.706204736 * 0.25)
+    assert found == pytest.approx((4 / factor, 4 * factor), rel=1e-9)
+
+
+def test_interval_over_groups_is_never_narrower_than_that_over_prompts() -> None:
+    numerator, denominator = np.asarray([1.0, 7, 1, 7]), np.ones(4)  # groups alike, prompts not
+    drawn = resamples(4, 0, "law")
+    of_prompts = ratio_interval(numerator, denominator, drawn)
+    assert grouped_ratio_interval(numerator, denominator, drawn, np.asarray([0, 0, 1, 1], np.int32)) == of_prompts
+    assert grouped_ratio_interval(numerator, denominator, drawn, np.zeros(4, np.int32)) == of_prompts
+    assert grouped_ratio_interval(numerator * 0, denominator, drawn, np.asarray([0, 0, 1, 1], np.int32)) == (0, 0)
+
+
+@pytest.mark.parametrize("between", [0.0, 0.3, 0.6])
+def test_interval_over_groups_covers_the_mean_of_other_groups(between: float) -> None:
+    """Five groups of six prompts, lognormal between groups and within: nominally 95%."""
+    rng = np.random.default_rng(5)
+    group_of = np.repeat(np.arange(5, dtype=np.int32), 6)
+    drawn = resamples(30, 0, "law", 200)
+    covered, alone = 0, 0
+    for _ in range(300):
+        of_groups = np.exp(between * rng.standard_normal(5) - between**2 / 2)[group_of]
+        n_pairs = rng.integers(20, 80, 30).astype(float)
+        sums = n_pairs * of_groups * np.exp(0.5 * rng.standard_normal(30) - 0.125)
+        low, high = grouped_ratio_interval(sums, n_pairs, drawn, group_of)
+        covered += low <= 1 <= high
+        low, high = ratio_interval(sums, n_pairs, drawn)
+        alone += low <= 1 <= high
+    assert covered >= 0.9 * 300
+    assert alone < covered
+    assert between < 0.5 or alone < 0.75 * 300  # that over prompts says nothing of the choice of groups
 
 
 def test_percentages_and_the_normal_quantile_are_those_of_95_percent() -> None:

@@ -12,6 +12,10 @@ class InputError(ValueError):
     """
 
 
+class SetTooSmall(InputError):
+    """Raised for a set that has too few examples or prompts, where other sets may still be used."""
+
+
 def one_line(reason: object) -> str:
     """The reason in one line of at most 200 characters, for the middle of a message."""
     text = " ".join(str(reason).split())

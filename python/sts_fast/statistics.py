@@ -37,6 +37,23 @@ def resamples(n: int, seed: int, name: str, size: int = N_BOOTSTRAP) -> Doubles:
     return rng.multinomial(n, [1 / n] * n, size=size).astype(np.float64)
 
 
+def group_resamples(groups: IntArray, seed: int, name: str, size: int) -> Doubles:
+    """[size, n] number of times that each resampling draws each of n things: first groups of them, then their members.
+
+    groups: [n] the group of each; as many groups are drawn as there are, with replacement, and as many members of each.
+        Those of a single group are drawn as `resamples` does.
+    """
+    if len(np.unique(groups)) == 1:
+        return resamples(len(groups), seed, name, size)
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
+    drawn = rng.multinomial(len(members), [1 / len(members)] * len(members), size=size)
+    counts = np.zeros((size, len(groups)))
+    for of_group, here in zip(drawn.T, members, strict=True):
+        counts[:, here] = rng.multinomial(len(here) * of_group, [1 / len(here)] * len(here))
+    return counts
+
+
 def percentile_interval(values: Doubles) -> Interval:
     """95% interval of the values of resamplings."""
     low, high = np.percentile(values, INTERVAL)
@@ -64,6 +81,31 @@ def ratio_interval(numerator: Doubles, denominator: Doubles, resamples: Doubles)
     totals = np.einsum("rp,p->r", resamples, denominator)
     ratios = np.einsum("rp,p->r", resamples, numerator)[totals > 0] / totals[totals > 0]
     return percentile_interval(ratios)
+
+
+def grouped_ratio_interval(numerator: Doubles, denominator: Doubles, resamples: Doubles, groups: IntArray) -> Interval:
+    """95% interval of sum(numerator) / sum(denominator) of prompts in a few groups, which might have been others.
+
+    numerator, denominator, resamples: as for `ratio_interval`; numerators are positive
+    groups: [n_prompts] the group of each prompt, such as the draw of demonstrations that it was asked behind
+
+    ratio * exp(+-t s / ratio), where t is the quantile of Student's distribution with one degree of freedom less than
+    there are groups, and s the error that the ratio's residuals of whole groups give (the cluster-robust one); it
+    contains the prompts' own share. On the logarithm, because sums of squares are skewed. Never narrower than
+    `ratio_interval`, which it is for a single group.
+    """
+    from scipy import stats
+
+    low, high = ratio_interval(numerator, denominator, resamples)
+    ratio = float(numerator.sum() / denominator.sum())
+    _, group_of = np.unique(groups, return_inverse=True)
+    n_groups = int(group_of.max()) + 1
+    if n_groups == 1 or ratio == 0:
+        return low, high
+    residuals = np.bincount(group_of, numerator / ratio - denominator, n_groups) / denominator.sum()
+    relative_error = math.sqrt(n_groups / (n_groups - 1) * float((residuals**2).sum()))
+    factor = math.exp(float(stats.t.ppf((1 + CONFIDENCE) / 2, n_groups - 1)) * relative_error)
+    return min(low, ratio / factor), max(high, ratio * factor)
 
 
 def mean_ranks(values: ArrayLike) -> Doubles:

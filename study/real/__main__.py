@@ -41,8 +41,6 @@ def main() -> None:
     if arguments.what == "prepare":
         if not ASSETS.is_dir():
             parser.error("the sets are made of ../shared/assets, which is not beside this checkout")
-        if os.environ.get("PYTHONHASHSEED") != "0":  # some generators of reasoning-gym draw from Python's sets
-            os.execve(sys.executable, sys.orig_argv, os.environ | {"PYTHONHASHSEED": "0"})
         prepare(arguments.work)
     if arguments.what == "run":
         runs.run(arguments.work, arguments.names or [*WAYS], tell)

@@ -17,8 +17,6 @@ Doubles = NDArray[np.float64]
 N_HALVINGS = 100
 LEAST_RELIABLE = 0.8  # a training whose primary outcome is less reliable is left out of verdicts
 CLEAR = 1.96  # standard errors
-# Their generators drew other questions in each process until the sets were made with a fixed hash seed.
-REMADE = ("rg polynomial_multiplication", "rg word_ladder")
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Training:
-    """A training's record beside the base model's; `changes[measure][domain]` for every domain but `REMADE`."""
+    """A training's record beside the base model's; `changes[measure][domain]` for every domain."""
 
     name: str
     record: dict[str, Any]
@@ -67,7 +65,6 @@ def trainings(outcomes: dict[str, dict[str, Any]]) -> list[Training]:
                 measure: {
                     domain: Change(*paired(before[domain][measure], values[measure]))
                     for domain, values in record["domains"].items()
-                    if domain not in REMADE
                 }
                 for measure in MEASURES
             }

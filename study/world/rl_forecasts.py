@@ -94,7 +94,7 @@ def icl_shift(
 ) -> tuple[ShiftStats, Any]:
     """Shift of the questions' tokens by demonstrations, and [d_in] their mean residual without."""
     stats, total = ShiftStats(sae), np.zeros(sae.d_in)
-    for (rows,) in capture(decoder, build_prompts("queries", queries, template, demos=demos).prompts):
+    for (rows,) in capture(decoder, build_prompts("queries", queries, template, draws=[demos]).prompts):
         stats.update(rows.paired, rows.demos)
         total += rows.base.double().sum(dim=0).numpy()
     return stats, total / stats.n_tokens

@@ -26,7 +26,6 @@ from sts_fast.data.prompts import (
     Prompt,
     PromptTemplate,
     build_prompts,
-    choose_demos,
     common_prefix_length,
     common_suffix_length,
     plain_text,
@@ -94,7 +93,7 @@ def words(ids: Sequence[int] | np.ndarray) -> str:
 
 
 def build_one(template: PromptTemplate, query: Example, demos: Sequence[Example] = (), tokens: str = "query") -> Prompt:
-    built = build_prompts("set", [query], template, demos=demos, tokens=tokens)
+    built = build_prompts("set", [query], template, draws=[demos] if demos else [], tokens=tokens)
     assert (built.name, built.n_too_long, built.n_unanswered) == ("set", 0, 0)
     (prompt,) = built.prompts
     assert prompt.id == query.id
@@ -436,69 +435,13 @@ def test_unknown_token_class() -> None:
 
 # Demonstrations and queries -------------------------------------------------------------------------------------------
 
-ROWS = [
-    Example("1", "a", None),
-    Example("2", "b", "x"),
-    Example("3", "c", "y"),
-    Example("4", "d", "z"),
-    Example("5", "b", "another answer to the same question"),
-]
-
-
-def ids(examples: Sequence[Example]) -> list[str]:
-    return [example.id for example in examples]
-
-
-def test_first_answered_rows_demonstrate_and_are_not_asked() -> None:
-    demos, queries = choose_demos("set", ROWS, 2)
-    assert ids(demos) == ["2", "3"]
-    assert ids(queries) == ["1", "4"]  # 5 asks what 2 demonstrates
-
-
-def test_given_demonstrations_are_not_asked_either() -> None:
-    given = [
-        Example("x", "no answer", None),
-        Example("y", "d", "z"),
-        Example("z", "new", "w"),
-        Example("v", "a", "w"),
-    ]
-    demos, queries = choose_demos("set", ROWS, 2, given)
-    assert ids(demos) == ["y", "z"]
-    assert ids(queries) == ["1", "2", "3", "5"]  # all but 4; 1 is asked, as 'v' is not shown
-
-
-def test_same_question_in_another_conversation_is_another_query() -> None:
-    rows = [Example("1", "why?", "x", (("user", "hi"), ("assistant", "hello"))), Example("2", "why?", "y")]
-    demos, queries = choose_demos("set", rows, 1)
-    assert (ids(demos), ids(queries)) == (["1"], ["2"])
-
-
-def test_no_demonstrations() -> None:
-    assert choose_demos("set", ROWS, 0) == ([], ROWS)
-
 
 def test_prompts_carry_the_question_as_it_was_given() -> None:
     rows = [Example("1", "a b", "x", (("user", "hi"), ("assistant", "hello"))), Example("2", "c", None)]
-    prompts = build_prompts("set", rows, PLAIN, demos=[Example("3", "d", "y")])
+    prompts = build_prompts("set", rows, PLAIN, draws=[[Example("3", "d", "y")]])
     assert prompts.questions == ("a b", "c")
     assert replace(prompts, prompts=[replace(prompts.prompts[0], question=None), prompts.prompts[1]]).questions is None
 
-
-def test_too_few_answered_rows() -> None:
-    with pytest.raises(
-        InputError, match=r"'law' has 4 answered examples, but 5 are to be shown .*--domain-shots.*--demos"
-    ):
-        choose_demos("law", ROWS, 5)
-    with pytest.raises(InputError, match=r"the demonstrations given for 'law' has 0 answered examples, but 1"):
-        choose_demos("law", ROWS, 1, ROWS[:1])
-
-
-def test_no_query_left() -> None:
-    with pytest.raises(InputError, match=r"'law' has no example left to ask"):
-        choose_demos("law", ROWS[1:3], 2)
-
-
-# Which queries are drawn ----------------------------------------------------------------------------------------------
 
 MANY = [Example(str(i), "a " * (1 + i % 4), None) for i in range(40)]  # base: 3, 4, 5 or 6 tokens
 
@@ -533,7 +476,7 @@ def test_prompts_longer_than_the_context_are_left_out_and_counted() -> None:
     assert [int(prompt.id) for prompt in built.prompts] == [i for i in range(40) if i % 4 < 2]
     assert built.n_too_long == 20
     # A demonstration of four tokens goes in front.
-    built = build_prompts("set", MANY, PLAIN, demos=[DEMO], context_length=8)
+    built = build_prompts("set", MANY, PLAIN, draws=[[DEMO]], context_length=8)
     assert [int(prompt.id) for prompt in built.prompts] == [i for i in range(40) if i % 4 < 2]
     assert built.n_too_long == 20
     assert max(len(prompt.demos_ids) for prompt in built.prompts) == 8
@@ -614,7 +557,7 @@ THOUGHTLESS = "{% for m in messages %}{{ m.content.split('</think>')[-1] }} {% e
 
 def test_thoughts_that_a_template_cuts_out_of_demonstrations_are_put_back() -> None:
     demos = [Example("d1", "c", "<think> e </think> z"), DEMO, Example("d3", "d", "<think> f </think> w")]
-    built = build_prompts("set", [AB], chat(THOUGHTLESS), demos=demos)
+    built = build_prompts("set", [AB], chat(THOUGHTLESS), draws=[demos])
     assert built.warnings == ()
     template = chat(THOUGHTLESS)
     turns = [turn for demo in demos for turn in (("user", demo.question), ("assistant", demo.answer or ""))]
@@ -626,10 +569,10 @@ def test_thoughts_that_a_template_cuts_out_of_demonstrations_are_put_back() -> N
 
 def test_template_that_shortens_demonstrations_is_told_on() -> None:
     shortening = "{% for m in messages %}{{ m.content[:1] if m.role == 'assistant' else m.content }} {% endfor %}"
-    built = build_prompts("set", [AB], chat(shortening), demos=[Example("d1", "c", "x y z w")])
+    built = build_prompts("set", [AB], chat(shortening), draws=[[Example("d1", "c", "x y z w")]])
     assert len(built.warnings) == 1
     assert "1 of the 1 demonstrations of 'set' without a part of their answer" in built.warnings[0]
-    assert build_prompts("set", [AB], chat(), demos=[DEMO]).warnings == ()
+    assert build_prompts("set", [AB], chat(), draws=[[DEMO]]).warnings == ()
 
 
 def test_template_that_wants_its_turns_in_parts_gets_them() -> None:
@@ -677,7 +620,7 @@ def test_real_template(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
         Example("d2", "What is 3 + 5?", "<think>\nThree, then five.\n</think>\n\nIt is 8."),
     ]
     queries = [Example(f"q{i}", f"What is {i} plus one?", f"It is {i + 1}.") for i in range(3)]
-    built = build_prompts("set", queries, template, demos=demos)
+    built = build_prompts("set", queries, template, draws=[demos])
     assert built.warnings == ()
     for query, prompt in zip(queries, built.prompts, strict=True):
         base, shown = tokenizer.decode(prompt.base_ids), tokenizer.decode(prompt.demos_ids)
@@ -691,7 +634,7 @@ def test_real_template(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     answered = build_prompts("set", queries, template, tokens="answer").prompts
     for query, prompt in zip(queries, answered, strict=True):
         assert tokenizer.decode(prompt.base_ids[prompt.positions]) == query.answer
-    both = build_prompts("set", queries, template, demos=demos, tokens="all").prompts
+    both = build_prompts("set", queries, template, draws=[demos], tokens="all").prompts
     for query, prompt in zip(queries, both, strict=True):
         assert tokenizer.decode(prompt.base_ids[prompt.positions]) == query.question + (query.answer or "")
 
@@ -701,11 +644,5 @@ def test_real_template(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
             return cls(2031, 5, 6)
 
     monkeypatch.setattr(datetime, "datetime", Later)
-    again = build_prompts("set", queries, PromptTemplate(tokenizer), demos=demos)
+    again = build_prompts("set", queries, PromptTemplate(tokenizer), draws=[demos])
     assert [p.demos_ids.tolist() for p in again.prompts] == [p.demos_ids.tolist() for p in built.prompts]
-
-
-def test_demonstrations_are_set_aside_whether_they_are_shown_or_not() -> None:
-    rows = [Example(str(i), f"a {i}", "x" if i != 1 else None) for i in range(6)]
-    assert choose_demos("set", rows, 2) == choose_demos("set", rows, 2, required=False)
-    assert choose_demos("set", rows, 6, required=False) == ([], rows)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from dataclasses import asdict
@@ -198,3 +199,53 @@ def test_every_pass_reads_the_users_text_alone(tiny: Tiny, tmp_path: Path, token
         pairs = (("base_ids", "paired"), ("demos_ids", "paired_demos"))
         here, there = ([row[ids][p] for p in row[at]] for ids, at in pairs)
         assert here == there
+
+
+def with_a_poor_domain(tiny: Tiny) -> dict[str, Any]:
+    spelling = sts_fast.load_examples(tiny.domains["spelling"])
+    unanswered = [dataclasses.replace(example, answer=None) for example in spelling]
+    domains = {**{name: sts_fast.load_examples(path) for name, path in tiny.domains.items()}, "silent": unanswered}
+    return {"model": tiny.model, "sae": tiny.saes["topk"], "domains": domains, "top_n": 5}
+
+
+def test_a_domain_that_cannot_be_used_is_left_out_and_named(tiny: Tiny) -> None:
+    given, said = with_a_poor_domain(tiny), []
+    forecast = sts_fast.score(train=tiny.train, **given, say=said.append)
+    assert [domain.name for domain in forecast.domains] == [*tiny.domains]
+    (warning,) = [warning for warning in forecast.warnings if "left out" in warning]
+    assert warning.startswith("a domain is left out: 'silent' has 0 answered examples, but 5 are to be shown")
+    assert f"warning: {warning}" in said
+    # Without demonstrations nothing is wrong with it.
+    forecast = sts_fast.score(train=tiny.train, **given, estimators=["act"])
+    assert [domain.name for domain in forecast.domains] == [*given["domains"]]
+
+
+def test_a_domain_with_too_few_prompts_is_left_out_too(tiny: Tiny) -> None:
+    given = with_a_poor_domain(tiny)
+    given["domains"]["silent"] = given["domains"]["silent"][:7]
+    forecast = sts_fast.score(train=tiny.train, **given, estimators=["act"])
+    assert [domain.name for domain in forecast.domains] == [*tiny.domains]
+    assert "a domain is left out: domain 'silent' keeps 7 prompts, but at least 8 are needed" in forecast.warnings[0]
+
+
+def test_strictly_a_domain_that_cannot_be_used_stops_the_run(tiny: Tiny) -> None:
+    with pytest.raises(InputError, match=r"a domain is left out: 'silent' has 0 answered .* \(--strict\)"):
+        sts_fast.plan(trains={"train": tiny.train}, **with_a_poor_domain(tiny), strict=True)
+
+
+def test_where_no_domain_can_be_used_the_run_stops(tiny: Tiny) -> None:
+    given = with_a_poor_domain(tiny)
+    given["domains"] = {"silent": given["domains"]["silent"], "mute": given["domains"]["silent"]}
+    with pytest.raises(InputError, match=r"'silent' has 0 answered .*; and no other domain can be used either"):
+        sts_fast.plan(trains={"train": tiny.train}, **given)
+
+
+def test_one_draw_of_demonstrations_is_said(tiny: Tiny) -> None:
+    demos = {"spelling": sts_fast.load_examples(tiny.domains["spelling"])[:5]}
+    given: dict[str, Any] = {"model": tiny.model, "sae": tiny.saes["topk"], "domains": tiny.domains, "top_n": 5}
+    forecast = sts_fast.score(train=tiny.train, demos=demos, **given)
+    (warning,) = [warning for warning in forecast.warnings if "one draw" in warning]
+    assert warning.startswith("there are demonstrations for one draw only of spelling: the intervals do not say")
+    by_name = {domain.name: domain.demonstrations for domain in forecast.domains}
+    assert by_name["spelling"] == [[example.id for example in demos["spelling"]]]
+    assert not [w for w in sts_fast.score(train=tiny.train, **given, demo_draws=1).warnings if "one draw" in w]

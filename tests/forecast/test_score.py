@@ -108,7 +108,7 @@ def test_in_float32_the_oracle_says_the_same(
 def test_random_material_holds_what_is_hard(tiny: Tiny) -> None:
     forecast = forecast_tiny(tiny, "standard")
     train = forecast.train
-    n_left = tiny_material.N_QUESTIONS + tiny_material.N_UNANSWERED - SHOTS
+    n_left = tiny_material.N_QUESTIONS + tiny_material.N_UNANSWERED  # with several draws, no row is set aside
     assert (train["n_prompts"], train["n_too_long"]) == (n_left, tiny_material.N_TOO_LONG)
     assert train["n_unanswered"] == 0
     assert train["n_special"] > 0
@@ -117,7 +117,7 @@ def test_random_material_holds_what_is_hard(tiny: Tiny) -> None:
     assert 0 < sum(domain.n_pairs for domain in forecast.domains) < sum(domain.n_tokens for domain in forecast.domains)
 
     train = forecast_tiny(tiny, "standard", tokens="answer").train
-    assert train["n_prompts"] == tiny_material.N_QUESTIONS - SHOTS
+    assert train["n_prompts"] == tiny_material.N_QUESTIONS
     assert train["n_unanswered"] == tiny_material.N_UNANSWERED
     assert train["n_skipped"] == tiny_material.N_UNANSWERED + tiny_material.N_TOO_LONG
 
@@ -133,11 +133,11 @@ def test_batch_budgets_agree(tiny: Tiny, architecture: str, tmp_path: Path, monk
 
     monkeypatch.setattr(LanguageModel, "run", watched)
     estimators = ("act", "icl", "act_sq")
-    small = forecast_tiny(tiny, architecture, estimators=estimators, batch_tokens=64)
+    small = forecast_tiny(tiny, architecture, estimators=estimators, batch_tokens=64, demo_draws=1)
     n_small, n_large = len(passes), sum(n_tokens > 64 for n_tokens in passes)
     assert n_large < n_small / 4  # prompts that are longer run alone
     passes.clear()
-    large = forecast_tiny(tiny, architecture, estimators=estimators, batch_tokens=4096)
+    large = forecast_tiny(tiny, architecture, estimators=estimators, batch_tokens=4096, demo_draws=1)
     assert max(passes) <= 4096
     assert len(passes) < n_small / 4
 
@@ -178,7 +178,7 @@ def test_answers_are_read_whole_and_without_demonstrations(tiny: Tiny) -> None:
     ]
     domains = {"spelling": spelling, "silent": [replace(example, answer=None) for example in spelling]}
     for name, n in (("few", 7), ("enough", 8)):
-        answers = [example.answer if i < DOMAIN_SHOTS + n else None for i, example in enumerate(spelling)]
+        answers = [example.answer if i < n else None for i, example in enumerate(spelling)]
         domains[name] = [replace(example, answer=answer) for example, answer in zip(spelling, answers, strict=True)]
     forecast = sts_fast.score(
         model=tiny.model,
@@ -196,7 +196,7 @@ def test_answers_are_read_whole_and_without_demonstrations(tiny: Tiny) -> None:
     assert "too few answers to measure the base model on silent, few" in forecast.warnings
     of_answers = [row for row in forecast.prompts.to_pylist() if row["stage"] == "answer"]
     assert Counter(row["domain"] for row in of_answers) == {
-        "spelling": tiny_material.N_QUESTIONS - DOMAIN_SHOTS,
+        "spelling": tiny_material.N_QUESTIONS,
         "enough": 8,
     }
     rows = [row for row in of_answers if row["domain"] == "spelling"]
@@ -238,9 +238,9 @@ def test_accuracy_is_the_share_of_answers_that_the_model_gives(tiny: Tiny, monke
     }
     sources = {"model": tiny.model, "sae": tiny.saes["topk"], "train": tiny.train, "domains": domains}
     forecast = sts_fast.score(**sources, estimators=("act",), controls="all", shots=SHOTS, domain_shots=1, top_n=TOP_N)
-    n_asked = tiny_material.N_QUESTIONS + tiny_material.N_UNANSWERED - 1
+    n_asked = tiny_material.N_QUESTIONS + tiny_material.N_UNANSWERED
     found = [domain.controls["base_accuracy"]["accuracy"] for domain in forecast.domains]
-    assert found == pytest.approx([0, (9 - 1) / n_asked, 1])
+    assert found == pytest.approx([0, 9 / n_asked, 1])
 
 
 @pytest.mark.parametrize(
@@ -337,7 +337,7 @@ def test_controls_that_cannot_be_had_are_refused_before_any_pass(tiny: Tiny, mon
 
     monkeypatch.setattr(LanguageModel, "run", None)
     spelling = sts_fast.load_examples(tiny.domains["spelling"])
-    answers = [example.answer if i < DOMAIN_SHOTS + 7 else None for i, example in enumerate(spelling)]
+    answers = [example.answer if i < 7 else None for i, example in enumerate(spelling)]
     few = [replace(example, answer=answer) for example, answer in zip(spelling, answers, strict=True)]
     unheaded = {"model": AutoModel.from_pretrained(tiny.model), "tokenizer": AutoTokenizer.from_pretrained(tiny.model)}
     refused: list[tuple[dict[str, Any], str]] = [
@@ -424,7 +424,7 @@ def test_every_number_follows_from_the_files(
     ).save(tmp_path)
     scores = written(tmp_path)
     again = recomputed(tmp_path)
-    elsewhere = {"n_skipped", "n_too_long", "n_unanswered", "change", "change_interval"}
+    elsewhere = {"n_skipped", "n_too_long", "n_unanswered", "demonstrations", "change", "change_interval"}
     assert set(again["domains"][0]) | elsewhere == set(scores["domains"][0])
     assert again["domains"][0]["controls"].keys() == scores["domains"][0]["controls"].keys()
     assert set(again["shift"]) == set(scores["shift"])
@@ -577,7 +577,11 @@ def recomputed_domain(
         if control:
             controls[control][estimator] = ratio
         else:
-            bounds = oracle.interval(np.stack([numerator] * 3), denominator, draws, oracle.percentages(settings))
+            numerators = np.stack([numerator] * 3)
+            bounds = oracle.interval(numerators, denominator, draws, oracle.percentages(settings))
+            if estimator == "icl":
+                of_draws = [row["draw"] for row in rows]
+                bounds = oracle.widened(bounds, numerators, denominator, of_draws, settings["confidence"])
             entry["scores"][estimator] = {"value": ratio, "ci": bounds}
     if answers:
         n_tokens = sum(len(row["positions"]) for row in answers)

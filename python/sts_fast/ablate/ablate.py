@@ -181,7 +181,8 @@ def _asked_sets(
     """Answered prompts of the training set and the domains; without demonstrations those of a signed forecast."""
     settings = scores["settings"]
     sampling = Sampling(
-        shots=settings["shots"], domain_shots=settings["domain_shots"], tokens="answer", limit=settings["limit"],
+        shots=settings["shots"], domain_shots=settings["domain_shots"], demo_draws=settings["demo_draws"],
+        tokens="answer", limit=settings["limit"],
         seed=scores["provenance"]["seed"],
     )  # fmt: skip
     given: list[tuple[Kind, str, list[Example]]] = [("train", name, rows) for name, rows in examples.trains.items()]

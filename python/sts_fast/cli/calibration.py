@@ -19,7 +19,7 @@ from sts_fast.forecast.run import Forecast
 from sts_fast.outcomes.calibration import Calibration
 from sts_fast.outcomes.calibration.change_text import shown_change, shown_interval, unit_name
 
-OPTIONS = ("dims", "top_n", "tokens", "shots", "domain_shots", "signed_features")
+OPTIONS = ("dims", "top_n", "tokens", "shots", "domain_shots", "demo_draws", "signed_features")
 
 
 def read_calibration(path: Path, settings: Settings, n_saes: int) -> Calibration:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
+from sts_fast.data.demonstrations import demo_turns, draw_for
 from sts_fast.data.examples import Example
 from sts_fast.errors import InputError
 
@@ -50,6 +51,7 @@ class Prompt:
     n_special:    tokens of the query that are not read because they are special
     n_straddling: tokens that are not read because only a part of them is the user's, and the rest the template's
     question:     the query as the user gave it, without template, demonstrations and earlier turns; None if not known
+    draw:         index of the draw of demonstrations that it is asked behind
     """
 
     id: str
@@ -61,6 +63,7 @@ class Prompt:
     n_special: int
     n_straddling: int = 0
     question: str | None = None
+    draw: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class PromptSet:
     n_too_long:   queries left out because they overrun the model's context
     n_unanswered: queries left out because answers are read and they have none
     warnings:     what a reader of the results should know
+    shown:        of each draw of demonstrations, the ids of its examples
     """
 
     name: str
@@ -77,6 +81,12 @@ class PromptSet:
     n_too_long: int
     n_unanswered: int
     warnings: tuple[str, ...] = ()
+    shown: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def draw_of(self) -> IntArray:
+        """[n_prompts] int32 index of the draw of demonstrations that each prompt is asked behind."""
+        return np.asarray([prompt.draw for prompt in self.prompts], np.int32)
 
     @property
     def questions(self) -> tuple[str, ...] | None:
@@ -250,52 +260,20 @@ def token_owners(offsets: IntArray, text: str, spans: Sequence[tuple[int, int]])
     return owners
 
 
-def choose_demos(
-    name: str,
-    examples: Sequence[Example],
-    shots: int,
-    demos: Sequence[Example] | None = None,
-    *,
-    required: bool = True,
-) -> tuple[list[Example], list[Example]]:
-    """The demonstrations of a set and its remaining queries, none of which is a demonstration.
-
-    demos: examples to demonstrate with; by default the first `shots` answered ones of the set itself.
-    required: False where they are only set aside, so that the same queries are asked whether they are shown or not;
-        where there are too few, none is.
-    Raises InputError where there are fewer than `shots` answered examples, or no query is left.
-    """
-    answered = [example for example in (examples if demos is None else demos) if example.answer is not None]
-    source = f"'{name}'" if demos is None else f"the demonstrations given for '{name}'"
-    if len(answered) < shots and not required:
-        return [], list(examples)
-    if len(answered) < shots:
-        raise InputError(
-            f"{source} has {len(answered)} answered examples, but {shots} are to be shown as demonstrations: "
-            "lower --shots (training set) or --domain-shots (domains), or give answered examples with --demos"
-        )
-    chosen = answered[:shots]
-    shown = {(example.context, example.question) for example in chosen}
-    queries = [example for example in examples if (example.context, example.question) not in shown]
-    if not queries and not required:
-        return [], list(examples)
-    if not queries:
-        raise InputError(f"'{name}' has no example left to ask once its demonstrations are set aside: add examples")
-    return chosen, queries
-
-
 def build_prompts(
     name: str,
     queries: Sequence[Example],
     template: PromptTemplate,
     *,
-    demos: Sequence[Example] = (),
+    draws: Sequence[Sequence[Example]] = (),
     tokens: TokenClass = "query",
     context_length: int | None = None,
     limit: int | None = None,
     seed: int = 0,
 ) -> PromptSet:
     """Prompts of a random sample of `limit` queries that fit into the model's context, in the order of the set.
+
+    draws: demonstrations; the queries are dealt out over them, so that each is asked behind one, none behind itself
 
     The tokens read are, for `tokens`:
       query     those of the question's own text, and of earlier turns of its conversation, but not of a system turn
@@ -312,13 +290,7 @@ def build_prompts(
     """
     if tokens not in get_args(TokenClass):
         raise ValueError(f"tokens must be one of {', '.join(get_args(TokenClass))}, not '{tokens}'")
-    # Only the query's own system turn is shown: templates allow one, at the start.
-    demo_turns = [
-        turn
-        for demo in demos
-        for turn in (*_query_turns(demo), ("assistant", demo.answer or ""))
-        if turn[0] != "system"
-    ]
+    turns_of = [demo_turns(demos) for demos in draws]
     chosen: list[tuple[int, Prompt]] = []
     n_too_long = n_unanswered = 0
     for row in np.random.default_rng(seed).permutation(len(queries)):
@@ -328,37 +300,46 @@ def build_prompts(
         if tokens == "answer" and query.answer is None:
             n_unanswered += 1
             continue
-        prompt = _pair(query, demo_turns, template, tokens, context_length)
+        draw = draw_for(query, draws, len(chosen)) if draws else 0
+        if draw is None:
+            continue  # it is shown itself
+        prompt = _pair(query, turns_of[draw] if draws else [], template, tokens, context_length)
         if prompt is None:
             n_too_long += 1
             continue
         if tokens == "answer" and not len(prompt.positions):
             n_unanswered += 1
             continue
-        chosen.append((int(row), prompt))
+        chosen.append((int(row), replace(prompt, draw=draw)))
     chosen.sort(key=lambda item: item[0])
     return PromptSet(
         name,
         [prompt for _, prompt in chosen],
         n_too_long,
         n_unanswered,
-        _lost_answers(name, demos, demo_turns, template),
+        _lost_answers(name, draws, turns_of, template),
+        tuple(tuple(demo.id for demo in demos) for demos in draws),
     )
 
 
 def _lost_answers(
-    name: str, demos: Sequence[Example], demo_turns: list[Turn], template: PromptTemplate
+    name: str, draws: Sequence[Sequence[Example]], turns_of: Sequence[list[Turn]], template: PromptTemplate
 ) -> tuple[str, ...]:
-    """A warning where the chat template cuts into the demonstrations; some drop the thoughts of earlier turns."""
-    if not demos or not template.is_chat:
+    """A warning where the chat template cuts into the demonstrations; some drop the thoughts of earlier turns.
+
+    turns_of: the turns of each draw
+    """
+    if not draws or not template.is_chat:
         return ()
-    text = template.text([*demo_turns, STAND_IN_DEMO[0]])
-    n_lost = sum((demo.answer or "").strip() not in text for demo in demos)
+    n_lost = 0
+    for demos, turns in zip(draws, turns_of, strict=True):
+        text = template.text([*turns, STAND_IN_DEMO[0]])
+        n_lost += sum((demo.answer or "").strip() not in text for demo in demos)
     if not n_lost:
         return ()
     return (
-        f"the model's chat template shows {n_lost} of the {len(demos)} demonstrations of '{name}' without a part of "
-        "their answer (it drops the thoughts of earlier turns): what they demonstrate is the rest",
+        f"the model's chat template shows {n_lost} of the {sum(map(len, draws))} demonstrations of '{name}' without a "
+        "part of their answer (it drops the thoughts of earlier turns): what they demonstrate is the rest",
     )
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
 
+from sts_fast.data.demonstrations import choose_demos, room_for_demos
 from sts_fast.data.examples import Example, ReadColumns, read_domains, read_examples
 from sts_fast.data.options import Checked, Option
-from sts_fast.data.prompts import PromptSet, PromptTemplate, TokenClass, build_prompts, choose_demos
-from sts_fast.errors import InputError
+from sts_fast.data.prompts import PromptSet, PromptTemplate, TokenClass, build_prompts
+from sts_fast.errors import InputError, SetTooSmall
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -118,11 +119,15 @@ class Sampling(Drawing):
     """Options that decide, besides its examples, which prompts a set has.
 
     shots, domain_shots: demonstrations of a training set (for D_N), of a domain (for the estimator 'icl')
+    demo_draws: times that demonstrations are drawn, of a set that has enough; its prompts are dealt out over them
     tokens: which tokens are read; see build_prompts
     """
 
     shots: Annotated[int, Option("Demonstrations of the training set.", least=1)] = 2
     domain_shots: Annotated[int, Option("Demonstrations of each domain, for icl.", least=1)] = 5
+    demo_draws: Annotated[
+        int, Option("Draws of demonstrations, over which a set's prompts are dealt out; intervals cover them.", least=1)
+    ] = 5
     tokens: Annotated[TokenClass, Option("Which tokens are read.")] = "query"
 
     def prompts(
@@ -142,17 +147,28 @@ class Sampling(Drawing):
         Demonstrations are set aside even where they are not shown, so that the same queries are asked either way.
         """
         shots = self.shots if kind == "train" else self.domain_shots
-        chosen, queries = choose_demos(name, examples, shots, demos, required=show)
-        return build_prompts(
+        chosen = choose_demos(
+            *(name, examples, shots, self.demo_draws, demos),
+            required=show,
+            fits=room_for_demos(examples, template, shots, context_length, self.seed),
+        )
+        made = build_prompts(
             name,
-            queries,
+            chosen.queries,
             template,
-            demos=chosen if show else (),
+            draws=chosen.draws if show else (),
             tokens=tokens or self.tokens,
             context_length=context_length,
             limit=self.limit,
             seed=self.seed,
         )
+        if not (show and chosen.n_too_long):
+            return made
+        passed_over = (
+            f"{chosen.n_too_long} examples of '{name}' are too long to demonstrate with (a usual question would not "
+            "fit behind them): later ones are shown"
+        )
+        return replace(made, warnings=(*made.warnings, passed_over))
 
 
 class SamplingOptions(DrawingOptions, total=False):
@@ -160,6 +176,7 @@ class SamplingOptions(DrawingOptions, total=False):
 
     shots: int
     domain_shots: int
+    demo_draws: int
     tokens: TokenClass
 
 
@@ -212,7 +229,7 @@ def common_template(tokenizer: PreTrainedTokenizerBase, starts: Sequence[tuple[s
 
 
 def check_enough(prompt_set: PromptSet, context_length: int | None, kind: Kind) -> None:
-    """Raises InputError, with the reasons, where a set keeps fewer than MIN_PROMPTS prompts."""
+    """Raises SetTooSmall, with the reasons, where a set keeps fewer than MIN_PROMPTS prompts."""
     n = len(prompt_set.prompts)
     if n >= MIN_PROMPTS:
         return
@@ -227,4 +244,4 @@ def check_enough(prompt_set: PromptSet, context_length: int | None, kind: Kind) 
     reason = "; ".join(reasons) or "add examples, or raise --limit"
     name = f"{'training set' if kind == 'train' else 'domain'} '{prompt_set.name}'"
     name = "the training set" if prompt_set.name == "train" else name
-    raise InputError(f"{name} keeps {n} prompts, but at least {MIN_PROMPTS} are needed ({reason})")
+    raise SetTooSmall(f"{name} keeps {n} prompts, but at least {MIN_PROMPTS} are needed ({reason})")

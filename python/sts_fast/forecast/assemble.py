@@ -92,7 +92,7 @@ def _forecast(
     sae, fit, domain_reads, tuned = measured.sae, measured.fit, measured.domains, plan.session.tuned
     top_n, stats, hook = settings.top_n, shift.stats, reader.hook(sae)
     n_moved = int((shift.importance > 0).sum())
-    warnings = [*filter(None, (fit.warning, fit.names)), *(f"SAE: {note}" for note in sae.notes)]
+    warnings = [*plan.warnings, *filter(None, (fit.warning, fit.names)), *(f"SAE: {note}" for note in sae.notes)]
     prompt_sets = [shift.prompt_set, *(read.prompt_set for read in domain_reads)]
     warnings += [warning for prompt_set in prompt_sets for warning in prompt_set.warnings]
     untold = [prompt_set.name for prompt_set in prompt_sets if prompt_set.questions is None]
@@ -108,6 +108,12 @@ def _forecast(
         warnings.append(
             f"only {n_moved} features shift at all, so {top_n - n_moved} of the {top_n} in D_N stand there by their "
             "index alone: lower --top-n"
+        )
+    single = [prompt_set.name for prompt_set in prompt_sets if len(prompt_set.shown) == 1]
+    if settings.demo_draws > 1 and single:
+        warnings.append(
+            f"there are demonstrations for one draw only of {', '.join(single)}: the intervals do not say how much "
+            "other demonstrations would change; add answered examples, there or to --demos"
         )
     length = {name: _length_effect(domain_reads, shift.name, name) for name in settings.sizes} if domain_reads else {}
     warnings += [
@@ -157,6 +163,7 @@ def _forecast(
             "tokens": settings.tokens,
             "shots": settings.shots,
             "domain_shots": settings.domain_shots,
+            "demo_draws": settings.demo_draws,
             "limit": settings.limit,
             "n_bootstrap": N_BOOTSTRAP,
             "confidence": CONFIDENCE,
@@ -235,6 +242,7 @@ def _train_block(shift: Shift) -> SetBlock:
         "n_special": counts["n_special"],
         "n_straddling": counts["n_straddling"],
         "n_sinks": counts["n_sinks"],
+        "demonstrations": [list(draw) for draw in prompt_set.shown],
     }
 
 

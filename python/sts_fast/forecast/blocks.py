@@ -52,6 +52,7 @@ class SetBlock(TypedDict):
     n_special: int
     n_straddling: int
     n_sinks: int
+    demonstrations: list[list[str]]
 
 
 class SettingsBlock(TypedDict):
@@ -64,6 +65,7 @@ class SettingsBlock(TypedDict):
     tokens: str
     shots: int
     domain_shots: int
+    demo_draws: int
     limit: int | None
     n_bootstrap: int
     confidence: float

@@ -18,14 +18,15 @@ from sts_fast.model.reader import PairedRows, Reader
 from sts_fast.ops.correlate import CorrelationStats
 from sts_fast.ops.shift import ShiftStats, top_indices
 from sts_fast.sae import SAE
-from sts_fast.statistics import resamples
+from sts_fast.statistics import group_resamples
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sts_fast.statistics import Doubles, Indices
 
-# Resamplings of the training prompts that show how stable D_N is; each costs one float64 per feature.
+# Resamplings of the training prompts and of their draws of demonstrations, to show how stable D_N is; each costs one
+# float64 per feature.
 N_REPLICATES = 32
 
 
@@ -109,9 +110,8 @@ class _ShiftSums:
 
     def __init__(self, sae: SAE, prompt_set: PromptSet, settings: Settings) -> None:
         self.sae, self.prompt_set, self.of_active = sae, prompt_set, settings.dims == "active"
-        n_prompts = len(prompt_set.prompts)
         # [n_prompts, N_REPLICATES] number of times that each resampling drew each prompt.
-        self.draws = resamples(n_prompts, settings.seed, "shift", N_REPLICATES).T
+        self.draws = group_resamples(prompt_set.draw_of, settings.seed, "shift", N_REPLICATES).T
         self.log = PromptLog("shift", prompt_set)
         self.raw = controls.RawShift(sae.d_in)
         self.shift = ShiftStats(sae, n_replicates=N_REPLICATES)

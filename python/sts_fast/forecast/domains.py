@@ -21,7 +21,7 @@ from sts_fast.model.reader import PairedRows, Reader
 from sts_fast.ops.encode import SparseFeatures, encode
 from sts_fast.ops.shift import ShiftStats
 from sts_fast.sae import SAE
-from sts_fast.statistics import ratio_interval, resamples
+from sts_fast.statistics import grouped_ratio_interval, resamples
 
 if TYPE_CHECKING:
     import torch
@@ -212,7 +212,8 @@ def _domain_score(
             if set_name:
                 control_scores.setdefault(set_name, {})[estimator] = ratio
             else:
-                scores[estimator] = Score(ratio, ratio_interval(numerator, denominator, drawn))
+                draw_of = read.prompt_set.draw_of if BY_NAME[estimator].of == "pairs" else np.zeros(n_prompts, np.int32)
+                scores[estimator] = Score(ratio, grouped_ratio_interval(numerator, denominator, drawn, draw_of))
     for control, value in compared.items():
         if value is not None:
             control_scores[control.name] = {control.quantity: value}
@@ -226,6 +227,7 @@ def _domain_score(
         n_too_long=read.prompt_set.n_too_long,
         n_unanswered=read.prompt_set.n_unanswered,
         **log.counts(),
+        demonstrations=[list(draw) for draw in read.prompt_set.shown],
         controls=control_scores,
         change=None,
         change_interval=None,

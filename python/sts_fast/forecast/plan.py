@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from sts_fast.data.prompts import PromptSet, TokenClass, show_prompt
 from sts_fast.data.sets import MIN_PROMPTS, Kind, Sets, check_enough
-from sts_fast.errors import InputError
+from sts_fast.errors import InputError, SetTooSmall
 from sts_fast.forecast.estimators import BY_NAME
 from sts_fast.forecast.options import Settings
 from sts_fast.model import explain
@@ -25,6 +25,7 @@ class Plan:
     labels:  explanations of features, by index
     sources: what everything was read from, by role, for the provenance
     sets:    the examples that the prompts are made of
+    warnings: about domains that are left out
     """
 
     session: Session
@@ -36,12 +37,16 @@ class Plan:
     sets: Sets
     trains: list[PromptSet] = field(default_factory=list)
     train_answers: list[PromptSet] = field(default_factory=list)
+    warnings: Sequence[str] = ()
 
     @classmethod
     def make(cls, session: Session, settings: Settings, sets: Sets, sources: Mapping[str, object]) -> Plan:
         """Makes the prompts of every set.
 
-        Raises InputError where a set has too few prompts, or where the model cannot give what the settings ask for.
+        A domain with too few prompts is left out with a warning.
+
+        Raises InputError where the training set or every domain has too few, or where the model cannot give what the
+        settings ask for.
         """
         signed, sizes = settings.signed, settings.sizes
         if settings.controls == "all" and not session.has_head:
@@ -58,14 +63,24 @@ class Plan:
 
         trains = [prompts("train", name, show=settings.dims == "icl") for name in sets.trains]
         pairs = any(BY_NAME[estimator].of == "pairs" for estimator in sizes)
-        domains = [prompts("domain", name, show=pairs) for name in sets.domains]
         for prompt_set in trains:
             check_enough(prompt_set, session.context_length, "train")
-        for prompt_set in domains:
-            check_enough(prompt_set, session.context_length, "domain")
+        domains: list[PromptSet] = []
+        left_out: list[str] = []
+        for name in sets.domains:
+            try:
+                prompt_set = prompts("domain", name, show=pairs)
+                check_enough(prompt_set, session.context_length, "domain")
+                domains.append(prompt_set)
+            except SetTooSmall as error:
+                left_out.append(str(error))
+        if left_out and not domains:
+            raise InputError(left_out[0] + ("" if len(left_out) == 1 else "; and no other domain can be used either"))
+        warnings = [f"a domain is left out: {why}" for why in left_out]
+        settings.warn(*warnings)
         # Without demonstrations, and of domains with answers enough.
-        sets_of_answers = sets.domains if signed or settings.controls == "all" else ()
-        domain_answers = [prompts("domain", name, show=False, tokens="answer") for name in sets_of_answers]
+        with_answers = domains if signed or settings.controls == "all" else ()
+        domain_answers = [prompts("domain", domain.name, show=False, tokens="answer") for domain in with_answers]
         domain_answers = [answers for answers in domain_answers if len(answers.prompts) >= MIN_PROMPTS]
         if signed and not domain_answers:
             raise InputError(
@@ -76,7 +91,7 @@ class Plan:
         for answers in train_answers:
             check_enough(answers, session.context_length, "train")
         labels = {} if settings.labels is None else explain.read_labels(settings.labels)
-        return cls(session, settings, domains, domain_answers, labels, sources, sets, trains, train_answers)
+        return cls(session, settings, domains, domain_answers, labels, sources, sets, trains, train_answers, warnings)
 
     def train_source(self, name: str) -> object:
         trains = self.sources["trains"]

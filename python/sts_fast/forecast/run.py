@@ -86,6 +86,7 @@ class DomainScore:
     n_skipped:  examples looked at and left out: n_too_long for the model's context, n_unanswered where answers are read
     n_special, n_straddling, n_sinks: tokens left out because they are special, because a part of them is the chat
         template's, because they are attention sinks
+    demonstrations: of each draw, the ids of the examples shown; empty where none are
     controls:   the same estimators with other features in the place of D_N, by control and estimator
     change, change_interval: what a calibration makes of the score; None without one, or where it does not reach
     """
@@ -101,6 +102,7 @@ class DomainScore:
     n_special: int
     n_straddling: int
     n_sinks: int
+    demonstrations: list[list[str]]
     controls: dict[str, dict[str, float]]
     change: float | None = None
     change_interval: Interval | None = None
@@ -187,7 +189,8 @@ class Forecast:
 
         shifted_features: share of D_N that resampling the training prompts keeps; ranking: by estimator, share of the
         pairs of domains that are apart, empty for fewer than two domains; more_prompts: of the training set, of each
-        domain, until that share is 90%: 0 where it is, None for more than 100 times those that there are
+        domain, until that share is 90%: 0 where it is, None for more than 100 times those that there are; behind
+        demonstrations, with more draws of them in proportion
         """
         kept, n_train = self.shift["stability"]["mean_overlap"], self.train["n_prompts"]
         times = stability.times_for_overlap(kept)

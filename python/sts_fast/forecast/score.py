@@ -238,10 +238,12 @@ def forecasts_of(
         for by_train, suffix in zip(forecasts, with_sae, strict=True):
             for name, forecast in by_train.items():
                 for estimator in settings.sizes:
-                    label, n_prompts = BY_NAME[estimator].label, forecast.prompts_per_domain
-                    settings.tell_line(
-                        stability.ranking_line(name + suffix, label, n_prompts, *forecast.column(estimator))
+                    of, n_prompts = BY_NAME[estimator], forecast.prompts_per_domain
+                    n_draws = settings.demo_draws if of.of == "pairs" else 0
+                    line = stability.ranking_line(
+                        name + suffix, of.label, n_prompts, *forecast.column(estimator), n_draws
                     )
+                    settings.tell_line(line)
     return forecasts
 
 

@@ -48,12 +48,13 @@ def n_more(n_prompts: int, times: float) -> int | None:
     return None if times > MOST_TIMES else math.ceil(n_prompts * (times - 1))
 
 
-def more(n_prompts: int, times: float) -> str:
-    """The same in words."""
+def more(n_prompts: int, times: float, n_draws: int = 0) -> str:
+    """The same in words; n_draws: draws of demonstrations now, where there must be more of them in proportion."""
     needed = n_more(n_prompts, times)
     if needed is None:
         return f"more than {MOST_TIMES} times the prompts would be needed"
-    return f"about {needed:,} more prompts would settle it" if needed else "settled"
+    over = f", over --demo-draws {math.ceil(n_draws * times)}," if n_draws else ""
+    return f"about {needed:,} more prompts{over} would settle it" if needed else "settled"
 
 
 def shift_line(name: str, top_n: int, n_prompts: int, overlap: float) -> str:
@@ -65,11 +66,19 @@ def shift_line(name: str, top_n: int, n_prompts: int, overlap: float) -> str:
 
 
 def ranking_line(
-    name: str, label: str, n_prompts: int, values: Sequence[float], intervals: Sequence[Sequence[float]]
+    name: str,
+    label: str,
+    n_prompts: int,
+    values: Sequence[float],
+    intervals: Sequence[Sequence[float]],
+    n_draws: int = 0,
 ) -> str:
-    """One line after the domains have been scored; label: of the estimator; n_prompts: of a domain, in the mean."""
+    """One line after the domains have been scored.
+
+    label: of the estimator; n_prompts: of a domain, in the mean; n_draws: of demonstrations, where it has any
+    """
     apart, times = pairs_apart(values, intervals)
     return (
         f"{name}: by {label} {apart:.0%} of the pairs of domains are apart; a domain has {n_prompts} prompts, "
-        f"{more(n_prompts, times)} ({SETTLED:.0%} apart)"
+        f"{more(n_prompts, times, n_draws)} ({SETTLED:.0%} apart)"
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sts_fast.data.prompts import PromptSet
+from sts_fast.data.prompts import Prompt, PromptSet
 from sts_fast.model.memory import take
 from sts_fast.model.packing import layer_sizes, shared_length
 
@@ -51,9 +51,16 @@ def count_passes(prompt_set: PromptSet, budget: Callable[[int], int], *, n_model
     budget:   most tokens of a batch, by how many tokens all its prompts share before them
     n_models: read with no demonstrations, but by this many models
     """
-    prompts = prompt_set.prompts
+    of_draws: dict[int, list[Prompt]] = {}
+    for prompt in prompt_set.prompts:
+        of_draws.setdefault(prompt.draw, []).append(prompt)
+    counts = [_count(prompts, budget, n_models) for prompts in of_draws.values()]
+    return sum(n_passes for n_passes, _ in counts), sum(n_tokens for _, n_tokens in counts)
+
+
+def _count(prompts: Sequence[Prompt], budget: Callable[[int], int], n_models: int) -> tuple[int, int]:
     sides = [([p.base_ids for p in prompts], [p.positions for p in prompts])] * n_models
-    if n_models == 1 and prompts and all(len(p.demos_ids) for p in prompts):
+    if n_models == 1 and all(len(p.demos_ids) for p in prompts):
         sides.append(([p.demos_ids for p in prompts], [p.paired_demos for p in prompts]))
     needed = [([ids[: int(at.max(initial=-1)) + 1] for ids, at in zip(*side, strict=True)], side[1]) for side in sides]
     shared = [shared_length(*side) for side in needed]

@@ -194,8 +194,23 @@ def capture(
 
     Attention sinks are left out, and so are pairs that contain one. A token is a sink where its norm at the hook
     exceeds 10 times the median of its sequence up to the last token read. `decoder.passes` decides how prompts are
-    batched. A prompt that gives NaN or infinity is run again alone; raises InputError where it does so again.
+    batched; those behind one draw of demonstrations run together, because they share their start, the first draw
+    first. A prompt that gives NaN or infinity is run again alone; raises InputError where it does so again.
     """
+    of_draws: dict[int, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        of_draws.setdefault(prompt.draw, []).append(i)
+    for _, of_draw in sorted(of_draws.items()):
+        behind = [prompts[i] for i in of_draw]
+        if n_done < len(behind):
+            for of_hooks in _capture_draw(decoder, behind, other, n_done):
+                yield [rows.at(np.asarray(of_draw)) for rows in of_hooks]
+        n_done = max(0, n_done - len(behind))
+
+
+def _capture_draw(
+    decoder: LanguageModel, prompts: Sequence[Prompt], other: LanguageModel | None, n_done: int
+) -> Iterator[list[PairedRows]]:
     ids, positions = [p.base_ids for p in prompts], [p.positions for p in prompts]
     sides, partners = [decoder.passes.prepare(ids, positions)], [(p.paired[:0], p.paired[:0]) for p in prompts]
     if other is not None:

@@ -63,6 +63,7 @@ class PromptLog:
             "positions": tokens(lambda i, prompt: prompt.positions[self.kept[i]]),
             "paired": tokens(lambda i, prompt: paired[i][0][self.kept_paired[i]]),
             "paired_demos": tokens(lambda i, prompt: paired[i][1][self.kept_paired[i]]),
+            "draw": pa.array([prompt.draw for prompt in self.prompts], pa.int64()),
             "n_special": pa.array([prompt.n_special for prompt in self.prompts], pa.int64()),
             "n_straddling": pa.array([prompt.n_straddling for prompt in self.prompts], pa.int64()),
             "n_sinks": pa.array([int((~kept).sum()) for kept in self.kept], pa.int64()),

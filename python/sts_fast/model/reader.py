@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -40,6 +40,15 @@ class PairedRows:
     paired_of: NDArray[np.int64]
     kept: list[NDArray[np.bool_]]
     kept_paired: list[NDArray[np.bool_]]
+
+    def at(self, indices: NDArray[np.int64]) -> PairedRows:
+        """The same rows, where the prompts of this list are those at `indices` of another."""
+        return replace(
+            self,
+            prompts=indices[self.prompts].tolist(),
+            base_of=indices[self.base_of],
+            paired_of=indices[self.paired_of],
+        )
 
 
 class Reader(Protocol):

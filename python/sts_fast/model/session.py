@@ -99,18 +99,18 @@ class Reading(Running):
     layer:     reads the residual stream after this layer, whatever the SAE's files say; hook: the same by name. The
                command line says this of each SAE apart
     sae_dtype: of the SAEs; None as stored
-    strict:    raises InputError where an SAE does not seem to belong to the model, instead of a warning
+    strict:    raises InputError where a run would go on with a warning
     command:   recorded in the provenance
     """
 
     layer: int | None = None
     hook: str | None = None
-    strict: Annotated[bool, Option("Stop where an SAE does not seem to fit the model.")] = False
+    strict: Annotated[bool, Option("Stop where a run would go on with a warning.")] = False
     sae_dtype: Annotated[SAEDtype | None, Option("Of the SAE; default: as stored.")] = None
     command: str | None = None
 
     def warn(self, *warnings: str | None) -> None:
-        """Tells at once, or stops, where an SAE does not seem to belong."""
+        """Tells at once what is amiss, or stops there, as `strict` says."""
         for warning in filter(None, warnings):
             if self.strict:
                 raise InputError(f"{warning} (--strict)")

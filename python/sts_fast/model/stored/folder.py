@@ -163,10 +163,12 @@ class Activations(Reader):
             )
         if not show:
             prompts = [
-                replace(p, demos_ids=p.demos_ids[:0], paired=p.paired[:0], paired_demos=p.paired_demos[:0])
+                replace(p, demos_ids=p.demos_ids[:0], paired=p.paired[:0], paired_demos=p.paired_demos[:0], draw=0)
                 for p in prompts
             ]
-        prompt_set = PromptSet(name, prompts, chosen.n_too_long, chosen.n_unanswered, tuple(chosen.warnings))
+        prompt_set = PromptSet(
+            name, prompts, chosen.n_too_long, chosen.n_unanswered, chosen.warnings, chosen.shown if show else ()
+        )
         self._chosen[kind, name] = chosen, prompt_set
         return prompt_set
 

@@ -63,6 +63,7 @@ class StoredSet:
     n_too_long: int = 0
     n_unanswered: int = 0
     warnings: tuple[str, ...] = ()
+    shown: tuple[tuple[str, ...], ...] = ()
     examples_sha256: str | None = None
     demos_sha256: str | None = None
     prompts_sha256: str | None = None
@@ -142,6 +143,7 @@ def _set(entry: Mapping[str, Any]) -> StoredSet:
         n_too_long=int(entry.get("n_too_long", 0)),
         n_unanswered=int(entry.get("n_unanswered", 0)),
         warnings=tuple(map(str, entry.get("warnings", ()))),
+        shown=tuple(tuple(map(str, of_draw)) for of_draw in entry.get("shown", ())),
         examples_sha256=entry.get("examples_sha256"),
         demos_sha256=entry.get("demos_sha256"),
         prompts_sha256=entry.get("prompts_sha256"),
@@ -166,6 +168,7 @@ def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
             name: pa.array([getattr(prompt, name) for prompt in prompts], pa.list_(pa.int32()))
             for name in PROMPT_COLUMNS
         },
+        "draw": pa.array([prompt.draw for prompt in prompts], pa.int64()),
         "n_special": pa.array([prompt.n_special for prompt in prompts], pa.int64()),
         "n_straddling": pa.array([prompt.n_straddling for prompt in prompts], pa.int64()),
         "question": pa.array([prompt.question for prompt in prompts], pa.string()),
@@ -186,6 +189,7 @@ def read_prompts(path: Path, stored_set: StoredSet) -> list[Prompt]:
                 n_special=int(row["n_special"]),
                 n_straddling=int(row["n_straddling"]),
                 question=None if row.get("question") is None else str(row["question"]),
+                draw=int(row.get("draw") or 0),
                 **{name: np.asarray(row[name], np.int32) for name in PROMPT_COLUMNS},
             )
             for row in rows

@@ -127,6 +127,7 @@ def capture_activations(
                     n_too_long=prompt_set.n_too_long,
                     n_unanswered=prompt_set.n_unanswered,
                     warnings=prompt_set.warnings,
+                    shown=prompt_set.shown,
                     examples_sha256=examples_sha256(examples),
                     demos_sha256="own" if own_demos is None else examples_sha256(own_demos),
                     prompts_sha256=prompts_sha256([prompt_set]),

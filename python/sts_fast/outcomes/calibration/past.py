@@ -165,6 +165,8 @@ def conditions(scores: Scores, estimator: str) -> Conditions:
         shared["--shots"] = settings["shots"]
     if estimator == "icl":
         shared["--domain-shots"] = settings["domain_shots"]
+    if "--shots" in shared or "--domain-shots" in shared:
+        shared["--demo-draws"] = settings["demo_draws"]
     return shared
 
 
