@@ -64,6 +64,7 @@ def make_scores(n: int = 6, seed: int = 0) -> dict[str, Any]:
                 "n_unanswered": 2,
                 "n_special": 7,
                 "n_straddling": 0,
+                "demonstrations": [["1", "2"], ["61", "62"]],
                 "n_sinks": 1,
                 "controls": {
                     "random": {name: float(rng.uniform(1, 9)) / 1e4 for name in ("act", "icl", "act_sq")},
@@ -97,10 +98,11 @@ def make_scores(n: int = 6, seed: int = 0) -> dict[str, Any]:
         "train": {
             "name": "train", "n_prompts": 200, "n_tokens": 20000, "n_pairs": 19999, "n_skipped": 9, "n_too_long": 9,
             "n_unanswered": 0, "n_special": 1, "n_straddling": 0, "n_sinks": 2,
+            "demonstrations": [["1", "2"], ["101", "102"]],
         },
         "settings": {
             "dims": "icl", "estimators": ["act", "icl", "act_sq"], "controls": "all", "top_n": TOP_N, "tokens": "query",
-            "shots": 2, "domain_shots": 5, "limit": 256, "n_bootstrap": 1000, "confidence": 0.95, "tuned": None,
+            "shots": 2, "domain_shots": 5, "demo_draws": 2, "limit": 256, "n_bootstrap": 1000, "confidence": 0.95, "tuned": None,
         },
         "shift": {
             "share_of_top_n": float(importance[top].sum() / importance.sum()),
