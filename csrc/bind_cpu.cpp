@@ -43,6 +43,12 @@ std::string text(const py::handle& object) {
     return py::str(object).cast<std::string>();
 }
 
+/// Answers Ctrl-C, and every other signal that Python handles, while an op runs without the interpreter lock.
+void answer_signals() {
+    const py::gil_scoped_acquire acquire;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
 /// A Python array of float32 or bfloat16 and what keeps its memory alive.
 class Borrowed {
   public:
@@ -327,6 +333,7 @@ py::tuple encode_sparse(const Encoder& encoder, const py::object& acts, const py
 
 // The docstrings are in _cpu.pyi.
 PYBIND11_MODULE(_cpu, m) {
+    sts::set_poll(&answer_signals);
     const py::none none;
     py::class_<Encoder>(m, "Encoder")
         .def(py::init<const py::object&, const py::object&, const std::string&, const py::object&, const py::object&,

@@ -46,6 +46,7 @@ void check_rows(const MatrixView& acts, InputNorm norm, const char* name) {
 
 void check_finite(Table<const double> values, const char* name) {
     for (int64_t i = 0; i < values.n_rows * values.n_cols; ++i) {
+        if (i % (1 << 20) == 0) cpu::poll();
         uint64_t bits;
         std::memcpy(&bits, values.data + i, sizeof bits);
         if ((bits & 0x7ff0000000000000u) == 0x7ff0000000000000u)
