@@ -10,7 +10,15 @@
 
 namespace sts {
 
+void check_extent(const MatrixView& matrix, const char* name) {
+    constexpr int64_t kMost = int64_t{1} << 48;
+    check(matrix.n_cols == 0 || matrix.n_rows <= kMost / matrix.n_cols,
+          std::string(name) + " must have at most 2^48 elements, got [" + std::to_string(matrix.n_rows) + ", " +
+              std::to_string(matrix.n_cols) + "]");
+}
+
 void check_activations(const MatrixView& acts, int64_t d_in, const char* name) {
+    check_extent(acts, name);
     check(acts.n_cols == d_in, std::string(name) + " must have d_in = " + std::to_string(d_in) +
                                    " columns as W_enc has rows, got " + std::to_string(acts.n_cols));
     check(acts.col_stride == 1, std::string(name) +

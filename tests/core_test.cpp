@@ -207,6 +207,19 @@ void check_poll() {
     }
 }
 
+void check_extents() {
+    const std::vector<float> W(6, 1), row{1, 2, 3};
+    const sts::MatrixView W_enc{W.data(), DType::float32, 3, 2, 2, 1};
+    const sts::Encoder encoder(W_enc, Activation::relu, {0, 0}, {}, {}, {}, 0, sts::InputNorm::none);
+    try {
+        // One row, repeated with a stride of 0 so often that the number of elements does not fit 64 bits.
+        sts::encode_sparse(encoder, {row.data(), DType::float32, int64_t{1} << 62, 3, 0, 1}, {});
+        expect(false, "too many elements are refused");
+    } catch (const std::invalid_argument& error) {
+        expect(std::string(error.what()).find("acts must have at most 2^48 elements") == 0, "the sentence about it");
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -241,6 +254,7 @@ int main() {
         std::printf("%s: %d checks\n", instruction_set, n_checks - before);
     }
     check_refusals();
+    check_extents();
     check_poll();
     std::printf("%d of %d wrong\n", n_failures, n_checks);
     return n_failures ? 1 : 0;
