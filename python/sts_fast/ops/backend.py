@@ -12,12 +12,13 @@ from sts_fast.ops import _cpu, cuda_kernels
 from sts_fast.ops.cuda_encoder import PRECISIONS, prepare_weights
 from sts_fast.ops.cuda_encoder import Encoder as CudaEncoder
 from sts_fast.sae import SAE
+from sts_fast.sae.rows import check_array, check_graph, is_on_cuda, is_tensor
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-_DLPACK_CUDA = 2
+    from sts_fast.statistics import Doubles
 
 _encoders: WeakKeyDictionary[SAE, _cpu.Encoder] = WeakKeyDictionary()
 _cuda_encoders: WeakKeyDictionary[SAE, dict[tuple[torch.device, str], CudaEncoder]] = WeakKeyDictionary()
@@ -65,41 +66,46 @@ def cuda_encoder(sae: SAE, device: torch.device) -> CudaEncoder:
     return encoders[device, precision]
 
 
-def rows(acts: Any) -> Any:
-    """[n_tokens, d_in] activations, a view; those of hook_z come as [n_tokens, n_heads, d_head].
-
-    An array of another library on a CUDA device becomes a torch tensor.
-    """
-    if not hasattr(acts, "is_cuda") and _is_on_cuda(acts):
-        import torch
-
-        acts = torch.utils.dlpack.from_dlpack(acts)
-    if getattr(acts, "ndim", 2) != 3:
-        return acts
-    n_tokens, n_heads, d_head = acts.shape
-    return acts.reshape(n_tokens, n_heads * d_head)
-
-
 def cuda_device_of(acts: Any) -> torch.device | None:
     """The CUDA device that activations are on, where they are also encoded; None for the CPU.
 
     Raises InputError where this machine or build has no CUDA ops: nothing moves to the CPU unless the user does it.
     """
-    if not _is_on_cuda(acts):
+    if not is_on_cuda(acts):
         return None
     reason = cuda_kernels.missing_reason()
     if reason is not None:
         raise InputError(f"the activations are on a CUDA device, but {reason}; or move them to the CPU")
-    device: torch.device = acts.device
-    return device
+    if is_tensor(acts):
+        device: torch.device = acts.device
+        return device
+    import torch
+
+    return torch.device("cuda", acts.__dlpack_device__()[1])
 
 
-def _is_on_cuda(acts: Any) -> bool:
-    if isinstance(acts, np.ndarray):
-        return False
-    if hasattr(acts, "is_cuda"):
-        return bool(acts.is_cuda)
-    return hasattr(acts, "__dlpack_device__") and acts.__dlpack_device__()[0] == _DLPACK_CUDA
+def numbers(values: Any, name: str, shape: tuple[int, int]) -> Doubles:
+    """[n_tokens, n] float64 numbers, one row for each token; a copy, unless it is contiguous float64 on the CPU.
+
+    values: real numbers of any dtype: numpy, torch on any device, or lists
+    Raises InputError for another shape, NaN or infinity, a masked array, or a tensor that requires grad.
+    """
+    if is_tensor(values):
+        check_graph(values, name)
+        values = values.cpu().double().numpy() if values.is_floating_point() else values.cpu().numpy()
+    else:
+        values = np.asanyarray(values)
+        check_array(values, name)
+    if values.dtype.kind not in "fiub":
+        raise InputError(f"{name} must be real numbers, got {values.dtype}: pass numpy.asarray({name}, 'float64')")
+    if values.shape != shape:
+        raise InputError(f"{name} must have shape {shape}, but has {values.shape}: pass one row for each token")
+    table = np.ascontiguousarray(values, np.float64)
+    finite = np.isfinite(table)
+    if not finite.all():
+        row, column = (int(i) for i in np.argwhere(~finite)[0])
+        raise InputError(f"{name} contains a NaN or infinity at row {row}, column {column}: drop such rows first")
+    return table
 
 
 class Accumulators:

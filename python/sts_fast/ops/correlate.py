@@ -11,6 +11,7 @@ from sts_fast import files
 from sts_fast.errors import InputError
 from sts_fast.ops import _cpu, backend, cuda
 from sts_fast.sae import SAE
+from sts_fast.sae.rows import rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -66,7 +67,7 @@ class CorrelationStats:
     def update(self, acts: Any, targets: Any) -> None:
         """Adds rows.
 
-        acts:    [n_tokens, d_in] float32 or bfloat16 (on CUDA float16 too); numpy, torch or DLPack, borrowed
+        acts:    [n_tokens, d_in] floating point; borrowed or copied, see sae.rows
         targets: [n_tokens, n_targets] numbers
 
         Raises ValueError, naming the argument, for a wrong shape or dtype, or NaN or infinity; nothing is added then.
@@ -75,18 +76,13 @@ class CorrelationStats:
             raise ValueError(
                 "these statistics were loaded without their SAE: give it to CorrelationStats.load to continue"
             )
-        on_device = getattr(targets, "is_cuda", False)
-        y = np.ascontiguousarray(targets.cpu() if on_device else targets, dtype=np.float64)
-        if y.shape != (len(acts), len(self.sum_y)):
-            raise ValueError(f"targets must have shape ({len(acts)}, {len(self.sum_y)}), but has {y.shape}")
-        if not np.isfinite(y).all():
-            raise ValueError("targets contains a NaN or infinity")
+        device = backend.cuda_device_of(acts)
+        acts = rows(acts, self.sae.d_in)
+        y = backend.numbers(targets, "targets", (len(acts), len(self.sum_y)))
         if len(y) == 0:
             return
         origin = y[0].copy() if self.n_tokens == 0 else self.origin
         y = y - origin
-        acts = backend.rows(acts)
-        device = backend.cuda_device_of(acts)
         sums = self._sums.on(device)
         if device is None:
             _cpu.accumulate_moments(backend.encoder(self.sae), acts, y, **sums)

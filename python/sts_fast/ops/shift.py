@@ -11,6 +11,7 @@ from sts_fast import files
 from sts_fast.errors import InputError
 from sts_fast.ops import _cpu, backend, cuda
 from sts_fast.sae import SAE
+from sts_fast.sae.rows import rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -72,9 +73,8 @@ class ShiftStats:
     def update(self, base: Any, other: Any, row_weights: Doubles | None = None) -> None:
         """Adds paired rows.
 
-        base, other: [n_tokens, d_in] float32 or bfloat16 (on CUDA float16 too), row t is the same token;
-                     numpy, torch or DLPack, borrowed
-        row_weights: [n_tokens, n_replicates] float64, needed where n_replicates > 0
+        base, other: [n_tokens, d_in] floating point, row t is the same token; borrowed or copied, see sae.rows
+        row_weights: [n_tokens, n_replicates] numbers, needed where n_replicates > 0
 
         Raises ValueError, naming the argument, for a wrong shape or dtype, or NaN or infinity; nothing is added then.
         Raises InputError for a CUDA tensor where there are no CUDA ops.
@@ -83,9 +83,11 @@ class ShiftStats:
             raise ValueError("these statistics were loaded without their SAE: give it to ShiftStats.load to continue")
         if (row_weights is not None) != (self.n_replicates > 0):
             raise ValueError(f"row_weights must be given exactly where n_replicates > 0, and it is {self.n_replicates}")
-        base, other = backend.rows(base), backend.rows(other)
-        n_tokens = len(base)
         device = backend.cuda_device_of(base)
+        base, other = rows(base, self.sae.d_in, "base"), rows(other, self.sae.d_in, "other")
+        n_tokens = len(base)
+        if row_weights is not None:
+            row_weights = backend.numbers(row_weights, "row_weights", (n_tokens, self.n_replicates))
         sums = self._sums.on(device)
         if row_weights is None:
             sums = {**sums, "weighted_sq_shift": None}

@@ -14,6 +14,7 @@ import numpy as np
 from sts_fast.errors import InputError
 from sts_fast.files import Document
 from sts_fast.sae.decoder import MAX_ROWS, Decoder
+from sts_fast.sae.rows import rows
 
 if TYPE_CHECKING:
     import torch
@@ -152,17 +153,14 @@ class SAE:
     def reconstruct(self, acts: Any, features: tuple[Any, Any, Any]) -> torch.Tensor | None:
         """[n, d_out] float32: the features decoded, in the units of the model; None without a decoder.
 
-        acts:     [n, d_in] or [n, n_heads, d_head], the encoded rows, whose norms undo the SAE's normalisation
+        acts:     the encoded rows, in any form that `encode` takes; their norms undo the SAE's normalisation
         features: (indptr, indices, values) of `encode(sae, acts)`, at most MAX_ROWS rows
 
         Only the rows of W_dec of active features are read. Raises InputError for too many rows, and as `decoder_rows`.
         """
-        import torch
-
         if self.decoder is None:
             return None
-        x = torch.as_tensor(acts).float()
-        x = x.reshape(len(x), -1)
+        x = self._tensor(acts)
         if len(x) > MAX_ROWS:
             raise InputError(f"at most {MAX_ROWS} rows can be reconstructed at a time, not {len(x)}: give a sample")
         decoded = self.decoder.decode(*features, divisor=self.W_dec_norm)
@@ -180,13 +178,19 @@ class SAE:
 
         Raises ValueError for a transcoder or without a decoder, and InputError as `decoder_rows`.
         """
-        import torch
-
         if self.decoder is None or self.target_hook_name:
             raise ValueError("only an SAE with a decoder writes into what it reads")
-        x = torch.as_tensor(acts).float().reshape(len(acts), -1)
+        x = self._tensor(acts)
         decoded = self.decoder.decode(*features, divisor=self.W_dec_norm, bias=False)
         return decoded / self.decoder.scale if self.decoder.scale != 1 else decoded * self._size(x)
+
+    def _tensor(self, acts: Any) -> torch.Tensor:
+        """[n, d_in] float32 rows."""
+        import torch
+
+        x = rows(acts, self.d_in)
+        # torch takes no negative strides, and warns of memory that it must not write.
+        return torch.from_numpy(np.array(x, np.float32)) if isinstance(x, np.ndarray) else torch.as_tensor(x).float()
 
     def _size(self, x: torch.Tensor) -> torch.Tensor:
         """Factor of decoded rows that undoes the normalisation of x [n, d_in]: [n, 1], or a scalar."""
