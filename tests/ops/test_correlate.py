@@ -123,9 +123,10 @@ def test_perfect_correlation() -> None:
 def test_no_rows_and_one_row() -> None:
     sae = make_sae()
     stats = CorrelationStats(sae, 2)
-    assert np.isnan(stats.pearson()).all()
     stats.update(torch.zeros(0, 24), np.zeros((0, 2)))
-    assert stats.n_tokens == 0
+    assert (stats.n_tokens, stats.origin.tolist()) == (0, [0.0, 0.0])
+    with pytest.raises(InputError, match=r"^no tokens have been added yet: call update with rows first$"):
+        stats.pearson()
     stats.update(make_acts(1), [[5.0, 6.0]])
     assert np.isnan(stats.pearson()).all()
     assert (stats.n_tokens, stats.origin.tolist()) == (1, [5.0, 6.0])

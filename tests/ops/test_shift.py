@@ -364,11 +364,30 @@ def test_weights_where_none_are_wanted() -> None:
     assert not stats.sum_base.any()
 
 
-def test_means_need_tokens() -> None:
+def test_means_and_the_top_need_tokens(tmp_path: Path) -> None:
     stats = ShiftStats(make_sae())
     for name in ("mean_squared_shift", "mean_base", "mean_other"):
         with pytest.raises(ValueError, match="no tokens have been added yet"):
             getattr(stats, name)
+    # Empty updates, merges and files have none either.
+    stats.update(*pairs(0))
+    stats.save(tmp_path / "s.safetensors")
+    for empty in (stats, stats + ShiftStats(make_sae()), ShiftStats.load(tmp_path / "s.safetensors")):
+        with pytest.raises(InputError, match=r"^no tokens have been added yet: call update with rows first$"):
+            empty.top(3)
+    stats.update(*pairs(1))
+    assert len(stats.top(3)) == 3
+    for n in (2.0, "3", None):
+        with pytest.raises(ValueError, match="top must be a whole number of features"):
+            stats.top(n)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("n", [-1, 2.5, "3", 10**15, 2**62])
+def test_numbers_of_sums_that_cannot_be(n: Any) -> None:
+    with pytest.raises(InputError, match=r"^n_replicates (must be a whole number|= \d+ makes 70 x \d+ sums)"):
+        ShiftStats(make_sae(), n_replicates=n)
+    with pytest.raises(InputError, match=r"^n_targets (must be a whole number|= \d+ makes 70 x \d+ sums)"):
+        sts_fast.CorrelationStats(make_sae(), n)
 
 
 @pytest.mark.parametrize("columns", [[3, 3], [4, 2], [-1, 2], [0, 70]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _encoders: WeakKeyDictionary[SAE, _cpu.Encoder] = WeakKeyDictionary()
 _cuda_encoders: WeakKeyDictionary[SAE, dict[tuple[torch.device, str], CudaEncoder]] = WeakKeyDictionary()
+_making = RLock()  # so that threads that begin with one SAE fold it once
 _precision: str | None = None
 
 
@@ -46,9 +48,10 @@ def precision_of(sae: SAE) -> str:
 
 def encoder(sae: SAE) -> _cpu.Encoder:
     """The SAE for the CPU core, made once per SAE; W_enc is borrowed, b_dec is folded into the biases."""
-    if sae not in _encoders:
-        _encoders[sae] = _named(sae, lambda: _cpu.Encoder(sae.W_enc, **_folded(sae, _b_dec_through_W_enc(sae))))
-    return _encoders[sae]
+    with _making:
+        if sae not in _encoders:
+            _encoders[sae] = _named(sae, lambda: _cpu.Encoder(sae.W_enc, **_folded(sae, _b_dec_through_W_enc(sae))))
+        return _encoders[sae]
 
 
 def cuda_encoder(sae: SAE, device: torch.device) -> CudaEncoder:
@@ -60,10 +63,11 @@ def cuda_encoder(sae: SAE, device: torch.device) -> CudaEncoder:
         return CudaEncoder(weights, d_in=sae.d_in, precision=precision, **_folded(sae, weights.b_dec_W))
 
     precision = precision_of(sae)
-    encoders = _cuda_encoders.setdefault(sae, {})
-    if (device, precision) not in encoders:
-        encoders[device, precision] = _named(sae, make)
-    return encoders[device, precision]
+    with _making:
+        encoders = _cuda_encoders.setdefault(sae, {})
+        if (device, precision) not in encoders:
+            encoders[device, precision] = _named(sae, make)
+        return encoders[device, precision]
 
 
 def cuda_device_of(acts: Any) -> torch.device | None:
@@ -106,33 +110,6 @@ def numbers(values: Any, name: str, shape: tuple[int, int]) -> Doubles:
         row, column = (int(i) for i in np.argwhere(~finite)[0])
         raise InputError(f"{name} contains a NaN or infinity at row {row}, column {column}: drop such rows first")
     return table
-
-
-class Accumulators:
-    """Named arrays of sums on the device of the rows: numpy arrays on the CPU, tensors on a CUDA device."""
-
-    def __init__(self, **arrays: NDArray[Any]) -> None:
-        self._arrays: dict[str, Any] = arrays
-
-    def on(self, device: torch.device | None) -> dict[str, Any]:
-        """All arrays, after moving them to the device; callers change them in place."""
-        for name, values in self._arrays.items():
-            if not isinstance(values, np.ndarray):
-                self._arrays[name] = values.cpu().numpy() if device is None else values.to(device)
-            elif device is not None:
-                import torch
-
-                self._arrays[name] = torch.from_numpy(values).to(device)
-        return self._arrays
-
-    def as_they_are(self, name: str) -> Any:
-        """A numpy array, or a tensor on the device."""
-        return self._arrays[name]
-
-    def __getitem__(self, name: str) -> Any:
-        """The numpy array; a copy where it is on a device."""
-        values = self._arrays[name]
-        return values if isinstance(values, np.ndarray) else values.cpu().numpy()
 
 
 def _named(sae: SAE, make: Any) -> Any:
