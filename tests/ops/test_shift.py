@@ -390,6 +390,22 @@ def test_numbers_of_sums_that_cannot_be(n: Any) -> None:
         sts_fast.CorrelationStats(make_sae(), n)
 
 
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (np.ma.masked_equal([3, 4], 4), "columns is a masked array"),
+        (np.array([[3, 4]]), "columns must be a 1-dimensional array of whole numbers"),
+        (np.array(3), "columns must be a 1-dimensional array of whole numbers"),
+        (np.array([3.0]), "columns must be a 1-dimensional array of whole numbers"),
+        (np.ones(70, bool), "columns must be a 1-dimensional array of whole numbers"),
+    ],
+    ids=["masked", "table", "number", "floats", "mask"],
+)
+def test_columns_that_are_not_a_list_of_features(columns: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ShiftStats(make_sae(), columns=columns)
+
+
 @pytest.mark.parametrize("columns", [[3, 3], [4, 2], [-1, 2], [0, 70]])
 def test_bad_columns_are_named(columns: list[int]) -> None:
     stats = ShiftStats(make_sae(), columns=np.array(columns))

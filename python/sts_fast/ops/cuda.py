@@ -16,12 +16,14 @@ import numpy as np
 from sts_fast.ops import cuda_kernels
 from sts_fast.ops.cuda_encoder import Encoder
 from sts_fast.ops.cuda_kernels import load
+from sts_fast.sae.rows import check_array
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
 MOST_ROWS = 1 << 16  # of one launch
+MOST_ROWS_OF_A_CALL = 1 << 31  # a row's number is the upper half of a key
 FIRST_STRIP = 8192  # features whose k largest values bound the row's, at least an eighth of all
 MOST_DENSE_WEIGHTS = 64  # more weights or targets than that are applied to the active features one by one
 MAIN_LOOP = "automatic"  # or "sm80", which runs on every GPU, or "sm90"
@@ -445,6 +447,8 @@ def _check_acts(encoder: Encoder, acts: Any, name: str) -> None:
         raise ValueError(f"{name} must be on {encoder.device}, where the SAE is, got {acts.device}")
     if acts.shape[1] != encoder.d_in:
         raise ValueError(f"{name} must have d_in = {encoder.d_in} columns as W_enc has rows, got {acts.shape[1]}")
+    if len(acts) >= MOST_ROWS_OF_A_CALL:
+        raise ValueError(f"{name} must have fewer than 2^31 rows in one call, got {len(acts)}: pass it in parts")
     if acts.shape[1] > 1 and len(acts) and acts.stride(1) != 1:
         raise ValueError(
             f"{name} must be contiguous within a row (any stride between rows will do), "
@@ -453,7 +457,8 @@ def _check_acts(encoder: Encoder, acts: Any, name: str) -> None:
 
 
 def _checked_columns(columns: Any, d_sae: int) -> NDArray[np.int64]:
-    numbers = np.asarray(columns)
+    numbers = np.asanyarray(columns)
+    check_array(numbers, "columns")
     if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
         raise ValueError("columns must be a 1-dimensional array of integers")
     numbers = np.ascontiguousarray(numbers, np.int64)

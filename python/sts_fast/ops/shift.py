@@ -13,7 +13,7 @@ from sts_fast.errors import InputError
 from sts_fast.ops import _cpu, backend, cuda
 from sts_fast.ops.sums import Statistics, Sums, zeros
 from sts_fast.sae import SAE
-from sts_fast.sae.rows import rows
+from sts_fast.sae.rows import check_array, rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -56,8 +56,10 @@ class ShiftStats(Statistics):
 
     def __init__(self, sae: SAE, *, columns: NDArray[np.int64] | None = None, n_replicates: int = 0) -> None:
         self.d_sae = sae.d_sae
-        if columns is not None and not np.issubdtype(np.asarray(columns).dtype, np.integer):
-            raise ValueError("columns must be whole numbers, the indices of features")
+        if columns is not None:
+            check_array(np.asanyarray(columns), "columns")
+            if np.ndim(columns) != 1 or not np.issubdtype(np.asarray(columns).dtype, np.integer):
+                raise ValueError("columns must be a 1-dimensional array of whole numbers, the indices of features")
         # A copy: sums belong to the columns that were given, also where the array changes later.
         self._subset = None if columns is None else np.array(columns, np.int64)
         n_columns = sae.d_sae if self._subset is None else len(self._subset)
