@@ -193,7 +193,8 @@ class Borrowed {
             dtype_ = DType::bfloat16;
         else
             fail("must be float32 or bfloat16, got " +
-                 (py::hasattr(owner_, "dtype") ? text(owner_.attr("dtype")) : "another dtype"));
+                 (py::hasattr(owner_, "dtype") ? text(owner_.attr("dtype")) : "another dtype") +
+                 ": convert it with float()");
         data_ = static_cast<const char*>(tensor.data) + tensor.byte_offset;
         check_aligned(dtype_ == DType::float32 ? alignof(float) : alignof(uint16_t));
         int64_t contiguous = 1;

@@ -225,3 +225,51 @@ def test_reconstruction_reads_the_same_forms() -> None:
         for given in (form, torch.from_numpy(form.copy())):
             np.testing.assert_allclose(sae.written(given, found), expected, rtol=1e-5, atol=1e-4)
             np.testing.assert_allclose(sae.reconstruct(given, found), expected + mean, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("W_enc", torch.nn.Parameter(torch.ones(D_IN, D_SAE)), r"W_enc requires grad.*: pass W_enc\.detach\(\)"),
+        ("W_enc", torch.ones(D_IN, D_SAE, device="meta"), r"W_enc is on the device 'meta': pass W_enc\.cpu\(\)"),
+        ("W_enc", [[1.0] * D_SAE] * D_IN, r"W_enc must be a numpy array or a torch tensor, got list"),
+        (
+            "b_enc",
+            torch.nn.Parameter(torch.ones(D_SAE)),
+            r"b_enc must be a numpy array, got Parameter: pass b_enc\.det",
+        ),
+        ("b_dec", torch.ones(D_IN).bfloat16(), r"b_dec must be a numpy array, got Tensor: pass b_dec\.detach"),
+        ("b_dec", [0.0] * D_IN, r"b_dec must be a numpy array, got list: pass numpy\.asarray\(b_dec, 'float32'\)"),
+    ],
+    ids=["grad", "device", "list", "parameter", "tensor", "vector list"],
+)
+def test_an_sae_of_a_module_s_tensors_is_refused_with_a_call_that_works(name: str, given: Any, message: str) -> None:
+    sae, acts = make_sae(), make_acts(5)
+    with pytest.raises(InputError, match=f"^{message}") as caught:
+        replace(sae, **{name: given})
+    remedy = str(caught.value).partition("pass ")[2]
+    if remedy and not remedy.endswith("cpu()"):
+        mended = replace(sae, **{name: eval(remedy, {name: given, "numpy": np})})
+        assert np.array_equal(dense(encode(mended, acts)), features(mended, acts))
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (lambda W: W.astype(np.float64), r"W_enc must be float32 or bfloat16, got float64: convert it with astype"),
+        (
+            lambda W: torch.from_numpy(W).half(),
+            r"W_enc must be float32 or bfloat16, got torch.float16: convert it with f",
+        ),
+        (
+            lambda W: np.repeat(np.repeat(W, 2, 0), 2, 1)[::2, ::2],
+            "W_enc must be contiguous along its rows or its colum",
+        ),
+        (lambda W: np.ma.masked_equal(W, 2), "W_enc is a masked array, whose mask would be ignored"),
+    ],
+    ids=["float64", "float16", "strided", "masked"],
+)
+def test_weights_that_the_core_does_not_read_are_named_at_first_use(form: Any, message: str) -> None:
+    sae = make_sae()
+    with pytest.raises(InputError, match=f"^the SAE exact standard cannot be used: {message}"):
+        encode(replace(sae, W_enc=form(sae.W_enc)), make_acts(3))

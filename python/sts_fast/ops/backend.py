@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -103,7 +104,12 @@ def numbers(values: Any, name: str, shape: tuple[int, int]) -> Doubles:
     if values.dtype.kind not in "fiub":
         raise InputError(f"{name} must be real numbers, got {values.dtype}: pass numpy.asarray({name}, 'float64')")
     if values.shape != shape:
-        raise InputError(f"{name} must have shape {shape}, but has {values.shape}: pass one row for each token")
+        remedy = "one row for each token"
+        if values.shape == shape[::-1]:
+            remedy = f"numpy.transpose({name})"
+        elif values.size == math.prod(shape) and shape[1] in (1, *values.shape[-1:]):
+            remedy = f"numpy.reshape({name}, {shape})"
+        raise InputError(f"{name} must have shape {shape}, but has {values.shape}: pass {remedy}")
     table = np.ascontiguousarray(values, np.float64)
     finite = np.isfinite(table)
     if not finite.all():

@@ -14,7 +14,7 @@ import numpy as np
 from sts_fast.errors import InputError
 from sts_fast.files import Document
 from sts_fast.sae.decoder import MAX_ROWS, Decoder
-from sts_fast.sae.rows import rows
+from sts_fast.sae.rows import check_graph, is_tensor, rows
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +60,8 @@ class SAE:
     notes:       warnings to the user of this SAE
     origin:      by field, the file or key that it was read from
 
-    Raises ValueError, naming the field, where shapes do not match, and InputError for an unknown architecture.
+    Raises ValueError, naming the field, where shapes do not match, and InputError for an unknown architecture, or for
+    tensors that require grad or are not on the CPU.
     """
 
     architecture: str
@@ -102,6 +103,12 @@ class SAE:
                 f"{self.source or 'the SAE'} has the architecture '{self.architecture}', which is not supported: "
                 f"use one of {', '.join(needed)}"
             )
+        if not is_tensor(self.W_enc) and not isinstance(self.W_enc, np.ndarray):
+            raise InputError(f"W_enc must be a numpy array or a torch tensor, got {type(self.W_enc).__name__}")
+        if is_tensor(self.W_enc):
+            check_graph(self.W_enc, "W_enc")
+            if self.W_enc.device.type != "cpu":
+                raise InputError(f"W_enc is on the device '{self.W_enc.device}': pass W_enc.cpu()")
         if len(self.W_enc.shape) != 2:
             raise ValueError(f"W_enc must have two dimensions, [d_in, d_sae], but has shape {tuple(self.W_enc.shape)}")
         d_out = self.d_in if self.decoder is None else self.decoder.W_dec.shape[1]
@@ -111,6 +118,13 @@ class SAE:
             value = getattr(self, name)
             if value is None and name in needed[self.architecture]:
                 raise ValueError(f"a {self.architecture} SAE needs {name}")
+            if value is not None and not isinstance(value, np.ndarray):
+                call = (
+                    f"{name}.detach().float().cpu().numpy()"
+                    if is_tensor(value)
+                    else f"numpy.asarray({name}, 'float32')"
+                )
+                raise InputError(f"{name} must be a numpy array, got {type(value).__name__}: pass {call}")
             if value is not None and tuple(value.shape) != (width,):
                 raise ValueError(f"{name} must have shape ({width},), but has {tuple(value.shape)}")
         if self.architecture in ("topk", "abstopk") and not 1 <= self.k <= self.d_sae:
