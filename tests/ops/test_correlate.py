@@ -270,6 +270,8 @@ ACTS, TARGETS = make_acts(8), make_targets(8)
         (ACTS, torch.from_numpy(TARGETS).requires_grad_(), r"targets requires grad.*: pass targets\.detach\(\)"),
         (ACTS[:7], TARGETS, r"targets must have shape \(7, 3\), but has \(8, 3\): pass one row for each token"),
         (ACTS, TARGETS[:, :2], r"targets must have shape \(8, 3\), but has \(8, 2\)"),
+        (ACTS, torch.from_numpy(TARGETS).to_sparse(), r"targets is a sparse tensor: pass targets\.to_dense\(\)"),
+        (ACTS, np.full((8, 3), "2020-01-01", "M8[D]"), r"targets must be real numbers, got datetime64"),
         (ACTS, TARGETS.T, r"targets must have shape \(8, 3\), but has \(3, 8\): pass numpy\.transpose\(targets\)"),
         (ACTS, TARGETS.reshape(2, 4, 3).tolist(), r"but has \(2, 4, 3\): pass numpy\.reshape\(targets, \(8, 3\)\)"),
         (ACTS, TARGETS[:, 0], r"targets must have shape \(8, 3\), but has \(8,\)"),

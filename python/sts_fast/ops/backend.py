@@ -14,7 +14,7 @@ from sts_fast.ops import _cpu, cuda_kernels
 from sts_fast.ops.cuda_encoder import PRECISIONS, prepare_weights
 from sts_fast.ops.cuda_encoder import Encoder as CudaEncoder
 from sts_fast.sae import SAE
-from sts_fast.sae.rows import check_array, check_graph, is_on_cuda, is_tensor
+from sts_fast.sae.rows import check_array, check_tensor, is_on_cuda, is_tensor
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +96,7 @@ def numbers(values: Any, name: str, shape: tuple[int, int]) -> Doubles:
     Raises InputError for another shape, NaN or infinity, a masked array, or a tensor that requires grad.
     """
     if is_tensor(values):
-        check_graph(values, name)
+        check_tensor(values, name)
         values = values.cpu().double().numpy() if values.is_floating_point() else values.cpu().numpy()
     else:
         values = np.asanyarray(values)

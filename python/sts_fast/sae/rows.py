@@ -27,7 +27,7 @@ def rows(acts: Any, d_in: int, name: str = "acts") -> Any:
     acts: [..., d_in] floating point, or [..., n_heads, d_head] as hook_z gives them; numpy, torch or DLPack
     name: of the argument, for errors
 
-    Arrays of these dtypes are borrowed, whatever the stride between their rows. Others are copied once: as float32 if
+    Arrays of these dtypes are borrowed, whatever the stride between their rows. Others are copied: as float32 if
     they have another dtype or byte order, as they are if the elements of a row lie apart or are not aligned. An array
     of another library on a CUDA device becomes a torch tensor.
 
@@ -37,16 +37,10 @@ def rows(acts: Any, d_in: int, name: str = "acts") -> Any:
     if not is_tensor(acts) and not isinstance(acts, np.ndarray):
         acts = _adopted(acts, name)
     if is_tensor(acts):
-        _check_tensor(acts, name)
-    elif isinstance(acts, np.ndarray):
-        check_array(acts, name)
-        if acts.dtype.kind != "f" and acts.dtype.name != "bfloat16":
-            read = "real" if acts.dtype.kind == "c" else "astype('float32')"
-            raise _not_floats(acts.dtype, name, f"{name}.{read}")
-    acts = _flat(acts, d_in, name)
-    if is_tensor(acts):
-        return _of_tensor(acts, name)
-    return _of_array(acts, name) if isinstance(acts, np.ndarray) else acts
+        _check_float_tensor(acts, name)
+        return _of_tensor(_flat(acts, d_in, name), name)
+    _check_float_array(acts, name)
+    return _of_array(_flat(acts, d_in, name), name)
 
 
 def is_tensor(values: Any) -> bool:
@@ -72,10 +66,18 @@ def check_array(values: NDArray[Any], name: str) -> None:
         )
 
 
-def check_graph(values: torch.Tensor, name: str) -> None:
-    """Raises InputError for a tensor through which a gradient would have to flow."""
+def check_tensor(values: torch.Tensor, name: str) -> None:
+    """Raises InputError for a tensor that requires grad, or whose values do not lie in rows of memory."""
+    import torch
+
     if values.requires_grad:
         raise InputError(f"{name} requires grad, and no gradient flows through the native ops: pass {name}.detach()")
+    if values.is_nested:
+        raise InputError(f"{name} is a nested tensor: pass a dense one, such as torch.cat({name}.unbind())")
+    if values.layout != torch.strided:
+        raise InputError(f"{name} is a sparse tensor: pass {name}.to_dense()")
+    if values.device.type == "meta":
+        raise InputError(f"{name} is on the device 'meta', where tensors have no values: compute it on another device")
 
 
 def _adopted(acts: Any, name: str) -> Any:
@@ -96,20 +98,20 @@ def _adopted(acts: Any, name: str) -> Any:
     )
 
 
-def _check_tensor(acts: torch.Tensor, name: str) -> None:
-    import torch
+def _check_float_array(acts: NDArray[Any], name: str) -> None:
+    check_array(acts, name)
+    if acts.dtype.kind != "f" and acts.dtype.name != "bfloat16":  # as other libraries add it to numpy
+        read = "real" if acts.dtype.kind == "c" else "astype('float32')"
+        raise _not_floats(acts.dtype, name, f"{name}.{read}")
 
-    check_graph(acts, name)
-    if acts.is_nested or acts.layout != torch.strided:
-        kind = "nested" if acts.is_nested else "sparse"
-        raise InputError(f"{name} is a {kind} tensor: pass a dense one, of [n_tokens, d_in]")
+
+def _check_float_tensor(acts: torch.Tensor, name: str) -> None:
+    check_tensor(acts, name)
     if not acts.is_floating_point():
         read = "dequantize()" if acts.is_quantized else "real" if acts.is_complex() else "float()"
         raise _not_floats(acts.dtype, name, f"{name}.{read}")
     if acts.itemsize == 1:
         raise InputError(f"{name} is {acts.dtype}, whose scale is not known here: pass it as float32, scaled")
-    if acts.device.type == "meta":
-        raise InputError(f"{name} is on the device 'meta', where tensors have no values: compute it on another device")
     if acts.device.type not in ("cpu", "cuda"):
         raise InputError(f"{name} is on the device '{acts.device}', which has no native ops: pass {name}.cpu()")
 
@@ -150,7 +152,7 @@ def _of_tensor(acts: torch.Tensor, name: str) -> Any:
 
 
 def _of_array(acts: NDArray[Any], name: str) -> NDArray[np.float32]:
-    if acts.dtype == np.float32 and acts.dtype.isnative and acts.flags.aligned:
+    if acts.dtype == np.float32 and acts.flags.aligned:
         of_row = acts.strides[1] == acts.itemsize or acts.shape[1] == 1
         if acts.size == 0 or (of_row and acts.strides[0] % acts.itemsize == 0):
             return acts

@@ -14,7 +14,7 @@ import numpy as np
 from sts_fast.errors import InputError
 from sts_fast.files import Document
 from sts_fast.sae.decoder import MAX_ROWS, Decoder
-from sts_fast.sae.rows import check_graph, is_tensor, rows
+from sts_fast.sae.rows import check_tensor, is_tensor, rows
 
 if TYPE_CHECKING:
     import torch
@@ -106,7 +106,7 @@ class SAE:
         if not is_tensor(self.W_enc) and not isinstance(self.W_enc, np.ndarray):
             raise InputError(f"W_enc must be a numpy array or a torch tensor, got {type(self.W_enc).__name__}")
         if is_tensor(self.W_enc):
-            check_graph(self.W_enc, "W_enc")
+            check_tensor(self.W_enc, "W_enc")
             if self.W_enc.device.type != "cpu":
                 raise InputError(f"W_enc is on the device '{self.W_enc.device}': pass W_enc.cpu()")
         if len(self.W_enc.shape) != 2:
