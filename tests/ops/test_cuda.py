@@ -333,6 +333,18 @@ def test_forms_of_rows(rows_on: Any, form: str) -> None:
         encode(sae, rows_on(given.float()), masked)
 
 
+def test_accumulators_that_share_memory_are_refused(gpu: Any) -> None:
+    problem, memory = Problem("relu", 6, 8, 12), torch.zeros(24, dtype=torch.float64, device=gpu)
+    encoder, fired = encoder_of(problem, gpu), torch.zeros(12, dtype=torch.int64, device=gpu)
+    with pytest.raises(ValueError, match=r"^sum_sq_h lies in the memory of sum_h: pass a tensor of its own$"):
+        cuda.accumulate_moments(
+            encoder, on(gpu, problem.base), sum_h=memory[:12], sum_sq_h=memory[11:23], n_fired=fired
+        )
+    assert not memory.any()
+    cuda.accumulate_moments(encoder, on(gpu, problem.base), sum_h=memory[:12], sum_sq_h=memory[12:], n_fired=fired)
+    assert memory.any()
+
+
 def test_more_rows_than_keys_can_count(gpu: Any) -> None:
     problem = Problem("relu", 1, 8, 12)
     rows = on(gpu, problem.base).expand(2**31, 8)

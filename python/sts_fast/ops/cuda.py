@@ -137,6 +137,7 @@ class _Call:
 
         self.encoder, self.members, self.names, self.columns = encoder, members, names, columns
         self.n_tokens = len(members[0])
+        self.claimed: list[tuple[str, int, int]] = []
         if columns is not None:
             self.columns = columns = _checked_columns(columns, encoder.d_sae)
             if not encoder.selects_top_k and len(columns):
@@ -165,6 +166,15 @@ class _Call:
             raise ValueError(f"{name} must have {self.n_columns} entries, got {list(values.shape)}")
         if not values.is_contiguous():
             raise ValueError(f"{name} must be C-contiguous")
+        self.claim(values, name)
+
+    def claim(self, sums: torch.Tensor, name: str) -> None:
+        """Raises ValueError where other accumulators have some of the same memory."""
+        begin, end = sums.data_ptr(), sums.data_ptr() + sums.nbytes
+        for other, first, last in self.claimed:
+            if begin < last and first < end:
+                raise ValueError(f"{name} lies in the memory of {other}: pass a tensor of its own")
+        self.claimed.append((name, begin, end))
 
     def check_table(self, rows: Any, rows_name: str, sums: Any, sums_name: str) -> torch.Tensor | None:
         """The [n_tokens, K] float64 weights or targets, on the device."""
@@ -188,6 +198,7 @@ class _Call:
         wanted = (self.n_columns, table.shape[1])
         if sums.shape != wanted or not sums.is_contiguous():
             raise ValueError(f"{sums_name} must be {list(wanted)} and contiguous, got {list(sums.shape)}")
+        self.claim(sums, sums_name)
         if not _capturing(self.encoder.device) and not torch.isfinite(table).all():
             row, column = (int(i) for i in (~torch.isfinite(table)).nonzero()[0])
             raise ValueError(f"{rows_name} contains a NaN or infinity at row {row}, column {column}")
