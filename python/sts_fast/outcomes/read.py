@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from sts_fast.errors import InputError, listed
 from sts_fast.outcomes.evaluation import Evaluation, Task, read_json
-from sts_fast.outcomes.formats import lm_eval, mmlu_pro, table
+from sts_fast.outcomes.formats import helm, inspect_log, lighteval, lm_eval, mmlu_pro, opencompass, table
 
 
 class DocumentFormat(Protocol):
@@ -20,11 +20,14 @@ class DocumentFormat(Protocol):
 
 
 # The first that recognises a document reads it.
-DOCUMENTS: tuple[DocumentFormat, ...] = (lm_eval, mmlu_pro)
-KNOWN = "lm-evaluation-harness or MMLU-Pro"
+DOCUMENTS: tuple[DocumentFormat, ...] = (inspect_log, lighteval, lm_eval, mmlu_pro, helm)
+KNOWN = "lm-evaluation-harness, lighteval, inspect, HELM, OpenCompass or MMLU-Pro"
 # Names of files in a folder, by the harness that writes them.
 NAMES = {
-    "results*.json": "lm-evaluation-harness",
+    "results*.json": "lm-evaluation-harness or lighteval",
+    helm.STATS_FILE: "HELM",
+    f"*{inspect_log.SUFFIX}": "inspect",
+    "summary_*.csv": "OpenCompass",
 }
 
 
@@ -37,9 +40,14 @@ def read_evaluation(path: Path) -> Evaluation:
 
 
 def _read_file(path: Path) -> Evaluation:
+    suffix = path.suffix.lower()
+    if suffix == inspect_log.SUFFIX:
+        return inspect_log.read_archive(path)
+    if opencompass.recognises(path):
+        return opencompass.read(path)
     if table.recognises(path):
         return table.read(path)
-    if path.suffix.lower() == ".txt":
+    if suffix == ".txt":
         return mmlu_pro.read_text_summary(path)
     return _read_document(path, read_json(path))
 
@@ -47,6 +55,7 @@ def _read_file(path: Path) -> Evaluation:
 def _read_folder(folder: Path) -> Evaluation:
     """One evaluation of all files in and below a folder, of the harness that wrote them."""
     found = {name: sorted(folder.rglob(name)) for name in NAMES}
+    found["summary_*.csv"] = [path for path in found["summary_*.csv"] if opencompass.recognises(path)]
     kinds = [name for name, paths in found.items() if paths]
     if len(kinds) > 1:
         raise InputError(
