@@ -182,15 +182,15 @@ def match_domains(
     return matches
 
 
-def without_groups(names: Mapping[str, str], outcomes: Outcomes) -> tuple[dict[str, str], list[str]]:
-    """The matches without groups of tasks that have a member among them, and a sentence for each group left out."""
-    kept, said = dict(names), []
+def without_groups(names: Mapping[str, str], outcomes: Outcomes) -> tuple[dict[str, str], dict[str, str]]:
+    """The matches without groups of tasks that have a member among them; and by such a domain, why it is left out."""
+    reasons: dict[str, str] = {}
     for domain, outcome in names.items():
         members = [other for other, of_other in names.items() if of_other in outcomes.members.get(outcome, ())]
         if members:
-            del kept[domain]
-            said.append(f"left out, because it is a mean over {listed(members, 5)}, which would count twice: {domain}")
-    return kept, said
+            what = f"a mean over {listed(members, 5)}, which would count twice"
+            reasons[domain] = f"left out, because it is {what}: {domain}"
+    return {domain: outcome for domain, outcome in names.items() if domain not in reasons}, reasons
 
 
 def cautions(outcomes: Mapping[str, Outcome]) -> Iterator[str]:

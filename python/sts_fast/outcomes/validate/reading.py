@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +80,7 @@ def _control_values(control: str, entry: Any, key: str) -> list[tuple[str, Any]]
 
 
 def unmatched(
-    scores: Mapping[str, Any], outcomes: Mapping[str, Any], names: Mapping[str, str], said: Iterable[str]
+    scores: Sequence[str], outcomes: Sequence[str], names: Mapping[str, str], said: Iterable[str]
 ) -> list[str]:
     """A warning about domains that only one side has. said: what was said when the outcomes were read."""
     if len(names) < MIN_DOMAINS:

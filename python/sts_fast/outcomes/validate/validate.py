@@ -71,10 +71,12 @@ def validate(
     if strict and mismatches:
         raise InputError(f"{'; '.join(mismatches)} (--strict)")
     warnings += [mismatch for mismatch in mismatches if mismatch not in warnings]
-    names = match_domains(list(predicted), known, own_names=how.own_names, given=match)
-    warnings += unmatched(predicted, known, names, [text for text in how.warnings if text not in how.mismatches])
-    names, groups = without_groups(names, how)
-    warnings += groups
+    fitting = match_domains(list(predicted), known, own_names=how.own_names, given=match)
+    names, groups = without_groups(fitting, how)
+    said = [*(text for text in how.warnings if text not in how.mismatches), *groups.values()]
+    scored = [name for name in predicted if name not in groups]
+    measured = [name for name in known if name not in {fitting[group] for group in groups}]
+    warnings += [*groups.values(), *unmatched(scored, measured, names, said)]
     matched = {name: known[other] for name, other in names.items()}
     warnings += cautions(matched)
 
