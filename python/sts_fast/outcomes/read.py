@@ -132,7 +132,7 @@ def _merged(folder: Path, paths: Iterable[Path], read: Callable[[Path], Evaluati
 def _told_apart(taken: dict[str, list[tuple[str, Path, Task]]]) -> Iterable[tuple[str, list[tuple[str, Path, Task]]]]:
     """Under one name each; different tasks that are shown by one name get their own."""
     for name, candidates in taken.items():
-        own = {task.own_name for _, _, task in candidates}
+        own = dict.fromkeys(task.own_name for _, _, task in candidates)
         if len(own) == 1:
             yield name, candidates
         else:
