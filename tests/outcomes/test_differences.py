@@ -61,8 +61,8 @@ def test_other_shots_template_version_and_limit_are_named() -> None:
         ({"config": {"model": "vllm"}}, "model type is hf before and vllm after"),
         ({"system_instruction": "Be brief."}, "system instruction is none before and Be brief. after"),
         ({"chat_template": "{{ x }}", "chat_template_sha": None}, "chat template is none before and {{ x }} after"),
-        ({"task_hashes": {"law": "ffff"}}, "hash of the questions and prompts is abcd before and ffff after (in law)"),
-        ({"n-samples": {"math": {"effective": 20}}}, "number of questions is 200 before and 20 after (in math)"),
+        ({"task_hashes": {"law": "ffff"}}, "hash of the questions and prompts is abcd before and ffff after in law"),
+        ({"n-samples": {"math": {"effective": 20}}}, "number of questions is 200 before and 20 after in math"),
     ],
 )
 def test_every_setting_that_differs_is_named_with_both_values(
@@ -95,6 +95,16 @@ def test_what_says_nothing_of_the_evaluation_is_not_named(tmp_path: Path) -> Non
     outcomes = read_outcomes(first, second)
     assert outcomes.mismatches == []
     assert outcomes.warnings == []
+
+
+def test_a_setting_of_other_values_in_every_task_is_named_once(tmp_path: Path) -> None:
+    hashes = [{name: f"{name} {when}" for name in BEFORE} for when in ("old", "new")]
+    first = write_results(tmp_path / "a", BEFORE, task_hashes=hashes[0], versions=dict.fromkeys(BEFORE, "2.0"))
+    second = write_results(tmp_path / "b", AFTER, task_hashes=hashes[1], versions=dict.fromkeys(BEFORE, 2.0))
+    assert read_outcomes(first, second).mismatches == [
+        "before and after were evaluated differently: hash of the questions and prompts is law old before and law new "
+        "after in law, and differs otherwise in math, physics, history"
+    ]
 
 
 def test_long_settings_are_shown_where_they_part(tmp_path: Path) -> None:

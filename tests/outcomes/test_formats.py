@@ -203,6 +203,7 @@ def test_a_summary_of_opencompass_is_in_percent(tmp_path: Path, suffix: str) -> 
     assert list(evaluation.tasks) == ["lukaemon_mmlu_law", "math", "code"]
     assert evaluation.models == [EvaluatedModel("my-model")]
     assert evaluation.warnings == [f"{path} has no value, and leaves out physics"]
+    assert read_evaluation(tmp_path).tasks == evaluation.tasks
     other = opencompass(
         tmp_path / "b" / path.name,
         [ROWS[0], ("mmlu_law", "abc123", "accuracy", "gen", "33.50"), *ROWS[2:4], (*ROWS[4][:4], "0.00")],
@@ -212,7 +213,7 @@ def test_a_summary_of_opencompass_is_in_percent(tmp_path: Path, suffix: str) -> 
     assert outcomes.domains["math"].before == pytest.approx(0.008)
     assert outcomes.domains["lukaemon_mmlu_law"].change == pytest.approx(0.025)
     assert outcomes.domains["code"].change == pytest.approx(-0.122)
-    assert "mode is ppl before and gen after (in lukaemon_mmlu_law)" in outcomes.mismatches[0]
+    assert "mode is ppl before and gen after in lukaemon_mmlu_law" in outcomes.mismatches[0]
 
 
 @needs_cases
@@ -327,6 +328,13 @@ def test_a_folder_of_logs(tmp_path: Path) -> None:
     (tmp_path / "6.eval").write_bytes(b"PK no archive")
     with pytest.raises(InputError, match="is not a readable log of inspect"):
         read_evaluation(tmp_path / "6.eval")
+    partly = inspect_document([1.0, 0])
+    partly["results"]["total_samples"] = 3
+    said = read_evaluation(zipped(tmp_path / "8.eval", partly, zstandard=False)).warnings
+    assert said == [f"{tmp_path / '8.eval'} has results of 2 of 3 samples: the others failed"]
+    bad = zipped(tmp_path / "9.eval", {**inspect_document([0.0]), "invalidated": True}, zstandard=False)
+    with pytest.raises(InputError, match="is marked as invalidated"):
+        read_evaluation(bad)
     alone = zipped(tmp_path / "7.eval", {**inspect_document([0.0]), "status": "error"}, zstandard=False)
     with pytest.raises(InputError, match=r"contains no results \(.*status: error"):
         read_evaluation(alone)

@@ -52,6 +52,8 @@ def test_tables_in_percent_are_shares_too(tmp_path: Path) -> None:
     assert law.change == pytest.approx(0.025)
     assert law.stderr == pytest.approx(math.hypot(0.025, 0.025))
     assert [warning[:19] for warning in outcomes.warnings] == ["percentages before ", "percentages after t"]
+    (tmp_path / "d.csv").write_text("Domain;Accuracy\nlaw;31%\n")
+    assert read_outcomes(tmp_path / "d.csv", tmp_path / "a.csv").domains["law"].change == pytest.approx(0.0)
     # A change in points cannot be told from one in shares, so a sign tells it.
     (tmp_path / "c.csv").write_text("domain,change,stderr\nlaw,-3.5%,1%\n")
     assert read_outcomes(tmp_path / "c.csv").domains["law"] == Outcome(pytest.approx(-0.035), stderr=0.01)

@@ -13,6 +13,7 @@ from sts_fast.outcomes.evaluation import EvaluatedModel, Task
 
 # Characters of a setting's value that a warning shows.
 SHOWN = 48
+SHOWN_DOMAINS = 5
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # A folder of the hub's cache, models--ORG--NAME/snapshots/COMMIT.
 CACHED = re.compile(r"models--([^/]+)--([^/]+)/snapshots/[0-9a-f]+")
@@ -43,19 +44,24 @@ class ForecastModel:
 def made_differently(pairs: Iterable[tuple[str, Task, Task]]) -> list[str]:
     """A sentence with each setting that differs in any (domain, before, after), and both its values; or none.
 
-    Only settings that both results tell are compared.
+    Only settings that both results tell are compared. Where the values are others in other domains, those of one are
+    shown.
     """
     pairs = list(pairs)
-    domains: dict[tuple[str, str, str], list[str]] = {}
+    domains: dict[str, dict[tuple[str, str], list[str]]] = {}
     for name, before, after in pairs:
         for setting, value in before.made.items():
             other = after.made.get(setting, value)
             if other != value:
-                domains.setdefault((setting, value, other), []).append(name)
+                domains.setdefault(setting, {}).setdefault((value, other), []).append(name)
     parts = []
-    for (setting, value, other), names in domains.items():
-        first, second = _shown(value, other)
-        where = "" if len(names) == len(pairs) else f" (in {listed(names, 8)})"
+    for setting, values in domains.items():
+        common = max(values, key=lambda of_both: len(values[of_both]))
+        first, second = _shown(*common)
+        names = values.pop(common)
+        where = "" if len(names) == len(pairs) else f" in {listed(names, SHOWN_DOMAINS)}"
+        others = [name for of_values in values.values() for name in of_values]
+        where += f", and differs otherwise in {listed(others, SHOWN_DOMAINS)}" if others else ""
         parts.append(f"{setting} is {first} before and {second} after{where}")
     return [f"before and after were evaluated differently: {'; '.join(parts)}"] if parts else []
 

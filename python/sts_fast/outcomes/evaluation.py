@@ -14,6 +14,8 @@ from sts_fast.errors import InputError
 
 # The place in memory of a function, in the text that stands for it.
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+# A whole number as text, such as a version.
+WHOLE = re.compile(r"^(\d+)\.0+$")
 
 
 @dataclass(frozen=True)
@@ -94,13 +96,13 @@ def setting_text(value: Any) -> str:
     if value is None:
         return "none"
     text = value if isinstance(value, str) else json.dumps(_whole(value), sort_keys=True, default=str)
-    return ADDRESS.sub("", text)
+    return ADDRESS.sub("", WHOLE.sub(r"\1", text))
 
 
 def _whole(value: Any) -> Any:
-    """With 1.0 as 1, also within lists and mappings: versions of a harness write either."""
+    """With 1.0 as 1, and without keys that are null: versions of a harness write either."""
     if isinstance(value, dict):
-        return {str(key): _whole(part) for key, part in value.items()}
+        return {str(key): _whole(part) for key, part in value.items() if part is not None}
     if isinstance(value, list):
         return [_whole(part) for part in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -321,7 +321,7 @@ class _Notes:
         yield from self._unscaled()
         if self.without:
             shown = (f"{name} ({', '.join(metrics) or 'none in both'})" for name, metrics in self.without.items())
-            yield f"left out, without a known accuracy: {listed(shown)}; name one with --metric TASK=METRIC"
+            yield f"left out, without a known accuracy: {listed(shown, 8)}; name one with --metric TASK=METRIC"
         for when, names in self.divided.items():
             if names:
                 yield f"percentages {when} training were divided by 100: {listed(names)}"

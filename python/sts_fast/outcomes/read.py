@@ -22,12 +22,13 @@ class DocumentFormat(Protocol):
 # The first that recognises a document reads it.
 DOCUMENTS: tuple[DocumentFormat, ...] = (inspect_log, lighteval, lm_eval, mmlu_pro, helm)
 KNOWN = "lm-evaluation-harness, lighteval, inspect, HELM, OpenCompass or MMLU-Pro"
+SUMMARIES = "summary_*.csv"
 # Names of files in a folder, by the harness that writes them.
 NAMES = {
     "results*.json": "lm-evaluation-harness or lighteval",
     helm.STATS_FILE: "HELM",
     f"*{inspect_log.SUFFIX}": "inspect",
-    "summary_*.csv": "OpenCompass",
+    SUMMARIES: "OpenCompass",
 }
 
 
@@ -55,7 +56,7 @@ def _read_file(path: Path) -> Evaluation:
 def _read_folder(folder: Path) -> Evaluation:
     """One evaluation of all files in and below a folder, of the harness that wrote them."""
     found = {name: sorted(folder.rglob(name)) for name in NAMES}
-    found["summary_*.csv"] = [path for path in found["summary_*.csv"] if opencompass.recognises(path)]
+    found[SUMMARIES] = _summaries(folder)
     kinds = [name for name, paths in found.items() if paths]
     if len(kinds) > 1:
         raise InputError(
@@ -72,6 +73,14 @@ def _read_folder(folder: Path) -> Evaluation:
     if not summaries:
         raise InputError(f"{folder} contains no results: give results of {KNOWN}")
     return _merged(folder, summaries, _read_file)
+
+
+def _summaries(folder: Path) -> list[Path]:
+    """OpenCompass' summaries as CSV, else in another form: it writes all three."""
+    for name in (SUMMARIES, "summary_*.md", "summary_*.txt"):
+        if paths := [path for path in sorted(folder.rglob(name)) if opencompass.recognises(path)]:
+            return paths
+    return []
 
 
 def _read_documents(folder: Path, paths: list[Path]) -> Evaluation:

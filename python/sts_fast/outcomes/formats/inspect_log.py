@@ -45,15 +45,22 @@ def read(path: Path, document: Document) -> Evaluation:
     spec, outcome = document["eval"], document.get("results")
     evaluation = Evaluation(time=str(spec.get("created", "")))
     status = document.get("status")
-    scores = outcome.get("scores") if isinstance(outcome, dict) else None
+    outcome = outcome if isinstance(outcome, dict) else {}
+    scores = outcome.get("scores")
     if status != "success" or not isinstance(scores, list):
         evaluation.warnings.append(
             f"{path} is the log of an evaluation that did not end (status: {status}), and is left out"
         )
         return evaluation
+    if document.get("invalidated"):
+        evaluation.warnings.append(f"{path} is marked as invalidated, and is left out")
+        return evaluation
+    total, completed = (outcome.get(key) for key in ("total_samples", "completed_samples"))
+    if total != completed and None not in (total, completed):
+        evaluation.warnings.append(f"{path} has results of {completed} of {total} samples: the others failed")
     samples = document.get("samples")
     samples = samples if isinstance(samples, list) else []
-    n = count(outcome.get("completed_samples")) if isinstance(outcome, dict) else None
+    n = count(completed)
     results: dict[str, Result] = {}
     for score in scores:
         metrics = score.get("metrics") if isinstance(score, dict) else None

@@ -22,7 +22,9 @@ def recognises(path: Path) -> bool:
 def read_table(path: Path) -> list[tuple[int, str, dict[str, float]]]:
     """(line, domain, numbers by column) of a CSV or TSV with a header; empty cells are left out, 31% is .31."""
     lines = read_text(path).splitlines()
-    reader = csv.reader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    header_line = lines[0] if lines else ""
+    separators = "\t" if path.suffix.lower() == ".tsv" else ",;\t"
+    reader = csv.reader(lines, delimiter=max(separators, key=header_line.count))
     try:
         cells = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(map(str.strip, row))]
     except csv.Error as error:
@@ -30,7 +32,9 @@ def read_table(path: Path) -> list[tuple[int, str, dict[str, float]]]:
     header = [cell.lower() for cell in cells[0][1]] if cells else []
     column = next((header.index(name) for name in NAME_COLUMNS if name in header), None)
     if column is None:
-        raise InputError(f"{path} has no column 'domain' in its first line")
+        raise InputError(
+            f"{path} has no column 'domain' in its first line: name the columns domain,accuracy[,stderr][,n]"
+        )
     table: list[tuple[int, str, dict[str, float]]] = []
     known = {"before", "after", "change", "stderr", "n", *ACCURACY_COLUMNS}
     for line, row in cells[1:]:
