@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from evaluation_results import CASES, TIME
 from scipy import stats
@@ -106,6 +107,47 @@ def test_lighteval_of_two_shots_and_names_without_suite(tmp_path: Path) -> None:
         assert part in said
     both = lighteval(tmp_path / "c", 5, {"mmlu:law|0": {"acc": 0.5}, "mmlu:law|5": {"acc": 0.6}})
     assert set(read_evaluation(both).tasks) == {"mmlu:law|0", "mmlu:law|5"}
+
+
+def test_details_of_lighteval_pair_the_questions(tmp_path: Path) -> None:
+    """In another order, with a question that occurs twice, and with prompts that differ."""
+    before, after = [1.0, 0, 0, 1, 0], [1.0, 1, 0, 1, 1]
+    folders = []
+    for name, right, order in (("a", before, [0, 1, 2, 3, 4]), ("b", after, [4, 3, 1, 0, 2])):
+        entry = {"acc": sum(right) / 5, "acc_stderr": 0.2}
+        folders.append(lighteval(tmp_path / name, 0, {"leaderboard|arc:easy|0": entry}))
+        details = folders[-1] / "details" / "org" / "model" / TIME
+        details.mkdir(parents=True)
+        rows = [
+            {
+                "doc": {"query": f"q{min(i, 3)}", "gold_index": [1], "choices": ["x", "y"]},
+                "metric": {"acc": right[i]},
+                "model_response": {"input": f"Answer: q{i}", "text": ["y"]},
+            }
+            for i in order
+        ]
+        path = details / f"details_leaderboard|arc:easy|0_{TIME}.parquet"
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    # Questions 3 and 4 are the same; the first of them before is the second after.
+    outcomes = read_outcomes(*folders)
+    assert outcomes.mismatches[-1].endswith("not paired by question: arc:easy (2 of 5 questions)")
+    for row in rows:
+        row["model_response"] = {"input": None, "text": ["y"]}
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    outcome = read_outcomes(*folders).domains["arc:easy"]
+    assert (outcome.paired, outcome.n, outcome.change) == (True, 5, pytest.approx(0.4))
+    assert outcome.stderr == pytest.approx(stats.sem(np.subtract([1, 1, 0, 1, 1], before)))
+    # Values that are not those of the results are not used.
+    rows[0]["metric"]["acc"] = 0.0
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    assert read_outcomes(*folders).domains["arc:easy"].paired is False
+    pq.write_table(
+        pa.Table.from_pylist([{"full_prompt": f"q{i}", "metric": {"acc": after[i]}} for i in range(5)]), path
+    )
+    assert read_outcomes(*folders).domains["arc:easy"].paired is False
+    path.write_bytes(b"PAR1")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_outcomes(*folders)
 
 
 # ---- HELM

@@ -90,7 +90,7 @@ def read_outcomes(
       read from the newest file that has it:
         lm-evaluation-harness   results_*.json of any version; with the samples_*.jsonl of --log_samples beside it, the
                                 change is paired by question
-        lighteval               results_*.json
+        lighteval               results_*.json; paired by question with the details of --save-details
         inspect-ai              logs, .eval or .json; paired by question if they have samples
         HELM                    the folder of a suite or of a run; paired by question with per_instance_stats.json
         OpenCompass             summary_*.csv, .md or .txt, of one model

@@ -1,15 +1,22 @@
-"""Results of lighteval: results/ORG/MODEL/results_TIME.json, with tasks named 'suite|task|shots' or 'task|shots'."""
+"""Results of lighteval: results/ORG/MODEL/results_TIME.json, with tasks named 'suite|task|shots' or 'task|shots'.
+
+With --save-details, details/ORG/MODEL/TIME/details_TASK_TIME.parquet has the values by question.
+"""
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sts_fast.errors import InputError, listed
+from sts_fast.errors import InputError, listed, one_line
 from sts_fast.files import Document
 from sts_fast.outcomes.evaluation import EvaluatedModel, Evaluation, Result, Task, count, finite, setting_text
 from sts_fast.outcomes.formats.lm_eval import SPEED, time_of
 
+RESULTS_FOLDER, DETAILS_FOLDER = "results", "details"
+MEAN_TOLERANCE = 1e-6
 # The mean of a task's subsets, which lighteval adds.
 AVERAGE = ":_average"
 OF_CONFIG = ("max_samples", "num_fewshot_seeds", "model_dtype")
@@ -39,6 +46,7 @@ def read(path: Path, document: Document) -> Evaluation:
         config = _config_of(document, name)
         n = count(config.get("effective_num_docs"))
         results = {}
+        details = _read_details(path, name)
         for metric, value in entry.items():
             if metric.endswith("_stderr") or isinstance(value, bool) or not isinstance(value, (int, float)):
                 continue
@@ -46,9 +54,8 @@ def read(path: Path, document: Document) -> Evaluation:
                 undefined.append(f"{metric} of {name}")
                 continue
             better = _higher_is_better(config, metric)
-            results[metric] = Result(
-                float(value), metric, finite(entry.get(f"{metric}_stderr")), n, higher_is_better=better
-            )
+            result = Result(float(value), metric, finite(entry.get(f"{metric}_stderr")), n, higher_is_better=better)
+            results[metric] = details.added_to(result)
         members = ()
         if short.endswith(AVERAGE):
             short = short.removesuffix(AVERAGE)
@@ -125,3 +132,74 @@ def _model_of(document: Document) -> EvaluatedModel | None:
         return None
     # The commit that was read, in older versions, says no more than the name.
     return EvaluatedModel(str(name), of_model.get("revision") or None, of_model.get("adapter_weights") or None)
+
+
+# ---- values by question
+
+
+@dataclass(frozen=True)
+class _Details:
+    """Of one task. values: metric -> value of each question, in the order of `questions`.
+
+    questions: hash of each question with its number among equal ones; golds: right answer; prompts: hash of what was
+    sent, empty where it is not stored
+    """
+
+    questions: list[str] = field(default_factory=list)
+    golds: list[str] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+    values: dict[str, list[float]] = field(default_factory=dict)
+
+    def added_to(self, result: Result) -> Result:
+        """The result with its values by question, if these average to it."""
+        values = self.values.get(result.metric, [])
+        if len(values) < 2 or abs(sum(values) / len(values) - result.value) > MEAN_TOLERANCE:
+            return result
+        return replace(
+            result,
+            n=len(values),
+            correct=dict(zip(self.questions, values, strict=True)),
+            key=dict(zip(self.questions, self.golds, strict=True)),
+            prompt={question: prompt for question, prompt in zip(self.questions, self.prompts, strict=True) if prompt},
+        )
+
+
+def _read_details(results: Path, name: str) -> _Details:
+    """Empty where the details were not saved, or are in another place."""
+    parts = results.parent.parts
+    if RESULTS_FOLDER not in parts:
+        return _Details()
+    at = len(parts) - 1 - parts[::-1].index(RESULTS_FOLDER)
+    time = results.stem.removeprefix("results_")
+    path = Path(*parts[:at], DETAILS_FOLDER, *parts[at + 1 :], time, f"details_{name}_{time}.parquet")
+    if not path.is_file():
+        return _Details()
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = ["doc.query", "doc.gold_index", "metric", "model_response.input"]
+    try:
+        rows = pq.ParquetFile(path).read(columns=columns).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{path} cannot be read ({one_line(error)}): remove it, or evaluate again") from error
+    details, seen = _Details(), dict[str, int]()
+    for row in rows:
+        doc, metrics, response = (row.get(column) or {} for column in ("doc", "metric", "model_response"))
+        if not isinstance(doc.get("query"), str):  # a version with other columns: nothing tells the questions apart
+            return _Details()
+        question = _hash(doc["query"])
+        seen[question] = seen.get(question, 0) + 1
+        details.questions.append(f"{question} {seen[question]}")
+        details.golds.append(str(doc.get("gold_index")))
+        sent = response.get("input")
+        details.prompts.append("" if sent is None else _hash(sent))
+        for metric, value in metrics.items():
+            number = float(value) if isinstance(value, bool) else finite(value)
+            if number is not None:
+                details.values.setdefault(metric, []).append(number)
+    whole = {metric: values for metric, values in details.values.items() if len(values) == len(rows)}
+    return replace(details, values=whole)
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(setting_text(content).encode()).hexdigest()[:16]
