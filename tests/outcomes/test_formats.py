@@ -266,10 +266,26 @@ def test_the_case_of_opencompass() -> None:
     assert outcomes.domains["lukaemon_mmlu_law"].change == pytest.approx(0.33 - 0.31)
 
 
+def test_one_summary_of_two_models(tmp_path: Path) -> None:
+    path = opencompass(tmp_path / "summary_1.csv", [(*ROWS[0], "tuned"), (*ROWS[1], "32.0"), (*ROWS[2], "-")])
+    with pytest.raises(
+        InputError, match=r"contains the models my-model, tuned: choose one, as .*summary_1\.csv:my-model"
+    ):
+        read_outcomes(path, path)
+    for place in (path, tmp_path):
+        outcomes = read_outcomes(f"{place}:my-model", f"{place}:tuned")
+        assert outcomes.domains["lukaemon_mmlu_law"].change == pytest.approx(0.01)
+        assert outcomes.models == (EvaluatedModel("my-model"), EvaluatedModel("tuned"))
+    with pytest.raises(InputError, match="contains the models my-model, tuned"):
+        read_outcomes(f"{path}:other", path)
+    with pytest.raises(InputError, match="alone contains no change"):
+        read_outcomes(path)
+    (tmp_path / "x.csv").write_text("domain,accuracy\nlaw,.5\n")
+    with pytest.raises(InputError, match="is no summary of OpenCompass"):
+        read_outcomes(f"{tmp_path / 'x.csv'}:law", path)
+
+
 def test_faults_of_summaries(tmp_path: Path) -> None:
-    several = opencompass(tmp_path / "summary_1.csv", [(*ROWS[0], "tuned"), (*ROWS[1], "32.0")])
-    with pytest.raises(InputError, match=r"contains 2 models \(my-model, tuned\).*the column of one model"):
-        read_evaluation(several)
     words = opencompass(tmp_path / "summary_2.csv", [ROWS[0], (*ROWS[1][:4], "high")])
     with pytest.raises(InputError, match="the value of lukaemon_mmlu_law is 'high', not a number"):
         read_evaluation(words)

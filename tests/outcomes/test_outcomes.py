@@ -13,7 +13,8 @@ import pytest
 from scipy import stats
 
 from sts_fast.errors import InputError
-from sts_fast.outcomes.outcomes import Outcome, cautions, match_domains, read_outcomes
+from sts_fast.outcomes.names import match_domains
+from sts_fast.outcomes.outcomes import Outcome, cautions, read_outcomes
 
 ASSETS = Path(__file__).parents[3] / "shared" / "assets"
 needs_assets = pytest.mark.skipif(not ASSETS.is_dir(), reason="the real evaluation results are not on this machine")

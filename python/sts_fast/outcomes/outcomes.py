@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from sts_fast.errors import InputError, listed
 from sts_fast.forecast.run import TRAINING_FILE
 from sts_fast.outcomes.differences import made_differently
 from sts_fast.outcomes.evaluation import EvaluatedModel, Evaluation, Result, Task, finite, read_json
-from sts_fast.outcomes.formats import table
+from sts_fast.outcomes.formats import opencompass, table
 from sts_fast.outcomes.metrics import (
     METRICS,
     PARTED,
@@ -26,11 +25,10 @@ from sts_fast.outcomes.metrics import (
     on_one_scale,
     with_plausible_stderr,
 )
+from sts_fast.outcomes.names import find_task, forms_of
 from sts_fast.outcomes.read import read_evaluation
 from sts_fast.statistics import Z_95
 
-# Words before a domain's name that name its benchmark.
-BENCHMARK = re.compile(r"^(leaderboard |lukaemon )?(mmlu pro|mmlu|hendryckstest) ")
 # Two evaluations are paired only if they share at least this part of their questions.
 MIN_COMMON = 0.5
 
@@ -93,7 +91,7 @@ def read_outcomes(
         lighteval               results_*.json; paired by question with the details of --save-details
         inspect-ai              logs, .eval or .json; paired by question if they have samples
         HELM                    the folder of a suite or of a run; paired by question with per_instance_stats.json
-        OpenCompass             summary_*.csv, .md or .txt, of one model
+        OpenCompass             summary_*.csv, .md or .txt; of several models, PATH:MODEL
         MMLU-Pro's own scripts  their JSON per question, one file or a folder of them: answers are read again with the
                                 first match of `answer is \\(?([A-J])\\)?`, and paired; or their summaries
         CSV                     columns domain, accuracy, and if known stderr and n
@@ -115,7 +113,7 @@ def read_outcomes(
     offered = {name: [key for key in of_first.results if key in second.results] for name, of_first, second in pairs}
     texts = (metric,) if isinstance(metric, str) else tuple(metric or ())
     tasks, own = {name: first for name, first, _ in pairs}, {name: f.own_name or name for name, f, _ in pairs}
-    wanted = Wanted(texts, offered, lambda name: _find(name, tasks, own))
+    wanted = Wanted(texts, offered, lambda name: find_task(name, tasks, own))
     notes = _Notes()
     outcomes = {
         name: outcome
@@ -137,49 +135,6 @@ def read_outcomes(
         _members(evaluations[0], outcomes),
         (models[0], models[1]),
     )
-
-
-def match_domains(
-    wanted: Sequence[str],
-    known: Iterable[str],
-    *,
-    own_names: Mapping[str, str] | None = None,
-    given: Mapping[str, str] | None = None,
-) -> dict[str, str]:
-    """The outcome of each domain of the forecast: wanted name -> known name, without domains that have none.
-
-    Names match if they are the same in lower case, with everything except letters and digits read as a space. Where no
-    name matches, the benchmark's name in front is dropped (mmlu_pro_law, hendrycksTest-law and law).
-
-    own_names: known name -> another name of the same
-    given:     wanted name -> name of its outcome, which needs not match
-
-    Raises InputError where two outcomes fit one domain, two domains one outcome, or a given name is not there.
-    """
-    forms = {name: (name, (own_names or {}).get(name, name)) for name in known}
-    given = given or {}
-    if unknown := [name for name in given if name not in wanted]:
-        raise InputError(f"the forecast has no domain '{unknown[0]}', only {listed(wanted)}: match one of these")
-    matches: dict[str, str] = {}
-    for name in wanted:
-        sought = given.get(name, name)
-        fitting = [other for other, of_other in forms.items() if sought in of_other]
-        for form in (_plain, _short):
-            fitting = fitting or [
-                other for other, of_other in forms.items() if form(sought) in {form(text) for text in of_other}
-            ]
-        if name in given and not fitting:
-            raise InputError(f"there is no outcome '{sought}' to match '{name}' with, only {listed(forms)}")
-        if len(fitting) > 1:
-            raise InputError(
-                f"the domain '{name}' could be {' or '.join(fitting)}: choose with --match '{name}={fitting[0]}'"
-            )
-        if fitting:
-            taken = next((other for other, outcome in matches.items() if outcome == fitting[0]), None)
-            if taken is not None:
-                raise InputError(f"the domains '{taken}' and '{name}' both match outcome '{fitting[0]}': rename one")
-            matches[name] = fitting[0]
-    return matches
 
 
 def without_groups(names: Mapping[str, str], outcomes: Outcomes) -> tuple[dict[str, str], dict[str, str]]:
@@ -221,25 +176,14 @@ def cautions(outcomes: Mapping[str, Outcome]) -> Iterator[str]:
 
 def _is_table_of_changes(path: Path) -> bool:
     """True for a CSV or TSV with changes, or values before and after, instead of those of one model."""
-    return table.recognises(path) and any(
+    if not table.recognises(path) or opencompass.recognises(path):
+        return False
+    return any(
         column in numbers for _, _, numbers in table.read_table(path) for column in ("before", "after", "change")
     )
 
 
-def _plain(name: str) -> str:
-    return " ".join(re.findall(r"[^\W_]+", name.lower()))
-
-
-def _short(name: str) -> str:
-    return BENCHMARK.sub("", _plain(name))
-
-
 # ---- two evaluations
-
-
-def _forms(name: str, *tasks: Task) -> set[str]:
-    """The names that a task goes by."""
-    return {name, *(task.own_name for task in tasks if task.own_name is not None)}
 
 
 def _common_tasks(
@@ -251,7 +195,9 @@ def _common_tasks(
     pairs = []
     taken: dict[str, str] = {}
     for name, task in first.items():
-        matches = next((found for text in sorted(_forms(name, task)) if (found := _find(text, second, own))), None)
+        matches = next(
+            (found for text in sorted(forms_of(name, task)) if (found := find_task(text, second, own))), None
+        )
         if matches is None:
             continue
         if matches in taken:
@@ -265,16 +211,6 @@ def _common_tasks(
             f"{before} and {after} have no domain in common: one has {listed(first)}, the other {listed(second)}"
         )
     return pairs
-
-
-def _find(name: str, tasks: Mapping[str, Task], own_names: Mapping[str, str]) -> str | None:
-    """The task of a name, in any spelling; None where none or several have it."""
-    fitting = [other for other in tasks if name == other or name == own_names.get(other)]
-    for form in (_plain, _short):
-        fitting = fitting or [
-            other for other in tasks if form(name) in (form(other), form(own_names.get(other, other)))
-        ]
-    return fitting[0] if len(fitting) == 1 else None
 
 
 def _members(evaluation: Evaluation, outcomes: Mapping[str, Outcome]) -> dict[str, tuple[str, ...]]:
@@ -307,7 +243,7 @@ class _Notes:
         """The metrics of the domains that have none of those wanted, or a scale that is not certain."""
         known = sorted({metric for metrics in self.without.values() for metric in metrics})
         parts = [f"name one of {', '.join(known)}"] if known else []
-        return "; ".join([*parts, *self._unscaled()]) or "the metrics of no task are the same before and after"
+        return "; ".join([*parts, *self._unscaled()])
 
     def _unscaled(self) -> Iterator[str]:
         if self.unscaled:
@@ -320,7 +256,7 @@ class _Notes:
         yield from self.others
         yield from self._unscaled()
         if self.without:
-            shown = (f"{name} ({', '.join(metrics) or 'none in both'})" for name, metrics in self.without.items())
+            shown = (f"{name} ({', '.join(metrics)})" for name, metrics in self.without.items())
             yield f"left out, without a known accuracy: {listed(shown, 8)}; name one with --metric TASK=METRIC"
         for when, names in self.divided.items():
             if names:
@@ -349,7 +285,9 @@ def _outcome_of(name: str, before: Task, after: Task, wanted: str | None, notes:
     """The change of one domain; None, and a note, where it cannot be told."""
     key = choose_metric(before, after, wanted)
     if key is None:
-        notes.without[name] = [metric for metric in before.results if metric in after.results]
+        common = [metric for metric in before.results if metric in after.results]
+        alone = [f"{metric} before" for metric in before.results], [f"{metric} after" for metric in after.results]
+        notes.without[name] = common or [*alone[0], *alone[1]]
         return None
     forgiving = forgiving_metric(before, after, key)
     if forgiving is not None:
@@ -444,7 +382,7 @@ def _read_changes(path: Path) -> Outcomes:
         raise InputError(f"there is no file or folder {path}")
     if path.name == TRAINING_FILE:
         return _read_exposures(path)
-    if not table.recognises(path):
+    if not table.recognises(path) or opencompass.recognises(path):
         raise InputError(f"{path} alone contains no change: give the evaluations before and after, or a CSV with both")
     rows = table.read_table(path)
     levels = ("before", "after")

@@ -33,11 +33,25 @@ NAMES = {
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    """Raises InputError for a file or a folder that contains no results, or those of several models."""
-    evaluation = _read_folder(path) if path.is_dir() else _read_file(path)
+    """path: a file or a folder; of OpenCompass, which writes several models into a file, also PATH:MODEL.
+
+    Raises InputError for a place that contains no results, or those of several models.
+    """
+    place, _, model = str(path).rpartition(":")
+    if place and model and not path.exists() and Path(place).exists():
+        evaluation = _of_opencompass(Path(place), model)
+    else:
+        evaluation = _read_folder(path) if path.is_dir() else _read_file(path)
     if not evaluation.tasks:
         raise InputError(f"{path} contains no results ({'; '.join(evaluation.warnings)}): evaluate the model again")
     return evaluation
+
+
+def _of_opencompass(place: Path, model: str) -> Evaluation:
+    paths = _summaries(place) if place.is_dir() else [place]
+    if not paths or not opencompass.recognises(paths[-1]):
+        raise InputError(f"{place} is no summary of OpenCompass: a model is named only in one, as {place}:{model}")
+    return _merged(place, paths, lambda path: opencompass.read(path, model))
 
 
 def _read_file(path: Path) -> Evaluation:

@@ -21,18 +21,17 @@ def recognises(path: Path) -> bool:
     return _find_table(read_text(path).splitlines()) is not None
 
 
-def read(path: Path) -> Evaluation:
-    """The metrics of the one model in it; a cell '-' is a dataset that was not evaluated."""
+def read(path: Path, model: str | None = None) -> Evaluation:
+    """The metrics of a model, or of the only one in it; a cell '-' is a dataset that was not evaluated."""
     table = _find_table(read_text(path).splitlines())
     if table is None:
         raise InputError(f"{path} has no line {','.join(HEADER)},MODEL of OpenCompass's summary")
     header, rows = table[0], table[1:]
     models = header[len(HEADER) :]
-    if len(models) != 1:
-        raise InputError(
-            f"{path} contains {len(models)} models ({listed(models)}): for each of --before and --after, keep a copy "
-            "with the column of one model"
-        )
+    if model not in models and (model is not None or len(models) > 1):
+        raise InputError(f"{path} contains the models {listed(models)}: choose one, as {path}:{models[0]}")
+    model = models[0] if model is None else model
+    column = header.index(model, len(HEADER))
     evaluation = Evaluation(time=_time_of(path))
     results: dict[str, dict[str, Result]] = {}
     made: dict[str, dict[str, str]] = {}
@@ -40,7 +39,7 @@ def read(path: Path) -> Evaluation:
     for row in rows:
         if len(row) != len(header):
             raise InputError(f"{path}: the row of '{row[0]}' has {len(row)} cells, not {len(header)}: give the .csv")
-        name, version, metric, mode, cell = row
+        (name, version, metric, mode), cell = row[: len(HEADER)], row[column]
         if cell == "-":
             missing.append(name)
             continue
@@ -51,7 +50,7 @@ def read(path: Path) -> Evaluation:
         settings = {"harness": "OpenCompass", "version of the prompt": version, "mode": mode}
         made[name] = {key: value for key, value in settings.items() if value != "-"}
     evaluation.tasks = {
-        name: Task(of_task, None, made[name], EvaluatedModel(models[0])) for name, of_task in results.items()
+        name: Task(of_task, None, made[name], EvaluatedModel(model)) for name, of_task in results.items()
     }
     if not results:
         raise InputError(f"{path} has no dataset with a value")

@@ -10,7 +10,8 @@ import numpy as np
 from sts_fast.errors import InputError
 from sts_fast.forecast.estimators import SIGNED
 from sts_fast.outcomes.differences import ForecastModel, other_models
-from sts_fast.outcomes.outcomes import Outcome, Outcomes, cautions, match_domains, read_outcomes, without_groups
+from sts_fast.outcomes.names import match_domains
+from sts_fast.outcomes.outcomes import Outcome, Outcomes, cautions, read_outcomes, without_groups
 from sts_fast.outcomes.validate.reading import (
     ScoreSource,
     content_of,
