@@ -110,6 +110,11 @@ def test_what_is_on_no_certain_scale_is_left_out_by_name(tmp_path: Path, before:
         read_outcomes(*folders, metric="f1")
 
 
+def test_zero_is_on_either_scale(tmp_path: Path) -> None:
+    folders = pair(tmp_path, {"f": {"alias": "f", "f1,none": 0.0}}, {"f": {"alias": "f", "f1,none": 31.0}})
+    assert read_outcomes(*folders).domains["f"].change == pytest.approx(0.31)
+
+
 def test_a_standard_error_on_another_scale_is_named(tmp_path: Path) -> None:
     tables = {"a": "law,.31,3\nmath,.4,.02\nart,.5,.0001\n", "b": "law,.33,.03\nmath,.5,.02\nart,.6,.02\n"}
     for name, rows in tables.items():
@@ -162,9 +167,14 @@ def test_tasks_without_a_known_accuracy_are_listed_with_what_they_have(tmp_path:
     )  # fmt: skip
     outcomes = read_outcomes(*folders)
     assert (
-        "left out, without a known accuracy: wmt (bleu,none, chrf,none); name one with --metric TASK=METRIC"
-        in outcomes.warnings
-    )
+        "left out, without a known accuracy (accuracy, acc, exact_match, pass@1, pass_at_1, acc_norm, ...): wmt "
+        "(bleu,none, chrf,none); name one with --metric TASK=METRIC"
+    ) in outcomes.warnings
+    only = read_outcomes(*folders, metric="bleu")
+    assert (
+        "left out, without the metric bleu: law (acc,none), math (acc,none), physics (acc,none), history (acc,none); "
+        "name one with --metric TASK=METRIC"
+    ) in only.warnings
     named = read_outcomes(*folders, metric="wmt=bleu")
     assert (named.domains["wmt"].change, named.domains["law"].metric) == (5.0, "acc,none")
     assert any("changes of wmt are no shares of right answers" in caution for caution in cautions(named.domains))
@@ -196,6 +206,7 @@ def test_faults_of_metrics(tmp_path: Path, metric: list[str], message: str) -> N
         ("brier_score", None, True),
         ("rate", False, True),
         ("rate", None, False),
+        ("glossary_rate", None, False),
         ("toxicity", True, False),  # what the harness says counts
     ],
 )

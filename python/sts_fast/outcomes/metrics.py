@@ -31,8 +31,8 @@ FORGIVING = {
 # Two extractions part where their changes differ by more than this, and by more than their noise.
 PARTED = 0.05
 LOWER_IS_BETTER = re.compile(
-    r"perplexity|^ppl|bits_per_byte|bpb$|loss|^nll|brier|^[wct]er$|toxicity|error|_bias|bias_score|^ece|edit_distance"
-    r"|stereotype|pct_invalid|hallucinat"
+    r"perplexity|^ppl|bits_per_byte|bpb$|(^|_)loss|^nll|brier|^[wct]er$|toxicity|(^|_)error|_bias$|bias_score|^ece$"
+    r"|edit_distance|stereotype|pct_invalid|hallucinat"
 )
 # The largest standard error of a share.
 LARGEST_STDERR = 0.5
@@ -127,11 +127,12 @@ class Wanted:
 def on_one_scale(before: Result, after: Result) -> tuple[Result, Result] | None:
     """Two accuracies as shares of 1, with percentages divided by 100; None where their scale is not certain.
 
-    A number above 1 is a percentage. Where the format does not say, a number up to 1 beside one above may be either.
+    A number above 1 is a percentage. Where the format does not say, a share beside a percentage may be one of both.
     """
     shares = _share_of(before), _share_of(after)
     unsaid = before.percent is None and after.percent is None
-    if shares[0] is None or shares[1] is None or (unsaid and (before.value > 1) != (after.value > 1)):
+    low, high = sorted((before.value, after.value))
+    if shares[0] is None or shares[1] is None or (unsaid and 0 < low <= 1 < high):
         return None
     return shares[0], shares[1]
 

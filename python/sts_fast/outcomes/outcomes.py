@@ -114,14 +114,14 @@ def read_outcomes(
     texts = (metric,) if isinstance(metric, str) else tuple(metric or ())
     tasks, own = {name: first for name, first, _ in pairs}, {name: f.own_name or name for name, f, _ in pairs}
     wanted = Wanted(texts, offered, lambda name: find_task(name, tasks, own))
-    notes = _Notes()
+    notes = _Notes(_wanted_text(texts))
     outcomes = {
         name: outcome
         for name, first, second in pairs
         if (outcome := _outcome_of(name, first, second, wanted[name], notes)) is not None
     }
     if not outcomes:
-        raise InputError(f"{before} and {after} share no domain with {_wanted_text(texts)}: {notes.without_outcome()}")
+        raise InputError(f"{before} and {after} share no domain with {notes.wanted}: {notes.without_outcome()}")
     compared = [pair for pair in pairs if pair[0] in outcomes]
     mismatches = [*made_differently(compared), *notes.mismatches()]
     warnings = [warning for evaluation in evaluations for warning in evaluation.warnings]
@@ -229,8 +229,9 @@ def _members(evaluation: Evaluation, outcomes: Mapping[str, Outcome]) -> dict[st
 
 @dataclass
 class _Notes:
-    """What is to be said about the reading of outcomes; lists of domains, except `others`."""
+    """What is to be said about the reading of outcomes; lists of domains, except `others`. wanted: the metric."""
 
+    wanted: str
     divided: dict[str, list[str]] = field(default_factory=lambda: {"before": [], "after": []})
     unscaled: list[str] = field(default_factory=list)
     odd_stderr: list[str] = field(default_factory=list)
@@ -257,7 +258,7 @@ class _Notes:
         yield from self._unscaled()
         if self.without:
             shown = (f"{name} ({', '.join(metrics)})" for name, metrics in self.without.items())
-            yield f"left out, without a known accuracy: {listed(shown, 8)}; name one with --metric TASK=METRIC"
+            yield f"left out, without {self.wanted}: {listed(shown, 8)}; name one with --metric TASK=METRIC"
         for when, names in self.divided.items():
             if names:
                 yield f"percentages {when} training were divided by 100: {listed(names)}"
@@ -278,7 +279,7 @@ class _Notes:
 
 
 def _wanted_text(texts: Sequence[str]) -> str:
-    return f"the metric {' or '.join(texts)}" if texts else f"an accuracy ({', '.join(METRICS)})"
+    return f"the metric {' or '.join(texts)}" if texts else f"a known accuracy ({', '.join(METRICS[:6])}, ...)"
 
 
 def _outcome_of(name: str, before: Task, after: Task, wanted: str | None, notes: _Notes) -> Outcome | None:
@@ -299,7 +300,7 @@ def _outcome_of(name: str, before: Task, after: Task, wanted: str | None, notes:
 
 
 def _unnoted(before: Result, after: Result) -> Outcome | None:
-    return _change_of("", before, after, _Notes())
+    return _change_of("", before, after, _Notes(""))
 
 
 def _part(strict: Outcome, free: Outcome) -> bool:
