@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from evaluation_results import CASES, TIME
+from evaluation_results import CASES, TIME, accuracies, write_results
 from scipy import stats
 
 from sts_fast.errors import InputError
@@ -396,6 +398,61 @@ def test_a_folder_of_logs(tmp_path: Path) -> None:
     alone = zipped(tmp_path / "7.eval", {**inspect_document([0.0]), "status": "error"}, zstandard=False)
     with pytest.raises(InputError, match=r"contains no results \(.*status: error"):
         read_evaluation(alone)
+
+
+# ---- anything missing or of another type
+
+
+def paths_in(document: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    for key, value in document.items() if isinstance(document, dict) else enumerate(document):
+        yield (*path, key)
+        if isinstance(value, (dict, list)) and value:
+            yield from paths_in(value, (*path, key))
+
+
+@pytest.mark.parametrize("harness", ["lm-eval", "lighteval", "HELM", "inspect"])
+def test_a_damaged_file_is_read_or_refused_in_one_sentence(tmp_path: Path, harness: str) -> None:
+    for name in "ab":
+        if harness == "lm-eval":
+            blocks = {
+                "group_subtasks": {"x": ["law"]},
+                "n-samples": {"law": {"effective": 3}},
+                "task_hashes": {"law": "x"},
+            }
+            write_results(tmp_path / name, accuracies(law=0.3, x=0.4), **blocks)
+        elif harness == "lighteval":
+            lighteval(
+                tmp_path / name, 0, {"mmlu:law|0": {"acc": 0.2}, "mmlu:_average|0": {"acc": 0.2}}, model_config={}
+            )
+        elif harness == "HELM":
+            helm(tmp_path / name, "law", [1.0, 0, 1])
+        else:
+            (tmp_path / f"{name}.json").write_text(json.dumps(inspect_document([1.0, 0, 1])))
+    places = [tmp_path / name if (tmp_path / name).exists() else tmp_path / f"{name}.json" for name in "ab"]
+    said = []
+    odd = ["text", 5, None, {}, [1], True, math.nan, -1, [{}], {"a": 1}]
+    files = [places[0]] if places[0].is_file() else sorted(places[0].rglob("*.json"))
+    for file in files:
+        document = json.loads(file.read_text())
+        for number, path in enumerate(paths_in(document)):
+            for value in (odd[number % len(odd)], odd[(3 * number + 4) % len(odd)], "left out"):
+                broken = copy.deepcopy(document)
+                *parents, last = path
+                holder = broken
+                for key in parents:
+                    holder = holder[key]
+                if value == "left out":
+                    del holder[last]
+                else:
+                    holder[last] = value
+                file.write_text(json.dumps(broken))
+                try:
+                    read_outcomes(*places)
+                except InputError as error:
+                    said.append(str(error))
+        file.write_text(json.dumps(document))
+    assert said
+    assert not any("\n" in text for text in said)
 
 
 def test_harnesses_of_different_names_are_told_apart(tmp_path: Path) -> None:

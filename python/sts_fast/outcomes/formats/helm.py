@@ -85,7 +85,12 @@ def _task_name(spec: Document) -> str:
 
 def _is_plain(stat: Document, split: str | None) -> bool:
     name = stat["name"]
-    return name.get("split") == split and not name.get("perturbation") and not name.get("sub_split")
+    return (
+        isinstance(name.get("name"), str)
+        and name.get("split") == split
+        and not name.get("perturbation")
+        and not name.get("sub_split")
+    )
 
 
 def _mean(stat: Document | None) -> float | None:

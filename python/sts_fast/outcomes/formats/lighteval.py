@@ -131,7 +131,8 @@ def _model_of(document: Document) -> EvaluatedModel | None:
     if not name:
         return None
     # The commit that was read, in older versions, says no more than the name.
-    return EvaluatedModel(str(name), of_model.get("revision") or None, of_model.get("adapter_weights") or None)
+    revision, adapter = (of_model.get(key) for key in ("revision", "adapter_weights"))
+    return EvaluatedModel(str(name), str(revision) if revision else None, str(adapter) if adapter else None)
 
 
 # ---- values by question

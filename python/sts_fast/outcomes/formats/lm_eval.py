@@ -74,7 +74,11 @@ def read(path: Path, document: Document) -> Evaluation:
         if results:
             members = _of_task(document, "group_subtasks", name)
             evaluation.tasks[alias] = Task(
-                results, name, _made(document, name, n), model, tuple(members) if isinstance(members, list) else ()
+                results,
+                name,
+                _made(document, name, n),
+                model,
+                tuple(map(str, members)) if isinstance(members, list) else (),
             )
     if not evaluation.tasks:
         raise InputError(f"{path} contains no metric of any task: give a results file of lm-evaluation-harness")
@@ -132,7 +136,8 @@ def _model_of(document: Document) -> EvaluatedModel | None:
     name = next((arguments[key] for key in NAMES_OF_MODEL if arguments.get(key)), None)
     adapter = next((str(arguments[key]) for key in ADAPTERS if arguments.get(key)), None)
     name = name or document.get("model_name")
-    return EvaluatedModel(str(name), arguments.get("revision") or None, adapter) if name else None
+    revision = arguments.get("revision")
+    return EvaluatedModel(str(name), str(revision) if revision else None, adapter) if name else None
 
 
 def _model_arguments(arguments: Any) -> dict[str, Any]:
