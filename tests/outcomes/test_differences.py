@@ -107,6 +107,22 @@ def test_a_setting_of_other_values_in_every_task_is_named_once(tmp_path: Path) -
     ]
 
 
+def test_tasks_that_are_shown_by_one_name_are_told_apart(tmp_path: Path) -> None:
+    """The alias of MMLU's law and of MMLU-Pro's is the same, and so is that of two ways to ask GSM8K."""
+    names = {"mmlu_law": "law", "gsm8k": "gsm8k", "physics": "physics"}
+    others = {"mmlu_pro_law": "law", "gsm8k_cot": "gsm8k", "physics": "physics"}
+    folders = [
+        write_results(tmp_path / folder, {name: {"alias": alias, "acc,none": 0.5} for name, alias in tasks.items()})
+        for folder, tasks in (("a", names), ("b", others))
+    ]
+    (said,) = read_outcomes(*folders).mismatches
+    assert "task is mmlu_law before and mmlu_pro_law after in law, and differs otherwise in gsm8k" in said
+    (tmp_path / "a.csv").write_text("domain,accuracy\nmmlu_law,.5\n")
+    (tmp_path / "b.csv").write_text("domain,accuracy\nmmlu_pro_law,.5\n")
+    with pytest.raises(InputError, match="have no domain in common"):
+        read_outcomes(tmp_path / "a.csv", tmp_path / "b.csv")
+
+
 def test_long_settings_are_shown_where_they_part(tmp_path: Path) -> None:
     text = "The following are multiple choice questions. " * 9
     first = write_results(tmp_path / "a", BEFORE, task={"description": text + "Answer with a letter."})

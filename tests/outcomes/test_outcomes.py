@@ -233,6 +233,9 @@ def test_names_are_matched() -> None:
         "math": "Math",
         "mmlu-pro philosophy": "mmlu_pro_philosophy",
     }
+    # Two benchmarks have two domains of one name; hendrycksTest is an older name of mmlu.
+    assert match_domains(["mmlu_pro_law"], ["mmlu_law"]) == {}
+    assert match_domains(["mmlu law"], ["hendrycksTest-law", "mmlu_pro_law"]) == {"mmlu law": "hendrycksTest-law"}
     # A subject is not matched by the end of its name: college physics is not physics.
     assert match_domains(["physics"], ["hendrycksTest-college_physics"]) == {}
     with pytest.raises(InputError, match="'philosophy' could be mmlu_philosophy or mmlu_pro_philosophy"):

@@ -10,6 +10,7 @@ from sts_fast.outcomes.evaluation import Task
 
 # Words before a domain's name that name its benchmark.
 BENCHMARK = re.compile(r"^(leaderboard |lukaemon )?(mmlu pro|mmlu|hendryckstest) ")
+OTHER_NAMES = {"hendryckstest": "mmlu"}
 
 
 def match_domains(
@@ -22,7 +23,8 @@ def match_domains(
     """The outcome of each domain of the forecast: wanted name -> known name, without domains that have none.
 
     Names match if they are the same in lower case, with everything except letters and digits read as a space. Where no
-    name matches, the benchmark's name in front is dropped (mmlu_pro_law, hendrycksTest-law and law).
+    name matches, the benchmark's name in front is dropped (mmlu_pro_law, hendrycksTest-law and law); names of two
+    benchmarks do not match.
 
     own_names: known name -> another name of the same
     given:     wanted name -> name of its outcome, which needs not match
@@ -37,9 +39,9 @@ def match_domains(
     for name in wanted:
         sought = given.get(name, name)
         fitting = [other for other, of_other in known_forms.items() if sought in of_other]
-        for form in (_plain, _short):
+        for is_same in (_is_same, _is_same_domain):
             fitting = fitting or [
-                other for other, of_other in known_forms.items() if form(sought) in {form(text) for text in of_other}
+                other for other, of_other in known_forms.items() if any(is_same(sought, text) for text in of_other)
             ]
         if name in given and not fitting:
             raise InputError(f"there is no outcome '{sought}' to match '{name}' with, only {listed(known_forms)}")
@@ -58,9 +60,9 @@ def match_domains(
 def find_task(name: str, tasks: Mapping[str, Task], own_names: Mapping[str, str]) -> str | None:
     """The task of a name, in any spelling; None where none or several have it."""
     fitting = [other for other in tasks if name == other or name == own_names.get(other)]
-    for form in (_plain, _short):
+    for is_same in (_is_same, _is_same_domain):
         fitting = fitting or [
-            other for other in tasks if form(name) in (form(other), form(own_names.get(other, other)))
+            other for other in tasks if is_same(name, other) or is_same(name, own_names.get(other, other))
         ]
     return fitting[0] if len(fitting) == 1 else None
 
@@ -74,5 +76,19 @@ def _plain(name: str) -> str:
     return " ".join(re.findall(r"[^\W_]+", name.lower()))
 
 
-def _short(name: str) -> str:
-    return BENCHMARK.sub("", _plain(name))
+def _is_same(first: str, second: str) -> bool:
+    return _plain(first) == _plain(second)
+
+
+def _is_same_domain(first: str, second: str) -> bool:
+    """True where two names are the same without the benchmark in front, unless they name two benchmarks."""
+    (one, of_one), (other, of_other) = (_benchmark_and_domain(name) for name in (first, second))
+    return of_one == of_other and (one == other or None in (one, other))
+
+
+def _benchmark_and_domain(name: str) -> tuple[str | None, str]:
+    plain = _plain(name)
+    found = BENCHMARK.match(plain)
+    if found is None:
+        return None, plain
+    return OTHER_NAMES.get(found[2], found[2]), plain[found.end() :]

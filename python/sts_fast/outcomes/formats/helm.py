@@ -62,7 +62,7 @@ def read(path: Path, document: Any) -> Evaluation:
     made = {
         key: value for key, value in adapter.items() if key not in ("model", "model_deployment", "max_train_instances")
     }
-    made |= {"harness": "HELM"}
+    made |= {"harness": "HELM", "task": _task_name(spec)}
     if "max_train_instances" in adapter:
         made["number of demonstrations"] = adapter["max_train_instances"]
     if n is not None:

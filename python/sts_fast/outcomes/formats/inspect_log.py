@@ -158,7 +158,7 @@ def _made(document: Document) -> dict[str, str]:
     spec = document["eval"]
     blocks = {name: spec.get(name) for name in ("config", "model_generate_config", "task_args", "dataset")}
     config, generation, arguments, dataset = (block if isinstance(block, dict) else {} for block in blocks.values())
-    made: dict[str, Any] = {"harness": "inspect-ai"}
+    made: dict[str, Any] = {"harness": "inspect-ai", "task": spec["task"]}
     if "task_version" in spec:
         made["version of the task"] = spec["task_version"]
     made |= {key: config.get(key) for key in OF_CONFIG}

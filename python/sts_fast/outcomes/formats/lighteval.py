@@ -105,7 +105,8 @@ def _higher_is_better(config: Document, metric: str) -> bool | None:
 
 def _made(document: Document, name: str, config: Document, n: int | None) -> dict[str, str]:
     general = document["config_general"]
-    made: dict[str, Any] = {"harness": "lighteval", "number of demonstrations": _shots(name), "number of questions": n}
+    made: dict[str, Any] = {"harness": "lighteval", "task": _short_name(name)}
+    made |= {"number of demonstrations": _shots(name), "number of questions": n}
     versions = document.get("versions")
     made["version of the task"] = versions.get(name) if isinstance(versions, dict) else None
     of_model = general.get("model_config")

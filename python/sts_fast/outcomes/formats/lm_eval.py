@@ -108,7 +108,7 @@ def _made(document: Document, task: str, n: int | None) -> dict[str, str]:
     run, config, of_task = document, document.get("config"), _of_task(document, "configs", task)
     config = config if isinstance(config, dict) else {}
     of_task = of_task if isinstance(of_task, dict) else {}
-    made: dict[str, Any] = {"harness": "lm-evaluation-harness"}
+    made: dict[str, Any] = {"harness": "lm-evaluation-harness", "task": task}
     made |= {name: run[key] for key, name in OF_RUN.items() if key in run}
     if "chat_template" in run or "chat_template_sha" in run:
         made["chat template"] = run.get("chat_template_sha") or run.get("chat_template")

@@ -47,7 +47,7 @@ def read(path: Path, model: str | None = None) -> Evaluation:
         percent = is_accuracy(metric)
         results.setdefault(name, {}).setdefault(metric, Result(value, metric, percent=True if percent else None))
         # The same rows of a dataset have the same version, a hash of its prompt.
-        settings = {"harness": "OpenCompass", "version of the prompt": version, "mode": mode}
+        settings = {"harness": "OpenCompass", "task": name, "version of the prompt": version, "mode": mode}
         made[name] = {key: value for key, value in settings.items() if value != "-"}
     evaluation.tasks = {
         name: Task(of_task, None, made[name], EvaluatedModel(model)) for name, of_task in results.items()
