@@ -108,25 +108,24 @@ def _made(document: Document, task: str, n: int | None) -> dict[str, str]:
     run, config, of_task = document, document.get("config"), _of_task(document, "configs", task)
     config = config if isinstance(config, dict) else {}
     of_task = of_task if isinstance(of_task, dict) else {}
+    shots = _of_task(document, "n-shot", task)
+    of_questions = {
+        "number of demonstrations": of_task.get("num_fewshot") if shots is None else shots,
+        "version of the task": _of_task(document, "versions", task),
+        "number of questions": n,
+        "hash of the questions and prompts": _of_task(document, "task_hashes", task),
+    }
     made: dict[str, Any] = {"harness": "lm-evaluation-harness", "task": task}
-    made |= {name: run[key] for key, name in OF_RUN.items() if key in run}
+    made |= {name: value for name, value in of_questions.items() if value is not None}
     if "chat_template" in run or "chat_template_sha" in run:
         made["chat template"] = run.get("chat_template_sha") or run.get("chat_template")
+    made |= {name: run[key] for key, name in OF_RUN.items() if key in run}
     made |= {key: config[key] for key in OF_CONFIG if key in config}
     if "model" in config:
         made["model type"] = config["model"]
     arguments = _model_arguments(config.get("model_args"))
     made |= {key: value for key, value in arguments.items() if key not in SPEED | WHICH_MODEL}
     made |= {key: value for key, value in of_task.items() if key not in OF_NO_MATTER}
-    shots = _of_task(document, "n-shot", task)
-    for name, value in (
-        ("number of demonstrations", of_task.get("num_fewshot") if shots is None else shots),
-        ("version of the task", _of_task(document, "versions", task)),
-        ("number of questions", n),
-        ("hash of the questions and prompts", _of_task(document, "task_hashes", task)),
-    ):
-        if value is not None:
-            made[name] = value
     return {name: setting_text(value) for name, value in made.items()}
 
 
