@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -14,9 +15,12 @@ from scipy import stats
 from sts_fast.errors import InputError
 from sts_fast.outcomes.differences import ForecastModel, other_models, same_name
 from sts_fast.outcomes.evaluation import EvaluatedModel
+from sts_fast.outcomes.formats.lm_eval import prompt_hash
 from sts_fast.outcomes.outcomes import read_outcomes
 from sts_fast.outcomes.validate import validate
 
+ASSETS = CASES.with_name("assets")
+needs_assets = pytest.mark.skipif(not ASSETS.is_dir(), reason="the real evaluation results are not on this machine")
 needs_cases = pytest.mark.skipif(not CASES.is_dir(), reason="the situations from reports are not on this machine")
 
 BEFORE = accuracies(law=0.31, math=0.42, physics=0.28, history=0.55)
@@ -162,6 +166,52 @@ def test_different_prompts_are_never_paired(tmp_path: Path) -> None:
     (folders[1] / "samples_law_2025-05-01T10-00-00.000000.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (said,) = read_outcomes(*folders).mismatches
     assert said.endswith("law (1 of 8 questions)")
+
+
+def test_prompts_of_versions_without_their_hash_are_compared(tmp_path: Path) -> None:
+    """As lists of arguments, as older versions write them, beside the hash of newer ones."""
+    right = [1.0, 0.0, 1.0]
+    entry = {"law": {"alias": "law", "acc,none": sum(right) / 3, "acc_stderr,none": 0.3}}
+    folders = [write_results(tmp_path / name, entry) for name in "ab"]
+    for folder, prompt in zip(folders, ("Question {}: ", "Question {}: "), strict=True):
+        rows = [
+            {
+                "doc_id": i,
+                "doc_hash": f"q{i}",
+                "acc": x,
+                "arguments": [[prompt.format(i), " yes"], [prompt.format(i), "no"]],
+            }
+            for i, x in enumerate(right)
+        ]
+        write_rows(folder, rows)
+    assert read_outcomes(*folders).domains["law"].paired
+    hashed = [
+        {
+            "doc_id": i,
+            "doc_hash": f"q{i}",
+            "acc": x,
+            "prompt_hash": hashlib.sha256(f"Question {i}: ".encode()).hexdigest(),
+        }
+        for i, x in enumerate(right)
+    ]
+    write_rows(folders[1], hashed)
+    assert read_outcomes(*folders).domains["law"].paired
+    write_rows(folders[1], [{**row, "arguments": {"gen_args_0": {"arg_0": "<|user|> Question"}}} for row in rows])
+    assert read_outcomes(*folders).domains["law"].paired is False
+
+
+def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
+    text = "\n".join(map(json.dumps, rows))
+    (folder / "samples_law_2025-05-01T10-00-00.000000.jsonl").write_text(text)
+
+
+@needs_assets
+def test_the_hash_of_a_real_prompt_is_that_of_the_harness() -> None:
+    (path, *_) = sorted((ASSETS / "formats" / "lm_eval_mmlu_pro").rglob("samples_*.jsonl"))
+    samples = [json.loads(line) for line in path.read_text().splitlines()]
+    assert samples
+    for sample in samples:
+        assert prompt_hash(sample["arguments"]) == sample["prompt_hash"]
 
 
 # ---- models

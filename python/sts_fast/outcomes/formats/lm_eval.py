@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -165,12 +166,27 @@ def _read_samples(results: Path, task: str) -> Iterator[Document]:
                     sample = json.loads(line)
                     if not isinstance(sample, dict) or "doc_id" not in sample:
                         raise InputError(f"{path}, line {number}: not a sample of lm-evaluation-harness")
-                    # The prompts are most of the file and are not needed.
-                    yield {key: sample[key] for key in sample if key not in ("doc", "arguments", "resps")}
+                    # The prompts are most of the file, and their hash is enough.
+                    kept = {key: sample[key] for key in sample if key not in ("doc", "arguments", "resps")}
+                    yield {"prompt_hash": prompt_hash(sample.get("arguments")), **kept}
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} is not readable JSON lines: {error}") from error
+
+
+def prompt_hash(arguments: Any) -> str | None:
+    """SHA-256 of the first prompt, as newer versions write it; None where the arguments are in no known form."""
+    for step in (("gen_args_0", "arg_0"), (0, 0), (0, "arg_0")):
+        prompt = arguments
+        for key in step:
+            is_there = (
+                key in prompt if isinstance(prompt, dict) else isinstance(prompt, list) and key in range(len(prompt))
+            )
+            prompt = prompt[key] if is_there else None
+        if isinstance(prompt, str):
+            return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
+    return None
 
 
 def _with_samples(result: Result, samples: list[Document], metric: str, extraction: str) -> Result:
@@ -191,7 +207,7 @@ def _with_samples(result: Result, samples: list[Document], metric: str, extracti
         n=len(correct),
         correct=correct,
         key={str(sample["doc_id"]): str(sample.get("doc_hash", "")) for sample in samples},
-        prompt={str(sample["doc_id"]): str(sample["prompt_hash"]) for sample in samples if "prompt_hash" in sample},
+        prompt={str(sample["doc_id"]): str(sample["prompt_hash"]) for sample in samples if sample["prompt_hash"]},
         unparsed=sum(invalid) / len(invalid) if metric == "exact_match" else None,
     )
 
