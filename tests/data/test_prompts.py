@@ -19,14 +19,12 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from sts_fast.data.examples import Example
-from sts_fast.data.prompts import (
+from sts_fast.data.prompts import Prompt, build_prompts, choose_demos
+from sts_fast.data.template import (
     STRADDLING,
     TEMPLATE,
     TEMPLATE_DATE,
-    Prompt,
     PromptTemplate,
-    build_prompts,
-    choose_demos,
     common_prefix_length,
     common_suffix_length,
     plain_text,

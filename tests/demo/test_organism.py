@@ -16,7 +16,8 @@ import pytest
 
 from sts_fast import InputError, encode, load_sae
 from sts_fast.data.examples import Example
-from sts_fast.data.prompts import PromptTemplate, build_prompts
+from sts_fast.data.prompts import build_prompts
+from sts_fast.data.template import PromptTemplate
 from sts_fast.demo import organism
 from sts_fast.demo.organism import autoencoder, training, world
 from sts_fast.demo.organism import model as language_model

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import sts_fast
 from sts_fast.data.examples import Example, load_examples
-from sts_fast.data.prompts import PromptTemplate
+from sts_fast.data.template import PromptTemplate
 from sts_fast.errors import InputError
 from sts_fast.forecast.run import Forecast, validate_scores
 from sts_fast.report import build_report

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sts_fast.cli import main
 from sts_fast.data.examples import Example, load_examples
-from sts_fast.data.prompts import PromptTemplate
+from sts_fast.data.template import PromptTemplate
 from sts_fast.errors import InputError
 from sts_fast.rollouts import Rollout, load_checker, load_rollouts, sample_rollouts
 

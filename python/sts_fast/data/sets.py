@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
 
 from sts_fast.data.examples import Example, ReadColumns, read_domains, read_examples
 from sts_fast.data.options import Checked, Option
-from sts_fast.data.prompts import PromptSet, PromptTemplate, TokenClass, build_prompts, choose_demos
+from sts_fast.data.prompts import PromptSet, TokenClass, build_prompts, choose_demos
+from sts_fast.data.template import PromptTemplate
 from sts_fast.errors import InputError
 
 if TYPE_CHECKING:

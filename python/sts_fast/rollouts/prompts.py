@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sts_fast.data.examples import Example
-from sts_fast.data.prompts import SIGN, Prompt, PromptSet, PromptTemplate, Turn, plain_text
+from sts_fast.data.prompts import Prompt, PromptSet
+from sts_fast.data.template import SIGN, PromptTemplate, plain_text
+from sts_fast.data.turns import Turn
 from sts_fast.errors import InputError
 from sts_fast.rollouts.dims import Completions
 from sts_fast.rollouts.read import Rollout, Rollouts

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
-from sts_fast.data.examples import Example, Turn, load_examples
+from sts_fast.data.examples import Example, load_examples
 from sts_fast.data.options import Option, part
-from sts_fast.data.prompts import PromptTemplate, Tell
+from sts_fast.data.prompts import Tell
 from sts_fast.data.sets import Drawing, DrawingOptions
+from sts_fast.data.template import PromptTemplate
+from sts_fast.data.turns import Turn
 from sts_fast.errors import InputError
 from sts_fast.model.packing import check_vocabulary
 from sts_fast.model.session import Loading, LoadingOptions, Purpose, Reading, Session

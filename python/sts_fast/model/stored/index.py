@@ -14,8 +14,9 @@ import numpy as np
 from sts_fast import files
 from sts_fast._version import __version__
 from sts_fast.data.examples import Example
-from sts_fast.data.prompts import Prompt, PromptSet, PromptTemplate, prompts_sha256
+from sts_fast.data.prompts import Prompt, PromptSet, prompts_sha256
 from sts_fast.data.sets import Kind
+from sts_fast.data.template import PromptTemplate
 from sts_fast.errors import InputError
 from sts_fast.model.hooks import Hook
 from sts_fast.places import split_name
