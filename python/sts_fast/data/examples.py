@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
+from sts_fast.data.rendered import undone
 from sts_fast.data.tables import Row, domain_files, file_rows, train_files
-from sts_fast.data.turns import Turn, chatml_turns, is_turns, parsed_turns, split_turns
+from sts_fast.data.turns import ToolCall, Turn, check_no_media, is_turns, parsed_turns, split_turns, tools_turn
 from sts_fast.data.values import encodable, kind_of
 from sts_fast.errors import InputError, listed
 
@@ -26,6 +27,7 @@ ANSWER_COLUMNS = (
 )
 INPUT_COLUMNS = ("input", "context")  # beside `instruction` only: Alpaca, Dolly
 OPTION_COLUMNS = ("options", "choices")
+TOOL_COLUMNS = ("tools", "functions")
 SYSTEM_COLUMNS = ("system", "system_prompt")
 ID_COLUMNS = ("id", "question_id", "unique_id", "task_id", "problem_id", "example_id", "prompt_id", "uuid", "idx")
 CATEGORY_COLUMNS = ("category", "subject", "domain", "topic")
@@ -42,14 +44,36 @@ class Example:
 
     id:       the row's own id, else its key in a JSON object, else its row number, counted from 1
     question: the last user turn, stripped; never empty
-    answer:   the reply that follows it, indentation kept; None where the row has none
-    context:  earlier turns as (role, text), role one of system, user, assistant, tool; usually empty
+    answer:   the reply, indentation kept; its tool calls as JSON where it has no text; None where the row has none
+    context:  earlier turns, usually empty; (role, content) is taken for a turn
+    steps:    turns between question and reply: tool calls and their results, usually none
+    reasoning, tool_calls: what the assistant thinks before the answer's text, and calls behind it
     """
 
     id: str
     question: str
     answer: str | None
     context: tuple[Turn, ...] = ()
+    steps: tuple[Turn, ...] = ()
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+
+    def __post_init__(self) -> None:
+        turns = (turn if isinstance(turn, Turn) else Turn(*turn) for turn in self.context)
+        object.__setattr__(self, "context", tuple(turns))
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The conversation up to the reply."""
+        return *self.context, Turn("user", self.question), *self.steps
+
+    @property
+    def reply(self) -> Turn | None:
+        """The reply as a turn; None where there is none."""
+        if self.answer is None:
+            return None
+        alone = Turn("assistant", "", self.reasoning, self.tool_calls)
+        return alone if self.tool_calls and alone.text == self.answer else replace(alone, content=self.answer)
 
 
 @dataclass(frozen=True)
@@ -221,7 +245,8 @@ class _RowReader:
         if self.question_field is None:
             known = [name for name in TURN_COLUMNS if is_turns(fields.get(name))]
             known += [name for name in QUESTION_COLUMNS if name in fields]
-            known += ["chosen"] if is_turns(fields.get("chosen")) else []
+            known += ["chosen"] if is_turns(fields.get("chosen")) or _is_rendered(fields.get("chosen")) else []
+            known += ["text"] if _is_rendered(fields.get("text")) else []
             if not known:
                 raise InputError(
                     f"{self.path} has no column known to hold questions among {listed(row)}; "
@@ -241,11 +266,17 @@ class _RowReader:
     def _example(self, row: Row, fields: Row, where: str, default_id: str) -> Example:
         turns, begun = self._turns(row, fields, where)
         reply = self._reply(row, fields, where)
-        if any(role == "user" for role, _ in reply):
+        if any(turn.role == "user" for turn in reply):
             turns = reply  # preference data whose chosen side is the whole conversation
-        elif turns and turns[-1][0] != "assistant":
+        elif begun:
+            # The question column holds the start of the reply, or all of it where there is no answer column.
+            first = Turn("assistant", begun + reply[0].content) if reply else Turn("assistant", begun)
+            turns = [*turns, first, *reply[1:]]
+        elif turns and turns[-1].role != "assistant":
             turns = turns + reply
-        context, question, answer = split_turns(turns, where)
+        check_no_media(fields, turns, where)
+        context, question, steps, last = split_turns(turns, where)
+        answer = None if last is None else last.text if not last.content.strip() else last.content
         if not question.strip():
             raise InputError(f"{where} has an empty question; fill it in or remove the row")
         if fields.get("label") is False:
@@ -256,11 +287,15 @@ class _RowReader:
         if own_id is not None:
             self._use("id", own_id)
         earlier = self._earlier_turns(fields, where, context)
+        is_answered = answer is not None and last is not None
         return Example(
             id=encodable(default_id if own_id is None else fields[own_id], where, own_id or "id").strip(),
             question=question.strip(),
-            answer=None if answer is None else _without_margin(begun + answer),
+            answer=None if answer is None else _without_margin(answer),
             context=tuple(earlier + context),
+            steps=tuple(steps),
+            reasoning=last.reasoning.strip() if last is not None and is_answered else "",
+            tool_calls=last.tool_calls if last is not None and is_answered else (),
         )
 
     def _turns(self, row: Row, fields: Row, where: str) -> tuple[list[Turn], str]:
@@ -277,8 +312,8 @@ class _RowReader:
         if not isinstance(value, str):
             raise InputError(f"{where} holds {kind_of(value)} in {name!r}; name a column of text with --question-field")
         question = encodable(value, where, name).strip()
-        if question.startswith("<|im_start|>"):
-            return chatml_turns(question, where)
+        if (rendered := undone(question, where)) is not None:
+            return rendered
         if name.lower() == "instruction":
             added = [column for column in INPUT_COLUMNS if _is_text(fields.get(column))]
             self._use("question", *added)
@@ -288,7 +323,7 @@ class _RowReader:
             self._use("options", next(name for name in OPTION_COLUMNS if not is_missing(fields.get(name))))
         if not all(line in question for line in lines):
             question = "\n".join([question, *lines])
-        return [("user", question)], ""
+        return [Turn("user", question)], ""
 
     def _reply(self, row: Row, fields: Row, where: str) -> list[Turn]:
         """The answer column's turns: usually one of the assistant, none where the row has no answer."""
@@ -300,9 +335,12 @@ class _RowReader:
             value = fields.get(name)
         if not (value is ABSENT or is_missing(value)):
             self._use("answer", name)
-        turns = [value] if isinstance(value, dict) else value
+        turns = [value] if isinstance(value, dict) and not is_turns(value) else value
         if is_turns(turns):
             return parsed_turns(turns, where)
+        if name == "chosen" and isinstance(value, str) and (rendered := undone(value, where)) is not None:
+            turns, begun = rendered
+            return [*turns, Turn("assistant", begun)] if begun else turns
         if isinstance(value, list):
             value = next((item for item in value if not is_missing(item)), None)  # alternatives: the first
         if value is ABSENT or is_missing(value):
@@ -313,21 +351,25 @@ class _RowReader:
         if not isinstance(value, (str, int, float)):
             raise InputError(f"{where} holds {kind_of(value)} in {name!r}; name a column of text with --answer-field")
         text = encodable(value, where, name)
-        return [("assistant", text.removeprefix("A: ") if name == "cot_content" else text)]
+        return [Turn("assistant", text.removeprefix("A: ") if name == "cot_content" else text)]
 
     def _earlier_turns(self, fields: Row, where: str, context: list[Turn]) -> list[Turn]:
-        """Turns that are in columns of their own: Alpaca's `system` and `history`."""
+        """Turns that are in columns of their own: `tools`, and Alpaca's `system` and `history`."""
         turns: list[Turn] = []
+        for name in TOOL_COLUMNS:
+            if not turns and (tools := tools_turn(fields.get(name), where)) is not None:
+                self._use("context", name)
+                turns.append(tools)
         system = next((name for name in SYSTEM_COLUMNS if _is_text(fields.get(name))), None)
-        if system is not None and not (context and context[0][0] == "system"):
+        if system is not None and not (context and context[0].role == "system"):
             self._use("context", system)
-            turns.append(("system", encodable(fields[system], where, "system")))
+            turns.append(Turn("system", encodable(fields[system], where, "system")))
         for pair in fields.get("history") or ():
             if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
                 raise InputError(f"{where} has a history that is no list of [question, answer] pairs; correct it")
             self._use("context", "history")
             question, answer = (encodable(text, where, "history") for text in pair)
-            turns += [("user", question), ("assistant", answer)]
+            turns += [Turn("user", question), Turn("assistant", answer)]
         return turns
 
 
@@ -377,6 +419,10 @@ def is_missing(value: Any) -> bool:
     if isinstance(value, float):
         return math.isnan(value)
     return value is None or value == [] or (isinstance(value, str) and not value.strip())
+
+
+def _is_rendered(value: Any) -> bool:
+    return isinstance(value, str) and undone(value, "") is not None
 
 
 def _is_text(value: Any) -> bool:
