@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from real_templates import byte_tokenizer, real_templates
 from tokenizers import AddedToken, Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE, WordLevel
-from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -638,23 +637,6 @@ def test_template_that_does_not_show_the_question_is_refused() -> None:
 
 
 # ---- the templates of real models
-
-
-def real_templates() -> list[str]:
-    found = importlib.util.find_spec("trl")
-    if found is None or found.origin is None:
-        return []
-    folder = Path(found.origin).parent / "chat_templates"
-    return [str(path) for path in sorted(folder.glob("*.jinja")) if not path.stem.endswith("_training")]
-
-
-def byte_tokenizer(chat: str, merges: Sequence[tuple[str, str]] = ()) -> PreTrainedTokenizerFast:
-    """Every byte a token, but for the merges, so that ids can be turned back into the very text."""
-    alphabet = [*sorted(ByteLevel.alphabet()), *(a + b for a, b in merges)]
-    core = Tokenizer(BPE({letter: i for i, letter in enumerate(alphabet)}, [*merges]))
-    core.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = ByteLevelDecoder()
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<bos>", eos_token="<eos>", chat_template=chat)
 
 
 @pytest.mark.skipif(not real_templates(), reason="trl, which ships the chat templates of real models, is not installed")

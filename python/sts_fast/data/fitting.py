@@ -17,6 +17,8 @@ NOTES = {
     "joined": "does not take two turns of one role in a row: they are joined",
     "numbered_calls": "does not take the ids of tool calls: they are numbered",
     "calls_as_text": "does not write tool calls: they are written as JSON behind the text of the turn",
+    "text_in_reasoning": "does not take a text beside both reasoning and tool calls: it is put behind the reasoning",
+    "without_text_of_calls": "does not write a text beside tool calls: it is left out",
     "without_reasoning": "does not write the assistant's reasoning: it is left out",
     "without_tools": "does not write which tools there are: they are left out",
 }
@@ -33,6 +35,8 @@ class Fit:
     results_as_user: bool = False
     without_opening: bool = False
     joined: bool = False
+    text_in_reasoning: bool = False
+    without_text_of_calls: bool = False
     without_reasoning: bool = False
     without_tools: bool = False
     text_arguments: bool = False
@@ -47,6 +51,13 @@ class Fit:
         changed = list(turns)
         if self.without_tools:
             changed = [turn for turn in changed if turn.role != "tools"]
+        if self.text_in_reasoning:
+            changed = [
+                replace(turn, content="", reasoning=f"{turn.reasoning}\n\n{turn.content}") if _says_all(turn) else turn
+                for turn in changed
+            ]
+        if self.without_text_of_calls:
+            changed = [replace(turn, content="") if turn.tool_calls else turn for turn in changed]
         if self.without_reasoning:
             changed = [replace(turn, reasoning="") for turn in changed]
         if self.calls_as_text:
@@ -72,9 +83,11 @@ def fits(turns: Sequence[Turn]) -> Iterator[Fit]:
     relevant = {
         "text_arguments": has_calls,
         "numbered_calls": has_calls,
+        "text_in_reasoning": any(map(_says_all, turns)),
+        "without_text_of_calls": any(turn.tool_calls and turn.content for turn in turns),
+        "without_reasoning": any(turn.reasoning for turn in turns),
         "calls_as_text": has_calls,
         "without_tools": "tools" in roles,
-        "without_reasoning": any(turn.reasoning for turn in turns),
         "system_in_user": "system" in roles,
         "results_as_user": "tool" in roles,
         "joined": True,
@@ -83,7 +96,13 @@ def fits(turns: Sequence[Turn]) -> Iterator[Fit]:
     names = [name for name, is_relevant in relevant.items() if is_relevant]
     for n in range(len(names) + 1):
         for chosen in itertools.combinations(names, n):
+            if "text_in_reasoning" in chosen and "without_reasoning" in chosen:
+                continue  # the text would be lost too
             yield Fit(**dict.fromkeys(chosen, True))
+
+
+def _says_all(turn: Turn) -> bool:
+    return bool(turn.content and turn.reasoning and turn.tool_calls)
 
 
 def _with_text(call: ToolCall) -> ToolCall:
@@ -141,28 +160,32 @@ def _joined(turns: Sequence[Turn]) -> list[Turn]:
 
 def signed(turns: Sequence[Turn], sign: str) -> tuple[Turn, ...]:
     """Turns of the same shape in which every text is a sign of its own: all that a fit depends on."""
-    return tuple(_signed(turn, f"{sign}{i}{sign}", sign) for i, turn in enumerate(turns))
+    return tuple(_signed(turn, i, sign) for i, turn in enumerate(turns))
 
 
-def _signed(turn: Turn, own: str, sign: str) -> Turn:
+def _signed(turn: Turn, i: int, sign: str) -> Turn:
+    said, thought, called = (f"{sign}{kind}{i}{sign}" for kind in ("said", "thought", "called"))
     if turn.role == "tools":
-        schema = {"name": own, "description": sign, "parameters": {"type": "object", "properties": {}}}
-        return Turn("tools", json.dumps([{"type": "function", "function": schema}]))
-    some = json.dumps({sign: sign}, ensure_ascii=False)
+        schema = {"name": called, "description": sign, "parameters": {"type": "object", "properties": {}}}
+        return Turn("tools", json.dumps([{"type": "function", "function": schema}], ensure_ascii=False))
+    arguments = json.dumps({sign: sign}, ensure_ascii=False)
     return replace(
         turn,
-        content=own if turn.content.strip() else "",
-        reasoning=f"{own}{sign}" if turn.reasoning else "",
+        content=said if turn.content.strip() else "",
+        reasoning=thought if turn.reasoning else "",
         tool_calls=tuple(
-            ToolCall(f"{own}{i}", some if call.arguments.startswith("{") else own, call.id)
-            for i, call in enumerate(turn.tool_calls)
+            ToolCall(f"{called}{at}", arguments if call.arguments.startswith("{") else sign, call.id)
+            for at, call in enumerate(turn.tool_calls)
         ),
     )
 
 
 def written(turns: Sequence[Turn], text: str) -> bool:
-    """Whether a text holds all that signed turns of a fit say, apart from what the assistant says and thinks."""
+    """Whether a text holds all that signed turns of a fit say.
+
+    Of the assistant, the tool calls and the text beside them: templates may cut into replies and thoughts.
+    """
     names = [call.name for turn in turns for call in turn.tool_calls]
     names += [tool["function"]["name"] for turn in turns if turn.role == "tools" for tool in json.loads(turn.content)]
-    contents = [turn.content for turn in turns if turn.role in ("system", "user", "tool")]
+    contents = [turn.content for turn in turns if turn.role in ("system", "user", "tool") or turn.tool_calls]
     return all(part.strip() in text for part in [*names, *contents])

@@ -107,6 +107,10 @@ class PromptTemplate:
         owners[owners >= 0] = turn_of_span[owners[owners >= 0]]
         return ids, owners
 
+    def fitted(self, turns: Sequence[Turn]) -> list[Turn]:
+        """The turns as the chat template is given them."""
+        return self._fit(turns).apply(turns) if self.is_chat else list(turns)
+
     def notes(self, turns: Sequence[Turn]) -> tuple[str, ...]:
         """What the chat template makes it necessary to change in a conversation, each as in `fitting.NOTES`."""
         return self._fit(turns).notes() if self.is_chat else ()
@@ -117,7 +121,7 @@ class PromptTemplate:
     def _spans(self, turns: Sequence[Turn], i: int, text: str) -> list[tuple[int, int]]:
         """Ranges of what a turn says in a rendered conversation, none of which is empty."""
         turn, spans = turns[i], []
-        if turn.content.strip():
+        if turn.content.strip() and turn.role != "tools":
             spans.append(self._span(turns, i, replace(turn, content=SIGN), turn.content, text))
         if turn.reasoning.strip():
             spans.append(self._span(turns, i, replace(turn, reasoning=SIGN), turn.reasoning, text))
@@ -176,7 +180,7 @@ class PromptTemplate:
         something else. Where a part of an answer is missing, the template is given a sign to write in its place, and
         the answer is put where the sign stands. An answer whose sign the template does not write either stays cut.
         """
-        turns = self._fit(turns).apply(turns)
+        turns = self.fitted(turns)
         text = self._rendered(turns)
         if not any(turn.content.strip() in text for turn in turns if turn.role == "user"):
             raise InputError("the model's chat template does not write what the user says: give it another template")
