@@ -268,10 +268,10 @@ class _RowReader:
         reply = self._reply(row, fields, where)
         if any(turn.role == "user" for turn in reply):
             turns = reply  # preference data whose chosen side is the whole conversation
-        elif begun:
+        elif begun and (reply or begun.strip() != "<think>"):
             # The question column holds the start of the reply, or all of it where there is no answer column.
-            first = Turn("assistant", begun + reply[0].content) if reply else Turn("assistant", begun)
-            turns = [*turns, first, *reply[1:]]
+            is_whole = not reply or reply[0].content.strip() in begun
+            turns = [*turns, Turn("assistant", begun if is_whole else begun + reply[0].content), *reply[1:]]
         elif turns and turns[-1].role != "assistant":
             turns = turns + reply
         check_no_media(fields, turns, where)

@@ -50,7 +50,10 @@ _LAYOUTS = (
         r"<\|(?P<role>system|user|assistant|prompter|observation)\|>", r"</s>|<\|end\|>|<\|endoftext\|>"
     ),
     Layout(  # DeepSeek, whose system turn has no header
-        r"<[｜|](?P<role>User|Assistant)[｜|]>", r"<｜end▁of▁sentence｜>", r"\A(?:<｜begin|<[｜|]User)", r"[^<]*"
+        r"<[｜|](?P<role>User|Assistant)[｜|]>",
+        r"<｜end▁of▁sentence｜>",
+        rf"\A(?:<｜begin|{_START}<[｜|]User)",
+        r"[^<]*",
     ),
     Layout(  # Alpaca
         r"^#{2,3} ?(?P<role>System|Instruction|Input|Response):[ \t]*", _END, r"^#{2,3} ?Response:", r".*?"
@@ -63,6 +66,8 @@ _LAYOUTS = (
         r"(?:^|(?<=\s)|(?<=</s>))(?P<role>USER|ASSISTANT):[ \t]*", r"</s>", r"\sASSISTANT:", _VICUNA
     ),
 )
+# Without one of these a text is not rendered; most texts have none.
+_ANY = re.compile(r"<\||<｜|<start_of_turn>|\[INST\]|^#{2,3} ?\w+:|^(?:Human|User):|USER:", re.MULTILINE)
 _ROLES = {**ROLES, "instruction": "user", "input": "user", "response": "assistant", "chatbot": "assistant"}
 # What templates write of their own accord into the system turn, or where it would be.
 _OWN = re.compile(
@@ -84,6 +89,8 @@ def undone(text: str, where: str) -> tuple[list[Turn], str] | None:
     Only a text that begins with the marks of a template is rendered: one that mentions them is not.
     """
     text = text.strip()
+    if not _ANY.search(text):
+        return None
     found = _undone_inst(text) or next(filter(None, (_undone_headers(text, layout) for layout in _LAYOUTS)), None)
     if found is None:
         return None
