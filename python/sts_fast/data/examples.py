@@ -247,6 +247,11 @@ class _RowReader:
             known += [name for name in QUESTION_COLUMNS if name in fields]
             known += ["chosen"] if is_turns(fields.get("chosen")) or _is_rendered(fields.get("chosen")) else []
             known += ["text"] if _is_rendered(fields.get("text")) else []
+            if not known and (lost := [name for name in TURN_COLUMNS if not is_missing(fields.get(name))]):
+                raise InputError(
+                    f"{self.path}: {lost[0]!r} holds {kind_of(fields[lost[0]])} that is no conversation; write it as "
+                    'JSON, [{"role": "user", "content": "..."}, ...], or name another column with --question-field'
+                )
             if not known:
                 raise InputError(
                     f"{self.path} has no column known to hold questions among {listed(row)}; "

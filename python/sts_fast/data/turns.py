@@ -87,11 +87,11 @@ def parsed_turns(value: Any, where: str) -> list[Turn]:
         for turn in _turns_of(item, where):
             if not (turn.content.strip() or turn.reasoning or turn.tool_calls or turn.role in ("user", "tool")):
                 continue
-            last = turns[-1] if turns else turn
-            if turn.role == last.role == "assistant" and last.reasoning and not (last.content or last.tool_calls):
-                turns.pop()
-                turn = replace(turn, reasoning="\n\n".join(filter(None, [last.reasoning, turn.reasoning])))
-            turns.append(turn)
+            if turns and turn.role == "assistant" and _only_thinks(turns[-1]):
+                thoughts = [turns.pop().reasoning, turn.reasoning]
+                turns.append(replace(turn, reasoning="\n\n".join(filter(None, thoughts))))
+            else:
+                turns.append(turn)
     return turns
 
 
@@ -221,6 +221,10 @@ def _turns_of(item: Mapping[str, Any], where: str) -> list[Turn]:
     elif name in ("function_call", "tool_call") and (loaded := _loaded(content)) is not content:
         content, calls = "", [*calls, *_calls(loaded, where)]
     return [Turn(role, content, "\n\n".join(filter(None, thoughts)), tuple(calls))]
+
+
+def _only_thinks(turn: Turn) -> bool:
+    return bool(turn.reasoning) and not turn.content and not turn.tool_calls
 
 
 def _reasoning(value: Any, where: str) -> str:
