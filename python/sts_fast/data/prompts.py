@@ -214,7 +214,7 @@ def _lost_answers(
     if not demos or not template.is_chat:
         return ()
     text = template.text([*demo_turns, STAND_IN_DEMO[0]])
-    replies = [template.fitted([demo.reply])[0] for demo in demos if demo.reply is not None]
+    replies = [template.fitted([*demo.turns, demo.reply])[-1] for demo in demos if demo.reply is not None]
     n_lost = sum(reply.content.strip() not in text or reply.reasoning.strip() not in text for reply in replies)
     if not n_lost:
         return ()
