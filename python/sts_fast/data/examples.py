@@ -269,8 +269,8 @@ class _RowReader:
         return encodable(value, where, self.category_column).strip()
 
     def _example(self, row: Row, fields: Row, where: str, default_id: str) -> Example:
-        turns, begun = self._turns(row, fields, where)
         reply = self._reply(row, fields, where)
+        turns, begun = self._turns(row, fields, where, reply[-1].content if reply else "")
         if any(turn.role == "user" for turn in reply):
             turns = reply  # preference data whose chosen side is the whole conversation
         elif begun and (reply or begun.strip() != "<think>"):
@@ -303,7 +303,7 @@ class _RowReader:
             tool_calls=last.tool_calls if last is not None and is_answered else (),
         )
 
-    def _turns(self, row: Row, fields: Row, where: str) -> tuple[list[Turn], str]:
+    def _turns(self, row: Row, fields: Row, where: str, reply: str) -> tuple[list[Turn], str]:
         """The conversation that the question column holds, and how it makes the reply begin, which is rare."""
         name = self.question_field or self.question_column
         value = fields.get(name) if self.question_field is None else lookup(row, name)
@@ -317,7 +317,7 @@ class _RowReader:
         if not isinstance(value, str):
             raise InputError(f"{where} holds {kind_of(value)} in {name!r}; name a column of text with --question-field")
         question = encodable(value, where, name).strip()
-        if (rendered := undone(question, where)) is not None:
+        if (rendered := undone(question, where, reply)) is not None:
             return rendered
         if name.lower() == "instruction":
             added = [column for column in INPUT_COLUMNS if _is_text(fields.get(column))]
