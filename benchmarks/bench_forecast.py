@@ -48,7 +48,8 @@ from transformers.cache_utils import DynamicLayer
 import sts_fast
 from benchmarks.timing import synchronize
 from sts_fast.data.examples import Example
-from sts_fast.data.prompts import Prompt, PromptTemplate, build_prompts, choose_demos
+from sts_fast.data.prompts import Prompt, build_prompts, choose_demos
+from sts_fast.data.template import PromptTemplate
 from sts_fast.model.language_model import LanguageModel
 from sts_fast.sae import SAE
 

@@ -4,6 +4,7 @@
 #include <sts/check.h>
 #include <sts/sae_ops.h>
 
+#include <algorithm>
 #include <utility>
 
 namespace py = pybind11;
@@ -42,6 +43,57 @@ constexpr uint8_t kDLFloat = 2, kDLBfloat = 4;
 std::string text(const py::handle& object) {
     return py::str(object).cast<std::string>();
 }
+
+/// Answers Ctrl-C, and every other signal that Python handles, while an op runs without the interpreter lock.
+void answer_signals() {
+    const py::gil_scoped_acquire acquire;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
+/// A numpy array without a mask, which its memory does not show.
+void check_not_masked(const py::array& array, const std::string& name) {
+    check(!py::hasattr(array, "mask"),
+          name + " is a masked array, whose mask would be ignored: pass its filled(), or only rows without a mask");
+}
+
+/// The memory of an op's arguments, of which no accumulator may be a part.
+class Memory {
+  public:
+    void read(const MatrixView& matrix, const char* name) {
+        if (matrix.n_rows == 0 || matrix.n_cols == 0) return;
+        const int64_t down = (matrix.n_rows - 1) * matrix.row_stride, along = (matrix.n_cols - 1) * matrix.col_stride;
+        const int64_t size = matrix.dtype == DType::float32 ? 4 : 2;
+        const char* data = static_cast<const char*>(matrix.data);
+        add(data + size * (std::min<int64_t>(down, 0) + std::min<int64_t>(along, 0)),
+            data + size * (std::max<int64_t>(down, 0) + std::max<int64_t>(along, 0) + 1), name);
+    }
+    void read(const Table<const double>& table, const char* name) {
+        add(table.data, table.data + table.n_rows * table.n_cols, name);
+    }
+    template <class T>
+    void write(const Span<T>& span, const char* name) {
+        write(span.data, span.data + span.size, name);
+    }
+    void write(const Table<double>& table, const char* name) {
+        write(table.data, table.data + table.n_rows * table.n_cols, name);
+    }
+
+  private:
+    struct Part {
+        const char *begin, *end, *name;
+    };
+    void add(const void* begin, const void* end, const char* name) {
+        if (begin != end) parts_.push_back({static_cast<const char*>(begin), static_cast<const char*>(end), name});
+    }
+    void write(const void* begin, const void* end, const char* name) {
+        for (const Part& part : parts_)
+            check(begin == end || begin >= part.end || end <= part.begin,
+                  std::string(name) + " lies in the memory of " + part.name + ": pass an array of its own");
+        add(begin, end, name);
+    }
+
+    std::vector<Part> parts_;
+};
 
 /// A Python array of float32 or bfloat16 and what keeps its memory alive.
 class Borrowed {
@@ -89,11 +141,13 @@ class Borrowed {
     }
 
     void take_numpy(const py::array& array) {
-        if (!py::isinstance<py::array_t<float>>(array)) fail("must be float32 or bfloat16, got " + text(array.dtype()));
+        check_not_masked(array, name_);
+        if (!py::isinstance<py::array_t<float>>(array))
+            fail("must be float32 or bfloat16, got " + text(array.dtype()) + ": convert it with astype('float32')");
         owner_ = array;
         data_ = array.data();
         constexpr py::ssize_t kSize = sizeof(float);
-        if (reinterpret_cast<uintptr_t>(data_) % alignof(float)) fail("must be aligned to its elements");
+        check_aligned(alignof(float));
         for (py::ssize_t i = 0; i < array.ndim(); ++i) {
             if (array.strides(i) % kSize) fail("must have strides of whole elements");
             shape_.push_back(array.shape(i));
@@ -101,12 +155,16 @@ class Borrowed {
         }
     }
 
+    void check_aligned(size_t alignment) const {
+        if (reinterpret_cast<uintptr_t>(data_) % alignment) fail("must be aligned to its elements: pass a copy");
+    }
+
     void take_dlpack(const py::object& object) {
         py::capsule capsule;
         try {
             const int device = object.attr("__dlpack_device__")().cast<py::tuple>()[0].cast<int>();
             if (device != kDLCPU && device != kDLCUDAHost)
-                fail("must be on the CPU: these are the CPU ops, move it there first");
+                fail("must be on the CPU, where the other arguments are: pass its cpu()");
             capsule = object.attr("__dlpack__")();
         } catch (const py::error_already_set& error) {
             const bool needs_grad = py::hasattr(object, "requires_grad") && py::bool_(object.attr("requires_grad"));
@@ -135,8 +193,10 @@ class Borrowed {
             dtype_ = DType::bfloat16;
         else
             fail("must be float32 or bfloat16, got " +
-                 (py::hasattr(owner_, "dtype") ? text(owner_.attr("dtype")) : "another dtype"));
+                 (py::hasattr(owner_, "dtype") ? text(owner_.attr("dtype")) : "another dtype") +
+                 ": convert it with float()");
         data_ = static_cast<const char*>(tensor.data) + tensor.byte_offset;
+        check_aligned(dtype_ == DType::float32 ? alignof(float) : alignof(uint16_t));
         int64_t contiguous = 1;
         shape_.assign(tensor.shape, tensor.shape + tensor.ndim);
         strides_.resize(shape_.size());
@@ -214,6 +274,7 @@ py::array_t<T> accumulator(const py::object& object, const char* name, int ndim)
               (py::isinstance<py::array>(object) ? text(object.attr("dtype"))
                                                  : text(py::type::of(object).attr("__name__"))));
     auto array = py::reinterpret_borrow<py::array_t<T>>(object);
+    check_not_masked(array, name);
     check(array.ndim() == ndim, std::string(name) + " must have " + std::to_string(ndim) +
                                     (ndim == 1 ? " dimension" : " dimensions") + ", got " +
                                     std::to_string(array.ndim()));
@@ -242,6 +303,7 @@ Table<const double> row_table(const py::object& object, const char* name, py::ob
           std::string(name) + " must be a numpy array of float64, got " +
               (py::isinstance<py::array>(object) ? text(object.attr("dtype"))
                                                  : text(py::type::of(object).attr("__name__"))));
+    check_not_masked(py::reinterpret_borrow<py::array>(object), name);
     auto array = py::array_t<double, py::array::c_style>::ensure(object);
     check(array.ndim() == 2, std::string(name) + " must be [n_tokens, K], got " + std::to_string(array.ndim()) +
                                  (array.ndim() == 1 ? " dimension" : " dimensions"));
@@ -251,6 +313,7 @@ Table<const double> row_table(const py::object& object, const char* name, py::ob
 
 Span<const int64_t> column_numbers(const py::object& object, py::object& owner) {
     if (object.is_none()) return {};
+    if (py::isinstance<py::array>(object)) check_not_masked(py::reinterpret_borrow<py::array>(object), "columns");
     auto array = py::array::ensure(object);
     if (!array) {
         PyErr_Clear();
@@ -283,6 +346,19 @@ void accumulate_shift(const Encoder& encoder, const py::object& base, const py::
         sums<double>(sum_other, "sum_other"),          sums<double>(sum_sq_base, "sum_sq_base"),
         sums<double>(sum_sq_other, "sum_sq_other"),    sums<int64_t>(n_fired_base, "n_fired_base"),
         sums<int64_t>(n_fired_other, "n_fired_other"), sum_table(weighted_sq_shift, "weighted_sq_shift")};
+    Memory memory;
+    memory.read(encoder.core.W_enc, "W_enc");
+    memory.read(base_view, "base");
+    memory.read(other_view, "other");
+    memory.read(weights, "row_weights");
+    memory.write(accumulators.sum_sq_shift, "sum_sq_shift");
+    memory.write(accumulators.sum_base, "sum_base");
+    memory.write(accumulators.sum_other, "sum_other");
+    memory.write(accumulators.sum_sq_base, "sum_sq_base");
+    memory.write(accumulators.sum_sq_other, "sum_sq_other");
+    memory.write(accumulators.n_fired_base, "n_fired_base");
+    memory.write(accumulators.n_fired_other, "n_fired_other");
+    memory.write(accumulators.weighted_sq_shift, "weighted_sq_shift");
     const py::gil_scoped_release release;
     sts::accumulate_shift(encoder.core, base_view, other_view, numbers, weights, accumulators);
 }
@@ -297,6 +373,14 @@ void accumulate_moments(const Encoder& encoder, const py::object& acts, const py
     const Table<const double> target_rows = row_table(targets, "targets", targets_owner);
     const sts::MomentSums accumulators{sums<double>(sum_h, "sum_h"), sums<double>(sum_sq_h, "sum_sq_h"),
                                        sums<int64_t>(n_fired, "n_fired"), sum_table(sum_hy, "sum_hy")};
+    Memory memory;
+    memory.read(encoder.core.W_enc, "W_enc");
+    memory.read(view, "acts");
+    memory.read(target_rows, "targets");
+    memory.write(accumulators.sum_h, "sum_h");
+    memory.write(accumulators.sum_sq_h, "sum_sq_h");
+    memory.write(accumulators.n_fired, "n_fired");
+    memory.write(accumulators.sum_hy, "sum_hy");
     const py::gil_scoped_release release;
     sts::accumulate_moments(encoder.core, view, numbers, target_rows, accumulators);
 }
@@ -327,6 +411,7 @@ py::tuple encode_sparse(const Encoder& encoder, const py::object& acts, const py
 
 // The docstrings are in _cpu.pyi.
 PYBIND11_MODULE(_cpu, m) {
+    sts::set_poll(&answer_signals);
     const py::none none;
     py::class_<Encoder>(m, "Encoder")
         .def(py::init<const py::object&, const py::object&, const std::string&, const py::object&, const py::object&,

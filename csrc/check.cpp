@@ -10,7 +10,15 @@
 
 namespace sts {
 
+void check_extent(const MatrixView& matrix, const char* name) {
+    constexpr int64_t kMost = int64_t{1} << 48;
+    check(matrix.n_cols == 0 || matrix.n_rows <= kMost / matrix.n_cols,
+          std::string(name) + " must have at most 2^48 elements, got [" + std::to_string(matrix.n_rows) + ", " +
+              std::to_string(matrix.n_cols) + "]");
+}
+
 void check_activations(const MatrixView& acts, int64_t d_in, const char* name) {
+    check_extent(acts, name);
     check(acts.n_cols == d_in, std::string(name) + " must have d_in = " + std::to_string(d_in) +
                                    " columns as W_enc has rows, got " + std::to_string(acts.n_cols));
     check(acts.col_stride == 1, std::string(name) +
@@ -46,6 +54,7 @@ void check_rows(const MatrixView& acts, InputNorm norm, const char* name) {
 
 void check_finite(Table<const double> values, const char* name) {
     for (int64_t i = 0; i < values.n_rows * values.n_cols; ++i) {
+        if (i % (1 << 20) == 0) cpu::poll();
         uint64_t bits;
         std::memcpy(&bits, values.data + i, sizeof bits);
         if ((bits & 0x7ff0000000000000u) == 0x7ff0000000000000u)

@@ -48,6 +48,7 @@ Encoder::Encoder(MatrixView W, Activation act, std::vector<float> bias_, std::ve
       checked_(new CheckedColumns{{}, std::vector<bool>(static_cast<size_t>(W.n_cols)), W.n_cols}) {
     check(W.n_rows >= 1 && W.n_cols >= 1, "W_enc must be [d_in, d_sae] with at least one row and one column, got [" +
                                               std::to_string(W.n_rows) + ", " + std::to_string(W.n_cols) + "]");
+    check_extent(W, "W_enc");
     check(W.n_cols <= INT32_MAX, "W_enc must have fewer than 2^31 columns, got " + std::to_string(W.n_cols));
     check(W.row_stride == 1 || W.col_stride == 1,
           "W_enc must be contiguous along its rows or its columns, got element strides of " +

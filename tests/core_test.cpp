@@ -183,6 +183,43 @@ void check_refusals() {
     }
 }
 
+struct Stopped {};
+
+void check_poll() {
+    const std::vector<float> W(6, 1), acts(3 * 400, 1);
+    const sts::MatrixView W_enc{W.data(), DType::float32, 3, 2, 2, 1}, rows{acts.data(), DType::float32, 400, 3, 3, 1};
+    const sts::Encoder encoder(W_enc, Activation::relu, {0, 0}, {}, {}, {}, 0, sts::InputNorm::none);
+    for (const int n_threads : {1, 3}) {
+        sts::set_num_threads(n_threads);
+        sts::set_poll([] { throw Stopped{}; });
+        bool is_stopped = false;
+        // The function is not called again before a tenth of a second has passed.
+        for (int i = 0; i < 10'000'000 && !is_stopped; ++i) {
+            try {
+                sts::encode_sparse(encoder, rows, {});
+            } catch (const Stopped&) {
+                is_stopped = true;
+            }
+        }
+        sts::set_poll(nullptr);
+        expect(is_stopped, "an op throws what the poll throws");
+        expect(sts::encode_sparse(encoder, rows, {}).values == std::vector<float>(800, 3), "an op after an abandoned one");
+    }
+}
+
+void check_extents() {
+    const std::vector<float> W(6, 1), row{1, 2, 3};
+    const sts::MatrixView W_enc{W.data(), DType::float32, 3, 2, 2, 1};
+    const sts::Encoder encoder(W_enc, Activation::relu, {0, 0}, {}, {}, {}, 0, sts::InputNorm::none);
+    try {
+        // One row, repeated with a stride of 0 so often that the number of elements does not fit 64 bits.
+        sts::encode_sparse(encoder, {row.data(), DType::float32, int64_t{1} << 62, 3, 0, 1}, {});
+        expect(false, "too many elements are refused");
+    } catch (const std::invalid_argument& error) {
+        expect(std::string(error.what()).find("acts must have at most 2^48 elements") == 0, "the sentence about it");
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -217,6 +254,8 @@ int main() {
         std::printf("%s: %d checks\n", instruction_set, n_checks - before);
     }
     check_refusals();
+    check_extents();
+    check_poll();
     std::printf("%d of %d wrong\n", n_failures, n_checks);
     return n_failures ? 1 : 0;
 }

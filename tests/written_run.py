@@ -102,7 +102,8 @@ def make_scores(n: int = 6, seed: int = 0) -> dict[str, Any]:
         },
         "settings": {
             "dims": "icl", "estimators": ["act", "icl", "act_sq"], "controls": "all", "top_n": TOP_N, "tokens": "query",
-            "shots": 2, "domain_shots": 5, "demo_draws": 2, "limit": 256, "n_bootstrap": 1000, "confidence": 0.95, "tuned": None,
+            "shots": 2, "domain_shots": 5, "demo_draws": 2, "limit": 256, "n_bootstrap": 1000, "confidence": 0.95,
+            "tuned": None,
         },
         "shift": {
             "share_of_top_n": float(importance[top].sum() / importance.sum()),

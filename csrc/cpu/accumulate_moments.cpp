@@ -67,10 +67,12 @@ void moments_by_rows(const Encoder& encoder, const MatrixView& acts, Span<const 
                [&](const TileStream::Block& block) {
                    top_k.finish(block.n_tokens);
                    parallel_for(stream.n_workers(), stream.n_workers(), [&](int, int64_t part) {
-                       for (int64_t t = 0; t < block.n_tokens; ++t)
+                       for (int64_t t = 0; t < block.n_tokens; ++t) {
+                           poll();
                            fold_row(top_k.row(t, 0), part * per_worker, std::min((part + 1) * per_worker, n_columns),
                                     targets ? targets.data + (block.first_token + t) * targets.n_cols : nullptr,
                                     targets.n_cols, sums);
+                       }
                    });
                    top_k.clear();
                });

@@ -105,12 +105,14 @@ void shift_by_rows(const Encoder& encoder, const std::vector<MatrixView>& member
                [&](const TileStream::Block& block) {
                    top_k.finish(block.n_tokens);
                    parallel_for(stream.n_workers(), stream.n_workers(), [&](int, int64_t part) {
-                       for (int64_t t = 0; t < block.n_tokens; ++t)
+                       for (int64_t t = 0; t < block.n_tokens; ++t) {
+                           poll();
                            fold_pair(
                                top_k.row(t, 0), top_k.row(t, 1), part * per_worker,
                                std::min((part + 1) * per_worker, n_columns),
                                row_weights ? row_weights.data + (block.first_token + t) * row_weights.n_cols : nullptr,
                                row_weights.n_cols, sums);
+                       }
                    });
                    top_k.clear();
                });

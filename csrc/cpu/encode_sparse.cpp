@@ -66,6 +66,7 @@ SparseRows encode_by_tiles(const Encoder& encoder, const MatrixView& acts, Span<
             }
             block_features.resize(static_cast<size_t>(sparse.indptr.back() - offset));
             for (const auto& worker : workers) {
+                poll();
                 for (size_t i = 0; i < worker->features.size(); ++i)
                     block_features[static_cast<size_t>(next[static_cast<size_t>(worker->rows[i])]++)] =
                         worker->features[i];
@@ -96,6 +97,7 @@ SparseRows encode_by_rows(const Encoder& encoder, const MatrixView& acts, Span<c
                [&](const TileStream::Block& block) {
                    top_k.finish(block.n_tokens);
                    for (int64_t t = 0; t < block.n_tokens; ++t) {
+                       poll();
                        const RowTopK::Row row = top_k.row(t, 0);
                        for (int64_t i = 0; i < row.size; ++i)
                            sparse.indices.push_back(columns ? static_cast<int32_t>(columns.data[row.columns[i]])

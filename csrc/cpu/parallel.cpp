@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <exception>
 #include <mutex>
 #include <system_error>
@@ -26,6 +27,15 @@ int available_cores() {
 }
 
 std::atomic<int> requested_threads{0};
+std::atomic<void (*)()> poll_function{nullptr};
+
+constexpr std::chrono::milliseconds kPollInterval{100};
+
+/// Of a worker, whether its op was abandoned; null on the thread that called the op.
+thread_local const std::atomic<bool>* is_abandoned = nullptr;
+
+/// Ends a worker whose op was abandoned. The caller gets the exception that was first.
+struct Abandoned {};
 
 }  // namespace
 
@@ -39,19 +49,43 @@ int get_num_threads() {
     return n ? n : available_cores();
 }
 
+void set_poll(void (*poll)()) {
+    poll_function = poll;
+}
+
 namespace cpu {
+
+void poll() {
+    if (is_abandoned) {
+        if (*is_abandoned) throw Abandoned{};
+        return;
+    }
+    void (*const function)() = poll_function;
+    if (!function) return;
+    thread_local std::chrono::steady_clock::time_point due;
+    const auto now = std::chrono::steady_clock::now();
+    if (now < due) return;
+    due = now + kPollInterval;
+    function();
+}
 
 void parallel_for(int n_workers, int64_t n, const std::function<void(int, int64_t)>& task) {
     std::atomic<int64_t> next{0};
+    std::atomic<bool> abandoned{false};
     std::exception_ptr error;
     std::mutex error_mutex;
     const auto work = [&](int worker) {
         try {
-            for (int64_t i; (i = next.fetch_add(1)) < n;) task(worker, i);
+            if (worker) is_abandoned = &abandoned;
+            for (int64_t i; (i = next.fetch_add(1)) < n;) {
+                poll();
+                task(worker, i);
+            }
         } catch (...) {
             next = n;
             const std::lock_guard<std::mutex> lock(error_mutex);
-            error = std::current_exception();
+            if (!error) error = std::current_exception();
+            abandoned = true;
         }
     };
     std::vector<std::thread> threads;

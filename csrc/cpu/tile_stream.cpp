@@ -77,6 +77,7 @@ TileStream::Strip::Strip(const TileStream& stream, int worker_, int64_t strip)
 }
 
 Tile TileStream::Strip::tile(int64_t i) const {
+    poll();
     const Workspace& workspace = *stream_.workspaces_[static_cast<size_t>(worker)];
     float* values = workspace.values.data();
     stream_.kernels_.product(stream_.rows_.tile(i), stream_.rows_.panels_in_tile(i), workspace.strip.data(),

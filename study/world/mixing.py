@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import t
 
-from sts_fast.data.prompts import PromptTemplate, build_prompts
+from sts_fast.data.prompts import build_prompts
+from sts_fast.data.template import PromptTemplate
 from sts_fast.demo import organism
 from sts_fast.errors import InputError
 from sts_fast.mix.allot import fill, least_loss, whole_examples

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from sts_fast.data.examples import Example
-from sts_fast.data.prompts import Prompt, PromptTemplate, build_prompts
+from sts_fast.data.prompts import Prompt, build_prompts
+from sts_fast.data.template import PromptTemplate
 from sts_fast.demo import organism
 from sts_fast.demo.demo import CONTROLS as DEMO_CONTROLS
 from sts_fast.demo.demo import PREDICTORS as DEMO_PREDICTORS

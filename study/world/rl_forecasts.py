@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from sts_fast.data.examples import Example
-from sts_fast.data.prompts import Prompt, PromptTemplate, build_prompts
+from sts_fast.data.prompts import Prompt, build_prompts
+from sts_fast.data.template import PromptTemplate
 from sts_fast.demo import organism
 from sts_fast.forecast.controls import cosine
 from sts_fast.model.answers import score_answers

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from sts_fast.data.examples import Example
-from sts_fast.data.prompts import PromptTemplate, build_prompts
+from sts_fast.data.prompts import build_prompts
+from sts_fast.data.template import PromptTemplate
 from sts_fast.demo import organism
 from study.world.grounds import SHORT, Ground
 

@@ -9,7 +9,8 @@ from tiny import D_IN, LAYER, Tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sts_fast.data.examples import load_examples
-from sts_fast.data.prompts import PromptTemplate, build_prompts
+from sts_fast.data.prompts import build_prompts
+from sts_fast.data.template import PromptTemplate
 from sts_fast.mix.kernel import measure_kernel
 from sts_fast.sae import load_sae
 from sts_fast.signed.gradients import HookedModel

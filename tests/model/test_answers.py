@@ -15,7 +15,8 @@ from tiny import SINK, Tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sts_fast.data.examples import load_examples
-from sts_fast.data.prompts import Prompt, PromptTemplate, build_prompts
+from sts_fast.data.prompts import Prompt, build_prompts
+from sts_fast.data.template import PromptTemplate
 from sts_fast.errors import InputError
 from sts_fast.model import answers
 

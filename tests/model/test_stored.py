@@ -317,7 +317,14 @@ SHARD = "sets/0/00000.safetensors"
         (edit_shard(lambda of: of.update({"demos.0": of["demos.0"][1:].clone()})), r"demos.0 is \["),
         (edit_shard(lambda of: of.update({"kept.0": of["kept.0"].int()})), r"kept.0 is .* int32, not .* bool"),
         (edit_shard(lambda of: of.update({"kept.0": of["kept.0"] & False})), "kept_paired.0 keeps tokens that kept.0"),
-        (edit_shard(lambda of: of["base.0"].__setitem__((0, 0), torch.nan)), "base.0 contains NaN or infinity"),
+        (
+            edit_shard(lambda of: of["base.0"].__setitem__((1, 2), torch.nan)),
+            "base.0 contains NaN .* at row 1, column 2",
+        ),
+        (
+            edit_shard(lambda of: of.update({"base.0": of["base.0"].to(torch.float8_e4m3fn)})),
+            "base.0 is .* float8_e4m3fn, not .* of float32, bfloat16 or float16",
+        ),
         (edit_shard(lambda of: of.pop("kept_paired.0")), "kept_paired.0"),
         (truncate("activations.json"), "activations.json is damaged"),
         (

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from ops_problem import COUNTS, SUMS, Problem
 
 from sts_fast.ops import _cpu
@@ -37,6 +38,14 @@ def with_value(value: float, dtype: Any = np.float32, shape: tuple[int, int] = (
     return acts
 
 
+def misaligned(dtype: Any) -> Any:
+    """Ones, two bytes beside where elements belong."""
+    memory = np.zeros(N * D_IN * np.dtype(dtype).itemsize + 4, np.uint8)
+    acts = memory[2:-2].view(dtype).reshape(N, D_IN)
+    acts[:] = 1
+    return acts
+
+
 def read_only(values: Any) -> Any:
     values.flags.writeable = False
     return values
@@ -56,6 +65,16 @@ def read_only(values: Any) -> Any:
         ({"other": array(N + 1, D_IN)}, r"other must have as many rows as base \(6\)"),
         ({"base": with_value(np.nan)}, "base contains a NaN or infinity at row 3, column 2; "),
         ({"other": with_value(-np.inf)}, "other contains a NaN or infinity at row 3, column 2; "),
+        ({"base": np.ma.masked_equal(array(N, D_IN), 2)}, r"base is a masked array, .*: pass its filled\(\), or only"),
+        ({"base": misaligned(np.float32)}, "base must be aligned to its elements: pass a copy"),
+        ({"base": torch.from_numpy(misaligned(np.float32))}, "base must be aligned to its elements: pass a copy"),
+        ({"other": torch.ones(N, D_IN).half()}, "other must be float32 or bfloat16, got torch.float16"),
+        ({"other": torch.ones(N, D_IN, requires_grad=True)}, r"other requires grad: pass its detach\(\)"),
+        ({"other": torch.ones(N, D_IN, device="meta")}, "other cannot be read through DLPack: "),
+        ({"other": torch.ones(1, D_IN).expand(2**50, D_IN)}, r"other must have at most 2\^48 elements, got \[11258"),
+        ({"row_weights": np.ma.masked_equal(array(N, 3, dtype=float), 2)}, "row_weights is a masked array"),
+        ({"sum_base": np.ma.masked_equal(array(D_SAE, dtype=float), 2)}, "sum_base is a masked array"),
+        ({"columns": np.ma.masked_equal([0, 1], 1)}, "columns is a masked array"),
         ({"columns": np.array([1, 1])}, "columns must be strictly increasing, but position 1 holds 1 after 1"),
         ({"columns": np.array([0, D_SAE])}, r"columns must lie in \[0, d_sae = 12\), got 12 at position 1"),
         ({"columns": np.array([-1])}, r"columns must lie in \[0, d_sae = 12\), got -1"),
@@ -91,6 +110,36 @@ def test_shift_names_the_argument_and_changes_nothing(changed: dict[str, Any], m
     for name, value in call_shift.accumulators.items():  # type: ignore[attr-defined]
         if name not in given and value is not None:
             assert (value == 1).all(), name
+
+
+def test_accumulators_in_the_memory_of_others_are_refused() -> None:
+    memory = np.zeros(4 * D_SAE + N * D_IN)
+    one, shifted, half = memory[:D_SAE], memory[D_SAE - 1 : 2 * D_SAE - 1], memory[D_SAE : 2 * D_SAE]
+    message = "^sum_other lies in the memory of sum_base: pass an array of its own$"
+    for other in (one, shifted):
+        with pytest.raises(ValueError, match=message):
+            call_shift(sum_base=one, sum_other=other)
+    assert not memory.any()
+    # Rows and weights too, whatever their strides.
+    acts = memory[: N * D_IN].view(np.float32)[: N * D_IN].reshape(N, D_IN)
+    for rows in (acts, acts[::-1], np.broadcast_to(acts[:1], (N, D_IN))):
+        with pytest.raises(ValueError, match=r"^sum_sq_shift lies in the memory of other: pass"):
+            call_shift(other=rows, sum_sq_shift=memory[:D_SAE])
+    weights, weighted = memory[: N * 3].reshape(N, 3), memory[3 : 3 + 3 * D_SAE].reshape(D_SAE, 3)
+    with pytest.raises(ValueError, match=r"^weighted_sq_shift lies in the memory of row_weights: pass"):
+        call_shift(row_weights=weights, weighted_sq_shift=weighted)
+    with pytest.raises(ValueError, match=r"^sum_sq_h lies in the memory of sum_h: pass"):
+        _cpu.accumulate_moments(
+            Problem("relu", N, D_IN, D_SAE).encoder(),
+            array(N, D_IN),
+            sum_h=half,
+            sum_sq_h=half,
+            n_fired=np.zeros(D_SAE, int),
+        )
+    # Neighbours do not overlap.
+    call_shift(sum_base=one, sum_other=half, sum_sq_base=memory[2 * D_SAE : 3 * D_SAE])
+    assert one.any()
+    assert half.any()
 
 
 def test_the_accepted_call_changes_every_accumulator() -> None:

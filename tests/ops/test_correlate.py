@@ -123,9 +123,10 @@ def test_perfect_correlation() -> None:
 def test_no_rows_and_one_row() -> None:
     sae = make_sae()
     stats = CorrelationStats(sae, 2)
-    assert np.isnan(stats.pearson()).all()
     stats.update(torch.zeros(0, 24), np.zeros((0, 2)))
-    assert stats.n_tokens == 0
+    assert (stats.n_tokens, stats.origin.tolist()) == (0, [0.0, 0.0])
+    with pytest.raises(InputError, match=r"^no tokens have been added yet: call update with rows first$"):
+        stats.pearson()
     stats.update(make_acts(1), [[5.0, 6.0]])
     assert np.isnan(stats.pearson()).all()
     assert (stats.n_tokens, stats.origin.tolist()) == (1, [5.0, 6.0])
@@ -261,11 +262,20 @@ ACTS, TARGETS = make_acts(8), make_targets(8)
         (spoilt(ACTS, np.nan), TARGETS, "acts"),
         (spoilt(ACTS, np.inf), TARGETS, "acts"),
         (ACTS[:, :-1], TARGETS, "acts"),
-        (ACTS.astype(np.float64), TARGETS, "acts"),
-        (ACTS[:7], TARGETS, r"targets must have shape \(7, 3\), but has \(8, 3\)"),
+        (ACTS.astype(np.int16), TARGETS, "acts"),
+        (ACTS, np.ma.masked_greater(TARGETS, 3), "targets is a masked array, whose mask would be ignored"),
+        (ACTS, TARGETS + 1j, "targets must be real numbers, got complex128"),
+        (ACTS, TARGETS.astype(object), "targets must be real numbers, got object"),
+        (ACTS, TARGETS.astype(str), "targets must be real numbers, got <U32"),
+        (ACTS, torch.from_numpy(TARGETS).requires_grad_(), r"targets requires grad.*: pass targets\.detach\(\)"),
+        (ACTS[:7], TARGETS, r"targets must have shape \(7, 3\), but has \(8, 3\): pass one row for each token"),
         (ACTS, TARGETS[:, :2], r"targets must have shape \(8, 3\), but has \(8, 2\)"),
+        (ACTS, torch.from_numpy(TARGETS).to_sparse(), r"targets is a sparse tensor: pass targets\.to_dense\(\)"),
+        (ACTS, np.full((8, 3), "2020-01-01", "M8[D]"), r"targets must be real numbers, got datetime64"),
+        (ACTS, TARGETS.T, r"targets must have shape \(8, 3\), but has \(3, 8\): pass numpy\.transpose\(targets\)"),
+        (ACTS, TARGETS.reshape(2, 4, 3).tolist(), r"but has \(2, 4, 3\): pass numpy\.reshape\(targets, \(8, 3\)\)"),
         (ACTS, TARGETS[:, 0], r"targets must have shape \(8, 3\), but has \(8,\)"),
-        (ACTS, spoilt(TARGETS, np.nan), "targets contains a NaN or infinity"),
+        (ACTS, spoilt(TARGETS, np.nan), "targets contains a NaN or infinity at row 7, column 2"),
         (ACTS, spoilt(TARGETS, -np.inf), "targets contains a NaN or infinity"),
     ],
 )

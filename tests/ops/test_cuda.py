@@ -313,6 +313,45 @@ def test_statistics_stay_where_the_rows_are_and_save_the_same_file(rows_on: Any,
         np.testing.assert_array_equal(got.cpu().numpy(), wanted)
 
 
+@pytest.mark.parametrize("form", ["float16", "float64", "batch, seq, d_in", "column by column", "every other row"])
+def test_forms_of_rows(rows_on: Any, form: str) -> None:
+    sae, acts = make_sae("jumprelu"), torch.from_numpy(make_acts(32))
+    given = {
+        "float16": acts.half(),
+        "float64": acts.double(),
+        "batch, seq, d_in": acts.reshape(4, 8, -1),
+        "column by column": acts.T.contiguous().T,
+        "every other row": acts.repeat_interleave(2, dim=0)[::2],
+    }[form]
+    h, stats = features(sae, acts), ShiftStats(sae, n_replicates=1)
+    stats.update(rows_on(given), rows_on(torch.zeros_like(given)), np.ones((32, 1), np.float32))
+    np.testing.assert_allclose(stats.sum_base, h.sum(0), rtol=1e-6)
+    assert np.array_equal(stats.n_fired_base, (h != 0).sum(0))
+    np.testing.assert_array_equal(np.diff(encode(sae, rows_on(given)).on_cpu().indptr), (h != 0).sum(1))
+    masked = np.ma.masked_equal([1, 5], 5)
+    with pytest.raises(InputError, match=r"^columns is a masked array, whose mask would be ignored: drop"):
+        encode(sae, rows_on(given.float()), masked)
+
+
+def test_accumulators_that_share_memory_are_refused(gpu: Any) -> None:
+    problem, memory = Problem("relu", 6, 8, 12), torch.zeros(24, dtype=torch.float64, device=gpu)
+    encoder, fired = encoder_of(problem, gpu), torch.zeros(12, dtype=torch.int64, device=gpu)
+    with pytest.raises(ValueError, match=r"^sum_sq_h lies in the memory of sum_h: pass a tensor of its own$"):
+        cuda.accumulate_moments(
+            encoder, on(gpu, problem.base), sum_h=memory[:12], sum_sq_h=memory[11:23], n_fired=fired
+        )
+    assert not memory.any()
+    cuda.accumulate_moments(encoder, on(gpu, problem.base), sum_h=memory[:12], sum_sq_h=memory[12:], n_fired=fired)
+    assert memory.any()
+
+
+def test_more_rows_than_keys_can_count(gpu: Any) -> None:
+    problem = Problem("relu", 1, 8, 12)
+    rows = on(gpu, problem.base).expand(2**31, 8)
+    with pytest.raises(ValueError, match=r"^acts must have fewer than 2\^31 rows in one call, got 2147483648: pass"):
+        cuda.encode_sparse(encoder_of(problem, gpu), rows)
+
+
 def test_b_dec_goes_through_the_weights_as_they_are_rounded(rows_on: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # Rows that are all b_dec, large: what rounding W_enc does to x W_enc must go out again with b_dec.
     sae = make_sae("standard", d_in=64)

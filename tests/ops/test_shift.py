@@ -332,16 +332,19 @@ def spoilt(array: np.ndarray, value: float) -> np.ndarray:
         (GOOD_BASE, GOOD_OTHER[:, :-1], draws(8), "other"),
         (GOOD_BASE, GOOD_OTHER[:-1], draws(8), "other"),
         (GOOD_BASE[0], GOOD_OTHER[0], draws(8), "base"),
-        (GOOD_BASE.astype(np.float64), GOOD_OTHER, draws(8), "base"),
+        (GOOD_BASE.astype(complex), GOOD_OTHER, draws(8), r"base must be floating point, got complex128.*base\.real"),
+        (np.ma.masked_equal(GOOD_BASE, 0), GOOD_OTHER, draws(8), r"base is a masked array.*base\.filled\(0\)"),
         (GOOD_BASE, GOOD_OTHER.astype(np.int32), draws(8), "other"),
         (GOOD_BASE, GOOD_OTHER.tolist(), draws(8), "other"),
-        (GOOD_BASE, torch.from_numpy(GOOD_OTHER).half(), draws(8), "other"),
+        (GOOD_BASE, torch.from_numpy(GOOD_OTHER).requires_grad_(), draws(8), r"other\.detach\(\)"),
+        (GOOD_BASE, torch.from_numpy(GOOD_OTHER).to("meta"), draws(8), "other is on the device 'meta'"),
+        (GOOD_BASE, torch.from_numpy(GOOD_OTHER).to_sparse(), draws(8), "other is a sparse tensor"),
         (GOOD_BASE, GOOD_OTHER, None, "row_weights must be given exactly where n_replicates > 0, and it is 5"),
         (GOOD_BASE, GOOD_OTHER, draws(7), "row_weights"),
         (GOOD_BASE, GOOD_OTHER, draws(8)[:, :4], "row_weights|weighted_sq_shift"),
         (GOOD_BASE, GOOD_OTHER, draws(8)[:, 0], "row_weights"),
         (GOOD_BASE, GOOD_OTHER, spoilt(draws(8), np.nan), "row_weights"),
-        (GOOD_BASE, GOOD_OTHER, draws(8).astype(np.float32), "row_weights"),
+        (GOOD_BASE, GOOD_OTHER, np.ma.masked_equal(draws(8), 0), "row_weights is a masked array"),
     ],
 )
 def test_faults_name_the_argument_and_add_nothing(base: Any, other: Any, weights: Any, message: str) -> None:
@@ -361,11 +364,46 @@ def test_weights_where_none_are_wanted() -> None:
     assert not stats.sum_base.any()
 
 
-def test_means_need_tokens() -> None:
+def test_means_and_the_top_need_tokens(tmp_path: Path) -> None:
     stats = ShiftStats(make_sae())
     for name in ("mean_squared_shift", "mean_base", "mean_other"):
         with pytest.raises(ValueError, match="no tokens have been added yet"):
             getattr(stats, name)
+    # Empty updates, merges and files have none either.
+    stats.update(*pairs(0))
+    stats.save(tmp_path / "s.safetensors")
+    for empty in (stats, stats + ShiftStats(make_sae()), ShiftStats.load(tmp_path / "s.safetensors")):
+        with pytest.raises(InputError, match=r"^no tokens have been added yet: call update with rows first$"):
+            empty.top(3)
+    stats.update(*pairs(1))
+    assert len(stats.top(3)) == 3
+    for n in (2.0, "3", None):
+        with pytest.raises(ValueError, match="top must be a whole number of features"):
+            stats.top(n)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("n", [-1, 2.5, "3", 10**15, 2**62])
+def test_numbers_of_sums_that_cannot_be(n: Any) -> None:
+    with pytest.raises(InputError, match=r"^n_replicates (must be a whole number|= \d+ makes 70 x \d+ sums)"):
+        ShiftStats(make_sae(), n_replicates=n)
+    with pytest.raises(InputError, match=r"^n_targets (must be a whole number|= \d+ makes 70 x \d+ sums)"):
+        sts_fast.CorrelationStats(make_sae(), n)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (np.ma.masked_equal([3, 4], 4), "columns is a masked array"),
+        (np.array([[3, 4]]), "columns must be a 1-dimensional array of whole numbers"),
+        (np.array(3), "columns must be a 1-dimensional array of whole numbers"),
+        (np.array([3.0]), "columns must be a 1-dimensional array of whole numbers"),
+        (np.ones(70, bool), "columns must be a 1-dimensional array of whole numbers"),
+    ],
+    ids=["masked", "table", "number", "floats", "mask"],
+)
+def test_columns_that_are_not_a_list_of_features(columns: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ShiftStats(make_sae(), columns=columns)
 
 
 @pytest.mark.parametrize("columns", [[3, 3], [4, 2], [-1, 2], [0, 70]])

@@ -60,6 +60,12 @@ def test_schemas_and_fakes_say_what_the_ops_do() -> None:
     torch.library.opcheck(torch.ops.sts_fast.accumulate_shift.default, shift, test_utils=tests)
     torch.library.opcheck(torch.ops.sts_fast.accumulate_moments.default, moments, test_utils=tests)
     torch.library.opcheck(torch.ops.sts_fast.encode_sparse.default, (handle, acts), test_utils=tests)
+    for form in (acts.half(), acts.reshape(1, 5, 24), acts.reshape(5, 4, 6), acts.T.contiguous().T):
+        torch.library.opcheck(torch.ops.sts_fast.encode_sparse.default, (handle, form), test_utils=tests)
+        found = torch.ops.sts_fast.encode_sparse(handle, form)
+        h = features(sae, acts)
+        np.testing.assert_array_equal(found[0], np.r_[0, np.cumsum((h != 0).sum(1))])
+        np.testing.assert_array_equal(found[2], h[h != 0])
 
 
 def test_a_handle_belongs_to_one_sae_and_ends_with_it() -> None:

@@ -13,7 +13,8 @@ import pytest
 from scipy import stats
 
 from sts_fast.errors import InputError
-from sts_fast.outcomes.outcomes import Outcome, cautions, match_domains, read_outcomes
+from sts_fast.outcomes.names import match_domains
+from sts_fast.outcomes.outcomes import Outcome, cautions, read_outcomes
 
 ASSETS = Path(__file__).parents[3] / "shared" / "assets"
 needs_assets = pytest.mark.skipif(not ASSETS.is_dir(), reason="the real evaluation results are not on this machine")
@@ -232,6 +233,9 @@ def test_names_are_matched() -> None:
         "math": "Math",
         "mmlu-pro philosophy": "mmlu_pro_philosophy",
     }
+    # Two benchmarks have two domains of one name; hendrycksTest is an older name of mmlu.
+    assert match_domains(["mmlu_pro_law"], ["mmlu_law"]) == {}
+    assert match_domains(["mmlu law"], ["hendrycksTest-law", "mmlu_pro_law"]) == {"mmlu law": "hendrycksTest-law"}
     # A subject is not matched by the end of its name: college physics is not physics.
     assert match_domains(["physics"], ["hendrycksTest-college_physics"]) == {}
     with pytest.raises(InputError, match="'philosophy' could be mmlu_philosophy or mmlu_pro_philosophy"):

@@ -387,21 +387,47 @@ def test_partial_correlations_given_the_best_text_control() -> None:
     [
         (0.001, 0.5, "The text of the questions alone explains as much: text_digits share, the best of the controls"),
         (0.03, 0.2, "The text of the questions may explain it: text_digits share, the best of the controls"),
-        (0.1, 1.0, None),
+        (0.1, 1.0, "Text alone explains less: text_digits share, the best of the controls that need no model"),
     ],
     ids=["text is better", "score is little better", "score is far better"],
 )
-def test_verdict_says_when_the_text_explains_the_score(of_text: float, own: float, says: str | None) -> None:
+def test_verdict_stands_beside_what_the_text_explains(of_text: float, own: float, says: str) -> None:
     """own: what the score knows of the change itself; the rest of it is what the text says, and noise."""
     rng = np.random.default_rng(3)
     change = rng.normal(0, 0.05, 24)
     digits = np.abs(change) + rng.normal(0, of_text, 24)
     score = own * np.abs(change) + (1 - own) * digits + rng.normal(0, 0.01, 24)
-    verdict = validate(with_texts(score, {"text_digits": digits}), outcomes_from(change)).verdict
-    if says is None:
-        assert "text of the questions" not in verdict
-    else:
-        assert says in verdict
+    result = validate(with_texts(score, {"text_digits": digits}), outcomes_from(change))
+    assert says in result.verdict
+    assert "explain" not in result.verdict.replace(says, "")
+    r = stats.pearsonr(digits, np.abs(change)).statistic
+    partial = residual_r(score, np.abs(change), digits)
+    assert f", has r = {r:.2f}; given it, the score's partial r is {partial:.2f} [" in result.verdict
+    assert " ".join(result.to_text().split()).endswith(result.verdict)
+    assert result.to_dict()["verdict"] == result.verdict
+
+
+def test_the_best_of_several_text_controls_is_the_one_beside_the_verdict() -> None:
+    rng = np.random.default_rng(5)
+    change = rng.normal(0, 0.05, 16)
+    size = np.abs(change)
+    texts = {
+        "text_similarity": size + rng.normal(0, 0.05, 16),
+        "text_length": -size + rng.normal(0, 0.01, 16),
+        "text_digits": rng.normal(0, 1, 16),
+    }
+    verdict = validate(with_texts(size + rng.normal(0, 0.004, 16), texts), outcomes_from(change)).verdict
+    best = max(texts, key=lambda name: abs(stats.pearsonr(texts[name], size).statistic))
+    assert f"{best} share, the best of the controls that need no model" in verdict
+
+
+def test_a_run_with_controls_but_none_of_text_is_told_so() -> None:
+    rng = np.random.default_rng(0)
+    change, score, raw = rng.normal(0, 0.05, (3, 9))
+    said = "The run has no control made from the text of the questions alone"
+    assert said in validate(with_texts(score, {"raw": raw}), outcomes_from(change)).verdict
+    assert said not in validate(with_texts(score, {"text_digits": raw}), outcomes_from(change)).verdict
+    assert said not in validate(with_texts(score, {}), outcomes_from(change)).verdict
 
 
 def test_runs_without_text_controls_have_no_partial_correlation() -> None:

@@ -66,6 +66,9 @@ def test_partial_correlations_given_the_text_are_shown(scores: dict[str, Any], t
         assert not re.search(r"\d", chance.text())
     assert set(labels.values()) <= {*rows}
     section = shown(page.one("section", **{"aria-labelledby": "outcome"}))
+    verdict = " ".join(section.split())
+    assert document["verdict"] in verdict
+    assert "the best of the controls that need no model" in verdict
     assert "Partial correlations are given " + labels[document["size_given_text"]["control"]] in " ".join(
         section.split()
     )

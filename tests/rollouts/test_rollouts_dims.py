@@ -13,7 +13,8 @@ from tiny import D_IN, LAYER, Tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sts_fast.data.examples import Example, load_examples
-from sts_fast.data.prompts import PromptTemplate, build_prompts
+from sts_fast.data.prompts import build_prompts
+from sts_fast.data.template import PromptTemplate
 from sts_fast.forecast.dims import Shift
 from sts_fast.forecast.options import Settings
 from sts_fast.model.language_model import LanguageModel

@@ -16,7 +16,8 @@ from tiny import D_IN, LAYER, Tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sts_fast.data.examples import Example, load_examples
-from sts_fast.data.prompts import Prompt, PromptTemplate, build_prompts
+from sts_fast.data.prompts import Prompt, build_prompts
+from sts_fast.data.template import PromptTemplate
 from sts_fast.errors import InputError
 from sts_fast.sae import load_sae
 from sts_fast.signed.gradients import HookedModel

@@ -19,7 +19,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 import sts_fast
 from sts_fast.cli import main
 from sts_fast.data.examples import load_examples
-from sts_fast.data.prompts import PromptTemplate, build_prompts
+from sts_fast.data.prompts import build_prompts
+from sts_fast.data.template import PromptTemplate
 from sts_fast.errors import InputError
 from sts_fast.outcomes.outcomes import Outcome
 from sts_fast.outcomes.validate import validate

@@ -12,6 +12,9 @@ inline void check(bool ok, const std::string& message) {
     if (!ok) throw std::invalid_argument(message);
 }
 
+/// Throws where `matrix` has so many elements that counts derived from them would overflow.
+void check_extent(const MatrixView& matrix, const char* name);
+
 /// Throws unless `acts` [n, d_in] has `d_in` columns, contiguous within a row.
 void check_activations(const MatrixView& acts, int64_t d_in, const char* name);
 

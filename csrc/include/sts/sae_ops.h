@@ -9,7 +9,8 @@
 /// features.
 ///
 /// Every op checks all of its arguments before it changes any accumulator, and throws std::invalid_argument
-/// with one sentence naming the argument at fault. For given arguments and instruction set the results are
+/// with one sentence naming the argument at fault. Any number of threads may call ops at once, each with its own
+/// accumulators. For given arguments and instruction set the results are
 /// bit-identical whatever the number of threads, and whether the rows come in one call or in several.
 namespace sts {
 
@@ -114,6 +115,10 @@ SparseRows encode_sparse(const Encoder& encoder, const MatrixView& acts, Span<co
 /// Threads that an op may use; by default all cores available to the process.
 void set_num_threads(int n);
 int get_num_threads();
+
+/// A function that an op calls while it runs, at most ten times a second, on the thread that called the op; null, the
+/// default: none. To abandon the op it throws. The op throws the same, and its accumulators have changed in part.
+void set_poll(void (*poll)());
 
 /// "avx512", "avx2" or "portable"; by default the best that this machine has.
 std::string instruction_set();

@@ -30,8 +30,9 @@ from sts_fast.ablate.measure import draw_features, measure
 from sts_fast.ablate.record import SCHEMA_VERSION, Ablation, answers_table, outcome_of
 from sts_fast.data.examples import Example
 from sts_fast.data.options import Option
-from sts_fast.data.prompts import Prompt, PromptSet, PromptTemplate
+from sts_fast.data.prompts import Prompt, PromptSet
 from sts_fast.data.sets import Fields, FieldsOptions, Kind, Sampling, Seed, Sets, Source, check_enough
+from sts_fast.data.template import PromptTemplate
 from sts_fast.errors import InputError
 from sts_fast.forecast.blocks import Scores
 from sts_fast.forecast.run import Forecast

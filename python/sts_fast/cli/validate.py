@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -21,13 +22,41 @@ from sts_fast.outcomes.validate import validate as run_validate
 from sts_fast.report import build_report
 
 
+@dataclass(frozen=True)
+class Evaluations:
+    """What the forecast is held against, and how it is read."""
+
+    before: Annotated[Path | None, Option("Evaluation before training; or a CSV with the changes.")] = None
+    after: Annotated[Path | None, Option("Evaluation after training.")] = None
+    metric: Annotated[
+        list[str] | None,
+        Option("Metric, such as acc, or exact_match,strict-match; or TASK=METRIC for one task; repeatable."),
+    ] = None
+    match: Annotated[
+        list[str] | None, Option("DOMAIN=TASK: outcome of a domain, where the names do not match; repeatable.")
+    ] = None
+    strict: Annotated[
+        bool, Option("Stop where before and after were evaluated differently, or name another model.")
+    ] = False
+
+    def matches(self) -> dict[str, str]:
+        """Domain -> name of its outcome."""
+        matches: dict[str, str] = {}
+        for text in self.match or ():
+            domain, _, task = text.partition("=")
+            if not domain or not task:
+                raise InputError(f"--match takes DOMAIN=TASK, not '{text}'")
+            if domain in matches:
+                raise InputError(f"--match is given twice for '{domain}': give it once")
+            matches[domain] = task
+        return matches
+
+
 def validate(
     runs: Annotated[
         list[Path], typer.Argument(help="Folder that sts-fast score wrote; for --fit several, or a folder of them.")
     ],
-    before: Annotated[Path | None, Option("Evaluation before training; or a CSV with the changes.")] = None,
-    after: Annotated[Path | None, Option("Evaluation after training.")] = None,
-    metric: Annotated[str | None, Option("Metric, such as acc, or exact_match,strict-match.")] = None,
+    evaluations: Evaluations,
     estimator: Annotated[str | None, Option(f"Estimator of the scores: {', '.join(BY_NAME)}.")] = None,
     fit: Annotated[bool, Option("Learn to forecast changes with intervals, from past, validated runs.")] = False,
     output: Annotated[Path, Option("File for score --calibration, written by --fit.")] = Path(CALIBRATION_FILE),
@@ -36,16 +65,25 @@ def validate(
 ) -> None:
     """Compare a forecast with the measured change, and show how much that proves; or learn from many such runs."""
     if fit:
-        if before is not None or after is not None:
+        if evaluations.before is not None or evaluations.after is not None:
             raise InputError("--fit reads the outcomes beside past runs: validate each run first, without --fit")
         _fit(runs, estimator, output, as_json=as_json)
         return
     if len(runs) > 1:
         raise InputError("forecasts are validated one at a time: give one run, or --fit to learn from several")
-    if before is None:
+    if evaluations.before is None:
         raise InputError("--before is missing: give the evaluation before training, or a CSV with the changes")
     run = runs[0]
-    result = run_validate(run, before=before, after=after, metric=metric, estimator=estimator or "act", seed=seed)
+    result = run_validate(
+        run,
+        before=evaluations.before,
+        after=evaluations.after,
+        metric=evaluations.metric,
+        match=evaluations.matches(),
+        strict=evaluations.strict,
+        estimator=estimator or "act",
+        seed=seed,
+    )
     if run.is_dir():
         result.save(run)
         build_report(run)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sts_fast.data.examples import Example
+from sts_fast.data.turns import HEAD_ROLES, Turn
 from sts_fast.errors import SetTooSmall
 
 if TYPE_CHECKING:
-    from sts_fast.data.prompts import PromptTemplate
+    from sts_fast.data.template import PromptTemplate
 
 Fits = Callable[[Example], bool]
 
@@ -119,11 +120,11 @@ def room_for_demos(
     if context_length is None or not examples:
         return [lambda example: True]
     drawn = np.random.default_rng(seed).permutation(len(examples))[:N_MEASURED]
-    lengths = [len(template.token_ids([*examples[i].context, ("user", examples[i].question)])) for i in drawn]
+    lengths = [len(template.token_ids(examples[i].turns)) for i in drawn]
 
     @cache
     def length(example: Example) -> int:
-        return len(template.token_ids([*demo_turns([example]), ("user", "?")]))
+        return len(template.token_ids([*demo_turns([example]), Turn("user", "?")]))
 
     def fits_beside(query_length: float) -> Fits:
         return lambda example: length(example) <= (context_length - query_length) / shots
@@ -131,11 +132,8 @@ def room_for_demos(
     return [fits_beside(float(np.quantile(lengths, share))) for share in SHARES_WITH_ROOM]
 
 
-def demo_turns(demos: Sequence[Example]) -> list[tuple[str, str]]:
-    """Turns of demonstrations, without system turns: templates allow one, at the start, and the query's is shown."""
+def demo_turns(demos: Sequence[Example]) -> list[Turn]:
+    """Turns of demonstrations without tools and system turns: templates allow one of each, and show the query's."""
     return [
-        turn
-        for demo in demos
-        for turn in (*demo.context, ("user", demo.question), ("assistant", demo.answer or ""))
-        if turn[0] != "system"
+        turn for demo in demos for turn in (*demo.turns, demo.reply) if turn is not None and turn.role not in HEAD_ROLES
     ]

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
+from sts_fast.data.rendered import undone
 from sts_fast.data.tables import Row, domain_files, file_rows, train_files
+from sts_fast.data.turns import ToolCall, Turn, check_no_media, is_turns, parsed_turns, split_turns, tools_turn
+from sts_fast.data.values import encodable, kind_of
 from sts_fast.errors import InputError, listed
-
-Turn = tuple[str, str]
 
 # Column names in lower case; the first that a file has is taken.
 TURN_COLUMNS = ("messages", "conversations", "conversation")
@@ -27,23 +27,15 @@ ANSWER_COLUMNS = (
 )
 INPUT_COLUMNS = ("input", "context")  # beside `instruction` only: Alpaca, Dolly
 OPTION_COLUMNS = ("options", "choices")
+TOOL_COLUMNS = ("tools", "functions")
 SYSTEM_COLUMNS = ("system", "system_prompt")
 ID_COLUMNS = ("id", "question_id", "unique_id", "task_id", "problem_id", "example_id", "prompt_id", "uuid", "idx")
 CATEGORY_COLUMNS = ("category", "subject", "domain", "topic")
-
-ROLES = {
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "function_call", "tool_call"), "assistant"),
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("tool", "observation", "function", "tool_response", "ipython"), "tool"),
-}
 
 # What columns are read for, in the order in which they are reported.
 ROLES_OF_COLUMNS = ("category", "id", "context", "question", "options", "answer", "label")
 
 ABSENT = object()
-_CHATML_TURN = re.compile(r"<\|im_start\|>(\w+)\r?\n(.*?)(<\|im_end\|>|\Z)", re.DOTALL)
-_EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*")
 
 
 @dataclass(frozen=True)
@@ -52,14 +44,36 @@ class Example:
 
     id:       the row's own id, else its key in a JSON object, else its row number, counted from 1
     question: the last user turn, stripped; never empty
-    answer:   the reply that follows it, indentation kept; None where the row has none
-    context:  earlier turns as (role, text), role one of system, user, assistant, tool; usually empty
+    answer:   the reply, indentation kept; its tool calls as JSON where it has no text; None where the row has none
+    context:  earlier turns, usually empty; (role, content) is taken for a turn
+    steps:    turns between question and reply: tool calls and their results, usually none
+    reasoning, tool_calls: what the assistant thinks before the answer's text, and calls behind it
     """
 
     id: str
     question: str
     answer: str | None
     context: tuple[Turn, ...] = ()
+    steps: tuple[Turn, ...] = ()
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+
+    def __post_init__(self) -> None:
+        turns = (turn if isinstance(turn, Turn) else Turn(*turn) for turn in self.context)
+        object.__setattr__(self, "context", tuple(turns))
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The conversation up to the reply."""
+        return *self.context, Turn("user", self.question), *self.steps
+
+    @property
+    def reply(self) -> Turn | None:
+        """The reply as a turn; None where there is none."""
+        if self.answer is None:
+            return None
+        alone = Turn("assistant", "", self.reasoning, self.tool_calls)
+        return alone if self.tool_calls and alone.text == self.answer else replace(alone, content=self.answer)
 
 
 @dataclass(frozen=True)
@@ -231,7 +245,13 @@ class _RowReader:
         if self.question_field is None:
             known = [name for name in TURN_COLUMNS if is_turns(fields.get(name))]
             known += [name for name in QUESTION_COLUMNS if name in fields]
-            known += ["chosen"] if is_turns(fields.get("chosen")) else []
+            known += ["chosen"] if is_turns(fields.get("chosen")) or _is_rendered(fields.get("chosen")) else []
+            known += ["text"] if _is_rendered(fields.get("text")) else []
+            if not known and (lost := [name for name in TURN_COLUMNS if not is_missing(fields.get(name))]):
+                raise InputError(
+                    f"{self.path}: {lost[0]!r} holds {kind_of(fields[lost[0]])} that is no conversation; write it as "
+                    'JSON, [{"role": "user", "content": "..."}, ...], or name another column with --question-field'
+                )
             if not known:
                 raise InputError(
                     f"{self.path} has no column known to hold questions among {listed(row)}; "
@@ -249,13 +269,19 @@ class _RowReader:
         return encodable(value, where, self.category_column).strip()
 
     def _example(self, row: Row, fields: Row, where: str, default_id: str) -> Example:
-        turns, begun = self._turns(row, fields, where)
         reply = self._reply(row, fields, where)
-        if any(role == "user" for role, _ in reply):
+        turns, begun = self._turns(row, fields, where, reply[-1].content if reply else "")
+        if any(turn.role == "user" for turn in reply):
             turns = reply  # preference data whose chosen side is the whole conversation
-        elif turns and turns[-1][0] != "assistant":
+        elif begun and (reply or begun.strip() != "<think>"):
+            # The question column holds the start of the reply, or all of it where there is no answer column.
+            is_whole = not reply or reply[0].content.strip() in begun
+            turns = [*turns, Turn("assistant", begun if is_whole else begun + reply[0].content), *reply[1:]]
+        elif turns and turns[-1].role != "assistant":
             turns = turns + reply
-        context, question, answer = _split_turns(turns, where)
+        check_no_media(fields, turns, where)
+        context, question, steps, last = split_turns(turns, where)
+        answer = None if last is None else last.text if not last.content.strip() else last.content
         if not question.strip():
             raise InputError(f"{where} has an empty question; fill it in or remove the row")
         if fields.get("label") is False:
@@ -266,14 +292,18 @@ class _RowReader:
         if own_id is not None:
             self._use("id", own_id)
         earlier = self._earlier_turns(fields, where, context)
+        is_answered = answer is not None and last is not None
         return Example(
             id=encodable(default_id if own_id is None else fields[own_id], where, own_id or "id").strip(),
             question=question.strip(),
-            answer=None if answer is None else _without_margin(begun + answer),
+            answer=None if answer is None else _without_margin(answer),
             context=tuple(earlier + context),
+            steps=tuple(steps),
+            reasoning=last.reasoning.strip() if last is not None and is_answered else "",
+            tool_calls=last.tool_calls if last is not None and is_answered else (),
         )
 
-    def _turns(self, row: Row, fields: Row, where: str) -> tuple[list[Turn], str]:
+    def _turns(self, row: Row, fields: Row, where: str, reply: str) -> tuple[list[Turn], str]:
         """The conversation that the question column holds, and how it makes the reply begin, which is rare."""
         name = self.question_field or self.question_column
         value = fields.get(name) if self.question_field is None else lookup(row, name)
@@ -287,8 +317,8 @@ class _RowReader:
         if not isinstance(value, str):
             raise InputError(f"{where} holds {kind_of(value)} in {name!r}; name a column of text with --question-field")
         question = encodable(value, where, name).strip()
-        if question.startswith("<|im_start|>"):
-            return chatml_turns(question, where)
+        if (rendered := undone(question, where, reply)) is not None:
+            return rendered
         if name.lower() == "instruction":
             added = [column for column in INPUT_COLUMNS if _is_text(fields.get(column))]
             self._use("question", *added)
@@ -298,7 +328,7 @@ class _RowReader:
             self._use("options", next(name for name in OPTION_COLUMNS if not is_missing(fields.get(name))))
         if not all(line in question for line in lines):
             question = "\n".join([question, *lines])
-        return [("user", question)], ""
+        return [Turn("user", question)], ""
 
     def _reply(self, row: Row, fields: Row, where: str) -> list[Turn]:
         """The answer column's turns: usually one of the assistant, none where the row has no answer."""
@@ -310,9 +340,12 @@ class _RowReader:
             value = fields.get(name)
         if not (value is ABSENT or is_missing(value)):
             self._use("answer", name)
-        turns = [value] if isinstance(value, dict) else value
+        turns = [value] if isinstance(value, dict) and not is_turns(value) else value
         if is_turns(turns):
             return parsed_turns(turns, where)
+        if name == "chosen" and isinstance(value, str) and (rendered := undone(value, where)) is not None:
+            turns, begun = rendered
+            return [*turns, Turn("assistant", begun)] if begun else turns
         if isinstance(value, list):
             value = next((item for item in value if not is_missing(item)), None)  # alternatives: the first
         if value is ABSENT or is_missing(value):
@@ -323,21 +356,25 @@ class _RowReader:
         if not isinstance(value, (str, int, float)):
             raise InputError(f"{where} holds {kind_of(value)} in {name!r}; name a column of text with --answer-field")
         text = encodable(value, where, name)
-        return [("assistant", text.removeprefix("A: ") if name == "cot_content" else text)]
+        return [Turn("assistant", text.removeprefix("A: ") if name == "cot_content" else text)]
 
     def _earlier_turns(self, fields: Row, where: str, context: list[Turn]) -> list[Turn]:
-        """Turns that are in columns of their own: Alpaca's `system` and `history`."""
+        """Turns that are in columns of their own: `tools`, and Alpaca's `system` and `history`."""
         turns: list[Turn] = []
+        for name in TOOL_COLUMNS:
+            if not turns and (tools := tools_turn(fields.get(name), where)) is not None:
+                self._use("context", name)
+                turns.append(tools)
         system = next((name for name in SYSTEM_COLUMNS if _is_text(fields.get(name))), None)
-        if system is not None and not (context and context[0][0] == "system"):
+        if system is not None and not (context and context[0].role == "system"):
             self._use("context", system)
-            turns.append(("system", encodable(fields[system], where, "system")))
+            turns.append(Turn("system", encodable(fields[system], where, "system")))
         for pair in fields.get("history") or ():
             if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
                 raise InputError(f"{where} has a history that is no list of [question, answer] pairs; correct it")
             self._use("context", "history")
             question, answer = (encodable(text, where, "history") for text in pair)
-            turns += [("user", question), ("assistant", answer)]
+            turns += [Turn("user", question), Turn("assistant", answer)]
         return turns
 
 
@@ -355,58 +392,6 @@ def lookup(row: Row, field: str) -> Any:
 
 def _is_id(value: Any) -> bool:
     return type(value) in (str, int) and bool(str(value).strip())
-
-
-def parsed_turns(value: Any, where: str) -> list[Turn]:
-    turns: list[Turn] = []
-    for item in value:
-        if not is_turns([item]):
-            raise InputError(f"{where} has a turn that is {kind_of(item)}; write turns as role and content")
-        name = item.get("role") if "role" in item else item["from"]
-        role = ROLES.get(str(name).strip().lower())
-        if role is None:
-            raise InputError(f"{where} has a turn of the unknown role {name!r}; use system, user, assistant or tool")
-        content = item["content"] if "content" in item else item.get("value")
-        text = _turn_text(content, where)
-        if not text.strip() and item.get("tool_calls"):
-            text = encodable(json.dumps(item["tool_calls"], ensure_ascii=False, default=str), where, "tool_calls")
-        if text.strip() or role in ("user", "tool"):
-            turns.append((role, text))
-    return turns
-
-
-def _turn_text(content: Any, where: str) -> str:
-    if content is None:
-        return ""
-    if isinstance(content, list):  # parts, as of a multimodal chat
-        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-            raise InputError(f"{where} has a turn with parts that are not text; keep only text")
-        return "\n".join(encodable(part["text"], where, "content") for part in content)
-    if not isinstance(content, str):
-        raise InputError(f"{where} has a turn whose content is {kind_of(content)}; write it as text")
-    return encodable(content, where, "content")
-
-
-def chatml_turns(text: str, where: str) -> tuple[list[Turn], str]:
-    """Turns of a prompt that was rendered already: the model's own template will render it again.
-
-    The second value is what the open last turn makes the assistant begin with; a thought left empty does not count.
-    """
-    turns = [(match[1], match[2].strip(), bool(match[3])) for match in _CHATML_TURN.finditer(text)]
-    prefill = ""
-    if turns and turns[-1][0] == "assistant" and not turns[-1][2]:
-        prefill = _EMPTY_THOUGHT.sub("", turns.pop()[1])
-    return parsed_turns([{"role": role, "content": content} for role, content, _ in turns], where), prefill
-
-
-def _split_turns(turns: list[Turn], where: str) -> tuple[list[Turn], str, str | None]:
-    """(earlier turns, question, answer): the last user turn that has a reply, else the last user turn."""
-    user_turns = [i for i, (role, _) in enumerate(turns) if role == "user"]
-    if not user_turns:
-        raise InputError(f"{where} has no turn of the user; every conversation needs one")
-    replied = [i for i in user_turns if i + 1 < len(turns) and turns[i + 1][0] == "assistant"]
-    at = replied[-1] if replied else user_turns[-1]
-    return turns[:at], turns[at][1], turns[at + 1][1] if replied else None
 
 
 def _option_lines(fields: Row, where: str) -> list[str]:
@@ -429,15 +414,6 @@ def _option_lines(fields: Row, where: str) -> list[str]:
     return [f"{letter}. {text}" for letter, text in lettered]
 
 
-def encodable(value: object, where: str, name: str) -> str:
-    text = str(value)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{where} has half a character (a lone surrogate) in {name!r}; remove it") from error
-    return text
-
-
 def _without_margin(text: str) -> str:
     """Without blank lines around it; code keeps the indentation of its first line."""
     text = re.sub(r"\A(?:[^\S\n]*\n)+", "", text).rstrip()
@@ -450,17 +426,9 @@ def is_missing(value: Any) -> bool:
     return value is None or value == [] or (isinstance(value, str) and not value.strip())
 
 
+def _is_rendered(value: Any) -> bool:
+    return isinstance(value, str) and undone(value, "") is not None
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
-
-
-def is_turns(value: Any) -> bool:
-    return (
-        isinstance(value, list) and bool(value) and isinstance(value[0], dict) and bool({"role", "from"} & {*value[0]})
-    )
-
-
-def kind_of(value: Any) -> str:
-    if value is None:
-        return "empty"
-    return {dict: "an object", list: "a list", str: "a text", bool: "a truth value"}.get(type(value), "a number")

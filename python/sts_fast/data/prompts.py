@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from itertools import chain
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
 from sts_fast.data.demonstrations import demo_turns, draw_for
 from sts_fast.data.examples import Example
-from sts_fast.errors import InputError
+from sts_fast.data.template import STRADDLING, TEMPLATE, PromptTemplate, common_suffix_length
+from sts_fast.data.turns import HEAD_ROLES, Turn
+from sts_fast.errors import listed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -20,23 +25,15 @@ if TYPE_CHECKING:
     from sts_fast.statistics import IntArray
 
 TokenClass = Literal["query", "template", "last", "answer", "all"]
-Turn = tuple[str, str]
 # Are told how much of a stage is done, and of how much; Progress also which stage.
 Tell = Callable[[int, int], None]
 Progress = Callable[[str, int, int], None]
 
-# Some chat templates print today's date; with a fixed one a forecast is the same tomorrow.
-TEMPLATE_DATE = "26 Jul 2024"
-FIXED_DATE = "{%- macro strftime_now(format) -%}" + TEMPLATE_DATE + "{%- endmacro %}"
-
-# Stands in a template's text for an answer that is put there afterwards; from Unicode's private use area.
-SIGN = "\ue0f5"
-
-# Whose a token is that is no turn's.
-TEMPLATE, STRADDLING = -1, -2
+# What a rendered prompt begins with, whatever the template.
+_BEGINS_RENDERED = re.compile(r"\s*(?:<\|[\w ]+\|>|<s>|<bos>|\[(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS)\])")
 
 # A demonstration that stands in where a set has none: only the query's own turn is common to both prompts.
-STAND_IN_DEMO: list[Turn] = [("user", "?"), ("assistant", "!")]
+STAND_IN_DEMO = [Turn("user", "?"), Turn("assistant", "!")]
 
 
 @dataclass(frozen=True)
@@ -95,171 +92,6 @@ class PromptSet:
         return texts if len(texts) == len(self.prompts) else None
 
 
-class PromptTemplate:
-    """Renders turns as token ids: with the tokenizer's own chat template, else as plain question and answer text.
-
-    prepend_bos: put the tokenizer's BOS before plain text even where the tokenizer itself does not (SAEs record how
-        they were trained); a chat template always decides for itself, so that no prompt gets two.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, prepend_bos: bool = False) -> None:
-        self.tokenizer = tokenizer
-        self.is_chat = bool(getattr(tokenizer, "chat_template", None))
-        self.prepend_bos = prepend_bos and tokenizer.bos_token_id is not None
-        # Turn marks such as <|start_header_id|> are special tokens too, but not named ones.
-        marks = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self.special_ids = np.asarray(sorted(marks | set(tokenizer.all_special_ids)), dtype=np.int32)
-        try:
-            self._chat_template = FIXED_DATE + str(tokenizer.get_chat_template()) if self.is_chat else None
-        except ValueError as error:  # several templates, none of them the default
-            raise InputError(f"the model's tokenizer does not say which chat template to use: {error}") from error
-        # Templates of models that see images may want a turn as a list of parts, and show nothing of a plain text.
-        self._in_parts = self.is_chat and not self._shows_questions() and self._shows_questions(in_parts=True)
-
-    def token_ids(self, turns: Sequence[Turn]) -> IntArray:
-        """[n] int32 token ids of (role, text) turns; a conversation that ends with the user is left open to answer.
-
-        Raises InputError where the model's chat template refuses the turns.
-        """
-        return self.written_ids(self._written(turns))
-
-    def written_ids(self, text: str) -> IntArray:
-        """[n] int32 token ids of a conversation that is written already, with BOS where there is to be one."""
-        return self._tokens(text)[0]
-
-    def owned_ids(self, turns: Sequence[Turn], n_own: int) -> tuple[IntArray, IntArray]:
-        """Token ids of (role, text) turns as in `token_ids`, and the owner of each token among the last n_own turns.
-
-        Returns [n] int32 ids, and [n] int32 owners: 0 to n_own - 1 where a token is part of the text of that turn,
-        TEMPLATE where it is not, STRADDLING where only a part of it is. Blanks around a text belong to either.
-        Raises InputError as `token_ids` does.
-        """
-        text = self._written(turns)
-        ids, offsets = self._tokens(text)
-        named = ~np.isin(ids, self.special_ids)
-        if named.any() and not (offsets[named, 1] > offsets[named, 0]).any():
-            offsets = self._searched_offsets(text, ids)
-        spans = [self._span(turns, i, text) for i in range(len(turns) - n_own, len(turns))]
-        return ids, token_owners(offsets, text, spans)
-
-    def _written(self, turns: Sequence[Turn]) -> str:
-        return self.text(turns) if self.is_chat else plain_text(turns)
-
-    def _span(self, turns: Sequence[Turn], i: int, text: str) -> tuple[int, int]:
-        """Range of a turn's text in a rendered conversation: the part that changes with a sign in its place.
-
-        Of a text that the template writes more than once, the last.
-        """
-        role, content = turns[i]
-        if not content.strip():
-            return 0, 0
-        here, there = _characters(text), _characters(self._written([*turns[:i], (role, SIGN), *turns[i + 1 :]]))
-        start = common_prefix_length(here, there)
-        end = len(here) - min(common_suffix_length(here, there), len(here) - start, len(there) - start)
-        last = text.rfind(content.strip(), start, end)
-        return (start, end) if last < 0 else (last, last + len(content.strip()))
-
-    def _tokens(self, text: str) -> tuple[IntArray, IntArray]:
-        """[n] int32 token ids of a rendered text, and [n, 2] int32 the characters from start to end of each token.
-
-        Plain text gets BOS where there is to be one. The range of BOS is empty, and so are all where the tokenizer does
-        not tell them.
-        """
-        is_fast = self.tokenizer.is_fast
-        read = self.tokenizer(text, add_special_tokens=not self.is_chat, verbose=False, return_offsets_mapping=is_fast)
-        ids = np.asarray(read.input_ids, np.int32)
-        offsets = np.asarray(read.offset_mapping if is_fast else np.zeros((len(ids), 2)), np.int32).reshape(-1, 2)
-        if self.is_chat:
-            return ids, offsets
-        if self.prepend_bos and ids[:1].tolist() != [self.tokenizer.bos_token_id]:
-            ids = np.concatenate([np.asarray([self.tokenizer.bos_token_id], np.int32), ids])
-            offsets = np.concatenate([np.zeros((1, 2), np.int32), offsets])
-        if ids[-1:].tolist() == [self.tokenizer.eos_token_id] and len(ids) > 1:
-            return ids[:-1], offsets[:-1]  # some tokenizers close every text, but the model is to go on from here
-        return ids, offsets
-
-    def _searched_offsets(self, text: str, ids: IntArray) -> IntArray:
-        """[n, 2] int32 the characters of each token, searched for behind the token before it; empty if not found."""
-        offsets, at = np.zeros((len(ids), 2), np.int32), 0
-        for i, token in enumerate(ids.tolist()):
-            piece = str(self.tokenizer.decode([token], skip_special_tokens=False)).strip()
-            start = text.find(piece, at) if piece else -1
-            if start >= 0:
-                offsets[i] = start, start + len(piece)
-                at = start + len(piece)
-        return offsets
-
-    def text(self, turns: Sequence[Turn]) -> str:
-        """The conversation as the chat template writes it, but with every answer whole.
-
-        Some templates cut the thoughts out of all answers but the last; a demonstration without them demonstrates
-        something else. Where a part of an answer is missing, the template is given a sign to write in its place, and
-        the answer is put where the sign stands. An answer whose sign the template does not write either stays cut.
-        """
-        text = self._rendered(turns)
-        if not any(content.strip() in text for role, content in turns if role == "user"):
-            raise InputError("the model's chat template does not write what the user says: give it another template")
-        cut = [i for i, (role, answer) in enumerate(turns) if role == "assistant" and answer.strip() not in text]
-        if not cut:
-            return text
-        signs = {i: f"{SIGN}{i}{SIGN}" for i in cut}
-        signed = self._rendered([(role, signs.get(i, content)) for i, (role, content) in enumerate(turns)])
-        if any(signed.count(sign) != 1 for sign in signs.values()):
-            return text
-        for i, sign in signs.items():
-            signed = signed.replace(sign, turns[i][1].strip())
-        return signed
-
-    def _shows_questions(self, *, in_parts: bool = False) -> bool:
-        self._in_parts = in_parts
-        try:
-            return SIGN in self._rendered([("user", SIGN)])
-        except InputError:
-            return False
-
-    def _rendered(self, turns: Sequence[Turn]) -> str:
-        messages: list[Any] = [
-            {"role": role, "content": [{"type": "text", "text": text}] if self._in_parts else text}
-            for role, text in turns
-        ]
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages,
-                    add_generation_prompt=turns[-1][0] != "assistant",
-                    chat_template=self._chat_template,
-                    tokenize=False,
-                    date_string=TEMPLATE_DATE,
-                )
-            )
-        except Exception as error:  # a template is a program: jinja2's errors, but also TypeError and the like
-            roles = ", ".join(role for role, _ in turns)
-            raise InputError(f"the model's chat template cannot render turns of {roles}: {error}") from error
-
-
-def plain_text(turns: Sequence[Turn]) -> str:
-    """Question and answer text for models without a chat template; it ends with "Answer:" where the answer is due."""
-    forms = {"user": "Question: {}\nAnswer:", "assistant": " {}\n\n"}
-    return "".join(forms.get(role, "{}\n\n").format(text) for role, text in turns).rstrip("\n")
-
-
-def token_owners(offsets: IntArray, text: str, spans: Sequence[tuple[int, int]]) -> IntArray:
-    """[n] int32 index of the span that each token's characters are in; TEMPLATE outside, STRADDLING across an end.
-
-    offsets: [n, 2] the characters of each token in `text`; blanks around others do not count
-    """
-    inked = np.concatenate([[0], np.cumsum([not character.isspace() for character in text])])
-    starts, ends = offsets[:, 0], offsets[:, 1]
-    n_inked = inked[ends] - inked[starts]
-    owners = np.full(len(offsets), TEMPLATE, np.int32)
-    for i, (start, end) in enumerate(spans):
-        n_inside = inked[np.clip(ends, start, end)] - inked[np.clip(starts, start, end)]
-        owners[(n_inside > 0) & (n_inside == n_inked)] = i
-        owners[(n_inside > 0) & (n_inside < n_inked)] = STRADDLING
-        owners[(n_inked == 0) & (ends > starts) & (starts >= start) & (ends <= end)] = i
-    return owners
-
-
 def build_prompts(
     name: str,
     queries: Sequence[Example],
@@ -312,13 +144,45 @@ def build_prompts(
             continue
         chosen.append((int(row), replace(prompt, draw=draw)))
     chosen.sort(key=lambda item: item[0])
+    asked = [queries[row] for row, _ in chosen]
     return PromptSet(
         name,
         [prompt for _, prompt in chosen],
         n_too_long,
         n_unanswered,
-        _lost_answers(name, draws, turns_of, template),
+        (
+            *_lost_answers(name, draws, turns_of, template),
+            *changes(name, [(*example.turns, example.reply) for example in (*asked, *chain(*draws))], template),
+            *_marks(name, asked, template),
+        ),
         tuple(tuple(demo.id for demo in demos) for demos in draws),
+    )
+
+
+def changes(name: str, conversations: Sequence[Sequence[Turn | None]], template: PromptTemplate) -> tuple[str, ...]:
+    """Warnings of what is changed in the conversations of a set because the chat template does not write it."""
+    counts = Counter(note for turns in conversations for note in template.notes([turn for turn in turns if turn]))
+    return tuple(
+        f"the model's chat template {note} ({count} of {len(conversations)} conversations of '{name}')"
+        for note, count in counts.items()
+    )
+
+
+def _marks(name: str, asked: Sequence[Example], template: PromptTemplate) -> tuple[str, ...]:
+    """A warning where the text of conversations contains marks: these are not read, and may come from a template."""
+    found: list[set[str]] = []
+    for example in asked:
+        texts = [turn.content for turn in (*example.turns, example.reply) if turn is not None and turn.role != "tools"]
+        begins = (_BEGINS_RENDERED.match(text) for text in texts)
+        of_tokenizer = (mark for mark in template.marks if any(mark in text for text in texts))
+        found.append({*of_tokenizer, *(match[0].strip() for match in begins if match)})
+    marks = sorted(set().union(*found))
+    if not marks:
+        return ()
+    return (
+        f"{sum(map(bool, found))} of {len(asked)} examples of '{name}' contain special tokens or marks of a chat "
+        f"template ({listed(marks, 5)}), which are not read as text: remove them, and where they are prompts that "
+        "were rendered already, give messages or the bare questions",
     )
 
 
@@ -334,7 +198,8 @@ def _lost_answers(
     n_lost = 0
     for demos, turns in zip(draws, turns_of, strict=True):
         text = template.text([*turns, STAND_IN_DEMO[0]])
-        n_lost += sum((demo.answer or "").strip() not in text for demo in demos)
+        replies = [template.fitted([*demo.turns, demo.reply])[-1] for demo in demos if demo.reply is not None]
+        n_lost += sum(reply.content.strip() not in text or reply.reasoning.strip() not in text for reply in replies)
     if not n_lost:
         return ()
     return (
@@ -343,18 +208,14 @@ def _lost_answers(
     )
 
 
-def _query_turns(example: Example) -> list[Turn]:
-    return [*example.context, ("user", example.question)]
-
-
 def _pair(
     query: Example, demo_turns: list[Turn], template: PromptTemplate, tokens: TokenClass, context_length: int | None
 ) -> Prompt | None:
     """The prompt of one query, or None where it overruns the context."""
-    turns = _query_turns(query)
-    # A system turn opens the conversation, so it goes before the demonstrations.
-    n_system = next((i for i, (role, _) in enumerate(turns) if role != "system"), len(turns))
-    answer: list[Turn] = [("assistant", query.answer)] if tokens in ("answer", "all") and query.answer else []
+    turns = query.turns
+    # Tools and the system turn open the conversation, so they go before the demonstrations.
+    n_system = next((i for i, turn in enumerate(turns) if turn.role not in HEAD_ROLES), len(turns))
+    answer = [query.reply] if tokens in ("answer", "all") and query.reply is not None else []
     own = [*turns[n_system:], *answer]
     n_read = len(answer) if tokens == "answer" else len(own)
 
@@ -428,19 +289,3 @@ def prompts_sha256(prompt_sets: Sequence[PromptSet]) -> str:
             for ids in (prompt.base_ids, prompt.demos_ids):
                 sha256.update(f"{len(ids)} ".encode() + ids.astype("<i4").tobytes())
     return sha256.hexdigest()
-
-
-def common_prefix_length(a: NDArray[Any], b: NDArray[Any]) -> int:
-    """Number of equal tokens, or characters, at the start of two sequences."""
-    n = min(len(a), len(b))
-    differs = np.flatnonzero(a[:n] != b[:n])
-    return int(differs[0]) if len(differs) else n
-
-
-def common_suffix_length(a: NDArray[Any], b: NDArray[Any]) -> int:
-    """Number of equal tokens, or characters, at the end of two sequences."""
-    return common_prefix_length(a[::-1], b[::-1])
-
-
-def _characters(text: str) -> NDArray[np.uint32]:
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
 from sts_fast.data.demonstrations import choose_demos, room_for_demos
 from sts_fast.data.examples import Example, ReadColumns, read_domains, read_examples
 from sts_fast.data.options import Checked, Option
-from sts_fast.data.prompts import PromptSet, PromptTemplate, TokenClass, build_prompts
+from sts_fast.data.prompts import PromptSet, TokenClass, build_prompts
+from sts_fast.data.template import PromptTemplate
+from sts_fast.data.turns import Turn
 from sts_fast.errors import InputError, SetTooSmall
 
 if TYPE_CHECKING:
@@ -218,7 +220,7 @@ def common_template(tokenizer: PreTrainedTokenizerBase, starts: Sequence[tuple[s
     starts: of each SAE its source, and whether the texts that it was trained on start with BOS
     """
     templates = {has_bos: PromptTemplate(tokenizer, prepend_bos=has_bos) for _, has_bos in starts}
-    if len({tuple(template.token_ids([("user", "?")])) for template in templates.values()}) > 1:
+    if len({tuple(template.token_ids([Turn("user", "?")])) for template in templates.values()}) > 1:
         with_bos = next(source for source, has_bos in starts if has_bos)
         without_bos = next(source for source, has_bos in starts if not has_bos)
         raise InputError(

@@ -38,6 +38,7 @@ class PlannedSet:
     n_passes, n_tokens: forward passes, and tokens in them; of answers, tokens only
     columns:  of its files, by role; unread: others that hold text; None for examples in memory
     first:    the first question asked
+    warnings: as in PromptSet
     """
 
     name: str
@@ -50,6 +51,7 @@ class PlannedSet:
     columns: dict[str, list[str]] | None
     unread: list[str] | None
     first: str
+    warnings: list[str]
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,7 @@ def _planned(plan: Plan, use: str, kind: Kind, prompt_set: PromptSet, budget: To
         columns=None if columns is None else columns.by_role,
         unread=None if columns is None else columns.unread,
         first=examples[0].question if examples else "",
+        warnings=list(prompt_set.warnings),
     )
 
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
 from sts_fast.data.examples import Example
 from sts_fast.data.options import Checked, Option
-from sts_fast.data.prompts import Progress, PromptSet, PromptTemplate
+from sts_fast.data.prompts import Progress, PromptSet
 from sts_fast.data.sets import Kind, Sampling, common_template
+from sts_fast.data.template import PromptTemplate
 from sts_fast.errors import InputError
 from sts_fast.model.hooks import Hook
 from sts_fast.model.language_model import LanguageModel, load_config, load_decoder, load_language_model, load_tokenizer

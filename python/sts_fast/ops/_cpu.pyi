@@ -5,10 +5,12 @@ the argument at fault. For given arguments and instruction set the results are b
 threads, and whether the rows come in one call or in several. The global interpreter lock is free meanwhile.
 
 Activations are [n_tokens, d_in] float32 or bfloat16: a numpy array, or any tensor on the CPU that speaks DLPack
-(bfloat16 must, since numpy has no such dtype). Any stride between rows, contiguous elements in a row; n_tokens may
-be 0. NaN and infinity are refused.
+(bfloat16 must, since numpy has no such dtype). Any stride between rows, contiguous elements in a row, aligned; n_tokens
+may be 0. NaN, infinity and masked arrays are refused. Nothing is copied: sts_fast.sae.rows makes such rows of others.
 
-Accumulators are C-contiguous numpy arrays, added to in place; the caller zeroes them once. Features are computed in
+Accumulators are C-contiguous numpy arrays, added to in place; the caller zeroes them once. None may share memory with
+another argument. A signal handler runs within a tenth of a second; where it raises, as that of Ctrl-C does, the op
+stops, and the accumulators have changed in part. Features are computed in
 float32; every sum is taken in float64, in token order.
 
 `columns`: strictly increasing column numbers of the SAE; only these features are computed then, and n_columns is

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -12,15 +14,17 @@ from sts_fast.ops import _cpu, cuda_kernels
 from sts_fast.ops.cuda_encoder import PRECISIONS, prepare_weights
 from sts_fast.ops.cuda_encoder import Encoder as CudaEncoder
 from sts_fast.sae import SAE
+from sts_fast.sae.rows import check_array, check_tensor, is_on_cuda, is_tensor
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-_DLPACK_CUDA = 2
+    from sts_fast.statistics import Doubles
 
 _encoders: WeakKeyDictionary[SAE, _cpu.Encoder] = WeakKeyDictionary()
 _cuda_encoders: WeakKeyDictionary[SAE, dict[tuple[torch.device, str], CudaEncoder]] = WeakKeyDictionary()
+_making = RLock()  # so that threads that begin with one SAE fold it once
 _precision: str | None = None
 
 
@@ -45,9 +49,10 @@ def precision_of(sae: SAE) -> str:
 
 def encoder(sae: SAE) -> _cpu.Encoder:
     """The SAE for the CPU core, made once per SAE; W_enc is borrowed, b_dec is folded into the biases."""
-    if sae not in _encoders:
-        _encoders[sae] = _named(sae, lambda: _cpu.Encoder(sae.W_enc, **_folded(sae, _b_dec_through_W_enc(sae))))
-    return _encoders[sae]
+    with _making:
+        if sae not in _encoders:
+            _encoders[sae] = _named(sae, lambda: _cpu.Encoder(sae.W_enc, **_folded(sae, _b_dec_through_W_enc(sae))))
+        return _encoders[sae]
 
 
 def cuda_encoder(sae: SAE, device: torch.device) -> CudaEncoder:
@@ -59,25 +64,11 @@ def cuda_encoder(sae: SAE, device: torch.device) -> CudaEncoder:
         return CudaEncoder(weights, d_in=sae.d_in, precision=precision, **_folded(sae, weights.b_dec_W))
 
     precision = precision_of(sae)
-    encoders = _cuda_encoders.setdefault(sae, {})
-    if (device, precision) not in encoders:
-        encoders[device, precision] = _named(sae, make)
-    return encoders[device, precision]
-
-
-def rows(acts: Any) -> Any:
-    """[n_tokens, d_in] activations, a view; those of hook_z come as [n_tokens, n_heads, d_head].
-
-    An array of another library on a CUDA device becomes a torch tensor.
-    """
-    if not hasattr(acts, "is_cuda") and _is_on_cuda(acts):
-        import torch
-
-        acts = torch.utils.dlpack.from_dlpack(acts)
-    if getattr(acts, "ndim", 2) != 3:
-        return acts
-    n_tokens, n_heads, d_head = acts.shape
-    return acts.reshape(n_tokens, n_heads * d_head)
+    with _making:
+        encoders = _cuda_encoders.setdefault(sae, {})
+        if (device, precision) not in encoders:
+            encoders[device, precision] = _named(sae, make)
+        return encoders[device, precision]
 
 
 def cuda_device_of(acts: Any) -> torch.device | None:
@@ -85,48 +76,46 @@ def cuda_device_of(acts: Any) -> torch.device | None:
 
     Raises InputError where this machine or build has no CUDA ops: nothing moves to the CPU unless the user does it.
     """
-    if not _is_on_cuda(acts):
+    if not is_on_cuda(acts):
         return None
     reason = cuda_kernels.missing_reason()
     if reason is not None:
         raise InputError(f"the activations are on a CUDA device, but {reason}; or move them to the CPU")
-    device: torch.device = acts.device
-    return device
+    if is_tensor(acts):
+        device: torch.device = acts.device
+        return device
+    import torch
+
+    return torch.device("cuda", acts.__dlpack_device__()[1])
 
 
-def _is_on_cuda(acts: Any) -> bool:
-    if isinstance(acts, np.ndarray):
-        return False
-    if hasattr(acts, "is_cuda"):
-        return bool(acts.is_cuda)
-    return hasattr(acts, "__dlpack_device__") and acts.__dlpack_device__()[0] == _DLPACK_CUDA
+def numbers(values: Any, name: str, shape: tuple[int, int]) -> Doubles:
+    """[n_tokens, n] float64 numbers, one row for each token; a copy, unless it is contiguous float64 on the CPU.
 
-
-class Accumulators:
-    """Named arrays of sums on the device of the rows: numpy arrays on the CPU, tensors on a CUDA device."""
-
-    def __init__(self, **arrays: NDArray[Any]) -> None:
-        self._arrays: dict[str, Any] = arrays
-
-    def on(self, device: torch.device | None) -> dict[str, Any]:
-        """All arrays, after moving them to the device; callers change them in place."""
-        for name, values in self._arrays.items():
-            if not isinstance(values, np.ndarray):
-                self._arrays[name] = values.cpu().numpy() if device is None else values.to(device)
-            elif device is not None:
-                import torch
-
-                self._arrays[name] = torch.from_numpy(values).to(device)
-        return self._arrays
-
-    def as_they_are(self, name: str) -> Any:
-        """A numpy array, or a tensor on the device."""
-        return self._arrays[name]
-
-    def __getitem__(self, name: str) -> Any:
-        """The numpy array; a copy where it is on a device."""
-        values = self._arrays[name]
-        return values if isinstance(values, np.ndarray) else values.cpu().numpy()
+    values: real numbers of any dtype: numpy, torch on any device, or lists
+    Raises InputError for another shape, NaN or infinity, a masked array, or a tensor that requires grad.
+    """
+    if is_tensor(values):
+        check_tensor(values, name)
+        values = values.cpu().double().numpy() if values.is_floating_point() else values.cpu().numpy()
+    else:
+        values = np.asanyarray(values)
+        check_array(values, name)
+    if values.dtype.kind not in "fiub":
+        raise InputError(f"{name} must be real numbers, got {values.dtype}: pass numpy.asarray({name}, 'float64')")
+    if values.shape != shape:
+        remedy = "one row for each token"
+        if values.shape == shape[::-1]:
+            remedy = f"numpy.transpose({name})"
+        elif values.size == math.prod(shape) and shape[1] in (1, *values.shape[-1:]):
+            remedy = f"numpy.reshape({name}, {shape})"
+        raise InputError(f"{name} must have shape {shape}, but has {values.shape}: pass {remedy}")
+    table = np.ascontiguousarray(values, np.float64)
+    finite = np.isfinite(table)
+    if not finite.all():
+        row, column = (int(i) for i in np.argwhere(~finite)[0])
+        raise InputError(f"{name} contains a NaN or infinity at row {row}, column {column}: drop such rows first")
+    return table
 
 
 def _named(sae: SAE, make: Any) -> Any:

@@ -16,12 +16,14 @@ import numpy as np
 from sts_fast.ops import cuda_kernels
 from sts_fast.ops.cuda_encoder import Encoder
 from sts_fast.ops.cuda_kernels import load
+from sts_fast.sae.rows import check_array
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
 MOST_ROWS = 1 << 16  # of one launch
+MOST_ROWS_OF_A_CALL = 1 << 31  # a row's number is the upper half of a key
 FIRST_STRIP = 8192  # features whose k largest values bound the row's, at least an eighth of all
 MOST_DENSE_WEIGHTS = 64  # more weights or targets than that are applied to the active features one by one
 MAIN_LOOP = "automatic"  # or "sm80", which runs on every GPU, or "sm90"
@@ -135,6 +137,7 @@ class _Call:
 
         self.encoder, self.members, self.names, self.columns = encoder, members, names, columns
         self.n_tokens = len(members[0])
+        self.claimed: list[tuple[str, int, int]] = []
         if columns is not None:
             self.columns = columns = _checked_columns(columns, encoder.d_sae)
             if not encoder.selects_top_k and len(columns):
@@ -163,6 +166,15 @@ class _Call:
             raise ValueError(f"{name} must have {self.n_columns} entries, got {list(values.shape)}")
         if not values.is_contiguous():
             raise ValueError(f"{name} must be C-contiguous")
+        self.claim(values, name)
+
+    def claim(self, sums: torch.Tensor, name: str) -> None:
+        """Raises ValueError where other accumulators have some of the same memory."""
+        begin, end = sums.data_ptr(), sums.data_ptr() + sums.nbytes
+        for other, first, last in self.claimed:
+            if begin < last and first < end:
+                raise ValueError(f"{name} lies in the memory of {other}: pass a tensor of its own")
+        self.claimed.append((name, begin, end))
 
     def check_table(self, rows: Any, rows_name: str, sums: Any, sums_name: str) -> torch.Tensor | None:
         """The [n_tokens, K] float64 weights or targets, on the device."""
@@ -186,6 +198,7 @@ class _Call:
         wanted = (self.n_columns, table.shape[1])
         if sums.shape != wanted or not sums.is_contiguous():
             raise ValueError(f"{sums_name} must be {list(wanted)} and contiguous, got {list(sums.shape)}")
+        self.claim(sums, sums_name)
         if not _capturing(self.encoder.device) and not torch.isfinite(table).all():
             row, column = (int(i) for i in (~torch.isfinite(table)).nonzero()[0])
             raise ValueError(f"{rows_name} contains a NaN or infinity at row {row}, column {column}")
@@ -445,6 +458,8 @@ def _check_acts(encoder: Encoder, acts: Any, name: str) -> None:
         raise ValueError(f"{name} must be on {encoder.device}, where the SAE is, got {acts.device}")
     if acts.shape[1] != encoder.d_in:
         raise ValueError(f"{name} must have d_in = {encoder.d_in} columns as W_enc has rows, got {acts.shape[1]}")
+    if len(acts) >= MOST_ROWS_OF_A_CALL:
+        raise ValueError(f"{name} must have fewer than 2^31 rows in one call, got {len(acts)}: pass it in parts")
     if acts.shape[1] > 1 and len(acts) and acts.stride(1) != 1:
         raise ValueError(
             f"{name} must be contiguous within a row (any stride between rows will do), "
@@ -453,7 +468,8 @@ def _check_acts(encoder: Encoder, acts: Any, name: str) -> None:
 
 
 def _checked_columns(columns: Any, d_sae: int) -> NDArray[np.int64]:
-    numbers = np.asarray(columns)
+    numbers = np.asanyarray(columns)
+    check_array(numbers, "columns")
     if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
         raise ValueError("columns must be a 1-dimensional array of integers")
     numbers = np.ascontiguousarray(numbers, np.int64)

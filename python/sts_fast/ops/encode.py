@@ -8,6 +8,7 @@ import numpy as np
 
 from sts_fast.ops import _cpu, backend, cuda
 from sts_fast.sae import SAE
+from sts_fast.sae.rows import rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -35,15 +36,15 @@ class SparseFeatures(NamedTuple):
 def encode(sae: SAE, acts: Any, columns: NDArray[np.int64] | None = None) -> SparseFeatures:
     """The active features of each row.
 
-    acts:    [n_tokens, d_in] float32 or bfloat16 (on CUDA float16 too): numpy, torch or DLPack, borrowed;
-             or [n_tokens, n_heads, d_head], as hook_z gives them
+    acts:    [n_tokens, d_in] floating point; borrowed or copied, see sae.rows. Of [batch, seq, d_in] the rows are
+             those of reshape(-1, d_in); hook_z may give [n_tokens, n_heads, d_head]
     columns: [n_columns] int64, strictly increasing: only these features
 
     Raises ValueError, naming the argument, for a wrong shape or dtype, NaN or infinity, or a row
     that the SAE's normalisation cannot scale; InputError for a CUDA tensor where there are no CUDA ops.
     """
-    acts = backend.rows(acts)
     device = backend.cuda_device_of(acts)
+    acts = rows(acts, sae.d_in)
     if device is None:
         return SparseFeatures(*_cpu.encode_sparse(backend.encoder(sae), acts, columns))
     return SparseFeatures(*cuda.encode_sparse(backend.cuda_encoder(sae, device), acts, columns))

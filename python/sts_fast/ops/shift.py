@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,9 @@ import numpy as np
 from sts_fast import files
 from sts_fast.errors import InputError
 from sts_fast.ops import _cpu, backend, cuda
+from sts_fast.ops.sums import Statistics, Sums, zeros
 from sts_fast.sae import SAE
+from sts_fast.sae.rows import check_array, rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -22,7 +25,7 @@ _COUNTS = ("n_fired_base", "n_fired_other")
 _ARRAYS = (*_SUMS, *_COUNTS, "weighted_sq_shift")
 
 
-class ShiftStats:
+class ShiftStats(Statistics):
     """Streaming sums behind E_x ||h_j(x) - h_j(demos, x)||^2 (STS paper, shifted dimensions); two instances add up.
 
     For h the features of `base`, g those of `other`, over paired rows (tokens), per feature, in float64:
@@ -35,7 +38,8 @@ class ShiftStats:
     n_tokens:      rows seen
     columns:       [n_columns] int64, the features that are summed; by default all of the SAE's
 
-    On the CPU the sums are the same, bit for bit, for any split of the rows into updates and any number of threads.
+    On the CPU the sums are the same, bit for bit, for any split of the rows into updates and any number of threads in
+    the core; for threads that call one object, see Statistics.
     Rows on a CUDA device are summed there; the sums stay there until they are read, or rows come from elsewhere.
     """
 
@@ -48,53 +52,54 @@ class ShiftStats:
     n_fired_other: Counts
     weighted_sq_shift: Doubles
 
+    _NAMES = _ARRAYS
+
     def __init__(self, sae: SAE, *, columns: NDArray[np.int64] | None = None, n_replicates: int = 0) -> None:
-        self.sae: SAE | None = sae
-        self.sae_source, self.sae_fingerprint = sae.source, sae.fingerprint
         self.d_sae = sae.d_sae
-        if columns is not None and not np.issubdtype(np.asarray(columns).dtype, np.integer):
-            raise ValueError("columns must be whole numbers, the indices of features")
-        self._subset = None if columns is None else np.asarray(columns, np.int64)
+        if columns is not None:
+            check_array(np.asanyarray(columns), "columns")
+            if np.ndim(columns) != 1 or not np.issubdtype(np.asarray(columns).dtype, np.integer):
+                raise ValueError("columns must be a 1-dimensional array of whole numbers, the indices of features")
+        # A copy: sums belong to the columns that were given, also where the array changes later.
+        self._subset = None if columns is None else np.array(columns, np.int64)
         n_columns = sae.d_sae if self._subset is None else len(self._subset)
-        self._sums = backend.Accumulators(
+        arrays = {
             **{name: np.zeros(n_columns) for name in _SUMS},
             **{name: np.zeros(n_columns, np.int64) for name in _COUNTS},
-            weighted_sq_shift=np.zeros((n_columns, n_replicates)),
-        )
-        self.n_replicates = n_replicates
-        self.n_tokens = 0
+            "weighted_sq_shift": zeros(n_columns, n_replicates, "n_replicates"),
+        }
+        super().__init__(sae, sae.source, sae.fingerprint, Sums(0, arrays))
 
-    def __getattr__(self, name: str) -> Any:
-        if name in _ARRAYS:
-            return self._sums[name]
-        raise AttributeError(f"ShiftStats has no '{name}'")
+    @property
+    def n_replicates(self) -> int:
+        return int(self._sums.arrays["weighted_sq_shift"].shape[1])
 
     def update(self, base: Any, other: Any, row_weights: Doubles | None = None) -> None:
         """Adds paired rows.
 
-        base, other: [n_tokens, d_in] float32 or bfloat16 (on CUDA float16 too), row t is the same token;
-                     numpy, torch or DLPack, borrowed
-        row_weights: [n_tokens, n_replicates] float64, needed where n_replicates > 0
+        base, other: [n_tokens, d_in] floating point, row t is the same token; borrowed or copied, see sae.rows
+        row_weights: [n_tokens, n_replicates] numbers, needed where n_replicates > 0
 
         Raises ValueError, naming the argument, for a wrong shape or dtype, or NaN or infinity; nothing is added then.
         Raises InputError for a CUDA tensor where there are no CUDA ops.
         """
-        if self.sae is None:
-            raise ValueError("these statistics were loaded without their SAE: give it to ShiftStats.load to continue")
+        sae = self._sae_to_update()
         if (row_weights is not None) != (self.n_replicates > 0):
             raise ValueError(f"row_weights must be given exactly where n_replicates > 0, and it is {self.n_replicates}")
-        base, other = backend.rows(base), backend.rows(other)
-        n_tokens = len(base)
         device = backend.cuda_device_of(base)
-        sums = self._sums.on(device)
-        if row_weights is None:
-            sums = {**sums, "weighted_sq_shift": None}
-        given = {"columns": self._subset, "row_weights": row_weights, **sums}
-        if device is None:
-            _cpu.accumulate_shift(backend.encoder(self.sae), base, other, **given)
-        else:
-            cuda.accumulate_shift(backend.cuda_encoder(self.sae, device), base, other, **given)
-        self.n_tokens += n_tokens
+        base, other = rows(base, sae.d_in, "base"), rows(other, sae.d_in, "other")
+        given: dict[str, Any] = {"columns": self._subset, "row_weights": None, "weighted_sq_shift": None}
+        if row_weights is not None:
+            given["row_weights"] = backend.numbers(row_weights, "row_weights", (len(base), self.n_replicates))
+        names = [name for name in _ARRAYS if row_weights is not None or name != "weighted_sq_shift"]
+        with self._lock:
+            before = self._sums
+            sums = before.copies(names, device)
+            if device is None:
+                _cpu.accumulate_shift(backend.encoder(sae), base, other, **(given | sums))
+            else:
+                cuda.accumulate_shift(backend.cuda_encoder(sae, device), base, other, **(given | sums))
+            self._sums = Sums(before.n_tokens + len(base), before.arrays | sums)
 
     @property
     def columns(self) -> NDArray[np.int64]:
@@ -103,51 +108,60 @@ class ShiftStats:
     @property
     def mean_squared_shift(self) -> Doubles:
         """[n_columns] E_x ||h_j(x) - h_j(demos, x)||^2."""
-        return self._mean(self.sum_sq_shift)
+        return self._mean("sum_sq_shift")
 
     @property
     def mean_base(self) -> Doubles:
         """[n_columns] mean activation in `base`."""
-        return self._mean(self.sum_base)
+        return self._mean("sum_base")
 
     @property
     def mean_other(self) -> Doubles:
         """[n_columns] mean activation in `other`."""
-        return self._mean(self.sum_other)
+        return self._mean("sum_other")
 
-    def _mean(self, sums: Doubles) -> Doubles:
-        if self.n_tokens == 0:
-            raise ValueError("no tokens have been added yet")
-        return sums / self.n_tokens
+    def _mean(self, name: str) -> Doubles:
+        sums = self._sums
+        sums.require_tokens()
+        mean: Doubles = sums[name] / sums.n_tokens
+        return mean
 
     def top(self, n: int) -> NDArray[np.int64]:
-        """The n features that shift most, most shifted first; among equals the lower index."""
-        return self.columns[top_indices(self._sums.as_they_are("sum_sq_shift"), n)]
+        """The n features that shift most, most shifted first; among equals the lower index.
+
+        Raises ValueError before the first update, and where there are no n features.
+        """
+        sums = self._sums
+        sums.require_tokens()
+        return self.columns[top_indices(sums.arrays["sum_sq_shift"], n)]
 
     def __add__(self, other: ShiftStats) -> ShiftStats:
         if self.sae_fingerprint != other.sae_fingerprint or not np.array_equal(self.columns, other.columns):
             raise ValueError("statistics of different SAEs or features cannot be added")
         if self.n_replicates != other.n_replicates:
             raise ValueError("statistics with different numbers of replicates cannot be added")
+        mine, theirs = self._sums, other._sums
+        arrays = {name: mine[name] + theirs[name] for name in _ARRAYS}
         total = object.__new__(ShiftStats)
-        total.sae, total.sae_source, total.sae_fingerprint = self.sae, self.sae_source, self.sae_fingerprint
         total.d_sae, total._subset = self.d_sae, self._subset
-        total.n_replicates, total.n_tokens = self.n_replicates, self.n_tokens + other.n_tokens
-        total._sums = backend.Accumulators(**{name: self._sums[name] + other._sums[name] for name in _ARRAYS})
+        sums = Sums(mine.n_tokens + theirs.n_tokens, arrays)
+        Statistics.__init__(total, self.sae, self.sae_source, self.sae_fingerprint, sums)
         return total
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The arrays that `save` writes."""
         subset = {} if self._subset is None else {"columns": self._subset}
-        return {name: getattr(self, name) for name in _ARRAYS} | subset
+        sums = self._sums
+        return {name: sums[name] for name in _ARRAYS} | subset
 
     def save(self, path: str | Path, **more: NDArray[np.int64]) -> None:
         """Writes the sums as safetensors, with `more` arrays beside them. Raises InputError where that fails."""
+        saved = copy(self)  # arrays and n_tokens of one moment, whatever other threads add meanwhile
         metadata = {
-            **{"n_tokens": str(self.n_tokens), "d_sae": str(self.d_sae)},
+            **{"n_tokens": str(saved.n_tokens), "d_sae": str(self.d_sae)},
             **{"sae_source": self.sae_source, "sae_fingerprint": self.sae_fingerprint},
         }
-        files.save_arrays(path, {**self.arrays(), **more}, {"kind": "ShiftStats", "version": "1", **metadata})
+        files.save_arrays(path, {**saved.arrays(), **more}, {"kind": "ShiftStats", "version": "1", **metadata})
 
     @classmethod
     def load(cls, path: str | Path, sae: SAE | None = None) -> ShiftStats:
@@ -156,25 +170,26 @@ class ShiftStats:
         Raises InputError where the file is not such a file or belongs to another SAE.
         """
         arrays, metadata = files.load_arrays(path, "ShiftStats")
+        source, fingerprint = metadata["sae_source"], metadata.get("sae_fingerprint", "")
         stats = object.__new__(cls)
-        stats.sae_fingerprint = metadata.get("sae_fingerprint", "")
-        stats.sae, stats.sae_source, stats.d_sae = sae, metadata["sae_source"], int(metadata["d_sae"])
+        stats.d_sae = int(metadata["d_sae"])
         if sae is not None and sae.d_sae != stats.d_sae:
             raise InputError(f"{path} has statistics of {stats.d_sae} features, but the SAE has {sae.d_sae}")
-        if sae is not None and sae.fingerprint != stats.sae_fingerprint:
-            raise InputError(f"{path} has statistics of another SAE ({stats.sae_source or 'one in memory'})")
+        if sae is not None and sae.fingerprint != fingerprint:
+            raise InputError(f"{path} has statistics of another SAE ({source or 'one in memory'})")
         stats._subset = arrays.pop("columns", None)  # type: ignore[assignment]
-        stats.n_tokens = int(metadata["n_tokens"])
         for name in _ARRAYS:
             if name not in arrays:
                 raise InputError(f"{path} has no '{name}': it is damaged, make it again")
-        stats._sums = backend.Accumulators(**{name: arrays[name] for name in _ARRAYS})
-        stats.n_replicates = stats.weighted_sq_shift.shape[1]
+        sums = Sums(int(metadata["n_tokens"]), {name: arrays[name] for name in _ARRAYS})
+        Statistics.__init__(stats, sae, source, fingerprint, sums)
         return stats
 
 
 def top_indices(values: Any, n: int) -> NDArray[np.int64]:
     """[n] int64 positions of the n largest values (numpy, or a tensor), largest first; among equals the lower."""
+    if not isinstance(n, (int, np.integer)):
+        raise ValueError(f"top must be a whole number of features, got {n!r}")
     if not isinstance(values, np.ndarray):
         indices: NDArray[np.int64] = cuda.top_indices(values, n).cpu().numpy()
         return indices

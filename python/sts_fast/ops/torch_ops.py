@@ -11,7 +11,8 @@ Arguments are tensors, on the CPU or all on one CUDA device; accumulators are ad
     accumulate_moments(sae, acts, sum_h, sum_sq_h, n_fired, targets=None, sum_hy=None, columns=None)
     encode_sparse(sae, acts, columns=None) -> indptr, indices, values
 
-Shapes and dtypes are those of ShiftStats, CorrelationStats and encode; columns [n_columns] int64 lie on the CPU.
+Shapes and dtypes are those of ShiftStats, CorrelationStats and encode, but row_weights and targets are float64;
+columns [n_columns] int64 lie on the CPU. A call that Ctrl-C stops has changed its accumulators in part.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from sts_fast.ops import _cpu, backend, cuda
 from sts_fast.sae import SAE
+from sts_fast.sae.rows import rows
 
 if TYPE_CHECKING:
     import torch
@@ -84,9 +86,8 @@ def _shift(sae: int, base: Any, other: Any, sum_sq_shift: Any, *optional: Any, *
     columns = _columns(given.pop("columns", None))
     ops, encoder, taken = _backend(sae, base)
     given = {name: taken(tensor) for name, tensor in given.items()}
-    ops.accumulate_shift(
-        encoder, backend.rows(base), backend.rows(other), columns=columns, sum_sq_shift=taken(sum_sq_shift), **given
-    )
+    base, other = rows(base, encoder.d_in, "base"), rows(other, encoder.d_in, "other")
+    ops.accumulate_shift(encoder, base, other, columns=columns, sum_sq_shift=taken(sum_sq_shift), **given)
 
 
 def _moments(
@@ -96,16 +97,15 @@ def _moments(
     ops, encoder, taken = _backend(sae, acts)
     sums = {"sum_h": sum_h, "sum_sq_h": sum_sq_h, "n_fired": n_fired, "sum_hy": sum_hy}
     given = {name: taken(tensor) for name, tensor in sums.items()}
-    ops.accumulate_moments(encoder, backend.rows(acts), taken(targets), columns=_columns(columns), **given)
+    ops.accumulate_moments(encoder, rows(acts, encoder.d_in), taken(targets), columns=_columns(columns), **given)
 
 
 def _encode(sae: int, acts: Any, columns: Any = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     import torch
 
     ops, encoder, _ = _backend(sae, acts)
-    indptr, indices, values = (
-        torch.as_tensor(part) for part in ops.encode_sparse(encoder, backend.rows(acts), _columns(columns))
-    )
+    found = ops.encode_sparse(encoder, rows(acts, encoder.d_in), _columns(columns))
+    indptr, indices, values = (torch.as_tensor(part) for part in found)
     return indptr, indices, values
 
 
@@ -113,8 +113,9 @@ def _encode_fake(sae: int, acts: Any, columns: Any = None) -> tuple[torch.Tensor
     import torch
 
     n = torch.library.get_ctx().new_dynamic_size()
+    n_tokens = acts.shape[0] if acts.ndim == 2 else acts.numel() // _saes[sae].d_in
     return (
-        acts.new_empty(acts.shape[0] + 1, dtype=torch.int64),
+        acts.new_empty(n_tokens + 1, dtype=torch.int64),
         acts.new_empty(n, dtype=torch.int32),
         acts.new_empty(n, dtype=torch.float32),
     )

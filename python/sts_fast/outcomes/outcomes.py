@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,14 +11,24 @@ import numpy as np
 
 from sts_fast.errors import InputError, listed
 from sts_fast.forecast.run import TRAINING_FILE
-from sts_fast.outcomes.evaluation import METRICS, Evaluation, Task, finite, read_json
-from sts_fast.outcomes.formats import table
+from sts_fast.outcomes.differences import made_differently
+from sts_fast.outcomes.evaluation import EvaluatedModel, Evaluation, Result, Task, finite, read_json
+from sts_fast.outcomes.formats import opencompass, table
+from sts_fast.outcomes.metrics import (
+    METRICS,
+    PARTED,
+    Wanted,
+    choose_metric,
+    forgiving_metric,
+    is_accuracy,
+    lower_is_better,
+    on_one_scale,
+    with_plausible_stderr,
+)
+from sts_fast.outcomes.names import find_task, forms_of
 from sts_fast.outcomes.read import read_evaluation
+from sts_fast.statistics import Z_95
 
-# Answer extractions of lm-evaluation-harness, best first; the first that a task has is read.
-FILTERS = ("custom-extract", "none", "strict-match", "flexible-extract")
-# Words before a domain's name that name its benchmark.
-BENCHMARK = re.compile(r"^(leaderboard )?(mmlu pro|mmlu|hendryckstest) ")
 # Two evaluations are paired only if they share at least this part of their questions.
 MIN_COMMON = 0.5
 
@@ -29,8 +38,9 @@ class Outcome:
     """Measured change of one domain.
 
     before, after: accuracy (or another metric) of the model before and after training; None where only the change
-                   is known
-    change:        after - before, in the metric's own unit
+                   is known. Percentages of accuracies are read as shares of 1
+    change:        after - before, in the metric's own unit; before - after where lower is better, so that a gain is
+                   positive
     stderr:        standard error of the change; None where the evaluation does not give it
                    paired:   sd_q(correct_after[q] - correct_before[q]) / sqrt(n), ddof 1, over the n common questions
                    unpaired: sqrt(stderr_before^2 + stderr_after^2), too large where the two models agree on questions
@@ -52,70 +62,90 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Outcomes:
-    """Outcomes by the evaluation's names of the domains, and warnings about how they were read."""
+    """Outcomes by the evaluation's names of the domains, and how they were read.
+
+    warnings:   sentences about how they were read, mismatches among them
+    mismatches: what differs between the evaluations before and after, beside the model
+    own_names:  outcome -> the harness's own name of its task, where another one is shown
+    members:    outcome -> the outcomes whose mean it is, for groups of tasks
+    models:     the models that the evaluations before and after name
+    """
 
     domains: dict[str, Outcome]
     warnings: list[str] = field(default_factory=list)
+    mismatches: list[str] = field(default_factory=list)
+    own_names: dict[str, str] = field(default_factory=dict)
+    members: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    models: tuple[EvaluatedModel | None, EvaluatedModel | None] = (None, None)
 
 
-def read_outcomes(before: str | Path, after: str | Path | None = None, *, metric: str | None = None) -> Outcomes:
+def read_outcomes(
+    before: str | Path, after: str | Path | None = None, *, metric: str | Sequence[str] | None = None
+) -> Outcomes:
     """Reads the measured change of every domain from two evaluations, or from one table of changes.
 
-    before, after: of the model before and after training, each a file or a folder:
-        lm-evaluation-harness   results_*.json of any version (the newest in a folder); with the samples_*.jsonl of
-                                --log_samples beside it, the change is paired by question
+    before, after: of the model before and after training, each a file or a folder, in and below which every task is
+      read from the newest file that has it:
+        lm-evaluation-harness   results_*.json of any version; with the samples_*.jsonl of --log_samples beside it, the
+                                change is paired by question
+        lighteval               results_*.json; paired by question with the details of --save-details
+        inspect-ai              logs, .eval or .json; paired by question if they have samples
+        HELM                    the folder of a suite or of a run; paired by question with per_instance_stats.json
+        OpenCompass             summary_*.csv, .md or .txt; of several models, PATH:MODEL
         MMLU-Pro's own scripts  their JSON per question, one file or a folder of them: answers are read again with the
                                 first match of `answer is \\(?([A-J])\\)?`, and paired; or their summaries
         CSV                     columns domain, accuracy, and if known stderr and n
       With `after` left out, `before` is a CSV with the columns domain, before, after or domain, change, and if known
       stderr (of the change) and n; or the training.json that TransferMonitor wrote: the exposures at its end.
-    metric: such as 'acc', 'exact_match,strict-match'; by default the first accuracy that each task has
+    metric: such as 'acc', 'exact_match,strict-match', or 'TASK=METRIC' for one task, or several of these; by default
+      the first accuracy that each task has
+
+    Accuracies are read as shares of 1: percentages are divided by 100, and a warning says so.
 
     Raises InputError, in one sentence, for files that cannot be read or do not belong together.
     """
     before = Path(before)
-    if after is None or (Path(after) == before and table.recognises(before)):
+    if after is None or (Path(after) == before and _is_table_of_changes(before)):
         return _read_changes(before)
-    evaluations = read_evaluation(before), read_evaluation(Path(after))
-    warnings = [warning for evaluation in evaluations for warning in evaluation.warnings]
-    names = _common_names(evaluations, before, Path(after))
-    chosen = {
-        (name, other): _choose_metric(evaluations[0].metrics[name], evaluations[1].metrics[other], metric)
-        for name, other in names
-    }
-    if not any(chosen.values()):
-        known = sorted({key for name, _ in names for key in evaluations[0].metrics[name]})
-        wanted = f"the metric {metric}" if metric else f"an accuracy ({', '.join(METRICS)})"
-        raise InputError(f"{before} and {after} share no domain with {wanted}: name one of {', '.join(known)}")
+    after = Path(after)
+    evaluations = read_evaluation(before), read_evaluation(after)
+    pairs = _common_tasks(evaluations, before, after)
+    offered = {name: [key for key in of_first.results if key in second.results] for name, of_first, second in pairs}
+    texts = (metric,) if isinstance(metric, str) else tuple(metric or ())
+    tasks, own = {name: first for name, first, _ in pairs}, {name: f.own_name or name for name, f, _ in pairs}
+    wanted = Wanted(texts, offered, lambda name: find_task(name, tasks, own))
+    notes = _Notes(_wanted_text(texts))
     outcomes = {
-        name: _change_of(name, evaluations[0].metrics[name][key], evaluations[1].metrics[other][key], warnings)
-        for (name, other), key in chosen.items()
-        if key is not None
+        name: outcome
+        for name, first, second in pairs
+        if (outcome := _outcome_of(name, first, second, wanted[name], notes)) is not None
     }
-    return Outcomes(outcomes, warnings)
+    if not outcomes:
+        raise InputError(f"{before} and {after} share no domain with {notes.wanted}: {notes.without_outcome()}")
+    compared = [pair for pair in pairs if pair[0] in outcomes]
+    mismatches = [*made_differently(compared), *notes.mismatches()]
+    warnings = [warning for evaluation in evaluations for warning in evaluation.warnings]
+    own_names = {name: first.own_name for name, first, _ in compared if first.own_name not in (None, name)}
+    models = [evaluation.models[0] if evaluation.models else None for evaluation in evaluations]
+    return Outcomes(
+        outcomes,
+        [*warnings, *notes.warnings(), *mismatches],
+        mismatches,
+        {name: own for name, own in own_names.items() if own is not None},
+        _members(evaluations[0], outcomes),
+        (models[0], models[1]),
+    )
 
 
-def match_domains(wanted: Sequence[str], known: Iterable[str]) -> dict[str, str]:
-    """The outcome of each domain of the forecast: wanted name -> known name, without domains that have none.
-
-    Names match if they are the same in lower case, with everything except letters and digits read as a space. Where no
-    name matches, the benchmark's name in front is dropped (mmlu_pro_law, hendrycksTest-law and law).
-
-    Raises InputError where two outcomes fit one domain, or two domains one outcome.
-    """
-    known = list(known)
-    matches: dict[str, str] = {}
-    for name in wanted:
-        fitting = [other for other in known if _plain(other) == _plain(name)]
-        fitting = fitting or [other for other in known if _short(other) == _short(name)]
-        if len(fitting) > 1:
-            raise InputError(f"the domain '{name}' could be {' or '.join(fitting)}: give it the name of one of them")
-        if fitting:
-            taken = next((other for other, outcome in matches.items() if outcome == fitting[0]), None)
-            if taken is not None:
-                raise InputError(f"the domains '{taken}' and '{name}' both match outcome '{fitting[0]}': rename one")
-            matches[name] = fitting[0]
-    return matches
+def without_groups(names: Mapping[str, str], outcomes: Outcomes) -> tuple[dict[str, str], dict[str, str]]:
+    """The matches without groups of tasks that have a member among them; and by such a domain, why it is left out."""
+    reasons: dict[str, str] = {}
+    for domain, outcome in names.items():
+        members = [other for other, of_other in names.items() if of_other in outcomes.members.get(outcome, ())]
+        if members:
+            what = f"a mean over {listed(members, 5)}, which would count twice"
+            reasons[domain] = f"left out, because it is {what}: {domain}"
+    return {domain: outcome for domain, outcome in names.items() if domain not in reasons}, reasons
 
 
 def cautions(outcomes: Mapping[str, Outcome]) -> Iterator[str]:
@@ -130,7 +160,9 @@ def cautions(outcomes: Mapping[str, Outcome]) -> Iterator[str]:
         yield f"no standard error for {listed(unknown)}: the noise of the evaluation is not known"
     metrics = sorted({outcome.metric for outcome in outcomes.values()})
     if len(metrics) > 1:
-        yield f"domains are measured by different metrics ({', '.join(metrics)}): choose one with --metric"
+        others = [name for name, outcome in outcomes.items() if not is_accuracy(outcome.metric)]
+        units = f", and changes of {listed(others)} are no shares of right answers" if others else ""
+        yield f"domains are measured by different metrics ({', '.join(metrics)}){units}: choose one with --metric"
     shares = {name: max(outcome.unparsed) for name, outcome in outcomes.items() if outcome.unparsed}
     if shares and max(shares.values()) > 0:
         worst = max(shares, key=lambda name: shares[name])
@@ -142,73 +174,208 @@ def cautions(outcomes: Mapping[str, Outcome]) -> Iterator[str]:
         )
 
 
-def _plain(name: str) -> str:
-    return " ".join(re.findall(r"[^\W_]+", name.lower()))
-
-
-def _short(name: str) -> str:
-    return BENCHMARK.sub("", _plain(name))
+def _is_table_of_changes(path: Path) -> bool:
+    """True for a CSV or TSV with changes, or values before and after, instead of those of one model."""
+    if not table.recognises(path) or opencompass.recognises(path):
+        return False
+    return any(
+        column in numbers for _, _, numbers in table.read_table(path) for column in ("before", "after", "change")
+    )
 
 
 # ---- two evaluations
 
 
-def _common_names(evaluations: tuple[Evaluation, Evaluation], before: Path, after: Path) -> list[tuple[str, str]]:
-    first, second = (evaluation.metrics for evaluation in evaluations)
-    others = {_plain(name): name for name in second}
-    names = [(name, others[_plain(name)]) for name in first if _plain(name) in others]
-    if not names:
+def _common_tasks(
+    evaluations: tuple[Evaluation, Evaluation], before: Path, after: Path
+) -> list[tuple[str, Task, Task]]:
+    """(name before, task before, task after) of the tasks that both have."""
+    first, second = (evaluation.tasks for evaluation in evaluations)
+    own = {name: task.own_name for name, task in second.items() if task.own_name is not None}
+    pairs = []
+    taken: dict[str, str] = {}
+    for name, task in first.items():
+        matches = next(
+            (found for text in sorted(forms_of(name, task)) if (found := find_task(text, second, own))), None
+        )
+        if matches is None:
+            continue
+        if matches in taken:
+            raise InputError(
+                f"'{taken[matches]}' and '{name}' in {before} both match '{matches}' in {after}: rename one of them"
+            )
+        taken[matches] = name
+        pairs.append((name, task, second[matches]))
+    if not pairs:
         raise InputError(
             f"{before} and {after} have no domain in common: one has {listed(first)}, the other {listed(second)}"
         )
-    return names
+    return pairs
 
 
-def _choose_metric(before: dict[str, Task], after: dict[str, Task], metric: str | None) -> str | None:
-    """The metric, as 'name,filter', that both tasks have: the given one, or the best known accuracy."""
-    common = [key for key in before if key in after]
+def _members(evaluation: Evaluation, outcomes: Mapping[str, Outcome]) -> dict[str, tuple[str, ...]]:
+    """Outcome -> the outcomes whose mean it is, over all levels of groups."""
+    by_own_name = {task.own_name or name: name for name, task in evaluation.tasks.items()}
 
-    def rank(key: str) -> tuple[int, int]:
-        name, _, extraction = key.partition(",")
-        return (
-            METRICS.index(name) if name in METRICS else len(METRICS),
-            FILTERS.index(extraction) if extraction in FILTERS else len(FILTERS),
-        )
+    def below(name: str, above: tuple[str, ...]) -> set[str]:
+        task = evaluation.tasks.get(name)
+        direct = {by_own_name.get(member, member) for member in task.members} if task is not None else set()
+        direct -= {*above, name}
+        return direct.union(*(below(member, (*above, name)) for member in direct))
 
-    if metric is None:
-        common = [key for key in common if key.partition(",")[0] in METRICS]
-    else:
-        common = [key for key in common if metric in (key, key.partition(",")[0])]
-    return min(common, key=rank, default=None)
+    members = {name: tuple(sorted(below(name, ()) & {*outcomes})) for name in outcomes}
+    return {name: of_group for name, of_group in members.items() if of_group}
 
 
-def _change_of(name: str, before: Task, after: Task, warnings: list[str]) -> Outcome:
+@dataclass
+class _Notes:
+    """What is to be said about the reading of outcomes; lists of domains, except `others`. wanted: the metric."""
+
+    wanted: str
+    divided: dict[str, list[str]] = field(default_factory=lambda: {"before": [], "after": []})
+    unscaled: list[str] = field(default_factory=list)
+    odd_stderr: list[str] = field(default_factory=list)
+    falling: dict[str, list[str]] = field(default_factory=dict)
+    without: dict[str, list[str]] = field(default_factory=dict)
+    other_prompts: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+
+    def without_outcome(self) -> str:
+        """The metrics of the domains that have none of those wanted, or a scale that is not certain."""
+        known = sorted({metric for metrics in self.without.values() for metric in metrics})
+        parts = [f"name one of {', '.join(known)}"] if known else []
+        return "; ".join([*parts, *self._unscaled()])
+
+    def _unscaled(self) -> Iterator[str]:
+        if self.unscaled:
+            yield (
+                f"left out, because it is not certain which are percentages and which shares of 1: "
+                f"{listed(self.unscaled)}"
+            )
+
+    def warnings(self) -> Iterator[str]:
+        yield from self.others
+        yield from self._unscaled()
+        if self.without:
+            shown = (f"{name} ({', '.join(metrics)})" for name, metrics in self.without.items())
+            yield f"left out, without {self.wanted}: {listed(shown, 8)}; name one with --metric TASK=METRIC"
+        for when, names in self.divided.items():
+            if names:
+                yield f"percentages {when} training were divided by 100: {listed(names)}"
+        if self.odd_stderr:
+            yield f"standard errors that do not fit the scale of their values: {listed(self.odd_stderr)}"
+        for metric, names in self.falling.items():
+            yield (
+                f"lower is better for {metric}: the change is before - after, so that a gain is positive, in "
+                f"{listed(names)}"
+            )
+
+    def mismatches(self) -> Iterator[str]:
+        if self.other_prompts:
+            yield (
+                "the prompts before and after differ, so that the change is not paired by question: "
+                f"{listed(self.other_prompts)}"
+            )
+
+
+def _wanted_text(texts: Sequence[str]) -> str:
+    return f"the metric {' or '.join(texts)}" if texts else f"a known accuracy ({', '.join(METRICS[:6])}, ...)"
+
+
+def _outcome_of(name: str, before: Task, after: Task, wanted: str | None, notes: _Notes) -> Outcome | None:
+    """The change of one domain; None, and a note, where it cannot be told."""
+    key = choose_metric(before, after, wanted)
+    if key is None:
+        common = [metric for metric in before.results if metric in after.results]
+        alone = [f"{metric} before" for metric in before.results], [f"{metric} after" for metric in after.results]
+        notes.without[name] = common or [*alone[0], *alone[1]]
+        return None
+    forgiving = forgiving_metric(before, after, key)
+    if forgiving is not None:
+        strict, free = (_unnoted(before.results[k], after.results[k]) for k in (key, forgiving))
+        if strict is not None and free is not None and _part(strict, free):
+            notes.others.append(_parted_text(name, strict, free, chosen=wanted is not None))
+            key = key if wanted is not None else forgiving
+    return _change_of(name, before.results[key], after.results[key], notes)
+
+
+def _unnoted(before: Result, after: Result) -> Outcome | None:
+    return _change_of("", before, after, _Notes(""))
+
+
+def _part(strict: Outcome, free: Outcome) -> bool:
+    """True if two readings of the same answers changed differently, beyond their noise."""
+    noise = Z_95 * math.hypot(strict.stderr or 0.0, free.stderr or 0.0)
+    return abs(strict.change - free.change) > max(PARTED, noise)
+
+
+def _parted_text(name: str, strict: Outcome, free: Outcome, *, chosen: bool) -> str:
+    what = "what changed is the format of the answers, not the ability"
+    if abs(free.change) > PARTED:
+        what = "the format of the answers changed too, not the ability alone"
+    text = (
+        f"{name}: {strict.metric} went from {strict.before:.3g} to {strict.after:.3g}, but {free.metric}, which reads "
+        f"the same answers in more formats, from {free.before:.3g} to {free.after:.3g}: {what}"
+    )
+    return text if chosen else f"{text}; the latter is compared (else give --metric '{name}={strict.metric}')"
+
+
+def _change_of(name: str, before: Result, after: Result, notes: _Notes) -> Outcome | None:
+    if is_accuracy(before.metric):
+        scaled = on_one_scale(before, after)
+        if scaled is None:
+            notes.unscaled.append(f"{name} ({before.metric} {before.value:g} before, {after.value:g} after)")
+            return None
+        for when, result, share in zip(("before", "after"), (before, after), scaled, strict=True):
+            if share is not result:
+                notes.divided[when].append(name)
+            if with_plausible_stderr(share).stderr != share.stderr:
+                notes.odd_stderr.append(f"{name} ({share.value:g} ± {share.stderr:g})")
+        before, after = (with_plausible_stderr(share) for share in scaled)
+    sign = 1
+    if lower_is_better(before):
+        notes.falling.setdefault(before.metric.partition(",")[0], []).append(name)
+        sign = -1
     unparsed = None
     if before.unparsed is not None and after.unparsed is not None:
         unparsed = before.unparsed, after.unparsed
-    if before.correct and after.correct:
-        common = [q for q in before.correct if q in after.correct and before.key.get(q) == after.key.get(q)]
-        most = max(len(before.correct), len(after.correct))
-        if len(common) < max(2, MIN_COMMON * most):
-            raise InputError(
-                f"the questions of '{name}' do not pair: only {len(common)} of {most} are the same before and after; "
-                "evaluate both models on the same questions, or give results without samples"
-            )
-        if len(common) < most:
-            warnings.append(
-                f"{name}: {most - len(common)} of {most} questions differ between the two and were left out"
-            )
+    common = _common_questions(name, before, after, notes)
+    if common:
         first = np.asarray([before.correct[q] for q in common])
         second = np.asarray([after.correct[q] for q in common])
         stderr = float(np.std(second - first, ddof=1) / math.sqrt(len(common)))
-        value_before, value_after = float(first.mean()), float(second.mean())
-        return Outcome(
-            value_after - value_before, value_before, value_after, stderr, len(common), unparsed, True, before.metric
-        )
+        values = float(first.mean()), float(second.mean())
+        return Outcome(sign * (values[1] - values[0]), *values, stderr, len(common), unparsed, True, before.metric)
     stderrs = None if before.stderr is None or after.stderr is None else math.hypot(before.stderr, after.stderr)
     n = before.n if before.n == after.n else None
     paired = None if stderrs is None else False
-    return Outcome(after.value - before.value, before.value, after.value, stderrs, n, unparsed, paired, before.metric)
+    change = sign * (after.value - before.value)
+    return Outcome(change, before.value, after.value, stderrs, n, unparsed, paired, before.metric)
+
+
+def _common_questions(name: str, before: Result, after: Result, notes: _Notes) -> list[str]:
+    """The questions by which a change is paired; none where an evaluation tells no answers, or the prompts differ."""
+    if not before.correct or not after.correct:
+        return []
+    common = [q for q in before.correct if q in after.correct and before.key.get(q) == after.key.get(q)]
+    most = max(len(before.correct), len(after.correct))
+    if len(common) < max(2, MIN_COMMON * most):
+        raise InputError(
+            f"the questions of '{name}' do not pair: only {len(common)} of {most} are the same before and after; "
+            "evaluate both models on the same questions, or give results without samples"
+        )
+    differ = [q for q in common if q in before.prompt and q in after.prompt and before.prompt[q] != after.prompt[q]]
+    if differ:
+        notes.other_prompts.append(f"{name} ({len(differ)} of {len(common)} questions)")
+        return []
+    if len(common) < most:
+        notes.others.append(
+            f"{name}: {most - len(common)} of {most} questions differ between the two and were left out"
+        )
+    return common
+
+
+# ---- one table
 
 
 def _read_changes(path: Path) -> Outcomes:
@@ -216,10 +383,13 @@ def _read_changes(path: Path) -> Outcomes:
         raise InputError(f"there is no file or folder {path}")
     if path.name == TRAINING_FILE:
         return _read_exposures(path)
-    if not table.recognises(path):
+    if not table.recognises(path) or opencompass.recognises(path):
         raise InputError(f"{path} alone contains no change: give the evaluations before and after, or a CSV with both")
+    rows = table.read_table(path)
+    levels = ("before", "after")
+    table.check_scale(path, {f"{name} {when}": row[when] for _, name, row in rows for when in levels if when in row})
     outcomes = {}
-    for line, name, numbers in table.read_table(path):
+    for line, name, numbers in rows:
         before, after = numbers.get("before"), numbers.get("after")
         change = numbers.get("change")
         if change is None and before is not None and after is not None:

@@ -14,6 +14,7 @@ import numpy as np
 from sts_fast.errors import InputError
 from sts_fast.files import Document
 from sts_fast.sae.decoder import MAX_ROWS, Decoder
+from sts_fast.sae.rows import check_tensor, is_tensor, rows
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +60,8 @@ class SAE:
     notes:       warnings to the user of this SAE
     origin:      by field, the file or key that it was read from
 
-    Raises ValueError, naming the field, where shapes do not match, and InputError for an unknown architecture.
+    Raises ValueError, naming the field, where shapes do not match, and InputError for an unknown architecture, or for
+    tensors that require grad or are not on the CPU.
     """
 
     architecture: str
@@ -101,6 +103,12 @@ class SAE:
                 f"{self.source or 'the SAE'} has the architecture '{self.architecture}', which is not supported: "
                 f"use one of {', '.join(needed)}"
             )
+        if not is_tensor(self.W_enc) and not isinstance(self.W_enc, np.ndarray):
+            raise InputError(f"W_enc must be a numpy array or a torch tensor, got {type(self.W_enc).__name__}")
+        if is_tensor(self.W_enc):
+            check_tensor(self.W_enc, "W_enc")
+            if self.W_enc.device.type != "cpu":
+                raise InputError(f"W_enc is on the device '{self.W_enc.device}': pass W_enc.cpu()")
         if len(self.W_enc.shape) != 2:
             raise ValueError(f"W_enc must have two dimensions, [d_in, d_sae], but has shape {tuple(self.W_enc.shape)}")
         d_out = self.d_in if self.decoder is None else self.decoder.W_dec.shape[1]
@@ -110,6 +118,13 @@ class SAE:
             value = getattr(self, name)
             if value is None and name in needed[self.architecture]:
                 raise ValueError(f"a {self.architecture} SAE needs {name}")
+            if value is not None and not isinstance(value, np.ndarray):
+                call = (
+                    f"{name}.detach().float().cpu().numpy()"
+                    if is_tensor(value)
+                    else f"numpy.asarray({name}, 'float32')"
+                )
+                raise InputError(f"{name} must be a numpy array, got {type(value).__name__}: pass {call}")
             if value is not None and tuple(value.shape) != (width,):
                 raise ValueError(f"{name} must have shape ({width},), but has {tuple(value.shape)}")
         if self.architecture in ("topk", "abstopk") and not 1 <= self.k <= self.d_sae:
@@ -152,17 +167,14 @@ class SAE:
     def reconstruct(self, acts: Any, features: tuple[Any, Any, Any]) -> torch.Tensor | None:
         """[n, d_out] float32: the features decoded, in the units of the model; None without a decoder.
 
-        acts:     [n, d_in] or [n, n_heads, d_head], the encoded rows, whose norms undo the SAE's normalisation
+        acts:     the encoded rows, in any form that `encode` takes; their norms undo the SAE's normalisation
         features: (indptr, indices, values) of `encode(sae, acts)`, at most MAX_ROWS rows
 
         Only the rows of W_dec of active features are read. Raises InputError for too many rows, and as `decoder_rows`.
         """
-        import torch
-
         if self.decoder is None:
             return None
-        x = torch.as_tensor(acts).float()
-        x = x.reshape(len(x), -1)
+        x = self._tensor(acts)
         if len(x) > MAX_ROWS:
             raise InputError(f"at most {MAX_ROWS} rows can be reconstructed at a time, not {len(x)}: give a sample")
         decoded = self.decoder.decode(*features, divisor=self.W_dec_norm)
@@ -180,13 +192,19 @@ class SAE:
 
         Raises ValueError for a transcoder or without a decoder, and InputError as `decoder_rows`.
         """
-        import torch
-
         if self.decoder is None or self.target_hook_name:
             raise ValueError("only an SAE with a decoder writes into what it reads")
-        x = torch.as_tensor(acts).float().reshape(len(acts), -1)
+        x = self._tensor(acts)
         decoded = self.decoder.decode(*features, divisor=self.W_dec_norm, bias=False)
         return decoded / self.decoder.scale if self.decoder.scale != 1 else decoded * self._size(x)
+
+    def _tensor(self, acts: Any) -> torch.Tensor:
+        """[n, d_in] float32 rows."""
+        import torch
+
+        x = rows(acts, self.d_in)
+        # torch takes no negative strides, and warns of memory that it must not write.
+        return torch.from_numpy(np.array(x, np.float32)) if isinstance(x, np.ndarray) else torch.as_tensor(x).float()
 
     def _size(self, x: torch.Tensor) -> torch.Tensor:
         """Factor of decoded rows that undoes the normalisation of x [n, d_in]: [n, 1], or a scalar."""

@@ -11,8 +11,9 @@ import numpy as np
 
 from sts_fast.data.examples import Example
 from sts_fast.data.options import annotations_of
-from sts_fast.data.prompts import PromptSet, PromptTemplate
+from sts_fast.data.prompts import PromptSet
 from sts_fast.data.sets import Kind, Sampling
+from sts_fast.data.template import PromptTemplate
 from sts_fast.errors import InputError
 from sts_fast.model.forward import PassRecord
 from sts_fast.model.hooks import Hook

@@ -66,10 +66,13 @@ def mask_of(
 def check_rows(path: Path, name: str, rows: torch.Tensor, n_tokens: int, d_in: int) -> None:
     import torch
 
-    if not rows.is_floating_point() or rows.shape != (n_tokens, d_in):
+    # Floats of 8 bits have a scale, which the file does not contain.
+    if not rows.is_floating_point() or rows.itemsize == 1 or rows.shape != (n_tokens, d_in):
         raise damaged(path, f"{name} is {_form(rows)}, not [{n_tokens}, {d_in}] of float32, bfloat16 or float16")
-    if not bool(torch.isfinite(rows).all()):
-        raise damaged(path, f"{name} contains NaN or infinity")
+    finite = torch.isfinite(rows)
+    if not bool(finite.all()):
+        row, column = (int(i) for i in (~finite).nonzero()[0])
+        raise damaged(path, f"{name} contains NaN or infinity at row {row}, column {column}")
 
 
 def _form(tensor: torch.Tensor) -> str:

@@ -17,7 +17,7 @@ from sts_fast.forecast.blocks import Scores
 from sts_fast.forecast.estimators import BY_NAME, ESTIMATOR_OPTIONS, SIGNED, SIZES
 from sts_fast.forecast.run import SCORES_FILE, VALIDATION_FILE, Run
 from sts_fast.outcomes.calibration.conformal import Points
-from sts_fast.outcomes.evaluation import METRICS
+from sts_fast.outcomes.metrics import is_accuracy
 from sts_fast.outcomes.outcomes import Outcome
 from sts_fast.outcomes.validate import load_outcomes
 
@@ -141,7 +141,7 @@ def unit_of(runs: Sequence[PastRun]) -> str:
     for run in runs:
         for outcome in run.outcomes.values():
             name = outcome.metric.partition(",")[0]
-            units.setdefault("accuracy" if name in METRICS else name, run.folder)
+            units.setdefault("accuracy" if is_accuracy(name) else name, run.folder)
     if len(units) > 1:
         shown = ", ".join(f"{unit} in {folder}" for unit, folder in units.items())
         raise InputError(f"the outcomes are of different kinds ({shown}): learn from runs with the same evaluation")

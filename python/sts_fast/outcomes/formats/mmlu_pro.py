@@ -9,7 +9,7 @@ from typing import Any
 
 from sts_fast.errors import InputError
 from sts_fast.files import Document
-from sts_fast.outcomes.evaluation import Evaluation, Task, finite, read_text
+from sts_fast.outcomes.evaluation import Evaluation, Result, Task, finite, read_text
 
 # The scripts' first and strictest pattern (compute_accuracy.py, level l1); answers that it does not match are wrong.
 ANSWER = re.compile(r"answer is \(?([A-J])\)?")
@@ -55,8 +55,11 @@ def read_rows(path: Path, rows: list[Document]) -> Evaluation:
     evaluation = Evaluation()
     for category, answers in correct.items():
         n, value = len(answers), sum(answers.values()) / len(answers)
-        task = Task(value, "accuracy", _stderr(value, n), n, answers, key[category], unparsed[category] / n)
-        evaluation.metrics[category] = {"accuracy": task}
+        result = Result(
+            value, "accuracy", _stderr(value, n), n, answers, key[category],
+            unparsed=unparsed[category] / n, percent=False,
+        )  # fmt: skip
+        evaluation.tasks[category] = Task({"accuracy": result})
     return evaluation
 
 
@@ -68,7 +71,8 @@ def read_summary(path: Path, document: Document) -> Evaluation:
             raise InputError(f"{path}: {name} does not give the numbers of right and wrong answers")
         if name != "total":
             n = round(right + wrong)
-            evaluation.metrics[name] = {"accuracy": Task(right / n, "accuracy", _stderr(right / n, n), n)}
+            result = Result(right / n, "accuracy", _stderr(right / n, n), n, percent=False)
+            evaluation.tasks[name] = Task({"accuracy": result})
     return evaluation
 
 
@@ -81,8 +85,8 @@ def read_text_summary(path: Path) -> Evaluation:
             accuracy = None
         if accuracy is None:
             raise InputError(f"{path}: the accuracy of {name} is '{value}', not a number")
-        evaluation.metrics[name.strip()] = {"accuracy": Task(accuracy, "accuracy")}
-    if not evaluation.metrics:
+        evaluation.tasks[name.strip()] = Task({"accuracy": Result(accuracy, "accuracy")})
+    if not evaluation.tasks:
         raise InputError(f"{path} has no line 'Average accuracy 0.1234 - domain' of an MMLU-Pro summary")
     return evaluation
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping
 from pathlib import Path
 
 from sts_fast.errors import InputError
-from sts_fast.outcomes.evaluation import Evaluation, Task, finite, read_text
+from sts_fast.outcomes.evaluation import Evaluation, Result, Task, finite, read_text
 
 NAME_COLUMNS = ("domain", "task", "category", "subject", "name")
 ACCURACY_COLUMNS = ("accuracy", "acc", "value")
+# A table with a number up to 1 and one above this has shares beside percentages.
+SURELY_PERCENT = 5.0
 
 
 def recognises(path: Path) -> bool:
@@ -17,9 +20,11 @@ def recognises(path: Path) -> bool:
 
 
 def read_table(path: Path) -> list[tuple[int, str, dict[str, float]]]:
-    """(line, domain, numbers by column) of a CSV or TSV with a header; empty cells are left out."""
+    """(line, domain, numbers by column) of a CSV or TSV with a header; empty cells are left out, 31% is .31."""
     lines = read_text(path).splitlines()
-    reader = csv.reader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    header_line = lines[0] if lines else ""
+    separators = "\t" if path.suffix.lower() == ".tsv" else ",;\t"
+    reader = csv.reader(lines, delimiter=max(separators, key=header_line.count))
     try:
         cells = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(map(str.strip, row))]
     except csv.Error as error:
@@ -27,7 +32,9 @@ def read_table(path: Path) -> list[tuple[int, str, dict[str, float]]]:
     header = [cell.lower() for cell in cells[0][1]] if cells else []
     column = next((header.index(name) for name in NAME_COLUMNS if name in header), None)
     if column is None:
-        raise InputError(f"{path} has no column 'domain' in its first line")
+        raise InputError(
+            f"{path} has no column 'domain' in its first line: name the columns domain,accuracy[,stderr][,n]"
+        )
     table: list[tuple[int, str, dict[str, float]]] = []
     known = {"before", "after", "change", "stderr", "n", *ACCURACY_COLUMNS}
     for line, row in cells[1:]:
@@ -48,8 +55,9 @@ def read_table(path: Path) -> list[tuple[int, str, dict[str, float]]]:
 
 
 def _cell(path: Path, line: int, name: str, cell: str) -> float:
+    percent = cell.endswith("%") and name != "n"
     try:
-        number = finite(float(cell))
+        number = finite(float(cell[:-1]) / 100 if percent else float(cell))
     except ValueError:
         number = None
     if number is None:
@@ -58,12 +66,40 @@ def _cell(path: Path, line: int, name: str, cell: str) -> float:
 
 
 def read(path: Path) -> Evaluation:
-    evaluation = Evaluation()
-    for line, name, numbers in read_table(path):
+    """One column of one scale: shares of 1 or, where all numbers are above 1, percentages.
+
+    Raises InputError for a column that has both.
+    """
+    table = read_table(path)
+    values = {}
+    for line, name, numbers in table:
         value = next((numbers[column] for column in ACCURACY_COLUMNS if column in numbers), None)
         if value is None:
             raise InputError(f"{path}, line {line}: '{name}' has no accuracy; columns: domain,accuracy[,stderr][,n]")
+        values[name] = value
+    check_scale(path, values)
+    percent = max(values.values()) > 1
+    is_accuracy = any(column in numbers for _, _, numbers in table for column in ACCURACY_COLUMNS if column != "value")
+    # A column 'value' says what it is only by its numbers.
+    metric = "accuracy" if is_accuracy or not percent else "value"
+    evaluation = Evaluation()
+    for _, name, numbers in table:
         n = numbers.get("n")
-        task = Task(value, "accuracy", numbers.get("stderr"), None if n is None else int(n))
-        evaluation.metrics[name] = {"accuracy": task}
+        result = Result(
+            values[name], metric, numbers.get("stderr"), None if n is None else int(n),
+            percent=percent if metric == "accuracy" else None,
+        )  # fmt: skip
+        evaluation.tasks[name] = Task({metric: result}, made={} if n is None else {"number of questions": str(int(n))})
     return evaluation
+
+
+def check_scale(path: Path, values: Mapping[str, float]) -> None:
+    """Raises InputError where some numbers are shares of 1 and others percentages."""
+    shares = [name for name, value in values.items() if 0 < value <= 1]
+    percentages = [name for name, value in values.items() if value > SURELY_PERCENT]
+    if shares and percentages:
+        share, percentage = shares[0], percentages[0]
+        raise InputError(
+            f"{path} has shares of 1 ({share}: {values[share]:g}) beside percentages ({percentage}: "
+            f"{values[percentage]:g}): write all alike, or percentages with the sign %"
+        )

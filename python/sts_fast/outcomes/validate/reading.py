@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +31,10 @@ MIN_DOMAINS = 4
 LARGEST = 1e100
 
 
-def read_scores(source: ScoreSource, estimator: str) -> tuple[dict[str, Number], dict[str, ControlValues]]:
-    """Scores by domain; and control -> domain -> value."""
-    where, document = _content(source)
+def read_scores(
+    where: str, document: Mapping[str, Any], estimator: str
+) -> tuple[dict[str, Number], dict[str, ControlValues]]:
+    """Scores by domain; and control -> domain -> value. where: name of the document in messages."""
     if not isinstance(document.get("domains"), list):
         return {str(name): value for name, value in document.items()}, {}
     scores: dict[str, Number] = {}
@@ -61,7 +62,7 @@ def read_scores(source: ScoreSource, estimator: str) -> tuple[dict[str, Number],
     return scores, controls
 
 
-def _content(source: ScoreSource) -> tuple[str, Mapping[str, Any]]:
+def content_of(source: ScoreSource) -> tuple[str, Mapping[str, Any]]:
     """The source's name in messages, and its values."""
     if isinstance(source, Forecast):
         return "the forecast", source.to_dict()
@@ -78,11 +79,15 @@ def _control_values(control: str, entry: Any, key: str) -> list[tuple[str, Any]]
     return [*([(control, entry[key])] if key in entry else []), *others]
 
 
-def unmatched(scores: Mapping[str, Any], outcomes: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
+def unmatched(
+    scores: Sequence[str], outcomes: Sequence[str], names: Mapping[str, str], said: Iterable[str]
+) -> list[str]:
+    """A warning about domains that only one side has. said: what was said when the outcomes were read."""
     if len(names) < MIN_DOMAINS:
         raise InputError(
             f"only {len(names)} domains are in both, and {MIN_DOMAINS} are needed: the forecast has "
-            f"{listed(scores) or 'none'}; the outcomes have {listed(outcomes) or 'none'}"
+            f"{listed(scores) or 'none'}; the outcomes have {listed(outcomes) or 'none'}; name those that belong "
+            f"together with --match DOMAIN=TASK{''.join(f'; {text}' for text in said)}"
         )
     missing = [name for name in scores if name not in names]
     left = [name for name in outcomes if name not in names.values()]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from sts_fast.errors import InputError
 from sts_fast.forecast.estimators import SIGNED
-from sts_fast.outcomes.outcomes import Outcome, Outcomes, cautions, match_domains, read_outcomes
+from sts_fast.outcomes.differences import ForecastModel, other_models
+from sts_fast.outcomes.names import match_domains
+from sts_fast.outcomes.outcomes import Outcome, Outcomes, cautions, read_outcomes, without_groups
 from sts_fast.outcomes.validate.reading import (
     ScoreSource,
+    content_of,
     interval_of,
     outcome_arrays,
     read_scores,
@@ -38,15 +41,20 @@ def validate(
     *,
     before: str | Path | None = None,
     after: str | Path | None = None,
-    metric: str | None = None,
+    metric: str | Sequence[str] | None = None,
+    match: Mapping[str, str] | None = None,
     estimator: str = "act",
+    strict: bool = False,
     seed: int = 0,
 ) -> Validation:
     """Compares a forecast with the measured change of its domains.
 
     scores:   a Forecast, the folder or scores.json of a run, its content, or domain -> score or (score, low, high)
     outcomes: domain -> Outcome; or give `before`, `after`, `metric` for read_outcomes
+    match:    domain of the forecast -> name of its outcome, for names that do not match by themselves
     estimator: estimator of the scores, by its name in scores.json
+    strict:   raises InputError where before and after were evaluated differently, or name another model than the
+              forecast's, instead of a warning
     seed:     seed of every draw; the same seed gives the same numbers
 
     Raises InputError where scores or outcomes cannot be read or fewer than four domains are in both.
@@ -57,9 +65,19 @@ def validate(
         outcomes = read_outcomes(before, after, metric=metric)
     known = outcomes.domains if isinstance(outcomes, Outcomes) else dict(outcomes)
     warnings = list(outcomes.warnings) if isinstance(outcomes, Outcomes) else []
-    predicted, controls = read_scores(scores, estimator)
-    names = match_domains(list(predicted), known)
-    warnings += unmatched(predicted, known, names)
+    where, forecast = content_of(scores)
+    predicted, controls = read_scores(where, forecast, estimator)
+    how = outcomes if isinstance(outcomes, Outcomes) else Outcomes(known)
+    mismatches = [*how.mismatches, *other_models(*how.models, ForecastModel.of(forecast))]
+    if strict and mismatches:
+        raise InputError(f"{'; '.join(mismatches)} (--strict)")
+    warnings += [mismatch for mismatch in mismatches if mismatch not in warnings]
+    fitting = match_domains(list(predicted), known, own_names=how.own_names, given=match)
+    names, groups = without_groups(fitting, how)
+    said = [*(text for text in how.warnings if text not in how.mismatches), *groups.values()]
+    scored = [name for name in predicted if name not in groups]
+    measured = [name for name in known if name not in {fitting[group] for group in groups}]
+    warnings += [*groups.values(), *unmatched(scored, measured, names, said)]
     matched = {name: known[other] for name, other in names.items()}
     warnings += cautions(matched)
 

@@ -128,26 +128,28 @@ def verdict(
     if rivals:
         sentences.append(f"Controls do as well: {', '.join(rivals)}.")
     if given is not None:
-        sentences += _explained_by_text(given, r, better=p < LEVEL)
+        sentences.append(_beside_text(given, r, better=p < LEVEL))
+    elif controls:
+        sentences.append("The run has no control made from the text of the questions alone: score it again to compare.")
     if limits.reliability is None:
         sentences.append("The noise of the evaluation is not known, so this is a best case.")
     return " ".join(sentences)
 
 
-def _explained_by_text(given: GivenText, r: float, *, better: bool) -> list[str]:
-    """A sentence where the text of the questions explains the score, else nothing."""
+def _beside_text(given: GivenText, r: float, *, better: bool) -> str:
+    """A sentence with the best of the controls that need no model; it says where the text explains the score."""
     best = f"{given.control}, the best of the controls that need no model (largest |r| with |change|)"
     partial = given.pearson
     rest = "" if partial is None else f"; given it, the score's partial r is {_with_interval(partial)}"
     if abs(given.r) >= abs(r):
-        return [f"The text of the questions alone explains as much: {best}, has r = {given.r:.2f}{rest}."]
+        return f"The text of the questions alone explains as much: {best}, has r = {given.r:.2f}{rest}."
     interval = None if partial is None else partial.ci_domains
     if better and (interval is None or interval[0] <= 0 <= interval[1]):
-        return [
+        return (
             f"The text of the questions may explain it: {best}, has r = {given.r:.2f}{rest}, not clearly different "
             "from 0."
-        ]
-    return []
+        )
+    return f"Text alone explains less: {best}, has r = {given.r:.2f}{rest}."
 
 
 def _with_interval(partial: Partial) -> str:
