@@ -147,7 +147,7 @@ def test_where_no_row_leaves_room_the_error_says_so() -> None:
 
 def test_where_no_row_leaves_room_for_half_of_the_questions_room_for_a_few_will_do() -> None:
     rows = [Example(str(i), "a " * (4 if i < 4 else 20) + str(i), "x " * 10) for i in range(20)]
-    (long,) = {len(PLAIN.token_ids([("user", row.question)])) for row in rows[4:]}
+    (long,) = {len(PLAIN.token_ids(row.turns)) for row in rows[4:]}
     half, few, _ = room_for_demos(rows, PLAIN, 1, long + 12, seed=0)
     assert not any(map(half, rows))
     assert [*map(few, rows)] == [True] * 4 + [False] * 16

@@ -170,7 +170,7 @@ def test_training_documents_are_what_the_template_renders(template: PromptTempla
 @pytest.mark.parametrize("domain", ["T0.copy.a", "T9.transcribe.d"])
 def test_every_token_of_a_query_is_read_and_paired(template: PromptTemplate, domain: str) -> None:
     drawn = organism.examples(domain, 30, seed=0)
-    for prompt in build_prompts(domain, drawn[8:], template, demos=drawn[:8], context_length=73).prompts:
+    for prompt in build_prompts(domain, drawn[8:], template, draws=[drawn[:8]], context_length=73).prompts:
         assert len(prompt.base_ids) == 6
         assert len(prompt.demos_ids) == 1 + 8 * 8 + 5
         assert prompt.positions.tolist() == prompt.paired.tolist() == [1, 2, 3, 4, 5]
@@ -180,7 +180,7 @@ def test_every_token_of_a_query_is_read_and_paired(template: PromptTemplate, dom
 
 def test_answers_are_read_alone(template: PromptTemplate) -> None:
     drawn = organism.examples("T8.sums.c", 12, seed=0)
-    for prompt in build_prompts("x", drawn[2:], template, demos=drawn[:2], tokens="answer").prompts:
+    for prompt in build_prompts("x", drawn[2:], template, draws=[drawn[:2]], tokens="answer").prompts:
         assert prompt.positions.tolist() == [6, 7, 8]
         assert prompt.paired_demos.tolist() == [22, 23, 24]
 
@@ -287,7 +287,7 @@ def real_rows(template: PromptTemplate) -> torch.Tensor:
     prompts = []
     for domain in ALL[::6]:
         drawn = organism.examples(domain, 24, seed=1)
-        prompts += build_prompts(domain, drawn[4:], template, demos=drawn[:4]).prompts
+        prompts += build_prompts(domain, drawn[4:], template, draws=[drawn[:4]]).prompts
     import torch
 
     batches = [rows for (rows,) in capture(decoder, prompts)]
