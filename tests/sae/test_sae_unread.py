@@ -171,7 +171,8 @@ def test_keys_of_sae_lens_before_6_are_ignored(tmp_path: Path) -> None:
         "dead_feature_window": 1000, "dead_feature_threshold": 1e-8, "n_eval_batches": 10, "eval_batch_size_prompts": 4,
         "log_to_wandb": True, "log_optimizer_state_to_wandb": True, "wandb_project": "x", "wandb_id": "a",
         "resume": True, "run_name": "x", "wandb_log_frequency": 10, "eval_every_n_wandb_logs": 100, "n_checkpoints": 3,
-        "verbose": True, "checkpoint_path": "x", "tokens_per_buffer": 7, "jumprelu_init_threshold": 0.1, "jumprelu_bandwidth": 0.1,
+        "verbose": True, "checkpoint_path": "x", "tokens_per_buffer": 7, "jumprelu_init_threshold": 0.1,
+        "jumprelu_bandwidth": 0.1,
         "sae_lens_version": "3.22.1", "sae_lens_training_version": "3.22.1", "seqpos_slice": [5, -5],
         "dataset_trust_remote_code": True, "exclude_special_tokens": True,
     }  # fmt: skip
