@@ -87,6 +87,11 @@ def same_model(name: str, other: str) -> bool | None:
     return None
 
 
+def is_chat(name: str) -> bool:
+    """True for the name of a model that was tuned to answer, such as 'gemma-2-9b-it'."""
+    return not {"it", "instruct", "chat"}.isdisjoint(_words(name))
+
+
 def _words(name: str) -> list[str]:
     """Words and numbers of a name without its owner: 'Qwen/Qwen2.5-7B' is qwen, 2.5, 7b."""
     last = name.rstrip("/").rpartition("/")[2].lower().removeprefix("meta-")
