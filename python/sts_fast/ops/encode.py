@@ -39,8 +39,8 @@ def encode(sae: SAE, acts: Any, columns: NDArray[np.int64] | None = None) -> Spa
              or [n_tokens, n_heads, d_head], as hook_z gives them
     columns: [n_columns] int64, strictly increasing: only these features
 
-    Raises ValueError, naming the argument, for a wrong shape or dtype, NaN or infinity, or a row
-    that the SAE's normalisation cannot scale; InputError for a CUDA tensor where there are no CUDA ops.
+    Raises ValueError, naming the argument, for a wrong shape or dtype, NaN or infinity; InputError for a CUDA tensor
+    where there are no CUDA ops.
     """
     acts = backend.rows(acts)
     device = backend.cuda_device_of(acts)
