@@ -94,8 +94,10 @@ def _place(folder: Path, config: Config) -> dict[str, tuple[str, str]]:
         fields["model_name"] = (config.text("model_name"), CONFIG_FILE)
     if config.has("hf_hook_point_in"):
         # 'model.layers.3.output' is the module itself; '.input' stays in the name.
-        fields["hook_name"] = (config.text("hf_hook_point_in").removesuffix(".output"), CONFIG_FILE)
-        fields["target_hook_name"] = (config.text("hf_hook_point_out").removesuffix(".output"), CONFIG_FILE)
+        # An SAE's config has the same place as its output.
+        read, predicted = (config.text(f"hf_hook_point_{side}").removesuffix(".output") for side in ("in", "out"))
+        fields["hook_name"] = (read, CONFIG_FILE)
+        fields["target_hook_name"] = ("" if predicted == read else predicted, CONFIG_FILE)
         return fields
     match = re.search(r"layer_(\d+)", path)
     if match is None:

@@ -30,7 +30,8 @@ UNIT = 0.02  # deviation from 1 of norms that were rounded to bfloat16
 # Keys of training, and constraints that the weights obey since.
 OF_TRAINING = (
     "top_k", "force_unit_decoder_norm", "jumprelu_threshold_window", "lp", "tp_size", "ddp_size",
-    "remove_gradient_parallel_to_decoder_directions", "use_batch_norm_mse",
+    "remove_gradient_parallel_to_decoder_directions", "use_batch_norm_mse", "use_ddp", "exp_name", "exp_series",
+    "result_dir", "exp_result_dir",
 )  # fmt: skip
 
 
