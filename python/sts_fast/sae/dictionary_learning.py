@@ -37,6 +37,12 @@ REFUSED = {
     "CrossCoder": "it reads several layers at once",
     "BatchTopKCrossCoder": "it reads several layers at once",
 }
+# Options of its trainers that only they have.
+OF_TRAINING = (
+    "sparsity_function", "sparsity_queue_length", "n_sparsity_updates", "p_start", "p_end", "anneal_start",
+    "anneal_end", "group_sizes",
+)  # fmt: skip
+READS_INPUT = "it reads the input of its submodule: give --layer or --hook"
 UNTRAINED_THRESHOLD = "its threshold is negative, as before training: it works as a ReLU SAE"
 
 
@@ -79,10 +85,13 @@ def read(path: Path, *, dtype: str | None = None) -> SAE:
     W_dec = file.matrix(decoder_name, (d_sae, d_in), transposed=linear) if decoder_name in file.shapes else None
     place = _place(trainer)
     k = trainer.whole("k")
-    if config.part("buffer").text("io") == "in_and_out":
+    io = config.part("buffer").text("io")
+    if io == "in_and_out":
         raise InputError(f"{config.where}: io 'in_and_out' is not supported: use an SAE, not a transcoder")
+    if io == "in":  # the submodule's name means its output
+        place, notes = "", (*notes, READS_INPUT)
     file.refuse_unread(*UNUSED_TENSORS.get(class_name, ()))
-    trainer.refuse_unread()
+    trainer.refuse_unread(*OF_TRAINING)
     config.refuse_unread()
     return SAE(
         architecture=activation,
