@@ -252,6 +252,13 @@ def test_a_scaling_factor_of_the_decoder(tuned: bool, tmp_path: Path) -> None:
     assert np.allclose(decoded, (h * gain.numpy()) @ w["W_dec"] + w["b_dec"], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "gated"])
+def test_a_setting_of_another_architecture(architecture: str, tmp_path: Path) -> None:
+    for config in ({"rescale_acts_by_decoder_norm": True}, {"k": 3}, {"activation_fn_kwargs": {"k": 3}}):
+        with pytest.raises(InputError, match=f"the key '{next(iter(config))}' may change the features"):
+            load_sae(write_sae(tmp_path, architecture, config=config))
+
+
 @pytest.mark.parametrize("key", ["hook_head_index", "hook_point_head_index", "hook_head_index_out"])
 def test_single_heads_are_refused(key: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"{key} 3: an SAE of a single head"):

@@ -85,7 +85,7 @@ def read_files(file: Checkpoint, config: Config, *, source: str, dtype: str | No
     if is_transcoder:
         d_out = file.shapes["b_dec"][0] if len(file.shapes.get("b_dec", ())) == 1 else d_in
         config.check_widths(d_out=d_out)
-    rescale = config.flag("rescale_acts_by_decoder_norm") and activation != "gated"
+    rescale = "topk" in architecture and config.flag("rescale_acts_by_decoder_norm")
     W_dec = file.matrix("W_dec", (d_sae, d_out)) if "W_dec" in file.shapes or rescale else None
     b_dec = file.vector("b_dec", d_out)
     own: dict[str, Any] = {}
