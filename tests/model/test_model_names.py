@@ -23,6 +23,7 @@ from sts_fast.model.model_names import ModelName, model_type, same_model
         ("openai-community/gpt2", "gpt", "2", "small"),
         ("gpt2-xl", "gpt", "2", "xl"),
         ("EleutherAI/gpt-neo-125m", "gptneo", "1", "125m"),
+        ("mistral", "mistral", "", ""),
         ("openai/gpt-oss-20b", "gptoss", "1", "20b"),
         ("pythia-1.4b", "pythia", "1", "1.4b"),
         ("microsoft/Phi-3.5-mini-instruct", "phi", "3.5", "mini"),
@@ -66,6 +67,9 @@ def test_parts_of_a_name(name: str, family: str, version: str, size: str) -> Non
         ("stories260K", "gemma-2-2b", None),
         ("stories260K", "models/stories260K", True),
         ("tiny", "tiny", True),
+        ("meta-llama/Llama-3.1-8B", "runs/llama-sft", True),
+        ("meta-llama/Llama-3.1-8B", "runs/llama-7b-sft", False),
+        ("mistral", "mistralai/Mistral-7B-v0.1", True),
     ],
 )
 def test_same_model(name: str, other: str, same: bool | None) -> None:

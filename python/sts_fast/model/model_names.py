@@ -22,7 +22,7 @@ class ModelName:
     """What a model's name says; '' for a size that it leaves out.
 
     family:  words before the first number, joined: 'gemma', 'gptneo'
-    version: '1' where there is none, as for the first models of a family
+    version: '1' where there is a size but no version, as for the first models of a family; '' where there is neither
     size:    '9b', '8x7b', 'mini'
     trained: the words of OWN_TRAINING in the name
     """
@@ -42,8 +42,8 @@ class ModelName:
     @classmethod
     def _of(cls, family: str, rest: list[str]) -> ModelName:
         has_version = bool(rest) and VERSION.fullmatch(rest[0]) is not None
-        version = rest[0].removesuffix(".0") if has_version else "1"
         size = next((word for word in rest[has_version:] if SIZE.fullmatch(word)), "")
+        version = rest[0].removesuffix(".0") if has_version else "1" if size else ""
         if (family, version) == ("gpt", "2"):
             size = SIZES_OF_GPT2.get(size, size or "small")
         return cls(family, version, size, frozenset(OWN_TRAINING.intersection(rest)))
@@ -81,9 +81,8 @@ def same_model(name: str, other: str) -> bool | None:
         wanted = ModelName.parse(first)
         named = wanted.named_in(second) if wanted.family else None
         if named is not None:
-            sizes = {wanted.size, named.size} - {""}
-            same = (wanted.version, wanted.trained) == (named.version, named.trained)
-            return same and len(sizes) <= 1
+            stated = [{wanted.version, named.version} - {""}, {wanted.size, named.size} - {""}]
+            return all(len(values) <= 1 for values in stated) and wanted.trained == named.trained
     return None
 
 
