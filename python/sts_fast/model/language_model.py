@@ -18,6 +18,7 @@ from sts_fast.model import weights
 from sts_fast.model.forward import ForwardPasses, PassRecord, Read, Sequences, run_batches
 from sts_fast.model.hooks import Hook, find_hooks
 from sts_fast.model.layer_trace import input_device
+from sts_fast.model.lengths import forget_lengths, length_rule
 from sts_fast.model.packing import check_vocabulary, moved
 from sts_fast.model.reader import PairedRows, Reader
 from sts_fast.model.weights import DeviceMap, Placement
@@ -71,6 +72,7 @@ class LanguageModel(Reader):
         self.revision: str | None = getattr(model.config, "_commit_hash", None)
         self.device = input_device(model)
         self.hooks: list[Hook] = find_hooks(model, places, name=name)
+        self.lengths = length_rule(config)
         self.passes = ForwardPasses(self)
 
     def rows(self, kind: Kind, prompt_set: PromptSet, other: Reader | None = None) -> Iterator[list[PairedRows]]:
@@ -130,12 +132,16 @@ class LanguageModel(Reader):
     def residuals(self, sequences: Sequence[IntArray]) -> list[list[torch.Tensor]]:
         """Activations by hook and sequence, from one forward pass with padding on the right.
 
+        There is one more pass for each further regime of the sequences' lengths; see LengthRule.
         Each is [n_tokens, d_in] in the model's dtype, on the hook's device. In a causal model, padding on the right
         changes no token before it. It needs no mask, which would slow attention down.
         """
-        ids = padded_ids(self.model, sequences, name=self.name)
-        of_hooks = self.run(input_ids=ids.to(self.device), use_cache=False)
-        return [[rows[row, : len(sequence)] for row, sequence in enumerate(sequences)] for rows in of_hooks]
+        of_sequences: dict[int, list[torch.Tensor]] = {}
+        for group in self.lengths.groups([len(sequence) for sequence in sequences]):
+            ids = padded_ids(self.model, [sequences[i] for i in group], name=self.name)
+            of_hooks = self.run(input_ids=ids.to(self.device), use_cache=False)
+            of_sequences |= {i: [rows[row, : len(sequences[i])] for rows in of_hooks] for row, i in enumerate(group)}
+        return [[of_sequences[i][hook] for i in range(len(sequences))] for hook in range(len(self.hooks))]
 
     def run(self, **inputs: Any) -> list[torch.Tensor]:
         """Activations by hook, each [n_sequences, n_tokens, d_in], from one forward pass that stops at the last hook.
@@ -153,6 +159,8 @@ class LanguageModel(Reader):
                 raise _Reached
             seen[i] = value.clone()  # later modules may write into it
 
+        if self.lengths.each_above is not None:
+            forget_lengths(self.model)
         handles = [hook.attach(self.model, partial(saw, i)) for i, hook in enumerate(self.hooks)]
         try:
             with torch.inference_mode():

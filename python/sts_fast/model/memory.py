@@ -71,13 +71,18 @@ class TokenBudget:
         self.say(f"out of memory with {n_tokens} tokens in a pass: going on with {self.n_tokens} (--batch-tokens)")
 
     def in_batches(
-        self, lengths: Sequence[int], most: int, run: Callable[[list[int]], Result]
+        self,
+        lengths: Sequence[int],
+        most: int,
+        run: Callable[[list[int]], Result],
+        chosen: Sequence[int] | None = None,
     ) -> Iterator[tuple[list[int], Result]]:
         """Yields batches of indices, shortest sequences first, with the result of `run`; halves those that do not fit.
 
-        most: most tokens of a batch, regardless of the budget
+        most:   most tokens of a batch, regardless of the budget
+        chosen: indices of the sequences to run; None: all
         """
-        order = np.argsort(lengths, kind="stable").tolist()
+        order = sorted(range(len(lengths)) if chosen is None else chosen, key=lengths.__getitem__)
         while order:
             n_tokens = most if self.n_tokens is None else min(most, self.n_tokens)
             batch = take(order, np.asarray(lengths), n_tokens)

@@ -12,11 +12,11 @@ import numpy as np
 from sts_fast.data.prompts import Prompt
 from sts_fast.errors import InputError
 from sts_fast.model.answers import in_batches, score_answers
-from sts_fast.model.forward import row_norms
 from sts_fast.model.hooks import decoder_layers
 from sts_fast.model.language_model import attention_sinks
 from sts_fast.model.layer_trace import input_device
 from sts_fast.model.memory import MOST_BATCH_TOKENS, TokenBudget
+from sts_fast.model.packing import row_norms
 from sts_fast.places import layer_of
 
 if TYPE_CHECKING:
