@@ -425,7 +425,7 @@ class ForwardPasses:
                 return None  # the run itself finds out what fits
             if self.strategy == "plain":
                 raise
-            return f"({type(error).__name__})"
+            return f"({type(error.__cause__ or error).__name__})"
         return None if worst <= tolerance(self.dtype) else f"(off by {worst:.1g} at {len(ids[longest])} tokens)"
 
     def _read_of(self, sequences: Sequences, batch: list[int]) -> list[Read]:
@@ -455,7 +455,7 @@ class ForwardPasses:
         except Exception as error:  # a model can raise anything for inputs that it does not support
             if is_out_of_memory(error):
                 raise
-            return f"({type(error).__name__})"
+            return f"({type(error.__cause__ or error).__name__})"
         return None if worst <= tolerance(self.dtype) else f"(off by {worst:.1g})"
 
 

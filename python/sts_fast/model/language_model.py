@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
+import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,15 +12,18 @@ import numpy as np
 
 from sts_fast.data.prompts import Prompt, PromptSet
 from sts_fast.data.sets import Kind
-from sts_fast.errors import InputError
+from sts_fast.errors import InputError, one_line
 from sts_fast.model import weights
+from sts_fast.model.checkpoint import Checkpoint, checkpoint_of
 from sts_fast.model.forward import ForwardPasses, PassRecord, Read, Sequences, run_batches
 from sts_fast.model.hooks import Hook, find_hooks
 from sts_fast.model.layer_trace import input_device
 from sts_fast.model.lengths import forget_lengths, length_rule
+from sts_fast.model.loading import Request, absent_text, load
+from sts_fast.model.memory import is_out_of_memory
 from sts_fast.model.packing import check_vocabulary, moved
 from sts_fast.model.reader import PairedRows, Reader
-from sts_fast.model.weights import DeviceMap, Placement
+from sts_fast.model.weights import DeviceMap
 from sts_fast.ops import cuda_kernels
 from sts_fast.places import layer_of, split_name
 
@@ -147,7 +149,7 @@ class LanguageModel(Reader):
         """Activations by hook, each [n_sequences, n_tokens, d_in], from one forward pass that stops at the last hook.
 
         inputs: arguments of the model's forward
-        Raises InputError where the model does not run a hook.
+        Raises InputError where the model does not run a hook, or fails.
         """
         import torch
 
@@ -167,6 +169,12 @@ class LanguageModel(Reader):
                 self.model(**inputs)
         except _Reached:
             pass
+        except (InputError, MemoryError):
+            raise
+        except Exception as error:  # a model can raise anything of its own
+            if is_out_of_memory(error):
+                raise
+            raise InputError(failure_text(self.name, error)) from error
         finally:
             for handle in handles:
                 handle.remove()
@@ -174,6 +182,14 @@ class LanguageModel(Reader):
             if i not in seen:
                 raise InputError(f"{self.name} never runs {hook.path}: read another module")
         return [seen[i] for i in range(len(self.hooks))]
+
+
+def failure_text(name: str, error: Exception) -> str:
+    """A sentence on an error of a model's own code."""
+    return (
+        f"{name} fails when it is run ({type(error).__name__}: {one_line(error)}): try --dtype float32, another "
+        "--device, or the versions of torch and transformers that the model was made with"
+    )
 
 
 def padded_ids(model: torch.nn.Module, sequences: Sequence[IntArray], *, name: str = "the model") -> torch.Tensor:
@@ -306,7 +322,7 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
 
 
 def load_decoder(
-    source: str | Path,
+    source: str | Path | Checkpoint,
     *places: str | int,
     dtype: str = "auto",
     device: str = "auto",
@@ -315,113 +331,76 @@ def load_decoder(
     """Loads a model up to the last layer that is read, without the layers above and the head.
 
     The few architectures whose layers depend on the number of layers (DEPTH_OPTIONS) are loaded whole, and so is a
-    model that is read outside its layers.
+    model that is read outside its layers. An adapter is merged into its base, which keeps its head for that.
 
-    source: local folder or hub id
+    source: local folder or hub id, GGUF file, folder of an adapter, or any of them as a Checkpoint
     places: places to read; see LanguageModel
     dtype:  'float32', 'bfloat16', 'float16', or 'auto': float32 on the CPU, the checkpoint's own elsewhere
     device: 'cpu', 'cuda', 'cuda:1', ..., or 'auto': CUDA if available
     device_map: spreads the model over devices instead; see weights.Placement
 
-    Raises InputError where the model cannot be loaded, lacks weights, or has no such place.
+    Raises InputError where the model cannot be loaded, lacks weights that are read, has weights that were not
+    understood, or has no such place.
     """
-    from transformers import AutoModel
+    from transformers import AutoModel, AutoModelForCausalLM
 
-    config = load_config(source)
+    checkpoint = checkpoint_of(source)
+    config = copy.deepcopy(checkpoint.config)
     text_config = config.get_text_config()
-    layers = [layer_of(place, text_config.num_hidden_layers, name=str(source)) for place in places]
+    layers = [layer_of(place, text_config.num_hidden_layers, name=str(checkpoint)) for place in places]
     last = max((layer for layer in layers if layer is not None), default=-1)
     if None not in layers and not any(getattr(text_config, name, None) for name in DEPTH_OPTIONS):
         _truncate(text_config, last + 1)
-    model = _load(AutoModel, source, config, dtype, device, device_map)
-    return LanguageModel(model, *places, name=str(source), source=source)
+    request = Request(text_config.num_hidden_layers, dtype, device, device_map)
+    loaded = load(checkpoint, AutoModel if checkpoint.adapter is None else AutoModelForCausalLM, config, request)
+    decoder = LanguageModel(loaded.model, *places, name=str(checkpoint), source=checkpoint.folder)
+    for file, names in loaded.absent.items():
+        _check_never_run(decoder, checkpoint, file, names)
+    return decoder
+
+
+def _check_never_run(decoder: LanguageModel, checkpoint: Checkpoint, file: str, names: list[str]) -> None:
+    """Raises InputError where weights whose file is not there are needed to reach the hooks."""
+
+    def needed(module: Any, args: Any) -> None:
+        raise InputError(absent_text(checkpoint, file, names))
+
+    parts = {name.rpartition(".")[0] for name in names}
+    handles = [decoder.model.get_submodule(part).register_forward_pre_hook(needed) for part in parts]
+    try:
+        decoder.residuals([np.zeros(2, np.int32)])
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def load_language_model(
-    source: str | Path, *, dtype: str = "auto", device: str = "auto", device_map: DeviceMap | None = None
+    source: str | Path | Checkpoint,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    device_map: DeviceMap | None = None,
 ) -> torch.nn.Module:
     """Loads a whole causal language model, with its head; options and errors as for `load_decoder`."""
     from transformers import AutoModelForCausalLM
 
-    return _load(AutoModelForCausalLM, source, load_config(source), dtype, device, device_map)
+    checkpoint = checkpoint_of(source)
+    config = copy.deepcopy(checkpoint.config)
+    request = Request(config.get_text_config().num_hidden_layers, dtype, device, device_map)
+    loaded = load(checkpoint, AutoModelForCausalLM, config, request)
+    for file, names in loaded.absent.items():
+        raise InputError(absent_text(checkpoint, file, names))
+    return loaded.model
 
 
-def _load(
-    auto_class: Any, source: str | Path, config: PretrainedConfig, dtype: str, device: str, device_map: DeviceMap | None
-) -> torch.nn.Module:
-    import torch
-
-    weights.check_placement(device, device_map)
-    chosen = str(weights.device_named(device))
-    if dtype == "auto" and chosen == "cpu":
-        dtype = "float32"
-    placement = None if device_map is None else Placement(device_map, chosen)
-    with _loading(source):
-        model, info = auto_class.from_pretrained(
-            source,
-            config=config,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            output_loading_info=True,
-            **({} if placement is None else placement.options(auto_class, config)),
-        )
-    if placement is not None:
-        placement.keep_for(model)
-    if info["missing_keys"]:
-        raise InputError(
-            f"{source} lacks the weights {', '.join(sorted(info['missing_keys'])[:3])}: the checkpoint is incomplete"
-        )
-    try:
-        model = model.to(chosen) if placement is None else model
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"{source} cannot be moved to the device '{chosen}': {_first_line(error)}") from error
-    loaded: torch.nn.Module = model.eval()
-    return loaded
-
-
-def load_config(source: str | Path) -> PretrainedConfig:
+def load_config(source: str | Path | Checkpoint) -> PretrainedConfig:
     """A model's config, from a local folder or the hub. Raises InputError where there is none."""
-    from transformers import AutoConfig
-
-    with _loading(source):
-        config: PretrainedConfig = AutoConfig.from_pretrained(source)
-    return config
+    return checkpoint_of(source).config
 
 
-def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str | Path | Checkpoint) -> PreTrainedTokenizerBase:
     """A model's tokenizer, from a local folder or the hub. Raises InputError where there is none."""
-    from transformers import AutoTokenizer
-
-    with _loading(source):
-        return AutoTokenizer.from_pretrained(source)
-
-
-@contextmanager
-def _loading(source: str | Path) -> Iterator[None]:
-    """Turns any error of transformers into an InputError of one sentence, and hides its report on omitted layers."""
-    from transformers.utils import logging as transformers_logging
-
-    if str(source).startswith(("/", ".", "~")) and not Path(source).is_dir():
-        raise InputError(f"there is no model folder {source}: give a folder with config.json, or a hub id")
-    verbosity, accelerate = transformers_logging.get_verbosity(), logging.getLogger("accelerate")
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    saved_level = accelerate.level
-    accelerate.setLevel(logging.ERROR)
-    try:
-        yield
-    except Exception as error:  # OSError, ValueError, SafetensorError, RuntimeError, pickle errors, ...
-        raise InputError(f"cannot load the model {source}: {_first_line(error)}") from error
-    finally:
-        accelerate.setLevel(saved_level)
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return checkpoint_of(source).tokenizer
 
 
 def _truncate(config: PretrainedConfig, n_layers: int) -> None:
