@@ -16,7 +16,9 @@ import transformers
 from families import D_MODEL, GROUPED, N_LAYERS
 from safetensors.torch import load_file, save_file
 
+from sts_fast.data.prompts import Prompt
 from sts_fast.errors import InputError
+from sts_fast.model.answers import answer_outcomes
 from sts_fast.model.language_model import LanguageModel, load_decoder, load_language_model
 
 IDS = np.arange(3, 30, dtype=np.int32)
@@ -279,9 +281,16 @@ def test_a_pickle_with_code_is_never_run(tmp_path: Path) -> None:
 def test_an_error_of_the_model_s_own_is_a_sentence() -> None:
     model = make()
     model.model.layers[1].mlp.double()
-    with pytest.raises(InputError, match=r"the model fails when it is run .RuntimeError: .*: try --dtype float32") as e:
-        LanguageModel(model, 2).residuals([IDS])
-    one_sentence(e)
+    prompt = Prompt("a", IDS, IDS[:0], IDS[3:5] - 3, IDS[:0], IDS[:0], 0)
+    for run in (
+        lambda: LanguageModel(model, 2).residuals([IDS]),
+        lambda: LanguageModel(model, "blocks.1.hook_mlp_out"),
+        lambda: LanguageModel(model, "model.layers.2.mlp"),
+        lambda: answer_outcomes(model, [prompt], batch_tokens=100),
+    ):
+        with pytest.raises(InputError, match=r"the model fails when it is run .RuntimeError: .*: try --dtype f") as e:
+            run()
+        one_sentence(e)
 
 
 def test_fp8_weights_in_bfloat16_without_a_gpu(tmp_path: Path) -> None:

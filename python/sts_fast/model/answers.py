@@ -12,7 +12,7 @@ from sts_fast.errors import InputError
 from sts_fast.model.language_model import padded_ids
 from sts_fast.model.layer_trace import input_device
 from sts_fast.model.lengths import ANY_LENGTH, forget_lengths, length_rule
-from sts_fast.model.memory import TokenBudget
+from sts_fast.model.memory import TokenBudget, running
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +55,18 @@ def score_answers(
     return torch.stack(losses), torch.stack(exact)
 
 
+def logits_of(model: Any, ids: torch.Tensor, *, name: str = "the model") -> torch.Tensor:
+    """[n_prompts, longest, vocabulary] of a forward pass; ids: [n_prompts, longest]; name: the model's in errors.
+
+    Raises InputError where the model fails.
+    """
+    if (config := getattr(model, "config", None)) and length_rule(config.get_text_config()).each_above is not None:
+        forget_lengths(model)
+    with running(name):
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
+
+
 def in_batches(
     model: Any,
     prompts: Sequence[Prompt],
@@ -78,8 +90,6 @@ def in_batches(
     needed = [rule.needed(prompt.base_ids, int(prompt.positions[-1]) + 1) for prompt in prompts]
 
     def read_ids(batch: list[int]) -> T:
-        if rule.each_above is not None:
-            forget_lengths(model)
         return read(batch, padded_ids(model, [needed[i] for i in batch]).to(memory.device))
 
     lengths = [len(ids) for ids in needed]
@@ -110,7 +120,7 @@ def answer_outcomes(
 
     def read(batch: list[int], ids: torch.Tensor) -> None:
         with torch.inference_mode():
-            scored = score_answers(model(input_ids=ids, use_cache=False).logits, ids, [prompts[i] for i in batch])
+            scored = score_answers(logits_of(model, ids), ids, [prompts[i] for i in batch])
         nll[batch], exact[batch] = (part.cpu().numpy() for part in scored)
         if np.isnan(nll[batch]).any():
             raise InputError("the model gives NaN for the answers' likelihood: try --dtype float32")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import numpy as np
 
 from sts_fast.data.prompts import Prompt, PromptSet
 from sts_fast.data.sets import Kind
-from sts_fast.errors import InputError, one_line
+from sts_fast.errors import InputError
 from sts_fast.model import weights
 from sts_fast.model.checkpoint import Checkpoint, checkpoint_of
 from sts_fast.model.forward import ForwardPasses, PassRecord, Read, Sequences, run_batches
@@ -20,7 +21,7 @@ from sts_fast.model.hooks import Hook, find_hooks
 from sts_fast.model.layer_trace import input_device
 from sts_fast.model.lengths import forget_lengths, length_rule
 from sts_fast.model.loading import Request, absent_text, load
-from sts_fast.model.memory import is_out_of_memory
+from sts_fast.model.memory import running
 from sts_fast.model.packing import check_vocabulary, moved
 from sts_fast.model.reader import PairedRows, Reader
 from sts_fast.model.weights import DeviceMap
@@ -165,16 +166,8 @@ class LanguageModel(Reader):
             forget_lengths(self.model)
         handles = [hook.attach(self.model, partial(saw, i)) for i, hook in enumerate(self.hooks)]
         try:
-            with torch.inference_mode():
+            with running(self.name), suppress(_Reached), torch.inference_mode():
                 self.model(**inputs)
-        except _Reached:
-            pass
-        except (InputError, MemoryError):
-            raise
-        except Exception as error:  # a model can raise anything of its own
-            if is_out_of_memory(error):
-                raise
-            raise InputError(failure_text(self.name, error)) from error
         finally:
             for handle in handles:
                 handle.remove()
@@ -182,14 +175,6 @@ class LanguageModel(Reader):
             if i not in seen:
                 raise InputError(f"{self.name} never runs {hook.path}: read another module")
         return [seen[i] for i in range(len(self.hooks))]
-
-
-def failure_text(name: str, error: Exception) -> str:
-    """A sentence on an error of a model's own code."""
-    return (
-        f"{name} fails when it is run ({type(error).__name__}: {one_line(error)}): try --dtype float32, another "
-        "--device, or the versions of torch and transformers that the model was made with"
-    )
 
 
 def padded_ids(model: torch.nn.Module, sequences: Sequence[IntArray], *, name: str = "the model") -> torch.Tensor:
