@@ -256,6 +256,12 @@ def test_the_base_of_an_adapter(adapter: Callable[..., tuple[Path, Any]], tmp_pa
     change_json(config, base_model_name_or_path=str(tmp_path / "gone"))
     with pytest.raises(InputError, match=r"the base .*gone of the adapter .* is not here: write its folder or hub id"):
         load_decoder(folder, 1, device="cpu")
+    change_json(config, base_model_name_or_path="someone/gone")
+    with pytest.raises(
+        InputError, match=r"cannot load the model someone/gone: .* of the adapter .* names as base_"
+    ) as e:
+        load_decoder(folder, 1, device="cpu")
+    one_sentence(e)
     change_json(config, base_model_name_or_path=None)
     with pytest.raises(InputError, match="is an adapter that does not name its base: write the base's folder"):
         load_decoder(folder, 1, device="cpu")
@@ -285,7 +291,7 @@ def test_a_tuned_adapter_is_applied_to_the_model(named: str | None, warned: bool
     session = Session.open(tiny.model, [tiny.saes["topk"]], Reading(say=said.append), tuned=tmp_path)
     assert session.tuned is not None
     assert_close(session.tuned.residuals([IDS])[0][0], hidden(wrapped, LAYER))
-    line = f"warning: the adapter {tmp_path} names the base {named}, which is not here: it is applied to {tiny.model}"
+    line = f"warning: the adapter {tmp_path} names the base {named}, not found here: it is applied to {tiny.model}"
     assert (line in said) == warned
 
 

@@ -114,7 +114,9 @@ def test_a_file_below_the_hook_is_named(shard: int, tmp_path: Path) -> None:
     save_sharded(make(), tmp_path)
     name = f"model-0000{shard}-of-00006.safetensors"
     (tmp_path / name).unlink()
-    with pytest.raises(InputError, match=f"lacks the file {name}, which .* are read .*: copy that file too") as e:
+    with pytest.raises(
+        InputError, match=f"lacks the file {name}, which .* are read .*: copy or download that file too"
+    ) as e:
         load_decoder(tmp_path, 1, device="cpu")
     one_sentence(e)
 
@@ -230,6 +232,7 @@ def test_weights_of_other_parts_are_left_out(tmp_path: Path) -> None:
                 f"model.layers.{N_LAYERS}.mlp.up_proj.weight": torch.ones(48, D_MODEL),  # predicts a second token
                 "v_head.summary.weight": torch.ones(1, D_MODEL),
                 "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+                "model.layers.0.self_attn.k_scale": torch.ones(1),
                 "vision_tower.layers.0.self_attn.q_proj.weight_scale": torch.ones(1),
             }
         ),

@@ -66,7 +66,13 @@ class Checkpoint:
         from transformers import AutoConfig
 
         if self.adapter is not None:
-            return self.base.config
+            try:
+                return self.base.config
+            except InputError as error:
+                raise InputError(
+                    f"{error} (this is the base that {ADAPTER_CONFIG} of the adapter {self} names as "
+                    "base_model_name_or_path)"
+                ) from error
         with self.loading():
             config: PretrainedConfig = AutoConfig.from_pretrained(self.folder, **self.options)
         return config
@@ -179,7 +185,7 @@ class Checkpoint:
         if given is not None and (source is None or not Path(source).is_dir()):
             # The same model may have another path on this machine than where the adapter was trained.
             if named is not None and Path(named).name.lower() != Path(given).name.lower():
-                warning = f"the adapter {self} names the base {named}, which is not here: it is applied to {given}"
+                warning = f"the adapter {self} names the base {named}, not found here: it is applied to {given}"
             source = given
         if not Path(str(source)).exists() and str(source).startswith(("/", ".", "~")):
             raise InputError(

@@ -22,8 +22,11 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
-# Tensors that older versions of transformers saved and that are not weights: masks and frequencies.
-NO_WEIGHTS = re.compile(r"(inv_freq|(attn|attention)\.(masked_)?bias|position_ids)$")
+# Tensors that are not weights: masks and frequencies that older versions of transformers saved, and scales of quantised
+# caches of keys and values.
+NO_WEIGHTS = re.compile(
+    r"(inv_freq|(cos|sin)_cached|(attn|attention)\.(masked_)?bias|causal_mask|position_ids|\.[kv]_scale)$"
+)
 
 
 @dataclass(frozen=True)
@@ -189,9 +192,7 @@ class Files:
 
 def absent_text(checkpoint: Checkpoint, file: str, names: list[str]) -> str:
     """A sentence on a file that is not there, though weights in it are needed."""
-    return (
-        f"{checkpoint} lacks the file {file}, which has weights that are read ({listed(names, 3)}): copy that file too"
-    )
+    return f"{checkpoint} lacks the file {file}, which has weights that are read ({listed(names, 3)}): copy or download that file too"
 
 
 def above(weight: str, n_layers: int) -> bool:
