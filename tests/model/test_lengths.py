@@ -12,8 +12,9 @@ import torch
 import transformers
 from families import GROUPED
 
-from sts_fast.data.prompts import Prompt
+from sts_fast.data.prompts import Prompt, PromptSet
 from sts_fast.model.answers import answer_outcomes
+from sts_fast.model.cost import count_passes
 from sts_fast.model.forward import ForwardPasses, run_batches
 from sts_fast.model.language_model import LanguageModel
 from sts_fast.model.lengths import EACH_LENGTH, LengthRule, length_rule
@@ -131,6 +132,22 @@ def test_the_cache_of_demonstrations_is_kept_where_it_can_be(name: str) -> None:
     list(run_batches(prepared))
     crossing = sum(N_DEMOS + n > SWITCH for n in QUERIES) if name in DEPENDENT else 0
     assert passes.n_tokens == N_DEMOS + sum(QUERIES) + N_DEMOS * crossing
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_dry_run_counts_what_is_run(name: str) -> None:
+    with_demos = behind(N_DEMOS, QUERIES)
+    prompts = []
+    for i, ids in enumerate(with_demos):
+        read = np.arange(2, len(ids) - N_DEMOS + 2, dtype=np.int32)
+        prompts.append(Prompt(str(i), ids[N_DEMOS - 2 :], ids, read, read, read + np.int32(N_DEMOS - 2), 0))
+    model = LanguageModel(make(name), LAYER)
+    model.passes.batch_tokens = 100
+    for _ in model.rows("train", PromptSet("train", prompts, 0, 0)):
+        pass
+    rule = length_rule(model.model.config)
+    counted = count_passes(PromptSet("train", prompts, 0, 0), lambda n_shared: 100, rule=rule)
+    assert counted == (model.passes.n_passes, model.passes.n_tokens)
 
 
 def test_demonstrations_beyond_the_switch_serve_all_and_run_in_one_piece() -> None:

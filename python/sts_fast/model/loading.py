@@ -192,7 +192,8 @@ class Files:
 
 def absent_text(checkpoint: Checkpoint, file: str, names: list[str]) -> str:
     """A sentence on a file that is not there, though weights in it are needed."""
-    return f"{checkpoint} lacks the file {file}, which has weights that are read ({listed(names, 3)}): copy or download that file too"
+    weights_read = f"weights that are read ({listed(names, 3)})"
+    return f"{checkpoint} lacks the file {file}, which has {weights_read}: copy or download that file too"
 
 
 def above(weight: str, n_layers: int) -> bool:
