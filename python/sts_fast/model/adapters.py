@@ -55,7 +55,8 @@ def merge(checkpoint: Checkpoint, model: Any, n_layers: int) -> torch.nn.Module:
         wrapped = peft.PeftModel.from_pretrained(target, checkpoint.folder, config=config)
         loaded: Any = peft.set_peft_model_state_dict(wrapped, kept)
         # Where tokens were added, PEFT saves modules that are trained whole more than once.
-        strange = sorted(name for name in loaded.unexpected_keys if COPIES.sub("", name) not in tensors)
+        copies = {name for name in tensors if COPIES.search(name) and COPIES.sub("", name) in tensors}
+        strange = sorted(set(loaded.unexpected_keys) - copies)
         if strange:
             raise InputError(
                 f"the adapter {checkpoint} has tensors that its base {checkpoint.base} has no place for, such as "
