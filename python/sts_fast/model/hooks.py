@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from sts_fast.model.layer_trace import (
     run_few_tokens,
     trace_layer,
 )
+from sts_fast.model.memory import running
 from sts_fast.places import OTHER_TOWERS, PLACES, layer_of, place_name, split_name
 
 if TYPE_CHECKING:
@@ -90,7 +92,8 @@ def find_hooks(model: torch.nn.Module, places: Sequence[str | int], *, name: str
         else:
             block = f"{layers}.{layer}"
             if layer not in seen:
-                trace = trace_layer(model, block)
+                with running(name):
+                    trace = trace_layer(model, block)
                 seen[layer] = trace, {} if trace is None else find_taps(trace)
             trace, taps = seen[layer]
             if trace is None or place not in taps:
@@ -172,9 +175,8 @@ def _width(model: torch.nn.Module, path: str, side: str, *, name: str) -> int:
 
     handle = Hook("", path, side, None, 0).attach(model, saw)
     try:
-        run_few_tokens(model)
-    except Seen:
-        pass
+        with running(name), suppress(Seen):
+            run_few_tokens(model)
     finally:
         handle.remove()
     if not values:
