@@ -27,7 +27,7 @@ void check_activations(const MatrixView& acts, int64_t d_in, const char* name) {
                                     std::to_string(acts.col_stride));
 }
 
-void check_rows(const MatrixView& acts, InputNorm norm, const char* name) {
+void check_rows(const MatrixView& acts, const char* name) {
     constexpr int64_t kRows = 64;
     const int64_t n_parts = (acts.n_rows + kRows - 1) / kRows;
     std::mutex mutex;
@@ -35,7 +35,7 @@ void check_rows(const MatrixView& acts, InputNorm norm, const char* name) {
     const auto scan = [&](int, int64_t part) {
         const int64_t end = std::min(acts.n_rows, (part + 1) * kRows);
         for (int64_t r = part * kRows; r < end; ++r)
-            if (!row_is_finite(acts, r) || (norm == InputNorm::constant_norm_rescale && row_is_zero(acts, r))) {
+            if (!row_is_finite(acts, r)) {
                 const std::lock_guard<std::mutex> lock(mutex);
                 bad_row = std::min(bad_row, r);
                 return;
@@ -45,9 +45,6 @@ void check_rows(const MatrixView& acts, InputNorm norm, const char* name) {
     const bool large = acts.n_rows * acts.n_cols > (1 << 21);
     cpu::parallel_for(large ? get_num_threads() : 1, n_parts, scan);
     if (bad_row == acts.n_rows) return;
-    check(!row_is_finite(acts, bad_row),
-          std::string(name) + " is zero everywhere in row " + std::to_string(bad_row) +
-              ", which constant_norm_rescale cannot scale to a norm; drop such rows first");
     check(false, std::string(name) + " contains a NaN or infinity at row " + std::to_string(bad_row) + ", column " +
                      std::to_string(first_not_finite(acts, bad_row, 0)) + "; drop such rows or repair them first");
 }

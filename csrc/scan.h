@@ -21,14 +21,6 @@ inline bool all_finite(const uint16_t* values, int64_t n) {
     return !bad;
 }
 
-/// Positive or negative zeros and nothing else.
-template <class Bits>
-bool all_zero(const Bits* values, int64_t n) {
-    Bits seen = 0;
-    for (int64_t i = 0; i < n; ++i) seen |= values[i];
-    return static_cast<Bits>(seen << 1) == 0;
-}
-
 /// The bits of a matrix; `Bits` is uint32_t for float32 and uint16_t for bfloat16.
 template <class Bits>
 const Bits* bits_at(const MatrixView& matrix, int64_t r, int64_t c) {
@@ -42,11 +34,6 @@ inline bool run_is_finite(const MatrixView& matrix, int64_t r, int64_t c, int64_
 }
 inline bool row_is_finite(const MatrixView& matrix, int64_t r) {
     return run_is_finite(matrix, r, 0, matrix.n_cols);
-}
-
-inline bool row_is_zero(const MatrixView& matrix, int64_t r) {
-    return matrix.dtype == DType::float32 ? all_zero(bits_at<uint32_t>(matrix, r, 0), matrix.n_cols)
-                                          : all_zero(bits_at<uint16_t>(matrix, r, 0), matrix.n_cols);
 }
 
 /// Steps from (r, c) along the row to the first NaN or infinity, of which there must be one.

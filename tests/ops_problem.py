@@ -99,7 +99,8 @@ class Problem:
         if self.parameters["input_norm"] == "layer_norm":
             return (x - x.mean(1, keepdims=True)) / (x.std(1, ddof=1, keepdims=True) + 1e-5)
         if self.parameters["input_norm"] == "constant_norm_rescale":
-            return x * np.sqrt(x.shape[1]) / np.linalg.norm(x, axis=1, keepdims=True)
+            norms = np.linalg.norm(x, axis=1, keepdims=True)
+            return x * np.sqrt(x.shape[1]) / np.where(norms == 0, 1, norms)
         return x
 
     def shift(self, encoder: _cpu.Encoder | None = None, parts: Any = (None,), **chosen: Any) -> dict[str, Any]:

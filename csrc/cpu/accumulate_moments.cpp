@@ -90,7 +90,7 @@ void accumulate_moments(const Encoder& encoder, const MatrixView& acts, Span<con
     check_size(sums.sum_sq_h.size, n_columns, "sum_sq_h");
     check_size(sums.n_fired.size, n_columns, "n_fired");
     check_paired_tables(targets, "targets", acts.n_rows, sums.sum_hy, "sum_hy", n_columns);
-    check_rows(acts, encoder.input_norm, "acts");
+    check_rows(acts, "acts");
     check_finite(targets, "targets");
     if (acts.n_rows == 0 || n_columns == 0) return;
     const bool topk = encoder.selects_top_k();

@@ -146,8 +146,8 @@ void accumulate_shift(const Encoder& encoder, const MatrixView& base, const Matr
     }
     check_paired_tables(row_weights, "row_weights", base.n_rows, sums.weighted_sq_shift, "weighted_sq_shift",
                         n_columns);
-    check_rows(base, encoder.input_norm, "base");
-    check_rows(other, encoder.input_norm, "other");
+    check_rows(base, "base");
+    check_rows(other, "other");
     check_finite(row_weights, "row_weights");
     if (base.n_rows == 0 || n_columns == 0) return;
     const bool topk = encoder.selects_top_k();

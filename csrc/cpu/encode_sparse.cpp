@@ -116,7 +116,7 @@ SparseRows encode_by_rows(const Encoder& encoder, const MatrixView& acts, Span<c
 SparseRows encode_sparse(const Encoder& encoder, const MatrixView& acts, Span<const int64_t> columns) {
     check_activations(acts, encoder.d_in(), "acts");
     check_columns(columns, encoder.d_sae());
-    check_rows(acts, encoder.input_norm, "acts");
+    check_rows(acts, "acts");
     if (acts.n_rows == 0 || (columns && columns.size == 0))
         return {std::vector<int64_t>(static_cast<size_t>(acts.n_rows) + 1), {}, {}};
     const bool topk = encoder.selects_top_k();

@@ -64,8 +64,10 @@ struct RowChange {
 template <class Bits>
 RowChange change_of(const Bits* row, int64_t d_in, InputNorm norm) {
     const double n = static_cast<double>(d_in);
-    if (norm == InputNorm::constant_norm_rescale)
-        return {0, std::sqrt(n) / std::sqrt(sum_of_powers<2>(row, d_in, 0)), false};
+    if (norm == InputNorm::constant_norm_rescale) {
+        const double sum_sq = sum_of_powers<2>(row, d_in, 0);
+        return {0, sum_sq > 0 ? std::sqrt(n) / std::sqrt(sum_sq) : 0, false};
+    }
     const double mean = sum_of_powers<1>(row, d_in, 0) / n;
     return {mean, 1 / (std::sqrt(sum_of_powers<2>(row, d_in, mean) / (n - 1)) + 1e-5), false};
 }

@@ -17,9 +17,12 @@ class SetTooSmall(InputError):
 
 
 def one_line(reason: object) -> str:
-    """The reason in one line of at most 200 characters, for the middle of a message."""
-    text = " ".join(str(reason).split())
-    return text if len(text) <= 200 else text[:200] + "…"
+    """The reason in one line of at most 361 characters, for the middle of a message.
+
+    A longer one keeps its start, and its end, where a remedy would be.
+    """
+    text = " ".join(str(reason).split()) or type(reason).__name__
+    return text if len(text) <= 361 else f"{text[:200]}…{text[-160:]}"
 
 
 def listed(names: Iterable[object], most: int = 20) -> str:

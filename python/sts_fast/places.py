@@ -13,15 +13,24 @@ PLACES = {
     "resid_pre": "the residual stream before the layer",
     "attn_out": "what attention adds to it",
     "resid_mid": "the residual stream between attention and MLP",
+    "mlp_normalized": "what enters the MLP, normed, before the norm's gain and bias",
     "mlp_in": "what enters the MLP, normed",
     "mlp_out": "what the MLP adds",
     "resid_post": "the residual stream after the layer",
     "hook_z": "attention's heads, before its output projection",
 }
+# Places that TransformerLens names after a module in the layer.
+INNER = {"hook_z": "attn.hook_z", "mlp_normalized": "ln2.hook_normalized"}
 SPELLINGS = {
     **{f"hook_{place}": place for place in PLACES if place != "hook_z"},
     **{"attn.hook_z": "hook_z", "hook_z": "hook_z", "attn.hook_out": "attn_out"},
-    **{"mlp.hook_in": "mlp_in", "mlp.hook_out": "mlp_out", "hook_in": "resid_pre", "hook_out": "resid_post"},
+    **{
+        "ln2.hook_normalized": "mlp_normalized",
+        "mlp.hook_in": "mlp_in",
+        "mlp.hook_out": "mlp_out",
+        "hook_in": "resid_pre",
+        "hook_out": "resid_post",
+    },
 }
 
 
@@ -33,7 +42,7 @@ def place_name(place: str, layer: int) -> str:
     place = place.removeprefix("hook_") if place != "hook_z" else place
     if place not in PLACES:
         raise InputError(f"'{place}' is not one of the places of a layer: {', '.join(PLACES)}")
-    return f"blocks.{layer}." + ("attn.hook_z" if place == "hook_z" else f"hook_{place}")
+    return f"blocks.{layer}." + INNER.get(place, f"hook_{place}")
 
 
 def split_name(name: str) -> tuple[str, int | None]:

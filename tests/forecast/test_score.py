@@ -132,6 +132,8 @@ def test_batch_budgets_agree(tiny: Tiny, architecture: str, tmp_path: Path, monk
         return run(decoder, **inputs)
 
     monkeypatch.setattr(LanguageModel, "run", watched)
+    # The passes of the run itself are counted.
+    monkeypatch.setattr(ForwardPasses, "_checked_at_extremes", lambda passes, sequences, ids: sequences)
     estimators = ("act", "icl", "act_sq")
     small = forecast_tiny(tiny, architecture, estimators=estimators, batch_tokens=64, demo_draws=1)
     n_small, n_large = len(passes), sum(n_tokens > 64 for n_tokens in passes)
@@ -273,6 +275,7 @@ def test_several_training_sets_forecast_like_each_alone(
 
     monkeypatch.setattr(ForwardPasses, "launch", watched)
     monkeypatch.setattr(ForwardPasses, "_choose", lambda passes, ids: setattr(passes, "strategy", "packed"))
+    monkeypatch.setattr(ForwardPasses, "_checked_at_extremes", lambda passes, sequences, ids: sequences)
     together = compare(trains=trains, demos=demos, **options)
     assert list(together) == list(trains)
     expected: Counter[bytes] = Counter()

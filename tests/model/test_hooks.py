@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
+from sts_fast import encode, load_sae
+from sts_fast.data.prompts import Prompt, PromptSet
 from sts_fast.errors import InputError
 from sts_fast.model.language_model import LanguageModel, load_decoder
+from sts_fast.model.sae_check import measure_fit
 from sts_fast.places import PLACES, place_name, split_name
 
 N_LAYERS, VOCABULARY, D_MODEL = 4, 60, 32
@@ -196,6 +202,95 @@ def test_places_are_the_same_in_half_precision(family: str) -> None:
     assert found[torch.bfloat16] == found[torch.float32]
 
 
+NORMS = {
+    "llama": ("post_attention_layernorm", "rms_norm_eps", False),
+    "qwen3": ("post_attention_layernorm", "rms_norm_eps", False),
+    "gemma": ("post_attention_layernorm", "rms_norm_eps", False),
+    "gemma2": ("pre_feedforward_layernorm", "rms_norm_eps", False),
+    "gemma3": ("pre_feedforward_layernorm", "rms_norm_eps", False),
+    "mixtral": ("post_attention_layernorm", "rms_norm_eps", False),
+    "gpt2": ("ln_2", "layer_norm_epsilon", True),
+    "bloom": ("post_attention_layernorm", "layer_norm_epsilon", True),
+    "gpt_neox": ("post_attention_layernorm", "layer_norm_eps", True),
+    "phi": ("input_layernorm", "layer_norm_eps", True),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", NORMS)
+def test_what_enters_the_mlp_before_the_gain_of_its_norm(family: str, dtype: torch.dtype) -> None:
+    """As TransformerLens has ln2.hook_normalized, in float64 from the input of the norm."""
+    path, epsilon, centred = NORMS[family]
+    model = copy.deepcopy(model_of(family)).to(dtype)
+    norm = f"{FAMILIES[family].layers}.{LAYER}.{path}"
+    x = watched(model, IDS, [(norm, "input")])[norm, "input"].double()
+    x = x - x.mean(dim=-1, keepdim=True) if centred else x
+    expected = x / (x.pow(2).mean(dim=-1, keepdim=True) + getattr(model.config, epsilon)).sqrt()
+    decoder = LanguageModel(model, f"blocks.{LAYER}.ln2.hook_normalized")
+    assert (decoder.hooks[0].path, decoder.hooks[0].d_in) == (norm, D_MODEL)
+    [value] = decoder.run(input_ids=IDS)
+    assert value.dtype == dtype
+    rounding = 1e-5 if dtype == torch.float32 else 0.01
+    assert float((value[0].double() - expected).abs().max()) <= rounding * float(expected.abs().max())
+
+
+def write_transcoders(folder: Path) -> list[Path]:
+    """A transcoder of Gemma Scope 1, and one of Llama Scope's library, that read at ln2 of layer 1."""
+    rng = np.random.default_rng(0)
+    w = {
+        "W_enc": rng.normal(size=(D_MODEL, 40)),
+        "W_dec": rng.normal(size=(40, D_MODEL)),
+        "b_dec": rng.normal(size=D_MODEL),
+    }
+    w |= {"b_enc": rng.normal(size=40), "threshold": np.full(40, 0.5)}
+    w = {name: value.astype(np.float32) for name, value in w.items()}
+    gemma = folder / "gemma-scope-2b-pt-transcoders" / f"layer_{LAYER}" / "width_16k" / "average_l0_5"
+    gemma.mkdir(parents=True)
+    np.savez(gemma / "params.npz", **w)
+    llama = folder / "llama"
+    (llama / "checkpoints").mkdir(parents=True)
+    said = {"hook_point_in": f"blocks.{LAYER}.ln2.hook_normalized", "hook_point_out": f"blocks.{LAYER}.hook_mlp_out"}
+    said |= {"act_fn": "jumprelu", "jump_relu_threshold": 0.5, "norm_activation": "inference", "d_model": D_MODEL}
+    (llama / "hyperparams.json").write_text(json.dumps(said))
+    linear = {"encoder.weight": w["W_enc"].T, "encoder.bias": w["b_enc"]}
+    linear |= {"decoder.weight": w["W_dec"].T, "decoder.bias": w["b_dec"]}
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in linear.items()}
+    save_file(tensors, llama / "checkpoints" / "final.safetensors")
+    return [gemma, llama]
+
+
+def test_transcoders_run_where_their_readers_say(tmp_path: Path) -> None:
+    """Features are those of x / rms(x), without the norm's gain, and b_dec is not subtracted."""
+    model = model_of("gemma2")
+    norm = f"model.layers.{LAYER}.pre_feedforward_layernorm"
+    x = watched(model, IDS, [(norm, "input")])[norm, "input"].double()
+    x = x / (x.pow(2).mean(dim=-1, keepdim=True) + model.config.rms_norm_eps).sqrt()
+    for folder in write_transcoders(tmp_path):
+        sae = load_sae(folder)
+        decoder = LanguageModel(model, sae.hook_name, sae.target_hook_name)
+        read, _ = decoder.run(input_ids=IDS)
+        features = encode(sae, read[0].numpy())
+        rng = np.random.default_rng(0)
+        W_enc = rng.normal(size=(D_MODEL, 40)).astype(np.float32)
+        pre = x.numpy() @ W_enc + sae.b_enc
+        assert sae.notes == ()
+        assert len(features.indices) == int((pre > 0.5).sum()) > 0
+        [fit] = measure_fit(decoder, [sae], PromptSet("train", [prompt_of(IDS[0])], 0, 0))
+        assert fit.variance_explained is not None
+
+
+def prompt_of(ids: torch.Tensor) -> Prompt:
+    none = np.zeros(0, np.int32)
+    tokens = ids.numpy().astype(np.int32)
+    return Prompt("0", tokens, none, np.arange(1, len(tokens), dtype=np.int32), none, none, 0)
+
+
+@pytest.mark.parametrize("family", ["olmo2", "mamba"])
+def test_an_mlp_without_a_norm_before_it(family: str) -> None:
+    with pytest.raises(InputError, match=r"has no mlp_normalized .* in its layer 1 .*: give the path of a module"):
+        LanguageModel(model_of(family), "blocks.1.ln2.hook_normalized")
+
+
 def test_several_layers_in_one_pass_that_ends_at_the_last() -> None:
     model = model_of("llama")
     names = ["blocks.2.hook_mlp_out", "model.layers.0", "blocks.1.hook_resid_pre", "blocks.1.attn.hook_z"]
@@ -302,6 +397,7 @@ def test_a_layer_that_cannot_be_understood_is_refused_with_its_modules() -> None
         ("blocks.3.attn.hook_z", "hook_z", 3),
         ("blocks.3.mlp.hook_in", "mlp_in", 3),
         ("blocks.3.mlp.hook_out", "mlp_out", 3),
+        ("blocks.3.ln2.hook_normalized", "mlp_normalized", 3),
         ("blocks.3.hook_out", "resid_post", 3),
         ("model.layers.25", "resid_post", 25),
         ("transformer.h.4", "resid_post", 4),

@@ -163,14 +163,23 @@ def test_normalised_bfloat16_rows_are_those_of_their_values(input_norm: str) -> 
     assert_same(problem.shift(base=base), problem.shift())
 
 
-def test_a_row_that_cannot_be_scaled_is_named_and_changes_nothing() -> None:
-    problem = Problem("relu", N, D_IN, D_SAE, input_norm="constant_norm_rescale")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_row_of_zeros_stays_zero(activation: str) -> None:
+    """It has no direction that could be scaled to a norm: its features are those of the biases alone."""
+    problem = Problem(activation, N, D_IN, D_SAE, input_norm="constant_norm_rescale")
     problem.other[4] = [0.0, -0.0] * (D_IN // 2)
+    problem.base[2] = 0
+    assert_close(problem, problem.shift(), problem.wanted_shift(), (problem.base, problem.other))
+    assert_close(problem, problem.moments(), problem.wanted_moments(), (problem.base,))
+
+
+def test_rows_that_are_not_finite_are_named_and_change_nothing() -> None:
+    problem = Problem("relu", N, D_IN, D_SAE, input_norm="constant_norm_rescale")
     sums = np.ones(D_SAE)
-    with pytest.raises(ValueError, match=r"^other is zero everywhere in row 4, which constant_norm_rescale cannot"):
+    problem.other[2, 3] = np.nan
+    with pytest.raises(ValueError, match=r"^other contains a NaN or infinity at row 2, column 3"):
         _cpu.accumulate_shift(problem.encoder(), problem.base, problem.other, sum_sq_shift=sums)
     assert (sums == 1).all()
-    problem.other[2, 3] = np.nan
     with pytest.raises(ValueError, match=r"^acts contains a NaN or infinity at row 2, column 3"):
         _cpu.encode_sparse(problem.encoder(), problem.other)
     # Constant rows have no standard deviation either, but an epsilon stands in for it.

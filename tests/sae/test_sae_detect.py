@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from llama_scope_layout import write_llama_scope
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sparse_features import check_alike, dense
 from test_sae import D_IN, D_SAE, tensors_of, write_sae
 
@@ -108,6 +108,12 @@ def test_gemma_scope_2_layout_only(tmp_path: Path) -> None:
     sae = load_sae(gemma_scope_2(tmp_path / place / "resid_post" / "layer_7_width_16k_l0_medium", None))
     assert (sae.hook_name, sae.model_name) == ("blocks.7.hook_resid_post", "google/gemma-3-1b-it")
 
+    # As published: an SAE whose config has the same place for what it reads and what it predicts.
+    said = {"hf_hook_point_in": "model.layers.13.output", "hf_hook_point_out": "model.layers.13.output"}
+    said |= {"width": D_SAE, "l0": 60, "affine_connection": False, "type": "sae", "model_name": "gemma-v3-1b-it"}
+    sae = load_sae(gemma_scope_2(tmp_path / place / "resid_post" / "layer_13_width_16k_l0_small", said))
+    assert (sae.hook_name, sae.target_hook_name) == ("model.layers.13", "")
+
     said = {"hf_hook_point_in": "model.layers.2.pre_feedforward_layernorm.output", "affine_connection": True}
     said |= {"hf_hook_point_out": "model.layers.2.post_feedforward_layernorm.output"}
     skip = torch.randn(D_IN, D_IN, generator=torch.Generator().manual_seed(1))
@@ -152,6 +158,9 @@ def test_llama_scope_layout_only(tmp_path: Path) -> None:
     [
         ({"act_fn": "topk"}, "act_fn 'topk' is not supported"),
         ({"use_glu_encoder": True}, "use_glu_encoder is not supported"),
+        ({"norm_activation": "batch-wise"}, "norm_activation 'batch-wise' is not supported: use dataset-wise or"),
+        ({"sae_type": "crosscoder"}, "sae_type 'crosscoder' is not supported: use sae or transcoder"),
+        ({"input_whitening": True}, "the key 'input_whitening' may change the features"),
         ({"jump_relu_threshold": None}, "has no jump_relu_threshold"),
         ({"jump_relu_threshold": "much"}, "jump_relu_threshold must be a finite number, but is 'much'"),
         ({"dataset_average_activation_norm": {"in": 0}}, "in must be a positive number, but is 0"),
@@ -161,6 +170,35 @@ def test_llama_scope_layout_only(tmp_path: Path) -> None:
 def test_llama_scope_refused_layout_only(hyperparams: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         load_sae(write_llama_scope(tmp_path / "sae", tensors_of("standard"), **hyperparams))
+
+
+@pytest.mark.parametrize("norm", ["inference", "none", "token-wise"])
+def test_other_normalisations_of_llama_scope_layout_only(norm: str, tmp_path: Path) -> None:
+    """No scale but what the weights contain, or each row's own."""
+    w, x = numpy_of("standard"), acts().astype(np.float64)
+    folder = write_llama_scope(tmp_path / "sae", tensors_of("standard"), norm_activation=norm)
+    sae = load_sae(folder)
+    if norm == "token-wise":
+        x = x * np.sqrt(D_IN) / np.linalg.norm(x, axis=1, keepdims=True)
+    assert sae.notes == ()
+    check_alike(dense(sae, acts()), relu(w, x, subtract=False, threshold=0.6))
+
+
+def test_scales_of_llama_scope_in_its_weights_layout_only(tmp_path: Path) -> None:
+    w, hook = tensors_of("standard"), "blocks.15.hook_resid_post"
+    folder = write_llama_scope(tmp_path / "sae", w, dataset_average_activation_norm=None)
+    file = folder / "checkpoints" / "final.safetensors"
+    save_file(load_file(file) | {f"dataset_average_activation_norm.{hook}": torch.tensor(4.0)}, file)
+    assert load_sae(folder).input_scale == pytest.approx(np.sqrt(D_IN) / 4)
+
+
+def test_decoder_norms_of_llama_scope_are_named_layout_only(tmp_path: Path) -> None:
+    w = tensors_of("standard")
+    said = {"sparsity_include_decoder_norm": True}
+    [note] = load_sae(write_llama_scope(tmp_path / "a", w, **said)).notes
+    assert "sparsity_include_decoder_norm, but the rows of its W_dec have other norms than 1" in note
+    w["W_dec"] = w["W_dec"] / w["W_dec"].norm(dim=1, keepdim=True)
+    assert load_sae(write_llama_scope(tmp_path / "b", w, **said)).notes == ()
 
 
 def test_later_llama_scope_layout_only(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from sparse_features import check_alike, dense
 import sts_fast
 from sts_fast.errors import InputError
 from sts_fast.sae import load_sae
-from sts_fast.sae.dictionary_learning import CLASSES, UNTRAINED_THRESHOLD
+from sts_fast.sae.dictionary_learning import CLASSES, READS_INPUT, UNTRAINED_THRESHOLD
 
 RECORDED = Path(__file__).parents[1] / "recorded" / "dictionary_learning"
 TOLD_BY_CONFIG_ONLY = ("AutoEncoderTopK", "BatchTopKSAE")
@@ -55,6 +55,38 @@ def test_file_without_its_config(name: str, tmp_path: Path, recorded: dict[str, 
         return
     x = recorded["x"].numpy()
     check_alike(dense(load_sae(tmp_path / "ae.pt"), x), recorded[f"{name}.features"].numpy())
+
+
+def test_options_of_all_trainers_are_ignored(tmp_path: Path) -> None:
+    """Those that the library's trainers write beside the ones that are read."""
+    training = {
+        "trainer_class": "PAnnealTrainer", "lr": 1e-3, "sparsity_function": "Lp^p", "sparsity_penalty": 0.1, "seed": 1,
+        "p_start": 1, "p_end": 0.2, "anneal_start": 15, "sparsity_queue_length": 10, "n_sparsity_updates": 10,
+        "warmup_steps": 10, "resample_steps": 5, "steps": 100, "wandb_name": "x", "l1_penalty": 0.1, "decay_start": 3,
+        "sparsity_warmup_steps": 5, "auxk_alpha": 0.03, "threshold_beta": 0.99, "threshold_start_step": 10,
+        "top_k_aux": 32, "group_fractions": [0.5, 0.5], "group_weights": [1, 1], "group_sizes": [20, 20],
+        "device": "cuda:0", "bandwidth": 0.001, "target_l0": 20,
+    }  # fmt: skip
+    assert load_sae(copy("AutoEncoder", tmp_path / "sae", **training)).notes == ()
+    with pytest.raises(InputError, match="the key 'input_norm' may change the features"):
+        load_sae(copy("AutoEncoder", tmp_path / "other", input_norm="rms"))
+
+
+@pytest.mark.parametrize(
+    ("io", "hook", "notes"),
+    [("out", "blocks.3.hook_resid_post", ()), ("in", "", (READS_INPUT,)), ("in_and_out", "", ())],
+)
+def test_the_side_that_was_read(io: str, hook: str, notes: tuple[str, ...], tmp_path: Path) -> None:
+    folder = copy("AutoEncoder", tmp_path / "sae")
+    config = json.loads((folder / "config.json").read_text())
+    buffer = {"d_submodule": 12, "io": io, "n_ctxs": 3000, "ctx_len": 128, "refresh_batch_size": 32, "device": "cpu"}
+    (folder / "config.json").write_text(json.dumps({**config, "buffer": buffer}))
+    if io == "in_and_out":
+        with pytest.raises(InputError, match="io 'in_and_out' is not supported: use an SAE, not a transcoder"):
+            load_sae(folder)
+        return
+    sae = load_sae(folder)
+    assert (sae.hook_name, sae.notes) == (hook, notes)
 
 
 def test_threshold_before_training_is_noted(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from sparse_features import dense
 from test_sae import D_IN, D_SAE, tensors_of, write_sae
 
@@ -144,6 +145,46 @@ def test_what_a_release_says_beyond_its_files(hub_cache: Callable[[str], Path], 
     put_qwen_scope(hub_cache("Qwen/SAE-Res-Qwen3-8B-Base-W64K-L0_50"))
     with pytest.raises(InputError, match="k must be a whole number between 1 and d_sae = 20, but is 50"):
         load_sae("qwen-scope-3-8b-base-w64k-l50/layer7")
+
+
+@pytest.mark.parametrize("version", [None, "6.0.0"])
+def test_settings_that_only_the_list_has(version: str | None, hub_cache: Callable[[str], Path], sae_lens: Any) -> None:
+    """mistral-7b-res-wg: the list says constant_norm_rescale, and the file none; it overrides files of any version."""
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    release = get_pretrained_saes_directory()["mistral-7b-res-wg"]
+    sae_id, path = next(iter(release.saes_map.items()))
+    said = {"hook_name": "blocks.8.hook_resid_pre", "model_name": "mistral-7b"}
+    config = {"metadata": {"sae_lens_version": version, **said}} if version else {"metadata": ..., **said}
+    write_sae(hub_cache(release.repo_id) / path, config=config)
+    sae = load_sae(f"mistral-7b-res-wg/{sae_id}")
+    assert sae.input_norm == "constant_norm_rescale"
+    with torch.no_grad():
+        theirs = sae_lens.SAE.from_pretrained("mistral-7b-res-wg", sae_id)
+        expected = theirs.encode(torch.from_numpy(acts() * 7)).numpy()
+    assert (expected > 0).any()
+    assert np.allclose(dense(sae, acts() * 7), expected, rtol=1e-5, atol=1e-5)
+    assert len(np.flatnonzero(dense(sae, acts() * 7))) == len(np.flatnonzero(expected))
+
+
+def test_every_override_of_the_list_is_understood(sae_lens: Any) -> None:
+    """The list's keys are read, or say nothing about features: a new one shows up here."""
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    releases = get_pretrained_saes_directory().values()
+    keys = {key for release in releases if release.conversion_func is None for key in release.config_overrides or {}}
+    assert keys <= {"normalize_activations", "model_from_pretrained_kwargs", "dataset_path"}
+
+
+def test_a_transcoder_of_circuit_tracer_beside_its_config(hub_cache: Callable[[str], Path]) -> None:
+    w = tensors_of("standard")
+    for folder in (".", "small"):
+        root = hub_cache("owner/transcoders") / folder
+        root.mkdir(exist_ok=True)
+        save_file({**w, "W_enc": w["W_enc"].T.contiguous()}, root / "layer_3.safetensors")
+        (root / "config.yaml").write_text("feature_input_hook: mlp.hook_in\nfeature_output_hook: mlp.hook_out")
+        name = f"owner/transcoders:{folder}/layer_3.safetensors".replace("./", "")
+        assert load_sae(name).hook_name == "blocks.3.mlp.hook_in"
 
 
 def test_a_release_of_a_rare_layout_is_loaded_by_sae_lens(hub_cache: Callable[[str], Path], sae_lens: Any) -> None:

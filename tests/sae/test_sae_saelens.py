@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,25 @@ def test_forgotten_scaling_is_folded_as_sae_lens_folds_it(kind: str, tmp_path: P
     module.fold_activation_norm_scaling_factor(0.37)
     check_decodes_alike(sae, module, acts())
     check_encodes_alike(sae, module, acts())
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("architecture", SAES)
+def test_a_row_of_zeros_breaks_nothing(architecture: str, norm: str, tmp_path: Path, sae_lens: Any) -> None:
+    """It stays zero under every normalisation, also where sae-lens divides by its norm; other rows do not change."""
+    options: dict[str, Any] = {"k": 5, "rescale_acts_by_decoder_norm": False} if "topk" in architecture else {}
+    made(sae_lens, f"{SAES[architecture]}SAE", normalize_activations=norm, **options).save_model(tmp_path)
+    sae, x = load_sae(tmp_path), acts(5, D_IN)
+    x[2] = 0
+    features = dense(sae, x)
+    assert np.array_equal(features[2], dense(replace(sae, input_norm="none"), x[2:3])[0])
+    assert np.array_equal(np.delete(features, 2, 0), dense(sae, np.delete(x, 2, 0)))
+    decoded = sae.reconstruct(x, sts_fast.encode(sae, x))
+    assert decoded is not None
+    assert bool(torch.isfinite(decoded).all())
+    stats = sts_fast.ShiftStats(sae)
+    stats.update(x, x[::-1].copy())
+    assert np.isfinite(stats.sum_sq_shift).all()
 
 
 def test_a_scaling_that_nobody_asked_for_is_refused(tmp_path: Path, sae_lens: Any) -> None:

@@ -18,8 +18,8 @@ void check_extent(const MatrixView& matrix, const char* name);
 /// Throws unless `acts` [n, d_in] has `d_in` columns, contiguous within a row.
 void check_activations(const MatrixView& acts, int64_t d_in, const char* name);
 
-/// Throws where `acts` holds a NaN or infinity, or a row of zeros that `norm` cannot scale, naming the first such row.
-void check_rows(const MatrixView& acts, InputNorm norm, const char* name);
+/// Throws where `acts` holds a NaN or infinity, naming the first such row.
+void check_rows(const MatrixView& acts, const char* name);
 
 /// Throws where `values` holds a NaN or infinity, naming the first one.
 void check_finite(Table<const double> values, const char* name);

@@ -21,7 +21,7 @@ enum class InputNorm { none, layer_norm, constant_norm_rescale };
 ///
 ///   none                   z = x
 ///   layer_norm             z = (x - mean) / (s + 1e-5), s its standard deviation over d_in - 1 degrees of freedom
-///   constant_norm_rescale  z = x * sqrt(d_in) / ||x||; a row of zeros is refused
+///   constant_norm_rescale  z = x * sqrt(d_in) / ||x||, and 0 for a row of zeros
 ///
 /// with mean, s and norm in float64 and z rounded to float32. With p = z · W_enc[:, j]:
 ///

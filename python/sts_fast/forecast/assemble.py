@@ -88,7 +88,7 @@ def _forecast(
 ) -> Forecast:
     import pyarrow as pa
 
-    reader, settings, labels = plan.session.reader, plan.settings, plan.labels
+    reader, settings, labels = plan.session.reader, plan.settings, plan.labels.get(measured.sae, {})
     sae, fit, domain_reads, tuned = measured.sae, measured.fit, measured.domains, plan.session.tuned
     top_n, stats, hook = settings.top_n, shift.stats, reader.hook(sae)
     n_moved = int((shift.importance > 0).sum())
@@ -268,14 +268,14 @@ def _with_signed(
 ) -> Forecast:
     import pyarrow as pa
 
-    top = signed.block["top_features"]
+    top, labels = signed.block["top_features"], plan.labels.get(sae, {})
     links = explain.neuronpedia_links(sae.metadata.get("neuronpedia_id"), [feature["index"] for feature in top])
     described: list[CarrierBlock] = [
         {
             **feature,
             "promoted_tokens": promoted.get(feature["index"]) if rank < explain.N_FEATURES else None,
             "neuronpedia": link,
-            "label": plan.labels.get(feature["index"]),
+            "label": labels.get(feature["index"]),
         }
         for rank, (feature, link) in enumerate(zip(top, links, strict=True))
     ]

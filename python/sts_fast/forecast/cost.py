@@ -10,6 +10,7 @@ from sts_fast.data.sets import Kind
 from sts_fast.files import Document
 from sts_fast.forecast.plan import Plan
 from sts_fast.model.cost import ModelSize, count_passes, product_speed
+from sts_fast.model.lengths import length_rule
 from sts_fast.model.memory import TokenBudget
 from sts_fast.model.packing import bytes_per_token
 from sts_fast.model.weights import device_named
@@ -153,6 +154,7 @@ def _planned(plan: Plan, use: str, kind: Kind, prompt_set: PromptSet, budget: To
             prompt_set,
             lambda n_shared: budget.tokens(bytes_per_token(config, n_shared)),
             n_models=2 if kind == "train" and plan.settings.dims == "tuned" else 1,
+            rule=length_rule(config),
         )
     return PlannedSet(
         name=prompt_set.name,

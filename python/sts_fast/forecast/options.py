@@ -30,7 +30,7 @@ class Settings(Sampling, Fields, Reading):
     controls:  'features' (other features, raw activations, cosine of means) or 'all' (also the base model's loss and
                accuracy, which need the whole model and answers)
     top_n:     size of D_N
-    labels:    file of feature labels, as Neuronpedia exports them
+    labels:    feature labels as Neuronpedia exports them: a file, an answer of its API or a folder of batches
     show:      called with the first prompt of each set as it is sent, before any pass
     """
 

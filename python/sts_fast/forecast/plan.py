@@ -10,8 +10,9 @@ from sts_fast.data.sets import MIN_PROMPTS, Kind, Sets, check_enough
 from sts_fast.errors import InputError, SetTooSmall
 from sts_fast.forecast.estimators import BY_NAME
 from sts_fast.forecast.options import Settings
-from sts_fast.model import explain
+from sts_fast.model.labels import Labels
 from sts_fast.model.session import Session
+from sts_fast.sae import SAE
 from sts_fast.signed.signed import hook_layer
 
 
@@ -22,7 +23,7 @@ class Plan:
     trains:  those that D_N is taken from, by training set; domains: those that are scored
     train_answers, domain_answers: those that read their answers in the whole model: of training sets, for signed
         estimators; of domains that have enough answers, for signed estimators and for --controls all
-    labels:  explanations of features, by index
+    labels:  by SAE, the labels of its features by index; none of an SAE that the labels are not of
     sources: what everything was read from, by role, for the provenance
     sets:    the examples that the prompts are made of
     warnings: about domains that are left out
@@ -32,7 +33,7 @@ class Plan:
     settings: Settings
     domains: list[PromptSet]
     domain_answers: list[PromptSet]
-    labels: dict[int, str]
+    labels: Mapping[SAE, Mapping[int, str]]
     sources: Mapping[str, object]
     sets: Sets
     trains: list[PromptSet] = field(default_factory=list)
@@ -90,7 +91,7 @@ class Plan:
         train_answers = [prompts("train", name, show=False, tokens="answer") for name in sets.trains if signed]
         for answers in train_answers:
             check_enough(answers, session.context_length, "train")
-        labels = {} if settings.labels is None else explain.read_labels(settings.labels)
+        labels = {} if settings.labels is None else _labels(Labels.read(settings.labels), session)
         return cls(session, settings, domains, domain_answers, labels, sources, sets, trains, train_answers, warnings)
 
     def train_source(self, name: str) -> object:
@@ -102,3 +103,16 @@ class Plan:
         if self.settings.show is not None:
             for prompt_set in (*self.trains, *self.domains):
                 self.settings.show(show_prompt(prompt_set, self.session.tokenizer))
+
+
+def _labels(labels: Labels, session: Session) -> dict[SAE, Mapping[int, str]]:
+    """Labels by SAE; raises InputError where they are of none of the session's."""
+    found, wrong = {}, []
+    for sae in session.saes:
+        try:
+            found[sae] = labels.of(sae, session.name)
+        except InputError as error:
+            wrong.append(error)
+    if wrong and not found:
+        raise wrong[0]
+    return found

@@ -11,7 +11,8 @@ from sts_fast.data.prompts import Prompt
 from sts_fast.errors import InputError
 from sts_fast.model.language_model import padded_ids
 from sts_fast.model.layer_trace import input_device
-from sts_fast.model.memory import TokenBudget
+from sts_fast.model.lengths import ANY_LENGTH, forget_lengths, length_rule
+from sts_fast.model.memory import TokenBudget, running
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +55,18 @@ def score_answers(
     return torch.stack(losses), torch.stack(exact)
 
 
+def logits_of(model: Any, ids: torch.Tensor, *, name: str = "the model") -> torch.Tensor:
+    """[n_prompts, longest, vocabulary] of a forward pass; ids: [n_prompts, longest]; name: the model's in errors.
+
+    Raises InputError where the model fails.
+    """
+    if (config := getattr(model, "config", None)) and length_rule(config.get_text_config()).each_above is not None:
+        forget_lengths(model)
+    with running(name):
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
+
+
 def in_batches(
     model: Any,
     prompts: Sequence[Prompt],
@@ -64,19 +77,24 @@ def in_batches(
 ) -> Iterator[tuple[list[int], T]]:
     """Yields what `read` makes of prompts that read their answers, shortest first, a batch at a time.
 
+    A model whose activations depend on the length of the sequence gets prompts of one regime at a time (LengthRule).
+
     read:         takes the indices of a batch, and its token ids [n_prompts, longest] on the model's device, up to the
                   last token of each answer: what follows it is not needed
     batch_tokens: most tokens of a pass; fewer where their logits would be more than MOST_LOGITS
     """
-    lengths = [int(prompt.positions[-1]) + 1 for prompt in prompts]
+    rule = ANY_LENGTH
     if config := getattr(model, "config", None):
         batch_tokens = min(batch_tokens, max(1, MOST_LOGITS // config.get_text_config().vocab_size))
+        rule = length_rule(config.get_text_config())
+    needed = [rule.needed(prompt.base_ids, int(prompt.positions[-1]) + 1) for prompt in prompts]
 
     def read_ids(batch: list[int]) -> T:
-        ids = padded_ids(model, [prompts[i].base_ids[: lengths[i]] for i in batch])
-        return read(batch, ids.to(memory.device))
+        return read(batch, padded_ids(model, [needed[i] for i in batch]).to(memory.device))
 
-    yield from memory.in_batches(lengths, batch_tokens, read_ids)
+    lengths = [len(ids) for ids in needed]
+    for group in rule.groups(lengths):
+        yield from memory.in_batches(lengths, batch_tokens, read_ids, group)
 
 
 def answer_outcomes(
@@ -102,7 +120,7 @@ def answer_outcomes(
 
     def read(batch: list[int], ids: torch.Tensor) -> None:
         with torch.inference_mode():
-            scored = score_answers(model(input_ids=ids, use_cache=False).logits, ids, [prompts[i] for i in batch])
+            scored = score_answers(logits_of(model, ids), ids, [prompts[i] for i in batch])
         nll[batch], exact[batch] = (part.cpu().numpy() for part in scored)
         if np.isnan(nll[batch]).any():
             raise InputError("the model gives NaN for the answers' likelihood: try --dtype float32")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sts_fast.data.prompts import Prompt, PromptSet
+from sts_fast.model.lengths import ANY_LENGTH, LengthRule, Regime
 from sts_fast.model.memory import take
 from sts_fast.model.packing import layer_sizes, shared_length
 
@@ -43,40 +44,56 @@ class ModelSize:
         return self.layer_weights * n_layers + self.embedding
 
 
-def count_passes(prompt_set: PromptSet, budget: Callable[[int], int], *, n_models: int = 1) -> tuple[int, int]:
+def count_passes(
+    prompt_set: PromptSet, budget: Callable[[int], int], *, n_models: int = 1, rule: LengthRule = ANY_LENGTH
+) -> tuple[int, int]:
     """Forward passes that reading a set takes, and the tokens in them, where the start that prompts share is run once.
 
     ForwardPasses runs all models so whose self-check allows it; the others need as many tokens as the prompts have.
 
     budget:   most tokens of a batch, by how many tokens all its prompts share before them
     n_models: read with no demonstrations, but by this many models
+    rule:     of the lengths that may be run together
     """
     of_draws: dict[int, list[Prompt]] = {}
     for prompt in prompt_set.prompts:
         of_draws.setdefault(prompt.draw, []).append(prompt)
-    counts = [_count(prompts, budget, n_models) for prompts in of_draws.values()]
+    counts = [_count(prompts, budget, n_models, rule) for prompts in of_draws.values()]
     return sum(n_passes for n_passes, _ in counts), sum(n_tokens for _, n_tokens in counts)
 
 
-def _count(prompts: Sequence[Prompt], budget: Callable[[int], int], n_models: int) -> tuple[int, int]:
+def _count(prompts: Sequence[Prompt], budget: Callable[[int], int], n_models: int, rule: LengthRule) -> tuple[int, int]:
     sides = [([p.base_ids for p in prompts], [p.positions for p in prompts])] * n_models
     if n_models == 1 and all(len(p.demos_ids) for p in prompts):
         sides.append(([p.demos_ids for p in prompts], [p.paired_demos for p in prompts]))
-    needed = [([ids[: int(at.max(initial=-1)) + 1] for ids, at in zip(*side, strict=True)], side[1]) for side in sides]
-    shared = [shared_length(*side) for side in needed]
-    own = [_own_lengths(ids, n) for (ids, _), n in zip(needed, shared, strict=True)]
+    needed = [
+        ([rule.needed(ids, int(at.max(initial=-1)) + 1) for ids, at in zip(*side, strict=True)], side[1])
+        for side in sides
+    ]
+    shared = [_served(ids, shared_length(ids, at), rule) for ids, at in needed]
+    own = [_own_lengths(ids, n, rule) for (ids, _), n in zip(needed, shared, strict=True)]
     n_tokens = sum(map(int, map(np.sum, own))) + sum(shared)
     n_passes = sum(-(-n // budget(n)) for n in shared if n)
     lengths = np.max(own, axis=0, initial=0)
-    order = np.argsort(lengths, kind="stable").tolist()
-    while order:
-        batch = take(order, lengths, min(map(budget, shared)))
-        order, n_passes = order[len(batch) :], n_passes + len(sides)
+    alike: dict[tuple[Regime, ...], list[int]] = {}
+    for i in np.argsort(lengths, kind="stable").tolist():
+        alike.setdefault(tuple(rule.regime(len(ids[i])) for ids, _ in needed), []).append(i)
+    for order in alike.values():
+        while order:
+            batch = take(order, lengths, min(map(budget, shared)))
+            order, n_passes = order[len(batch) :], n_passes + len(sides)
     return n_passes, n_tokens
 
 
-def _own_lengths(ids: Sequence[IntArray], n_shared: int) -> NDArray[np.int64]:
-    return np.asarray([max(0, len(sequence) - n_shared) for sequence in ids], np.int64)
+def _served(ids: Sequence[IntArray], n_shared: int, rule: LengthRule) -> int:
+    """n_shared; 0 where fewer than two sequences can be run behind a start of that length."""
+    same = sum(len(sequence) > 0 and rule.regime(len(sequence)) == rule.regime(n_shared) for sequence in ids)
+    return n_shared if same >= 2 else 0
+
+
+def _own_lengths(ids: Sequence[IntArray], n_shared: int, rule: LengthRule) -> NDArray[np.int64]:
+    before = [n_shared if rule.regime(len(sequence)) == rule.regime(n_shared) else 0 for sequence in ids]
+    return np.asarray([max(0, len(sequence) - n) for sequence, n in zip(ids, before, strict=True)], np.int64)
 
 
 def product_speed(device: torch.device, dtype: torch.dtype) -> float:

@@ -1,18 +1,14 @@
-"""Explanations of a feature: its strongest firings in the user's data, the tokens it promotes, its label."""
+"""Explanations of a feature: its strongest firings in the user's data, the tokens it promotes."""
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sts_fast.data.prompts import PromptSet
-from sts_fast.errors import InputError
 from sts_fast.ops.encode import SparseFeatures
 
 if TYPE_CHECKING:
@@ -138,34 +134,6 @@ def promoted_tokens(
         [directions.float() @ rows.float().T for rows in torch.split(unembedding, VOCABULARY_BLOCK)], dim=-1
     )
     return [[str(tokenizer.decode([int(token)])) for token in top] for top in logits.topk(N_PROMOTED, dim=-1).indices]
-
-
-def read_labels(path: str | Path) -> dict[int, str]:
-    """Label by feature from Neuronpedia's export of explanations: a JSON list, or JSON lines (.gz too).
-
-    The first label of a feature counts. Raises InputError where the file is unreadable or contains none.
-    """
-    path = Path(path)
-    try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
-        rows = (
-            json.loads(text)
-            if text.lstrip().startswith("[")
-            else [json.loads(r) for r in text.splitlines() if r.strip()]
-        )
-    except (OSError, EOFError, ValueError) as error:
-        raise InputError(f"{path} is not a readable export of feature labels: {error}") from error
-    labels: dict[int, str] = {}
-    for row in rows:
-        index, label = (row.get("index"), row.get("description")) if isinstance(row, dict) else (None, None)
-        if str(index).isdecimal() and isinstance(label, str) and label.strip():
-            labels.setdefault(int(str(index)), label.strip())
-    if not labels:
-        raise InputError(
-            f"{path} has no row with 'index' and 'description': give an export of Neuronpedia's explanations"
-        )
-    return labels
 
 
 def neuronpedia_links(neuronpedia_id: str | None, features: Sequence[int]) -> list[str | None]:

@@ -7,15 +7,24 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, get_args
 
 import numpy as np
 
+from sts_fast.model.agreement import (
+    CHECK_LONGEST,
+    CHECK_SHARED,
+    CHECK_WINDOW,
+    check_sequences,
+    relative_error,
+    tolerance,
+)
 from sts_fast.model.hooks import Hook
+from sts_fast.model.lengths import ANY_LENGTH, EACH_LENGTH, LengthRule, Regime, length_rule
 from sts_fast.model.memory import TokenBudget, is_out_of_memory, take
 from sts_fast.model.packing import (
+    UNKNOWN_WINDOWS,
     attention_masks,
     bytes_per_token,
     cheapest_rows,
@@ -23,6 +32,7 @@ from sts_fast.model.packing import (
     lay_out,
     layer_sizes,
     moved,
+    row_norms,
     shared_cache,
     shared_length,
     short_windows,
@@ -39,15 +49,6 @@ if TYPE_CHECKING:
 #   copied  one sequence per row, each after a copy of the model's own cache (linear attention changes its state)
 #   plain   one sequence per row, from its first token
 Strategy = Literal["packed", "cached", "copied", "plain"]
-
-# The self-check: tokens that its sequences share, and tokens of each alone. Meanwhile the windows of sliding and
-# chunked attention are cut to CHECK_WINDOW, because such short sequences would not exceed them.
-CHECK_SHARED, CHECK_LENGTHS, CHECK_WINDOW = 20, (9, 4, 13), 6
-# Other config keys of attention to a part of the tokens, which the mask does not know.
-UNKNOWN_WINDOWS = ("window_size", "attention_types", "local_attention", "block_size", "attention_window")
-# Largest relative error of a token against the sequence run alone. In half precision the median token counts, because
-# the last bit may make a router send a token to another expert.
-CHECK_TOLERANCE = {"float64": 1e-8, "float32": 1e-4, "bfloat16": 6e-2, "float16": 1e-2}
 
 
 class Runnable(Protocol):
@@ -79,8 +80,9 @@ class Sequences:
     """Sequences of which some tokens are read, and their shared start.
 
     passes:    the forward passes of the model that runs them
-    ids:       each [n_tokens] int32, up to the last token that is read
+    ids:       each [n_tokens] int32, up to the last token that is read, or further where `lengths` needs the rest
     positions: each [n_read] int32, the tokens to read
+    lengths:   rule by which sequences may be run together
     n_shared:  number of tokens at the start that are the same in all, none of which is read
     cache:     the model's keys and values, or states, of the shared start; made for the first batch
     shared_norms: per hook [n_shared]
@@ -89,12 +91,21 @@ class Sequences:
     passes: ForwardPasses
     ids: list[IntArray]
     positions: list[IntArray]
+    lengths: LengthRule = ANY_LENGTH
     n_shared: int = 0
     cache: Any = None
     shared_norms: list[Doubles] = field(default_factory=list)
 
+    def regime(self, index: int) -> Regime:
+        """Equal for sequences that may be run together; those that are not run may be run with any."""
+        return self.lengths.regime(len(self.ids[index]) or self.n_shared)
+
+    def n_before(self, index: int) -> int:
+        """Number of tokens of the shared start that a sequence is run behind: all or none."""
+        return self.n_shared if self.regime(index) == self.lengths.regime(self.n_shared) else 0
+
     def n_own(self, index: int) -> int:
-        return max(0, len(self.ids[index]) - self.n_shared)
+        return max(0, len(self.ids[index]) - self.n_before(index))
 
 
 @dataclass(frozen=True)
@@ -104,6 +115,7 @@ class _Launched:
     rows: list[list[torch.Tensor]]
     norms: list[torch.Tensor]
     spans: list[tuple[int, int]]
+    shared_norms: list[Doubles]
     ready: list[Any]
 
 
@@ -127,7 +139,9 @@ class ForwardPasses:
     say:          receives one line for each choice made and each problem that was solved
 
     strategy:     way of running sequences, None before the first: the first of `Strategy` whose activations, on a few
-                  short sequences of the prompts' tokens, equal those of each sequence run alone
+                  short sequences of the prompts' tokens, and then on the shortest and longest prompts, equal those of
+                  each sequence run alone
+    lengths:      rule by which sequences may be run together
     n_passes, n_tokens, seconds: forward passes, their tokens without padding, and their time; the self-check is not
                   counted
     """
@@ -141,8 +155,11 @@ class ForwardPasses:
         )
         self.config = runnable.model.config.get_text_config()  # type: ignore[union-attr, operator]
         self.dtype = next(runnable.model.parameters()).dtype
+        self.lengths = length_rule(self.config)
         self.strategy: Strategy | None = None
         self.why = ""
+        self._refused: list[str] = []
+        self._longest_checked = CHECK_LONGEST
         self.n_passes = self.n_tokens = 0
         self.seconds = 0.0
         self._stream: Any = None
@@ -157,24 +174,35 @@ class ForwardPasses:
 
     def prepare(self, ids: Sequence[IntArray], positions: Sequence[IntArray]) -> Sequences:
         """Sequences to be read at their positions; a sequence without positions is not run."""
-        ends = [int(read.max(initial=-1)) + 1 for read in positions]
-        needed = [sequence[:end] for sequence, end in zip(ids, ends, strict=True)]
-        check_vocabulary(self.runnable.model, needed, name=self.runnable.name)
+        to_run = [sequence for sequence, read in zip(ids, positions, strict=True) if len(read)]
+        check_vocabulary(self.runnable.model, to_run, name=self.runnable.name)
         if self.strategy is None:
             self._choose([sequence for sequence in ids if len(sequence)])
         if self._stream is not None:
             import torch
 
             self._stream.wait_stream(torch.cuda.current_stream(self.runnable.device))  # it may have changed the weights
-        sequences = Sequences(self, needed, list(positions))
+        sequences = self._sequences(ids, positions)
+        longest = max(map(len, to_run), default=0)
+        if longest > self._longest_checked:
+            self._longest_checked = longest
+            sequences = self._checked_at_extremes(sequences, ids)
+        return sequences
+
+    def _sequences(self, ids: Sequence[IntArray], positions: Sequence[IntArray]) -> Sequences:
+        ends = [int(read.max(initial=-1)) + 1 for read in positions]
+        needed = [self.lengths.needed(sequence, end) for sequence, end in zip(ids, ends, strict=True)]
+        sequences = Sequences(self, needed, list(positions), self.lengths)
         if self.strategy != "plain":
-            sequences.n_shared = shared_length(sequences.ids, sequences.positions)
+            sequences.n_shared = shared_length(needed, positions)
+            if sum(len(sequence) > 0 and sequences.n_before(i) > 0 for i, sequence in enumerate(needed)) < 2:
+                sequences.n_shared = 0
         return sequences
 
     def alone(self, ids: IntArray, positions: IntArray) -> Read:
         """Runs one sequence by itself from its first token, regardless of the strategy."""
-        sequences = Sequences(self, [ids], [positions])
-        return self.finish(sequences, self.launch(sequences, [0]))[0]
+        sequences = Sequences(self, [self.lengths.needed(ids, int(positions.max(initial=-1)) + 1)], [positions])
+        return self.finish(sequences, [0], self.launch(sequences, [0]))[0]
 
     def summary(self) -> PassRecord:
         """The self-check is not counted."""
@@ -195,14 +223,17 @@ class ForwardPasses:
     # One batch --------------------------------------------------------------------------------------------------------
 
     def launch(self, sequences: Sequences, batch: list[int], rows: list[list[int]] | None = None) -> _Launched:
-        """Starts a pass; rows: indices in the batch of the sequences of each row, by default the cheapest layout."""
+        """Starts a pass of sequences of one regime.
+
+        rows: indices in the batch of the sequences of each row, by default the cheapest layout
+        """
         import torch
 
         started = time.perf_counter()
         with self._own_stream():
-            if sequences.n_shared and sequences.cache is None:
+            n_shared = sequences.n_before(batch[0])
+            if n_shared and sequences.cache is None:
                 self._run_shared(sequences)
-            n_shared = sequences.n_shared
             lengths = [sequences.n_own(i) for i in batch]
             own = [sequences.ids[i][n_shared:] for i in batch]
             laid_out = lay_out(own, rows or self._layout(lengths, n_shared), n_shared)
@@ -231,9 +262,10 @@ class ForwardPasses:
                 ready.append(torch.cuda.Event())  # type: ignore[no-untyped-call]
                 ready[-1].record(torch.cuda.current_stream(place))
         self.seconds += time.perf_counter() - started
-        return _Launched(picked, norms, laid_out.spans, ready)
+        shared_norms = sequences.shared_norms if n_shared else [np.empty(0)] * len(norms)
+        return _Launched(picked, norms, laid_out.spans, shared_norms, ready)
 
-    def finish(self, sequences: Sequences, launched: _Launched) -> list[Read]:
+    def finish(self, sequences: Sequences, batch: list[int], launched: _Launched) -> list[Read]:
         """Waits for a batch and returns the activations of each of its sequences."""
         import torch
 
@@ -245,13 +277,13 @@ class ForwardPasses:
                 if first.is_cuda:
                     # The caller's stream reads this memory: the model's must not write there before.
                     first.record_stream(torch.cuda.current_stream(first.device))
-        shared = sequences.shared_norms or [np.empty(0)] * len(launched.norms)
-        norms = [[before, own.numpy()] for before, own in zip(shared, launched.norms, strict=True)]
+        norms = [(before, own.numpy()) for before, own in zip(launched.shared_norms, launched.norms, strict=True)]
+        ends = [int(sequences.positions[i].max(initial=-1)) + 1 for i in batch]
         self.seconds += time.perf_counter() - started
         return [
             Read(
                 rows=[rows[slot] for rows in launched.rows],
-                norms=[np.concatenate([before, own[start:end]]) if end > start else own[:0] for before, own in norms],
+                norms=[np.concatenate([before, own[start:end]])[: ends[slot]] for before, own in norms],
             )
             for slot, (start, end) in enumerate(launched.spans)
         ]
@@ -278,7 +310,7 @@ class ForwardPasses:
         return activations
 
     def _run_shared(self, sequences: Sequences) -> None:
-        """Runs the shared start of the sequences, in pieces of at most batch_tokens."""
+        """Runs the shared start of the sequences, in pieces of at most batch_tokens where their lengths allow it."""
         import torch
         from transformers import DynamicCache
 
@@ -287,7 +319,10 @@ class ForwardPasses:
         # Without a config, the cache keeps all keys of sliding windows, as the model's own masks expect.
         cache = DynamicCache(config=self.config) if self.strategy == "copied" else DynamicCache()
         parts: list[list[Doubles]] = []
-        for piece in torch.split(ids, self.budget(sequences.n_shared), dim=1):
+        n_tokens, regime = self.budget(sequences.n_shared), sequences.lengths.regime
+        if regime(n_tokens) != regime(sequences.n_shared):
+            n_tokens = sequences.n_shared
+        for piece in torch.split(ids, n_tokens, dim=1):
             inputs = {"input_ids": moved(piece, self.runnable.device), "past_key_values": cache, "use_cache": True}
             activations = self._run(inputs, piece.shape[1])
             parts.append([row_norms(activation[0]).cpu().numpy() for activation in activations])
@@ -317,24 +352,84 @@ class ForwardPasses:
 
     def _choose(self, ids: Sequence[IntArray]) -> None:
         """Chooses the first strategy whose activations equal those of each sequence run alone."""
-        tokens = np.concatenate([sequence[:64] for sequence in ids[:8]] or [np.zeros(1, np.int32)])
-        tokens = np.resize(tokens, CHECK_SHARED + sum(CHECK_LENGTHS))
-        ends = np.cumsum([CHECK_SHARED, *CHECK_LENGTHS])
-        checks = [np.concatenate([tokens[: ends[0]], tokens[a:b]]) for a, b in pairwise(ends)]
-        counted = self.n_passes, self.n_tokens
+        checks = check_sequences(ids)
         self.strategy = "plain"
-        refused = []
-        with short_windows(self.config, CHECK_WINDOW):
+        with self._uncounted(), short_windows(self.config, CHECK_WINDOW):
             expected = [self.alone(check, np.arange(len(check), dtype=np.int32)).rows for check in checks]
             for strategy in get_args(Strategy):
                 fault = self._fault(strategy, checks, expected)
                 if fault is None:
                     break
-                refused.append(f"{strategy} {fault}")
+                self._refused.append(f"{strategy} {fault}")
         self.strategy = strategy
-        self.n_passes, self.n_tokens = counted
-        self.why = "equals each sequence run alone" + (f"; not {'; not '.join(refused)}" if refused else "")
-        self.say(f"forward passes of {self.runnable.name}: {strategy} ({self.why})")
+        self._say_choice()
+
+    def _say_choice(self) -> None:
+        self.why = f"equals each sequence run alone{''.join(f'; not {refused}' for refused in self._refused)}"
+        self.say(f"forward passes of {self.runnable.name}: {self.strategy} ({self.why})")
+
+    @contextmanager
+    def _uncounted(self) -> Iterator[None]:
+        counted = self.n_passes, self.n_tokens, self.seconds
+        try:
+            yield
+        finally:
+            self.n_passes, self.n_tokens, self.seconds = counted
+
+    def _checked_at_extremes(self, sequences: Sequences, ids: Sequence[IntArray]) -> Sequences:
+        """The sequences, in the first way in which the shortest and the longest equal themselves run alone.
+
+        Whatever a model makes depend on length is found here: then only equal lengths are run together, without a
+        shared start.
+        """
+        alone: dict[int, list[torch.Tensor]] = {}
+        with self._uncounted():
+            while (fault := self._fault_at_extremes(sequences, ids, alone)) is not None:
+                if self.strategy != "plain":
+                    self._refused.append(f"{self.strategy} {fault}")
+                    ways = get_args(Strategy)
+                    self.strategy = ways[ways.index(self.strategy) + 1]
+                elif self.lengths != EACH_LENGTH:
+                    self._refused.append(f"different lengths together {fault}")
+                    self.lengths = EACH_LENGTH
+                else:
+                    break  # the model differs from itself: no way is closer
+                sequences = self._sequences(ids, sequences.positions)
+                self._say_choice()
+        return sequences
+
+    def _fault_at_extremes(
+        self, sequences: Sequences, ids: Sequence[IntArray], alone: dict[int, list[torch.Tensor]]
+    ) -> str | None:
+        """Reason to reject the current way; None where the shortest and longest sequence equal themselves run alone.
+
+        alone: their activations run alone, by index; filled by the first call
+        """
+        given = sorted((i for i, sequence in enumerate(sequences.ids) if len(sequence)), key=lambda i: len(ids[i]))
+        shortest, longest, worst = given[0], given[-1], 0.0
+        trial = replace(sequences, cache=None, shared_norms=[])
+        # As many in the batch as the run may put there, because a row of many may look like a long one.
+        alike = [i for i in given[::-1] if trial.regime(i) == trial.regime(longest)]
+        full = alike[: max(1, self.budget(trial.n_shared) // max(1, *map(trial.n_own, alike)))]
+        batches = [[*full[: max(1, len(full) - 1)], alike[-1]] if len(alike) > 1 < len(full) else full[:1]]
+        batches += [] if shortest in batches[0] else [[shortest]]
+        try:
+            for i in {shortest, longest} - set(alone):
+                alone[i] = self._read_of(Sequences(self, [ids[i]], [sequences.positions[i]]), [0])[0].rows
+            for batch in batches:
+                for i, read in zip(batch, self._read_of(trial, batch), strict=True):
+                    for rows, expected in zip(read.rows, alone.get(i, []), strict=i in alone):
+                        worst = max(worst, relative_error(rows, expected, typical=True))
+        except Exception as error:  # a model can raise anything for inputs that it does not support
+            if is_out_of_memory(error):
+                return None  # the run itself finds out what fits
+            if self.strategy == "plain":
+                raise
+            return f"({type(error.__cause__ or error).__name__})"
+        return None if worst <= tolerance(self.dtype) else f"(off by {worst:.1g} at {len(ids[longest])} tokens)"
+
+    def _read_of(self, sequences: Sequences, batch: list[int]) -> list[Read]:
+        return self.finish(sequences, batch, self.launch(sequences, batch))
 
     def _fault(self, strategy: Strategy, ids: list[IntArray], expected: list[list[torch.Tensor]]) -> str | None:
         """Reason to reject a strategy; None where it gives the expected activations at every token."""
@@ -351,18 +446,17 @@ class ForwardPasses:
         try:
             for n_shared, layout in ways if strategy == "packed" else [(CHECK_SHARED, apart)]:
                 read = [np.arange(n_shared, len(sequence), dtype=np.int32) for sequence in ids]
-                sequences = Sequences(self, ids, read, n_shared)
+                sequences = Sequences(self, ids, read, n_shared=n_shared)
                 for _ in range(2):  # the second time uses the cache as the first left it
-                    reads = self.finish(sequences, self.launch(sequences, batch, layout))
+                    reads = self.finish(sequences, batch, self.launch(sequences, batch, layout))
                     for batched, alone in zip(reads, expected, strict=True):
                         for rows, rows_alone in zip(batched.rows, alone, strict=True):
-                            worst = max(worst, _relative_error(rows, rows_alone[n_shared:]))
+                            worst = max(worst, relative_error(rows, rows_alone[n_shared:]))
         except Exception as error:  # a model can raise anything for inputs that it does not support
             if is_out_of_memory(error):
                 raise
-            return f"({type(error).__name__})"
-        tolerance = CHECK_TOLERANCE.get(str(self.dtype).removeprefix("torch."), 6e-2)
-        return None if worst <= tolerance else f"(off by {worst:.1g})"
+            return f"({type(error.__cause__ or error).__name__})"
+        return None if worst <= tolerance(self.dtype) else f"(off by {worst:.1g})"
 
 
 def run_batches(*sides: Sequences, n_done: int = 0) -> Iterator[tuple[list[int], list[list[Read]]]]:
@@ -371,18 +465,21 @@ def run_batches(*sides: Sequences, n_done: int = 0) -> Iterator[tuple[list[int],
     n_done: number of sequences to skip, the shortest ones
 
     Yields the indices of a batch and, for each side, the activations of its sequences. A batch that does not fit into
-    memory is run again in halves. On CUDA the next batch is computed while the current one is being used.
+    memory is run again in halves. Sequences of different regimes (see LengthRule) are in different batches. On CUDA the
+    next batch is computed while the current one is being used.
 
     Raises InputError where a single sequence does not fit.
     """
     n_sequences = len(sides[0].ids)
     lengths = np.max([[side.n_own(i) for i in range(n_sequences)] for side in sides], axis=0, initial=0)
-    order = [int(i) for i in np.argsort(lengths, kind="stable")][n_done:] if n_sequences else []
+    regimes = [tuple(side.regime(i) for side in sides) for i in range(n_sequences)]
+    order = sorted(range(n_sequences), key=lambda i: (regimes[i], lengths[i]))[n_done:]
     ahead: deque[tuple[list[int], list[_Launched]]] = deque()
     n_ahead = 1 if sides[0].passes.runnable.device.type == "cuda" else 0
     while order or ahead:
         if order and len(ahead) <= n_ahead:
-            batch = take(order, lengths, min(side.passes.budget(side.n_shared) for side in sides))
+            n_alike = next((n for n, i in enumerate(order) if regimes[i] != regimes[order[0]]), len(order))
+            batch = take(order[:n_alike], lengths, min(side.passes.budget(side.n_shared) for side in sides))
             try:
                 ahead.append((batch, [side.passes.launch(side, batch) for side in sides]))
             except Exception as error:
@@ -394,22 +491,5 @@ def run_batches(*sides: Sequences, n_done: int = 0) -> Iterator[tuple[list[int],
             order = order[len(batch) :]
         if len(ahead) > n_ahead or not order:
             batch, launched = ahead.popleft()
-            yield batch, [side.passes.finish(side, started) for side, started in zip(sides, launched, strict=True)]
-
-
-def _relative_error(rows: torch.Tensor, expected: torch.Tensor) -> float:
-    import torch
-
-    error = torch.linalg.vector_norm(rows.double() - expected.double(), dim=-1)
-    relative = error / torch.linalg.vector_norm(expected.double(), dim=-1).clamp_min(1e-12)
-    worst = relative.max() if rows.dtype in (torch.float32, torch.float64) else relative.median()
-    return float(worst.nan_to_num(torch.inf))
-
-
-def row_norms(rows: torch.Tensor) -> torch.Tensor:
-    """[n_tokens] float64 Euclidean norm of each row [n_tokens, d_in]; NaN where it contains NaN or infinity."""
-    import torch
-
-    norms = torch.linalg.vector_norm(rows.float(), dim=-1).double()
-    finite = torch.isfinite(rows).all(dim=-1)
-    return torch.where(finite, norms, torch.nan)
+            started = zip(sides, launched, strict=True)
+            yield batch, [side.passes.finish(side, batch, of_side) for side, of_side in started]

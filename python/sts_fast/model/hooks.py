@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sts_fast.errors import InputError
-from sts_fast.model.layer_trace import N_TOKENS, LayerTrace, Tap, find_taps, first_tensor, run_few_tokens, trace_layer
+from sts_fast.model.layer_trace import (
+    N_TOKENS,
+    LayerTrace,
+    Norm,
+    Tap,
+    find_taps,
+    first_tensor,
+    run_few_tokens,
+    trace_layer,
+)
+from sts_fast.model.memory import running
 from sts_fast.places import OTHER_TOWERS, PLACES, layer_of, place_name, split_name
 
 if TYPE_CHECKING:
@@ -24,6 +35,7 @@ class Hook:
     layer: index of the decoder layer that contains it; None outside the layers
     d_in:  numbers per token
     scale: factor of the value, by which the model multiplies it before adding it
+    norm:  applied to the value; None for none
     """
 
     name: str
@@ -32,6 +44,7 @@ class Hook:
     layer: int | None
     d_in: int
     scale: float = 1.0
+    norm: Norm | None = None
 
     @property
     def where(self) -> str:
@@ -43,7 +56,8 @@ class Hook:
         module = model.get_submodule(self.path)
 
         def scaled(value: torch.Tensor) -> None:
-            saw(value if self.scale == 1 else value * self.scale)
+            value = value if self.scale == 1 else value * self.scale
+            saw(value if self.norm is None else self.norm(value))
 
         if self.side == "input":
             return module.register_forward_pre_hook(
@@ -78,7 +92,8 @@ def find_hooks(model: torch.nn.Module, places: Sequence[str | int], *, name: str
         else:
             block = f"{layers}.{layer}"
             if layer not in seen:
-                trace = trace_layer(model, block)
+                with running(name):
+                    trace = trace_layer(model, block)
                 seen[layer] = trace, {} if trace is None else find_taps(trace)
             trace, taps = seen[layer]
             if trace is None or place not in taps:
@@ -89,7 +104,7 @@ def find_hooks(model: torch.nn.Module, places: Sequence[str | int], *, name: str
                 )
             tap = taps[place]
             d_in = (trace.inputs if tap.side == "input" else trace.outputs)[tap.path].shape[-1]
-            hooks.append(Hook(full, f"{block}.{tap.path}", tap.side, layer, d_in, tap.scale))
+            hooks.append(Hook(full, f"{block}.{tap.path}", tap.side, layer, d_in, tap.scale, tap.norm))
     return hooks
 
 
@@ -160,9 +175,8 @@ def _width(model: torch.nn.Module, path: str, side: str, *, name: str) -> int:
 
     handle = Hook("", path, side, None, 0).attach(model, saw)
     try:
-        run_few_tokens(model)
-    except Seen:
-        pass
+        with running(name), suppress(Seen):
+            run_few_tokens(model)
     finally:
         handle.remove()
     if not values:

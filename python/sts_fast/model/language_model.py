@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import logging
+import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +15,16 @@ from sts_fast.data.prompts import Prompt, PromptSet
 from sts_fast.data.sets import Kind
 from sts_fast.errors import InputError
 from sts_fast.model import weights
+from sts_fast.model.checkpoint import Checkpoint, checkpoint_of
 from sts_fast.model.forward import ForwardPasses, PassRecord, Read, Sequences, run_batches
 from sts_fast.model.hooks import Hook, find_hooks
 from sts_fast.model.layer_trace import input_device
+from sts_fast.model.lengths import forget_lengths, length_rule
+from sts_fast.model.loading import Request, absent_text, load
+from sts_fast.model.memory import running
 from sts_fast.model.packing import check_vocabulary, moved
 from sts_fast.model.reader import PairedRows, Reader
-from sts_fast.model.weights import DeviceMap, Placement
+from sts_fast.model.weights import DeviceMap
 from sts_fast.ops import cuda_kernels
 from sts_fast.places import layer_of, split_name
 
@@ -36,8 +39,6 @@ if TYPE_CHECKING:
 SINK_NORM_RATIO = 10.0
 # With these in its config, a layer's output depends on the number of layers: the model is loaded whole.
 DEPTH_OPTIONS = ("scale_depth", "num_kv_shared_layers")
-# Where a processor's chat template is, beside a tokenizer that has none.
-PROCESSOR_TEMPLATE_FILE = "chat_template.json"
 
 
 class _Reached(Exception):
@@ -74,6 +75,7 @@ class LanguageModel(Reader):
         self.revision: str | None = getattr(model.config, "_commit_hash", None)
         self.device = input_device(model)
         self.hooks: list[Hook] = find_hooks(model, places, name=name)
+        self.lengths = length_rule(config)
         self.passes = ForwardPasses(self)
 
     def rows(self, kind: Kind, prompt_set: PromptSet, other: Reader | None = None) -> Iterator[list[PairedRows]]:
@@ -133,18 +135,22 @@ class LanguageModel(Reader):
     def residuals(self, sequences: Sequence[IntArray]) -> list[list[torch.Tensor]]:
         """Activations by hook and sequence, from one forward pass with padding on the right.
 
+        There is one more pass for each further regime of the sequences' lengths; see LengthRule.
         Each is [n_tokens, d_in] in the model's dtype, on the hook's device. In a causal model, padding on the right
         changes no token before it. It needs no mask, which would slow attention down.
         """
-        ids = padded_ids(self.model, sequences, name=self.name)
-        of_hooks = self.run(input_ids=ids.to(self.device), use_cache=False)
-        return [[rows[row, : len(sequence)] for row, sequence in enumerate(sequences)] for rows in of_hooks]
+        of_sequences: dict[int, list[torch.Tensor]] = {}
+        for group in self.lengths.groups([len(sequence) for sequence in sequences]):
+            ids = padded_ids(self.model, [sequences[i] for i in group], name=self.name)
+            of_hooks = self.run(input_ids=ids.to(self.device), use_cache=False)
+            of_sequences |= {i: [rows[row, : len(sequences[i])] for rows in of_hooks] for row, i in enumerate(group)}
+        return [[of_sequences[i][hook] for i in range(len(sequences))] for hook in range(len(self.hooks))]
 
     def run(self, **inputs: Any) -> list[torch.Tensor]:
         """Activations by hook, each [n_sequences, n_tokens, d_in], from one forward pass that stops at the last hook.
 
         inputs: arguments of the model's forward
-        Raises InputError where the model does not run a hook.
+        Raises InputError where the model does not run a hook, or fails.
         """
         import torch
 
@@ -156,12 +162,12 @@ class LanguageModel(Reader):
                 raise _Reached
             seen[i] = value.clone()  # later modules may write into it
 
+        if self.lengths.each_above is not None:
+            forget_lengths(self.model)
         handles = [hook.attach(self.model, partial(saw, i)) for i, hook in enumerate(self.hooks)]
         try:
-            with torch.inference_mode():
+            with running(self.name), suppress(_Reached), torch.inference_mode():
                 self.model(**inputs)
-        except _Reached:
-            pass
         finally:
             for handle in handles:
                 handle.remove()
@@ -316,7 +322,7 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
 
 
 def load_decoder(
-    source: str | Path,
+    source: str | Path | Checkpoint,
     *places: str | int,
     dtype: str = "auto",
     device: str = "auto",
@@ -325,124 +331,76 @@ def load_decoder(
     """Loads a model up to the last layer that is read, without the layers above and the head.
 
     The few architectures whose layers depend on the number of layers (DEPTH_OPTIONS) are loaded whole, and so is a
-    model that is read outside its layers.
+    model that is read outside its layers. An adapter is merged into its base, which keeps its head for that.
 
-    source: local folder or hub id
+    source: local folder or hub id, GGUF file, folder of an adapter, or any of them as a Checkpoint
     places: places to read; see LanguageModel
     dtype:  'float32', 'bfloat16', 'float16', or 'auto': float32 on the CPU, the checkpoint's own elsewhere
     device: 'cpu', 'cuda', 'cuda:1', ..., or 'auto': CUDA if available
     device_map: spreads the model over devices instead; see weights.Placement
 
-    Raises InputError where the model cannot be loaded, lacks weights, or has no such place.
+    Raises InputError where the model cannot be loaded, lacks weights that are read, has weights that were not
+    understood, or has no such place.
     """
-    from transformers import AutoModel
+    from transformers import AutoModel, AutoModelForCausalLM
 
-    config = load_config(source)
+    checkpoint = checkpoint_of(source)
+    config = copy.deepcopy(checkpoint.config)
     text_config = config.get_text_config()
-    layers = [layer_of(place, text_config.num_hidden_layers, name=str(source)) for place in places]
+    layers = [layer_of(place, text_config.num_hidden_layers, name=str(checkpoint)) for place in places]
     last = max((layer for layer in layers if layer is not None), default=-1)
     if None not in layers and not any(getattr(text_config, name, None) for name in DEPTH_OPTIONS):
         _truncate(text_config, last + 1)
-    model = _load(AutoModel, source, config, dtype, device, device_map)
-    return LanguageModel(model, *places, name=str(source), source=source)
+    request = Request(text_config.num_hidden_layers, dtype, device, device_map)
+    loaded = load(checkpoint, AutoModel if checkpoint.adapter is None else AutoModelForCausalLM, config, request)
+    decoder = LanguageModel(loaded.model, *places, name=str(checkpoint), source=checkpoint.folder)
+    for file, names in loaded.absent.items():
+        _check_never_run(decoder, checkpoint, file, names)
+    return decoder
+
+
+def _check_never_run(decoder: LanguageModel, checkpoint: Checkpoint, file: str, names: list[str]) -> None:
+    """Raises InputError where weights whose file is not there are needed to reach the hooks."""
+
+    def needed(module: Any, args: Any) -> None:
+        raise InputError(absent_text(checkpoint, file, names))
+
+    parts = {name.rpartition(".")[0] for name in names}
+    handles = [decoder.model.get_submodule(part).register_forward_pre_hook(needed) for part in parts]
+    try:
+        decoder.residuals([np.zeros(2, np.int32)])
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def load_language_model(
-    source: str | Path, *, dtype: str = "auto", device: str = "auto", device_map: DeviceMap | None = None
+    source: str | Path | Checkpoint,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    device_map: DeviceMap | None = None,
 ) -> torch.nn.Module:
     """Loads a whole causal language model, with its head; options and errors as for `load_decoder`."""
     from transformers import AutoModelForCausalLM
 
-    return _load(AutoModelForCausalLM, source, load_config(source), dtype, device, device_map)
+    checkpoint = checkpoint_of(source)
+    config = copy.deepcopy(checkpoint.config)
+    request = Request(config.get_text_config().num_hidden_layers, dtype, device, device_map)
+    loaded = load(checkpoint, AutoModelForCausalLM, config, request)
+    for file, names in loaded.absent.items():
+        raise InputError(absent_text(checkpoint, file, names))
+    return loaded.model
 
 
-def _load(
-    auto_class: Any, source: str | Path, config: PretrainedConfig, dtype: str, device: str, device_map: DeviceMap | None
-) -> torch.nn.Module:
-    import torch
-
-    weights.check_placement(device, device_map)
-    chosen = str(weights.device_named(device))
-    if dtype == "auto" and chosen == "cpu":
-        dtype = "float32"
-    placement = None if device_map is None else Placement(device_map, chosen)
-    with _loading(source):
-        model, info = auto_class.from_pretrained(
-            source,
-            config=config,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            output_loading_info=True,
-            **({} if placement is None else placement.options(auto_class, config)),
-        )
-    if placement is not None:
-        placement.keep_for(model)
-    if info["missing_keys"]:
-        raise InputError(
-            f"{source} lacks the weights {', '.join(sorted(info['missing_keys'])[:3])}: the checkpoint is incomplete"
-        )
-    try:
-        model = model.to(chosen) if placement is None else model
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"{source} cannot be moved to the device '{chosen}': {_first_line(error)}") from error
-    loaded: torch.nn.Module = model.eval()
-    return loaded
-
-
-def load_config(source: str | Path) -> PretrainedConfig:
+def load_config(source: str | Path | Checkpoint) -> PretrainedConfig:
     """A model's config, from a local folder or the hub. Raises InputError where there is none."""
-    from transformers import AutoConfig
-
-    with _loading(source):
-        config: PretrainedConfig = AutoConfig.from_pretrained(source)
-    return config
+    return checkpoint_of(source).config
 
 
-def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """A model's tokenizer, from a local folder or the hub. Raises InputError where there is none.
-
-    Models of images and text may keep their chat template with the processor, as chat_template.json.
-    """
-    from transformers import AutoTokenizer
-    from transformers.utils.hub import cached_file
-
-    with _loading(source):
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        if tokenizer.chat_template is None:
-            with suppress(OSError):  # there is no such file
-                path = Path(str(cached_file(source, PROCESSOR_TEMPLATE_FILE)))
-                template = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
-                is_several = isinstance(template, list)
-                tokenizer.chat_template = {of["name"]: of["template"] for of in template} if is_several else template
-        return tokenizer
-
-
-@contextmanager
-def _loading(source: str | Path) -> Iterator[None]:
-    """Turns any error of transformers into an InputError of one sentence, and hides its report on omitted layers."""
-    from transformers.utils import logging as transformers_logging
-
-    if str(source).startswith(("/", ".", "~")) and not Path(source).is_dir():
-        raise InputError(f"there is no model folder {source}: give a folder with config.json, or a hub id")
-    verbosity, accelerate = transformers_logging.get_verbosity(), logging.getLogger("accelerate")
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    saved_level = accelerate.level
-    accelerate.setLevel(logging.ERROR)
-    try:
-        yield
-    except Exception as error:  # OSError, ValueError, SafetensorError, RuntimeError, pickle errors, ...
-        raise InputError(f"cannot load the model {source}: {_first_line(error)}") from error
-    finally:
-        accelerate.setLevel(saved_level)
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def load_tokenizer(source: str | Path | Checkpoint) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, from a local folder or the hub. Raises InputError where there is none."""
+    return checkpoint_of(source).tokenizer
 
 
 def _truncate(config: PretrainedConfig, n_layers: int) -> None:

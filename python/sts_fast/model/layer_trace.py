@@ -20,17 +20,36 @@ class _Seen(Exception):
 
 
 @dataclass(frozen=True)
+class Norm:
+    """A norm without its gain and bias: x / sqrt(mean(x^2) + epsilon), of x - mean(x) where it is centred."""
+
+    centred: bool
+    epsilon: float
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., d], computed in float32 or better and returned in the dtype of x."""
+        import torch
+
+        precise = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.centred:
+            precise = precise - precise.mean(dim=-1, keepdim=True)
+        return (precise * (precise.square().mean(dim=-1, keepdim=True) + self.epsilon).rsqrt()).to(x.dtype)
+
+
+@dataclass(frozen=True)
 class Tap:
-    """The input or output of a module, times a factor.
+    """The input or output of a module, times a factor or normed.
 
     path:  the module's path within the layer
     side:  'input' or 'output'
     scale: the factor
+    norm:  the norm; None for none
     """
 
     path: str
     side: str
     scale: float = 1.0
+    norm: Norm | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +63,7 @@ class LayerTrace:
     inputs, outputs: [2, N_TOKENS, d] by module's path in the layer, in the order in which the modules are run
     projecting:      paths of modules with a matrix
     nested:          paths of modules that contain other modules
+    epsilons:        by module's path, its numbers that are called eps or epsilon
     """
 
     before: torch.Tensor
@@ -52,6 +72,7 @@ class LayerTrace:
     outputs: dict[str, torch.Tensor]
     projecting: set[str]
     nested: set[str]
+    epsilons: dict[str, list[float]]
 
 
 def first_tensor(values: Any, options: dict[str, Any]) -> Any:
@@ -117,6 +138,10 @@ def trace_layer(model: torch.nn.Module, path: str) -> LayerTrace | None:
         outputs=outputs,
         projecting={name for name, some in tensors.items() if any(tensor.ndim >= 2 for tensor in some)},
         nested={name for name, module in modules.items() if any(True for _ in module.children())},
+        epsilons={
+            name: [value for key, value in vars(module).items() if "eps" in key and isinstance(value, float)]
+            for name, module in modules.items()
+        },
     )
 
 
@@ -138,6 +163,7 @@ def find_taps(trace: LayerTrace) -> dict[str, Tap]:
     resid_mid: the residual stream between them; a layer that adds both at once has none
     hook_z:    input of the mixing part's output projection
     mlp_in:    input of the other part
+    mlp_normalized: the same before the gain and bias of the norm that computes it
 
     They are recognised by sums that hold up to rounding: before + attn_out = resid_mid, resid_mid + mlp_out = after.
     """
@@ -168,6 +194,9 @@ def find_taps(trace: LayerTrace) -> dict[str, Tap]:
         entrance = _entrance(trace, mlp.path)
         if entrance is not None:
             taps["mlp_in"] = Tap(entrance, "input")
+            normed = _normed(trace, trace.inputs[entrance])
+            if normed is not None:
+                taps["mlp_normalized"] = normed
     return taps
 
 
@@ -211,6 +240,30 @@ def _entrance(trace: LayerTrace, path: str) -> str | None:
             entering = trace.inputs.get(whole)
             return whole if entering is not None and entering.shape == trace.before.shape else None
     return None
+
+
+def _normed(trace: LayerTrace, value: torch.Tensor) -> Tap | None:
+    """The input of the norm that computes a value, with the norm: the value is its result times a gain plus a bias."""
+    for name in _giving(trace, value):
+        entering = trace.inputs.get(name)
+        if name in trace.projecting or entering is None or entering.shape != value.shape:
+            continue
+        for centred in (False, True):
+            for epsilon in trace.epsilons[name]:
+                norm = Norm(centred, epsilon)
+                if _is_affine(norm(entering.double()).flatten(0, 1), value.double().flatten(0, 1), centred, value):
+                    return Tap(name, "input", norm=norm)
+    return None
+
+
+def _is_affine(x: torch.Tensor, y: torch.Tensor, has_bias: bool, stored: torch.Tensor) -> bool:
+    """True if each column of y [n, d] is a gain times that of x, plus a bias if any, to the rounding of `stored`."""
+    shift = y.mean(dim=0) * has_bias
+    centre = x.mean(dim=0) * has_bias
+    gain = ((x - centre) * (y - shift)).sum(dim=0) / (x - centre).square().sum(dim=0).clamp(min=1e-30)
+    fitted = shift + (x - centre) * gain
+    size = y.abs() + shift.abs() + ((x - centre) * gain).abs()
+    return bool(((fitted - y).abs() <= MOST_ROUNDING * _epsilon(stored) * size.amax(dim=0)).all())
 
 
 def _behind(trace: LayerTrace, path: str) -> Iterator[torch.Tensor]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from sts_fast.errors import InputError
+from sts_fast.errors import InputError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -71,13 +72,18 @@ class TokenBudget:
         self.say(f"out of memory with {n_tokens} tokens in a pass: going on with {self.n_tokens} (--batch-tokens)")
 
     def in_batches(
-        self, lengths: Sequence[int], most: int, run: Callable[[list[int]], Result]
+        self,
+        lengths: Sequence[int],
+        most: int,
+        run: Callable[[list[int]], Result],
+        chosen: Sequence[int] | None = None,
     ) -> Iterator[tuple[list[int], Result]]:
         """Yields batches of indices, shortest sequences first, with the result of `run`; halves those that do not fit.
 
-        most: most tokens of a batch, regardless of the budget
+        most:   most tokens of a batch, regardless of the budget
+        chosen: indices of the sequences to run; None: all
         """
-        order = np.argsort(lengths, kind="stable").tolist()
+        order = sorted(range(len(lengths)) if chosen is None else chosen, key=lengths.__getitem__)
         while order:
             n_tokens = most if self.n_tokens is None else min(most, self.n_tokens)
             batch = take(order, np.asarray(lengths), n_tokens)
@@ -107,6 +113,25 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and "memory" in str(error) and "alloc" in str(error)
     )
+
+
+@contextmanager
+def running(name: str) -> Iterator[None]:
+    """Turns an error of a model's own code into an InputError; one of memory is raised as it is.
+
+    name: the model's name in errors
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # a model can raise anything
+        if is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"{name} fails when it is run ({type(error).__name__}: {one_line(error)}): try --dtype float32, another "
+            "--device, or the versions of torch and transformers that the model was made with"
+        ) from error
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -25,6 +25,9 @@ ATTENTION_COST, COPY_COST = 3.0, 60.0
 # By kind of layer, the config key of its attention window.
 WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 
+# Other config keys of attention to a part of the tokens, which the mask does not know.
+UNKNOWN_WINDOWS = ("window_size", "attention_types", "local_attention", "block_size", "attention_window")
+
 
 def shared_length(ids: Sequence[IntArray], positions: Sequence[IntArray]) -> int:
     """Number of tokens that all sequences share before the first one read; 0 where too few for a separate pass."""
@@ -100,7 +103,7 @@ def lay_out(own: Sequence[IntArray], rows: list[list[int]], n_shared: int) -> Ro
 
     n_columns = max(1, *(sum(len(own[slot]) for slot in row) for row in rows))
     ids = torch.zeros((len(rows), n_columns), dtype=torch.long)
-    positions = n_shared + torch.arange(n_columns).repeat(len(rows), 1)
+    positions = torch.full((len(rows), n_columns), n_shared)  # padding must not make a row look longer
     segments = torch.full((len(rows), n_columns), -1)
     spans = [(0, 0)] * len(own)
     for r, row in enumerate(rows):
@@ -221,3 +224,12 @@ def shared_cache(cache: Any) -> Any:
     shared = DynamicCache()
     shared.layers = [SharedLayer(layer.keys, layer.values) for layer in cache.layers]
     return shared
+
+
+def row_norms(rows: torch.Tensor) -> torch.Tensor:
+    """[n_tokens] float64 Euclidean norm of each row [n_tokens, d_in]; NaN where it contains NaN or infinity."""
+    import torch
+
+    norms = torch.linalg.vector_norm(rows.float(), dim=-1).double()
+    finite = torch.isfinite(rows).all(dim=-1)
+    return torch.where(finite, norms, torch.nan)

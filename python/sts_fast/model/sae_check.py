@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ import numpy as np
 from sts_fast.data.prompts import PromptSet
 from sts_fast.errors import InputError
 from sts_fast.model.hooks import Hook
+from sts_fast.model.model_names import model_type, same_model
 from sts_fast.model.reader import Reader
 from sts_fast.ops.encode import encode
 from sts_fast.places import PLACES, place_name, split_name
@@ -30,8 +30,6 @@ DOUBTFUL, CLEARLY_MORE, TOO_LOW, AS_WELL = 0.85, 0.1, 0.4, 0.03
 MOST_L0_RATIO = 3.0
 # Number of lower layers that are tried too: they are run anyway.
 N_LOWER_LAYERS = 3
-# Words at the end of a model's name that describe its tuning, not its architecture.
-TUNED = r"(instruct|chat|it|pt|base|hf|sft|dpo|rl|bf16|fp16|v\d[\d.]*)"
 
 
 @dataclass(frozen=True)
@@ -77,13 +75,15 @@ def check_names(sae: SAE, config: Any, name: str) -> str | None:
             "give an SAE that was trained on this place of this model"
         )
     names = {str(name), str(getattr(config, "_name_or_path", "") or name)}
-    if not sae.model_name or any(_related(sae.model_name, model_name) for model_name in names):
+    related = {same_model(sae.model_name, model_name) for model_name in names}
+    if not sae.model_name or True in related:
         return None
     mismatch = f"the SAE {sae.source} was trained on {sae.model_name}, not on {name}"
-    if (other := _model_type(sae.model_name)) and not text.model_type.startswith(other):
+    if (other := model_type(sae.model_name)) and not f"{text.model_type}_".startswith(f"{other}_"):
         return f"{mismatch}, a model of type {text.model_type}: give an SAE of this model"
     from_hub = "/" in str(name) and not str(name).startswith(("/", ".", "~"))
-    return f"{mismatch}: give an SAE of this model, unless it is that one tuned further" if from_hub else None
+    hedge = ", unless it is that one tuned further" if related == {None} else ""
+    return f"{mismatch}: give an SAE of this model{hedge}" if from_hub or False in related else None
 
 
 def check_width(sae: SAE, hook: Hook, name: str) -> None:
@@ -93,27 +93,6 @@ def check_width(sae: SAE, hook: Hook, name: str) -> None:
             f"the SAE {sae.source} reads {sae.d_in} dimensions, but {name} has {hook.d_in} {hook.where}: "
             "give an SAE that was trained on this place of this model"
         )
-
-
-def _related(name: str, other: str) -> bool:
-    keys = [_key(name), _key(other)]
-    return all(keys) and (keys[0] in keys[1] or keys[1] in keys[0])
-
-
-def _key(name: str) -> str:
-    """A model's name without its owner, its tuning and its punctuation: 'Qwen/Qwen2.5-7B-Instruct' is 'qwen257b'."""
-    words = re.split(r"[-_ ]", name.rstrip("/").rpartition("/")[2].lower())
-    while len(words) > 1 and re.fullmatch(TUNED, words[-1]):
-        words.pop()
-    return re.sub(r"[^a-z0-9]", "", "".join(words)).removeprefix("meta")
-
-
-def _model_type(name: str) -> str | None:
-    """The architecture of transformers with which a model's name begins: 'gemma2' for 'gemma-2-9b'."""
-    from transformers import CONFIG_MAPPING
-
-    types = [str(known) for known in CONFIG_MAPPING if len(known) > 3 and _key(name).startswith(known.replace("_", ""))]
-    return max(types, key=len, default=None)
 
 
 def measure_fit(reader: Reader, saes: Sequence[SAE], prompt_set: PromptSet) -> list[Fit]:

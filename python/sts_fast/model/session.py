@@ -14,8 +14,9 @@ from sts_fast.data.prompts import Progress, PromptSet
 from sts_fast.data.sets import Kind, Sampling, common_template
 from sts_fast.data.template import PromptTemplate
 from sts_fast.errors import InputError
+from sts_fast.model.checkpoint import Checkpoint
 from sts_fast.model.hooks import Hook
-from sts_fast.model.language_model import LanguageModel, load_config, load_decoder, load_language_model, load_tokenizer
+from sts_fast.model.language_model import LanguageModel, load_decoder, load_language_model
 from sts_fast.model.reader import Reader
 from sts_fast.model.sae_check import Fit, check_names, check_width, measure_fit
 from sts_fast.model.stored import MODEL_FOLDER, Activations, is_activations
@@ -39,6 +40,7 @@ class Loading(Checked):
 
     dtype, device: see load_decoder
     device_map: spreads the model over devices, memory and disk; see weights.Placement
+    trust_remote_code: see Checkpoint
     """
 
     dtype: Annotated[Dtype, Option("Of the model; auto is float32 on the CPU.")] = "auto"
@@ -50,6 +52,9 @@ class Loading(Checked):
             "disk (layers stay there)."
         ),
     ] = None
+    trust_remote_code: Annotated[
+        bool, Option("Run Python code that comes with the model's files; read that code first.")
+    ] = False
 
 
 class LoadingOptions(TypedDict, total=False):
@@ -58,6 +63,7 @@ class LoadingOptions(TypedDict, total=False):
     dtype: Dtype
     device: str
     device_map: DeviceMap | None
+    trust_remote_code: bool
 
 
 @dataclass(frozen=True)
@@ -194,6 +200,8 @@ class Session:
         opened = [open_sae(sae, reading, top_n) for sae in saes]
         session = cls(model, opened, reading, places, purpose.whole, tokenizer, tuned)
         reading.warn(*session.names)
+        if session.tuned_checkpoint is not None:
+            reading.warn(session.tuned_checkpoint.base_warning, session.tuned_difference)
         # Whatever can be wrong is told now, and the smallest files are read first.
         for sae in opened:
             session.check_place(sae)
@@ -204,7 +212,10 @@ class Session:
 
     @cached_property
     def activations(self) -> Activations | None:
-        return Activations(self.model, device=self.reading.device) if is_activations(self.model) else None
+        if not is_activations(self.model):
+            return None
+        reading = self.reading
+        return Activations(self.model, device=reading.device, trust_remote_code=reading.trust_remote_code)
 
     @property
     def name(self) -> str:
@@ -221,8 +232,45 @@ class Session:
         return self.model if isinstance(self.model, (str, Path)) else None
 
     @cached_property
+    def checkpoint(self) -> Checkpoint | None:
+        """The model's files; None for a model in memory."""
+        trusts = self.reading.trust_remote_code
+        return None if self._files is None else Checkpoint(self._files, trust_remote_code=trusts)
+
+    @cached_property
+    def tuned_checkpoint(self) -> Checkpoint | None:
+        """The files of the model after training, which may be an adapter of the model; None for one in memory."""
+        if not isinstance(self.given_tuned, (str, Path)):
+            return None
+        base = self.model if isinstance(self.model, (str, Path)) and self.activations is None else None
+        return Checkpoint(self.given_tuned, trust_remote_code=self.reading.trust_remote_code, base=base)
+
+    @cached_property
+    def tuned_difference(self) -> str | None:
+        """A warning where the model after training is of another architecture.
+
+        Raises InputError where more than 1% of the tokens have another id in its tokenizer.
+        """
+        tuned = self.tuned_checkpoint
+        if tuned is None:
+            return None
+        if tuned.has_tokenizer and (self.given_tokenizer is not None or self.checkpoint is not None):
+            own, others = self.tokenizer.get_vocab(), tuned.tokenizer.get_vocab()
+            token_of = {index: token for token, index in others.items()}
+            differing = [token for token, index in own.items() if token_of.get(index, token) != token]
+            # Training may have renamed a few reserved tokens.
+            if len(differing) > len(own) // 100:
+                index = own[differing[0]]
+                raise InputError(
+                    f"--tuned {tuned} has another tokenizer than {self.name} ({len(differing)} tokens differ; id "
+                    f"{index} is {token_of[index]!r}, not {differing[0]!r}): give a model trained from {self.name}"
+                )
+        kind, other = (config.get_text_config().model_type for config in (self.config, tuned.config))
+        return None if kind == other else f"--tuned {tuned} is of the type {other}, but {self.name} of the type {kind}"
+
+    @cached_property
     def config(self) -> PretrainedConfig:
-        return self.model.config if self._files is None else load_config(self._files)  # type: ignore[union-attr]
+        return self.model.config if self.checkpoint is None else self.checkpoint.config  # type: ignore[union-attr]
 
     @property
     def context_length(self) -> int | None:
@@ -245,9 +293,9 @@ class Session:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         if self.given_tokenizer is not None:
             return self.given_tokenizer
-        if self._files is None:
+        if self.checkpoint is None:
             raise ValueError("a model in memory needs its tokenizer: give tokenizer=...")
-        return load_tokenizer(self._files)
+        return self.checkpoint.tokenizer
 
     @cached_property
     def template(self) -> PromptTemplate:
@@ -262,7 +310,9 @@ class Session:
             self.activations.check_template(self.template, self.saes[0])
             self.activations.read_at(self.saes)
             return self.activations
-        decoder = self._decoder(self.whole if self.reads_whole else self.model, self.name, self.reading)
+        decoder = self._decoder(
+            self.whole if self.reads_whole else self.checkpoint or self.model, self.name, self.reading
+        )
         if decoder.device.type == "cuda" and (reason := cuda_kernels.missing_reason()) is not None:
             self.reading.tell_line(
                 f"the model runs on {decoder.device}, its features are computed on the CPU: {reason}"
@@ -278,16 +328,16 @@ class Session:
         if self._files is None and reading.device == "auto" and reading.device_map is None:
             # One read from files joins the one in memory.
             reading = replace(reading, device=str(self.reader.device))  # type: ignore[attr-defined]
-        return self._decoder(self.given_tuned, "the tuned model", reading)
+        return self._decoder(self.tuned_checkpoint or self.given_tuned, "the tuned model", reading)
 
     @cached_property
     def whole(self) -> Any:
         """The causal language model with its head."""
-        if not isinstance(self.model, (str, Path)):
+        if self.checkpoint is None:
             return self.model
         reading = self.reading
         return load_language_model(
-            self.model, dtype=reading.dtype, device=reading.device, device_map=reading.device_map
+            self.checkpoint, dtype=reading.dtype, device=reading.device, device_map=reading.device_map
         )
 
     @cached_property
@@ -299,7 +349,9 @@ class Session:
         if self._files is None:
             return self.model.base_model  # type: ignore[union-attr]
         with torch.device("meta"):
-            model: torch.nn.Module = AutoModel.from_config(self.config)  # type: ignore[no-untyped-call]
+            model: torch.nn.Module = AutoModel.from_config(  # type: ignore[no-untyped-call]
+                self.config, trust_remote_code=self.reading.trust_remote_code
+            )
         return model
 
     @property
@@ -337,7 +389,7 @@ class Session:
     def _decoder(self, model: Any, name: str, reading: Reading) -> LanguageModel:
         """A model, read at the session's hooks; name: how errors call one in memory."""
         places = list(dict.fromkeys([*(sae.hook_name for sae in self.saes), *self.places]))
-        if isinstance(model, (str, Path)):
+        if isinstance(model, Checkpoint):
             decoder = load_decoder(
                 model, *places, dtype=reading.dtype, device=reading.device, device_map=reading.device_map
             )

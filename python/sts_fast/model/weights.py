@@ -63,13 +63,13 @@ class Placement:
         self.device_map, self.device = device_map, device
         self.folder = tempfile.mkdtemp(prefix="sts-fast-offloaded-")
 
-    def options(self, auto_class: Any, config: Any) -> dict[str, Any]:
+    def options(self, auto_class: Any, config: Any, trust_remote_code: bool) -> dict[str, Any]:
         device_map = self.device_map
         if device_map == "disk":
             import torch
 
             with torch.device("meta"):
-                empty = auto_class.from_config(config)
+                empty = auto_class.from_config(config, trust_remote_code=trust_remote_code)
             layers = decoder_layers(empty, config.get_text_config().num_hidden_layers)
             device_map = _all_but(empty, layers, self.device)
         return {"device_map": device_map, "offload_folder": self.folder}

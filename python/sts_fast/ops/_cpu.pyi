@@ -35,7 +35,7 @@ class Encoder:
     """The encoder half of an SAE, b_dec and every constant scale already folded in. A row x is first normalised,
       none                   z = x
       layer_norm             z = (x - mean) / (s + 1e-5), s its standard deviation over d_in - 1 degrees of freedom
-      constant_norm_rescale  z = x * sqrt(d_in) / ||x||; a row of zeros is refused
+      constant_norm_rescale  z = x * sqrt(d_in) / ||x||, and 0 for a row of zeros
     with mean, s and norm in float64 and z rounded to float32. With p = z @ W_enc[:, j], pre_j = scale[j] * p + bias[j],
       relu      h_j = max(pre_j, 0)
       jumprelu  h_j = pre_j where pre_j > max(threshold[j], 0), else 0

@@ -225,11 +225,6 @@ class _Call:
             if bad == load().fine:
                 continue
             finite = torch.isfinite(acts[bad])
-            if finite.all():
-                raise ValueError(
-                    f"{name} is zero everywhere in row {bad}, which constant_norm_rescale cannot scale to a norm; "
-                    "drop such rows first"
-                )
             raise ValueError(
                 f"{name} contains a NaN or infinity at row {bad}, column {int((~finite).nonzero()[0])}; "
                 "drop such rows or repair them first"

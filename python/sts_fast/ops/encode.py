@@ -40,8 +40,8 @@ def encode(sae: SAE, acts: Any, columns: NDArray[np.int64] | None = None) -> Spa
              those of reshape(-1, d_in); hook_z may give [n_tokens, n_heads, d_head]
     columns: [n_columns] int64, strictly increasing: only these features
 
-    Raises ValueError, naming the argument, for a wrong shape or dtype, NaN or infinity, or a row
-    that the SAE's normalisation cannot scale; InputError for a CUDA tensor where there are no CUDA ops.
+    Raises ValueError, naming the argument, for a wrong shape or dtype, NaN or infinity; InputError for a CUDA tensor
+    where there are no CUDA ops.
     """
     device = backend.cuda_device_of(acts)
     acts = rows(acts, sae.d_in)

@@ -18,6 +18,7 @@ from sts_fast.data.prompts import Tell
 from sts_fast.data.sets import Drawing, DrawingOptions
 from sts_fast.data.template import PromptTemplate
 from sts_fast.errors import InputError
+from sts_fast.model.memory import running
 from sts_fast.model.packing import check_vocabulary
 from sts_fast.model.session import Loading, LoadingOptions, Purpose, Reading, Session
 from sts_fast.rollouts.read import Rollout, Rollouts
@@ -142,7 +143,7 @@ def _sample(
     device = next(model.parameters()).device
     ids = torch.from_numpy(prompt_ids.astype("int64"))[None].to(device)
     ends = _end_ids(model, tokenizer)
-    with torch.inference_mode():
+    with running("the model"), torch.inference_mode():
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=completing.temperature, top_k=0,
             top_p=1.0, num_return_sequences=completing.n_samples,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from sts_fast.errors import InputError
+from sts_fast.sae.config import Config, not_understood
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +35,11 @@ MOST_MEMBERS = 1000
 # Weights hardly compress: a file that unpacks to more than this many times its size is a bomb.
 MOST_UNPACKED = 20
 FREE_UNPACKED_BYTES = 64 << 20
+# Tensors that say how training went: when and how often features fired, steps, and the width of its pseudo-gradient.
+OF_TRAINING = re.compile(
+    r"stats_last_nonzero|latents_activation_frequency|latents_mean_square|act_freq\w*|(log_)?(feature_)?sparsity"
+    r"|\w+_since_(fired|active|activation)|\w+_not_active|(num|n)_\w+|steps?|bandwidth"
+)
 
 
 class Checkpoint:
@@ -41,7 +48,7 @@ class Checkpoint:
     path:   the file
     shapes: shape by name
     dtypes: 'float32', 'bfloat16', ... by name
-    values: everything else at the top of a .pt file, such as numbers and dicts of numbers
+    values: everything else at the top of a .pt file, such as numbers, texts and dicts of them
 
     Raises InputError, naming the file, where it is missing, damaged, of another size than it claims, or would run
     pickled code.
@@ -49,7 +56,9 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        tensors, self.values = self._open()
+        self._read: set[str] = set()
+        tensors, values = self._open()
+        self.values = Config(path, values)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         self.dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
 
@@ -114,7 +123,19 @@ class Checkpoint:
         self.mapped(name)  # raises InputError for dtypes other than those of weights
         return Matrix(self, name, transposed)
 
+    def refuse_unread(self, *ignored: str) -> None:
+        """Raises InputError for tensors and values that were never read, by name: they may change the features.
+
+        ignored: names of tensors that cannot change the features of this layout
+        """
+        left = self.shapes.keys() - self._read - {*ignored}
+        left = {name for name in left if not OF_TRAINING.fullmatch(name)}
+        if left:
+            raise InputError(not_understood(self.path, sorted(left), "tensor"))
+        self.values.refuse_unread()
+
     def _existing(self, name: str) -> str:
+        self._read.add(name)
         if name not in self.shapes:
             names = ", ".join(sorted(self.shapes)[:12]) or "none"
             raise InputError(f"{self.path} has no tensor '{name}', which its layout needs (it has {names})")
@@ -263,13 +284,15 @@ def _torch(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raise InputError(f"{path} holds a {type(loaded).__name__}, not tensors by name: save its state_dict()")
     size = path.stat().st_size
     nested = [value for value in loaded.values() if isinstance(value, dict) and _tensors_in(value)]
-    tensors = _tensors_in(loaded) or (_tensors_in(nested[0]) if len(nested) == 1 else {})
+    state = loaded if _tensors_in(loaded) or len(nested) != 1 else nested[0]
+    tensors = _tensors_in(state)
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             raise InputError(f"{path}: {name} is not a plain tensor: save it as a dense one")
         if tensor.numel() * tensor.element_size() > size:
             raise InputError(f"{path}: {name} claims shape {list(tensor.shape)}, more than the file holds")
-    return tensors, {key: value for key, value in loaded.items() if isinstance(key, str) and key not in tensors}
+    values = {key: value for some in (loaded, state) for key, value in some.items() if value is not state}
+    return tensors, {key: value for key, value in values.items() if isinstance(key, str) and key not in tensors}
 
 
 def _tensors_in(values: dict[Any, Any]) -> dict[str, torch.Tensor]:
@@ -338,8 +361,6 @@ def _checked_members(path: Path, file: BinaryIO) -> list[str]:
 
 def _unsupported(error: str) -> str:
     """Name of the function that a pickle would call, from PyTorch's explanation."""
-    import re
-
     match = re.search(r"GLOBAL ([\w.]+)", error)
     return f"it calls {match[1]}" if match else "it contains more than tensors"
 

@@ -28,12 +28,14 @@ class Decoder:
     b_dec:  [d_out] float32
     W_skip: [d_in, d_out], of transcoders with a skip connection
     scale:  divisor that brings decoded rows to the units of the model
+    gain:   [d_sae] float32 factor of each feature, of a decoder that was fine-tuned alone; None for 1
     """
 
     W_dec: Matrix
     b_dec: NDArray[np.float32]
     W_skip: Matrix | None = None
     scale: float = 1.0
+    gain: NDArray[np.float32] | None = None
 
     def rows(self, features: Sequence[int] | NDArray[np.integer[Any]]) -> torch.Tensor:
         """[n_features, d_out] float32 rows of W_dec."""
@@ -67,5 +69,7 @@ class Decoder:
             h[torch.from_numpy(row_of[inside]), torch.from_numpy(place[inside])] = torch.from_numpy(values[inside])
             if divisor is not None:
                 h /= torch.from_numpy(divisor[chosen])
+            if self.gain is not None:
+                h *= torch.from_numpy(self.gain[chosen])
             decoded += h @ self.W_dec.rows(chosen)
         return decoded

@@ -8,11 +8,13 @@ from pathlib import Path
 
 from sts_fast.errors import InputError
 from sts_fast.sae import (
+    circuit_tracer,
     dictionary_learning,
     gemma_scope,
     goodfire,
     llama_scope,
     named_tensors,
+    openai,
     qwen_scope,
     saelens,
     sparsify,
@@ -95,7 +97,12 @@ def _read_file(path: Path, dtype: str | None) -> SAE:
         return qwen_scope.read(path, dtype=dtype)
     if path.suffix not in WEIGHTS:
         raise InputError(f"{path} is not a checkpoint of an SAE: give its folder, or one file of {', '.join(WEIGHTS)}")
-    names = set(Checkpoint(path).shapes)
+    shapes = Checkpoint(path).shapes
+    names = set(shapes)
+    if circuit_tracer.recognises(path, shapes):
+        return circuit_tracer.read(path, dtype=dtype)
+    if openai.MARK in names:
+        return openai.read(path, dtype=dtype)
     if goodfire.FILE.fullmatch(path.name) or "encoder_linear.weight" in names:
         return goodfire.read(path, dtype=dtype)
     if path.suffix in (".pt", ".pth") and names & {"encoder.weight", "group_sizes"}:

@@ -26,11 +26,23 @@ CLASSES = {
     "BatchTopKSAE": ("jumprelu", "b_dec"),
     "MatryoshkaBatchTopKSAE": ("jumprelu", "b_dec"),
 }
+# Tensors that a class's encode at inference does not use.
+UNUSED_TENSORS = {
+    "AutoEncoderTopK": ("threshold",),
+    "BatchTopKSAE": ("k",),
+    "MatryoshkaBatchTopKSAE": ("k", "group_sizes", "active_groups"),
+}
 REFUSED = {
     "IdentityDict": "it has no weights",
     "CrossCoder": "it reads several layers at once",
     "BatchTopKCrossCoder": "it reads several layers at once",
 }
+# Options of its trainers that only they have.
+OF_TRAINING = (
+    "sparsity_function", "sparsity_queue_length", "n_sparsity_updates", "p_start", "p_end", "anneal_start",
+    "anneal_end", "group_sizes",
+)  # fmt: skip
+READS_INPUT = "it reads the input of its submodule: give --layer or --hook"
 UNTRAINED_THRESHOLD = "its threshold is negative, as before training: it works as a ReLU SAE"
 
 
@@ -44,7 +56,8 @@ def read(path: Path, *, dtype: str | None = None) -> SAE:
     folder, weights = (path, path / WEIGHTS_FILE) if path.is_dir() else (path.parent, path)
     file = Checkpoint(weights)
     has_config = (folder / CONFIG_FILE).is_file()
-    trainer = Config.read(folder / CONFIG_FILE).part("trainer") if has_config else Config(folder, {})
+    config = Config.read(folder / CONFIG_FILE) if has_config else Config(folder, {})
+    trainer = config.part("trainer")
     class_name = trainer.text("dict_class") or class_by_names(file)
     if class_name not in CLASSES:
         reason = f"because {REFUSED[class_name]}" if class_name in REFUSED else f"use one of {', '.join(CLASSES)}"
@@ -69,8 +82,17 @@ def read(path: Path, *, dtype: str | None = None) -> SAE:
         own["k"] = _k(file, trainer, d_sae)
     b_dec = file.vector(input_bias or ("decoder.bias" if linear else "b_dec"), d_in)
     decoder_name = "decoder.weight" if linear else "W_dec"
+    W_dec = file.matrix(decoder_name, (d_sae, d_in), transposed=linear) if decoder_name in file.shapes else None
     place = _place(trainer)
     k = trainer.whole("k")
+    io = config.part("buffer").text("io")
+    if io == "in_and_out":
+        raise InputError(f"{config.where}: io 'in_and_out' is not supported: use an SAE, not a transcoder")
+    if io == "in":  # the submodule's name means its output
+        place, notes = "", (*notes, READS_INPUT)
+    file.refuse_unread(*UNUSED_TENSORS.get(class_name, ()))
+    trainer.refuse_unread(*OF_TRAINING)
+    config.refuse_unread()
     return SAE(
         architecture=activation,
         W_enc=W_enc.whole(dtype),
@@ -81,9 +103,7 @@ def read(path: Path, *, dtype: str | None = None) -> SAE:
         model_name=trainer.text("lm_name"),
         prepend_bos=True,
         l0=float(k) if k is not None and "Batch" in class_name else None,
-        decoder=Decoder(file.matrix(decoder_name, (d_sae, d_in), transposed=linear), b_dec)
-        if decoder_name in file.shapes
-        else None,
+        decoder=None if W_dec is None else Decoder(W_dec, b_dec),
         source=str(path),
         layout="dictionary_learning",
         notes=notes,

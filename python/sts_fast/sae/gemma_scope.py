@@ -38,23 +38,29 @@ def read(folder: Path, *, dtype: str | None = None) -> SAE:
         raise InputError(f"{config.where}: architecture '{config.text('architecture')[:40]}' is not jump_relu")
     place = _place(folder, config)
     skip = called("affine_skip_connection")
+    has_skip = skip in file.shapes
+    if config.flag("affine_connection", has_skip) != has_skip:
+        raise InputError(f"{config.where} and {file.path.name} differ about affine_connection: download both again")
     decoder = None
     if called("w_dec") in file.shapes and not is_cross_layer:
         decoder = Decoder(
             file.matrix(called("w_dec"), (d_sae, d_out)),
             b_dec,
-            file.matrix(skip, (d_in, d_out)) if skip in file.shapes else None,
+            file.matrix(skip, (d_in, d_out)) if has_skip else None,
         )
+    b_enc, threshold = (file.vector(called(name), d_sae) for name in ("b_enc", "threshold"))
+    file.refuse_unread(*((called("w_dec"), skip) if is_cross_layer else ()))
     is_embedding = place["hook_name"][0] == "hook_embed"
     l0 = config.number("l0")
+    config.refuse_unread("width", "type", "site", "l0_target", "size")
     if l0 is None and (match := re.search(r"average_l0_(\d+)", str(folder))):
         l0 = float(match[1])
     return SAE(
         architecture="jumprelu",
         W_enc=W_enc.whole(dtype),
-        b_enc=file.vector(called("b_enc"), d_sae),
+        b_enc=b_enc,
         b_dec=b_dec,
-        threshold=file.vector(called("threshold"), d_sae),
+        threshold=threshold,
         apply_b_dec_to_input=False,
         # SAEs of the embedding were trained without Gemma's factor of sqrt(d_in).
         input_scale=1 / math.sqrt(d_in) if is_embedding else 1.0,
@@ -88,8 +94,10 @@ def _place(folder: Path, config: Config) -> dict[str, tuple[str, str]]:
         fields["model_name"] = (config.text("model_name"), CONFIG_FILE)
     if config.has("hf_hook_point_in"):
         # 'model.layers.3.output' is the module itself; '.input' stays in the name.
-        fields["hook_name"] = (config.text("hf_hook_point_in").removesuffix(".output"), CONFIG_FILE)
-        fields["target_hook_name"] = (config.text("hf_hook_point_out").removesuffix(".output"), CONFIG_FILE)
+        # An SAE's config has the same place as its output.
+        read, predicted = (config.text(f"hf_hook_point_{side}").removesuffix(".output") for side in ("in", "out"))
+        fields["hook_name"] = (read, CONFIG_FILE)
+        fields["target_hook_name"] = ("" if predicted == read else predicted, CONFIG_FILE)
         return fields
     match = re.search(r"layer_(\d+)", path)
     if match is None:

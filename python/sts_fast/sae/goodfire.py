@@ -26,19 +26,20 @@ def read(path: Path, *, dtype: str | None = None) -> SAE:
     name = FILE.fullmatch(path.name)
     model = name[1] if name else ""
     organisation = next((owner for start, owner in ORGANISATIONS.items() if model.startswith(start)), "")
-    has_decoder = f"{decoder}.weight" in file.shapes
+    W_dec = f"{decoder}.weight"
+    rows = file.matrix(W_dec, (d_sae, d_in), transposed=True) if W_dec in file.shapes else None
+    b_enc = file.vector(f"{encoder}.bias", d_sae)
+    file.refuse_unread()
     return SAE(
         architecture="standard",
         W_enc=W_enc.whole(dtype),
-        b_enc=file.vector(f"{encoder}.bias", d_sae),
+        b_enc=b_enc,
         b_dec=b_dec,
         apply_b_dec_to_input=False,
         hook_name=f"blocks.{name[2]}.hook_resid_post" if name else "",
         model_name=f"{organisation}/{model}" if organisation else model,
         prepend_bos=True,
-        decoder=Decoder(file.matrix(f"{decoder}.weight", (d_sae, d_in), transposed=True), b_dec)
-        if has_decoder
-        else None,
+        decoder=None if rows is None else Decoder(rows, b_dec),
         source=str(path),
         layout="Goodfire",
         origin={

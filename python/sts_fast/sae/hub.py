@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sts_fast.errors import InputError
-from sts_fast.sae import detect, saelens
+from sts_fast.sae import circuit_tracer, detect, saelens
 from sts_fast.sae.checkpoint import Checkpoint
 from sts_fast.sae.config import Config
 from sts_fast.sae.sae import SAE
 
 # sae-lens' names of the layouts that this package reads from the files; sae-lens loads the others.
-READ_HERE = {None, "gemma_2", "gemma_2_transcoder", "gemma_3", "goodfire", "deepseek_r1", "qwen_scope", "sparsify"}
+READ_HERE = {"gemma_2", "gemma_2_transcoder", "gemma_3", "goodfire", "deepseek_r1", "qwen_scope", "sparsify"}
 READ_HERE |= {"llama_scope", "llama_scope_r1_distill", "dictionary_learning_1"}
 
 
@@ -59,34 +59,31 @@ def _read_release(release: Any, sae_id: str, name: str, dtype: str | None) -> SA
     if sae_id not in release.saes_map:
         some = ", ".join(list(release.saes_map)[:4])
         raise InputError(f"release '{release.release}' has no SAE '{sae_id}': its ids are {some}, …")
-    if release.conversion_func not in READ_HERE:
-        sae = _read_by_sae_lens(release.release, sae_id, name, dtype)
+    path, overrides = release.saes_map[sae_id], dict(release.config_overrides or {})
+    if release.conversion_func is None:
+        folder = _place(release.repo_id, path)
+        sae = replace(saelens.read(folder, dtype=dtype, overrides=overrides), source=name)
+    elif release.conversion_func in READ_HERE and not overrides:
+        sae = _read_repository(release.repo_id, path, dtype=dtype, source=name)
     else:
-        sae = _read_repository(release.repo_id, release.saes_map[sae_id], dtype=dtype, source=name)
+        sae = _read_by_sae_lens(release.release, sae_id, name, dtype)
     origin = f"sae-lens' list: {release.release}"
     factor = release.norm_scaling_factor.get(sae_id)
     if factor and sae.needs_scaling:
         sae = sae.scaled(float(factor), origin)
     l0 = float(release.expected_l0.get(sae_id) or 0)
     neuronpedia = release.neuronpedia_id.get(sae_id)
-    options = (release.config_overrides or {}).get("model_from_pretrained_kwargs")
     return replace(
         sae,
         model_name=sae.model_name or release.model,
         l0=sae.l0 if sae.l0 is not None else l0 or None,
         metadata={**sae.metadata, **({"neuronpedia_id": neuronpedia} if neuronpedia else {})},
-        notes=(*sae.notes, *((_processed(options),) if options else ())),
         origin={
             **sae.origin,
             **({} if sae.model_name else {"model_name": origin}),
             **({"l0": origin} if sae.l0 is None and l0 else {}),
         },
     )
-
-
-def _processed(options: Mapping[str, object]) -> str:
-    text = ", ".join(f"{key}={value}" for key, value in options.items())
-    return f"it was trained on a model that TransformerLens had changed ({text}): its features differ on the original"
 
 
 def _read_by_sae_lens(release: str, sae_id: str, name: str, dtype: str | None) -> SAE:
@@ -124,11 +121,17 @@ def _is_repository(name: str) -> bool:
 
 def _read_repository(repository: str, path: str, *, dtype: str | None, source: str) -> SAE:
     """The SAE in a folder or file of a repository, or in its root."""
+    return replace(detect.read(_place(repository, path), dtype=dtype), source=source)
+
+
+def _place(repository: str, path: str) -> Path:
+    """The folder or file of a repository, downloaded where the cache lacks it; '' is its root."""
     if ".." in Path(path).parts or Path(path).is_absolute():
         raise InputError(f"'{path}' is not a folder or file of the repository {repository}")
     if path:
-        # In some layouts, config.json in the root names the model that the SAEs were trained on.
-        patterns = [path, f"{path}/*", "config.json"]
+        # In some layouts, a config in the root, or beside the file, names the model that the SAEs were trained on.
+        beside = (Path(path).parent / circuit_tracer.CONFIG_FILE).as_posix()
+        patterns = [path, f"{path}/*", "config.json", beside]
     else:
         files = _files(repository)
         patterns = [file for file in files if "/" not in file]
@@ -145,7 +148,7 @@ def _read_repository(repository: str, path: str, *, dtype: str | None, source: s
             f"the repository {repository} has no '{path}', or this machine is offline and its cache lacks it: correct "
             "the folder, or go online"
         )
-    return replace(detect.read(place, dtype=dtype), source=source)
+    return place
 
 
 def _snapshot(repository: str, patterns: list[str]) -> Path:

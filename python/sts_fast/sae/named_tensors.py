@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ NAMES = {
     "b_mag": ("b_mag", "mag_bias"),
     "b_gate": ("b_gate", "gate_bias"),
 }
+# A JumpReLU's threshold, or its logarithm, as it is called where the activation is a module of its own.
+THRESHOLD = re.compile(
+    r"((activation|activation_function|activation_fn|act|act_fn|jump_?relu|encoder)[._])*(log_)?(jump_?relu_)?threshold_?"
+)
 ASSUMED_B_DEC = "the file does not say whether {name} is subtracted from the input: it is assumed to be {taken}"
 
 
@@ -29,10 +34,12 @@ def read(path: Path, *, dtype: str | None = None) -> SAE:
 
     The lengths of the biases decide the orientation of W_enc. A bias called 'decoder.bias' is not subtracted from the
     input; any other b_dec is. Both are assumptions, and the notes say so.
-    Raises InputError, with the names tried, where there is no W_enc or the biases leave its orientation open.
+    Raises InputError, with the names tried, where there is no W_enc or the biases leave its orientation open, and for a
+    tensor of another name.
     """
     file = Checkpoint(path)
     names = {key: next((name for name in known if name in file.shapes), None) for key, known in NAMES.items()}
+    names["threshold"] = next((name for name in sorted(file.shapes) if THRESHOLD.fullmatch(name)), None)
     if names["W_enc"] is None:
         raise InputError(
             f"{path} contains no encoder: looked for {', '.join(NAMES['W_enc'])}, but it has "
@@ -50,17 +57,14 @@ def read(path: Path, *, dtype: str | None = None) -> SAE:
         architecture = "gated"
         own |= {"b_enc": np.zeros(d_sae, np.float32), "r_mag": vector("r_mag", d_sae)}
         own |= {key: file.vector(names[key] or key, d_sae) for key in ("b_mag", "b_gate")}
-    elif "threshold" in file.shapes or "log_threshold" in file.shapes:
+    elif (threshold := names["threshold"]) is not None:
         architecture = "jumprelu"
         own["threshold"] = (
-            file.vector("threshold", d_sae, or_number=True)
-            if "threshold" in file.shapes
-            else file.exponential("log_threshold", d_sae)
+            file.exponential(threshold, d_sae) if "log_" in threshold else file.vector(threshold, d_sae, or_number=True)
         )
-    elif "k" in file.shapes or "k" in file.values:
+    elif "k" in file.shapes or file.values.has("k"):
         architecture = "topk"
-        k = int(file.number("k")) if "k" in file.shapes else file.values["k"]
-        own["k"] = Config(path, {"k": k}).k(d_sae)
+        own["k"] = (Config(path, {"k": int(file.number("k"))}) if "k" in file.shapes else file.values).k(d_sae)
     else:
         architecture = "standard"
     subtracts = names["b_dec"] not in (None, "decoder.bias")
@@ -72,6 +76,7 @@ def read(path: Path, *, dtype: str | None = None) -> SAE:
     if names["W_dec"] is not None:
         transposed = file.shapes[names["W_dec"]] == (d_in, d_sae)
         decoder = Decoder(file.matrix(names["W_dec"], (d_sae, d_in), transposed=transposed), b_dec)
+    file.refuse_unread()
     origin = "the names of its tensors"
     return SAE(
         architecture=architecture,
@@ -103,7 +108,7 @@ def _oriented(file: Checkpoint, names: dict[str, str | None]) -> Matrix:
     shape = file.shapes[name]
     if len(shape) != 2:
         raise InputError(f"{file.path}: {name} has shape {list(shape)}, but a matrix is needed")
-    per_feature = (names["b_enc"], names["b_gate"], "threshold" if "threshold" in file.shapes else None)
+    per_feature = (names["b_enc"], names["b_gate"], names["threshold"])
     lengths = {file.shapes[key] for key in per_feature if key} - {(), (1,)}
     per_input = {file.shapes[key] for key in (names["b_dec"],) if key}
     fits = [

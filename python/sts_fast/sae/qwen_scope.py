@@ -20,28 +20,27 @@ def read(path: Path, *, dtype: str | None = None) -> SAE:
     W_enc = file.matrix("W_enc", (None, None), transposed=True)
     d_in, d_sae = W_enc.shape
     repository = re.search(r"SAE-Res-(.+?)-W\d+K-L0_(\d+)", str(path.absolute()))
-    k, k_origin = file.values.get("k"), path.name
-    if k is None and repository:
-        k, k_origin = int(repository[2]), "its folder's name"
-    if k is None:
+    k_origin = path.name if file.values.has("k") else "its folder's name"
+    if not file.values.has("k") and not repository:
         raise InputError(
             f"{path} does not contain its k: keep it in a folder named as its repository, which ends in k (…-L0_50)"
         )
+    values = file.values if file.values.has("k") or not repository else Config(path, {"k": int(repository[2])})
     layer = FILE.fullmatch(path.name)
-    b_dec = file.vector("b_dec", d_in)
+    b_dec, b_enc = file.vector("b_dec", d_in), file.vector("b_enc", d_sae)
+    W_dec = file.matrix("W_dec", (d_sae, d_in), transposed=True) if "W_dec" in file.shapes else None
+    file.refuse_unread()
     return SAE(
         architecture="topk",
         W_enc=W_enc.whole(dtype),
-        b_enc=file.vector("b_enc", d_sae),
+        b_enc=b_enc,
         b_dec=b_dec,
-        k=Config(f"{path}, {k_origin}", {"k": k}).k(d_sae),
+        k=values.k(d_sae),
         apply_b_dec_to_input=False,
         hook_name=f"blocks.{layer[1]}.hook_resid_post" if layer else "",
         model_name=f"Qwen/{repository[1]}" if repository else "",
         prepend_bos=True,
-        decoder=Decoder(file.matrix("W_dec", (d_sae, d_in), transposed=True), b_dec)
-        if "W_dec" in file.shapes
-        else None,
+        decoder=None if W_dec is None else Decoder(W_dec, b_dec),
         source=str(path),
         layout="Qwen-Scope",
         origin={

@@ -35,7 +35,7 @@ class SAE:
     A row is first multiplied by input_scale and then normalised by input_norm:
       none                   x
       layer_norm             (x - mean) / (s + 1e-5), s its standard deviation over d_in - 1 degrees of freedom
-      constant_norm_rescale  x sqrt(d_in) / ||x||
+      constant_norm_rescale  x sqrt(d_in) / ||x||, and 0 for a row of zeros
     With p = (x - b_dec if apply_b_dec_to_input else x) W_enc, a feature is
       standard  relu(p + b_enc)
       jumprelu  relu(p + b_enc) where p + b_enc > threshold, else 0

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sts_fast.errors import InputError
+from sts_fast.files import Document
 from sts_fast.sae.checkpoint import Checkpoint
 from sts_fast.sae.config import Config
 from sts_fast.sae.decoder import Decoder
 from sts_fast.sae.sae import FORGOTTEN_FOLDING, SAE
+
+if TYPE_CHECKING:
+    from sts_fast.statistics import Floats
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
@@ -41,16 +46,25 @@ FORGOTTEN_WHITENING = (
     "its config says 'covariance_whitening', which is not in its files: if it was not folded into the weights when the "
     "SAE was saved, the features are wrong"
 )
-SCALING_FACTOR = "its scaling_factor, which only its decoder would use, was ignored"
+# Options with which TransformerLens changes a model's weights, and with them what an SAE reads.
+PROCESSING = (
+    "center_writing_weights",
+    "fold_ln",
+    "center_unembed",
+    "fold_value_biases",
+    "refactor_factored_attn_matrices",
+)
 
 
-def read(folder: Path, *, dtype: str | None = None) -> SAE:
+def read(folder: Path, *, dtype: str | None = None, overrides: Document | None = None) -> SAE:
     """An SAE saved by SAELens.
 
     dtype: of W_enc in memory, 'float32' or 'bfloat16'; None keeps the file's, memory-mapped
+    overrides: keys of cfg.json with other values than the file's
     Raises InputError, naming file and key, for missing or damaged files and unsupported settings.
     """
     config = Config.read(folder / CONFIG_FILE)
+    config = Config(config.where, {**config.values, **(overrides or {})})
     if not (folder / WEIGHTS_FILE).is_file():
         raise InputError(f"{folder} has a {CONFIG_FILE} but no {WEIGHTS_FILE}: copy the SAE's whole folder")
     return read_files(Checkpoint(folder / WEIGHTS_FILE), config, source=str(folder), dtype=dtype)
@@ -71,7 +85,7 @@ def read_files(file: Checkpoint, config: Config, *, source: str, dtype: str | No
     if is_transcoder:
         d_out = file.shapes["b_dec"][0] if len(file.shapes.get("b_dec", ())) == 1 else d_in
         config.check_widths(d_out=d_out)
-    rescale = config.flag("rescale_acts_by_decoder_norm") and activation != "gated"
+    rescale = "topk" in architecture and config.flag("rescale_acts_by_decoder_norm")
     W_dec = file.matrix("W_dec", (d_sae, d_out)) if "W_dec" in file.shapes or rescale else None
     b_dec = file.vector("b_dec", d_out)
     own: dict[str, Any] = {}
@@ -81,6 +95,9 @@ def read_files(file: Checkpoint, config: Config, *, source: str, dtype: str | No
         own["threshold"] = _threshold(file, d_sae)
     elif activation in ("topk", "abstopk"):
         own["k"] = k_from.k(d_sae)
+    # Of the batch variants, k is the mean over a batch.
+    l0 = metadata.number("l0") if metadata.has("l0") or "batchtopk" not in architecture else config.number("k")
+    gain = _gain(file, config, d_sae)
     if rescale:
         assert W_dec is not None
         own["W_dec_norm"] = W_dec.row_norms()
@@ -88,29 +105,35 @@ def read_files(file: Checkpoint, config: Config, *, source: str, dtype: str | No
 
     hook_name, hook_key = _first(metadata, config, "hook_name", "hook_point")
     _check_heads(config, metadata, hook_name)
+    b_enc = np.zeros(d_sae, np.float32) if activation == "gated" else file.vector("b_enc", d_sae)
+    target = (_first(metadata, config, "hook_name_out", "hook_point_out")[0] or "unknown") if is_transcoder else ""
+    apply_b_dec = config.flag("apply_b_dec_to_input", True)
+    prepend_bos = metadata.flag("prepend_bos", config.flag("prepend_bos", not metadata.values))
+    model_name, version = _first(metadata, config, "model_name")[0], _version(config, metadata)
     notes = {"expected_average_only_in": FORGOTTEN_FOLDING, "covariance_whitening": FORGOTTEN_WHITENING}
-    ignored = "scaling_factor" in file.shapes and not np.allclose(file.vector("scaling_factor", d_sae), 1)
+    processed = _processed(metadata, config)
+    neuronpedia = _first(metadata, config, "neuronpedia_id")[0]
+    file.refuse_unread()
+    config.refuse_unread()
     return SAE(
         architecture=activation,
         W_enc=W_enc.whole(dtype),
-        b_enc=np.zeros(d_sae, np.float32) if activation == "gated" else file.vector("b_enc", d_sae),
+        b_enc=b_enc,
         b_dec=b_dec,
         **own,
-        apply_b_dec_to_input=not is_transcoder and config.flag("apply_b_dec_to_input", True),
+        apply_b_dec_to_input=not is_transcoder and apply_b_dec,
         input_norm=NORMS.get(norm, "none"),
         hook_name=hook_name,
-        target_hook_name=(_first(metadata, config, "hook_name_out", "hook_point_out")[0] or "unknown")
-        if is_transcoder
-        else "",
-        model_name=_first(metadata, config, "model_name")[0],
-        prepend_bos=metadata.flag("prepend_bos", config.flag("prepend_bos", not metadata.values)),
-        l0=metadata.number("l0"),
-        decoder=None if W_dec is None else Decoder(W_dec, b_dec, W_skip),
+        target_hook_name=target,
+        model_name=model_name,
+        prepend_bos=prepend_bos,
+        l0=l0,
+        decoder=None if W_dec is None else Decoder(W_dec, b_dec, W_skip, gain=gain),
         needs_scaling=norm == "expected_average_only_in",
         source=source,
-        layout=_version(config, metadata),
-        notes=(*((notes[norm],) if norm in notes else ()), *((SCALING_FACTOR,) if ignored else ())),
-        metadata=metadata.values,
+        layout=version,
+        notes=(*((notes[norm],) if norm in notes else ()), *((processed,) if processed else ())),
+        metadata={**metadata.values, **({"neuronpedia_id": neuronpedia} if neuronpedia else {})},
         origin={
             "architecture": f"{CONFIG_FILE}: {architecture}",
             "d_in": "W_enc",
@@ -121,7 +144,7 @@ def read_files(file: Checkpoint, config: Config, *, source: str, dtype: str | No
             "model_name": CONFIG_FILE,
             "input_norm": f"{CONFIG_FILE}: normalize_activations {norm}",
             "apply_b_dec_to_input": CONFIG_FILE if config.has("apply_b_dec_to_input") else "SAELens' default",
-            **({"l0": CONFIG_FILE} if metadata.has("l0") else {}),
+            **({"l0": CONFIG_FILE} if l0 is not None else {}),
             **({"W_dec_norm": "W_dec, since rescale_acts_by_decoder_norm"} if rescale else {}),
         },
     )
@@ -133,7 +156,9 @@ def _architecture(config: Config) -> tuple[str, Config]:
     architecture = config.text("architecture", "standard")
     if activation == "topk":
         arguments = config.part("activation_fn_kwargs")
-        return "topk", arguments if arguments.has("k") else config
+        has_k = arguments.has("k")
+        arguments.refuse_unread()
+        return "topk", arguments if has_k else config
     if activation != "relu" and architecture not in ("topk", "abstopk"):
         raise InputError(
             f"{config.where}: activation_fn '{activation[:40]}' is not supported: use an SAE with relu or topk"
@@ -151,7 +176,7 @@ def _architecture(config: Config) -> tuple[str, Config]:
 
 
 def _normalisation(config: Config) -> str:
-    value = config.values.get("normalize_activations")
+    value = config.values["normalize_activations"] if config.has("normalize_activations") else None
     if value is None or isinstance(value, bool):  # before 4
         return "expected_average_only_in" if value else "none"
     norm = config.text("normalize_activations")
@@ -171,14 +196,40 @@ def _threshold(file: Checkpoint, d_sae: int) -> Any:
     return file.vector("threshold", d_sae)
 
 
+def _gain(file: Checkpoint, config: Config, d_sae: int) -> Floats | None:
+    """Factor of each feature in the decoder, of SAEs that were fine-tuned against shrinkage; None where all are 1."""
+    name = next((name for name in ("finetuning_scaling_factor", "scaling_factor") if name in file.shapes), None)
+    is_tuned = config.flag("finetuning_scaling_factor")
+    gain = None if name is None else file.vector(name, d_sae)
+    if gain is None or np.allclose(gain, 1):
+        return None
+    if not is_tuned:
+        raise InputError(
+            f"{file.path} has a {name} other than 1, but {config.where} says finetuning_scaling_factor false: remove "
+            "the tensor, or correct the key"
+        )
+    return gain
+
+
+def _processed(metadata: Config, config: Config) -> str | None:
+    """A note where the SAE was trained on a model whose weights TransformerLens had changed."""
+    given = [part.part("model_from_pretrained_kwargs").values for part in (config, metadata)]
+    changes = {key: value for options in given for key, value in options.items() if key in PROCESSING and value}
+    if not changes:
+        return None
+    text = ", ".join(f"{key}={value}" for key, value in changes.items())
+    return f"it was trained on a model that TransformerLens had changed ({text}): its features differ on the original"
+
+
 def _check_heads(config: Config, metadata: Config, hook_name: str) -> None:
     reshape = config.text("reshape_activations", "none")
     if reshape not in ("none", "hook_z"):
         raise InputError(f"{config.where}: reshape_activations '{reshape[:40]}' is not supported: use none or hook_z")
-    for part in (metadata, config):
-        if part.has("hook_head_index"):
+    keys = ("hook_head_index", "hook_point_head_index", "hook_head_index_out")
+    for part, key in product((metadata, config), keys):
+        if part.has(key):
             raise InputError(
-                f"{part.where}: hook_head_index {str(part.values['hook_head_index'])[:20]}: an SAE of a single head of "
+                f"{part.where}: {key} {str(part.values[key])[:20]}: an SAE of a single head of "
                 f"{hook_name or 'attention'} is not supported, use one of all heads"
             )
 

@@ -32,21 +32,25 @@ def read(folder: Path, *, dtype: str | None = None) -> SAE:
     is_transcoder = config.flag("transcode")
     b_dec = file.vector("b_dec", d_in)
     W_skip = file.matrix("W_skip", (d_in, d_in), transposed=True) if config.flag("skip_connection") else None
+    W_dec = file.matrix("W_dec", (d_sae, d_in)) if "W_dec" in file.shapes else None
+    k, b_enc = config.k(d_sae), file.vector("encoder.bias", d_sae)
+    file.refuse_unread()
+    config.refuse_unread()
     run = folder.parent / "config.json"
     run_config = Config.read(run) if run.is_file() else Config(run, {})
     module = folder.name
     return SAE(
         architecture="topk",
         W_enc=W_enc.whole(dtype),
-        b_enc=file.vector("encoder.bias", d_sae),
+        b_enc=b_enc,
         b_dec=b_dec,
-        k=config.k(d_sae),
+        k=k,
         apply_b_dec_to_input=not is_transcoder,
         hook_name=f"{module}.input" if is_transcoder else module,
         target_hook_name=module if is_transcoder else "",
         model_name=run_config.text("model"),
         prepend_bos=True,
-        decoder=Decoder(file.matrix("W_dec", (d_sae, d_in)), b_dec, W_skip) if "W_dec" in file.shapes else None,
+        decoder=None if W_dec is None else Decoder(W_dec, b_dec, W_skip),
         source=str(folder),
         layout="sparsify",
         origin={

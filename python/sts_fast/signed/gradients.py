@@ -11,12 +11,12 @@ import numpy as np
 
 from sts_fast.data.prompts import Prompt
 from sts_fast.errors import InputError
-from sts_fast.model.answers import in_batches, score_answers
-from sts_fast.model.forward import row_norms
+from sts_fast.model.answers import in_batches, logits_of, score_answers
 from sts_fast.model.hooks import decoder_layers
 from sts_fast.model.language_model import attention_sinks
 from sts_fast.model.layer_trace import input_device
 from sts_fast.model.memory import MOST_BATCH_TOKENS, TokenBudget
+from sts_fast.model.packing import row_norms
 from sts_fast.places import layer_of
 
 if TYPE_CHECKING:
@@ -173,8 +173,7 @@ class HookedModel:
         return _finite(gradient.flatten(0, 1)[at].double() @ torch.from_numpy(Q).to(gradient.device), self.name)
 
     def _logits(self, ids: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
-        return logits
+        return logits_of(self.model, ids, name=self.name)
 
     def _kept(self, prompt: Prompt, residual: torch.Tensor) -> NDArray[np.int64]:
         """Positions that lead to the answer: all before its last token, except BOS and attention sinks."""

@@ -15,9 +15,9 @@ from sts_fast.data.prompts import PromptSet
 from sts_fast.data.sets import Kind, Sampling
 from sts_fast.data.template import PromptTemplate
 from sts_fast.errors import InputError
+from sts_fast.model.checkpoint import Checkpoint
 from sts_fast.model.forward import PassRecord
 from sts_fast.model.hooks import Hook
-from sts_fast.model.language_model import load_config
 from sts_fast.model.reader import PairedRows, Reader
 from sts_fast.model.sae_check import check_width
 from sts_fast.model.stored.index import (
@@ -46,12 +46,12 @@ class Activations(Reader):
 
     name, dtype, revision, context_length: of the model, see Reader
     hooks:  the hooks that are read, in the order of the SAEs given to `read_at`; before that, all captured ones
-    device: device of the rows, as for `load_decoder`
+    device: device of the rows, as for `load_decoder`; trust_remote_code: of the model's config, see Checkpoint
 
     Raises InputError where the folder is damaged, or was written by another version.
     """
 
-    def __init__(self, folder: str | Path, *, device: str = "cpu") -> None:
+    def __init__(self, folder: str | Path, *, device: str = "cpu", trust_remote_code: bool = False) -> None:
         self.folder = Path(folder)
         self._index = Index.load(self.folder)
         self.hooks, self._stored = self._index.hooks, list(range(len(self._index.hooks)))
@@ -62,7 +62,7 @@ class Activations(Reader):
                 f"{self.folder} lacks the folder {MODEL_FOLDER} with the model's config and tokenizer: put them there, "
                 "or capture again"
             )
-        config = load_config(self.folder / MODEL_FOLDER)
+        config = Checkpoint(self.folder / MODEL_FOLDER, trust_remote_code=trust_remote_code).config
         self.context_length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
         self._device = device
         self._chosen: dict[tuple[Kind, str], tuple[StoredSet, PromptSet]] = {}

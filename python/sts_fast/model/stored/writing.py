@@ -149,7 +149,7 @@ def capture_activations(
     for stored_set, prompt_set in zip(index.sets, prompt_sets, strict=True):
         _capture_set(output, index, stored_set, prompt_set, decoder, capturing.tell)
     decoder.say_passes()
-    return Activations(output, device=capturing.device)
+    return Activations(output, device=capturing.device, trust_remote_code=capturing.trust_remote_code)
 
 
 def _begin(
