@@ -81,6 +81,7 @@ def test_columns_are_named_as_the_file_names_them(tiny: Tiny, tmp_path: Path) ->
             "answer": "2" if i % 2 else None,
             "solution": None if i % 2 else "They add up.",
             "passage": "Two numbers are given.",
+            "hint": "Count.",
             "level": 3,
             "question_id": i,
         }
@@ -94,12 +95,14 @@ def test_columns_are_named_as_the_file_names_them(tiny: Tiny, tmp_path: Path) ->
     train = planned.sets[0]
     assert train.columns == {
         "id": ["question_id"],
+        "passage": ["passage"],
         "question": ["Question"],
         "options": ["Choices"],
         "answer": ["solution", "answer"],
     }
-    assert train.unread == ["passage"]
-    assert train.first == "What is 0 + 0?\nA. 1\nB. 2"
+    assert train.unread == ["hint"]
+    assert (train.n_rows, train.left_out) == (12, {})
+    assert train.first == "Two numbers are given.\n\nWhat is 0 + 0?\nA. 1\nB. 2"
     assert planned.sets[1].columns == {"id": ["id"], "question": ["question"], "answer": ["answer"]}
     json.dumps(planned.to_dict())
 

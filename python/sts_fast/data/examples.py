@@ -2,36 +2,53 @@
 
 from __future__ import annotations
 
-import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from string import ascii_uppercase
 from typing import Any
 
+from sts_fast.data.choices import INDEX_COLUMNS, Choices, Numbered, answers_of
+from sts_fast.data.columns import ROLES_OF_COLUMNS, ReadRows, canonical, row_warnings
 from sts_fast.data.tables import Row, domain_files, file_rows, train_files
 from sts_fast.data.turns import Turn, chatml_turns, is_turns, parsed_turns, split_turns
-from sts_fast.data.values import encodable, kind_of
-from sts_fast.errors import InputError, listed
+from sts_fast.data.values import (
+    answer_value,
+    each_answer,
+    encodable,
+    is_good,
+    is_missing,
+    is_text,
+    kind_of,
+    passage_text,
+)
+from sts_fast.errors import InputError, UnusableRow, listed
 
-# Column names in lower case; the first that a file has is taken.
+# Column names in canonical spelling; the first that a file has is taken.
 TURN_COLUMNS = ("messages", "conversations", "conversation")
-QUESTION_COLUMNS = ("question", "problem", "query", "instruction", "prompt", "input", "inputs")
+QUESTION_COLUMNS = (
+    *("question", "problem", "query", "question_stem", "instruction", "prompt", "input", "inputs", "questions"),
+)
+# Of questions with options: HellaSwag, PIQA, WinoGrande, SWAG. Elsewhere these hold something else.
+STEM_COLUMNS = ("ctx", "goal", "sentence", "startphrase")
 # A reply that was written for training comes before a worked solution, and that before a bare result.
 ANSWER_COLUMNS = (
     *("chosen", "completion", "response", "output"),
     *("cot_content", "generated_solution", "solution", "rationale", "canonical_solution", "long_answer", "code"),
-    *("answer", "expected_answer", "target", "targets", "answerkey"),
+    *("answer", "expected_answer", "correct_answer", "best_answer", "right_answer", "reference_answer", "gold_answer"),
+    *("ground_truth", "target", "targets", "answers", "answers_spans", "final_decision", "mc1_targets"),
 )
-INPUT_COLUMNS = ("input", "context")  # beside `instruction` only: Alpaca, Dolly
-OPTION_COLUMNS = ("options", "choices")
+# Texts that a question is about. They come before it, but after an `instruction`, as its input does.
+PASSAGE_COLUMNS = (
+    *("context", "contexts", "passage", "passages", "paragraph", "paragraphs", "article", "story", "document"),
+    *("documents", "support", "background", "premise", "body", "dialogue"),
+)
+INPUT_COLUMNS = ("input", *PASSAGE_COLUMNS)
+LABEL_COLUMNS = ("label", "kto_tag")
 SYSTEM_COLUMNS = ("system", "system_prompt")
 ID_COLUMNS = ("id", "question_id", "unique_id", "task_id", "problem_id", "example_id", "prompt_id", "uuid", "idx")
 CATEGORY_COLUMNS = ("category", "subject", "domain", "topic")
-
-# What columns are read for, in the order in which they are reported.
-ROLES_OF_COLUMNS = ("category", "id", "context", "question", "options", "answer", "label")
 
 ABSENT = object()
 
@@ -52,46 +69,36 @@ class Example:
     context: tuple[Turn, ...] = ()
 
 
-@dataclass(frozen=True)
-class ReadColumns:
-    """Columns of the files of one set, as named there.
-
-    by_role: those that examples were made of, by 'question', 'options', 'context', 'answer', 'label', 'id', 'category'
-    unread:  others that hold text
-    """
-
-    by_role: dict[str, list[str]] = field(default_factory=dict)
-    unread: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        read = [f"{role} from {listed(names)}" for role, names in self.by_role.items()]
-        return ", ".join(read) + (f"; not read: {listed(self.unread)}" if self.unread else "")
-
-
 def load_examples(
-    path: str | Path, *, question_field: str | None = None, answer_field: str | None = None
+    path: str | Path, *, question_field: str | None = None, answer_field: str | None = None, strict: bool = False
 ) -> list[Example]:
     """The examples of one file or folder, in order.
 
     What holds the question is decided by the column names of the first row, in any case: conversations
     (`messages`, `conversations`: role/content or from/value), prompt and completion or chosen reply, instruction and
-    input, question, problem and the like. Each row's answer is its first non-empty column of `ANSWER_COLUMNS`;
-    a reply that the row marks as undesirable (KTO's `label: false`) is none. Options of a multiple-choice question
-    are appended to it as lines `A. ...`.
+    input, question, problem and the like. A passage, context, article or story comes before it, a blank line between.
+    Options of a multiple-choice question are appended to it as lines `A. ...`.
+
+    Each row's answer is its first non-empty column of `ANSWER_COLUMNS`; of a question with options, one of
+    `INDEX_COLUMNS` too, and the number of an option becomes its letter. A truth value is yes or no, of several right
+    answers the first is taken, and a reply that the row labels as bad (KTO's `label: false`) is none.
 
     question_field, answer_field: the columns to take instead; `a.b` is field b of column a.
+    strict: stop at the first row without an example, instead of leaving it out with a warning
 
-    Raises InputError, naming the file and the row, for whatever cannot be read as such.
+    Raises InputError, naming the file and the row, for whatever cannot be read as such, and where no row can.
     """
-    return read_examples(path, question_field, answer_field)[0]
+    examples, read = read_examples(path, question_field, answer_field, strict=strict)
+    _warn([(str(path), read)])
+    return examples
 
 
 def read_examples(
-    path: str | Path, question_field: str | None = None, answer_field: str | None = None
-) -> tuple[list[Example], ReadColumns]:
-    """The same, with the columns that they were made of."""
-    rows, columns = _read(train_files(Path(path)), question_field, answer_field, by_category=False)
-    return [example for _, example in rows], columns
+    path: str | Path, question_field: str | None = None, answer_field: str | None = None, *, strict: bool = False
+) -> tuple[list[Example], ReadRows]:
+    """The same, with what became of the rows, and without the warnings."""
+    rows, read = _read(train_files(Path(path)), question_field, answer_field, by_category=False, strict=strict)
+    return [example for _, example in rows], read
 
 
 def load_domains(
@@ -100,6 +107,7 @@ def load_domains(
     question_fields: Mapping[str, str] | None = None,
     answer_fields: Mapping[str, str] | None = None,
     other_names: Iterable[str] = (),
+    strict: bool = False,
 ) -> dict[str, list[Example]]:
     """Domain name -> its examples, in the order given.
 
@@ -111,12 +119,18 @@ def load_domains(
 
     question_fields, answer_fields: file, folder or `name=` name -> column as in `load_examples`; "" stands for all.
     other_names: names that the fields may hold besides those of the sources: of sets that are read elsewhere
+    strict: as in `load_examples`; a row without category is one without an example
 
-    Raises InputError for unreadable sources, a domain named twice, a row without category, a name in the fields
-    that no source has.
+    Raises InputError for unreadable sources, a domain named twice, a name in the fields that no source has.
     """
-    domains = read_domains(sources, question_fields or {}, answer_fields or {}, other_names)
+    domains = read_domains(sources, question_fields or {}, answer_fields or {}, other_names, strict=strict)
+    _warn([(name, read) for name, (_, read) in domains.items()])
     return {name: examples for name, (examples, _) in domains.items()}
+
+
+def _warn(read: Sequence[tuple[str, ReadRows]]) -> None:
+    for warning in row_warnings(read, unremarkable=0):
+        warnings.warn(warning, stacklevel=3)
 
 
 def read_domains(
@@ -124,9 +138,11 @@ def read_domains(
     question_fields: Mapping[str, str],
     answer_fields: Mapping[str, str],
     other_names: Iterable[str] = (),
-) -> dict[str, tuple[list[Example], ReadColumns]]:
-    """The same, with the columns that each was made of."""
-    domains: dict[str, tuple[list[Example], ReadColumns]] = {}
+    *,
+    strict: bool = False,
+) -> dict[str, tuple[list[Example], ReadRows]]:
+    """The same, with what became of the rows, and without the warnings; domains of one file share this."""
+    domains: dict[str, tuple[list[Example], ReadRows]] = {}
     names = [""]
     for source in sources:
         for name, files, by_category in domain_files(source):
@@ -134,13 +150,13 @@ def read_domains(
             question_field = question_fields.get(name, question_fields.get(""))
             answer_field = answer_fields.get(name, answer_fields.get(""))
             examples_of: dict[str, list[Example]] = {}
-            rows, columns = _read(files, question_field, answer_field, by_category=by_category)
+            rows, read = _read(files, question_field, answer_field, by_category=by_category, strict=strict)
             for category, example in rows:
                 examples_of.setdefault(name if category is None else category, []).append(example)
             for domain, examples in examples_of.items():
                 if domain in domains:
                     raise InputError(f"domain {domain!r} of {source} exists already; name it with NAME=PATH")
-                domains[domain] = examples, columns
+                domains[domain] = examples, read
     allowed = {*names, *other_names}
     for name in (*question_fields, *answer_fields):
         if name not in allowed:
@@ -149,29 +165,49 @@ def read_domains(
 
 
 def _read(
-    files: Sequence[Path], question_field: str | None, answer_field: str | None, *, by_category: bool
-) -> tuple[list[tuple[str | None, Example]], ReadColumns]:
-    """(category, example) of every row; its category is None where no column holds one or none is asked for."""
-    rows, columns, n_before = [], ReadColumns(), 0
+    files: Sequence[Path], question_field: str | None, answer_field: str | None, *, by_category: bool, strict: bool
+) -> tuple[list[tuple[str | None, Example]], ReadRows]:
+    """(category, example) of every usable row; its category is None where no column holds one or none is asked for."""
+    rows: list[tuple[str | None, Example]] = []
+    read, n_before = ReadRows(), 0
+    numbers: dict[int, Numbered] = {}  # by place in `rows`
+    unusable: list[UnusableRow] = []
     for path in files:
         reader = _RowReader(path, question_field, answer_field, by_category=by_category)
         number = 0
         for number, key, row in file_rows(path):
-            if not isinstance(row, dict):
-                raise InputError(
-                    f"{path}: row {number} is {kind_of(row)}; every row must be an object with named fields"
-                )
-            rows.append(reader.read(row, f"{path}: row {number}", key or str(n_before + number)))
+            read.n_rows += 1
+            where, default_id = f"{path}: row {number}", key or str(n_before + number)
+            try:
+                category, example, answer_number = reader.read(row, where, default_id)
+            except UnusableRow as error:
+                unusable.append(error)
+                continue
+            if answer_number is not None:
+                numbers[len(rows)] = answer_number
+            rows.append((category, example))
         reader.check_answer_field()
-        reader.add_columns(columns)
+        reader.add_to(read)
         n_before += number
-    if not n_before:
+    answers, read.notes = answers_of([*numbers.values()])
+    for at, answer in zip(numbers, answers, strict=True):
+        if isinstance(answer, UnusableRow):
+            unusable.append(answer)
+        else:
+            rows[at] = rows[at][0], replace(rows[at][1], answer=answer)
+    dropped = {at for at, answer in zip(numbers, answers, strict=True) if isinstance(answer, UnusableRow)}
+    if strict and unusable:
+        raise unusable[0]
+    read.left_out.update(error.reason for error in unusable)
+    if not read.n_rows:
         raise InputError(f"{listed(files)} holds no examples; give a file with at least one row")
-    return rows, columns
+    if read.n_left_out == read.n_rows:
+        raise InputError(f"{listed(files)} has no usable row among {read.n_rows}: {unusable[0]}")
+    return [row for at, row in enumerate(rows) if at not in dropped], read
 
 
 class _RowReader:
-    """Makes examples of the rows of one file; the first row decides where question and category are."""
+    """Makes examples of the rows of one file; the first row with a question decides where question and category are."""
 
     def __init__(self, path: Path, question_field: str | None, answer_field: str | None, *, by_category: bool) -> None:
         self.path = path
@@ -182,31 +218,44 @@ class _RowReader:
         self.category_column: str | None = None
         self.columns: list[str] | None = None
         self.has_answer_field = False
-        # By role, and of text, the columns met so far, in lower case; dicts, because these keep the order.
+        self.n_bad = 0
+        # By role, and not read unless they have one, the columns met so far; dicts, because these keep the order.
         self.used: dict[str, dict[str, None]] = {}
-        self.of_text: dict[str, None] = {}
+        self.readable: dict[str, None] = {}
 
-    def read(self, row: Row, where: str, default_id: str) -> tuple[str | None, Example]:
-        """(category, example) of a row; `where` names it in errors."""
+    def read(self, row: Any, where: str, default_id: str) -> tuple[str | None, Example, Numbered | None]:
+        """(category, example, the number of an option that is its answer) of a row; `where` names it in errors.
+
+        Raises UnusableRow where it has no example.
+        """
+        if not isinstance(row, dict):
+            kind = "nothing" if row is None else kind_of(row)
+            raise UnusableRow(where, f"{kind} instead of named fields", "write every row as an object")
         fields: Row = {}
         for name, value in row.items():
-            fields.setdefault(str(name).strip().lower(), value)
+            fields.setdefault(canonical(name), value)
         if self.columns is None:
+            if all(map(is_missing, fields.values())):
+                raise UnusableRow(where, "no values", "fill it in or remove the row")
+            self._choose_columns(row, fields, where)
             self.columns = [*row]
-            self._choose_columns(row, fields)
-        self.of_text |= {name: None for name, value in fields.items() if _is_text(value) or is_turns(value)}
-        return self._category(fields, where), self._example(row, fields, where, default_id)
+        self.readable |= {name: None for name, value in fields.items() if _is_readable(name, value)}
+        example, number = self._example(row, fields, where, default_id)
+        return self._category(fields, where), example, number
 
-    def add_columns(self, columns: ReadColumns) -> None:
-        """Adds those of this file to those of a set, in the file's spelling."""
-        spelt = {name.strip().lower(): name.strip() for name in self.columns or ()}
+    def add_to(self, read: ReadRows) -> None:
+        """Adds the columns of this file, in its own spelling, and its bad replies to those of a set."""
+        spelt: dict[str, str] = {}
+        for name in self.columns or ():
+            spelt.setdefault(canonical(name), name.strip())
         for role in (role for role in ROLES_OF_COLUMNS if role in self.used):
-            names = columns.by_role.setdefault(role, [])
+            names = read.columns.by_role.setdefault(role, [])
             names += [name for used in self.used[role] if (name := spelt.get(used, used)) not in names]
         # A field of a column, as `a.b`, reads that column.
-        read = {part.lower() for names in self.used.values() for name in names for part in (name, name.split(".")[0])}
-        unread = [spelt.get(name, name) for name in self.of_text if name not in read]
-        columns.unread.extend(name for name in unread if name not in columns.unread)
+        used = {canonical(part) for names in self.used.values() for n in names for part in (n, n.split(".")[0])}
+        unread = [spelt.get(name, name) for name in self.readable if name not in used]
+        read.columns.unread.extend(name for name in unread if name not in read.columns.unread)
+        read.n_bad += self.n_bad
 
     def _use(self, role: str, *names: str) -> None:
         self.used.setdefault(role, {}).update(dict.fromkeys(names))
@@ -215,13 +264,17 @@ class _RowReader:
         if self.columns is not None and self.answer_field is not None and not self.has_answer_field:
             raise InputError(f"{self.path} has no field {self.answer_field!r}; its columns are {listed(self.columns)}")
 
-    def _choose_columns(self, row: Row, fields: Row) -> None:
+    def _choose_columns(self, row: Row, fields: Row, where: str) -> None:
         if self.by_category:
             self.category_column = next((name for name in CATEGORY_COLUMNS if name in fields), None)
         if self.question_field is None:
+            if empty := next((name for name in TURN_COLUMNS if name in fields and is_missing(fields[name])), None):
+                raise UnusableRow(where, f"no turns in {empty!r}", "fill it in or remove the row")
             known = [name for name in TURN_COLUMNS if is_turns(fields.get(name))]
             known += [name for name in QUESTION_COLUMNS if name in fields]
             known += ["chosen"] if is_turns(fields.get("chosen")) else []
+            if not known and Choices.of(fields, where) is not None:
+                known = [name for name in STEM_COLUMNS if name in fields]
             if not known:
                 raise InputError(
                     f"{self.path} has no column known to hold questions among {listed(row)}; "
@@ -234,97 +287,147 @@ class _RowReader:
             return None
         value = fields.get(self.category_column)
         if is_missing(value) or not isinstance(value, (str, int, float)):
-            raise InputError(f"{where} has no {self.category_column}; fill it in, or give the file as NAME=PATH")
+            raise UnusableRow(where, f"no {self.category_column}", "fill it in, or give the file as NAME=PATH")
         self._use("category", self.category_column)
         return encodable(value, where, self.category_column).strip()
 
-    def _example(self, row: Row, fields: Row, where: str, default_id: str) -> Example:
-        turns, begun = self._turns(row, fields, where)
-        reply = self._reply(row, fields, where)
+    def _example(self, row: Row, fields: Row, where: str, default_id: str) -> tuple[Example, Numbered | None]:
+        choices, number = Choices.of(fields, where), None
+        turns, begun = self._turns(row, fields, where, choices)
+        reply = self._reply(row, fields, where, choices)
+        if isinstance(reply, Numbered):
+            number, reply = reply, [("assistant", reply.text)]
         if any(role == "user" for role, _ in reply):
             turns = reply  # preference data whose chosen side is the whole conversation
         elif turns and turns[-1][0] != "assistant":
             turns = turns + reply
+        if not any(role == "user" for role, _ in turns):
+            raise UnusableRow(where, "no turn of the user", "every conversation needs one")
         context, question, answer = split_turns(turns, where)
         if not question.strip():
-            raise InputError(f"{where} has an empty question; fill it in or remove the row")
-        if fields.get("label") is False:
-            self._use("label", "label")
-        if fields.get("label") is False or answer is None or not answer.strip():
-            answer = None
+            raise UnusableRow(where, "an empty question", "fill it in or remove the row")
+        if answer is None or not answer.strip() or not self._is_good(fields, where, choices):
+            answer = number = None
         own_id = next((name for name in ID_COLUMNS if _is_id(fields.get(name))), None)
         if own_id is not None:
             self._use("id", own_id)
         earlier = self._earlier_turns(fields, where, context)
-        return Example(
+        example = Example(
             id=encodable(default_id if own_id is None else fields[own_id], where, own_id or "id").strip(),
             question=question.strip(),
             answer=None if answer is None else _without_margin(begun + answer),
             context=tuple(earlier + context),
         )
+        return example, number
 
-    def _turns(self, row: Row, fields: Row, where: str) -> tuple[list[Turn], str]:
+    def _is_good(self, fields: Row, where: str, choices: Choices | None) -> bool:
+        """False where the row labels its reply as bad; a label beside options is the number of one."""
+        is_read = {*self.used.get("answer", ()), *(INDEX_COLUMNS if choices is not None else ())}
+        label = next((name for name in LABEL_COLUMNS if name in fields and name not in is_read), None)
+        if label is None:
+            return True
+        self._use("label", label)
+        good = is_good(fields[label], where, label)
+        self.n_bad += not good
+        return good
+
+    def _turns(self, row: Row, fields: Row, where: str, choices: Choices | None) -> tuple[list[Turn], str]:
         """The conversation that the question column holds, and how it makes the reply begin, which is rare."""
         name = self.question_field or self.question_column
         value = fields.get(name) if self.question_field is None else lookup(row, name)
         if value is ABSENT:
-            raise InputError(f"{where} has no field {name!r}; its columns are {listed(row)}")
+            raise UnusableRow(where, f"no field {name!r}", f"its columns are {listed(row)}")
         if is_missing(value):
-            raise InputError(f"{where} has no question in {name!r}; fill it in or remove the row")
+            raise UnusableRow(where, f"no question in {name!r}", "fill it in or remove the row")
         self._use("question", name)
-        if is_turns(value):
+        if isinstance(value, list) and is_turns(value):
+            if broken := next((turn for turn in value if not is_turns([turn])), None):
+                raise UnusableRow(where, f"a turn that is {kind_of(broken)}", "write turns as role and content")
             return parsed_turns(value, where), ""
+        if canonical(name) == "questions" and isinstance(value, list):
+            return self._series(value, fields, where), ""
         if not isinstance(value, str):
-            raise InputError(f"{where} holds {kind_of(value)} in {name!r}; name a column of text with --question-field")
+            raise UnusableRow(where, f"{kind_of(value)} in {name!r}", "name a column of text with --question-field")
         question = encodable(value, where, name).strip()
         if question.startswith("<|im_start|>"):
             return chatml_turns(question, where)
-        if name.lower() == "instruction":
-            added = [column for column in INPUT_COLUMNS if _is_text(fields.get(column))]
-            self._use("question", *added)
-            question = "\n\n".join([question, *(encodable(fields[name], where, "input").strip() for name in added)])
-        lines = _option_lines(fields, where)
-        if lines:
-            self._use("options", next(name for name in OPTION_COLUMNS if not is_missing(fields.get(name))))
-        if not all(line in question for line in lines):
-            question = "\n".join([question, *lines])
+        question = self._about(question, canonical(name), fields, where)
+        if choices is not None:
+            self._use("options", *choices.columns)
+            question = choices.added_to(question)
         return [("user", question)], ""
 
-    def _reply(self, row: Row, fields: Row, where: str) -> list[Turn]:
-        """The answer column's turns: usually one of the assistant, none where the row has no answer."""
+    def _about(self, question: str, name: str, fields: Row, where: str) -> str:
+        """The question with its passages, unless it quotes them itself."""
+        added: list[str] = []
+        for column in INPUT_COLUMNS if name == "instruction" else PASSAGE_COLUMNS:
+            text = None if column == name else passage_text(fields.get(column))
+            if text is None:
+                continue
+            self._use("question" if column == "input" else "passage", column)
+            text = encodable(text, where, column)
+            if not any(_words(text) in _words(other) for other in (question, *added)):
+                added.append(text)
+        return "\n\n".join([question, *added] if name == "instruction" else [*added, question])
+
+    def _series(self, questions: list[Any], fields: Row, where: str) -> list[Turn]:
+        """The conversation of a passage's questions, as of CoQA: each after the answers to those before it."""
+        answers = each_answer(fields.get("answers"))
+        if len(questions) != len(answers):
+            reason = f"{len(questions)} entries in 'questions', but {len(answers)} in 'answers'"
+            raise UnusableRow(where, reason, "give an answer to each question")
+        self._use("answer", "answers")
+        turns: list[Turn] = []
+        for question, answer in zip(questions, answers, strict=True):
+            if not is_text(question) or is_missing(answer):
+                raise UnusableRow(where, "an empty entry in 'questions' or 'answers'", "fill it in")
+            turns.append(("user", encodable(question, where, "questions").strip()))
+            turns.append(("assistant", encodable(answer, where, "answers").strip()))
+        return [("user", self._about(turns[0][1], "questions", fields, where)), *turns[1:]]
+
+    def _reply(self, row: Row, fields: Row, where: str, choices: Choices | None) -> list[Turn] | Numbered:
+        """The answer column's turns: usually one of the assistant, none where the row has no answer.
+
+        Returns the number of an option as such: see answers_of.
+        """
         if self.answer_field is not None:
-            name, value = self.answer_field, lookup(row, self.answer_field)
-            self.has_answer_field |= value is not ABSENT
+            named = lookup(row, self.answer_field)
+            self.has_answer_field |= named is not ABSENT
+            columns = {} if named is ABSENT else {self.answer_field: named}
         else:
-            name = next((name for name in ANSWER_COLUMNS if not is_missing(fields.get(name))), "")
-            value = fields.get(name)
-        if not (value is ABSENT or is_missing(value)):
+            names = (*ANSWER_COLUMNS, *(INDEX_COLUMNS if choices is not None else ()))
+            options = () if choices is None else choices.columns
+            columns = {name: fields[name] for name in names if name in fields and name not in options}
+        for name, value in columns.items():
+            turns = [value] if isinstance(value, dict) else value
+            if is_turns(turns):
+                self._use("answer", name)
+                return parsed_turns(turns, where)
+            answer = value if choices is not None and isinstance(value, list) else answer_value(value)
+            if choices is not None and not isinstance(answer, dict):
+                answer = choices.named(answer, canonical(name), where)
+            if is_missing(answer):
+                continue
             self._use("answer", name)
-        turns = [value] if isinstance(value, dict) else value
-        if is_turns(turns):
-            return parsed_turns(turns, where)
-        if isinstance(value, list):
-            value = next((item for item in value if not is_missing(item)), None)  # alternatives: the first
-        if value is ABSENT or is_missing(value):
-            return []
-        if type(value) is int:
-            is_index = 0 <= value < len(_option_lines(fields, where))
-            value = ascii_uppercase[value] if is_index else value
-        if not isinstance(value, (str, int, float)):
-            raise InputError(f"{where} holds {kind_of(value)} in {name!r}; name a column of text with --answer-field")
-        text = encodable(value, where, name)
-        return [("assistant", text.removeprefix("A: ") if name == "cot_content" else text)]
+            if isinstance(answer, Numbered):
+                return answer
+            if not isinstance(answer, (str, int, float)):
+                reason = f"{kind_of(answer)} in {name!r}"
+                raise UnusableRow(where, reason, "name a column of text with --answer-field")
+            text = encodable(answer, where, name)
+            return [("assistant", text.removeprefix("A: ") if name == "cot_content" else text)]
+        return []
 
     def _earlier_turns(self, fields: Row, where: str, context: list[Turn]) -> list[Turn]:
         """Turns that are in columns of their own: Alpaca's `system` and `history`."""
         turns: list[Turn] = []
-        system = next((name for name in SYSTEM_COLUMNS if _is_text(fields.get(name))), None)
+        system = next((name for name in SYSTEM_COLUMNS if is_text(fields.get(name))), None)
         if system is not None and not (context and context[0][0] == "system"):
             self._use("context", system)
             turns.append(("system", encodable(fields[system], where, "system")))
         for pair in fields.get("history") or ():
             if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-                raise InputError(f"{where} has a history that is no list of [question, answer] pairs; correct it")
+                raise UnusableRow(where, "a history that is no list of [question, answer] pairs", "correct it")
             self._use("context", "history")
             question, answer = (encodable(text, where, "history") for text in pair)
             turns += [("user", question), ("assistant", answer)]
@@ -347,37 +450,18 @@ def _is_id(value: Any) -> bool:
     return type(value) in (str, int) and bool(str(value).strip())
 
 
-def _option_lines(fields: Row, where: str) -> list[str]:
-    """`A. ...` a line, of a list, of {label: text}, or of {"label": [...], "text": [...]}; empty without options."""
-    options = next((fields[name] for name in OPTION_COLUMNS if not is_missing(fields.get(name))), None)
-    if options is None:
-        return []
-    if isinstance(options, dict) and isinstance(options.get("text"), list) and isinstance(options.get("label"), list):
-        options = dict(zip(options["label"], options["text"], strict=False))
-    if isinstance(options, dict):
-        return [f"{label}. {encodable(text, where, 'options').strip()}" for label, text in options.items()]
-    if isinstance(options, str):
-        return [options.strip()]
-    if not isinstance(options, list) or len(options) > len(ascii_uppercase):
-        raise InputError(f"{where} has options that are not a list of at most 26; correct it")
-    texts = [encodable(text, where, "options").strip() for text in options]
-    lettered = [*zip(ascii_uppercase, texts, strict=False)]
-    if all(re.match(rf"\(?{letter}[).:]", text) for letter, text in lettered):
-        return texts
-    return [f"{letter}. {text}" for letter, text in lettered]
-
-
 def _without_margin(text: str) -> str:
     """Without blank lines around it; code keeps the indentation of its first line."""
     text = re.sub(r"\A(?:[^\S\n]*\n)+", "", text).rstrip()
     return text[1:] if re.match(r" \S", text) else text
 
 
-def is_missing(value: Any) -> bool:
-    if isinstance(value, float):
-        return math.isnan(value)
-    return value is None or value == [] or (isinstance(value, str) and not value.strip())
+def _is_readable(name: str, value: Any) -> bool:
+    """True of texts, of lists of texts, and of what may be a passage or name an answer."""
+    if name in (*PASSAGE_COLUMNS, *INDEX_COLUMNS):
+        return not is_missing(value)
+    return is_text(value) or is_turns(value) or (isinstance(value, list) and any(map(is_text, value)))
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+def _words(text: str) -> str:
+    return " ".join(text.split())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
 
-from sts_fast.data.examples import Example, ReadColumns, read_domains, read_examples
+from sts_fast.data.columns import UNREMARKABLE, ReadRows, RowsBlock, reading_lines, row_blocks, row_warnings
+from sts_fast.data.examples import Example, read_domains, read_examples
 from sts_fast.data.options import Checked, Option
 from sts_fast.data.prompts import PromptSet, TokenClass, build_prompts, choose_demos
 from sts_fast.data.template import PromptTemplate
@@ -21,13 +22,17 @@ Kind = Literal["train", "domain"]
 
 Limit = Annotated[int | None, Option("Most prompts of a set, drawn at random; 0 for all.", least=1)]
 Seed = Annotated[int, Option("Of the sample of prompts and the intervals.", least=0)]
+Strict = Annotated[bool, Option("Stop at a row without an example, or an SAE that does not seem to fit the model.")]
 
 MIN_PROMPTS = 8
 
 
 @dataclass(frozen=True)
 class Fields(Checked):
-    """Columns that hold questions and answers, by set name ('train', a domain's); '' for all sets not named."""
+    """Columns that hold questions and answers, by set name ('train', a domain's); '' for all sets not named.
+
+    strict: raises InputError for the first row without an example, instead of leaving it out with a count
+    """
 
     question_fields: Annotated[
         Mapping[str, str],
@@ -37,13 +42,14 @@ class Fields(Checked):
         Mapping[str, str],
         Option("Column of the answers: FIELD, or SET=FIELD for one set; repeatable.", "--answer-field"),
     ] = field(default_factory=dict)
+    strict: Strict = False
 
-    def read(self, name: str, source: Source) -> tuple[list[Example], ReadColumns | None]:
-        """The examples of a set, and the columns that they were read from; None of examples in memory."""
+    def read(self, name: str, source: Source) -> tuple[list[Example], ReadRows | None]:
+        """The examples of a set, and what became of its rows; None of examples in memory."""
         if not isinstance(source, (str, Path)):
             return list(source), None
         question, answer = (of.get(name, of.get("")) for of in (self.question_fields, self.answer_fields))
-        return read_examples(source, question, answer)
+        return read_examples(source, question, answer, strict=self.strict)
 
 
 class FieldsOptions(TypedDict, total=False):
@@ -58,13 +64,13 @@ class Sets:
     """The examples of the training sets and the domains by name.
 
     demos:   those to demonstrate with, where given apart
-    columns: of the files, by kind and name; examples in memory have none
+    read_rows: what became of the rows of the files, by kind and name; examples in memory have none
     """
 
     trains: dict[str, list[Example]]
     domains: dict[str, list[Example]]
     demos: dict[str, list[Example]]
-    columns: dict[tuple[Kind, str], ReadColumns]
+    read_rows: dict[tuple[Kind, str], ReadRows]
 
     @classmethod
     def read(
@@ -85,14 +91,34 @@ class Sets:
             raise InputError(
                 "a domain cannot be called 'train', the name of the training set: rename it, as in new=path"
             )
-        kinds: tuple[tuple[Kind, Mapping[str, tuple[list[Example], ReadColumns | None]]], ...]
+        kinds: tuple[tuple[Kind, Mapping[str, tuple[list[Example], ReadRows | None]]], ...]
         kinds = (("train", of_trains), ("domain", of_domains))
         return cls(
             _examples(of_trains),
             _examples(of_domains),
             _read_demos(demos or {}, fields, [*of_trains, *of_domains]),
-            {(kind, name): columns for kind, sets in kinds for name, (_, columns) in sets.items() if columns},
+            {(kind, name): rows for kind, sets in kinds for name, (_, rows) in sets.items() if rows},
         )
+
+    def lines(self) -> list[str]:
+        """A line for each way in which columns were read, with the sets and the number of their rows."""
+        return reading_lines([(name, rows) for (_, name), rows in self.read_rows.items()])
+
+    def told(self) -> list[str]:
+        """The same lines, and the warnings, for commands that keep no warnings of their sets."""
+        return [*self.lines(), *(f"warning: {warning}" for warning in self.warnings())]
+
+    def warnings(self, train: str | None = None) -> list[str]:
+        """What a reader of the results should know of the rows of the domains, and of one or all training sets."""
+        return row_warnings(self._rows_beside(train))
+
+    def blocks(self, train: str) -> list[RowsBlock]:
+        """What became of the rows of the domains and of a training set."""
+        return row_blocks(self._rows_beside(train))
+
+    def _rows_beside(self, train: str | None) -> list[tuple[str, ReadRows]]:
+        of_sets = self.read_rows.items()
+        return [(name, rows) for (kind, name), rows in of_sets if kind == "domain" or train in (None, name)]
 
 
 @dataclass(frozen=True)
@@ -141,19 +167,24 @@ class Sampling(Drawing):
         """Prompts of a set; tokens: other ones than those of the others are read.
 
         Demonstrations are set aside even where they are not shown, so that the same queries are asked either way.
+        An example that repeats another one is left out first: a prompt that is read twice is no further evidence.
         """
         shots = self.shots if kind == "train" else self.domain_shots
-        chosen, queries = choose_demos(name, examples, shots, demos, required=show)
-        return build_prompts(
+        tokens = tokens or self.tokens
+        once = distinct(examples, with_answers=tokens in ("answer", "all"))
+        chosen, queries = choose_demos(name, once, shots, demos, required=show)
+        prompt_set = build_prompts(
             name,
             queries,
             template,
             demos=chosen if show else (),
-            tokens=tokens or self.tokens,
+            tokens=tokens,
             context_length=context_length,
             limit=self.limit,
             seed=self.seed,
         )
+        losses = _losses(prompt_set, len(examples) - len(once), context_length)
+        return replace(prompt_set, warnings=(*losses, *prompt_set.warnings))
 
 
 class SamplingOptions(DrawingOptions, total=False):
@@ -164,13 +195,43 @@ class SamplingOptions(DrawingOptions, total=False):
     tokens: TokenClass
 
 
-def _examples(sets: Mapping[str, tuple[list[Example], ReadColumns | None]]) -> dict[str, list[Example]]:
+def distinct(examples: Sequence[Example], *, with_answers: bool) -> list[Example]:
+    """The examples without those that ask again, but for blanks, what an earlier one asks after the same turns.
+
+    with_answers: only those whose answer is the same too repeat another one. Otherwise, of examples that ask the same,
+        the first with an answer is kept, in the place of the first.
+    """
+    kept: dict[tuple[str, ...], Example] = {}
+    for example in examples:
+        texts = (str(example.context), example.question, *([str(example.answer)] if with_answers else []))
+        key = tuple(" ".join(text.split()) for text in texts)
+        if key not in kept or (kept[key].answer is None and example.answer is not None):
+            kept[key] = example
+    return list(kept.values())
+
+
+def _losses(prompt_set: PromptSet, n_repeated: int, context_length: int | None) -> list[str]:
+    """Warnings of examples that repeat others, and of a large share left out for another reason."""
+    name, warnings = prompt_set.name, []
+    if n_repeated:
+        warnings.append(f"{n_repeated} examples of '{name}' repeat another one: each is read once")
+    n_read = len(prompt_set.prompts)
+    for n, why in (
+        (prompt_set.n_too_long, f"overran the model's context of {context_length} tokens"),
+        (prompt_set.n_unanswered, "have no answer to read"),
+    ):
+        if n > UNREMARKABLE * (n + n_read):
+            warnings.append(f"{n / (n + n_read):.0%} of the examples of '{name}' were left out: they {why}")
+    return warnings
+
+
+def _examples(sets: Mapping[str, tuple[list[Example], ReadRows | None]]) -> dict[str, list[Example]]:
     return {name: examples for name, (examples, _) in sets.items()}
 
 
 def _read_sets(
     sets: Mapping[str, Source] | Sequence[str], fields: Fields, other_names: Sequence[str]
-) -> Mapping[str, tuple[list[Example], ReadColumns | None]]:
+) -> Mapping[str, tuple[list[Example], ReadRows | None]]:
     if isinstance(sets, Mapping):
         return {name: fields.read(name, source) for name, source in sets.items()}
     if not sets:
@@ -178,7 +239,7 @@ def _read_sets(
             if name and name not in other_names:
                 raise InputError(f"a field is named for '{name}', but the sets are {', '.join(other_names)}")
         return {}
-    return read_domains(sets, fields.question_fields, fields.answer_fields, other_names)
+    return read_domains(sets, fields.question_fields, fields.answer_fields, other_names, strict=fields.strict)
 
 
 def _read_demos(

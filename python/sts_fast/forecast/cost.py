@@ -37,6 +37,7 @@ class PlannedSet:
     n_prompts, n_too_long, n_unanswered: as in PromptSet
     n_passes, n_tokens: forward passes, and tokens in them; of answers, tokens only
     columns:  of its files, by role; unread: others that hold text; None for examples in memory
+    n_rows:   of its source; left_out: those without an example, by reason; None for examples in memory
     first:    the first question asked
     """
 
@@ -49,6 +50,8 @@ class PlannedSet:
     n_tokens: int
     columns: dict[str, list[str]] | None
     unread: list[str] | None
+    n_rows: int | None
+    left_out: dict[str, int] | None
     first: str
 
 
@@ -138,7 +141,7 @@ def _budget(plan: Plan) -> TokenBudget:
 
 
 def _planned(plan: Plan, use: str, kind: Kind, prompt_set: PromptSet, budget: TokenBudget) -> PlannedSet:
-    columns = plan.sets.columns.get((kind, prompt_set.name))
+    rows = plan.sets.read_rows.get((kind, prompt_set.name))
     examples = (plan.sets.trains if kind == "train" else plan.sets.domains).get(prompt_set.name)
     n_passes = None
     if use == "answers":
@@ -160,8 +163,10 @@ def _planned(plan: Plan, use: str, kind: Kind, prompt_set: PromptSet, budget: To
         n_unanswered=prompt_set.n_unanswered,
         n_passes=n_passes,
         n_tokens=n_tokens,
-        columns=None if columns is None else columns.by_role,
-        unread=None if columns is None else columns.unread,
+        columns=None if rows is None else rows.columns.by_role,
+        unread=None if rows is None else rows.columns.unread,
+        n_rows=None if rows is None else rows.n_rows,
+        left_out=None if rows is None else dict(rows.left_out),
         first=examples[0].question if examples else "",
     )
 

@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 
 from sts_fast import files
-from sts_fast.data.examples import ABSENT, is_missing, lookup
+from sts_fast.data.examples import ABSENT, lookup
 from sts_fast.data.options import Option
 from sts_fast.data.tables import KINDS, Row, exists, file_rows, listdir, suffix_of
 from sts_fast.data.turns import Turn, chatml_turns, is_turns, parsed_turns
-from sts_fast.data.values import encodable, kind_of
+from sts_fast.data.values import encodable, is_missing, kind_of
 from sts_fast.errors import InputError, listed
 from sts_fast.signed.objectives import group_advantages, group_spread
 

@@ -68,6 +68,7 @@ class CapturingOptions(SamplingOptions, FieldsOptions, RunningOptions, total=Fal
     train_demos: bool
     domain_demos: bool
     activation_dtype: StoredDtype
+    strict: bool
 
 
 def capture_activations(
@@ -96,6 +97,8 @@ def capture_activations(
     if not places or not all(places):
         raise InputError("no place of the model was given to read: name one or more with --hook, --layer or --sae")
     sets = Sets.read(trains, domains, demos, capturing)
+    for line in sets.told():
+        capturing.tell_line(line)
     session = Session.open(
         model,
         saes,
