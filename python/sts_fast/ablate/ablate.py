@@ -119,6 +119,8 @@ def ablate(
         sets = _stored_sets(forecast.prompts.to_pylist())
     else:
         examples = Sets.read({scores["train"]["name"]: train}, domains, demos, zeroing)
+        for line in examples.told():
+            zeroing.tell_line(line)
         sets = _asked_sets(examples, scores, session.template, reader.context_length, few_shot=few_shot)
     session.check_fit(sets[0])
 

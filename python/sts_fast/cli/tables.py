@@ -172,6 +172,7 @@ def print_outlook(outlook: Outlook, *, as_json: bool) -> None:
         lines = [f"{planned.name} asks {first}"]
         lines += [f"{role} from {', '.join(names)}" for role, names in (planned.columns or {}).items()]
         lines += [f"not read: {', '.join(planned.unread)}"] if planned.unread else []
+        lines += [f"{n:,} rows with {reason} are left out" for reason, n in (planned.left_out or {}).items()]
         out.print("; ".join(lines), highlight=False, markup=False, soft_wrap=True)
     cost = outlook.cost
     whole = f", and {cost.n_answer_tokens:,} tokens through the whole model" if cost.n_answer_tokens else ""

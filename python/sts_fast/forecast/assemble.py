@@ -13,6 +13,7 @@ import numpy as np
 
 from sts_fast import files
 from sts_fast._version import __version__
+from sts_fast.data.columns import RowsBlock
 from sts_fast.data.prompts import prompts_sha256
 from sts_fast.files import InputFile
 from sts_fast.forecast.blocks import ConcentrationBlock, ProvenanceBlock, SetBlock
@@ -94,6 +95,7 @@ def _forecast(
     n_moved = int((shift.importance > 0).sum())
     warnings = [*filter(None, (fit.warning, fit.names)), *(f"SAE: {note}" for note in sae.notes)]
     prompt_sets = [shift.prompt_set, *(read.prompt_set for read in domain_reads)]
+    warnings += plan.sets.warnings(shift.name)
     warnings += [warning for prompt_set in prompt_sets for warning in prompt_set.warnings]
     untold = [prompt_set.name for prompt_set in prompt_sets if prompt_set.questions is None]
     if untold:
@@ -195,6 +197,7 @@ def _forecast(
         warnings=warnings,
         provenance=_provenance(
             {**plan.sources, "sae": sae.source, "train": plan.train_source(shift.name)},
+            plan.sets.blocks(shift.name),
             settings,
             prompts_sha256(prompt_sets),
             reader.forward_passes(),
@@ -299,7 +302,11 @@ def promoted_tokens(
 
 
 def _provenance(
-    sources: Mapping[str, object], settings: Settings, prompts_digest: str, passes: PassRecord
+    sources: Mapping[str, object],
+    rows: list[RowsBlock],
+    settings: Settings,
+    prompts_digest: str,
+    passes: PassRecord,
 ) -> ProvenanceBlock:
     import torch
     import transformers
@@ -323,6 +330,7 @@ def _provenance(
         },
         "instruction_set": _cpu.instruction_set(),
         "inputs": inputs,
+        "rows": rows,
         "prompts_sha256": prompts_digest,
         "forward_passes": passes,
     }

@@ -200,6 +200,8 @@ def _plan(
     if not saes:
         raise InputError("there is no SAE to read the model with: give one or more with --sae")
     sets = Sets.read(trains, domains, demos, settings)
+    for line in sets.lines() if run else [f"warning: {warning}" for warning in sets.warnings()]:
+        settings.tell_line(line)
     session = Session.open(
         model, saes, settings,
         tokenizer=tokenizer, tuned=tuned, top_n=settings.top_n,

@@ -204,6 +204,8 @@ def mix(
     if mixing.estimator is not None and scores is None:
         raise InputError("--estimator chooses among the scores of a run: give it with --from (scores)")
     sets = Sets.read({TRAIN: train}, domains, None, mixing)
+    for line in sets.told():
+        mixing.tell_line(line)
     pools = {
         name: [example for example in examples if example.answer is not None]
         for name, examples in {**sets.trains, **sets.domains}.items()

@@ -97,6 +97,8 @@ def rollouts(
     ways = settings.ways
     data = rollouts if isinstance(rollouts, Rollouts) else load_rollouts(rollouts, columns or Columns())
     sets = Sets.read({"rollouts": []}, domains, demos, settings)
+    for line in sets.lines():
+        settings.tell_line(line)
     session = Session.open(
         model, [sae], settings,
         tokenizer=tokenizer, tuned=tuned, top_n=settings.top_n,
