@@ -37,7 +37,7 @@ N_ROWS = 14
 
 # What a run says of itself on standard error, in a log as on a terminal.
 SAID = re.compile(
-    r"(warning: .*|forward passes of .*: (packed|cached|copied|plain) .*|[\d,]+ forward passes of .* tokens/s|"
+    r"(warning: .*|.*: .*question from .*; [\d,]+ rows?\b.*|forward passes of .*: (packed|cached|copied|plain) .*|[\d,]+ forward passes of .* tokens/s|"
     r".*: resampling its \d+ prompts keeps .*|.* of the pairs of domains are apart; .*)$"
 )
 FILES = ["features.parquet", "prompts.parquet", "report.html", "scores.json", "shift.safetensors"]
@@ -271,6 +271,37 @@ def test_dry_run_tells_and_writes_nothing(
     ]
     assert {planned["n_prompts"] for planned in told["sets"]} == {N_ROWS - 1}
     assert told["cost"]["n_answer_tokens"] == 0
+
+
+def test_rows_that_are_read_and_left_out_are_said(score: Options, run: Callable[..., Ran], tmp_path: Path) -> None:
+    law = write_rows(tmp_path / "law.jsonl", seed=3)
+    rows = law.read_text().splitlines()
+    rows = [*rows, rows[5], *(json.dumps(row) for row in (None, {"question": ""}, {"question": None}, [1]))]
+    law.write_text("\n".join(rows))
+    score = score.with_(domains=[*score.values["domains"], str(law)], estimators="act")
+    ran = run(score)
+    assert ran.code == 0
+    said = ran.err.splitlines()
+    n = N_ROWS + 5
+    left_out = "2 with no question in 'question', 1 with nothing instead of named fields, "
+    left_out += "1 with a list instead of named fields"
+    columns = "question from question, answer from answer"
+    assert f"train, blue, red, law: {columns}; {3 * N_ROWS + n} rows, 4 left out: {left_out}" in said
+    assert f"warning: 4 of the {n} rows of 'law' were left out: {left_out}" in said
+    assert "warning: 1 of the 15 examples of 'law' repeat another one: each is read once" in said
+    scores = json.loads((score.output / "scores.json").read_text())
+    jsonschema.validate(scores, scores_schema())
+    blocks = {name: block for block in scores["provenance"]["rows"] for name in block["sets"]}
+    assert [blocks[name]["n_rows"] for name in ("train", "blue", "red", "law")] == [N_ROWS, N_ROWS, N_ROWS, n]
+    assert sum(blocks["law"]["left_out"].values()) == 4
+    assert {domain["name"]: domain["n_prompts"] for domain in scores["domains"]}["law"] == N_ROWS - 1
+
+    told = run(score.with_(dry_run=True))
+    assert "2 rows with no question in 'question' are left out" in told.out
+    assert told.err.startswith(f"warning: 4 of the {n} rows of 'law'")
+    for command in (score.with_(strict=True), score.with_(strict=True, dry_run=True)):
+        error = assert_refused(run(command))
+        assert error.startswith(f"error: {law}: row {N_ROWS + 2} has nothing instead of named fields")
 
 
 def test_dry_run_of_a_comparison(score: Options, run: Callable[..., Ran], material: Path) -> None:

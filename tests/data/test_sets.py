@@ -53,11 +53,11 @@ def test_a_question_that_many_rows_ask_is_one_prompt(template: PromptTemplate) -
     examples = [Example(str(i), f"w{i % 4}", f"w{i % 8}") for i in range(32)]
     asked = prompts(template, examples)
     assert [prompt.id for prompt in asked.prompts] == ["1", "2", "3"]  # the first is the demonstration
-    assert asked.warnings == ("28 examples of 'law' repeat another one: each is read once",)
+    assert asked.warnings == ("28 of the 32 examples of 'law' repeat another one: each is read once",)
     # With their answers, there are 8 that differ; the demonstration's question is asked no more.
     answered = prompts(template, examples, tokens="answer")
     assert [prompt.id for prompt in answered.prompts] == ["1", "2", "3", "5", "6", "7"]
-    assert answered.warnings == ("24 examples of 'law' repeat another one: each is read once",)
+    assert answered.warnings == ("24 of the 32 examples of 'law' repeat another one: each is read once",)
 
 
 def test_repeated_rows_change_no_draw(template: PromptTemplate) -> None:

@@ -183,7 +183,7 @@ class Sampling(Drawing):
             limit=self.limit,
             seed=self.seed,
         )
-        losses = _losses(prompt_set, len(examples) - len(once), context_length)
+        losses = _losses(prompt_set, len(examples), len(examples) - len(once), context_length)
         return replace(prompt_set, warnings=(*losses, *prompt_set.warnings))
 
 
@@ -210,11 +210,11 @@ def distinct(examples: Sequence[Example], *, with_answers: bool) -> list[Example
     return list(kept.values())
 
 
-def _losses(prompt_set: PromptSet, n_repeated: int, context_length: int | None) -> list[str]:
+def _losses(prompt_set: PromptSet, n_examples: int, n_repeated: int, context_length: int | None) -> list[str]:
     """Warnings of examples that repeat others, and of a large share left out for another reason."""
     name, warnings = prompt_set.name, []
     if n_repeated:
-        warnings.append(f"{n_repeated} examples of '{name}' repeat another one: each is read once")
+        warnings.append(f"{n_repeated} of the {n_examples} examples of '{name}' repeat another one: each is read once")
     n_read = len(prompt_set.prompts)
     for n, why in (
         (prompt_set.n_too_long, f"overran the model's context of {context_length} tokens"),
