@@ -37,7 +37,8 @@ N_ROWS = 14
 
 # What a run says of itself on standard error, in a log as on a terminal.
 SAID = re.compile(
-    r"(warning: .*|.*: .*question from .*; [\d,]+ rows?\b.*|forward passes of .*: (packed|cached|copied|plain) .*|[\d,]+ forward passes of .* tokens/s|"
+    r"(warning: .*|.*: .*question from .*; [\d,]+ rows?\b.*|"
+    r"forward passes of .*: (packed|cached|copied|plain) .*|[\d,]+ forward passes of .* tokens/s|"
     r".*: resampling its \d+ prompts keeps .*|.* of the pairs of domains are apart; .*)$"
 )
 FILES = ["features.parquet", "prompts.parquet", "report.html", "scores.json", "shift.safetensors"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sts_fast.data.examples import Example, load_examples, read_examples
@@ -241,6 +243,22 @@ def test_an_answer_that_is_no_option_leaves_the_row_out(tmp_path: Path, row: dic
     assert rows.left_out == {reason: 1}
     with pytest.raises(InputError, match=f"a.jsonl: row 2 has {reason}; "):
         read_examples(path, strict=True)
+
+
+def test_options_as_numpy_prints_them_into_a_csv(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    printed = str(np.array(["x", "y", "it's z"], dtype=object))
+    struct = str({"text": np.array(["x", "y"], dtype=object), "label": np.array(["1", "2"])})
+    with path.open("w", newline="") as stream:
+        csv.writer(stream).writerows([["question", "choices", "answer"], ["Q?", printed, 0], ["R?", struct, 2]])
+    mmlu, arc = load_examples(path)
+    assert (mmlu.question, mmlu.answer) == ("Q?\nA. x\nB. y\nC. it's z", "A")
+    assert (arc.question, arc.answer) == ("R?\n1. x\n2. y", "2")
+    path.write_text("question,choices,answer\nQ?,\"['x', 'y'\",0\n")
+    with pytest.raises(
+        InputError, match="row 1 has a text in 'choices' that is no list of options; write them as JSON"
+    ):
+        load_examples(path)
 
 
 def test_columns_of_options_and_unread_ones_are_named(tmp_path: Path) -> None:

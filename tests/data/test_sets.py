@@ -101,5 +101,11 @@ def test_rows_of_training_sets_and_domains_are_told_apart(tmp_path: Path) -> Non
     assert sets.warnings("other") == []
     assert sets.told() == [*sets.lines(), f"warning: {warning}"]
     assert [block["sets"] for block in sets.blocks("other")] == [["other"], ["law"]]
+    shown = Sets.read({"train": train}, [str(law)], [f"law={train}"], Fields())
+    assert shown.lines() == [
+        "train, law, demonstrations of law: question from question, answer from answer; "
+        "5 rows, 2 left out: 2 with no question in 'question'"
+    ]
+    assert [block["sets"] for block in shown.blocks("train")] == [["train"], ["law"], ["demonstrations of law"]]
     with pytest.raises(InputError, match=r"train\.jsonl: row 2 has no question in 'question'"):
         Sets.read({"train": train}, [str(law)], None, Fields(strict=True))

@@ -123,6 +123,28 @@ def test_layout(tmp_path: Path, row: dict[str, Any], question: str, answer: str 
     assert (example.question, example.answer) == (question, answer)
 
 
+def test_structures_as_a_csv_holds_them(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(
+        "context,question,answers\n"
+        "\"[1] says C.\",Q?,\"{'text': array(['a', 'b'], dtype=object), 'answer_start': array([0, 4], dtype=int32)}\"\n"
+        "\"{'contexts': ['One.', 'Two.']}\",R?,\"['c', 'd']\"\n"
+    )
+    assert [(example.question, example.answer) for example in load_examples(path)] == [
+        ("[1] says C.\n\nQ?", "a"),
+        ("One.\nTwo.\n\nR?", "c"),
+    ]
+    path.write_text("context,question,answers\nC.,Q?,\"{'text': <memory>}\"\n")
+    with pytest.raises(InputError, match="row 1 has a text in 'answers'"):
+        load_examples(path)
+
+
+def test_earlier_turns_are_no_passage(tmp_path: Path) -> None:
+    row = {"question": "Q?", "context": [{"role": "user", "content": "Hi"}], "answer": "a"}
+    examples, rows = read_examples(write(tmp_path / "a.jsonl", row))
+    assert (examples[0].question, rows.columns.unread) == ("Q?", ["context"])
+
+
 def test_coqa_is_one_conversation(tmp_path: Path) -> None:
     row = {
         "source": "mctest",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +9,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from sts_fast.data.tables import Row
-from sts_fast.data.values import encodable, is_missing
+from sts_fast.data.values import encodable, is_missing, is_structure, parsed
 from sts_fast.errors import InputError, UnusableRow, listed
 
 LIST_COLUMNS = ("options", "choices", "endings", "choice", "answer_choices", "answer_options")
@@ -68,8 +66,9 @@ class Choices:
     @classmethod
     def _of_value(cls, options: Any, name: str, where: str) -> Choices:
         """Of a list, of {label: text}, of {"label": [...], "text": [...]}, or of one text."""
-        if isinstance(options, str):
-            options = _parsed(options)
+        options = parsed(options)
+        if is_structure(options):
+            raise UnusableRow(where, f"a text in {name!r} that is no list of options", "write them as JSON")
         if isinstance(options, dict) and all(isinstance(options.get(key), list) for key in ("text", "label")):
             options = dict(zip(options["label"], options["text"], strict=False))
         if isinstance(options, dict):
@@ -255,16 +254,3 @@ def _text(value: Any, where: str, name: str) -> str:
 
 def _is_list_of_options(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 1 and all(isinstance(item, (str, int, float)) for item in value)
-
-
-def _parsed(text: str) -> Any:
-    """The list or object that a text file holds as JSON, or as Python writes it; other text as it is."""
-    for read in (json.loads, ast.literal_eval):
-        if text.lstrip()[:1] in ("[", "{"):
-            try:
-                value = read(text)
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                continue
-            if isinstance(value, dict) or (isinstance(value, list) and len(value) > 1):
-                return value
-    return text

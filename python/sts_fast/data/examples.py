@@ -19,8 +19,10 @@ from sts_fast.data.values import (
     encodable,
     is_good,
     is_missing,
+    is_structure,
     is_text,
     kind_of,
+    parsed,
     passage_text,
 )
 from sts_fast.errors import InputError, UnusableRow, listed
@@ -39,6 +41,8 @@ ANSWER_COLUMNS = (
     *("answer", "expected_answer", "correct_answer", "best_answer", "right_answer", "reference_answer", "gold_answer"),
     *("ground_truth", "target", "targets", "answers", "answers_spans", "final_decision", "mc1_targets"),
 )
+# Among them those whose texts are structures, as a CSV writes them.
+STRUCTURED_COLUMNS = ("answers", "answers_spans", "mc1_targets")
 # Texts that a question is about. They come before it, but after an `instruction`, as its input does.
 PASSAGE_COLUMNS = (
     *("context", "contexts", "passage", "passages", "paragraph", "paragraphs", "article", "story", "document"),
@@ -361,7 +365,8 @@ class _RowReader:
         """The question with its passages, unless it quotes them itself."""
         added: list[str] = []
         for column in INPUT_COLUMNS if name == "instruction" else PASSAGE_COLUMNS:
-            text = None if column == name else passage_text(fields.get(column))
+            value = fields.get(column)
+            text = None if column == name or is_turns(value) else passage_text(parsed(value)) or passage_text(value)
             if text is None:
                 continue
             self._use("question" if column == "input" else "passage", column)
@@ -398,7 +403,8 @@ class _RowReader:
             names = (*ANSWER_COLUMNS, *(INDEX_COLUMNS if choices is not None else ()))
             options = () if choices is None else choices.columns
             columns = {name: fields[name] for name in names if name in fields and name not in options}
-        for name, value in columns.items():
+        for name, given in columns.items():
+            value = parsed(given) if name in STRUCTURED_COLUMNS else given
             turns = [value] if isinstance(value, dict) else value
             if is_turns(turns):
                 self._use("answer", name)
@@ -411,7 +417,7 @@ class _RowReader:
             self._use("answer", name)
             if isinstance(answer, Numbered):
                 return answer
-            if not isinstance(answer, (str, int, float)):
+            if not isinstance(answer, (str, int, float)) or (name in STRUCTURED_COLUMNS and is_structure(answer)):
                 reason = f"{kind_of(answer)} in {name!r}"
                 raise UnusableRow(where, reason, "name a column of text with --answer-field")
             text = encodable(answer, where, name)

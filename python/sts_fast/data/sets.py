@@ -65,12 +65,14 @@ class Sets:
 
     demos:   those to demonstrate with, where given apart
     read_rows: what became of the rows of the files, by kind and name; examples in memory have none
+    demo_rows: the same of the demonstrations, by the set that they are for
     """
 
     trains: dict[str, list[Example]]
     domains: dict[str, list[Example]]
     demos: dict[str, list[Example]]
     read_rows: dict[tuple[Kind, str], ReadRows]
+    demo_rows: dict[str, ReadRows]
 
     @classmethod
     def read(
@@ -93,16 +95,18 @@ class Sets:
             )
         kinds: tuple[tuple[Kind, Mapping[str, tuple[list[Example], ReadRows | None]]], ...]
         kinds = (("train", of_trains), ("domain", of_domains))
+        of_demos = _read_demos(demos or {}, fields, [*of_trains, *of_domains])
         return cls(
             _examples(of_trains),
             _examples(of_domains),
-            _read_demos(demos or {}, fields, [*of_trains, *of_domains]),
+            _examples(of_demos),
             {(kind, name): rows for kind, sets in kinds for name, (_, rows) in sets.items() if rows},
+            {name: rows for name, (_, rows) in of_demos.items() if rows},
         )
 
     def lines(self) -> list[str]:
         """A line for each way in which columns were read, with the sets and the number of their rows."""
-        return reading_lines([(name, rows) for (_, name), rows in self.read_rows.items()])
+        return reading_lines(self._rows_beside(None))
 
     def told(self) -> list[str]:
         """The same lines, and the warnings, for commands that keep no warnings of their sets."""
@@ -117,8 +121,12 @@ class Sets:
         return row_blocks(self._rows_beside(train))
 
     def _rows_beside(self, train: str | None) -> list[tuple[str, ReadRows]]:
-        of_sets = self.read_rows.items()
-        return [(name, rows) for (kind, name), rows in of_sets if kind == "domain" or train in (None, name)]
+        of_sets, of_demos = self.read_rows.items(), self.demo_rows.items()
+        others = {name for kind, name in self.read_rows if kind == "train" and train not in (None, name)}
+        return [
+            *((name, rows) for (kind, name), rows in of_sets if kind == "domain" or name not in others),
+            *((f"demonstrations of {name}", rows) for name, rows in of_demos if name not in others),
+        ]
 
 
 @dataclass(frozen=True)
@@ -244,12 +252,12 @@ def _read_sets(
 
 def _read_demos(
     demos: Mapping[str, Source] | Sequence[str], fields: Fields, names: Sequence[str]
-) -> dict[str, list[Example]]:
+) -> dict[str, tuple[list[Example], ReadRows | None]]:
     """Demonstrations by set; a file split by category may hold more categories than there are domains."""
     groups = [demos] if isinstance(demos, Mapping) else [[source] for source in demos]
-    demonstrations: dict[str, list[Example]] = {}
+    demonstrations: dict[str, tuple[list[Example], ReadRows | None]] = {}
     for group in groups:
-        examples = _examples(_read_sets(group, fields, [*fields.question_fields, *fields.answer_fields]))
+        examples = _read_sets(group, fields, [*fields.question_fields, *fields.answer_fields])
         unknown = [name for name in examples if name not in names]
         if unknown and (isinstance(group, Mapping) or len(unknown) == len(examples)):
             raise InputError(f"demonstrations are given for '{unknown[0]}', but the sets are {', '.join(names)}")

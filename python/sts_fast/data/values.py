@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import math
+import re
 from typing import Any
 
 from sts_fast.errors import InputError, UnusableRow
@@ -10,6 +13,12 @@ from sts_fast.errors import InputError, UnusableRow
 # KTO's labels, in the spellings of files.
 GOOD = ("true", "1", "1.0", "+1", "yes", "y", "t", "good", "desirable", "desired", "chosen", "positive", "👍")
 BAD = ("false", "0", "0.0", "-1", "no", "n", "f", "bad", "undesirable", "undesired", "rejected", "negative", "👎")
+
+
+# Arrays as NumPy prints them: in a struct, and alone.
+_ARRAY = re.compile(r"array\((\[.*?\])(?:,\s*dtype=[^)]*)?\)", re.DOTALL)
+_QUOTED = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+_PRINTED = re.compile(rf"\[\s*{_QUOTED}(?:\s+{_QUOTED})*\s*\]")
 
 
 def encodable(value: object, where: str, name: str) -> str:
@@ -35,6 +44,28 @@ def is_missing(value: Any) -> bool:
 
 def is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
+
+
+def parsed(value: Any) -> Any:
+    """The list or object that a CSV holds as JSON, as Python writes it, or as NumPy does; anything else as it is."""
+    text = value.strip() if isinstance(value, str) else ""
+    if not text.startswith(("[", "{")):
+        return value
+    if _PRINTED.fullmatch(text):
+        return [ast.literal_eval(quoted) for quoted in re.findall(_QUOTED, text)]
+    for read in (json.loads, ast.literal_eval):
+        try:
+            found = read(text if read is json.loads else _ARRAY.sub(r"\1", text))
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(found, (dict, list)):
+            return found
+    return value
+
+
+def is_structure(value: Any) -> bool:
+    """True of a text that begins as a list or an object of texts does."""
+    return isinstance(value, str) and re.match(r"\s*[\[{]\s*['\"]", value) is not None
 
 
 def is_good(value: Any, where: str, column: str) -> bool:
