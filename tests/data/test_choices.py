@@ -39,6 +39,11 @@ LAYOUTS: dict[str, tuple[dict[str, Any], str, str | None]] = {
         "Q?\n1. x\n2. y",
         "1",
     ),
+    "ARC with numbers as labels and texts": (
+        {"id": "1", "question": "Q?", "choices": {"text": ["2", "1"], "label": ["1", "2"]}, "answerKey": "1"},
+        "Q?\n1. 2\n2. 1",
+        "1",
+    ),
     "OpenBookQA": (
         {"id": "1", "question_stem": "Q", "choices": {"text": FOUR, "label": [*"ABCD"]}, "answerKey": "D"},
         f"Q\n{LINES}",
@@ -136,6 +141,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], str, str | None]] = {
     ),
     "Option 1": ({"Question": "Q?", "Option 1": "x", "Option 2": "y", "Answer": 1}, "Q?\nA. x\nB. y", "A"),
     "letter in brackets": ({"question": "Q?", "options": FOUR, "answer": "(c)"}, f"Q?\n{LINES}", "C"),
+    "option that is a letter": ({"question": "Q?", "options": ["b", "a"], "answer": "a"}, "Q?\nA. b\nB. a", "a"),
     "several right ones": ({"question": "Q?", "options": FOUR, "answer": ["A", "C"]}, f"Q?\n{LINES}", "A, C"),
     "answer that is no number of an option": (
         {"question": "2+2?", "options": ["3", "4", "22"], "answer": 22},
@@ -231,6 +237,10 @@ def test_numbers_are_texts_of_options_where_one_can_be_nothing_else(tmp_path: Pa
     [
         ({"question": "Q?", "options": ["x", "y"], "answer": "E"}, "the answer 'E' in 'answer', but the options A, B"),
         ({"question": "Q?", "choices": ["x", "y"], "answer": 7}, "the answer 7 in 'answer', but 2 options"),
+        (
+            {"question": "Q?", "choices": ["B", "A"], "answer": "A"},
+            "the answer 'A' in 'answer', a label and another option's text",
+        ),
         ({"question": "Q?", "choices": ["x", None, "y"], "answer": 0}, "an empty option in 'choices'"),
     ],
 )

@@ -102,6 +102,11 @@ LAYOUTS: dict[str, tuple[dict[str, Any], str, str | None]] = {
         "T\nOne.\n\nQ?",
         "a",
     ),
+    "MS MARCO": (
+        {"query": "q", "passages": {"is_selected": [0], "passage_text": ["One.", "Two."]}, "answers": ["a"]},
+        "One.\nTwo.\n\nq",
+        "a",
+    ),
     "SVAMP": ({"Body": "I have 2.", "Question": "And 2 more?", "Answer": 4.0}, "I have 2.\n\nAnd 2 more?", "4.0"),
     "ELI5": ({"question": "Q?", "answers": {"text": ["a", "b"], "score": [1, 9]}}, "Q?", "b"),
     "passage in the question already": (

@@ -153,8 +153,13 @@ class Choices:
         text = encodable(value, where, column).strip()
         if not self.labels:
             return text
+        both = text in self.labels and text in self.texts and self.labels.index(text) != self.texts.index(text)
+        if both and not is_index:
+            raise UnusableRow(
+                where, f"the answer {text!r} in {column!r}, a label and another option's text", "correct it"
+            )
         by_label = {label.upper(): label for label in self.labels}
-        if isinstance(value, str) and text.upper() in by_label:
+        if isinstance(value, str) and text.upper() in by_label and (text in self.labels or text not in self.texts):
             return by_label[text.upper()]
         match = _NAMED_OPTION.fullmatch(text)
         if match and match[1].upper() in by_label and isinstance(value, str) and text not in self.texts:

@@ -97,7 +97,7 @@ def passage_text(value: Any) -> str | None:
         titles, sentences = value.get("title"), value.get("sentences")
         if isinstance(titles, list) and isinstance(sentences, list) and len(titles) == len(sentences):
             return passage_text([[title, texts] for title, texts in zip(titles, sentences, strict=True)])
-        keys = ("contexts", "paragraph_text", "paragraphs", "text", "passage", "content")
+        keys = ("contexts", "paragraph_text", "passage_text", "paragraphs", "text", "passage", "content")
         text = next((text for key in keys if (text := passage_text(value.get(key))) is not None), None)
         title = value.get("title")
         return f"{title.strip()}\n{text}" if text is not None and is_text(title) else text  # type: ignore[union-attr]
