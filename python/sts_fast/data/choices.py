@@ -106,8 +106,10 @@ class Choices:
             while names and is_missing(fields[names[-1]]):
                 names.pop()
             values = [fields[name] for name in names]
-            if len(names) < 2 or first > 1 or not all(isinstance(value, (str, int, float)) for value in values):
+            if len(names) < 2 or first > 1 or any(isinstance(value, (list, dict)) for value in values):
                 continue
+            if empty := next((name for name, value in zip(names, values, strict=True) if is_missing(value)), None):
+                raise UnusableRow(where, f"an empty option in {empty!r}", "fill it in")
             texts = [_text(value, where, name) for name, value in zip(names, values, strict=True)]
             numbered = first if family.endswith("numbers") else 0
             # Social IQa calls answerA 1 in `label`; the `label` of other data sets counts from 0.
@@ -145,6 +147,8 @@ class Choices:
             labels = [self.named(item, column, where) for item in value]
             if labels and all(isinstance(label, str) and label in self.labels for label in labels):
                 return ", ".join(str(label) for label in labels)
+            if len(labels) > 1 and any(isinstance(label, Numbered) for label in labels):
+                raise UnusableRow(where, f"several numbers of options in {column!r}", "write letters")
             value = next((item for item in value if not is_missing(item)), None)
         if isinstance(value, bool) or is_missing(value) or not isinstance(value, (str, int, float)):
             return None
@@ -167,7 +171,7 @@ class Choices:
         if match and match[1].lstrip("-").isdigit():
             number = int(match[1])
             if number < 0:
-                return None
+                return text if text in self.texts else None
             return Numbered(number, text, isinstance(value, str), column, self, where)
         if text in self.texts:
             return text
