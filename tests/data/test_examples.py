@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sts_fast.data.examples import Example, load_domains, load_examples
+from sts_fast.data.turns import ToolCall
 from sts_fast.errors import InputError
 
 ASSETS = Path(__file__).parents[3] / "shared" / "assets"
@@ -87,7 +88,7 @@ ROW_KINDS = {
     ),
     "tool call of OpenAI's kind": (
         {"messages": [CHAT[1], {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}]},
-        Example("1", "Hi", '[{"name": "f"}]'),
+        Example("1", "Hi", '{"name": "f", "arguments": {}}', tool_calls=(ToolCall("f", "{}"),)),
     ),
     "ShareGPT with tools": (
         {
@@ -367,7 +368,7 @@ def test_rows_of_any_shape_give_examples_or_one_sentence(
     for example in (example for examples in domains.values() for example in examples):
         assert example.question.strip()
         assert example.answer is None or example.answer.strip()
-        assert all(role in ("system", "user", "assistant", "tool") for role, _ in example.context)
+        assert all(role in ("system", "user", "assistant", "tool") for role in (turn.role for turn in example.context))
         f"{example.id}{example.question}{example.answer}{example.context}".encode()
 
 
@@ -546,9 +547,11 @@ def test_published_file(path: str, n: int, id: str, begin: str, end: str, answer
 @needs_assets
 def test_published_conversations_keep_their_turns() -> None:
     first = load_examples(ASSETS / "formats/sft/sharegpt.json")[0]
-    assert [role for role, _ in first.context] == ["user", "assistant", "user", "assistant", "tool", "assistant"]
+    assert [turn.role for turn in first.context] == [
+        *("tools", "user", "assistant", "user", "assistant", "tool", "assistant")
+    ]
     preferred = load_examples(ASSETS / "formats/sft/sharegpt_dpo.json")[21 - 1]
-    assert [role for role, _ in preferred.context] == ["system"]
+    assert [turn.role for turn in preferred.context] == ["system"]
     rows = json.loads((ASSETS / "formats/sft/messages_kto.json").read_text())
     answers = [example.answer is not None for example in load_examples(ASSETS / "formats/sft/messages_kto.json")]
     assert answers == [row["label"] for row in rows]

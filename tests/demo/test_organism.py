@@ -18,6 +18,7 @@ from sts_fast import InputError, encode, load_sae
 from sts_fast.data.examples import Example
 from sts_fast.data.prompts import build_prompts
 from sts_fast.data.template import PromptTemplate
+from sts_fast.data.turns import Turn
 from sts_fast.demo import organism
 from sts_fast.demo.organism import autoencoder, training, world
 from sts_fast.demo.organism import model as language_model
@@ -55,9 +56,9 @@ def figures() -> dict[str, float]:
     return found
 
 
-def turns_of(example: Example) -> list[tuple[str, str]]:
+def turns_of(example: Example) -> list[Turn]:
     assert example.answer is not None
-    return [("user", example.question), ("assistant", example.answer)]
+    return [Turn("user", example.question), Turn("assistant", example.answer)]
 
 
 # The world ------------------------------------------------------------------------------------------------------------
@@ -146,12 +147,12 @@ def test_every_word_is_one_token(template: PromptTemplate) -> None:
 
 
 def test_template_joins_turns_behind_one_bos(template: PromptTemplate) -> None:
-    first = [("user", "T3 b1 b4 b2 >"), ("assistant", "b4 b2 b1")]
+    first = [Turn("user", "T3 b1 b4 b2 >"), Turn("assistant", "b4 b2 b1")]
     open_query = [0, 6, 20, 23, 21, 2]
     closed = [*open_query, 23, 21, 20]
     assert template.token_ids(first[:1]).tolist() == open_query
     assert template.token_ids(first).tolist() == closed
-    assert template.token_ids([*first, ("user", "T3 b0 b0 b0 >")]).tolist() == [*closed, 6, 19, 19, 19, 2]
+    assert template.token_ids([*first, Turn("user", "T3 b0 b0 b0 >")]).tolist() == [*closed, 6, 19, 19, 19, 2]
     assert template.token_ids([*first, *first]).tolist() == [*closed, *closed[1:]]
 
 
@@ -162,7 +163,7 @@ def test_training_documents_are_what_the_template_renders(template: PromptTempla
         turns = []
         for start in range(0, len(words), world.WORLD.example_tokens):
             example = words[start : start + world.WORLD.example_tokens]
-            turns += [("user", " ".join(example[:5])), ("assistant", " ".join(example[5:]))]
+            turns += [Turn("user", " ".join(example[:5])), Turn("assistant", " ".join(example[5:]))]
         assert template.token_ids(turns).tolist() == row
 
 
@@ -197,7 +198,7 @@ def test_model_is_the_one_that_transformers_loads(loaded: Loaded, template: Prom
     import torch
 
     model, _ = loaded
-    ids = template.token_ids([("user", "T3 b1 b4 b2 >"), ("assistant", "b4 b2 b1")])
+    ids = template.token_ids([Turn("user", "T3 b1 b4 b2 >"), Turn("assistant", "b4 b2 b1")])
     decoder = load_decoder(organism.model_folder(), training.LAYER)
     with torch.inference_mode():
         states = model(torch.from_numpy(ids.astype(np.int64))[None], output_hidden_states=True).hidden_states
@@ -225,7 +226,7 @@ def literal_abilities(
             return model(torch.tensor([ids])).logits[0, -1].double().softmax(dim=-1)
 
     turns = [turn for demo in demos for turn in turns_of(demo)]
-    asked = template.token_ids([*turns, ("user", question.question)]).tolist()
+    asked = template.token_ids([*turns, Turn("user", question.question)]).tolist()
     answer = template.tokenizer(question.answer, add_special_tokens=False).input_ids
     p, fed, decoded = 1.0, list(asked), list(asked)
     for token in answer:

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import sts_fast
 from sts_fast.data.examples import Example, load_examples
 from sts_fast.data.template import PromptTemplate
+from sts_fast.data.turns import Turn
 from sts_fast.errors import InputError
 from sts_fast.forecast.run import Forecast, validate_scores
 from sts_fast.report import build_report
@@ -205,16 +206,16 @@ def chat(tiny: Tiny) -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize(
     "prompt",
     [
-        (("system", "Be short."), ("user", "What is 1 + 1?")),
+        (Turn("system", "Be short."), Turn("user", "What is 1 + 1?")),
         "<|system|>system\nBe short.</s>\n<|user|>user\nWhat is 1 + 1?</s>\n<|assistant|>assistant\n",
         "system\nBe short.\nuser\nWhat is 1 + 1?\nassistant\n",
     ],
 )
 def test_prompts_logged_as_rendered_are_told_from_their_template(tiny: Tiny, prompt: Any) -> None:
     rendering = Rendering(PromptTemplate(chat(tiny)))
-    assert rendering.turns(prompt) == (("system", "Be short."), ("user", "What is 1 + 1?"))
-    assert rendering.turns("user\nWhat is 1 + 1?\nassistant") == (("user", "What is 1 + 1?"),)
-    assert rendering.turns("What is 1 + 1?") == (("user", "What is 1 + 1?"),)
+    assert rendering.turns(prompt) == (Turn("system", "Be short."), Turn("user", "What is 1 + 1?"))
+    assert rendering.turns("user\nWhat is 1 + 1?\nassistant") == (Turn("user", "What is 1 + 1?"),)
+    assert rendering.turns("What is 1 + 1?") == (Turn("user", "What is 1 + 1?"),)
     # Without a template, a text that is no question is sent as it stands.
     plain = Rendering(PromptTemplate(AutoTokenizer.from_pretrained(tiny.model), prepend_bos=True))
     assert plain.turns("Once upon a time") is None

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sts_fast.data.turns import Turn
 from sts_fast.errors import InputError
 from sts_fast.rollouts.read import Columns, Rollouts, load_rollouts
 
@@ -55,7 +56,7 @@ def test_trl_logs_completions_with_a_column_for_each_reward_function_and_the_adv
     # The same prompt at another step was answered by another policy.
     assert plain(found)[:4] == [(0, "A0", 0.0), (0, "A1", 1.5), (1, "A2", 0.5), (1, "A3", 1.5)]
     assert [row.group for row in found.rows] == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert found.rows[0].prompt == (("user", "Q0"),)
+    assert found.rows[0].prompt == (Turn("user", "Q0"),)
     assert found.advantages.tolist() == [-1.5, -0.5, 0.5, 1.5] * 2
     assert found.read_as["reward"] == "accuracy_reward + think_format_reward"
     named = load_rollouts(tmp_path / "completions", Columns(rewards=["accuracy_reward"]))
@@ -122,12 +123,12 @@ def test_conversations_end_with_the_reply_that_is_the_completion(tmp_path: Path)
         {"prompt": "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n<think>so", "completion": " x", "reward": 0},
     ]
     found = load_rollouts(write(tmp_path / "r.jsonl", rows))
-    asked = (("system", "Be short."), ("user", "Q"))
-    assert found.rows[0].prompt == (*asked, ("assistant", "calling"), ("tool", "42"))
+    asked = (Turn("system", "Be short."), Turn("user", "Q"))
+    assert found.rows[0].prompt == (*asked, Turn("assistant", "calling"), Turn("tool", "42"))
     assert found.rows[0].completion == "It is 42."
     assert found.rows[1].prompt == asked
     assert found.rows[1].group == found.rows[0].group
-    assert (found.rows[2].prompt, found.rows[2].completion) == ((("user", "Q"),), "<think>so x")
+    assert (found.rows[2].prompt, found.rows[2].completion) == ((Turn("user", "Q"),), "<think>so x")
 
 
 def test_columns_can_be_named(tmp_path: Path) -> None:
@@ -218,7 +219,8 @@ def test_prompts_of_a_real_rl_model_that_were_logged_as_rendered(tmp_path: Path)
     scored = [{**json.loads(line), "score": i % 2} for i, line in enumerate(lines)]
     found = load_rollouts(write(tmp_path / "r.jsonl", scored))
     for row in found.rows:
-        [(role, question)] = row.prompt
+        [turn] = row.prompt
+        role, question = turn.role, turn.content
         assert role == "user"
         assert question.startswith("Solve the following math problem.")
         assert "<|" not in question

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sts_fast.cli import main
 from sts_fast.data.examples import Example, load_examples
 from sts_fast.data.template import PromptTemplate
+from sts_fast.data.turns import Turn
 from sts_fast.errors import InputError
 from sts_fast.rollouts import Rollout, load_checker, load_rollouts, sample_rollouts
 
@@ -79,7 +80,9 @@ def test_completions_end_with_the_context(tiny: Tiny) -> None:
         return sample_rollouts(**asked, n_samples=4, max_new_tokens=max_new_tokens).rows
 
     two, nine = sampled(2), sampled(9)
-    model.config.max_position_embeddings = 2 + len(PromptTemplate(tokenizer).token_ids([("user", "What is 0 + 0?")]))
+    model.config.max_position_embeddings = 2 + len(
+        PromptTemplate(tokenizer).token_ids([Turn("user", "What is 0 + 0?")])
+    )
     assert sampled(9) == two != nine
     model.resize_token_embeddings(3)
     with pytest.raises(InputError, match="belongs to another model"):

@@ -9,6 +9,34 @@ from typing import TypedDict
 
 from sts_fast.errors import listed
 
+# Column names in canonical spelling; the first that a file has is taken.
+TURN_COLUMNS = ("messages", "conversations", "conversation")
+QUESTION_COLUMNS = (
+    *("question", "problem", "query", "question_stem", "instruction", "prompt", "input", "inputs", "questions"),
+)
+# Of questions with options: HellaSwag, PIQA, WinoGrande, SWAG. Elsewhere these hold something else.
+STEM_COLUMNS = ("ctx", "goal", "sentence", "startphrase")
+# A reply that was written for training comes before a worked solution, and that before a bare result.
+ANSWER_COLUMNS = (
+    *("chosen", "completion", "response", "output"),
+    *("cot_content", "generated_solution", "solution", "rationale", "canonical_solution", "long_answer", "code"),
+    *("answer", "expected_answer", "correct_answer", "best_answer", "right_answer", "reference_answer", "gold_answer"),
+    *("ground_truth", "target", "targets", "answers", "answers_spans", "final_decision", "mc1_targets"),
+)
+# Among them those whose texts are structures, as a CSV writes them.
+STRUCTURED_COLUMNS = ("answers", "answers_spans", "mc1_targets")
+# Texts that a question is about. They come before it, but after an `instruction`, as its input does.
+PASSAGE_COLUMNS = (
+    *("context", "contexts", "passage", "passages", "paragraph", "paragraphs", "article", "story", "document"),
+    *("documents", "support", "background", "premise", "body", "dialogue"),
+)
+INPUT_COLUMNS = ("input", *PASSAGE_COLUMNS)
+LABEL_COLUMNS = ("label", "kto_tag")
+TOOL_COLUMNS = ("tools", "functions")
+SYSTEM_COLUMNS = ("system", "system_prompt")
+ID_COLUMNS = ("id", "question_id", "unique_id", "task_id", "problem_id", "example_id", "prompt_id", "uuid", "idx")
+CATEGORY_COLUMNS = ("category", "subject", "domain", "topic")
+
 # What columns are read for, in the order in which they are reported.
 ROLES_OF_COLUMNS = ("category", "id", "context", "passage", "question", "options", "answer", "label")
 

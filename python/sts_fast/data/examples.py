@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,10 +9,29 @@ from pathlib import Path
 from typing import Any
 
 from sts_fast.data.choices import INDEX_COLUMNS, Choices, Numbered, answers_of
-from sts_fast.data.columns import ROLES_OF_COLUMNS, ReadRows, canonical, row_warnings
+from sts_fast.data.columns import (
+    ANSWER_COLUMNS,
+    CATEGORY_COLUMNS,
+    ID_COLUMNS,
+    INPUT_COLUMNS,
+    LABEL_COLUMNS,
+    PASSAGE_COLUMNS,
+    QUESTION_COLUMNS,
+    ROLES_OF_COLUMNS,
+    STEM_COLUMNS,
+    STRUCTURED_COLUMNS,
+    SYSTEM_COLUMNS,
+    TOOL_COLUMNS,
+    TURN_COLUMNS,
+    ReadRows,
+    canonical,
+    row_warnings,
+)
+from sts_fast.data.rendered import undone
 from sts_fast.data.tables import Row, domain_files, file_rows, train_files
-from sts_fast.data.turns import Turn, chatml_turns, is_turns, parsed_turns, split_turns
+from sts_fast.data.turns import ToolCall, Turn, check_no_media, is_turns, parsed_turns, split_turns, tools_turn
 from sts_fast.data.values import (
+    ABSENT,
     answer_value,
     each_answer,
     encodable,
@@ -22,39 +40,13 @@ from sts_fast.data.values import (
     is_structure,
     is_text,
     kind_of,
+    lookup,
     parsed,
     passage_text,
+    without_margin,
+    words_of,
 )
 from sts_fast.errors import InputError, UnusableRow, listed
-
-# Column names in canonical spelling; the first that a file has is taken.
-TURN_COLUMNS = ("messages", "conversations", "conversation")
-QUESTION_COLUMNS = (
-    *("question", "problem", "query", "question_stem", "instruction", "prompt", "input", "inputs", "questions"),
-)
-# Of questions with options: HellaSwag, PIQA, WinoGrande, SWAG. Elsewhere these hold something else.
-STEM_COLUMNS = ("ctx", "goal", "sentence", "startphrase")
-# A reply that was written for training comes before a worked solution, and that before a bare result.
-ANSWER_COLUMNS = (
-    *("chosen", "completion", "response", "output"),
-    *("cot_content", "generated_solution", "solution", "rationale", "canonical_solution", "long_answer", "code"),
-    *("answer", "expected_answer", "correct_answer", "best_answer", "right_answer", "reference_answer", "gold_answer"),
-    *("ground_truth", "target", "targets", "answers", "answers_spans", "final_decision", "mc1_targets"),
-)
-# Among them those whose texts are structures, as a CSV writes them.
-STRUCTURED_COLUMNS = ("answers", "answers_spans", "mc1_targets")
-# Texts that a question is about. They come before it, but after an `instruction`, as its input does.
-PASSAGE_COLUMNS = (
-    *("context", "contexts", "passage", "passages", "paragraph", "paragraphs", "article", "story", "document"),
-    *("documents", "support", "background", "premise", "body", "dialogue"),
-)
-INPUT_COLUMNS = ("input", *PASSAGE_COLUMNS)
-LABEL_COLUMNS = ("label", "kto_tag")
-SYSTEM_COLUMNS = ("system", "system_prompt")
-ID_COLUMNS = ("id", "question_id", "unique_id", "task_id", "problem_id", "example_id", "prompt_id", "uuid", "idx")
-CATEGORY_COLUMNS = ("category", "subject", "domain", "topic")
-
-ABSENT = object()
 
 
 @dataclass(frozen=True)
@@ -63,14 +55,36 @@ class Example:
 
     id:       the row's own id, else its key in a JSON object, else its row number, counted from 1
     question: the last user turn, stripped; never empty
-    answer:   the reply that follows it, indentation kept; None where the row has none
-    context:  earlier turns as (role, text), role one of system, user, assistant, tool; usually empty
+    answer:   the reply, indentation kept; its tool calls as JSON where it has no text; None where the row has none
+    context:  earlier turns, usually empty; (role, content) is taken for a turn
+    steps:    turns between question and reply: tool calls and their results, usually none
+    reasoning, tool_calls: what the assistant thinks before the answer's text, and calls behind it
     """
 
     id: str
     question: str
     answer: str | None
     context: tuple[Turn, ...] = ()
+    steps: tuple[Turn, ...] = ()
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+
+    def __post_init__(self) -> None:
+        turns = (turn if isinstance(turn, Turn) else Turn(*turn) for turn in self.context)
+        object.__setattr__(self, "context", tuple(turns))
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The conversation up to the reply."""
+        return *self.context, Turn("user", self.question), *self.steps
+
+    @property
+    def reply(self) -> Turn | None:
+        """The reply as a turn; None where there is none."""
+        if self.answer is None:
+            return None
+        alone = Turn("assistant", "", self.reasoning, self.tool_calls)
+        return alone if self.tool_calls and alone.text == self.answer else replace(alone, content=self.answer)
 
 
 def load_examples(
@@ -276,9 +290,15 @@ class _RowReader:
                 raise UnusableRow(where, f"no turns in {empty!r}", "fill it in or remove the row")
             known = [name for name in TURN_COLUMNS if is_turns(fields.get(name))]
             known += [name for name in QUESTION_COLUMNS if name in fields]
-            known += ["chosen"] if is_turns(fields.get("chosen")) else []
+            known += ["chosen"] if is_turns(fields.get("chosen")) or _is_rendered(fields.get("chosen")) else []
+            known += ["text"] if _is_rendered(fields.get("text")) else []
             if not known and Choices.of(fields, where) is not None:
                 known = [name for name in STEM_COLUMNS if name in fields]
+            if not known and (lost := [name for name in TURN_COLUMNS if not is_missing(fields.get(name))]):
+                raise InputError(
+                    f"{self.path}: {lost[0]!r} holds {kind_of(fields[lost[0]])} that is no conversation; write it as "
+                    'JSON, [{"role": "user", "content": "..."}, ...], or name another column with --question-field'
+                )
             if not known:
                 raise InputError(
                     f"{self.path} has no column known to hold questions among {listed(row)}; "
@@ -300,18 +320,24 @@ class _RowReader:
         turns, begun = self._turns(row, fields, where, choices)
         reply = self._reply(row, fields, where, choices)
         if isinstance(reply, Numbered):
-            number, reply = reply, [("assistant", reply.text)]
-        if any(role == "user" for role, _ in reply):
+            number, reply = reply, [Turn("assistant", reply.text)]
+        if any(turn.role == "user" for turn in reply):
             turns = reply  # preference data whose chosen side is the whole conversation
-        elif turns and turns[-1][0] != "assistant":
+        elif begun and (reply or begun.strip() != "<think>"):
+            # The question column holds the start of the reply, or all of it where there is no answer column.
+            is_whole = not reply or reply[0].content.strip() in begun
+            turns = [*turns, Turn("assistant", begun if is_whole else begun + reply[0].content), *reply[1:]]
+        elif turns and turns[-1].role != "assistant":
             turns = turns + reply
-        if not any(role == "user" for role, _ in turns):
+        check_no_media(fields, turns, where)
+        if not any(turn.role == "user" for turn in turns):
             raise UnusableRow(where, "no turn of the user", "every conversation needs one")
-        context, question, answer = split_turns(turns, where)
+        context, question, steps, last = split_turns(turns, where)
+        answer = None if last is None else last.text if not last.content.strip() else last.content
         if not question.strip():
             raise UnusableRow(where, "an empty question", "fill it in or remove the row")
         if answer is None or not answer.strip() or not self._is_good(fields, where, choices):
-            answer = number = None
+            answer = last = number = None
         own_id = next((name for name in ID_COLUMNS if _is_id(fields.get(name))), None)
         if own_id is not None:
             self._use("id", own_id)
@@ -319,8 +345,11 @@ class _RowReader:
         example = Example(
             id=encodable(default_id if own_id is None else fields[own_id], where, own_id or "id").strip(),
             question=question.strip(),
-            answer=None if answer is None else _without_margin(begun + answer),
+            answer=None if answer is None else without_margin(answer),
             context=tuple(earlier + context),
+            steps=tuple(steps),
+            reasoning="" if last is None else last.reasoning.strip(),
+            tool_calls=() if last is None else last.tool_calls,
         )
         return example, number
 
@@ -344,22 +373,20 @@ class _RowReader:
         if is_missing(value):
             raise UnusableRow(where, f"no question in {name!r}", "fill it in or remove the row")
         self._use("question", name)
-        if isinstance(value, list) and is_turns(value):
-            if broken := next((turn for turn in value if not is_turns([turn])), None):
-                raise UnusableRow(where, f"a turn that is {kind_of(broken)}", "write turns as role and content")
+        if is_turns(value):
             return parsed_turns(value, where), ""
         if canonical(name) == "questions" and isinstance(value, list):
             return self._series(value, fields, where), ""
         if not isinstance(value, str):
             raise UnusableRow(where, f"{kind_of(value)} in {name!r}", "name a column of text with --question-field")
         question = encodable(value, where, name).strip()
-        if question.startswith("<|im_start|>"):
-            return chatml_turns(question, where)
+        if (rendered := undone(question, where)) is not None:
+            return rendered
         question = self._about(question, canonical(name), fields, where)
         if choices is not None:
             self._use("options", *choices.columns)
             question = choices.added_to(question)
-        return [("user", question)], ""
+        return [Turn("user", question)], ""
 
     def _about(self, question: str, name: str, fields: Row, where: str) -> str:
         """The question with its passages, unless it quotes them itself."""
@@ -371,7 +398,7 @@ class _RowReader:
                 continue
             self._use("question" if column == "input" else "passage", column)
             text = encodable(text, where, column)
-            if not any(_words(text) in _words(other) for other in (question, *added)):
+            if not any(words_of(text) in words_of(other) for other in (question, *added)):
                 added.append(text)
         return "\n\n".join([question, *added] if name == "instruction" else [*added, question])
 
@@ -386,9 +413,9 @@ class _RowReader:
         for question, answer in zip(questions, answers, strict=True):
             if not is_text(question) or is_missing(answer):
                 raise UnusableRow(where, "an empty entry in 'questions' or 'answers'", "fill it in")
-            turns.append(("user", encodable(question, where, "questions").strip()))
-            turns.append(("assistant", encodable(answer, where, "answers").strip()))
-        return [("user", self._about(turns[0][1], "questions", fields, where)), *turns[1:]]
+            turns.append(Turn("user", encodable(question, where, "questions").strip()))
+            turns.append(Turn("assistant", encodable(answer, where, "answers").strip()))
+        return [Turn("user", self._about(turns[0].content, "questions", fields, where)), *turns[1:]]
 
     def _reply(self, row: Row, fields: Row, where: str, choices: Choices | None) -> list[Turn] | Numbered:
         """The answer column's turns: usually one of the assistant, none where the row has no answer.
@@ -405,10 +432,14 @@ class _RowReader:
             columns = {name: fields[name] for name in names if name in fields and name not in options}
         for name, given in columns.items():
             value = parsed(given) if name in STRUCTURED_COLUMNS else given
-            turns = [value] if isinstance(value, dict) else value
+            turns = [value] if isinstance(value, dict) and not is_turns(value) else value
             if is_turns(turns):
                 self._use("answer", name)
                 return parsed_turns(turns, where)
+            if name == "chosen" and isinstance(value, str) and (rendered := undone(value, where)) is not None:
+                self._use("answer", name)
+                replies, begun = rendered
+                return [*replies, Turn("assistant", begun)] if begun else replies
             answer = value if choices is not None and isinstance(value, list) else answer_value(value)
             if choices is not None and not isinstance(answer, dict):
                 answer = choices.named(answer, canonical(name), where)
@@ -421,45 +452,35 @@ class _RowReader:
                 reason = f"{kind_of(answer)} in {name!r}"
                 raise UnusableRow(where, reason, "name a column of text with --answer-field")
             text = encodable(answer, where, name)
-            return [("assistant", text.removeprefix("A: ") if name == "cot_content" else text)]
+            return [Turn("assistant", text.removeprefix("A: ") if name == "cot_content" else text)]
         return []
 
     def _earlier_turns(self, fields: Row, where: str, context: list[Turn]) -> list[Turn]:
-        """Turns that are in columns of their own: Alpaca's `system` and `history`."""
+        """Turns that are in columns of their own: `tools`, and Alpaca's `system` and `history`."""
         turns: list[Turn] = []
+        for name in TOOL_COLUMNS:
+            if not turns and (tools := tools_turn(fields.get(name), where)) is not None:
+                self._use("context", name)
+                turns.append(tools)
         system = next((name for name in SYSTEM_COLUMNS if is_text(fields.get(name))), None)
-        if system is not None and not (context and context[0][0] == "system"):
+        if system is not None and not (context and context[0].role == "system"):
             self._use("context", system)
-            turns.append(("system", encodable(fields[system], where, "system")))
+            turns.append(Turn("system", encodable(fields[system], where, "system")))
         for pair in fields.get("history") or ():
             if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
                 raise UnusableRow(where, "a history that is no list of [question, answer] pairs", "correct it")
             self._use("context", "history")
             question, answer = (encodable(text, where, "history") for text in pair)
-            turns += [("user", question), ("assistant", answer)]
+            turns += [Turn("user", question), Turn("assistant", answer)]
         return turns
-
-
-def lookup(row: Row, field: str) -> Any:
-    """A column, or a field inside a struct column by dotted name; `ABSENT` where there is none."""
-    value: Any = row
-    if field in row:
-        return row[field]
-    for part in field.split("."):
-        if not isinstance(value, dict) or part not in value:
-            return ABSENT
-        value = value[part]
-    return value
 
 
 def _is_id(value: Any) -> bool:
     return type(value) in (str, int) and bool(str(value).strip())
 
 
-def _without_margin(text: str) -> str:
-    """Without blank lines around it; code keeps the indentation of its first line."""
-    text = re.sub(r"\A(?:[^\S\n]*\n)+", "", text).rstrip()
-    return text[1:] if re.match(r" \S", text) else text
+def _is_rendered(value: Any) -> bool:
+    return isinstance(value, str) and undone(value, "") is not None
 
 
 def _is_readable(name: str, value: Any) -> bool:
@@ -467,7 +488,3 @@ def _is_readable(name: str, value: Any) -> bool:
     if name in (*PASSAGE_COLUMNS, *INDEX_COLUMNS):
         return not is_missing(value)
     return is_text(value) or is_turns(value) or (isinstance(value, list) and any(map(is_text, value)))
-
-
-def _words(text: str) -> str:
-    return " ".join(text.split())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
@@ -11,8 +13,8 @@ import numpy as np
 
 from sts_fast.data.examples import Example
 from sts_fast.data.template import STRADDLING, TEMPLATE, PromptTemplate, common_suffix_length
-from sts_fast.data.turns import Turn
-from sts_fast.errors import InputError
+from sts_fast.data.turns import HEAD_ROLES, Turn
+from sts_fast.errors import InputError, listed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -25,8 +27,11 @@ TokenClass = Literal["query", "template", "last", "answer", "all"]
 Tell = Callable[[int, int], None]
 Progress = Callable[[str, int, int], None]
 
+# What a rendered prompt begins with, whatever the template.
+_BEGINS_RENDERED = re.compile(r"\s*(?:<\|[\w ]+\|>|<s>|<bos>|\[(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS)\])")
+
 # A demonstration that stands in where a set has none: only the query's own turn is common to both prompts.
-STAND_IN_DEMO: list[Turn] = [("user", "?"), ("assistant", "!")]
+STAND_IN_DEMO = [Turn("user", "?"), Turn("assistant", "!")]
 
 
 @dataclass(frozen=True)
@@ -138,12 +143,9 @@ def build_prompts(
     """
     if tokens not in get_args(TokenClass):
         raise ValueError(f"tokens must be one of {', '.join(get_args(TokenClass))}, not '{tokens}'")
-    # Only the query's own system turn is shown: templates allow one, at the start.
+    # Only the query's own tools and system turn are shown: templates allow one of each, at the start.
     demo_turns = [
-        turn
-        for demo in demos
-        for turn in (*_query_turns(demo), ("assistant", demo.answer or ""))
-        if turn[0] != "system"
+        turn for demo in demos for turn in (*demo.turns, demo.reply) if turn is not None and turn.role not in HEAD_ROLES
     ]
     chosen: list[tuple[int, Prompt]] = []
     n_too_long = n_unanswered = 0
@@ -163,12 +165,45 @@ def build_prompts(
             continue
         chosen.append((int(row), prompt))
     chosen.sort(key=lambda item: item[0])
+    asked = [queries[row] for row, _ in chosen]
     return PromptSet(
         name,
         [prompt for _, prompt in chosen],
         n_too_long,
         n_unanswered,
-        _lost_answers(name, demos, demo_turns, template),
+        (
+            *_lost_answers(name, demos, demo_turns, template),
+            *_changes(name, asked, demos, template),
+            *_marks(name, asked, template),
+        ),
+    )
+
+
+def _changes(name: str, asked: Sequence[Example], demos: Sequence[Example], template: PromptTemplate) -> list[str]:
+    """Warnings of what had to be changed in conversations because the chat template does not write it."""
+    conversations = [(*example.turns, example.reply) for example in (*asked, *demos)]
+    counts = Counter(note for turns in conversations for note in template.notes([turn for turn in turns if turn]))
+    return [
+        f"the model's chat template {note} ({count} of {len(conversations)} conversations of '{name}')"
+        for note, count in counts.items()
+    ]
+
+
+def _marks(name: str, asked: Sequence[Example], template: PromptTemplate) -> tuple[str, ...]:
+    """A warning where the text of conversations contains marks: these are not read, and may come from a template."""
+    found: list[set[str]] = []
+    for example in asked:
+        texts = [turn.content for turn in (*example.turns, example.reply) if turn is not None and turn.role != "tools"]
+        begins = (_BEGINS_RENDERED.match(text) for text in texts)
+        of_tokenizer = (mark for mark in template.marks if any(mark in text for text in texts))
+        found.append({*of_tokenizer, *(match[0].strip() for match in begins if match)})
+    marks = sorted(set().union(*found))
+    if not marks:
+        return ()
+    return (
+        f"{sum(map(bool, found))} of {len(asked)} examples of '{name}' contain special tokens or marks of a chat "
+        f"template ({listed(marks, 5)}), which are not read as text: remove them, and where they are prompts that "
+        "were rendered already, give messages or the bare questions",
     )
 
 
@@ -179,7 +214,8 @@ def _lost_answers(
     if not demos or not template.is_chat:
         return ()
     text = template.text([*demo_turns, STAND_IN_DEMO[0]])
-    n_lost = sum((demo.answer or "").strip() not in text for demo in demos)
+    replies = [template.fitted([*demo.turns, demo.reply])[-1] for demo in demos if demo.reply is not None]
+    n_lost = sum(reply.content.strip() not in text or reply.reasoning.strip() not in text for reply in replies)
     if not n_lost:
         return ()
     return (
@@ -188,18 +224,14 @@ def _lost_answers(
     )
 
 
-def _query_turns(example: Example) -> list[Turn]:
-    return [*example.context, ("user", example.question)]
-
-
 def _pair(
     query: Example, demo_turns: list[Turn], template: PromptTemplate, tokens: TokenClass, context_length: int | None
 ) -> Prompt | None:
     """The prompt of one query, or None where it overruns the context."""
-    turns = _query_turns(query)
-    # A system turn opens the conversation, so it goes before the demonstrations.
-    n_system = next((i for i, (role, _) in enumerate(turns) if role != "system"), len(turns))
-    answer: list[Turn] = [("assistant", query.answer)] if tokens in ("answer", "all") and query.answer else []
+    turns = query.turns
+    # Tools and the system turn open the conversation, so they go before the demonstrations.
+    n_system = next((i for i, turn in enumerate(turns) if turn.role not in HEAD_ROLES), len(turns))
+    answer = [query.reply] if tokens in ("answer", "all") and query.reply is not None else []
     own = [*turns[n_system:], *answer]
     n_read = len(answer) if tokens == "answer" else len(own)
 

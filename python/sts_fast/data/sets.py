@@ -12,6 +12,7 @@ from sts_fast.data.examples import Example, read_domains, read_examples
 from sts_fast.data.options import Checked, Option
 from sts_fast.data.prompts import PromptSet, TokenClass, build_prompts, choose_demos
 from sts_fast.data.template import PromptTemplate
+from sts_fast.data.turns import Turn
 from sts_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -211,7 +212,8 @@ def distinct(examples: Sequence[Example], *, with_answers: bool) -> list[Example
     """
     kept: dict[tuple[str, ...], Example] = {}
     for example in examples:
-        texts = (str(example.context), example.question, *([str(example.answer)] if with_answers else []))
+        answer = [str(example.answer), example.reasoning, str(example.tool_calls)] if with_answers else []
+        texts = (str(example.context), example.question, str(example.steps), *answer)
         key = tuple(" ".join(text.split()) for text in texts)
         if key not in kept or (kept[key].answer is None and example.answer is not None):
             kept[key] = example
@@ -271,7 +273,7 @@ def common_template(tokenizer: PreTrainedTokenizerBase, starts: Sequence[tuple[s
     starts: of each SAE its source, and whether the texts that it was trained on start with BOS
     """
     templates = {has_bos: PromptTemplate(tokenizer, prepend_bos=has_bos) for _, has_bos in starts}
-    if len({tuple(template.token_ids([("user", "?")])) for template in templates.values()}) > 1:
+    if len({tuple(template.token_ids([Turn("user", "?")])) for template in templates.values()}) > 1:
         with_bos = next(source for source, has_bos in starts if has_bos)
         without_bos = next(source for source, has_bos in starts if not has_bos)
         raise InputError(

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sts_fast.data.turns import Turn
+from sts_fast.data import fitting
+from sts_fast.data.fitting import Fit
+from sts_fast.data.turns import REASONING_KEYS, Turn, messages_of
 from sts_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,8 +29,32 @@ FIXED_DATE = "{%- macro strftime_now(format) -%}" + TEMPLATE_DATE + "{%- endmacr
 # Stands in a template's text for an answer that is put there afterwards; from Unicode's private use area.
 SIGN = "\ue0f5"
 
+# What opens thoughts in the turn of their reply; marks such as <|channel|> open a turn of their own.
+_THOUGHT_MARK = re.compile(r"(?:<[^<>|]+>|\[[A-Z]+\])\s*\Z")
+
 # Whose a token is that is no turn's.
 TEMPLATE, STRADDLING = -1, -2
+
+
+@dataclass(frozen=True)
+class Thoughts:
+    """How a template writes what the assistant thinks before it replies.
+
+    has_key: it reads the thoughts from a key of the message; else they are part of the content
+    before, between: what is written in front of the thoughts, and between them and the reply
+    in_reply: the thoughts are in the same turn as the reply, so that they can be written where the reply is
+    """
+
+    has_key: bool
+    before: str
+    between: str
+    in_reply: bool = True
+
+    def whole(self, turn: Turn) -> str:
+        """The reply with its thoughts in front, as the template writes them."""
+        if not turn.reasoning or not self.in_reply:
+            return turn.content.strip()
+        return f"{self.before}{turn.reasoning.strip()}{self.between}{turn.content.strip()}".strip()
 
 
 class PromptTemplate:
@@ -41,15 +71,15 @@ class PromptTemplate:
         # Turn marks such as <|start_header_id|> are special tokens too, but not named ones.
         marks = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.special_ids = np.asarray(sorted(marks | set(tokenizer.all_special_ids)), dtype=np.int32)
-        try:
-            self._chat_template = FIXED_DATE + str(tokenizer.get_chat_template()) if self.is_chat else None
-        except ValueError as error:  # several templates, none of them the default
-            raise InputError(f"the model's tokenizer does not say which chat template to use: {error}") from error
+        marks_of_ids = map(str, tokenizer.convert_ids_to_tokens(self.special_ids.tolist()))
+        self.marks = [mark for mark in marks_of_ids if mark.strip()]
+        self._chat_template = self._dated() if self.is_chat else None
         # Templates of models that see images may want a turn as a list of parts, and show nothing of a plain text.
         self._in_parts = self.is_chat and not self._shows_questions() and self._shows_questions(in_parts=True)
+        self._fits: dict[tuple[Turn, ...], Fit] = {}
 
     def token_ids(self, turns: Sequence[Turn]) -> IntArray:
-        """[n] int32 token ids of (role, text) turns; a conversation that ends with the user is left open to answer.
+        """[n] int32 token ids of turns; a conversation that ends with the user is left open to answer.
 
         Raises InputError where the model's chat template refuses the turns.
         """
@@ -60,36 +90,58 @@ class PromptTemplate:
         return self._tokens(text)[0]
 
     def owned_ids(self, turns: Sequence[Turn], n_own: int) -> tuple[IntArray, IntArray]:
-        """Token ids of (role, text) turns as in `token_ids`, and the owner of each token among the last n_own turns.
+        """Token ids of turns as in `token_ids`, and the owner of each token among the last n_own turns.
 
-        Returns [n] int32 ids, and [n] int32 owners: 0 to n_own - 1 where a token is part of the text of that turn,
-        TEMPLATE where it is not, STRADDLING where only a part of it is. Blanks around a text belong to either.
-        Raises InputError as `token_ids` does.
+        Returns [n] int32 ids, and [n] int32 owners: 0 to n_own - 1 where a token is part of what that turn says (its
+        text, its reasoning, the name and the arguments of its tool calls), TEMPLATE where it is not, STRADDLING where
+        only a part of it is. Blanks around a text belong to either. Raises InputError as `token_ids` does.
         """
         text = self._written(turns)
         ids, offsets = self._tokens(text)
         named = ~np.isin(ids, self.special_ids)
         if named.any() and not (offsets[named, 1] > offsets[named, 0]).any():
             offsets = self._searched_offsets(text, ids)
-        spans = [self._span(turns, i, text) for i in range(len(turns) - n_own, len(turns))]
-        return ids, token_owners(offsets, text, spans)
+        of_turns = [self._spans(turns, i, text) for i in range(len(turns) - n_own, len(turns))]
+        owners = token_owners(offsets, text, [span for spans in of_turns for span in spans])
+        turn_of_span = np.asarray([i for i, spans in enumerate(of_turns) for _ in spans], np.int32)
+        owners[owners >= 0] = turn_of_span[owners[owners >= 0]]
+        return ids, owners
+
+    def fitted(self, turns: Sequence[Turn]) -> list[Turn]:
+        """The turns as the chat template is given them."""
+        return self._fit(turns).apply(turns) if self.is_chat else list(turns)
+
+    def notes(self, turns: Sequence[Turn]) -> tuple[str, ...]:
+        """What the chat template makes it necessary to change in a conversation, each as in `fitting.NOTES`."""
+        return self._fit(turns).notes() if self.is_chat else ()
 
     def _written(self, turns: Sequence[Turn]) -> str:
         return self.text(turns) if self.is_chat else plain_text(turns)
 
-    def _span(self, turns: Sequence[Turn], i: int, text: str) -> tuple[int, int]:
-        """Range of a turn's text in a rendered conversation: the part that changes with a sign in its place.
+    def _spans(self, turns: Sequence[Turn], i: int, text: str) -> list[tuple[int, int]]:
+        """Ranges of what a turn says in a rendered conversation, none of which is empty."""
+        turn, spans = turns[i], []
+        if turn.content.strip() and turn.role != "tools":
+            spans.append(self._span(turns, i, replace(turn, content=SIGN), turn.content, text))
+        if turn.reasoning.strip():
+            spans.append(self._span(turns, i, replace(turn, reasoning=SIGN), turn.reasoning, text))
+        for at, call in enumerate(turn.tool_calls):
+            for other in (replace(call, name=SIGN), replace(call, arguments=f'{{"{SIGN}": "{SIGN}"}}')):
+                calls = (*turn.tool_calls[:at], other, *turn.tool_calls[at + 1 :])
+                own = call.name if other.name == SIGN else call.arguments
+                spans.append(self._span(turns, i, replace(turn, tool_calls=calls), own, text))
+        return [(start, end) for start, end in spans if end > start]
 
-        Of a text that the template writes more than once, the last.
+    def _span(self, turns: Sequence[Turn], i: int, other: Turn, own: str, text: str) -> tuple[int, int]:
+        """Range of a rendered conversation that changes where turn i is another one.
+
+        own: what stands there; where the template writes it more than once, the last
         """
-        role, content = turns[i]
-        if not content.strip():
-            return 0, 0
-        here, there = _characters(text), _characters(self._written([*turns[:i], (role, SIGN), *turns[i + 1 :]]))
+        here, there = _characters(text), _characters(self._written([*turns[:i], other, *turns[i + 1 :]]))
         start = common_prefix_length(here, there)
         end = len(here) - min(common_suffix_length(here, there), len(here) - start, len(there) - start)
-        last = text.rfind(content.strip(), start, end)
-        return (start, end) if last < 0 else (last, last + len(content.strip()))
+        last = text.rfind(own.strip(), start, end)
+        return (start, end) if last < 0 else (last, last + len(own.strip()))
 
     def _tokens(self, text: str) -> tuple[IntArray, IntArray]:
         """[n] int32 token ids of a rendered text, and [n, 2] int32 the characters from start to end of each token.
@@ -128,51 +180,122 @@ class PromptTemplate:
         something else. Where a part of an answer is missing, the template is given a sign to write in its place, and
         the answer is put where the sign stands. An answer whose sign the template does not write either stays cut.
         """
+        turns = self.fitted(turns)
         text = self._rendered(turns)
-        if not any(content.strip() in text for role, content in turns if role == "user"):
+        if not any(turn.content.strip() in text for turn in turns if turn.role == "user"):
             raise InputError("the model's chat template does not write what the user says: give it another template")
-        cut = [i for i, (role, answer) in enumerate(turns) if role == "assistant" and answer.strip() not in text]
-        if not cut:
+        whole = {i: self._whole(turn) for i, turn in enumerate(turns) if turn.role == "assistant"}
+        signs = {i: f"{SIGN}{i}{SIGN}" for i, answer in whole.items() if answer not in text}
+        if not signs:
             return text
-        signs = {i: f"{SIGN}{i}{SIGN}" for i in cut}
-        signed = self._rendered([(role, signs.get(i, content)) for i, (role, content) in enumerate(turns)])
+        signed = self._rendered(
+            [replace(turn, content=signs[i], reasoning="") if i in signs else turn for i, turn in enumerate(turns)]
+        )
         if any(signed.count(sign) != 1 for sign in signs.values()):
             return text
         for i, sign in signs.items():
-            signed = signed.replace(sign, turns[i][1].strip())
+            signed = signed.replace(sign, whole[i])
         return signed
+
+    @cached_property
+    def _thoughts(self) -> Thoughts | None:
+        """How the template writes thoughts; None where it does not."""
+        asked, replied, asked_again, thought, reply = (f"{SIGN}{i}{SIGN}" for i in range(5))
+        before = [Turn("user", asked), Turn("assistant", replied), Turn("user", asked_again)]
+        try:
+            text = self._rendered([*before, Turn("assistant", reply, thought)], has_key=True)
+        except InputError:
+            text = ""
+        if thought in text and reply in text.partition(thought)[2]:
+            between = text.partition(thought)[2].partition(reply)[0]
+            mark = _THOUGHT_MARK.search(text.partition(thought)[0])
+            return Thoughts(True, mark[0] if mark else "", between, mark is not None)
+        template = str(self._chat_template)
+        return Thoughts(False, "<think>\n", "\n</think>\n\n") if "</think>" in template else None
+
+    def _whole(self, turn: Turn) -> str:
+        return turn.content.strip() if self._thoughts is None else self._thoughts.whole(turn)
+
+    def _fit(self, turns: Sequence[Turn]) -> Fit:
+        """The least change with which the template writes all of a conversation; else, with which it writes any."""
+        shape = fitting.signed(turns, SIGN)
+        if shape not in self._fits:
+            second = None
+            for fit in fitting.fits(shape):
+                changed = fit.apply(shape)
+                try:
+                    text = self._rendered(changed)
+                except InputError:
+                    continue
+                second = second or fit
+                thoughts_lost = self._thoughts is None and any(turn.reasoning for turn in changed)
+                if fitting.written(changed, text) and not thoughts_lost:
+                    self._fits[shape] = fit
+                    break
+            else:
+                self._fits[shape] = second or Fit()
+        return self._fits[shape]
+
+    def _dated(self, tools: list[Any] | None = None) -> str:
+        """The tokenizer's chat template, with a fixed date; some tokenizers have another one for tools."""
+        try:
+            return FIXED_DATE + str(self.tokenizer.get_chat_template(tools=tools))
+        except ValueError as error:  # several templates, none of them the default
+            raise InputError(f"the model's tokenizer does not say which chat template to use: {error}") from error
+
+    @cached_property
+    def _tool_template(self) -> str:
+        return self._dated([])
 
     def _shows_questions(self, *, in_parts: bool = False) -> bool:
         self._in_parts = in_parts
         try:
-            return SIGN in self._rendered([("user", SIGN)])
+            return SIGN in self._rendered([Turn("user", SIGN)])
         except InputError:
             return False
 
-    def _rendered(self, turns: Sequence[Turn]) -> str:
-        messages: list[Any] = [
-            {"role": role, "content": [{"type": "text", "text": text}] if self._in_parts else text}
-            for role, text in turns
-        ]
+    def _rendered(self, turns: Sequence[Turn], *, has_key: bool | None = None) -> str:
+        """The conversation as the chat template writes it; has_key: thoughts are in a key, whatever is known of it."""
+        if has_key is None and any(turn.reasoning for turn in turns):
+            has_key = self._thoughts is not None and self._thoughts.has_key
+        spoken = [turn for turn in turns if turn.role != "tools"]
+        tools = [tool for turn in turns if turn.role == "tools" for tool in json.loads(turn.content)]
+        if not has_key:
+            spoken = [
+                replace(turn, content=self._whole(turn), reasoning="") if turn.reasoning else turn for turn in spoken
+            ]
+        messages = messages_of(spoken)
+        for message, turn in zip(messages, spoken, strict=True):
+            if turn.reasoning:
+                # Templates differ in the name of the key, and each reads one of them.
+                message |= dict.fromkeys(REASONING_KEYS, turn.reasoning)
+            if self._in_parts:
+                message["content"] = [{"type": "text", "text": turn.content}]
         try:
             return str(
                 self.tokenizer.apply_chat_template(
                     messages,
-                    add_generation_prompt=turns[-1][0] != "assistant",
-                    chat_template=self._chat_template,
+                    tools=tools or None,
+                    add_generation_prompt=not spoken or spoken[-1].role != "assistant",
+                    chat_template=self._tool_template if tools else self._chat_template,
                     tokenize=False,
                     date_string=TEMPLATE_DATE,
                 )
             )
         except Exception as error:  # a template is a program: jinja2's errors, but also TypeError and the like
-            roles = ", ".join(role for role, _ in turns)
-            raise InputError(f"the model's chat template cannot render turns of {roles}: {error}") from error
+            roles = ", ".join(turn.role for turn in spoken)
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise InputError(
+                f"the model's chat template cannot render turns of {roles}: {reason}; leave out rows with such turns, "
+                "or give the tokenizer another template"
+            ) from error
 
 
 def plain_text(turns: Sequence[Turn]) -> str:
     """Question and answer text for models without a chat template; it ends with "Answer:" where the answer is due."""
     forms = {"user": "Question: {}\nAnswer:", "assistant": " {}\n\n"}
-    return "".join(forms.get(role, "{}\n\n").format(text) for role, text in turns).rstrip("\n")
+    texts = ((turn.role, "\n\n".join(filter(None, [turn.reasoning, turn.text]))) for turn in turns)
+    return "".join(forms.get(role, "{}\n\n").format(text) for role, text in texts).rstrip("\n")
 
 
 def token_owners(offsets: IntArray, text: str, spans: Sequence[tuple[int, int]]) -> IntArray:

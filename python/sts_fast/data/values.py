@@ -8,6 +8,7 @@ import math
 import re
 from typing import Any
 
+from sts_fast.data.tables import Row
 from sts_fast.errors import InputError, UnusableRow
 
 # KTO's labels, in the spellings of files.
@@ -19,6 +20,8 @@ BAD = ("false", "0", "0.0", "-1", "no", "n", "f", "bad", "undesirable", "undesir
 _ARRAY = re.compile(r"array\((\[.*?\])(?:,\s*dtype=[^)]*)?\)", re.DOTALL)
 _QUOTED = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 _PRINTED = re.compile(rf"\[\s*{_QUOTED}(?:\s+{_QUOTED})*\s*\]")
+
+ABSENT = object()
 
 
 def encodable(value: object, where: str, name: str) -> str:
@@ -151,3 +154,26 @@ def each_answer(value: Any) -> list[Any]:
     if isinstance(value, dict):
         value = next((value[key] for key in ("input_text", "texts", "text") if isinstance(value.get(key), list)), None)
     return [answer_value(item) for item in value] if isinstance(value, list) else []
+
+
+def lookup(row: Row, field: str) -> Any:
+    """A column, or a field inside a struct column by dotted name; `ABSENT` where there is none."""
+    value: Any = row
+    if field in row:
+        return row[field]
+    for part in field.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return ABSENT
+        value = value[part]
+    return value
+
+
+def without_margin(text: str) -> str:
+    """Without blank lines around it; code keeps the indentation of its first line."""
+    text = re.sub(r"\A(?:[^\S\n]*\n)+", "", text).rstrip()
+    return text[1:] if re.match(r" \S", text) else text
+
+
+def words_of(text: str) -> str:
+    """The text with one blank between words."""
+    return " ".join(text.split())

@@ -15,6 +15,7 @@ from sts_fast.data.examples import Example
 from sts_fast.data.options import Option
 from sts_fast.data.prompts import build_prompts
 from sts_fast.data.sets import Drawing, DrawingOptions, Fields, FieldsOptions, Limit, Sets, Source, check_enough
+from sts_fast.data.turns import messages_of
 from sts_fast.errors import InputError
 from sts_fast.files import Document
 from sts_fast.forecast.estimators import SIZES
@@ -148,12 +149,10 @@ class Mixture:
         validate_mix(content)
         with files.atomic_path(folder / MIXED_FILE) as path, path.open("w", encoding="utf-8") as lines:
             for name, example in self.examples:
-                turns = [*example.context, ("user", example.question), ("assistant", example.answer)]
-                row = {
-                    "id": example.id,
-                    "set": name,
-                    "messages": [{"role": role, "content": text} for role, text in turns],
-                }
+                turns = [turn for turn in (*example.turns, example.reply) if turn is not None]
+                tools = [json.loads(turn.content) for turn in turns if turn.role == "tools"]
+                messages = messages_of([turn for turn in turns if turn.role != "tools"])
+                row = {"id": example.id, "set": name, "messages": messages} | ({"tools": tools[0]} if tools else {})
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
         with files.atomic_path(folder / MIX_FILE) as path:
             path.write_text(files.to_json(content), encoding="utf-8")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 SINK_NORM_RATIO = 10.0
 # With these in its config, a layer's output depends on the number of layers: the model is loaded whole.
 DEPTH_OPTIONS = ("scale_depth", "num_kv_shared_layers")
+# Where a processor's chat template is, beside a tokenizer that has none.
+PROCESSOR_TEMPLATE_FILE = "chat_template.json"
 
 
 class _Reached(Exception):
@@ -380,11 +383,20 @@ def load_config(source: str | Path) -> PretrainedConfig:
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """A model's tokenizer, from a local folder or the hub. Raises InputError where there is none."""
+    """A model's tokenizer, from a local folder or the hub. Raises InputError where there is none.
+
+    Models of images and text may keep their chat template with the processor, as chat_template.json.
+    """
     from transformers import AutoTokenizer
+    from transformers.utils.hub import cached_file
 
     with _loading(source):
-        return AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        if tokenizer.chat_template is None:
+            with suppress(OSError):  # there is no such file
+                path = Path(str(cached_file(source, PROCESSOR_TEMPLATE_FILE)))
+                tokenizer.chat_template = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
+        return tokenizer
 
 
 @contextmanager

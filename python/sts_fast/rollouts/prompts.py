@@ -35,7 +35,10 @@ class Rendering:
         tokenizer = template.tokenizer
         marks = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         self.marks = sorted((marks | set(tokenizer.all_special_tokens)) - {""}, key=len, reverse=True)
-        shapes: list[list[Turn]] = [[("user", SIGN)], [("system", SIGN_OF_SYSTEM), ("user", SIGN)]]
+        shapes: list[list[Turn]] = [
+            [Turn("user", SIGN)],
+            [Turn("system", SIGN_OF_SYSTEM), Turn("user", SIGN)],
+        ]
         rendered = [text for turns in shapes if (text := self._rendered(turns))]
         forms = [form(text) for of in (rendered, map(self._unmarked, rendered)) for text in of]
         self._forms = [pattern for pattern in forms if pattern is not None]
@@ -48,9 +51,9 @@ class Rendering:
             for pattern in self._forms:
                 if (match := pattern.fullmatch(text)) and match["user"]:
                     parts = match.groupdict()
-                    system = [("system", parts["system"])] if parts.get("system") else []
-                    return (*system, ("user", parts["user"]))
-        return (("user", prompt.strip()),) if self.template.is_chat else None
+                    system = [Turn("system", parts["system"])] if parts.get("system") else []
+                    return (*system, Turn("user", parts["user"]))
+        return (Turn("user", prompt.strip()),) if self.template.is_chat else None
 
     def prompt_ids(self, prompt: str | tuple[Turn, ...]) -> IntArray:
         """[n] int32 token ids of a prompt, ready for a completion. Raises InputError as PromptTemplate.token_ids."""
@@ -176,9 +179,9 @@ def _completion_prompt(row: Rollout, name: str, rendering: Rendering) -> Prompt 
 
 def _query_of(row: Rollout, rendering: Rendering) -> Example:
     """The prompt of a rollout as an example without answer: its last question, and the turns before it."""
-    turns = rendering.turns(row.prompt) or (("user", str(row.prompt).strip()),)
-    at = max(i for i, (role, _) in enumerate(turns) if role == "user")
-    return Example(str(row.group + 1), turns[at][1], None, tuple(turns[:at]))
+    turns = rendering.turns(row.prompt) or (Turn("user", str(row.prompt).strip()),)
+    at = max(i for i, turn in enumerate(turns) if turn.role == "user")
+    return Example(str(row.group + 1), turns[at].content, None, tuple(turns[:at]), tuple(turns[at + 1 :]))
 
 
 @dataclass(frozen=True)

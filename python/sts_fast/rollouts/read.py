@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 
 from sts_fast import files
-from sts_fast.data.examples import ABSENT, lookup
 from sts_fast.data.options import Option
+from sts_fast.data.rendered import undone
 from sts_fast.data.tables import KINDS, Row, exists, file_rows, listdir, suffix_of
-from sts_fast.data.turns import Turn, chatml_turns, is_turns, parsed_turns
-from sts_fast.data.values import encodable, is_missing, kind_of
+from sts_fast.data.turns import Turn, is_turns, messages_of, parsed_turns
+from sts_fast.data.values import ABSENT, encodable, is_missing, kind_of, lookup
 from sts_fast.errors import InputError, listed
 from sts_fast.signed.objectives import group_advantages, group_spread
 
@@ -72,7 +72,7 @@ class Columns:
 class Rollout:
     """One completion of a policy.
 
-    prompt:     the text that was sent, or turns (role, text), the last of them the user's or a tool's
+    prompt:     the text that was sent, or turns, the last of them the user's or a tool's
     completion: text, without the end-of-text mark where the trainer dropped it; may be empty
     reward:     as the checker gave it; advantage: as the trainer recorded it, if it did
     group:      number of the prompt that it answers, from 0 in order of appearance
@@ -119,9 +119,7 @@ class Rollouts:
         with files.atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
             for row in self.rows:
                 prompt = row.prompt
-                turns = (
-                    prompt if isinstance(prompt, str) else [{"role": role, "content": text} for role, text in prompt]
-                )
+                turns = prompt if isinstance(prompt, str) else messages_of(prompt)
                 known = {"advantage": row.advantage, "truncated": row.truncated}
                 line = {"group": row.group, "prompt": turns, "completion": row.completion, "reward": row.reward}
                 line |= {name: value for name, value in known.items() if value is not None}
@@ -232,7 +230,7 @@ class _RowReader:
         rewards = self._numbers(row, self.rewards, len(completions), where)
         advantages = self._numbers(row, [self.advantage] if self.advantage else [], len(completions), where)
         step, group = (_label(row, name, where) for name in (self.step, self.group))
-        key = (step, group or json.dumps(prompt))
+        key = (step, group or repr(prompt))
         for completion, reward, advantage in zip(completions, rewards, advantages, strict=True):
             known = reward if self.rewards else advantage
             if known is None:
@@ -295,19 +293,20 @@ class _RowReader:
             turns = parsed_turns(value, where)
         elif isinstance(value, str):
             text = encodable(value, where, self.prompt)
-            if not text.lstrip().startswith("<|im_start|>"):
+            rendered = undone(text, where) if text.lstrip().startswith("<|im_start|>") else None
+            if rendered is None:
                 return text, ""
-            turns, begun = chatml_turns(text.strip(), where)
+            turns, begun = rendered
         else:
             raise InputError(
                 f"{where} contains {kind_of(value)} in {self.prompt!r}; name a column of text or messages with "
                 "--prompt-field"
             )
-        if not any(role == "user" and text.strip() for role, text in turns):
+        if not any(turn.role == "user" and turn.content.strip() for turn in turns):
             raise InputError(
                 f"{where} has a prompt without a user turn, or an empty one; every prompt needs text from the user"
             )
-        if turns[-1][0] == "assistant":
+        if turns[-1].role == "assistant":
             raise InputError(
                 f"{where} has a prompt that ends with a reply; its completion must be the reply, in a column of its own"
             )
@@ -328,11 +327,11 @@ class _RowReader:
                     "with --completion-field"
                 )
             turns = parsed_turns(completion, where)
-            if turns and turns[-1][0] != "assistant":
+            if turns and turns[-1].role != "assistant":
                 raise InputError(
-                    f"{where} has a completion that ends with a turn of the {turns[-1][0]}; it must end with a reply"
+                    f"{where} has a completion that ends with a turn of the {turns[-1].role}; it must end with a reply"
                 )
-            completions.append((tuple(turns[:-1]), turns[-1][1]) if turns else ((), ""))
+            completions.append((tuple(turns[:-1]), turns[-1].text) if turns else ((), ""))
         return completions
 
     def _numbers(self, row: Row, names: Sequence[str], n: int, where: str) -> list[float | None]:
@@ -387,4 +386,4 @@ def _truncated(row: Row, where: str) -> bool | None:
 
 
 def _turns_of(prompt: Prompt) -> tuple[Turn, ...]:
-    return (("user", prompt),) if isinstance(prompt, str) else prompt
+    return (Turn("user", prompt),) if isinstance(prompt, str) else prompt

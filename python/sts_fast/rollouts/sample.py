@@ -17,7 +17,6 @@ from sts_fast.data.options import Option, part
 from sts_fast.data.prompts import Tell
 from sts_fast.data.sets import Drawing, DrawingOptions
 from sts_fast.data.template import PromptTemplate
-from sts_fast.data.turns import Turn
 from sts_fast.errors import InputError
 from sts_fast.model.packing import check_vocabulary
 from sts_fast.model.session import Loading, LoadingOptions, Purpose, Reading, Session
@@ -101,14 +100,15 @@ def sample_rollouts(
         tokenizer=tokenizer, purpose=Purpose(whole=True, needs=[("sampling", "a model")]),
     )  # fmt: skip
     template, whole = PromptTemplate(session.tokenizer), session.whole
-    conversations: list[tuple[Turn, ...]] = [(*example.context, ("user", example.question)) for example in examples]
+    conversations = [example.turns for example in examples]
     ids = [template.token_ids(turns) for turns in conversations]
     check_vocabulary(whole, ids, name=session.name)
     room = _room(whole, examples, [len(prompt_ids) for prompt_ids in ids])
     rows: list[Rollout] = []
     for group, (example, turns) in enumerate(zip(examples, conversations, strict=True)):
         with torch.random.fork_rng():
-            torch.manual_seed(zlib.crc32(f"{completing.seed} {turns}".encode()))
+            said = tuple((turn.role, turn.text) for turn in turns)
+            torch.manual_seed(zlib.crc32(f"{completing.seed} {said}".encode()))
             sampled = _sample(whole, template, ids[group], completing, room[group])
         for text, truncated in sampled:
             reward = _checked(checker, example, text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeGuard, get_args
 
@@ -17,6 +17,7 @@ from sts_fast.data.examples import Example
 from sts_fast.data.prompts import Prompt, PromptSet, prompts_sha256
 from sts_fast.data.sets import Kind
 from sts_fast.data.template import PromptTemplate
+from sts_fast.data.turns import Turn
 from sts_fast.errors import InputError
 from sts_fast.model.hooks import Hook
 from sts_fast.places import split_name
@@ -211,11 +212,22 @@ def read_prompts(path: Path, stored_set: StoredSet) -> list[Prompt]:
 
 def examples_sha256(examples: Sequence[Example]) -> str:
     """SHA-256 of the contents of examples, regardless of their files."""
-    contents = [[example.id, example.context, example.question, example.answer] for example in examples]
+    contents = [
+        [
+            *(example.id, [*map(_known, example.context)], example.question, example.answer),
+            *map(_known, example.steps),
+            *filter(None, (example.reasoning, [*map(str, example.tool_calls)])),
+        ]
+        for example in examples
+    ]
     return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+
+
+def _known(turn: Turn) -> list[Any]:
+    return [turn.role, turn.content, *(value for value in astuple(turn)[2:] if value)]
 
 
 def starts_with_bos(template: PromptTemplate) -> bool:
     """True if prompts start with the tokenizer's BOS."""
     bos = template.tokenizer.bos_token_id
-    return bos is not None and template.token_ids([("user", "?")])[:1].tolist() == [bos]
+    return bos is not None and template.token_ids([Turn("user", "?")])[:1].tolist() == [bos]
