@@ -141,7 +141,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], str, str | None]] = {
     ),
     "Option 1": ({"Question": "Q?", "Option 1": "x", "Option 2": "y", "Answer": 1}, "Q?\nA. x\nB. y", "A"),
     "letter in brackets": ({"question": "Q?", "options": FOUR, "answer": "(c)"}, f"Q?\n{LINES}", "C"),
-    "letter that is another option too": ({"question": "Q?", "options": ["B", "A"], "answer": "A"}, "Q?\nA. B\nB. A", "A"),
+    "letter and option": ({"question": "Q?", "options": ["B", "A"], "answer": "A"}, "Q?\nA. B\nB. A", "A"),
     "option that is a negative number": (
         {"question": "Q?", "options": ["-1", "2"], "answer": -1},
         "Q?\nA. -1\nB. 2",
