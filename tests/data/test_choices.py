@@ -141,6 +141,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], str, str | None]] = {
     ),
     "Option 1": ({"Question": "Q?", "Option 1": "x", "Option 2": "y", "Answer": 1}, "Q?\nA. x\nB. y", "A"),
     "letter in brackets": ({"question": "Q?", "options": FOUR, "answer": "(c)"}, f"Q?\n{LINES}", "C"),
+    "letter and option": ({"question": "Q?", "options": ["B", "A"], "answer": "A"}, "Q?\nA. B\nB. A", "A"),
     "option that is a negative number": (
         {"question": "Q?", "options": ["-1", "2"], "answer": -1},
         "Q?\nA. -1\nB. 2",
@@ -242,10 +243,6 @@ def test_numbers_are_texts_of_options_where_one_can_be_nothing_else(tmp_path: Pa
     [
         ({"question": "Q?", "options": ["x", "y"], "answer": "E"}, "the answer 'E' in 'answer', but the options A, B"),
         ({"question": "Q?", "choices": ["x", "y"], "answer": 7}, "the answer 7 in 'answer', but 2 options"),
-        (
-            {"question": "Q?", "choices": ["B", "A"], "answer": "A"},
-            "the answer 'A' in 'answer', a label and another option's text",
-        ),
         ({"question": "Q?", "options": ["x", "y"], "answer": [0, 1]}, "several numbers of options in 'answer'"),
         ({"question": "Q?", "opa": "x", "opb": "", "opc": "z", "cop": 0}, "an empty option in 'opb'"),
         ({"question": "Q?", "choices": ["x", None, "y"], "answer": 0}, "an empty option in 'choices'"),

@@ -157,11 +157,7 @@ class Choices:
         text = encodable(value, where, column).strip()
         if not self.labels:
             return text
-        both = text in self.labels and text in self.texts and self.labels.index(text) != self.texts.index(text)
-        if both and not is_index:
-            raise UnusableRow(
-                where, f"the answer {text!r} in {column!r}, a label and another option's text", "correct it"
-            )
+        # A letter is a label even where another option's text is that letter (MMLU-Pro has such a row).
         by_label = {label.upper(): label for label in self.labels}
         if isinstance(value, str) and text.upper() in by_label and (text in self.labels or text not in self.texts):
             return by_label[text.upper()]
