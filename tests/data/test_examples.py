@@ -339,7 +339,10 @@ def test_unusable_file(tmp_path: Path, name: str, data: bytes, message: str) -> 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=5)
 COLUMNS = ("question", "prompt", "messages", "conversations", "instruction", "input", "chosen", "answer", "completion")
 NAMES = st.sampled_from(
-    (*COLUMNS, "options", "history", "system", "label", "category", "id", "role", "content", "from")
+    (
+        *(*COLUMNS, "options", "history", "system", "label", "category", "id", "role", "content", "from"),
+        *("tools", "images", "text", "tool_calls", "function_call", "name", "arguments", "reasoning", "human"),
+    )
 )
 VALUES = st.recursive(
     SCALARS | st.sampled_from(["user", "assistant"]),

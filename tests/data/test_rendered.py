@@ -199,6 +199,17 @@ def test_rendered_rows_are_questions_and_answers(tmp_path: Path) -> None:
         assert (example.question, example.answer) == (expected.question, expected.answer), row
 
 
+def test_question_that_quotes_a_conversation_is_asked_whole(tmp_path: Path) -> None:
+    for text in (
+        "Human: Why?\n\nAssistant: So.\n\nIs that reply helpful?",
+        "User: Why?\nAssistant: So.",
+        "### Instruction:\nWhy?\n\n### Response:\nSo.\n\nIs that response right?",
+    ):
+        assert read(tmp_path, {"question": text, "answer": "no"}) == [Example("1", text, "no")]
+    asked = read(tmp_path, {"prompt": "Human: Why?\n\nAssistant: So.\n\nHuman: How?\n\nAssistant:", "completion": "no"})
+    assert asked == [Example("1", "How?", "no", (Turn("user", "Why?"), Turn("assistant", "So.")))]
+
+
 def test_thought_that_a_prompt_opens_is_no_answer(tmp_path: Path) -> None:
     row = {"text": "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n<think>\n"}
     assert read(tmp_path, row) == [Example("1", "Who?", None)]
@@ -212,6 +223,8 @@ def test_text_that_holds_the_answer_of_another_column_too_is_answered_once(tmp_p
 def test_reply_that_a_prompt_begins_is_continued(tmp_path: Path) -> None:
     row = {"prompt": "<start_of_turn>user\nWho?<end_of_turn>\n<start_of_turn>model\nI am", "completion": " a model."}
     assert read(tmp_path, row) == [Example("1", "Who?", "I am a model.")]
+    row = {"prompt": "<｜User｜>Who?<｜Assistant｜><think>", "completion": "hm</think>Me."}
+    assert read(tmp_path, row) == [Example("1", "Who?", "<think>hm</think>Me.")]
 
 
 @pytest.mark.skipif(not CASES.is_dir(), reason="the cases are not beside the checkout")

@@ -159,6 +159,9 @@ def test_demonstrations_keep_the_reasoning_that_a_template_drops_from_earlier_tu
     turns = [Turn("user", "What is 2 + 2?"), THOUGHTFUL, Turn("user", "And 3 + 3?")]
     assert "<think>\ntwo and two\n</think>\n\nIt is four.<|im_end|>" in real("qwen3").text(turns)
     assert "<think>\ntwo and two\n</think>\n\nIt is four." in real("deepseek_r1_distill").text(turns)
+    # In place of the empty thought that this template writes in earlier turns.
+    assert "<|assistant|>\n<think>two and two</think>\nIt is four." in real("glm4moe").text(turns)
+    assert "<|im_start|>assistant\n<think>\ntwo and two\n</think>\nIt is" in real("nemotron_3_nano").text(turns)
     demo = Example("d", "What is 2 + 2?", "It is four.", reasoning="two and two")
     query = Example("q", "And 3 + 3?", None)
     assert build_prompts("set", [query], real("qwen3"), demos=[demo]).warnings == ()
@@ -196,6 +199,14 @@ def test_template_that_asks_for_ids_of_nine_characters_gets_them() -> None:
     assert template.text(turns).count("000000000") == template.text(turns).count("000000001") == 2
     assert template.notes(turns) == (NOTES["numbered_calls"],)
     assert "abcdefghi:get_weather" in template.text(CALLING)
+
+
+def test_tokenizer_with_a_template_for_tools_takes_it_where_there_are_tools() -> None:
+    tokenizer = byte_tokenizer(CHATML)
+    tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ tools | tojson }}" + CHATML}
+    template = PromptTemplate(tokenizer)
+    assert template.text([Turn("user", "Why?")]) == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    assert template.text([TOOLS, Turn("user", "Why?")]).startswith('[{"type": "function"')
 
 
 def test_system_turn_joins_the_first_question_of_a_template_that_refuses_it() -> None:

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny import Tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sts_fast
 from sts_fast import InputError
@@ -105,6 +106,22 @@ def test_columns_are_named_as_the_file_names_them(tiny: Tiny, tmp_path: Path) ->
     assert train.first == "Two numbers are given.\n\nWhat is 0 + 0?\nA. 1\nB. 2"
     assert planned.sets[1].columns == {"id": ["id"], "question": ["question"], "answer": ["answer"]}
     json.dumps(planned.to_dict())
+
+
+def test_what_the_chat_template_does_not_write_is_known_before_the_first_pass(tiny: Tiny) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny.model)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    thought = [replace(example, reasoning="hm") for example in sts_fast.load_examples(tiny.train)]
+    planned = sts_fast.plan(
+        model=AutoModelForCausalLM.from_pretrained(tiny.model),
+        tokenizer=tokenizer,
+        sae=tiny.saes["topk"],
+        trains={"train": thought},
+        domains=tiny.domains,
+        top_n=5,
+    )
+    note = "does not write the assistant's reasoning: it is left out"
+    assert [note in " ".join(planned_set.warnings) for planned_set in planned.sets] == [True, False, False]
 
 
 def test_examples_in_memory_have_no_columns(tiny: Tiny) -> None:

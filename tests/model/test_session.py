@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 from tiny import LAYER, Tiny
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sts_fast import InputError, load_sae
+from sts_fast.data.turns import Turn
 from sts_fast.model.session import Purpose, Reading, Session, open_sae
 from sts_fast.model.stored.index import INDEX_FILE
 
@@ -50,3 +53,32 @@ def test_an_sae_is_read_where_and_as_asked(tiny: Tiny) -> None:
         open_sae(path, Reading(), 100_000)
     with pytest.raises(InputError, match="--batch-tokens must be at least 1, not 0"):
         Reading(batch_tokens=0)
+
+
+@pytest.mark.parametrize("name", ["chat_template.json", "chat_template.jinja"])
+def test_chat_template_beside_the_tokenizer_is_read(tiny: Tiny, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.model, folder)
+    assert not Session.open(folder, [], purpose=Purpose()).template.is_chat
+    chat = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
+    (folder / name).write_text(json.dumps({"chat_template": chat}) if name.endswith("json") else chat)
+    template = Session.open(folder, [], purpose=Purpose()).template
+    assert template.text([Turn("user", "Why?")]) == "[user] Why? "
+
+
+def test_broken_chat_template_of_a_processor_is_told_in_one_line(tiny: Tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.model, folder)
+    (folder / "chat_template.json").write_text("{")
+    with pytest.raises(InputError, match=r"cannot load the model .*model: Expecting property name"):
+        Session.open(folder, [], purpose=Purpose()).template  # noqa: B018
+
+
+def test_chat_template_of_the_tokenizer_comes_before_that_of_a_processor(tiny: Tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.model, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} own {% endfor %}"
+    tokenizer.save_pretrained(folder)
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "other"}))
+    assert Session.open(folder, [], purpose=Purpose()).template.text([Turn("user", "Why?")]) == "Why? own "

@@ -216,6 +216,8 @@ def test_prompts_logged_as_rendered_are_told_from_their_template(tiny: Tiny, pro
     assert rendering.turns(prompt) == (Turn("system", "Be short."), Turn("user", "What is 1 + 1?"))
     assert rendering.turns("user\nWhat is 1 + 1?\nassistant") == (Turn("user", "What is 1 + 1?"),)
     assert rendering.turns("What is 1 + 1?") == (Turn("user", "What is 1 + 1?"),)
+    other = "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    assert rendering.turns(other) == (Turn("user", "Hi"),)
     # Without a template, a text that is no question is sent as it stands.
     plain = Rendering(PromptTemplate(AutoTokenizer.from_pretrained(tiny.model), prepend_bos=True))
     assert plain.turns("Once upon a time") is None

@@ -181,6 +181,10 @@ MALFORMED: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "a turn of an unknown role": (rows({**GOOD, "prompt": [{"role": "me", "content": "Q"}]}), "unknown role 'me'"),
     "a prompt that ends with the reply": (rows({**GOOD, "prompt": user("Q") + reply("A")}), "ends with a reply"),
+    "reasoning apart from the completion": (
+        rows({**GOOD, "completion": [{"role": "assistant", "content": "A", "reasoning_content": "hm"}]}),
+        "reasoning is apart from its text; give the completion as it was sampled",
+    ),
     "a completion that ends with the user": (rows({**GOOD, "completion": user("A")}), "turn of the user"),
     "a completion that is an object": (rows({**GOOD, "completion": {"text": "A"}}), "an object in 'completion'"),
     "a reward in words": (rows(GOOD, {**GOOD, "reward": "good"}), "row 2 contains 'good' in 'reward'"),

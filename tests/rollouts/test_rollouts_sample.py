@@ -62,7 +62,7 @@ def test_a_questions_completions_depend_on_it_and_the_seed_alone(tiny: Tiny, tmp
         assert again.group_of.tolist() == found.group_of.tolist()
         assert [row.truncated for row in again.rows] == [row.truncated for row in found.rows]
         assert all(row.reward == len(row.completion) / 10 for row in found.rows)
-        return [(row.prompt[-1][1], row.completion, row.truncated) for row in found.rows]
+        return [(row.prompt[-1].content, row.completion, row.truncated) for row in found.rows]
 
     state = torch.get_rng_state()
     all_three = sampled(QUESTIONS)

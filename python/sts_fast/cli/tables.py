@@ -174,6 +174,8 @@ def print_outlook(outlook: Outlook, *, as_json: bool) -> None:
         lines += [f"not read: {', '.join(planned.unread)}"] if planned.unread else []
         lines += [f"{n:,} rows with {reason} are left out" for reason, n in (planned.left_out or {}).items()]
         out.print("; ".join(lines), highlight=False, markup=False, soft_wrap=True)
+    for warning in dict.fromkeys(warning for planned in outlook.sets for warning in planned.warnings):
+        err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     cost = outlook.cost
     whole = f", and {cost.n_answer_tokens:,} tokens through the whole model" if cost.n_answer_tokens else ""
     out.print(

@@ -317,10 +317,10 @@ class _RowReader:
 
     def _example(self, row: Row, fields: Row, where: str, default_id: str) -> tuple[Example, Numbered | None]:
         choices, number = Choices.of(fields, where), None
-        turns, begun = self._turns(row, fields, where, choices)
         reply = self._reply(row, fields, where, choices)
         if isinstance(reply, Numbered):
             number, reply = reply, [Turn("assistant", reply.text)]
+        turns, begun = self._turns(row, fields, where, choices, reply[-1].content if reply else "")
         if any(turn.role == "user" for turn in reply):
             turns = reply  # preference data whose chosen side is the whole conversation
         elif begun and (reply or begun.strip() != "<think>"):
@@ -364,7 +364,7 @@ class _RowReader:
         self.n_bad += not good
         return good
 
-    def _turns(self, row: Row, fields: Row, where: str, choices: Choices | None) -> tuple[list[Turn], str]:
+    def _turns(self, row: Row, fields: Row, where: str, choices: Choices | None, reply: str) -> tuple[list[Turn], str]:
         """The conversation that the question column holds, and how it makes the reply begin, which is rare."""
         name = self.question_field or self.question_column
         value = fields.get(name) if self.question_field is None else lookup(row, name)
@@ -380,7 +380,7 @@ class _RowReader:
         if not isinstance(value, str):
             raise UnusableRow(where, f"{kind_of(value)} in {name!r}", "name a column of text with --question-field")
         question = encodable(value, where, name).strip()
-        if (rendered := undone(question, where)) is not None:
+        if (rendered := undone(question, where, reply)) is not None:
             return rendered
         question = self._about(question, canonical(name), fields, where)
         if choices is not None:

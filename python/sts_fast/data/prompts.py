@@ -173,20 +173,19 @@ def build_prompts(
         n_unanswered,
         (
             *_lost_answers(name, demos, demo_turns, template),
-            *_changes(name, asked, demos, template),
+            *changes(name, [(*example.turns, example.reply) for example in (*asked, *demos)], template),
             *_marks(name, asked, template),
         ),
     )
 
 
-def _changes(name: str, asked: Sequence[Example], demos: Sequence[Example], template: PromptTemplate) -> list[str]:
-    """Warnings of what had to be changed in conversations because the chat template does not write it."""
-    conversations = [(*example.turns, example.reply) for example in (*asked, *demos)]
+def changes(name: str, conversations: Sequence[Sequence[Turn | None]], template: PromptTemplate) -> tuple[str, ...]:
+    """Warnings of what is changed in the conversations of a set because the chat template does not write it."""
     counts = Counter(note for turns in conversations for note in template.notes([turn for turn in turns if turn]))
-    return [
+    return tuple(
         f"the model's chat template {note} ({count} of {len(conversations)} conversations of '{name}')"
         for note, count in counts.items()
-    ]
+    )
 
 
 def _marks(name: str, asked: Sequence[Example], template: PromptTemplate) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sts_fast.data.turns import ROLES, Turn, parsed_turns
@@ -21,7 +22,7 @@ class Layout:
 
     header: pattern of the start of a turn, with a group `role`, and perhaps `channel` and `recipient`
     end:    pattern of what closes a turn
-    needs:  pattern that a text must contain too, where people write such headers themselves; else ""
+    needs:  pattern that a text must contain too, where people write such headers themselves as well; else ""
     before: pattern of the text before the first header, which is the system turn
     """
 
@@ -52,8 +53,7 @@ _LAYOUTS = (
     Layout(  # DeepSeek, whose system turn has no header
         r"<[｜|](?P<role>User|Assistant)[｜|]>",
         r"<｜end▁of▁sentence｜>",
-        rf"\A(?:<｜begin|{_START}<[｜|]User)",
-        r"[^<]*",
+        before=r"(?:(?<=<｜begin▁of▁sentence｜>)[^<]*)?",
     ),
     Layout(  # Alpaca
         r"^#{2,3} ?(?P<role>System|Instruction|Input|Response):[ \t]*", _END, r"^#{2,3} ?Response:", r".*?"
@@ -82,24 +82,37 @@ _SYS = re.compile(r"\s*<<SYS>>\s*(.*?)\s*<</SYS>>\s*", re.DOTALL)
 _SYSTEM_PROMPT = r"\[SYSTEM_PROMPT\](.*?)\[/SYSTEM_PROMPT\]"
 
 
-def undone(text: str, where: str) -> tuple[list[Turn], str] | None:
+def undone(text: str, where: str, reply: str = "") -> tuple[list[Turn], str] | None:
     """The turns of a text that some chat template rendered, None of any other text; `where` names the row in errors.
 
     The second value is what the open last turn makes the assistant begin with; a thought left empty does not count.
-    Only a text that begins with the marks of a template is rendered: one that mentions them is not.
+    Only a text that begins with the marks of a template is rendered: one that mentions them is not. Nor is one that
+    ends with a reply although the row has another one, where its marks are words that people write too: it quotes a
+    conversation.
+
+    reply: that of the row, where it has one apart from the text
     """
     text = text.strip()
     if not _ANY.search(text):
         return None
-    found = _undone_inst(text) or next(filter(None, (_undone_headers(text, layout) for layout in _LAYOUTS)), None)
+    marked, worded = ([layout for layout in _LAYOUTS if bool(layout.needs) == are] for are in (False, True))
+    found = _undone_inst(text) or _first(text, marked)
+    is_worded = found is None
+    found = found or _first(text, worded)
     if found is None:
         return None
     messages, is_open = found
+    if is_worded and is_open and reply.strip() and reply.strip() not in messages[-1]["content"] != "":
+        return None
     for message in messages:
         if message["role"] == "system":
             message["content"] = _OWN.sub("", message["content"])
     begun = _EMPTY_THOUGHT.sub("", messages.pop()["content"]) if is_open else ""
     return parsed_turns(messages, where), begun
+
+
+def _first(text: str, layouts: Iterable[Layout]) -> tuple[list[dict[str, str]], bool] | None:
+    return next(filter(None, (_undone_headers(text, layout) for layout in layouts)), None)
 
 
 def _undone_headers(text: str, layout: Layout) -> tuple[list[dict[str, str]], bool] | None:

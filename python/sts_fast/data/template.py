@@ -194,6 +194,8 @@ class PromptTemplate:
         if any(signed.count(sign) != 1 for sign in signs.values()):
             return text
         for i, sign in signs.items():
+            if whole[i].startswith("<think>"):  # in place of the empty thought that some templates write
+                signed = re.sub(rf"<think>\s*</think>\s*{sign}", sign, signed)
             signed = signed.replace(sign, whole[i])
         return signed
 

@@ -110,6 +110,15 @@ def tools_turn(value: Any, where: str) -> Turn | None:
     return Turn("tools", encodable(json.dumps(schemas, ensure_ascii=False, default=str), where, "tools"))
 
 
+def reasoning_of(fields: Mapping[str, Any], where: str) -> str:
+    """What is written apart from a reply as its reasoning, in a message or in a row; empty where nothing is.
+
+    fields: by key, or by column name in lower case
+    Raises InputError where it is no text.
+    """
+    return next((_reasoning(fields[key], where) for key in REASONING_KEYS if fields.get(key)), "")
+
+
 def split_turns(turns: Sequence[Turn], where: str) -> tuple[list[Turn], str, list[Turn], Turn | None]:
     """(earlier turns, question, steps, reply).
 
@@ -209,7 +218,7 @@ def _turns_of(item: Mapping[str, Any], where: str) -> list[Turn]:
     if role != "assistant":
         tool, call = (str(item.get(key) or "") if role == "tool" else "" for key in ("name", "tool_call_id"))
         return [Turn(role, content, name=tool, tool_call_id=call)]
-    thoughts += [_reasoning(item[key], where) for key in REASONING_KEYS if item.get(key)][:1]
+    thoughts.append(reasoning_of(item, where))
     for key in ("tool_calls", "function_call"):
         calls += _calls(item.get(key), where)
     recipient = str(item.get("recipient") or "")

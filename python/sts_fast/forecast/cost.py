@@ -39,6 +39,7 @@ class PlannedSet:
     columns:  of its files, by role; unread: others that hold text; None for examples in memory
     n_rows:   of its source; left_out: those without an example, by reason; None for examples in memory
     first:    the first question asked
+    warnings: as in PromptSet
     """
 
     name: str
@@ -53,6 +54,7 @@ class PlannedSet:
     n_rows: int | None
     left_out: dict[str, int] | None
     first: str
+    warnings: list[str]
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,7 @@ def _planned(plan: Plan, use: str, kind: Kind, prompt_set: PromptSet, budget: To
         n_rows=None if rows is None else rows.n_rows,
         left_out=None if rows is None else dict(rows.left_out),
         first=examples[0].question if examples else "",
+        warnings=list(prompt_set.warnings),
     )
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sts_fast.data.examples import Example
-from sts_fast.data.prompts import Prompt, PromptSet
+from sts_fast.data.prompts import Prompt, PromptSet, changes
+from sts_fast.data.rendered import undone
 from sts_fast.data.template import SIGN, PromptTemplate, plain_text
 from sts_fast.data.turns import Turn
 from sts_fast.errors import InputError
@@ -53,7 +54,10 @@ class Rendering:
                     parts = match.groupdict()
                     system = [Turn("system", parts["system"])] if parts.get("system") else []
                     return (*system, Turn("user", parts["user"]))
-        return (Turn("user", prompt.strip()),) if self.template.is_chat else None
+        if not self.template.is_chat:
+            return None
+        turns, begun = undone(prompt, "the rollouts") or ([], "")
+        return tuple(turns) if turns and turns[-1].role == "user" and not begun else (Turn("user", prompt.strip()),)
 
     def prompt_ids(self, prompt: str | tuple[Turn, ...]) -> IntArray:
         """[n] int32 token ids of a prompt, ready for a completion. Raises InputError as PromptTemplate.token_ids."""
@@ -149,7 +153,13 @@ def read_completions(
     kept = [chosen[group] for group in sorted(chosen)]
     rows = [i for readable in kept for i, _ in readable]
     return Completions(
-        PromptSet("correlation", [prompt for readable in kept for _, prompt in readable], n_too_long, n_empty),
+        PromptSet(
+            "correlation",
+            [prompt for readable in kept for _, prompt in readable],
+            n_too_long,
+            n_empty,
+            changes("correlation", [_query_of(rollouts.rows[i], rendering).turns for i in rows], rendering.template),
+        ),
         advantages[rows],
         np.repeat(np.arange(len(kept)), [len(readable) for readable in kept]),
     )

@@ -331,6 +331,11 @@ class _RowReader:
                 raise InputError(
                     f"{where} has a completion that ends with a turn of the {turns[-1].role}; it must end with a reply"
                 )
+            if turns and turns[-1].reasoning:
+                raise InputError(
+                    f"{where} has a completion whose reasoning is apart from its text; give the completion as it was "
+                    "sampled, with the reasoning in it"
+                )
             completions.append((tuple(turns[:-1]), turns[-1].text) if turns else ((), ""))
         return completions
 
