@@ -7,11 +7,12 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from sts_fast.data.tables import Row, domain_files, file_rows, train_files
+from sts_fast.data.folders import Origin, Use
+from sts_fast.data.sources import Place, Places, domains_of, origin_of
+from sts_fast.data.tables import Row, Table
 from sts_fast.errors import InputError, listed
 
 Turn = tuple[str, str]
@@ -64,12 +65,14 @@ class Example:
 
 @dataclass(frozen=True)
 class ReadColumns:
-    """Columns of the files of one set, as named there.
+    """Columns of the tables of one set, as named there.
 
+    origin:  the tables
     by_role: those that examples were made of, by 'question', 'options', 'context', 'answer', 'label', 'id', 'category'
     unread:  others that hold text
     """
 
+    origin: Origin = field(default_factory=Origin)
     by_role: dict[str, list[str]] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
 
@@ -79,9 +82,12 @@ class ReadColumns:
 
 
 def load_examples(
-    path: str | Path, *, question_field: str | None = None, answer_field: str | None = None
+    source: Places, *, question_field: str | None = None, answer_field: str | None = None
 ) -> list[Example]:
-    """The examples of one file or folder, in order.
+    """The examples of a training set, in order: of a file, a folder, a data set of the hub, rows in memory, or several.
+
+    source: a path; owner/name[:config[:split]] on the hub; a list of dicts, a data set of `datasets`, a data frame; or
+            a list of any of these, whose rows are one set
 
     What holds the question is decided by the column names of the first row, in any case: conversations
     (`messages`, `conversations`: role/content or from/value), prompt and completion or chosen reply, instruction and
@@ -93,19 +99,19 @@ def load_examples(
 
     Raises InputError, naming the file and the row, for whatever cannot be read as such.
     """
-    return read_examples(path, question_field, answer_field)[0]
+    return read_examples(origin_of(source, "train", "train"), question_field, answer_field)[0]
 
 
 def read_examples(
-    path: str | Path, question_field: str | None = None, answer_field: str | None = None
+    origin: Origin, question_field: str | None = None, answer_field: str | None = None
 ) -> tuple[list[Example], ReadColumns]:
-    """The same, with the columns that they were made of."""
-    rows, columns = _read(train_files(Path(path)), question_field, answer_field, by_category=False)
+    """The examples of one set, with the columns that they were made of."""
+    rows, columns = _read(origin, question_field, answer_field, by_category=False)
     return [example for _, example in rows], columns
 
 
 def load_domains(
-    sources: Sequence[str],
+    sources: Sequence[Place],
     *,
     question_fields: Mapping[str, str] | None = None,
     answer_fields: Mapping[str, str] | None = None,
@@ -114,10 +120,13 @@ def load_domains(
     """Domain name -> its examples, in the order given.
 
     Each source is one of
-    - `name=path`: all of that file or folder is the domain `name` (a path that exists as it stands comes first);
-    - a folder of files: each is a domain, by name, whatever its columns; hidden and other files are ignored;
-    - one file, or a folder written by `datasets`: a column `category`, `subject`, `domain` or `topic` splits it into
-      domains in order of first appearance; without one it is a single domain named after the file.
+    - `name=path`: all of that file or folder is the domain `name` (a path that exists as it stands comes first), and
+      all paths given under that name are;
+    - a folder of files, or of folders: each is a domain, by name, whatever its columns; of its splits `test` is read,
+      else validation, dev, train; hidden and other files are ignored;
+    - one file, one data set in splits or shards, owner/name[:config[:split]] on the hub, or rows in memory: a column
+      `category`, `subject`, `domain` or `topic` splits it into domains in order of first appearance; without one it is
+      a single domain named after the file.
 
     question_fields, answer_fields: file, folder or `name=` name -> column as in `load_examples`; "" stands for all.
     other_names: names that the fields may hold besides those of the sources: of sets that are read elsewhere
@@ -130,27 +139,27 @@ def load_domains(
 
 
 def read_domains(
-    sources: Sequence[str],
+    sources: Sequence[Place],
     question_fields: Mapping[str, str],
     answer_fields: Mapping[str, str],
     other_names: Iterable[str] = (),
+    use: Use = "domain",
 ) -> dict[str, tuple[list[Example], ReadColumns]]:
     """The same, with the columns that each was made of."""
     domains: dict[str, tuple[list[Example], ReadColumns]] = {}
     names = [""]
-    for source in sources:
-        for name, files, by_category in domain_files(source):
-            names.append(name)
-            question_field = question_fields.get(name, question_fields.get(""))
-            answer_field = answer_fields.get(name, answer_fields.get(""))
-            examples_of: dict[str, list[Example]] = {}
-            rows, columns = _read(files, question_field, answer_field, by_category=by_category)
-            for category, example in rows:
-                examples_of.setdefault(name if category is None else category, []).append(example)
-            for domain, examples in examples_of.items():
-                if domain in domains:
-                    raise InputError(f"domain {domain!r} of {source} exists already; name it with NAME=PATH")
-                domains[domain] = examples, columns
+    for name, origin, by_category in domains_of(sources, use):
+        names.append(name)
+        question_field = question_fields.get(name, question_fields.get(""))
+        answer_field = answer_fields.get(name, answer_fields.get(""))
+        examples_of: dict[str, list[Example]] = {}
+        rows, columns = _read(origin, question_field, answer_field, by_category=by_category)
+        for category, example in rows:
+            examples_of.setdefault(name if category is None else category, []).append(example)
+        for domain, examples in examples_of.items():
+            if domain in domains:
+                raise InputError(f"domain {domain!r} of {origin} exists already; name it with NAME=PATH")
+            domains[domain] = examples, columns
     allowed = {*names, *other_names}
     for name in (*question_fields, *answer_fields):
         if name not in allowed:
@@ -159,32 +168,34 @@ def read_domains(
 
 
 def _read(
-    files: Sequence[Path], question_field: str | None, answer_field: str | None, *, by_category: bool
+    origin: Origin, question_field: str | None, answer_field: str | None, *, by_category: bool
 ) -> tuple[list[tuple[str | None, Example]], ReadColumns]:
     """(category, example) of every row; its category is None where no column holds one or none is asked for."""
-    rows, columns, n_before = [], ReadColumns(), 0
-    for path in files:
-        reader = _RowReader(path, question_field, answer_field, by_category=by_category)
+    rows, columns, n_before = [], ReadColumns(origin), 0
+    for table in origin.tables:
+        reader = _RowReader(table, question_field, answer_field, by_category=by_category)
         number = 0
-        for number, key, row in file_rows(path):
+        for number, key, row in table.read():
             if not isinstance(row, dict):
                 raise InputError(
-                    f"{path}: row {number} is {kind_of(row)}; every row must be an object with named fields"
+                    f"{table}: row {number} is {kind_of(row)}; every row must be an object with named fields"
                 )
-            rows.append(reader.read(row, f"{path}: row {number}", key or str(n_before + number)))
+            rows.append(reader.read(row, f"{table}: row {number}", key or str(n_before + number)))
         reader.check_answer_field()
         reader.add_columns(columns)
         n_before += number
     if not n_before:
-        raise InputError(f"{listed(files)} holds no examples; give a file with at least one row")
+        raise InputError(f"{listed(origin.tables)} holds no examples; give a file with at least one row")
     return rows, columns
 
 
 class _RowReader:
-    """Makes examples of the rows of one file; the first row decides where question and category are."""
+    """Makes examples of the rows of one table; the first row decides where question and category are."""
 
-    def __init__(self, path: Path, question_field: str | None, answer_field: str | None, *, by_category: bool) -> None:
-        self.path = path
+    def __init__(
+        self, table: Table, question_field: str | None, answer_field: str | None, *, by_category: bool
+    ) -> None:
+        self.table = table
         self.question_field = question_field
         self.answer_field = answer_field
         self.by_category = by_category
@@ -208,7 +219,7 @@ class _RowReader:
         return self._category(fields, where), self._example(row, fields, where, default_id)
 
     def add_columns(self, columns: ReadColumns) -> None:
-        """Adds those of this file to those of a set, in the file's spelling."""
+        """Adds those of this table to those of a set, in the table's spelling."""
         spelt = {name.strip().lower(): name.strip() for name in self.columns or ()}
         for role in (role for role in ROLES_OF_COLUMNS if role in self.used):
             names = columns.by_role.setdefault(role, [])
@@ -223,7 +234,7 @@ class _RowReader:
 
     def check_answer_field(self) -> None:
         if self.columns is not None and self.answer_field is not None and not self.has_answer_field:
-            raise InputError(f"{self.path} has no field {self.answer_field!r}; its columns are {listed(self.columns)}")
+            raise InputError(f"{self.table} has no field {self.answer_field!r}; its columns are {listed(self.columns)}")
 
     def _choose_columns(self, row: Row, fields: Row) -> None:
         if self.by_category:
@@ -234,8 +245,8 @@ class _RowReader:
             known += ["chosen"] if is_turns(fields.get("chosen")) else []
             if not known:
                 raise InputError(
-                    f"{self.path} has no column known to hold questions among {listed(row)}; "
-                    "name one with --question-field, and its answers with --answer-field"
+                    f"{self.table} has no column known to hold questions among {listed(row)}; "
+                    f"name one with --question-field, and its answers with --answer-field{self.table.header_remedy}"
                 )
             self.question_column = known[0]
 
