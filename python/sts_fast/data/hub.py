@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sts_fast.data.folders import Origin, Use, chosen_split
+from sts_fast.data.folders import Origin, Use, chosen_split, path_origin
 from sts_fast.data.memory import memory_table
 from sts_fast.data.tables import suffix_of
 from sts_fast.errors import InputError, one_line
@@ -26,20 +26,20 @@ def hub_name(text: str) -> str | None:
 def hub_origin(text: str, use: Use) -> Origin:
     """The rows of a data set: of the split that is named, or else of the one for a use.
 
-    The cache of `datasets` is read first; with HF_HUB_OFFLINE=1 nothing else is. No program of a repository is run.
+    `datasets` reads it, from its cache where it is there; with HF_HUB_OFFLINE=1 from nowhere else. Where it cannot, the
+    files are read that huggingface_hub has downloaded. No program of a repository is run.
 
     Raises InputError where the data set is not available, or has several configurations and none is named.
     """
     match = _NAME.fullmatch(text)
     assert match is not None
-    load = _loader(text)
     try:
-        loaded = load(match["repository"], match["config"], split=match["split"])
-    except Exception as error:  # the network, the hub, the cache or a damaged file can raise anything
-        raise InputError(
-            f"{text} is no file or folder, and no such data set can be loaded from the hub ({one_line(error)}); "
-            "correct the path, or name it as owner/name:config:split"
-        ) from error
+        loaded = _load(match)
+    except InputError:
+        folder = None if match["split"] else _downloaded(match)
+        if folder is None:
+            raise
+        return path_origin(folder, use)
     left_out: list[str] = []
     if isinstance(loaded, Mapping):
         chosen = chosen_split(text, loaded, use)
@@ -51,26 +51,47 @@ def hub_origin(text: str, use: Use) -> Origin:
     return Origin([memory_table(f"{name}@{version}" if version else name, loaded)], left_out)
 
 
-def _loader(text: str) -> Any:
+def _load(name: re.Match[str]) -> Any:
+    """What `datasets` loads: a data set, or data sets by split where no split is named."""
     try:
         import datasets
     except ImportError as error:
         raise InputError(
-            f"{text} is no file or folder; to load it from the hub, datasets is needed: "
+            f"{name[0]} is no file or folder; to load it from the hub, datasets is needed: "
             "pip install 'sts-fast[datasets]'"
         ) from error
     if int(datasets.__version__.partition(".")[0]) < FIRST_WITHOUT_PROGRAMS:
         raise InputError(
-            f"datasets {datasets.__version__} can run programs of the hub; to load {text}, pip install "
+            f"datasets {datasets.__version__} can run programs of the hub; to load {name[0]}, pip install "
             f"'datasets>={FIRST_WITHOUT_PROGRAMS}'"
         )
-    return datasets.load_dataset
+    try:
+        return datasets.load_dataset(name["repository"], name["config"], split=name["split"])
+    except Exception as error:  # the network, the hub, the cache or a damaged file can raise anything
+        raise InputError(
+            f"{name[0]} is no file or folder, and no such data set can be loaded from the hub ({one_line(error)}); "
+            "correct the path, or name it as owner/name:config:split"
+        ) from error
+
+
+def _downloaded(name: re.Match[str]) -> Path | None:
+    """The folder of a configuration, or of all files where none is named, in the cache of huggingface_hub."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name["repository"], repo_type="dataset", local_files_only=True))
+    except Exception:  # it is not in the cache
+        return None
+    folder = folder / (name["config"] or "")
+    return folder if folder.is_dir() and ".." not in folder.parts else None
 
 
 def _version(dataset: Any) -> str | None:
-    """The revision of the repository that the rows are from; else datasets' fingerprint of them."""
-    for place in getattr(dataset.info, "download_checksums", None) or {}:
-        if revision := re.search(r"@([0-9a-f]{40})/", str(place)):
+    """The revision of the repository that the rows are from; else the fingerprint that `datasets` gives them."""
+    places = [str(file["filename"]) for file in getattr(dataset, "cache_files", None) or []]
+    places += [str(url) for url in getattr(dataset.info, "download_checksums", None) or {}]
+    for place in places:
+        if revision := re.search(r"[@/]([0-9a-f]{40})/", place):
             return revision[1]
     fingerprint = getattr(dataset, "_fingerprint", None)
     return None if fingerprint is None else str(fingerprint)
