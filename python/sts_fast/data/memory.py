@@ -6,6 +6,7 @@ They are read as files are: nested values become lists and dicts, missing values
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -75,13 +76,22 @@ class _Splits(Protocol):
 
 def _is_frame(source: object) -> bool:
     # pandas before 2.2 has no __arrow_c_stream__, but Arrow knows its data frames.
-    return isinstance(source, Frame) or type(source).__module__.partition(".")[0] == "pandas"
+    return isinstance(source, Frame) or _is_of_pandas(source)
+
+
+def _is_of_pandas(source: object) -> bool:
+    return type(source).__module__.partition(".")[0] == "pandas"
 
 
 def _frame_batches(frame: object) -> list[Any]:
     import pyarrow as pa
 
     table = pa.table(frame)
+    for i, column in enumerate(table.columns if _is_of_pandas(frame) else ()):
+        if pa.types.is_floating(column.type) and column.null_count:
+            # pandas makes fractions of whole numbers where one is missing: the answer 1 would be 1.0.
+            with suppress(pa.ArrowInvalid):
+                table = table.set_column(i, table.column_names[i], column.cast(pa.int64()))
     numbers_of_rows = [name for name in table.column_names if name.startswith("__index_level_")]
     return table.drop_columns(numbers_of_rows).to_batches(max_chunksize=1024)  # type: ignore[no-any-return]
 
