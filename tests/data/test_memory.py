@@ -84,7 +84,7 @@ def test_sets_of_every_kind(kind: str, tmp_path: Path) -> None:
     [table] = sets.tables("train")
     assert (str(table), table.path) == ("'train' in memory", None)
     of_dicts = Sets.read({"train": ROWS}, {}, None, Fields()).tables("train")[0]
-    assert table.sha256() == of_dicts.sha256()
+    assert table.sha256 == of_dicts.sha256
 
 
 def test_conversations_in_memory() -> None:
@@ -109,7 +109,7 @@ def test_splits_in_memory() -> None:
     sets = Sets.read({"train": splits}, {"law": splits}, {"law": splits}, Fields())
     assert [of["law"][0].question for of in (sets.domains, sets.demos)] == ["test", "dev"]
     assert sets.trains["train"][0].question == "train"
-    assert sets.left_out() == "Not read beside the sets: dev, test, train"
+    assert sets.left_out() == ["Not read beside the sets: dev, test, train"]
     with pytest.raises(InputError, match="'train' in memory contains dev, test and none is called train"):
         load_examples(datasets.DatasetDict({name: splits[name] for name in ("dev", "test")}))
 

@@ -175,7 +175,7 @@ def test_the_digest_of_a_table_is_of_its_bytes_or_of_its_rows(tmp_path: Path) ->
     import hashlib
 
     (tmp_path / "a.csv").write_bytes(b"question\nx\n")
-    assert Table.of_file(tmp_path / "a.csv").sha256() == hashlib.sha256(b"question\nx\n").hexdigest()
+    assert Table.of_file(tmp_path / "a.csv").sha256 == hashlib.sha256(b"question\nx\n").hexdigest()
     in_memory = Table("'train' in memory", lambda: iter([(1, None, {"b": 1, "a": "x"}), (2, None, {"a": None})]))
     expected = hashlib.sha256(b'{"a": "x", "b": 1}\n{"a": null}\n').hexdigest()
-    assert in_memory.sha256() == expected
+    assert in_memory.sha256 == expected

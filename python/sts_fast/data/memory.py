@@ -5,7 +5,7 @@ They are read as files are: nested values become lists and dicts, missing values
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
 from typing import Any, Protocol, runtime_checkable
 
@@ -48,10 +48,15 @@ def is_splits(source: object) -> bool:
 
 def memory_table(name: str, rows: Rows) -> Table:
     """The table of some rows. name: as messages call it."""
+    streamed: list[NumberedRow] = []
 
     def read() -> Iterator[NumberedRow]:
         try:
-            if isinstance(rows, HubDataset):
+            if isinstance(rows, HubDataset) and not isinstance(rows, Sized):
+                # A stream may have to be downloaded again, or give other rows, the second time.
+                streamed.extend(() if streamed else arrow_rows(rows.with_format("arrow").iter(batch_size=1024)))
+                yield from streamed
+            elif isinstance(rows, HubDataset):
                 yield from arrow_rows(rows.with_format("arrow").iter(batch_size=1024))
             elif isinstance(rows, Sequence):
                 yield from ((number, None, _plain(row)) for number, row in enumerate(rows, start=1))

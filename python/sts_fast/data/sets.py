@@ -103,10 +103,10 @@ class Sets:
         origins = [columns.origin for key, columns in self.columns.items() if key == (use, name or key[1])]
         return list({table.name: table for origin in origins for table in origin.tables}.values())
 
-    def left_out(self) -> str | None:
-        """A line that names the splits and folders that were not read; None where everything was."""
+    def left_out(self) -> list[str]:
+        """A line that names the splits and folders beside the sets that were not read; none where everything was."""
         names = {name: None for columns in self.columns.values() for name in columns.origin.left_out}
-        return f"Not read beside the sets: {listed(names)}" if names else None
+        return [f"Not read beside the sets: {listed(names)}"] if names else []
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,13 @@ def named_place(text: str) -> tuple[str | None, str]:
     return (None, text) if not equals or exists(Path(text)) else (name.strip(), place.strip())
 
 
+def check_places(places: Sequence[str]) -> None:
+    """Raises InputError for a place that is no path that exists, nor can be a name of the hub; reads nothing."""
+    for place in places:
+        if hub_name(place) is None and not exists(Path(place)):
+            raise InputError(f"{place} does not exist; give {KINDS}")
+
+
 def domains_of(sources: Sequence[Place], use: Use) -> Iterator[tuple[str, Origin, bool]]:
     """Yields (name, tables, whether a category column splits it) of each domain of some sources.
 

@@ -26,6 +26,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from string import ascii_uppercase
 from typing import IO, Any
@@ -80,6 +81,7 @@ class Table:
         has_header = self.path is not None and (suffix_of(self.path) or "").startswith((".csv", ".tsv"))
         return "; where its first line is a row, add a header line above it" if has_header else ""
 
+    @cached_property
     def sha256(self) -> str:
         """Of the file's bytes; of other rows as lines of JSON with sorted keys."""
         if self.path is not None:
@@ -88,6 +90,9 @@ class Table:
         for _, _, row in self.read():
             digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
         return digest.hexdigest()
+
+    def record(self, role: str) -> files.InputFile:
+        return {"role": role, "path": self.name, "sha256": self.sha256}
 
 
 def exists(path: Path) -> bool:

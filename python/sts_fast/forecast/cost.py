@@ -36,7 +36,8 @@ class PlannedSet:
     use:      'shift' (D_N is taken from it), 'score', or 'answers' (read in the whole model)
     n_prompts, n_too_long, n_unanswered: as in PromptSet
     n_passes, n_tokens: forward passes, and tokens in them; of answers, tokens only
-    columns:  of its files, by role; unread: others that hold text; None for examples in memory
+    source:   the files, hub data sets or rows in memory that it is read from, and what beside them is not
+    columns:  of these, by role; unread: others that hold text; None, as the source, where examples were given
     first:    the first question asked
     """
 
@@ -47,6 +48,7 @@ class PlannedSet:
     n_unanswered: int
     n_passes: int | None
     n_tokens: int
+    source: str | None
     columns: dict[str, list[str]] | None
     unread: list[str] | None
     first: str
@@ -160,6 +162,7 @@ def _planned(plan: Plan, use: str, kind: Kind, prompt_set: PromptSet, budget: To
         n_unanswered=prompt_set.n_unanswered,
         n_passes=n_passes,
         n_tokens=n_tokens,
+        source=None if columns is None else str(columns.origin),
         columns=None if columns is None else columns.by_role,
         unread=None if columns is None else columns.unread,
         first=examples[0].question if examples else "",

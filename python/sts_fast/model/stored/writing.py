@@ -19,6 +19,7 @@ from sts_fast.data.sets import (
     SamplingOptions,
     Sets,
     Source,
+    Sources,
     check_enough,
 )
 from sts_fast.errors import InputError
@@ -75,8 +76,8 @@ def capture_activations(
     model: str | Path | PreTrainedModel,
     output: str | Path,
     trains: Mapping[str, Source],
-    domains: Mapping[str, Source] | Sequence[str],
-    demos: Mapping[str, Source] | Sequence[str] | None = None,
+    domains: Sources,
+    demos: Sources | None = None,
     saes: Sequence[SAE] = (),
     hooks: Sequence[str] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -96,6 +97,8 @@ def capture_activations(
     if not places or not all(places):
         raise InputError("no place of the model was given to read: name one or more with --hook, --layer or --sae")
     sets = Sets.read(trains, domains, demos, capturing)
+    for line in sets.left_out():
+        capturing.tell_line(line)
     session = Session.open(
         model,
         saes,
