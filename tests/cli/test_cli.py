@@ -693,7 +693,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
         "train.jsonl is given twice for the set 'train'; give it once",
     ),
     "unknown format": (with_file(b"a\tb\n", "rows.txt"), "rows.txt"),
-    "no header": (with_file(b"Who?,me\nWhy?,you\n", "rows.csv"), "rows.csv has no column known to hold questions among Who?, me"),
+    "no header": (with_file(b"Who?,me\nWhy?,you\n", "rows.csv"), "rows.csv has no column known to hold questions"),
     "training file empty": (with_file(b""), "bad.jsonl"),
     "training file not JSON": (with_file(b"{'question': 1}\n"), "bad.jsonl"),
     "training file random": (with_file(np.random.default_rng(0).bytes(900)), "bad.jsonl"),
