@@ -96,6 +96,17 @@ def test_splits_of_subjects_in_one_folder(tmp_path: Path) -> None:
     assert trained_on(one) == ["gsm8k_train.jsonl"]
 
 
+def test_domains_that_are_trained_on_are_not_the_evaluation(tmp_path: Path) -> None:
+    gsm8k = tree(tmp_path / "gsm8k", "train.jsonl", "test.jsonl")
+    tree(tmp_path / "evals", "law/test.jsonl", "law/train.jsonl", "art/test.jsonl", "art/train.jsonl")
+    for domains, read in (
+        ([str(gsm8k)], ["train.jsonl"]),
+        ([str(tmp_path / "evals")], ["art/train.jsonl", "law/train.jsonl"]),
+    ):
+        sets = Sets.read({"train": []}, domains, None, Fields(), "train")
+        assert [example.question for of in sets.domains.values() for example in of] == read
+
+
 def test_demonstrations_come_from_the_split_that_is_for_them(tmp_path: Path) -> None:
     geo = tree(tmp_path / "geo", "dev.jsonl", "test.jsonl", "validation.jsonl")
     arc = tree(tmp_path / "arc", "train.jsonl", "test.jsonl", "validation.jsonl")
@@ -164,18 +175,45 @@ def test_shards_under_the_names_of_their_writers(tmp_path: Path) -> None:
     for name, shards in {
         "hub": [f"train-0000{i}-of-00003.parquet" for i in range(3)],
         "numbers": [f"{i:04}.parquet" for i in range(3)],
-        "spark": [f"part-0000{i}-3f2a9c1d-77aa-4e0b-9b1c-0a1b2c3d4e5f-c000.snappy.parquet" for i in range(2)],
+        "tid": [f"part-0000{i}-tid-7023-1f6b-{i}-1-c000.snappy.parquet" for i in range(2)],
+        "spark.parquet": [f"part-0000{i}-3f2a9c1d-77aa-4e0b-9b1c-0a1b2c3d4e5f-c000.snappy.parquet" for i in range(2)],
         "ranks": ["000_00000.jsonl", "000_00001.jsonl", "001_00000.jsonl"],
         "one": ["0000.parquet"],
     }.items():
         folder = tree(tmp_path / name, *shards)
         assert trained_on(folder) == shards
-        assert asked(folder) == {name: shards}
+        assert asked(folder) == {name.removesuffix(".parquet"): shards}
+
+
+def test_folders_that_spark_wrote_are_files(tmp_path: Path) -> None:
+    files = [f"{name}.parquet/part-0000{i}-1a2b-c000.snappy.parquet" for name in ("test", "train") for i in range(2)]
+    folder = tree(tmp_path / "quiz", *files)
+    assert trained_on(folder) == files[2:]
+    assert asked(folder) == {"quiz": files[:2]}
+    subjects = tree(tmp_path / "evals", "law.csv/part-00000-1a2b-c000.csv", "art.csv/part-00000-1a2b-c000.csv")
+    assert [*asked(subjects)] == ["art", "law"]
+
+
+def test_one_name_in_two_formats_is_refused(tmp_path: Path) -> None:
+    for name, files in {
+        "formats": ("law.csv", "law.jsonl"),
+        "shards": ("law-00000-of-00001.parquet", "law.jsonl"),
+        "versions": ("law-00000-of-00001.jsonl", "law-00000-of-00002.jsonl", "law-00001-of-00002.jsonl"),
+    }.items():
+        folder = tree(tmp_path / name, *files)
+        for read in (asked, trained_on):
+            with pytest.raises(
+                InputError, match=f"{name} contains {files[0]} and {files[-1]}, which may be the same rows"
+            ):
+                read(folder)
 
 
 def test_numbers_that_are_names_stay_apart(tmp_path: Path) -> None:
     assert [*asked(tree(tmp_path / "aime", "2024.jsonl", "2025.jsonl"))] == ["2024", "2025"]
     assert [*asked(tree(tmp_path / "named", "aime_2024.jsonl", "aime_2025.jsonl"))] == ["aime_2024", "aime_2025"]
+    assert [*asked(tree(tmp_path / "parts", "00_sums.jsonl", "01_law.jsonl", "part_0_art.jsonl"))] == [
+        "00_sums", "01_law", "part_0_art",
+    ]  # fmt: skip
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:

@@ -105,6 +105,10 @@ def test_the_separator_is_found_in_a_long_file(tmp_path: Path) -> None:
 
 
 UNCLEAR = {
+    "a late answer that is no option": (
+        "Q?,a,b,c,B\n" + 300 * "R?,a,b,c,A\n" + "S?,a,b,c,E\n",
+        "row 302 has the answer 'E'",
+    ),
     "two separators": ("question,answer;x\na,b;c\nd,e;f\n", "may be separated by commas or by semicolons; write it as"),
     "ragged": (
         "question;answer\na;b\na;b;c\n",
@@ -156,6 +160,15 @@ def test_a_header_of_letters_is_a_header(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "b.csv", "question,A,B,answer\nWhich?,x,y,B\n") == [
         {"question": "Which?", "A": "x", "B": "y", "answer": "B"}
     ]
+
+
+def test_splits_in_one_document_are_refused(tmp_path: Path) -> None:
+    for splits in (("train", "test"), ("Validation", "dev", "rows")):
+        with pytest.raises(
+            InputError, match=rf"a.json contains the splits {splits[0]}, .*; write the one to be read as"
+        ):
+            rows_of(tmp_path / "a.json", json.dumps({name: [ROW] for name in splits}))
+    assert rows_of(tmp_path / "b.json", json.dumps({"version": 2, "test": [ROW]})) == [ROW]
 
 
 def test_arrow_files_of_both_kinds(tmp_path: Path) -> None:

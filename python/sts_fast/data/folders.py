@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from sts_fast.data.tables import KINDS, Table, exists, json_file, listdir, suffix_of
+from sts_fast.data.tables import KINDS, SPLITS, Table, exists, json_file, listdir, suffix_of
 from sts_fast.errors import InputError, listed
 
 Use = Literal["train", "domain", "demos"]
@@ -29,20 +29,13 @@ SPLITS_READ: dict[Use, tuple[str, ...]] = {
     "domain": ("test", "validation", "dev", "train"),
     "demos": ("dev", "train", "validation"),
 }
-# Spelling -> name of the split.
-SPLITS = {
-    **dict.fromkeys(("train", "training", "auxiliary_train"), "train"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-    **dict.fromkeys(("validation", "valid", "val"), "validation"),
-    "dev": "dev",
-}
 # Folders that are no name of their own, and files that describe a data set.
 WRAPPERS = ("data", "default")
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _SHARD = re.compile(r"(?P<of>.*)-(?P<number>\d+)-of-(?P<n>\d+)")
-# Spark and datatrove number files so; a hash or a codec may follow.
+# Spark and datatrove number files so; other numbers or a codec may follow, and Spark's own marks.
 _NUMBERED = re.compile(
-    r"(?:(?:part|shard|chunk|data)[-_.]?)?(?P<number>\d+)(?:[-_.](?:\d+|c\d+|[0-9a-f]{4,}|snappy|zstd|gzip))*"
+    r"(?:part-(?=\d{4,}-)|(?:(?:part|shard|chunk|data)[-_.]?)?(?=[\d._-]+(?:[._-](?:snappy|zstd|gzip))?\Z))(?P<number>\d+).*"
 )
 _SPLIT_OF_SUBJECT = re.compile(rf"(?P<subject>.+)[-_](?P<split>{'|'.join(SPLITS)})", re.IGNORECASE)
 
@@ -133,14 +126,20 @@ def _split_origin(path: Path, splits: dict[str, Group], use: Use, left_out: list
 
 
 def _check_shards(shards: list[Path]) -> None:
-    """Raises InputError where one is missing."""
-    matches = [match for path in shards if (match := _SHARD.fullmatch(_stem(path)))]
-    there = {int(match["number"]) for match in matches}
-    missing = set(range(max((int(match["n"]) for match in matches), default=0))) - there
-    if missing:
+    """Raises InputError where one is missing, or where they may be the same set twice."""
+    matches = [_SHARD.fullmatch(_stem(path)) for path in shards]
+    kinds = {(match and match["n"], suffix_of(path)) for match, path in zip(matches, shards, strict=True)}
+    if len(kinds) > 1:
         raise InputError(
-            f"{shards[0].parent} lacks shard {min(missing)} of {matches[0]['of']}, counted from 0; complete it, or "
-            "name the files one by one"
+            f"{shards[0].parent} contains {shards[0].name} and {shards[-1].name}, which may be the same rows twice; "
+            "name the files to be read one by one"
+        )
+    there = {int(match["number"]): match for match in matches if match}
+    n = max((int(match["n"]) for match in there.values()), default=0)
+    if missing := set(range(n)) - there.keys():
+        raise InputError(
+            f"{shards[0].parent} lacks shard {min(missing)} of {there[min(there)]['of']}, counted from 0; complete it, "
+            "or name the files to be read one by one"
         )
 
 
@@ -155,7 +154,7 @@ def _groups(folder: Path) -> dict[str, Group]:
     groups: dict[str, Group] = {}
     for path in _visible(folder):
         if path.is_dir():
-            groups |= {path.name: path} if _is_saved(path) else {}
+            groups |= {_stem(path): path} if _is_saved(path) else {}
         elif suffix_of(path) and not path.name.startswith("cache-"):  # which datasets leaves beside its own
             match = _SHARD.fullmatch(_stem(path))
             files.setdefault(match["of"] if match else _stem(path), []).append(path)
@@ -163,7 +162,7 @@ def _groups(folder: Path) -> dict[str, Group]:
     if 0 in numbers.values():  # numbers that do not begin with 0 are names, such as years
         files[""] = [path for name in numbers for path in files.pop(name)]
     groups |= files
-    return dict(sorted(groups.items())) or {path.name: path for path in _folders_with_examples(folder)}
+    return dict(sorted(groups.items())) or {_stem(path): path for path in _folders_with_examples(folder)}
 
 
 def _visible(folder: Path) -> list[Path]:
@@ -222,8 +221,9 @@ def _evaluated(subjects: dict[str, dict[str, Group]]) -> list[str]:
 
 
 def _stem(path: Path) -> str:
+    """The name without the suffix, which Spark gives folders too."""
     suffix = suffix_of(path)
-    return path.name[: -len(suffix)] if suffix and not path.is_dir() else path.name
+    return path.name[: -len(suffix)] if suffix else path.name
 
 
 def _is_saved(folder: Path) -> bool:

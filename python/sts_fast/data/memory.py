@@ -54,7 +54,8 @@ def memory_table(name: str, rows: Rows) -> Table:
         try:
             if isinstance(rows, HubDataset) and not isinstance(rows, Sized):
                 # A stream may have to be downloaded again, or give other rows, the second time.
-                streamed.extend(() if streamed else arrow_rows(rows.with_format("arrow").iter(batch_size=1024)))
+                if not streamed:
+                    streamed.extend(list(arrow_rows(rows.with_format("arrow").iter(batch_size=1024))))
                 yield from streamed
             elif isinstance(rows, HubDataset):
                 yield from arrow_rows(rows.with_format("arrow").iter(batch_size=1024))

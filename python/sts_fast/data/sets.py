@@ -78,12 +78,15 @@ class Sets:
         domains: Sources,
         demos: Sources | None,
         fields: Fields,
+        domain_use: Use = "domain",
     ) -> Sets:
-        """Raises InputError where there is no training set, or something in a file cannot be used."""
+        """domain_use: the use of the domains' splits; 'train' where they are trained on.
+
+        Raises InputError where there is no training set, or something in a file cannot be used."""
         if not trains:
             raise InputError("there is no training set to forecast: give one or more, by name")
         of_trains = {name: fields.read(name, source, "train") for name, source in trains.items()}
-        of_domains = _read_sets(_by_name(domains), fields, list(trains), "domain")
+        of_domains = _read_sets(_by_name(domains), fields, list(trains), domain_use)
         if "train" in of_domains and "train" in trains:
             raise InputError(
                 "a domain cannot be called 'train', the name of the training set: rename it, as in new=path"

@@ -50,6 +50,13 @@ KINDS = (
     "a .jsonl, .json, .csv or .tsv file (each also .gz, .zst, .bz2 or .xz), a .parquet or .arrow file, a folder of "
     "such files or written by datasets.save_to_disk, or a data set of the hub as owner/name:config:split"
 )
+# Names of splits as they are spelt -> name of the split.
+SPLITS = {
+    **dict.fromkeys(("train", "training", "auxiliary_train"), "train"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+    **dict.fromkeys(("validation", "valid", "val"), "validation"),
+    "dev": "dev",
+}
 DELIMITERS = (",", ";", "\t", "|")
 SAMPLED_LINES = 200  # of a .csv, from which its delimiter is found
 _SEPARATOR_LINE = re.compile(r"sep=(.)[\r\n]*\Z")  # of a spreadsheet program, above the header
@@ -167,7 +174,12 @@ def _json_rows(path: Path) -> Iterator[NumberedRow]:
         return
     document = _parsed(text, path, None)
     if isinstance(document, dict):
-        lists = [key for key in ROW_LIST_KEYS if isinstance(document.get(key), list)]
+        splits = [key for key, rows in document.items() if key.lower() in SPLITS and isinstance(rows, list)]
+        if len(splits) > 1:
+            raise InputError(
+                f"{path} contains the splits {listed(splits)}; write the one to be read as a file of its own"
+            )
+        lists = [key for key in ROW_LIST_KEYS if isinstance(document.get(key), list)] or splits
         if lists:
             document = document[_row_list(path, lists)]
         elif document and all(isinstance(row, dict) for row in document.values()):
@@ -229,6 +241,11 @@ def _delimited_rows(path: Path, delimiter: str | None) -> Iterator[NumberedRow]:
                         f"contain {_delimiter_name(delimiter)}"
                     )
                 if header is None:
+                    if not _is_multiple_choice([values]):
+                        raise InputError(
+                            f"{path}: row {number} has the answer {values[-1]!r}, which is no letter of its options; "
+                            "correct it, or add a header line above the first"
+                        )
                     question, *choices, answer = values
                     yield number, None, {"question": question, "choices": choices, "answer": answer.strip()}
                 else:

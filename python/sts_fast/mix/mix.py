@@ -213,7 +213,7 @@ def mix(
         )
     if mixing.estimator is not None and scores is None:
         raise InputError("--estimator chooses among the scores of a run: give it with --from (scores)")
-    sets = Sets.read({TRAIN: train}, domains, None, mixing)
+    sets = Sets.read({TRAIN: train}, domains, None, mixing, "train")
     for line in sets.left_out():
         mixing.tell_line(line)
     pools = {
