@@ -219,7 +219,7 @@ def test_numbers_that_are_names_stay_apart(tmp_path: Path) -> None:
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     folder = tree(tmp_path / "set", "train-00000-of-00003.parquet", "train-00002-of-00003.parquet", "test.jsonl")
     with pytest.raises(
-        InputError, match="set lacks shard 1 of train, counted from 0; complete it, or name the files one"
+        InputError, match="set lacks shard 1 of train, counted from 0; complete it, or name the files to"
     ):
         trained_on(folder)
     assert asked(folder) == {"set": ["test.jsonl"]}

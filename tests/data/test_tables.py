@@ -74,9 +74,28 @@ def test_files_separated_by_other_signs(name: str) -> None:
     assert load_examples(CASES / "62_tsv" / name) == [Example("1", "x", "y")]
 
 
-def test_a_spreadsheets_unicode_text_is_refused_by_its_encoding(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"c\.csv: line 1 is not UTF-8; convert the file to UTF-8"):
-        rows_of(tmp_path / "c.csv", "question,answer\nx,y\n".encode("utf-16"))
+@needs_cases
+def test_a_spreadsheets_unicode_text() -> None:
+    assert load_examples(CASES / "62_tsv" / "c.csv") == [Example("1", "x", "y")]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_utf_16_is_known_by_its_mark(tmp_path: Path, encoding: str) -> None:
+    def encoded(text: str) -> bytes:
+        return ("" if encoding == "utf-16" else "\ufeff").encode(encoding) + text.encode(encoding)
+
+    row = {"question": "Wo, ä?", "answer": "日"}
+    assert rows_of(tmp_path / "a.tsv", encoded("question\tanswer\r\nWo, ä?\t日\r\n")) == [row]
+    assert rows_of(tmp_path / "a.json", encoded(json.dumps([row], ensure_ascii=False))) == [row]
+    assert rows_of(tmp_path / "a.jsonl.gz", gzip.compress(encoded(json.dumps(row, ensure_ascii=False)))) == [row]
+    with pytest.raises(InputError, match=r"b\.csv cannot be read \(.*truncated data\); is it complete"):
+        rows_of(tmp_path / "b.csv", encoded("question\nx")[:-1])
+
+
+def test_other_encodings_are_refused_by_the_line(tmp_path: Path) -> None:
+    for text in ("question,answer\nWo?,Österreich\n", "question;answer\nÜber?;x\n"):
+        with pytest.raises(InputError, match=r"c\.csv: line 2 is not UTF-8; convert the file to UTF-8"):
+            rows_of(tmp_path / "c.csv", text.encode("cp1252"))
 
 
 SEPARATED = {

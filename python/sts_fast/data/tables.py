@@ -8,12 +8,14 @@
 |                  | Multiple choice without a header (question, options, letter) is read as MMLU's authors write it  |
 | .parquet, .arrow | its rows                                                                                         |
 
-The text formats may be compressed (`.jsonl.gz`, .zst, .bz2, .xz). Nothing is ever unpickled.
+The text formats may be compressed (`.jsonl.gz`, .zst, .bz2, .xz); they are UTF-8, or UTF-16 with its mark. Nothing is
+ever unpickled.
 """
 
 from __future__ import annotations
 
 import bz2
+import codecs
 import csv
 import gzip
 import hashlib
@@ -141,7 +143,19 @@ def file_rows(path: Path) -> Iterator[NumberedRow]:
 
 
 def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
-    """Opens a file to read the bytes that were compressed, or its own where it is not."""
+    """Opens a text file to read it as UTF-8, whatever it is compressed with; UTF-16 is known by its mark."""
+    stream = _decompressed(path)
+    mark: bytes = stream.peek(2)[:2]  # type: ignore[union-attr]
+    if mark not in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return stream
+    with stream:
+        try:
+            return io.BytesIO(stream.read().decode("utf-16").encode())
+        except UnicodeError as error:
+            raise unreadable(path, error) from error
+
+
+def _decompressed(path: Path) -> IO[bytes] | gzip.GzipFile:
     match path.suffix.lower():
         case ".gz":
             return gzip.open(path)
