@@ -369,7 +369,7 @@ def test_splits_that_are_not_read_are_named(score: Options, run: Callable[..., R
             write_rows(tmp_path / "mmlu" / name / f"{split}.jsonl", seed=seed)
     ran = run(score.with_(domains=tmp_path / "mmlu"))
     assert ran.code == 0
-    assert "Not read beside the sets: dev\n" in ran.err
+    assert "Not read beside the domains: dev\n" in ran.err
     scores = json.loads((score.output / "scores.json").read_text())
     assert [domain["name"] for domain in scores["domains"]] == ["art", "law"]
     assert [entry["path"] for entry in scores["provenance"]["inputs"] if entry["role"] == "domains"] == [

@@ -132,7 +132,7 @@ def test_a_folder_for_each_subject(tmp_path: Path) -> None:
         "law": ["law/test-00000-of-00001.parquet"],
     }
     assert Sets.read({"train": []}, [str(mmlu)], None, Fields()).left_out() == [
-        "Not read beside the sets: all, auxiliary_train, dev"
+        "Not read beside the domains: all, auxiliary_train, dev"
     ]
     assert trained_on(mmlu) == ["auxiliary_train/train-00000-of-00001.parquet"]
     gsm8k = tree(tmp_path / "gsm8k", "main/train.jsonl", "socratic/train.jsonl")
@@ -152,7 +152,7 @@ def test_files_with_only_training_splits_are_domains_too(tmp_path: Path) -> None
 def test_folders_beside_files_are_named(tmp_path: Path) -> None:
     evals = tree(tmp_path / "evals", "law.jsonl", "art.jsonl", "old/law.jsonl", "figures/notes.txt")
     assert asked(evals) == {"art": ["art.jsonl"], "law": ["law.jsonl"]}
-    assert Sets.read({"train": []}, [str(evals)], None, Fields()).left_out() == ["Not read beside the sets: old"]
+    assert Sets.read({"train": []}, [str(evals)], None, Fields()).left_out() == ["Not read beside the domains: old"]
 
 
 def test_a_domain_called_test_among_others_is_kept(tmp_path: Path) -> None:

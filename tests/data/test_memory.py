@@ -109,7 +109,11 @@ def test_splits_in_memory() -> None:
     sets = Sets.read({"train": splits}, {"law": splits}, {"law": splits}, Fields())
     assert [of["law"][0].question for of in (sets.domains, sets.demos)] == ["test", "dev"]
     assert sets.trains["train"][0].question == "train"
-    assert sets.left_out() == ["Not read beside the sets: dev, test, train"]
+    assert sets.left_out() == [
+        "Not read beside the training sets: dev, test",
+        "Not read beside the domains: train, dev",
+        "Not read beside the demonstrations: train, test",
+    ]
     with pytest.raises(InputError, match="'train' in memory contains dev, test and none is called train"):
         load_examples(datasets.DatasetDict({name: splits[name] for name in ("dev", "test")}))
 

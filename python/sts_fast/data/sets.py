@@ -107,9 +107,13 @@ class Sets:
         return list({table.name: table for origin in origins for table in origin.tables}.values())
 
     def left_out(self) -> list[str]:
-        """A line that names the splits and folders beside the sets that were not read; none where everything was."""
-        names = {name: None for columns in self.columns.values() for name in columns.origin.left_out}
-        return [f"Not read beside the sets: {listed(names)}"] if names else []
+        """For each use, a line that names the splits and folders that were not read; none where everything was."""
+        of_uses: dict[Use, str] = {"train": "training sets", "domain": "domains", "demos": "demonstrations"}
+        lines = []
+        for use, sets in of_uses.items():
+            names = {name: None for key, of in self.columns.items() if key[0] == use for name in of.origin.left_out}
+            lines += [f"Not read beside the {sets}: {listed(names)}"] if names else []
+        return lines
 
 
 @dataclass(frozen=True)
