@@ -89,7 +89,7 @@ def test_split_folders_with_shards(tmp_path: Path) -> None:
 def test_splits_of_subjects_in_one_folder(tmp_path: Path) -> None:
     folder = tree(tmp_path / "evals", "law_test.jsonl", "law_dev.jsonl", "art-test.jsonl", "art-train.jsonl")
     assert asked(folder) == {"art": ["art-test.jsonl"], "law": ["law_test.jsonl"]}
-    with pytest.raises(InputError, match=r"evals contains art-test, .* and none is called train; give the path of one"):
+    with pytest.raises(InputError, match=r"evals contains art-test, .* and none is called train; give one of them"):
         trained_on(folder)
     one = tree(tmp_path / "one", "gsm8k_test.jsonl", "gsm8k_train.jsonl")
     assert asked(one) == {"gsm8k": ["gsm8k_test.jsonl"]}
@@ -136,10 +136,20 @@ def test_a_folder_for_each_subject(tmp_path: Path) -> None:
     ]
     assert trained_on(mmlu) == ["auxiliary_train/train-00000-of-00001.parquet"]
     gsm8k = tree(tmp_path / "gsm8k", "main/train.jsonl", "socratic/train.jsonl")
-    with pytest.raises(
-        InputError, match="gsm8k contains main, socratic and none is called train; give the path of one"
-    ):
+    with pytest.raises(InputError, match="gsm8k contains main, socratic and none is called train; give one of them"):
         trained_on(gsm8k)
+
+
+def test_the_folder_of_all_subjects_alone_is_split_by_category(tmp_path: Path) -> None:
+    mmlu = tree(tmp_path / "mmlu", "all/test.jsonl", "all/dev.jsonl", category="law")
+    assert asked(mmlu) == {"law": ["all/test.jsonl"]}
+    tree(mmlu, "auxiliary_train/train.jsonl")
+    assert asked(mmlu) == {"law": ["all/test.jsonl"]}
+    assert asked(tree(tmp_path / "quiz", "all/test.jsonl")) == {"quiz": ["all/test.jsonl"]}
+
+
+def test_names_that_end_like_evaluations_are_whole(tmp_path: Path) -> None:
+    assert [*asked(tree(tmp_path / "evals", "human_eval.jsonl", "gpqa-eval.jsonl"))] == ["gpqa-eval", "human_eval"]
 
 
 def test_files_with_only_training_splits_are_domains_too(tmp_path: Path) -> None:

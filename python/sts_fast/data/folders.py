@@ -1,11 +1,11 @@
 """Finds the files of a set in a folder: shards, splits, one file or folder for each subject.
 
-| names in the folder                                    | what they are                                         |
-|--------------------------------------------------------|-------------------------------------------------------|
-| `x-00000-of-00002.parquet`; `0000.parquet`, `part-0.csv` | shards of one set                                   |
-| `train.jsonl`, `test-00000-of-00001.parquet`, `test/`  | splits, of which one is read                          |
-| `law_test.csv`, `law_dev.csv`                          | splits of the subject law                             |
-| any others, files or, where there are none, folders    | subjects, each a domain; a training set is one of them |
+| names in the folder                                    | what they are                                           |
+|--------------------------------------------------------|---------------------------------------------------------|
+| `x-00000-of-00002.parquet`; `0000.parquet`, `part-0.csv` | shards of one set                                     |
+| `train.jsonl`, `test-00000-of-00001.parquet`, `test/`  | splits, of which one is read                            |
+| `law_test.csv`, `law_dev.csv`                          | splits of the subject law                               |
+| any others: files or, where there are none, folders    | subjects, each a domain; a training set is one of them  |
 
 The split that is read is the training set's `train`; of domains the one that they are evaluated on; of demonstrations
 the one meant for them. See `SPLITS_READ`.
@@ -30,14 +30,14 @@ SPLITS_READ: dict[Use, tuple[str, ...]] = {
     "demos": ("dev", "train", "validation"),
 }
 # Folders that are no name of their own, and files that describe a data set.
-WRAPPERS = ("data", "default")
+WRAPPERS = ("data", "default", "all")
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _SHARD = re.compile(r"(?P<of>.*)-(?P<number>\d+)-of-(?P<n>\d+)")
-# Spark and datatrove number files so; other numbers or a codec may follow, and Spark's own marks.
+# Shards that have only numbers, as datatrove and the hub's converter name them, or Spark.
 _NUMBERED = re.compile(
-    r"(?:part-(?=\d{4,}-)|(?:(?:part|shard|chunk|data)[-_.]?)?(?=[\d._-]+(?:[._-](?:snappy|zstd|gzip))?\Z))(?P<number>\d+).*"
+    r"(?:(?:part|shard|chunk|data)[-_.]?)?(?P<number>\d+)(?:[-_.](?:\d+|snappy|zstd|gzip))*|part-(?P<spark>\d{4,})-.*"
 )
-_SPLIT_OF_SUBJECT = re.compile(rf"(?P<subject>.+)[-_](?P<split>{'|'.join(SPLITS)})", re.IGNORECASE)
+_SPLIT_OF_SUBJECT = re.compile(r"(?P<subject>.+)[-_](?P<split>train|test|validation|valid|val|dev)", re.IGNORECASE)
 
 Group = list[Path] | Path  # shards of one table, or a folder
 
@@ -77,28 +77,31 @@ def domain_origins(path: Path, use: Use, name: str | None = None) -> Iterator[tu
     name: of the whole, by default that of the file or folder
     """
     name = name or _stem(path.resolve() if path.name in ("", "..") else path)
-    subjects = _subjects(_groups(path)) if path.is_dir() else {}
-    beside = _folders_beside(path) if path.is_dir() else []
-    if not subjects:
+    if not path.is_dir():
         yield name, path_origin(path, use), True
-    elif len(subjects) == 1:
-        [(subject, splits)] = subjects.items()
-        split = chosen_split(str(path), splits, use)
-        group = splits[split]
-        if isinstance(group, Path) and not _is_saved(group):
-            left_out = [other for other in splits if other != split]
-            inner_name = name if subject in ("", *WRAPPERS) else subject
-            for domain, origin, by_category in domain_origins(group, use, inner_name):
+        return
+    subjects = _subjects(_groups(path))
+    read = _evaluated(subjects) if use == "domain" else [*subjects]
+    left_out = [*_folders_beside(path), *(other for other in subjects if other not in read)]
+    for subject in read:
+        splits = subjects[subject]
+        group = splits[chosen_split(str(path), splits, use)]
+        if len(read) > 1:
+            yield subject or name, _split_origin(path, splits, use, left_out), False
+        elif isinstance(group, Path) and not _is_saved(group):
+            # A folder for each split, or a single folder, with the subjects in it.
+            left_out += [other for other, of_split in splits.items() if of_split != group]
+            for domain, origin, by_category in domain_origins(
+                group, use, name if subject in ("", *WRAPPERS) else subject
+            ):
                 yield domain, Origin(origin.tables, [*left_out, *origin.left_out]), by_category
-            return
-        is_whole = not subject or (isinstance(group, list) and _SHARD.fullmatch(_stem(group[0])) is not None)
-        origin = _split_origin(path, splits, use, beside)
-        yield (name if is_whole else subject), origin, is_whole or len(splits) > 1
-    else:
-        read = _evaluated(subjects) if use == "domain" else [*subjects]
-        left_out = [*beside, *(other for other in subjects if other not in read)]
-        for subject in read:
-            yield subject or name, _split_origin(path, subjects[subject], use, left_out), False
+        else:
+            is_shards = isinstance(group, list) and _SHARD.fullmatch(_stem(group[0])) is not None
+            is_whole = not subject or is_shards
+            origin = _split_origin(path, splits, use, left_out)
+            yield (name if is_whole else subject), origin, is_whole or len(splits) > 1
+    if not read:
+        yield name, path_origin(path, use), True
 
 
 def chosen_split(source: str, names: Iterable[str], use: Use) -> str:
@@ -110,8 +113,9 @@ def chosen_split(source: str, names: Iterable[str], use: Use) -> str:
         spelt = [split for split in splits if SPLITS.get(split.lower()) == wanted]
         if spelt:
             return wanted if wanted in spelt else spelt[0]
-    called = "train" if use == "train" else "a split such as test"
-    raise InputError(f"{source} contains {listed(splits)} and none is called {called}; give the path of one of them")
+    raise InputError(
+        f"{source} contains {listed(splits)} and none is called {' or '.join(SPLITS_READ[use])}; give one of them"
+    )
 
 
 def _split_origin(path: Path, splits: dict[str, Group], use: Use, left_out: list[str]) -> Origin:
@@ -158,7 +162,7 @@ def _groups(folder: Path) -> dict[str, Group]:
         elif suffix_of(path) and not path.name.startswith("cache-"):  # which datasets leaves beside its own
             match = _SHARD.fullmatch(_stem(path))
             files.setdefault(match["of"] if match else _stem(path), []).append(path)
-    numbers = {name: int(match["number"]) for name in files if (match := _NUMBERED.fullmatch(name))}
+    numbers = {name: int(match["number"] or match["spark"]) for name in files if (match := _NUMBERED.fullmatch(name))}
     if 0 in numbers.values():  # numbers that do not begin with 0 are names, such as years
         files[""] = [path for name in numbers for path in files.pop(name)]
     groups |= files
