@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from sts_fast.data.examples import Example, load_examples, read_examples
+from sts_fast.data.sources import origin_of
 from sts_fast.errors import InputError
 
 LINES = "A. x\nB. y\nC. z\nD. w"
@@ -218,14 +219,14 @@ def test_a_zero_shows_that_options_count_from_0_and_the_last_number_that_they_co
 def test_numbers_that_no_row_settles_are_named(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in medmcqa(1, 2)))
-    examples, rows = read_examples(path)
+    examples, rows = read_examples(origin_of(path, "train", "train"))
     assert [example.answer for example in examples] == ["B", "C"]
     assert rows.notes == [
         "the answers in 'cop' are taken to count the options from 0, though no row shows it: write letters if they do "
         "not"
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in medmcqa(0, 2)))
-    assert read_examples(path)[1].notes == []
+    assert read_examples(origin_of(path, "train", "train"))[1].notes == []
 
 
 def test_numbers_are_texts_of_options_where_one_can_be_nothing_else(tmp_path: Path) -> None:
@@ -252,11 +253,11 @@ def test_an_answer_that_is_no_option_leaves_the_row_out(tmp_path: Path, row: dic
     good = {"question": "R?", "options": ["x", "y"], "answer": "A"}
     path = tmp_path / "a.jsonl"
     path.write_text(f"{json.dumps(good)}\n{json.dumps(row)}\n")
-    examples, rows = read_examples(path)
+    examples, rows = read_examples(origin_of(path, "train", "train"))
     assert [example.answer for example in examples] == ["A"]
     assert rows.left_out == {reason: 1}
     with pytest.raises(InputError, match=f"a.jsonl: row 2 has {reason}; "):
-        read_examples(path, strict=True)
+        read_examples(origin_of(path, "train", "train"), strict=True)
 
 
 def test_options_as_numpy_prints_them_into_a_csv(tmp_path: Path) -> None:
@@ -278,10 +279,10 @@ def test_options_as_numpy_prints_them_into_a_csv(tmp_path: Path) -> None:
 def test_columns_of_options_and_unread_ones_are_named(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(LAYOUTS["GPQA"][0]) + "\n")
-    assert str(read_examples(path)[1].columns) == (
+    assert str(read_examples(origin_of(path, "train", "train"))[1].columns) == (
         "question from Question, answer from Correct Answer; not read: Incorrect Answer 1, Incorrect Answer 2, Notes"
     )
     path.write_text(json.dumps(LAYOUTS["MedMCQA"][0]) + "\n")
-    assert str(read_examples(path)[1].columns) == (
+    assert str(read_examples(origin_of(path, "train", "train"))[1].columns) == (
         "id from id, question from question, options from opa, opb, opc, opd, answer from cop; not read: exp"
     )

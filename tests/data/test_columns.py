@@ -10,6 +10,7 @@ import pytest
 
 from sts_fast.data.columns import ReadColumns, ReadRows, canonical, reading_lines, row_blocks, row_warnings
 from sts_fast.data.examples import load_domains, load_examples, read_domains, read_examples
+from sts_fast.data.sources import origin_of
 from sts_fast.errors import InputError
 
 ROW = {"question": "q", "answer": "a"}
@@ -37,7 +38,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize(("row", "reason"), BROKEN.values(), ids=BROKEN.keys())
 def test_a_broken_row_is_left_out_and_counted(tmp_path: Path, row: Any, reason: str) -> None:
     path = write(tmp_path / "a.jsonl", ROW, row, ROW)
-    examples, rows = read_examples(path)
+    examples, rows = read_examples(origin_of(path, "train", "train"))
     assert [example.id for example in examples] == ["1", "3"]
     assert (rows.n_rows, rows.left_out) == (3, {reason: 1})
     with pytest.warns(UserWarning, match=r"1 of the 3 rows of '.*a.jsonl' were left out: 1 with "):
@@ -49,7 +50,7 @@ def test_a_broken_row_is_left_out_and_counted(tmp_path: Path, row: Any, reason: 
 
 @pytest.mark.parametrize("row", [None, {}, {"question": None, "answer": ""}, {"messages": []}, "text"])
 def test_a_broken_first_row_decides_nothing(tmp_path: Path, row: Any) -> None:
-    examples, rows = read_examples(write(tmp_path / "a.jsonl", row, ROW))
+    examples, rows = read_examples(origin_of(write(tmp_path / "a.jsonl", row, ROW), "train", "train"))
     assert ([example.id for example in examples], rows.n_left_out) == (["2"], 1)
 
 
@@ -62,7 +63,8 @@ def test_a_set_of_broken_rows_is_refused(tmp_path: Path) -> None:
 def test_a_broken_conversation_is_left_out(tmp_path: Path) -> None:
     good = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     broken: list[Any] = [good[1:], None, [], [good[0], "?"], [{"role": "user", "content": " "}]]
-    _, rows = read_examples(write(tmp_path / "a.jsonl", *({"messages": turns} for turns in (*broken, good))))
+    path = write(tmp_path / "a.jsonl", *({"messages": turns} for turns in (*broken, good)))
+    _, rows = read_examples(origin_of(path, "train", "train"))
     assert rows.left_out == {
         "no turn of the user": 1,
         "no question in 'messages'": 2,
@@ -86,7 +88,7 @@ def test_domains_of_one_file_share_what_was_left_out(tmp_path: Path) -> None:
 
 
 def rows_of(n: int, n_left_out: int = 0, **columns: Any) -> ReadRows:
-    rows = ReadRows(ReadColumns({"question": ["q"], **columns}, ["title"]), n)
+    rows = ReadRows(columns=ReadColumns({"question": ["q"], **columns}, ["title"]), n_rows=n)
     rows.left_out.update({"no question": n_left_out} if n_left_out else {})
     return rows
 

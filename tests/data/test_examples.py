@@ -318,7 +318,6 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {
     "options": ("a.jsonl", b'{"question": "q", "options": 3}', "row 1 has options in 'options' that are not a list"),
     "half a character": ("a.jsonl", rb'{"question": "\ud800"}', "row 1 has half a character .* in 'question'"),
     "latin-1": ("a.jsonl", b'{"question": "q"}\n{"question": "\xe9"}', "a.jsonl: line 2 is not UTF-8"),
-    "utf-16": ("a.json", '[{"question": "q"}]'.encode("utf-16"), "a.json: line 1 is not UTF-8"),
     "ragged csv": ("a.csv", b"question,answer\na,b\na,b,c\n", "a.csv: row 2 has 3 values for 2 columns"),
     "open quote": ("a.csv", b'question\n"a\n', "a.csv: line 2 is not CSV"),
     "truncated gzip": ("a.jsonl.gz", gzip.compress(b'{"question": "q"}\n' * 99)[:-12], "a.jsonl.gz cannot be read"),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from sts_fast.data.examples import Example, load_examples, read_examples
+from sts_fast.data.sources import origin_of
 from sts_fast.errors import InputError
 
 CASES = Path(__file__).parents[3] / "shared" / "cases"
@@ -146,7 +147,7 @@ def test_structures_as_a_csv_holds_them(tmp_path: Path) -> None:
 
 def test_earlier_turns_are_no_passage(tmp_path: Path) -> None:
     row = {"question": "Q?", "context": [{"role": "user", "content": "Hi"}], "answer": "a"}
-    examples, rows = read_examples(write(tmp_path / "a.jsonl", row))
+    examples, rows = read_examples(origin_of(write(tmp_path / "a.jsonl", row), "train", "train"))
     assert (examples[0].question, rows.columns.unread) == ("Q?", ["context"])
 
 
@@ -160,7 +161,7 @@ def test_coqa_is_one_conversation(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", row)
     context = (("user", "Once.\n\nWho?"), ("assistant", "she"), ("user", "Why?"), ("assistant", "so"))
     assert load_examples(path) == [Example("1", "When?", "then", context)]
-    assert str(read_examples(path)[1].columns) == (
+    assert str(read_examples(origin_of(path, "train", "train"))[1].columns) == (
         "passage from story, question from questions, answer from answers; not read: source"
     )
     quac = {"context": "C.", "questions": ["Who?"], "answers": {"texts": [["she", "her"]], "answer_starts": [[0, 1]]}}
@@ -171,7 +172,7 @@ def test_coqa_is_one_conversation(tmp_path: Path) -> None:
 
 def test_a_passage_that_is_not_understood_is_named(tmp_path: Path) -> None:
     row = {"question": "Q?", "answer": "a", "context": {"table": [[1, 2]]}, "evidence": ["e"]}
-    _, rows = read_examples(write(tmp_path / "a.jsonl", row))
+    _, rows = read_examples(origin_of(write(tmp_path / "a.jsonl", row), "train", "train"))
     assert rows.columns.unread == ["context", "evidence"]
 
 
@@ -189,7 +190,7 @@ def test_only_good_replies_are_answers(tmp_path: Path, label: Any, column: str) 
     for row in (texts, turns):
         path = write(tmp_path / "a.jsonl", row)
         assert load_examples(path) == [Example("1", "p", "c" if is_good else None)]
-        assert read_examples(path)[1].n_bad == (not is_good)
+        assert read_examples(origin_of(path, "train", "train"))[1].n_bad == (not is_good)
 
 
 @pytest.mark.parametrize("label", [3, -0.5, "so-so", "maths", [True]])
@@ -203,14 +204,14 @@ def test_a_label_that_is_not_understood_is_named(tmp_path: Path, label: Any) -> 
 
 def test_a_reply_without_its_label_is_left_out(tmp_path: Path) -> None:
     rows = [{"prompt": "p", "completion": "c", "label": label} for label in (True, None, "")]
-    examples, read = read_examples(write(tmp_path / "a.jsonl", *rows))
+    examples, read = read_examples(origin_of(write(tmp_path / "a.jsonl", *rows), "train", "train"))
     assert len(examples) == 1
     assert read.left_out == {"no label that says whether its reply is good": 2}
 
 
 def test_a_label_without_reply_or_beside_options_is_no_rating(tmp_path: Path) -> None:
     assert load_examples(write(tmp_path / "a.jsonl", {"question": "q", "label": "maths"})) == [Example("1", "q", None)]
-    assert read_examples(tmp_path / "a.jsonl")[1].columns.unread == ["label"]
+    assert read_examples(origin_of(tmp_path / "a.jsonl", "train", "train"))[1].columns.unread == ["label"]
     row = {"question": "q", "answer": "a", "label": "a"}
     assert load_examples(write(tmp_path / "b.jsonl", row), answer_field="label") == [Example("1", "q", "a")]
 

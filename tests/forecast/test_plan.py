@@ -129,9 +129,29 @@ def test_examples_in_memory_have_no_columns(tiny: Tiny) -> None:
     planned = sts_fast.plan(
         model=tiny.model, sae=tiny.saes["topk"], trains={"train": examples}, domains=tiny.domains, top_n=5
     )
-    assert (planned.sets[0].columns, planned.sets[0].unread) == (None, None)
+    assert (planned.sets[0].columns, planned.sets[0].unread, planned.sets[0].source) == (None, None, None)
     assert planned.sets[0].first == examples[0].question
     assert asdict(planned) == planned.to_dict()
+
+
+def test_the_source_of_each_set_is_shown(tiny: Tiny, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in tiny.train.read_text().splitlines()]
+    (tmp_path / "law").mkdir()
+    for split in ("dev", "test"):
+        shutil.copy(tiny.train, tmp_path / "law" / f"{split}.jsonl")
+    planned = sts_fast.plan(
+        model=tiny.model,
+        sae=tiny.saes["topk"],
+        trains={"rows": rows, "both": [tiny.train, rows]},
+        domains={"law": tmp_path / "law"},
+        top_n=5,
+    )
+    assert [(of.name, of.source) for of in planned.sets] == [
+        ("rows", "'rows' in memory"),
+        ("both", f"{tiny.train}, 'both 2' in memory"),
+        ("law", f"{tmp_path / 'law' / 'test.jsonl'} (not read: dev)"),
+    ]
+    assert planned.sets[0].columns == {"id": ["id"], "question": ["question"], "answer": ["answer"]}
 
 
 def test_stored_activations_cost_no_pass(tiny: Tiny, tmp_path: Path) -> None:

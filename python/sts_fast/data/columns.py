@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypedDict
 
+from sts_fast.data.folders import Origin
 from sts_fast.errors import listed
 
 # Column names in canonical spelling; the first that a file has is taken.
@@ -70,12 +71,14 @@ class ReadColumns:
 class ReadRows:
     """Rows of one source: a set, or a file that its categories split into several.
 
-    n_rows:   in the files, blank lines aside
+    origin:   the tables
+    n_rows:   in these, blank lines aside
     left_out: number of rows without an example, by reason
     n_bad:    replies that their rows label as bad, and that are no answers
     notes:    what to know of how the others were read
     """
 
+    origin: Origin = field(default_factory=Origin)
     columns: ReadColumns = field(default_factory=ReadColumns)
     n_rows: int = 0
     left_out: Counter[str] = field(default_factory=Counter)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from sts_fast.data.choices import INDEX_COLUMNS, Choices, Numbered, answers_of
@@ -27,8 +26,10 @@ from sts_fast.data.columns import (
     canonical,
     row_warnings,
 )
+from sts_fast.data.folders import Origin, Use
 from sts_fast.data.rendered import undone
-from sts_fast.data.tables import Row, domain_files, file_rows, train_files
+from sts_fast.data.sources import Place, Places, domains_of, origin_of
+from sts_fast.data.tables import Row, Table
 from sts_fast.data.turns import ToolCall, Turn, check_no_media, is_turns, parsed_turns, split_turns, tools_turn
 from sts_fast.data.values import (
     ABSENT,
@@ -88,9 +89,12 @@ class Example:
 
 
 def load_examples(
-    path: str | Path, *, question_field: str | None = None, answer_field: str | None = None, strict: bool = False
+    source: Places, *, question_field: str | None = None, answer_field: str | None = None, strict: bool = False
 ) -> list[Example]:
-    """The examples of one file or folder, in order.
+    """The examples of a training set, in order: of a file, a folder, a data set of the hub, rows in memory, or several.
+
+    source: a path; owner/name[:config[:split]] on the hub; a list of dicts, a data set of `datasets`, a data frame; or
+            a list of any of these, whose rows are one set
 
     What holds the question is decided by the column names of the first row, in any case: conversations
     (`messages`, `conversations`: role/content or from/value), prompt and completion or chosen reply, instruction and
@@ -106,21 +110,22 @@ def load_examples(
 
     Raises InputError, naming the file and the row, for whatever cannot be read as such, and where no row can.
     """
-    examples, read = read_examples(path, question_field, answer_field, strict=strict)
-    _warn([(str(path), read)])
+    origin = origin_of(source, "train", "train")
+    examples, read = read_examples(origin, question_field, answer_field, strict=strict)
+    _warn([(listed(origin.tables), read)])
     return examples
 
 
 def read_examples(
-    path: str | Path, question_field: str | None = None, answer_field: str | None = None, *, strict: bool = False
+    origin: Origin, question_field: str | None = None, answer_field: str | None = None, *, strict: bool = False
 ) -> tuple[list[Example], ReadRows]:
-    """The same, with what became of the rows, and without the warnings."""
-    rows, read = _read(train_files(Path(path)), question_field, answer_field, by_category=False, strict=strict)
+    """The examples of one set, with what became of the rows, and without the warnings."""
+    rows, read = _read(origin, question_field, answer_field, by_category=False, strict=strict)
     return [example for _, example in rows], read
 
 
 def load_domains(
-    sources: Sequence[str],
+    sources: Sequence[Place],
     *,
     question_fields: Mapping[str, str] | None = None,
     answer_fields: Mapping[str, str] | None = None,
@@ -130,10 +135,13 @@ def load_domains(
     """Domain name -> its examples, in the order given.
 
     Each source is one of
-    - `name=path`: all of that file or folder is the domain `name` (a path that exists as it stands comes first);
-    - a folder of files: each is a domain, by name, whatever its columns; hidden and other files are ignored;
-    - one file, or a folder written by `datasets`: a column `category`, `subject`, `domain` or `topic` splits it into
-      domains in order of first appearance; without one it is a single domain named after the file.
+    - `name=path`: all of that file or folder is the domain `name` (a path that exists as it stands comes first), and
+      all paths given under that name are;
+    - a folder of files, or of folders: each is a domain, by name, whatever its columns; of its splits `test` is read,
+      else validation, dev, train; hidden and other files are ignored;
+    - one file, one data set in splits or shards, owner/name[:config[:split]] on the hub, or rows in memory: a column
+      `category`, `subject`, `domain` or `topic` splits it into domains in order of first appearance; without one it is
+      a single domain named after the file.
 
     question_fields, answer_fields: file, folder or `name=` name -> column as in `load_examples`; "" stands for all.
     other_names: names that the fields may hold besides those of the sources: of sets that are read elsewhere
@@ -152,29 +160,29 @@ def _warn(read: Sequence[tuple[str, ReadRows]]) -> None:
 
 
 def read_domains(
-    sources: Sequence[str],
+    sources: Sequence[Place],
     question_fields: Mapping[str, str],
     answer_fields: Mapping[str, str],
     other_names: Iterable[str] = (),
+    use: Use = "domain",
     *,
     strict: bool = False,
 ) -> dict[str, tuple[list[Example], ReadRows]]:
     """The same, with what became of the rows, and without the warnings; domains of one file share this."""
     domains: dict[str, tuple[list[Example], ReadRows]] = {}
     names = [""]
-    for source in sources:
-        for name, files, by_category in domain_files(source):
-            names.append(name)
-            question_field = question_fields.get(name, question_fields.get(""))
-            answer_field = answer_fields.get(name, answer_fields.get(""))
-            examples_of: dict[str, list[Example]] = {}
-            rows, read = _read(files, question_field, answer_field, by_category=by_category, strict=strict)
-            for category, example in rows:
-                examples_of.setdefault(name if category is None else category, []).append(example)
-            for domain, examples in examples_of.items():
-                if domain in domains:
-                    raise InputError(f"domain {domain!r} of {source} exists already; name it with NAME=PATH")
-                domains[domain] = examples, read
+    for name, origin, by_category in domains_of(sources, use):
+        names.append(name)
+        question_field = question_fields.get(name, question_fields.get(""))
+        answer_field = answer_fields.get(name, answer_fields.get(""))
+        examples_of: dict[str, list[Example]] = {}
+        rows, read = _read(origin, question_field, answer_field, by_category=by_category, strict=strict)
+        for category, example in rows:
+            examples_of.setdefault(name if category is None else category, []).append(example)
+        for domain, examples in examples_of.items():
+            if domain in domains:
+                raise InputError(f"domain {domain!r} of {origin} exists already; name it with NAME=PATH")
+            domains[domain] = examples, read
     allowed = {*names, *other_names}
     for name in (*question_fields, *answer_fields):
         if name not in allowed:
@@ -183,19 +191,19 @@ def read_domains(
 
 
 def _read(
-    files: Sequence[Path], question_field: str | None, answer_field: str | None, *, by_category: bool, strict: bool
+    origin: Origin, question_field: str | None, answer_field: str | None, *, by_category: bool, strict: bool
 ) -> tuple[list[tuple[str | None, Example]], ReadRows]:
     """(category, example) of every usable row; its category is None where no column holds one or none is asked for."""
     rows: list[tuple[str | None, Example]] = []
-    read, n_before = ReadRows(), 0
+    read, n_before = ReadRows(origin), 0
     numbers: dict[int, Numbered] = {}  # by place in `rows`
     unusable: list[UnusableRow] = []
-    for path in files:
-        reader = _RowReader(path, question_field, answer_field, by_category=by_category)
+    for table in origin.tables:
+        reader = _RowReader(table, question_field, answer_field, by_category=by_category)
         number = 0
-        for number, key, row in file_rows(path):
+        for number, key, row in table.read():
             read.n_rows += 1
-            where, default_id = f"{path}: row {number}", key or str(n_before + number)
+            where, default_id = f"{table}: row {number}", key or str(n_before + number)
             try:
                 category, example, answer_number = reader.read(row, where, default_id)
             except UnusableRow as error:
@@ -218,17 +226,19 @@ def _read(
         raise unusable[0]
     read.left_out.update(error.reason for error in unusable)
     if not read.n_rows:
-        raise InputError(f"{listed(files)} holds no examples; give a file with at least one row")
+        raise InputError(f"{listed(origin.tables)} holds no examples; give a file with at least one row")
     if read.n_left_out == read.n_rows:
-        raise InputError(f"{listed(files)} has no usable row among {read.n_rows}: {unusable[0]}")
+        raise InputError(f"{listed(origin.tables)} has no usable row among {read.n_rows}: {unusable[0]}")
     return [row for at, row in enumerate(rows) if at not in dropped], read
 
 
 class _RowReader:
-    """Makes examples of the rows of one file; the first row with a question decides where question and category are."""
+    """Makes examples of the rows of one table; the first with a question decides where question and category are."""
 
-    def __init__(self, path: Path, question_field: str | None, answer_field: str | None, *, by_category: bool) -> None:
-        self.path = path
+    def __init__(
+        self, table: Table, question_field: str | None, answer_field: str | None, *, by_category: bool
+    ) -> None:
+        self.table = table
         self.question_field = question_field
         self.answer_field = answer_field
         self.by_category = by_category
@@ -262,7 +272,7 @@ class _RowReader:
         return self._category(fields, where), example, number
 
     def add_to(self, read: ReadRows) -> None:
-        """Adds the columns of this file, in its own spelling, and its bad replies to those of a set."""
+        """Adds the columns of this table, in its own spelling, and its bad replies to those of a set."""
         spelt: dict[str, str] = {}
         for name in self.columns or ():
             spelt.setdefault(canonical(name), name.strip())
@@ -280,7 +290,7 @@ class _RowReader:
 
     def check_answer_field(self) -> None:
         if self.columns is not None and self.answer_field is not None and not self.has_answer_field:
-            raise InputError(f"{self.path} has no field {self.answer_field!r}; its columns are {listed(self.columns)}")
+            raise InputError(f"{self.table} has no field {self.answer_field!r}; its columns are {listed(self.columns)}")
 
     def _choose_columns(self, row: Row, fields: Row, where: str) -> None:
         if self.by_category:
@@ -296,13 +306,13 @@ class _RowReader:
                 known = [name for name in STEM_COLUMNS if name in fields]
             if not known and (lost := [name for name in TURN_COLUMNS if not is_missing(fields.get(name))]):
                 raise InputError(
-                    f"{self.path}: {lost[0]!r} holds {kind_of(fields[lost[0]])} that is no conversation; write it as "
+                    f"{self.table}: {lost[0]!r} holds {kind_of(fields[lost[0]])} that is no conversation; write it as "
                     'JSON, [{"role": "user", "content": "..."}, ...], or name another column with --question-field'
                 )
             if not known:
                 raise InputError(
-                    f"{self.path} has no column known to hold questions among {listed(row)}; "
-                    "name one with --question-field, and its answers with --answer-field"
+                    f"{self.table} has no column known to hold questions among {listed(row)}; "
+                    f"name one with --question-field, and its answers with --answer-field{self.table.header_remedy}"
                 )
             self.question_column = known[0]
 

@@ -5,20 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
+from typing import TYPE_CHECKING, Annotated, Literal, TypedDict, cast
 
 from sts_fast.data.columns import UNREMARKABLE, ReadRows, RowsBlock, reading_lines, row_blocks, row_warnings
 from sts_fast.data.examples import Example, read_domains, read_examples
+from sts_fast.data.folders import Use
+from sts_fast.data.memory import is_rows, is_splits
 from sts_fast.data.options import Checked, Option
 from sts_fast.data.prompts import PromptSet, TokenClass, build_prompts, choose_demos
+from sts_fast.data.sources import Place, Places, named_place, origin_of
+from sts_fast.data.tables import Table
 from sts_fast.data.template import PromptTemplate
 from sts_fast.data.turns import Turn
-from sts_fast.errors import InputError
+from sts_fast.errors import InputError, listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Source = str | Path | Sequence[Example]
+Source = Places | Sequence[Example]
+Sources = Mapping[str, Source] | Sequence[Place] | Place
+ReadSet = tuple[list[Example], ReadRows | None]
 Kind = Literal["train", "domain"]
 
 Limit = Annotated[int | None, Option("Most prompts of a set, drawn at random; 0 for all.", least=1)]
@@ -45,12 +51,12 @@ class Fields(Checked):
     ] = field(default_factory=dict)
     strict: Strict = False
 
-    def read(self, name: str, source: Source) -> tuple[list[Example], ReadRows | None]:
-        """The examples of a set, and what became of its rows; None of examples in memory."""
-        if not isinstance(source, (str, Path)):
+    def read(self, name: str, source: Source, use: Use) -> ReadSet:
+        """The examples of a set, and what became of its rows; None where examples were given."""
+        if isinstance(source, (list, tuple)) and all(isinstance(example, Example) for example in source):
             return list(source), None
         question, answer = (of.get(name, of.get("")) for of in (self.question_fields, self.answer_fields))
-        return read_examples(source, question, answer, strict=self.strict)
+        return read_examples(origin_of(source, use, name), question, answer, strict=self.strict)
 
 
 class FieldsOptions(TypedDict, total=False):
@@ -65,49 +71,47 @@ class Sets:
     """The examples of the training sets and the domains by name.
 
     demos:   those to demonstrate with, where given apart
-    read_rows: what became of the rows of the files, by kind and name; examples in memory have none
-    demo_rows: the same of the demonstrations, by the set that they are for
+    read_rows: what became of the rows, by use and name; where examples were given, there are none
     """
 
     trains: dict[str, list[Example]]
     domains: dict[str, list[Example]]
     demos: dict[str, list[Example]]
-    read_rows: dict[tuple[Kind, str], ReadRows]
-    demo_rows: dict[str, ReadRows]
+    read_rows: dict[tuple[Use, str], ReadRows]
 
     @classmethod
     def read(
         cls,
         trains: Mapping[str, Source],
-        domains: Mapping[str, Source] | Sequence[str],
-        demos: Mapping[str, Source] | Sequence[str] | None,
+        domains: Sources,
+        demos: Sources | None,
         fields: Fields,
+        domain_use: Use = "domain",
     ) -> Sets:
-        """Raises InputError where there is no training set, or something in a file cannot be used."""
+        """domain_use: the use of the domains' splits; 'train' where they are trained on.
+
+        Raises InputError where there is no training set, or something in a file cannot be used."""
         if not trains:
             raise InputError("there is no training set to forecast: give one or more, by name")
-        domains = [str(domains)] if isinstance(domains, (str, Path)) else domains
-        demos = [str(demos)] if isinstance(demos, (str, Path)) else demos
-        of_trains = {name: fields.read(name, source) for name, source in trains.items()}
-        of_domains = _read_sets(domains, fields, list(trains))
+        of_trains = {name: fields.read(name, source, "train") for name, source in trains.items()}
+        of_domains = _read_sets(_by_name(domains), fields, list(trains), domain_use)
         if "train" in of_domains and "train" in trains:
             raise InputError(
                 "a domain cannot be called 'train', the name of the training set: rename it, as in new=path"
             )
-        kinds: tuple[tuple[Kind, Mapping[str, tuple[list[Example], ReadRows | None]]], ...]
-        kinds = (("train", of_trains), ("domain", of_domains))
-        of_demos = _read_demos(demos or {}, fields, [*of_trains, *of_domains])
+        of_demos = _read_demos({} if demos is None else _by_name(demos), fields, [*of_trains, *of_domains])
+        uses: tuple[tuple[Use, Mapping[str, ReadSet]], ...]
+        uses = (("train", of_trains), ("domain", of_domains), ("demos", of_demos))
         return cls(
             _examples(of_trains),
             _examples(of_domains),
             _examples(of_demos),
-            {(kind, name): rows for kind, sets in kinds for name, (_, rows) in sets.items() if rows},
-            {name: rows for name, (_, rows) in of_demos.items() if rows},
+            {(use, name): rows for use, sets in uses for name, (_, rows) in sets.items() if rows},
         )
 
     def lines(self) -> list[str]:
-        """A line for each way in which columns were read, with the sets and the number of their rows."""
-        return reading_lines(self._rows_beside(None))
+        """A line for each way in which columns were read, and one for what was not read beside them."""
+        return [*reading_lines(self._rows_beside(None)), *self.left_out()]
 
     def told(self) -> list[str]:
         """The same lines, and the warnings, for commands that keep no warnings of their sets."""
@@ -122,12 +126,26 @@ class Sets:
         return row_blocks(self._rows_beside(train))
 
     def _rows_beside(self, train: str | None) -> list[tuple[str, ReadRows]]:
-        of_sets, of_demos = self.read_rows.items(), self.demo_rows.items()
-        others = {name for kind, name in self.read_rows if kind == "train" and train not in (None, name)}
+        others = {name for use, name in self.read_rows if use == "train" and train not in (None, name)}
         return [
-            *((name, rows) for (kind, name), rows in of_sets if kind == "domain" or name not in others),
-            *((f"demonstrations of {name}", rows) for name, rows in of_demos if name not in others),
+            (f"demonstrations of {name}" if use == "demos" else name, rows)
+            for (use, name), rows in self.read_rows.items()
+            if rows.n_rows and (use == "domain" or name not in others)
         ]
+
+    def tables(self, use: Use, name: str | None = None) -> list[Table]:
+        """The tables that the sets of a use were read from, or one of them, each once."""
+        origins = [rows.origin for key, rows in self.read_rows.items() if key == (use, name or key[1])]
+        return list({table.name: table for origin in origins for table in origin.tables}.values())
+
+    def left_out(self) -> list[str]:
+        """For each use, a line that names the splits and folders that were not read; none where everything was."""
+        of_uses: dict[Use, str] = {"train": "training sets", "domain": "domains", "demos": "demonstrations"}
+        lines = []
+        for use, sets in of_uses.items():
+            names = {name: None for key, of in self.read_rows.items() if key[0] == use for name in of.origin.left_out}
+            lines += [f"Not read beside the {sets}: {listed(names)}"] if names else []
+        return lines
 
 
 @dataclass(frozen=True)
@@ -235,36 +253,57 @@ def _losses(prompt_set: PromptSet, n_examples: int, n_repeated: int, context_len
     return warnings
 
 
-def _examples(sets: Mapping[str, tuple[list[Example], ReadRows | None]]) -> dict[str, list[Example]]:
+def _examples(sets: Mapping[str, ReadSet]) -> dict[str, list[Example]]:
     return {name: examples for name, (examples, _) in sets.items()}
 
 
+def _by_name(sources: Sources) -> Mapping[str, Source] | Sequence[Place]:
+    """Sets by name, or a list of places that are still to be split into sets."""
+    if isinstance(sources, Mapping) and not is_splits(sources):
+        return sources
+    one_place = isinstance(sources, (str, Path)) or is_rows(sources) or is_splits(sources)
+    places = cast(Sequence[Place], [sources] if one_place else sources)
+    return [str(place) if isinstance(place, Path) else place for place in places]
+
+
 def _read_sets(
-    sets: Mapping[str, Source] | Sequence[str], fields: Fields, other_names: Sequence[str]
-) -> Mapping[str, tuple[list[Example], ReadRows | None]]:
+    sets: Mapping[str, Source] | Sequence[Place], fields: Fields, other_names: Sequence[str], use: Use
+) -> Mapping[str, ReadSet]:
     if isinstance(sets, Mapping):
-        return {name: fields.read(name, source) for name, source in sets.items()}
+        return {name: fields.read(name, source, use) for name, source in sets.items()}
     if not sets:
         for name in (*fields.question_fields, *fields.answer_fields):
             if name and name not in other_names:
                 raise InputError(f"a field is named for '{name}', but the sets are {', '.join(other_names)}")
         return {}
-    return read_domains(sets, fields.question_fields, fields.answer_fields, other_names, strict=fields.strict)
+    return read_domains(sets, fields.question_fields, fields.answer_fields, other_names, use, strict=fields.strict)
 
 
 def _read_demos(
-    demos: Mapping[str, Source] | Sequence[str], fields: Fields, names: Sequence[str]
-) -> dict[str, tuple[list[Example], ReadRows | None]]:
+    demos: Mapping[str, Source] | Sequence[Place], fields: Fields, names: Sequence[str]
+) -> dict[str, ReadSet]:
     """Demonstrations by set; a file split by category may hold more categories than there are domains."""
-    groups = [demos] if isinstance(demos, Mapping) else [[source] for source in demos]
-    demonstrations: dict[str, tuple[list[Example], ReadRows | None]] = {}
+    groups = [demos] if isinstance(demos, Mapping) else _same_name(demos)
+    demonstrations: dict[str, ReadSet] = {}
     for group in groups:
-        examples = _read_sets(group, fields, [*fields.question_fields, *fields.answer_fields])
-        unknown = [name for name in examples if name not in names]
-        if unknown and (isinstance(group, Mapping) or len(unknown) == len(examples)):
+        sets = _read_sets(group, fields, [*fields.question_fields, *fields.answer_fields], "demos")
+        unknown = [name for name in sets if name not in names]
+        if unknown and (isinstance(group, Mapping) or len(unknown) == len(sets)):
             raise InputError(f"demonstrations are given for '{unknown[0]}', but the sets are {', '.join(names)}")
-        demonstrations |= {name: examples[name] for name in examples if name in names}
+        for name in (name for name in sets if name in names):
+            if name in demonstrations:
+                raise InputError(f"demonstrations for '{name}' are in two sources; give both as {name}=path")
+            demonstrations[name] = sets[name]
     return demonstrations
+
+
+def _same_name(places: Sequence[Place]) -> list[list[Place]]:
+    """Places in groups: those of one name together, each other one alone."""
+    groups: dict[object, list[Place]] = {}
+    for i, place in enumerate(places):
+        name = named_place(place)[0] if isinstance(place, str) else None
+        groups.setdefault(i if name is None else name, []).append(place)
+    return list(groups.values())
 
 
 def common_template(tokenizer: PreTrainedTokenizerBase, starts: Sequence[tuple[str, bool]]) -> PromptTemplate:

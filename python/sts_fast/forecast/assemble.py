@@ -196,7 +196,7 @@ def _forecast(
         ],
         warnings=warnings,
         provenance=_provenance(
-            {**plan.sources, "sae": sae.source, "train": plan.train_source(shift.name)},
+            _inputs(plan, sae, shift.name),
             plan.sets.blocks(shift.name),
             settings,
             prompts_sha256(prompt_sets),
@@ -301,22 +301,24 @@ def promoted_tokens(
         return {}
 
 
+def _inputs(plan: Plan, sae: SAE, train: str) -> list[InputFile]:
+    """Everything that a forecast of one training set is made from: files, rows in memory, data sets of the hub."""
+    inputs: list[InputFile] = []
+    for role, source in {**plan.sources, "sae": sae.source}.items():
+        # Hub ids and models in memory are no files.
+        if isinstance(source, (str, Path)) and Path(source).exists():
+            inputs += files.hashed_inputs(role, [source])
+    inputs += [table.record("domains") for table in plan.sets.tables("domain")]
+    inputs += [table.record("demos") for table in plan.sets.tables("demos")]
+    return inputs + [table.record("train") for table in plan.sets.tables("train", train)]
+
+
 def _provenance(
-    sources: Mapping[str, object],
-    rows: list[RowsBlock],
-    settings: Settings,
-    prompts_digest: str,
-    passes: PassRecord,
+    inputs: list[InputFile], rows: list[RowsBlock], settings: Settings, prompts_digest: str, passes: PassRecord
 ) -> ProvenanceBlock:
     import torch
     import transformers
 
-    inputs: list[InputFile] = []
-    for role, source in sources.items():
-        several = role in ("domains", "demos") and not isinstance(source, (str, Path))
-        for set_source in (list(source.values()) if isinstance(source, Mapping) else source) if several else [source]:  # type: ignore[attr-defined]
-            path = _existing_path(set_source)
-            inputs += files.hashed_inputs(role, [path]) if path else []
     return {
         "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": settings.command,
@@ -334,11 +336,3 @@ def _provenance(
         "prompts_sha256": prompts_digest,
         "forward_passes": passes,
     }
-
-
-def _existing_path(source: object) -> Path | None:
-    """The file or folder behind a path or 'name=path'; None for hub ids and for what is in memory."""
-    if not isinstance(source, (str, Path)):
-        return None
-    candidates = [Path(source), Path(str(source).partition("=")[2] or source)]
-    return next((path for path in candidates if path.exists()), None)

@@ -23,7 +23,7 @@ class Plan:
     train_answers, domain_answers: those that read their answers in the whole model: of training sets, for signed
         estimators; of domains that have enough answers, for signed estimators and for --controls all
     labels:  explanations of features, by index
-    sources: what everything was read from, by role, for the provenance
+    sources: what else the forecast is made from, by role, for the provenance
     sets:    the examples that the prompts are made of
     """
 
@@ -77,10 +77,6 @@ class Plan:
             check_enough(answers, session.context_length, "train")
         labels = {} if settings.labels is None else explain.read_labels(settings.labels)
         return cls(session, settings, domains, domain_answers, labels, sources, sets, trains, train_answers)
-
-    def train_source(self, name: str) -> object:
-        trains = self.sources["trains"]
-        return trains.get(name) if isinstance(trains, Mapping) else trains
 
     def show(self) -> None:
         """Hands the first prompt of each set to `settings.show`."""

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Literal, Unpack, get_args
 
 import numpy as np
 
+from sts_fast.data.columns import ReadRows
+from sts_fast.data.folders import Use
 from sts_fast.data.options import Option
 from sts_fast.data.prompts import PromptSet
-from sts_fast.data.sets import MIN_PROMPTS, Sets, Source, check_enough
+from sts_fast.data.sets import MIN_PROMPTS, Sets, Sources, check_enough
+from sts_fast.data.sources import Places
 from sts_fast.errors import InputError
 from sts_fast.files import Document
 from sts_fast.forecast.dims import Shift, measure_shifts
@@ -72,9 +75,9 @@ def rollouts(
     *,
     model: str | Path | PreTrainedModel,
     sae: SAESource,
-    rollouts: str | Path | Rollouts,
-    domains: Mapping[str, Source] | Sequence[str],
-    demos: Mapping[str, Source] | Sequence[str] | None = None,
+    rollouts: Places | Rollouts,
+    domains: Sources,
+    demos: Sources | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     tuned: str | Path | PreTrainedModel | None = None,
     columns: Columns | None = None,
@@ -85,7 +88,8 @@ def rollouts(
     model, sae, domains, demos, tokenizer: as for `score`, with one SAE
     options:  see RolloutSettings; `dims` does not apply. Signed estimators take the policy gradient of the completions
               instead of a training set's answers
-    rollouts: a file or folder of (prompt, completion, reward) rows, see load_rollouts; or rollouts in memory
+    rollouts: (prompt, completion, reward) rows: a file or folder, rows in memory, or several, see load_rollouts; or
+              rollouts in memory
     tuned:    the model after RL: adds a forecast 'tuned', from the true shift on the same prompts
     columns:  which columns of the file to read
 
@@ -123,10 +127,14 @@ def rollouts(
             data, rendering, context_length=reader.context_length, limit=settings.limit, seed=settings.seed
         )
         _check_groups(completions)
-    source = rollouts if isinstance(rollouts, (str, Path)) else None
-    sources = {"model": model, "tuned": tuned, "labels": settings.labels, "domains": domains, "demos": demos or {}}
+    of_ways: dict[tuple[Use, str], ReadRows] = {("train", way): ReadRows(data.origin) for way in (*ways, "tuned")}
     plan = replace(
-        Plan.make(session, settings, replace(sets, trains={}), sources | {"trains": source}),
+        Plan.make(
+            session,
+            settings,
+            replace(sets, trains={}, read_rows=sets.read_rows | of_ways),
+            {"model": model, "tuned": tuned, "labels": settings.labels},
+        ),
         trains=[
             *([] if own is None else [own]),
             *([] if completions is None else [completions.prompt_set]),

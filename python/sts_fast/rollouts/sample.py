@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
-from sts_fast.data.examples import Example, load_examples
+from sts_fast.data.examples import Example
 from sts_fast.data.options import Option, part
 from sts_fast.data.prompts import Tell
-from sts_fast.data.sets import Drawing, DrawingOptions
+from sts_fast.data.sets import Drawing, DrawingOptions, Fields, Source
 from sts_fast.data.template import PromptTemplate
 from sts_fast.errors import InputError
 from sts_fast.model.packing import check_vocabulary
@@ -65,7 +65,7 @@ class CompletingOptions(DrawingOptions, LoadingOptions, total=False):
 def sample_rollouts(
     *,
     model: str | Path | PreTrainedModel,
-    questions: str | Path | Sequence[Example],
+    questions: Source,
     check: str | Checker,
     tokenizer: PreTrainedTokenizerBase | None = None,
     question_field: str | None = None,
@@ -75,7 +75,7 @@ def sample_rollouts(
 ) -> Rollouts:
     """Samples completions of questions and rewards them.
 
-    questions: a file, a folder, or examples; check: see load_checker, or a function of (question, completion, answer)
+    questions: as the training set of `score`; check: see load_checker, or a function of (question, completion, answer)
     options:   see Completing
 
     The completions of a question depend only on `seed` and the question, not on the other questions.
@@ -87,9 +87,10 @@ def sample_rollouts(
 
     completing = Completing(**options)
     checker = load_checker(check) if isinstance(check, str) else check
-    if isinstance(questions, (str, Path)):
-        questions = load_examples(questions, question_field=question_field, answer_field=answer_field)
-    examples = list(questions)[: completing.limit]
+    fields = Fields(
+        {} if question_field is None else {"": question_field}, {} if answer_field is None else {"": answer_field}
+    )
+    examples = fields.read("train", questions, "train")[0][: completing.limit]
     if check in ("exact", "math") and (lacking := [example.id for example in examples if example.answer is None]):
         raise InputError(
             f"--check {check} compares with the answer, but question {lacking[0]} has none: fill it in, name its "

@@ -19,6 +19,7 @@ from sts_fast.data.sets import (
     SamplingOptions,
     Sets,
     Source,
+    Sources,
     check_enough,
 )
 from sts_fast.errors import InputError
@@ -76,8 +77,8 @@ def capture_activations(
     model: str | Path | PreTrainedModel,
     output: str | Path,
     trains: Mapping[str, Source],
-    domains: Mapping[str, Source] | Sequence[str],
-    demos: Mapping[str, Source] | Sequence[str] | None = None,
+    domains: Sources,
+    demos: Sources | None = None,
     saes: Sequence[SAE] = (),
     hooks: Sequence[str] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
