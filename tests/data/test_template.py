@@ -170,6 +170,22 @@ def test_demonstrations_keep_the_reasoning_that_a_template_drops_from_earlier_tu
     assert "shows 1 of the 1 demonstrations of 'set' without a part of their answer" in warning
 
 
+@pytest.mark.parametrize(
+    ("mentions", "written"),
+    [
+        ("<think>\\n", "<think>\ntwo and two\n</think>\n\nIt is four."),  # a template that opens the thought itself
+        ("[/THINK]", "[THINK]two and two[/THINK]It is four."),
+    ],
+)
+def test_reasoning_is_in_the_reply_where_the_template_writes_thoughts_so(mentions: str, written: str) -> None:
+    opens = CHATML.replace("assistant\n{% endif %}", f"assistant\n{{{{ '{mentions}' }}}}{{% endif %}}")
+    template, _ = template_of(opens)
+    turns = [Turn("user", "What is 2 + 2?"), THOUGHTFUL]
+    assert template.text(turns).endswith(f"<|im_start|>assistant\n{written}<|im_end|>\n")
+    assert read_of(template, turns) == ["What is 2 + 2?", "two and twoIt is four."]
+    assert template.notes(turns) == ()
+
+
 def test_template_without_calls_gets_them_as_json() -> None:
     template, _ = template_of(CHATML)
     assert template.text([*CALLING, REPLY]) == (

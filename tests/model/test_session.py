@@ -66,6 +66,14 @@ def test_chat_template_beside_the_tokenizer_is_read(tiny: Tiny, tmp_path: Path, 
     assert template.text([Turn("user", "Why?")]) == "[user] Why? "
 
 
+def test_several_chat_templates_of_a_processor_are_read_by_name(tiny: Tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.model, folder)
+    named = [{"name": name, "template": f"{{{{ messages[0].content }}}} {name}"} for name in ("default", "rag")]
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": named}))
+    assert Session.open(folder, [], purpose=Purpose()).template.text([Turn("user", "Why?")]) == "Why? default"
+
+
 def test_broken_chat_template_of_a_processor_is_told_in_one_line(tiny: Tiny, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny.model, folder)

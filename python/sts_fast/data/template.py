@@ -57,6 +57,14 @@ class Thoughts:
         return f"{self.before}{turn.reasoning.strip()}{self.between}{turn.content.strip()}".strip()
 
 
+# How models write thoughts into the content, by a mark that is in their templates.
+_IN_CONTENT = {
+    "<think>": Thoughts(False, "<think>\n", "\n</think>\n\n"),
+    "</think>": Thoughts(False, "<think>\n", "\n</think>\n\n"),
+    "[/THINK]": Thoughts(False, "[THINK]", "[/THINK]"),
+}
+
+
 class PromptTemplate:
     """Renders turns as token ids: with the tokenizer's own chat template, else as plain question and answer text.
 
@@ -213,7 +221,7 @@ class PromptTemplate:
             mark = _THOUGHT_MARK.search(text.partition(thought)[0])
             return Thoughts(True, mark[0] if mark else "", between, mark is not None)
         template = str(self._chat_template)
-        return Thoughts(False, "<think>\n", "\n</think>\n\n") if "</think>" in template else None
+        return next((thoughts for mark, thoughts in _IN_CONTENT.items() if mark in template), None)
 
     def _whole(self, turn: Turn) -> str:
         return turn.content.strip() if self._thoughts is None else self._thoughts.whole(turn)

@@ -395,7 +395,9 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         if tokenizer.chat_template is None:
             with suppress(OSError):  # there is no such file
                 path = Path(str(cached_file(source, PROCESSOR_TEMPLATE_FILE)))
-                tokenizer.chat_template = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
+                template = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
+                is_several = isinstance(template, list)
+                tokenizer.chat_template = {of["name"]: of["template"] for of in template} if is_several else template
         return tokenizer
 
 
