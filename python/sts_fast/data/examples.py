@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from string import ascii_uppercase
-from typing import Any
+from typing import Any, TypeGuard
 
 from sts_fast.data.folders import Origin, Use
 from sts_fast.data.sources import Place, Places, domains_of, origin_of
@@ -79,6 +79,11 @@ class ReadColumns:
     def __str__(self) -> str:
         read = [f"{role} from {listed(names)}" for role, names in self.by_role.items()]
         return ", ".join(read) + (f"; not read: {listed(self.unread)}" if self.unread else "")
+
+
+def are_examples(source: object) -> TypeGuard[Sequence[Example]]:
+    """True for a list of examples, an empty one too."""
+    return isinstance(source, (list, tuple)) and all(isinstance(example, Example) for example in source)
 
 
 def load_examples(
