@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Any, TypedDict
 
+from sts_fast.data.choices import INDEX_COLUMNS
 from sts_fast.data.folders import Origin
+from sts_fast.data.turns import is_turns
+from sts_fast.data.values import is_missing, is_text
 from sts_fast.errors import listed
 
 # Column names in canonical spelling; the first that a file has is taken.
@@ -171,3 +174,10 @@ def _by_source(read: Sequence[tuple[str, ReadRows]]) -> list[tuple[list[str], Re
     for name, rows in read:
         sources.setdefault(id(rows), ([], rows))[0].append(name)
     return [*sources.values()]
+
+
+def is_readable(name: str, value: Any) -> bool:
+    """True of texts, of lists of texts, and of what may be a passage or name an answer."""
+    if name in (*PASSAGE_COLUMNS, *INDEX_COLUMNS):
+        return not is_missing(value)
+    return is_text(value) or is_turns(value) or (isinstance(value, list) and any(map(is_text, value)))

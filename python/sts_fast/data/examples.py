@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from sts_fast.data.choices import INDEX_COLUMNS, Choices, Numbered, answers_of
 from sts_fast.data.columns import (
@@ -24,6 +24,7 @@ from sts_fast.data.columns import (
     TURN_COLUMNS,
     ReadRows,
     canonical,
+    is_readable,
     row_warnings,
 )
 from sts_fast.data.folders import Origin, Use
@@ -86,6 +87,11 @@ class Example:
             return None
         alone = Turn("assistant", "", self.reasoning, self.tool_calls)
         return alone if self.tool_calls and alone.text == self.answer else replace(alone, content=self.answer)
+
+
+def are_examples(source: object) -> TypeGuard[Sequence[Example]]:
+    """True for a list of examples, an empty one too."""
+    return isinstance(source, (list, tuple)) and all(isinstance(example, Example) for example in source)
 
 
 def load_examples(
@@ -267,7 +273,7 @@ class _RowReader:
                 raise UnusableRow(where, "no values", "fill it in or remove the row")
             self._choose_columns(row, fields, where)
             self.columns = [*row]
-        self.readable |= {name: None for name, value in fields.items() if _is_readable(name, value)}
+        self.readable |= {name: None for name, value in fields.items() if is_readable(name, value)}
         example, number = self._example(row, fields, where, default_id)
         return self._category(fields, where), example, number
 
@@ -491,10 +497,3 @@ def _is_id(value: Any) -> bool:
 
 def _is_rendered(value: Any) -> bool:
     return isinstance(value, str) and undone(value, "") is not None
-
-
-def _is_readable(name: str, value: Any) -> bool:
-    """True of texts, of lists of texts, and of what may be a passage or name an answer."""
-    if name in (*PASSAGE_COLUMNS, *INDEX_COLUMNS):
-        return not is_missing(value)
-    return is_text(value) or is_turns(value) or (isinstance(value, list) and any(map(is_text, value)))

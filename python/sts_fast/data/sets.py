@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypedDict, cast
 
 from sts_fast.data.columns import UNREMARKABLE, ReadRows, RowsBlock, reading_lines, row_blocks, row_warnings
-from sts_fast.data.examples import Example, read_domains, read_examples
+from sts_fast.data.examples import Example, are_examples, read_domains, read_examples
 from sts_fast.data.folders import Use
 from sts_fast.data.memory import is_rows, is_splits
 from sts_fast.data.options import Checked, Option
@@ -53,7 +53,7 @@ class Fields(Checked):
 
     def read(self, name: str, source: Source, use: Use) -> ReadSet:
         """The examples of a set, and what became of its rows; None where examples were given."""
-        if isinstance(source, (list, tuple)) and all(isinstance(example, Example) for example in source):
+        if are_examples(source):
             return list(source), None
         question, answer = (of.get(name, of.get("")) for of in (self.question_fields, self.answer_fields))
         return read_examples(origin_of(source, use, name), question, answer, strict=self.strict)

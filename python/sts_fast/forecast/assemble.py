@@ -14,6 +14,7 @@ import numpy as np
 from sts_fast import files
 from sts_fast._version import __version__
 from sts_fast.data.columns import RowsBlock
+from sts_fast.data.folders import Origin
 from sts_fast.data.prompts import prompts_sha256
 from sts_fast.files import InputFile
 from sts_fast.forecast.blocks import ConcentrationBlock, ProvenanceBlock, SetBlock
@@ -308,6 +309,8 @@ def _inputs(plan: Plan, sae: SAE, train: str) -> list[InputFile]:
         # Hub ids and models in memory are no files.
         if isinstance(source, (str, Path)) and Path(source).exists():
             inputs += files.hashed_inputs(role, [source])
+        elif isinstance(source, Origin):
+            inputs += [table.record(role) for table in source.tables]
     inputs += [table.record("domains") for table in plan.sets.tables("domain")]
     inputs += [table.record("demos") for table in plan.sets.tables("demos")]
     return inputs + [table.record("train") for table in plan.sets.tables("train", train)]

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Literal, Unpack, get_args
 
 import numpy as np
 
-from sts_fast.data.columns import ReadRows
-from sts_fast.data.folders import Use
 from sts_fast.data.options import Option
 from sts_fast.data.prompts import PromptSet
 from sts_fast.data.sets import MIN_PROMPTS, Sets, Sources, check_enough
@@ -127,14 +125,9 @@ def rollouts(
             data, rendering, context_length=reader.context_length, limit=settings.limit, seed=settings.seed
         )
         _check_groups(completions)
-    of_ways: dict[tuple[Use, str], ReadRows] = {("train", way): ReadRows(data.origin) for way in (*ways, "tuned")}
+    sources = {"model": model, "tuned": tuned, "labels": settings.labels, "train": data.origin}
     plan = replace(
-        Plan.make(
-            session,
-            settings,
-            replace(sets, trains={}, read_rows=sets.read_rows | of_ways),
-            {"model": model, "tuned": tuned, "labels": settings.labels},
-        ),
+        Plan.make(session, settings, replace(sets, trains={}), sources),
         trains=[
             *([] if own is None else [own]),
             *([] if completions is None else [completions.prompt_set]),

@@ -10,12 +10,13 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Unpack
+from typing import TYPE_CHECKING, Annotated, Any, Unpack, cast
 
-from sts_fast.data.examples import Example
+from sts_fast.data.examples import Example, are_examples, load_examples
 from sts_fast.data.options import Option, part
 from sts_fast.data.prompts import Tell
-from sts_fast.data.sets import Drawing, DrawingOptions, Fields, Source
+from sts_fast.data.sets import Drawing, DrawingOptions, Source
+from sts_fast.data.sources import Places
 from sts_fast.data.template import PromptTemplate
 from sts_fast.errors import InputError
 from sts_fast.model.packing import check_vocabulary
@@ -87,10 +88,11 @@ def sample_rollouts(
 
     completing = Completing(**options)
     checker = load_checker(check) if isinstance(check, str) else check
-    fields = Fields(
-        {} if question_field is None else {"": question_field}, {} if answer_field is None else {"": answer_field}
-    )
-    examples = fields.read("train", questions, "train")[0][: completing.limit]
+    if are_examples(questions):
+        examples = list(questions)[: completing.limit]
+    else:
+        places = cast(Places, questions)
+        examples = load_examples(places, question_field=question_field, answer_field=answer_field)[: completing.limit]
     if check in ("exact", "math") and (lacking := [example.id for example in examples if example.answer is None]):
         raise InputError(
             f"--check {check} compares with the answer, but question {lacking[0]} has none: fill it in, name its "
