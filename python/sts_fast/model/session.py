@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 from sts_fast.data.examples import Example
 from sts_fast.data.options import Checked, Option
 from sts_fast.data.prompts import Progress, PromptSet
-from sts_fast.data.sets import Kind, Sampling, common_template
+from sts_fast.data.sets import Kind, Sampling, Strict, common_template
 from sts_fast.data.template import PromptTemplate
 from sts_fast.errors import InputError
 from sts_fast.model.checkpoint import Checkpoint
@@ -106,13 +106,13 @@ class Reading(Running):
     layer:     reads the residual stream after this layer, whatever the SAE's files say; hook: the same by name. The
                command line says this of each SAE apart
     sae_dtype: of the SAEs; None as stored
-    strict:    raises InputError where an SAE does not seem to belong to the model, instead of a warning
+    strict:    raises InputError where an SAE does not seem to belong to the model, instead of a warning; see Fields too
     command:   recorded in the provenance
     """
 
     layer: int | None = None
     hook: str | None = None
-    strict: Annotated[bool, Option("Stop where an SAE does not seem to fit the model.")] = False
+    strict: Strict = False
     sae_dtype: Annotated[SAEDtype | None, Option("Of the SAE; default: as stored.")] = None
     command: str | None = None
 
