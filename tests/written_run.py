@@ -148,6 +148,12 @@ def make_scores(n: int = 6, seed: int = 0) -> dict[str, Any]:
                 {"role": "train", "path": "data/maths/set.jsonl", "sha256": "ab" * 32},
                 {"role": "domains", "path": "evals/law.jsonl", "sha256": "cd" * 32},
             ],
+            "rows": [
+                {
+                    **{"sets": ["law"], "columns": {"question": ["question"]}, "unread": ["passage"], "n_rows": 40},
+                    **{"left_out": {"no question in 'question'": 2}, "n_bad": 0, "notes": []},
+                },
+            ],
         },
     }  # fmt: skip
 

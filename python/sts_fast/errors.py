@@ -16,6 +16,17 @@ class SetTooSmall(InputError):
     """Raised for a set that has too few examples or prompts, where other sets may still be used."""
 
 
+class UnusableRow(InputError):
+    """Raised for a row of a file that holds no example, though other rows may.
+
+    where:  the file and the row; reason: what the row has, as in "no question"; remedy: what to do about it
+    """
+
+    def __init__(self, where: str, reason: str, remedy: str) -> None:
+        super().__init__(f"{where} has {reason}; {remedy}")
+        self.reason = reason
+
+
 def one_line(reason: object) -> str:
     """The reason in one line of at most 361 characters, for the middle of a message.
 

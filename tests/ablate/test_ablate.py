@@ -32,7 +32,7 @@ def forecasts(tiny: Tiny) -> dict[str, sts_fast.Forecast]:
     return {
         architecture: sts_fast.score(
             model=tiny.model, sae=tiny.saes[architecture], train=tiny.train, domains=tiny.domains, shots=1,
-            domain_shots=1, limit=LIMIT, top_n=TOP_N, estimators=("act", "ntk"),
+            domain_shots=1, demo_draws=1, limit=LIMIT, top_n=TOP_N, estimators=("act", "ntk"),
         )
         for architecture in ("topk", "jumprelu")
     }  # fmt: skip

@@ -37,7 +37,8 @@ N_ROWS = 14
 
 # What a run says of itself on standard error, in a log as on a terminal.
 SAID = re.compile(
-    r"(warning: .*|forward passes of .*: (packed|cached|copied|plain) .*|[\d,]+ forward passes of .* tokens/s|"
+    r"(warning: .*|.*: .*question from .*; [\d,]+ rows?\b.*|"
+    r"forward passes of .*: (packed|cached|copied|plain) .*|[\d,]+ forward passes of .* tokens/s|"
     r".*: resampling its \d+ prompts keeps .*|.* of the pairs of domains are apart; .*)$"
 )
 FILES = ["features.parquet", "prompts.parquet", "report.html", "scores.json", "shift.safetensors"]
@@ -222,7 +223,7 @@ def test_score_prints_tables_and_writes_files(score: Options, run: Callable[...,
     by_name = {domain["name"]: domain for domain in scores["domains"]}
     assert sorted(by_name) == ["blue", "red"]
     for domain in by_name.values():
-        assert domain["n_prompts"] == N_ROWS - 1
+        assert domain["n_prompts"] == N_ROWS  # with several draws, no row is set aside
         assert set(domain["scores"]) == {"act", "icl"}
         for found in domain["scores"].values():
             assert found["value"] > 0
@@ -271,6 +272,37 @@ def test_dry_run_tells_and_writes_nothing(
     ]
     assert {planned["n_prompts"] for planned in told["sets"]} == {N_ROWS - 1}
     assert told["cost"]["n_answer_tokens"] == 0
+
+
+def test_rows_that_are_read_and_left_out_are_said(score: Options, run: Callable[..., Ran], tmp_path: Path) -> None:
+    law = write_rows(tmp_path / "law.jsonl", seed=3)
+    rows = law.read_text().splitlines()
+    rows = [*rows, rows[5], *(json.dumps(row) for row in (None, {"question": ""}, {"question": None}, [1]))]
+    law.write_text("\n".join(rows))
+    score = score.with_(domains=[*score.values["domains"], str(law)], estimators="act")
+    ran = run(score)
+    assert ran.code == 0
+    said = ran.err.splitlines()
+    n = N_ROWS + 5
+    left_out = "2 with no question in 'question', 1 with nothing instead of named fields, "
+    left_out += "1 with a list instead of named fields"
+    columns = "question from question, answer from answer"
+    assert f"train, blue, red, law: {columns}; {3 * N_ROWS + n} rows, 4 left out: {left_out}" in said
+    assert f"warning: 4 of the {n} rows of 'law' were left out: {left_out}" in said
+    assert "warning: 1 of the 15 examples of 'law' repeat another one: each is read once" in said
+    scores = json.loads((score.output / "scores.json").read_text())
+    jsonschema.validate(scores, scores_schema())
+    blocks = {name: block for block in scores["provenance"]["rows"] for name in block["sets"]}
+    assert [blocks[name]["n_rows"] for name in ("train", "blue", "red", "law")] == [N_ROWS, N_ROWS, N_ROWS, n]
+    assert sum(blocks["law"]["left_out"].values()) == 4
+    assert {domain["name"]: domain["n_prompts"] for domain in scores["domains"]}["law"] == N_ROWS - 1
+
+    told = run(score.with_(dry_run=True))
+    assert "2 rows with no question in 'question' are left out" in told.out
+    assert told.err.startswith(f"warning: 4 of the {n} rows of 'law'")
+    for command in (score.with_(strict=True), score.with_(strict=True, dry_run=True)):
+        error = assert_refused(run(command))
+        assert error.startswith(f"error: {law}: row {N_ROWS + 2} has nothing instead of named fields")
 
 
 def test_dry_run_of_a_comparison(score: Options, run: Callable[..., Ran], material: Path) -> None:
@@ -341,7 +373,43 @@ def test_the_same_output_again_holds_the_new_results_alone(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*FILES, "second"])
 
 
-@pytest.mark.parametrize("train", ["..={}", "a/b={}", ["x={}", "x={}"]])
+def test_several_files_are_one_training_set(score: Options, run: Callable[..., Ran], material: Path) -> None:
+    [folder] = score.values["domains"]
+    files = [f"{material}/train.jsonl", f"{folder}/blue.jsonl"]
+    of_both = score.with_(train=files, domains=f"red={folder}/red.jsonl")
+    told = json.loads(run(of_both.with_(dry_run=True, json=True)).out)
+    assert [(of["name"], of["n_prompts"], of["source"]) for of in told["sets"]] == [
+        ("train", 2 * N_ROWS - 1, ", ".join(files)),
+        ("red", N_ROWS - 1, f"{folder}/red.jsonl"),
+    ]
+    assert f"from {files[0]}, {files[1]}; question from question" in run(of_both.with_(dry_run=True)).out
+    named = [f"both={files[0]}", f"one={files[0]}", f"both={files[1]}"]
+    compare = replace(of_both, command="compare")
+    told = json.loads(run(compare.with_(train=named, dry_run=True, json=True)).out)
+    assert [(of["name"], of["n_prompts"]) for of in told["sets"]] == [
+        ("both", 2 * N_ROWS - 1), ("one", N_ROWS - 1), ("red", N_ROWS - 1),
+    ]  # fmt: skip
+    assert run(of_both).code == 0
+    inputs = json.loads((of_both.output / "scores.json").read_text())["provenance"]["inputs"]
+    assert [entry["path"] for entry in inputs if entry["role"] == "train"] == files
+
+
+def test_splits_that_are_not_read_are_named(score: Options, run: Callable[..., Ran], tmp_path: Path) -> None:
+    for name in ("law", "art"):
+        (tmp_path / "mmlu" / name).mkdir(parents=True)
+        for seed, split in enumerate(("dev", "test")):
+            write_rows(tmp_path / "mmlu" / name / f"{split}.jsonl", seed=seed)
+    ran = run(score.with_(domains=tmp_path / "mmlu"))
+    assert ran.code == 0
+    assert "Not read beside the domains: dev\n" in ran.err
+    scores = json.loads((score.output / "scores.json").read_text())
+    assert [domain["name"] for domain in scores["domains"]] == ["art", "law"]
+    assert [entry["path"] for entry in scores["provenance"]["inputs"] if entry["role"] == "domains"] == [
+        str(tmp_path / "mmlu" / name / "test.jsonl") for name in ("art", "law")
+    ]
+
+
+@pytest.mark.parametrize("train", ["..={}", "a/b={}", ["{}", "{}"], ["train={}", "{}"], ["{}", "train={}"]])
 def test_candidates_need_names_of_their_own(score: Options, run: Callable[..., Ran], train: str | list[str]) -> None:
     named = [one.format(score.values["train"]) for one in ([train] if isinstance(train, str) else train)]
     assert "needs a name of its own" in assert_refused(run(replace(score.with_(train=named), command="compare")))
@@ -404,7 +472,7 @@ def test_all_ways_to_choose_and_to_read(
 def test_a_limit_of_zero_takes_all(score: Options, run: Callable[..., Ran]) -> None:
     scores = json.loads(run(score.with_(limit=0, json=True)).out)
     assert scores["settings"]["limit"] is None
-    assert [domain["n_prompts"] for domain in scores["domains"]] == [N_ROWS - 1] * 2
+    assert [domain["n_prompts"] for domain in scores["domains"]] == [N_ROWS] * 2
 
 
 def test_the_command_is_recorded_less_what_changes_no_number(score: Options, run: Callable[..., Ran]) -> None:
@@ -451,6 +519,7 @@ def test_fields_and_demonstrations(score: Options, run: Callable[..., Ran], tmp_
         question_field=["odd=also"],
         answer_field=["odd=a"],
         demos=[f"train={shown}"],
+        demo_draws=1,
         json=True,
     )
     ran = run(options)
@@ -467,7 +536,11 @@ def test_a_field_of_the_training_set_alone(score: Options, run: Callable[..., Ra
     rows = [{"text": f"w{i} w{i + 1}", "reply": "w3", "question": "w8"} for i in range(12)]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = score.with_(
-        train=tmp_path / "own.jsonl", question_field=["train=text"], answer_field=["train=reply"], json=True
+        train=tmp_path / "own.jsonl",
+        question_field=["train=text"],
+        answer_field=["train=reply"],
+        demo_draws=1,
+        json=True,
     )
     assert run(options).code == 0
     sent = pq.read_table(options.output / "prompts.parquet").to_pylist()[0]
@@ -650,8 +723,14 @@ def with_(**changes: Any) -> Make:
 
 REFUSED: dict[str, tuple[Make, str]] = {
     # the training set and the domains
-    "no training file": (with_(train="nowhere.jsonl"), "no training set nowhere.jsonl"),
-    "unknown format": (with_file(b"a\tb\n", "rows.tsv"), "rows.tsv"),
+    "no training file": (with_(train="nowhere.jsonl"), "nowhere.jsonl does not exist; give a .jsonl"),
+    "no training set of the hub": (with_(train="acme/quiz:main"), "acme/quiz:main is no file or folder, and no such"),
+    "training file twice": (
+        lambda score, folder: score.with_(train=[score.values["train"]] * 2),
+        "train.jsonl is given twice for the set 'train'; give it once",
+    ),
+    "unknown format": (with_file(b"a\tb\n", "rows.txt"), "rows.txt"),
+    "no header": (with_file(b"Who?,me\nWhy?,you\n", "rows.csv"), "rows.csv has no column known to hold questions"),
     "training file empty": (with_file(b""), "bad.jsonl"),
     "training file not JSON": (with_file(b"{'question': 1}\n"), "bad.jsonl"),
     "training file random": (with_file(np.random.default_rng(0).bytes(900)), "bad.jsonl"),
@@ -674,15 +753,18 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "no answered row in a domain": (with_domain(answered=False), "'law' has 0 answered examples, but 1"),
     "more shots than examples": (with_(shots=50), "'train' has 14 answered examples, but 50"),
     "more shots than a domain has": (with_(domain_shots=50), "has 14 answered examples, but 50"),
-    "all examples shown": (with_(shots=N_ROWS), "'train' has no example left"),
-    "few training prompts": (with_train(n=8), "the training set keeps 7 prompts, but at least 8 are needed"),
-    "few prompts in a domain": (with_domain(n=5), "domain 'law' keeps 4 prompts, but at least 8"),
+    "all examples shown": (with_(shots=N_ROWS), "'train' has 14 answered examples, 14 of them too long"),
+    "few training prompts": (with_train(n=7), "the training set keeps 7 prompts, but at least 8 are needed"),
+    "few prompts in a domain": (with_domain(n=5), "domain 'law' keeps 5 prompts, but at least 8"),
     "limit below the least": (with_(limit=7), "keeps 7 prompts, but at least 8 are needed (add examples, or raise"),
     "training prompts overrun the context": (
         with_train(n_words=60),
-        "13 overran the model's context of 48 tokens: show fewer or shorter demonstrations",
+        "'train' has 14 answered examples, 14 of them too long to leave room for a question",
     ),
-    "domain prompts overrun the context": (with_domain(n_words=30), "domain 'law' keeps 0 prompts"),
+    "domain prompts overrun the context": (
+        with_domain(n_words=30),
+        "'law' has 14 answered examples, 14 of them too long",
+    ),
     "no answers to read": (
         lambda score, folder: with_domain(answered=False)(score, folder).with_(tokens="answer", estimators="act"),
         "14 have no answer to read",
@@ -725,7 +807,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "layer and hook": (with_(layer=1, hook="blocks.1.hook_resid_post"), "--layer and --hook say the same thing"),
     "more features than there are": (with_(top_n=D_SAE + 1), "--top-n is 49, but the SAE"),
     # the model
-    "training file with a name too long": (with_(train="x" * 5000), "File name too long"),
+    "training file with a name too long": (with_(train="x" * 5000), "does not exist; give a .jsonl"),
     "SAE with a name too long": (with_(sae="x" * 5000), "there is no SAE at xxx"),
     "no model": (with_(model="./nowhere"), "there is no model folder ./nowhere"),
     "model weights cut off": (with_broken_model(cut_off("model.safetensors")), "cannot load the model"),

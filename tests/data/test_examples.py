@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -296,7 +297,7 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {
     "broken document": ("a.json", b'[\n{"question": "q"},\n}]', "a.json: line 3 is not JSON"),
     "no end of digits": ("a.jsonl", b"9" * 5000, "a.jsonl: line 1 contains JSON that cannot be read"),
     "no end of brackets": ("a.jsonl", b"[" * 200_000, "a.jsonl: line 1 contains JSON that cannot be read"),
-    "row is no object": ("a.jsonl", b'{"question": "q"}\n[1]\n', "a.jsonl: row 2 is a list"),
+    "row is no object": ("a.jsonl", b'{"question": "q"}\n[1]\n', "a.jsonl: row 2 has a list instead of named fields"),
     "document is a scalar": ("a.json", b"3", "a.json contains neither a list of rows nor"),
     "several lists": ("a.json", b'{"rows": [], "items": []}', "a.json contains rows, items and none is called train"),
     "no known column": (
@@ -306,18 +307,17 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {
     ),
     "no question": ("a.jsonl", b'{"question": "q"}\n{"question": " "}', "a.jsonl: row 2 has no question in 'question'"),
     "column gone": ("a.jsonl", b'{"question": "q"}\n{"answer": "a"}', "a.jsonl: row 2 has no question in 'question'"),
-    "question is a number": ("a.jsonl", b'{"question": 3}', "a.jsonl: row 1 holds a number in 'question'"),
-    "answer is an object": ("a.jsonl", b'{"question": "q", "answer": {"a": 1}}', "row 1 holds an object in 'answer'"),
+    "question is a number": ("a.jsonl", b'{"question": 3}', "a.jsonl: row 1 has a number in 'question'"),
+    "answer is an object": ("a.jsonl", b'{"question": "q", "answer": {"a": 1}}', "row 1 has an object in 'answer'"),
     "empty user turn": ("a.jsonl", b'{"messages": [{"role": "user", "content": ""}]}', "row 1 has an empty question"),
     "no user turn": ("a.jsonl", b'{"messages": [{"role": "system", "content": "s"}]}', "row 1 has no turn of the user"),
     "unknown role": ("a.jsonl", b'{"messages": [{"role": "cat", "content": "s"}]}', "row 1 has a turn .* role 'cat'"),
     "turn is no object": ("a.jsonl", b'{"messages": [{"role": "user", "content": "s"}, 3]}', "turn that is a number"),
     "image": ("a.jsonl", b'{"messages": [{"role": "user", "content": [{"image": 1}]}]}', "row 1 .* not text"),
     "history": ("a.jsonl", b'{"instruction": "i", "history": ["q"]}', "row 1 has a history that is no list"),
-    "options": ("a.jsonl", b'{"question": "q", "options": 3}', "row 1 has options that are not a list"),
+    "options": ("a.jsonl", b'{"question": "q", "options": 3}', "row 1 has options in 'options' that are not a list"),
     "half a character": ("a.jsonl", rb'{"question": "\ud800"}', "row 1 has half a character .* in 'question'"),
     "latin-1": ("a.jsonl", b'{"question": "q"}\n{"question": "\xe9"}', "a.jsonl: line 2 is not UTF-8"),
-    "utf-16": ("a.json", '[{"question": "q"}]'.encode("utf-16"), "a.json: line 1 is not UTF-8"),
     "ragged csv": ("a.csv", b"question,answer\na,b\na,b,c\n", "a.csv: row 2 has 3 values for 2 columns"),
     "open quote": ("a.csv", b'question\n"a\n', "a.csv: line 2 is not CSV"),
     "truncated gzip": ("a.jsonl.gz", gzip.compress(b'{"question": "q"}\n' * 99)[:-12], "a.jsonl.gz cannot be read"),
@@ -330,7 +330,7 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {
 def test_unusable_file(tmp_path: Path, name: str, data: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(InputError, match=message) as caught:
-        load_examples(tmp_path / name)
+        load_examples(tmp_path / name, strict=True)
     assert str(tmp_path / name) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -360,7 +360,9 @@ def test_rows_of_any_shape_give_examples_or_one_sentence(
     path.write_text("\n".join(map(json.dumps, rows)) if as_lines else json.dumps(rows))
     sentence, domains = "", {}
     try:
-        domains = load_domains([str(path)])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            domains = load_domains([str(path)])
     except InputError as error:
         sentence = str(error)
     assert domains or str(path) in sentence
@@ -496,7 +498,7 @@ def test_unusable_domains(tmp_path: Path) -> None:
         (["law=nowhere"], "nowhere does not exist"),
     ):
         with pytest.raises(InputError, match=message):
-            load_domains([str(source) for source in sources])
+            load_domains([str(source) for source in sources], strict=True)
 
 
 # Published files ------------------------------------------------------------------------------------------------------
@@ -511,7 +513,7 @@ PUBLISHED = [
     ("data/limo_eval/olympiadbench.jsonl", 675, "1606", "Xenia and Sergey", "thought of?", "2", "2"),
     ("data/mmlu_pro/test-00000-of-00001.parquet", 12032, "70", "Typical advert", "Distress, Fear, Serious", "I", "I"),
     ("data/mmlu_pro/validation_cot70.jsonl", 70, "0", "The symmetric", "\nI. 20\nJ. 5", "Let's think", "is (A)."),
-    ("data/pubmedqa/ori_pqal.json", 1000, "21645374", "Do mitochondria play", "death?", "Results", "lace plant."),
+    ("data/pubmedqa/ori_pqal.json", 1000, "21645374", "Programmed cell", "death?", "Results", "lace plant."),
     ("data/humaneval/HumanEval.jsonl.gz", 164, "HumanEval/0", "from", 'True\n    """', "    for idx,", "return False"),
     ("data/unireason/UniReason-SFT_math500.jsonl", 500, "1", "Solve the following", "Answer:", "Okay, so I need", "$$"),
     ("data/unireason/UniReason-RL_coqa.jsonl", 500, "1", "Once upon a time", "\nA:", "Q: What color", "A: white"),

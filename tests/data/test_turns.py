@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from sts_fast.data.examples import Example, load_examples, read_examples
+from sts_fast.data.sources import origin_of
 from sts_fast.data.turns import ToolCall, Turn, is_turns, messages_of, parsed_turns
 from sts_fast.errors import InputError
 
@@ -120,7 +121,7 @@ def test_several_calls_and_their_results_keep_their_order_and_ids(tmp_path: Path
 def test_tools_in_any_notation(tools: Any, column: str, tmp_path: Path) -> None:
     expected = [Example("1", "Hi", "Hello", (TOOLS,))]
     assert read(tmp_path, {"prompt": "Hi", "completion": "Hello", column: tools}) == expected
-    columns = read_examples(tmp_path / "rows.jsonl")[1]
+    columns = read_examples(origin_of(tmp_path / "rows.jsonl", "train", "train"))[1].columns
     assert columns.by_role["context"] == [column]
 
 

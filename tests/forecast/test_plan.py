@@ -83,6 +83,7 @@ def test_columns_are_named_as_the_file_names_them(tiny: Tiny, tmp_path: Path) ->
             "answer": "2" if i % 2 else None,
             "solution": None if i % 2 else "They add up.",
             "passage": "Two numbers are given.",
+            "hint": "Count.",
             "level": 3,
             "question_id": i,
         }
@@ -96,12 +97,14 @@ def test_columns_are_named_as_the_file_names_them(tiny: Tiny, tmp_path: Path) ->
     train = planned.sets[0]
     assert train.columns == {
         "id": ["question_id"],
+        "passage": ["passage"],
         "question": ["Question"],
         "options": ["Choices"],
         "answer": ["solution", "answer"],
     }
-    assert train.unread == ["passage"]
-    assert train.first == "What is 0 + 0?\nA. 1\nB. 2"
+    assert train.unread == ["hint"]
+    assert (train.n_rows, train.left_out) == (12, {})
+    assert train.first == "Two numbers are given.\n\nWhat is 0 + 0?\nA. 1\nB. 2"
     assert planned.sets[1].columns == {"id": ["id"], "question": ["question"], "answer": ["answer"]}
     json.dumps(planned.to_dict())
 
@@ -127,9 +130,29 @@ def test_examples_in_memory_have_no_columns(tiny: Tiny) -> None:
     planned = sts_fast.plan(
         model=tiny.model, sae=tiny.saes["topk"], trains={"train": examples}, domains=tiny.domains, top_n=5
     )
-    assert (planned.sets[0].columns, planned.sets[0].unread) == (None, None)
+    assert (planned.sets[0].columns, planned.sets[0].unread, planned.sets[0].source) == (None, None, None)
     assert planned.sets[0].first == examples[0].question
     assert asdict(planned) == planned.to_dict()
+
+
+def test_the_source_of_each_set_is_shown(tiny: Tiny, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in tiny.train.read_text().splitlines()]
+    (tmp_path / "law").mkdir()
+    for split in ("dev", "test"):
+        shutil.copy(tiny.train, tmp_path / "law" / f"{split}.jsonl")
+    planned = sts_fast.plan(
+        model=tiny.model,
+        sae=tiny.saes["topk"],
+        trains={"rows": rows, "both": [tiny.train, rows]},
+        domains={"law": tmp_path / "law"},
+        top_n=5,
+    )
+    assert [(of.name, of.source) for of in planned.sets] == [
+        ("rows", "'rows' in memory"),
+        ("both", f"{tiny.train}, 'both 2' in memory"),
+        ("law", f"{tmp_path / 'law' / 'test.jsonl'} (not read: dev)"),
+    ]
+    assert planned.sets[0].columns == {"id": ["id"], "question": ["question"], "answer": ["answer"]}
 
 
 def test_stored_activations_cost_no_pass(tiny: Tiny, tmp_path: Path) -> None:

@@ -412,6 +412,31 @@ def test_inputs_are_recorded_by_their_hash(forecast: sts_fast.Forecast, tiny: Ti
         assert entry["sha256"] == hashlib.sha256(Path(entry["path"]).read_bytes()).hexdigest()
 
 
+def test_rows_in_memory_are_recorded_by_the_hash_of_their_rows(tiny: Tiny) -> None:
+    lines = {path: [json.loads(line) for line in path.read_text().splitlines()] for path in tiny.domains.values()}
+    train = [json.loads(line) for line in tiny.train.read_text().splitlines()]
+    given: dict[str, Any] = {"model": tiny.model, "sae": tiny.saes["topk"], "top_n": 5, "estimators": ["act"]}
+    of_files = sts_fast.score(train=tiny.train, domains=tiny.domains, **given)
+    in_memory = sts_fast.score(
+        train=train, domains={name: lines[path] for name, path in tiny.domains.items()},
+        demos={"train": [train, tiny.domains["days"]]}, **given,
+    )  # fmt: skip
+    own = sts_fast.score(train=train, domains={name: lines[path] for name, path in tiny.domains.items()}, **given)
+    assert own.domains == of_files.domains
+    assert own.shifted_features == of_files.shifted_features
+
+    def digest(rows: list[Any]) -> str:
+        return hashlib.sha256("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows).encode()).hexdigest()
+
+    inputs = [entry for entry in in_memory.provenance["inputs"] if entry["role"] not in ("model", "sae")]
+    assert [(entry["role"], entry["path"], entry["sha256"]) for entry in inputs] == [
+        *(("domains", f"'{name}' in memory", digest(lines[path])) for name, path in tiny.domains.items()),
+        ("demos", "'train 1' in memory", digest(train)),
+        ("demos", str(tiny.domains["days"]), hashlib.sha256(tiny.domains["days"].read_bytes()).hexdigest()),
+        ("train", "'train' in memory", digest(train)),
+    ]
+
+
 def test_files_below_a_folder_of_examples_are_hashed_too(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "dataset_dict.json").write_text("{}")

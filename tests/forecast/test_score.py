@@ -669,8 +669,11 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
             key=lambda row: len(" ".join([row["question"], *row["options"], row["cot_content"]])),
         )
         write_rows(demos[category], [shortest])
-    # A question and its long answer; the abstract is left out.
-    domains["pubmedqa"] = ASSETS / "data" / "pubmedqa" / "ori_pqal.json"
+    # A question and its long answer; with its abstract it would overrun the context.
+    pubmed = json.loads((ASSETS / "data" / "pubmedqa" / "ori_pqal.json").read_text(encoding="utf-8"))
+    domains["pubmedqa"] = folder / "pubmedqa.json"
+    short = {key: {name: row[name] for name in ("QUESTION", "LONG_ANSWER")} for key, row in pubmed.items()}
+    domains["pubmedqa"].write_text(json.dumps(short), encoding="utf-8")
     return Real(ASSETS / "models" / "stories260K", ASSETS / "data" / "gsm8k" / "train.jsonl", domains, demos)
 
 

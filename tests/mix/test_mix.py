@@ -166,6 +166,7 @@ def test_json_is_what_the_file_holds(
     told = capsys.readouterr()
     assert ended.value.code == 2
     assert told.err == (
+        "train, days: id from id, question from question, answer from answer; 58 rows\n"
         f"error: the domains have {N_ANSWERED} answered examples in all, fewer than the budget of 30: "
         "lower --budget, or add examples\n"
     )

@@ -164,7 +164,7 @@ def test_verified_and_tuned_are_the_forecasts_of_the_same_prompts(
             best[question] = row.reward, row.completion
     verified = [(question, answer) for question, (reward, answer) in best.items() if reward >= 0.5]
     asked = [Example(str(i + 1), question, None) for i, question in enumerate(best)]
-    shown = [Example("", question, answer) for question, answer in verified[:SHOTS]]
+    shown = [Example("", question, answer) for question, answer in verified]
     assert [(demo.question, demo.answer) for demo in verified_demos(rollouts, rendering, None).demos] == verified
     for way, options in (("verified", {}), ("tuned", {"dims": "tuned", "tuned": tiny.tuned})):
         same = sts_fast.score(
@@ -250,7 +250,7 @@ def test_rollouts_that_say_nothing_are_answered_by_one_clear_line(tiny: Tiny, tm
         (rows, {"verified_reward": 2.0}, "0 prompts have a verified completion, with a reward of 2 or more"),
         (changed(rows, reward=1), {"ways": ["verified"]}, "0 prompts .* all rewards are the same, 1"),
         (rows, {"columns": Columns(rewards=("reward", "reward"))}, "adds up the same column twice"),
-        (rows[:32], {"ways": ["verified"]}, "keeps 6 prompts, but at least 8"),
+        (rows[:28], {"ways": ["verified"]}, "keeps 7 prompts, but at least 8"),
         (rows, {"ways": ["luck"]}, "--ways must be among"),
         (rows, {"ways": []}, "--ways must name one or more"),
         (rows, {"estimators": ["ntk"], "signed_features": "raw"}, "--signed-features must be sae"),

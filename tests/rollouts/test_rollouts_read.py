@@ -99,6 +99,30 @@ def test_a_row_may_hold_all_completions_of_its_prompt(tmp_path: Path) -> None:
     assert [row.truncated for row in found.rows] == [True, True]
 
 
+def test_rollouts_in_memory_are_those_of_a_file(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [{"prompt": user(f"Q{i // 2}"), "completion": reply(f"A{i}"), "reward": float(i % 2)} for i in range(4)]
+    of_file = load_rollouts(write(tmp_path / "a.jsonl", rows))
+    assert [str(table) for table in of_file.origin.tables] == [str(tmp_path / "a.jsonl")]
+    for in_memory in (rows, datasets.Dataset.from_list(rows), pa.Table.from_pylist(rows)):
+        found = load_rollouts(in_memory)
+        assert found.rows == of_file.rows
+        assert [str(table) for table in found.origin.tables] == ["'rollouts' in memory"]
+    with pytest.raises(InputError, match="'rollouts' in memory: row 2 has no field 'completion'"):
+        load_rollouts([rows[0], {"prompt": "Q"}])
+
+
+def test_rollouts_of_several_places(tmp_path: Path) -> None:
+    rows = [{"prompt": "Q", "completion": f"A{i}", "reward": float(i)} for i in range(3)]
+    of_step = write(tmp_path / "steps" / "2.jsonl", rows[:1])
+    write(tmp_path / "steps" / "10.jsonl", rows[1:2])
+    more = tmp_path / "more.tsv"
+    more.write_text("prompt\tcompletion\treward\nQ\tA2\t2\n")
+    found = load_rollouts([tmp_path / "steps", str(more)])
+    assert plain(found) == [(0, "A0", 0.0), (1, "A1", 1.0), (2, "A2", 2.0)]
+    assert [table.path for table in found.origin.tables] == [of_step, tmp_path / "steps" / "10.jsonl", more]
+
+
 def test_groups_and_what_tells_nothing_are_counted(tmp_path: Path) -> None:
     rewards = {"apart": [0, 1, 1], "settled": [1, 1], "lone": [0], "unrewarded": [None, float("nan")]}
     rows = [
@@ -163,7 +187,7 @@ def rows(*given: Any) -> Callable[[Path], Path]:
 MALFORMED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no such file": (lambda path: path.with_name("none.jsonl"), "does not exist"),
     "an unknown suffix": (content("r.txt", b"x"), "suffix"),
-    "a folder without files": (lambda path: path.parent, "contains no rollout files"),
+    "a folder without files": (lambda path: path.parent, "contains no example files"),
     "an empty file": (content("r.jsonl", b"\n"), "contains no rollouts"),
     "no JSON": (content("r.jsonl", b'{"prompt": "Q",\n'), "line 1 is not JSON"),
     "not UTF-8": (content("r.jsonl", b'{"prompt": "\xff"}\n'), "not UTF-8"),

@@ -31,7 +31,7 @@ from sts_fast.ablate.record import SCHEMA_VERSION, Ablation, answers_table, outc
 from sts_fast.data.examples import Example
 from sts_fast.data.options import Option
 from sts_fast.data.prompts import Prompt, PromptSet
-from sts_fast.data.sets import Fields, FieldsOptions, Kind, Sampling, Seed, Sets, Source, check_enough
+from sts_fast.data.sets import Fields, FieldsOptions, Kind, Sampling, Seed, Sets, Source, Sources, check_enough
 from sts_fast.data.template import PromptTemplate
 from sts_fast.errors import InputError
 from sts_fast.forecast.blocks import Scores
@@ -79,8 +79,8 @@ def ablate(
     sae: SAESource | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     train: Source | None = None,
-    domains: Mapping[str, Source] | Sequence[str] | None = None,
-    demos: Mapping[str, Source] | Sequence[str] | None = None,
+    domains: Sources | None = None,
+    demos: Sources | None = None,
     **options: Unpack[ZeroingOptions],
 ) -> Ablation:
     """Zeroes the shifted features of a run in the running model, and others for comparison; see the module's equation.
@@ -119,6 +119,8 @@ def ablate(
         sets = _stored_sets(forecast.prompts.to_pylist())
     else:
         examples = Sets.read({scores["train"]["name"]: train}, domains, demos, zeroing)
+        for line in examples.told():
+            zeroing.tell_line(line)
         sets = _asked_sets(examples, scores, session.template, reader.context_length, few_shot=few_shot)
     session.check_fit(sets[0])
 

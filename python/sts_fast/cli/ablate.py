@@ -38,7 +38,9 @@ class Sources:
     model: Annotated[str | None, Option("The run's model, if it has moved.")] = None
     tuned: Annotated[str | None, Option("Zero the features in this model, after training.")] = None
     sae: Annotated[str | None, Option("The run's SAE, if it has moved.")] = None
-    train: Annotated[Path | None, Option("Training set; by default the run's, if it has signed forecasts.")] = None
+    train: Annotated[
+        list[str] | None, Option("Training set; by default the run's, if it has signed forecasts; several are one set.")
+    ] = None
     domains: Annotated[list[str] | None, Option("As for score; repeatable.")] = None
     demos: Demos = None
     shots: Annotated[int | None, Option("Without a run: demonstrations for D_N.")] = None

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from sts_fast.data.hub import hub_name
 from sts_fast.data.options import Option
+from sts_fast.data.sources import check_places, named_place
 from sts_fast.errors import InputError
 from sts_fast.ops import _cpu, backend
 from sts_fast.places import PLACES, place_name, split_name
@@ -18,15 +20,18 @@ MOST_THREADS = 1024
 Threads = Annotated[int | None, Option("Threads of the core; default: all cores.")]
 
 
-def named_trains(values: list[str]) -> dict[str, Path]:
-    trains: dict[str, Path] = {}
+def named_trains(values: list[str]) -> dict[str, list[str]]:
+    """By name, the places of the training sets; several that are given under one name are one set."""
+    trains: dict[str, list[str]] = {}
+    unnamed: set[str] = set()
     for value in values:
-        name, equals, rest = value.partition("=")
-        path = Path(rest if equals and not Path(value).exists() else value)
-        name = name if str(path) == rest and equals else path.name.partition(".")[0]
-        if name in ("", ".", "..", *trains) or "/" in name:
+        given, place = named_place(value)
+        name = hub_name(place) or Path(place).name.partition(".")[0] if given is None else given
+        if name in ("", ".", "..", *unnamed) or "/" in name or (given is None and name in trains):
             raise InputError(f"--train {value} needs a name of its own: write it as name=path")
-        trains[name] = path
+        unnamed |= {name} if given is None else set()
+        trains.setdefault(name, []).append(place)
+    check_places([place for places in trains.values() for place in places])
     return trains
 
 

@@ -10,6 +10,7 @@ from sts_fast.cli.arguments import named_trains
 from sts_fast.cli.console import err, progress, say
 from sts_fast.cli.options import Demos
 from sts_fast.data.options import Option
+from sts_fast.data.sources import named_place
 from sts_fast.errors import InputError
 from sts_fast.forecast.options import Dims
 from sts_fast.model.stored.writing import Capturing, capture_activations
@@ -22,7 +23,7 @@ class Sources:
     """The model that is read, the sets that are sent, and the places."""
 
     model: Annotated[str, Option("Model: folder or hub id.")]
-    train: Annotated[list[str], Option("A training set: path, or name=path; repeatable.")]
+    train: Annotated[list[str], Option("A training set: path, or name=path; repeatable, one name too.")]
     output: Annotated[Path, Option("Folder for the activations; an incomplete one is completed.")]
     sae: Annotated[list[str] | None, Option("Read where this SAE reads; repeatable.")] = None
     hook: Annotated[list[str] | None, Option("A place to read: blocks.12.hook_mlp_out, or a module's path.")] = None
@@ -43,11 +44,9 @@ def capture(sources: Sources, demonstrated: Demonstrated, capturing: Capturing) 
     """Write the activations that a forecast reads to files, for other SAEs and settings without the model."""
     if demonstrated.dims == "tuned":
         raise InputError("--dims tuned needs the model after training, whose activations are not captured")
-    train = sources.train
-    trains = {"train": Path(train[0])} if len(train) == 1 and Path(train[0]).exists() else named_trains(train)
-    for path in trains.values():
-        if not path.exists():
-            raise InputError(f"there is no training set {path}: give a file or folder with --train")
+    trains = named_trains(sources.train)
+    if len(trains) == 1 and named_place(sources.train[0])[0] is None:
+        trains = {"train": sources.train}
     with progress() as tell:
         capturing = replace(
             capturing,

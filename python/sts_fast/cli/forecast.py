@@ -30,6 +30,7 @@ from sts_fast.cli.tables import (
     print_signed,
 )
 from sts_fast.data.options import Option
+from sts_fast.data.sources import check_places
 from sts_fast.errors import InputError
 from sts_fast.files import Document
 from sts_fast.forecast.compare import comparison, sae_comparison, sae_names
@@ -59,7 +60,7 @@ class Candidates:
 
     model: Model
     sae: SAEs
-    train: Annotated[list[str], Option("A candidate training set: path, or name=path; repeatable.")]
+    train: Annotated[list[str], Option("A candidate training set: path, or name=path; repeatable, one name too.")]
     domains: Domains
     demos: Demos = None
     tuned: None = None
@@ -160,13 +161,13 @@ def shift(
 
 
 def _outlook(
-    sources: Sources | Candidates, trains: dict[str, Path], settings: Settings, places: Places, how: How
+    sources: Sources | Candidates, trains: dict[str, list[str]], settings: Settings, places: Places, how: How
 ) -> Outlook:
     """The prompts that forecasts of some training sets will read, and their cost."""
     if how.calibration is not None:
         read_calibration(how.calibration, settings, len(sources.sae))
     how.apply()
-    _check_trains(trains)
+    check_places([place for places in trains.values() for place in places])
     return plan(
         model=sources.model,
         sae=places.load(sources.sae, settings.sae_dtype),
@@ -178,15 +179,9 @@ def _outlook(
     )
 
 
-def _check_trains(trains: dict[str, Path]) -> None:
-    for train in trains.values():
-        if not train.exists():
-            raise InputError(f"there is no training set {train}: give a file or folder with --train")
-
-
 def _forecasts(
     sources: Sources | Candidates,
-    trains: dict[str, Path],
+    trains: dict[str, list[str]],
     settings: Settings,
     places: Places,
     how: How,
@@ -204,7 +199,7 @@ def _forecasts(
         calibration = read_calibration(how.calibration, settings, len(sources.sae))
     files.prepare_folder(output)
     how.apply()
-    _check_trains(trains)
+    check_places([place for places in trains.values() for place in places])
     loaded = places.load(sources.sae, settings.sae_dtype)
     with progress() as tell:
         settings = replace(

@@ -24,8 +24,16 @@ SAEs = Annotated[
         "several share every forward pass.",
     ),
 ]
-Train = Annotated[Path, Option("Training set: file or folder of questions and answers.")]
-Domains = Annotated[list[str], Option("name=path, a folder of files, or a file with a category column; repeatable.")]
+Train = Annotated[
+    list[str],
+    Option(
+        "Training set: file or folder of questions and answers, or owner/name:config of the hub; several are one set."
+    ),
+]
+Domains = Annotated[
+    list[str],
+    Option("name=path, a folder of files, a file with a category column, or owner/name:config of the hub; repeatable."),
+]
 Demos = Annotated[list[str] | None, Option("Demonstrations: name=path (train=path for the training set); repeatable.")]
 ShowPrompts = Annotated[bool, Option("Print the first prompt of each set as it is sent, to standard error.")]
 Output = Annotated[Path, Option("Folder for the results.")]

@@ -40,7 +40,9 @@ class Sources:
     rollouts: Annotated[
         Path | None, Option("File or folder of prompts, completions and rewards, as TRL or verl write it.")
     ] = None
-    train: Annotated[Path | None, Option("Questions to sample completions for, instead of --rollouts.")] = None
+    train: Annotated[
+        list[str] | None, Option("Questions to sample completions for, instead of --rollouts; several are one set.")
+    ] = None
     check: Annotated[
         str | None, Option("Checker that rewards them: exact, math, or package.module:function, which is run.")
     ] = None
@@ -72,7 +74,7 @@ def rollouts(
     files.prepare_folder(output)
     core.apply()
     [loaded] = places.load([sources.sae], settings.sae_dtype)
-    rollouts = sources.rollouts
+    rollouts: Path | None = sources.rollouts
     if train is not None and check is not None:
         question_fields, answer_fields = dict(settings.question_fields), dict(settings.answer_fields)
         with progress("questions") as tell:

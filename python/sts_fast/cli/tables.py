@@ -170,8 +170,10 @@ def print_outlook(outlook: Outlook, *, as_json: bool) -> None:
             continue
         first = f"“{' '.join(planned.first.split())[:60]}…”" if planned.first else "nothing"
         lines = [f"{planned.name} asks {first}"]
+        lines += [f"from {planned.source}"] if planned.source else []
         lines += [f"{role} from {', '.join(names)}" for role, names in (planned.columns or {}).items()]
         lines += [f"not read: {', '.join(planned.unread)}"] if planned.unread else []
+        lines += [f"{n:,} rows with {reason} are left out" for reason, n in (planned.left_out or {}).items()]
         out.print("; ".join(lines), highlight=False, markup=False, soft_wrap=True)
     for warning in dict.fromkeys(warning for planned in outlook.sets for warning in planned.warnings):
         err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)

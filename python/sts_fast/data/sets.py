@@ -5,31 +5,42 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
+from typing import TYPE_CHECKING, Annotated, Literal, TypedDict, cast
 
+from sts_fast.data.columns import UNREMARKABLE, ReadRows, RowsBlock, reading_lines, row_blocks, row_warnings
 from sts_fast.data.demonstrations import choose_demos, room_for_demos
-from sts_fast.data.examples import Example, ReadColumns, read_domains, read_examples
+from sts_fast.data.examples import Example, are_examples, read_domains, read_examples
+from sts_fast.data.folders import Use
+from sts_fast.data.memory import is_rows, is_splits
 from sts_fast.data.options import Checked, Option
 from sts_fast.data.prompts import PromptSet, TokenClass, build_prompts
+from sts_fast.data.sources import Place, Places, named_place, origin_of
+from sts_fast.data.tables import Table
 from sts_fast.data.template import PromptTemplate
 from sts_fast.data.turns import Turn
-from sts_fast.errors import InputError, SetTooSmall
+from sts_fast.errors import InputError, SetTooSmall, listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Source = str | Path | Sequence[Example]
+Source = Places | Sequence[Example]
+Sources = Mapping[str, Source] | Sequence[Place] | Place
+ReadSet = tuple[list[Example], ReadRows | None]
 Kind = Literal["train", "domain"]
 
 Limit = Annotated[int | None, Option("Most prompts of a set, drawn at random; 0 for all.", least=1)]
 Seed = Annotated[int, Option("Of the sample of prompts and the intervals.", least=0)]
+Strict = Annotated[bool, Option("Stop where a run would go on with a warning, as at a row without an example.")]
 
 MIN_PROMPTS = 8
 
 
 @dataclass(frozen=True)
 class Fields(Checked):
-    """Columns that hold questions and answers, by set name ('train', a domain's); '' for all sets not named."""
+    """Columns that hold questions and answers, by set name ('train', a domain's); '' for all sets not named.
+
+    strict: raises InputError for the first row without an example, instead of leaving it out with a count
+    """
 
     question_fields: Annotated[
         Mapping[str, str],
@@ -39,13 +50,14 @@ class Fields(Checked):
         Mapping[str, str],
         Option("Column of the answers: FIELD, or SET=FIELD for one set; repeatable.", "--answer-field"),
     ] = field(default_factory=dict)
+    strict: Strict = False
 
-    def read(self, name: str, source: Source) -> tuple[list[Example], ReadColumns | None]:
-        """The examples of a set, and the columns that they were read from; None of examples in memory."""
-        if not isinstance(source, (str, Path)):
+    def read(self, name: str, source: Source, use: Use) -> ReadSet:
+        """The examples of a set, and what became of its rows; None where examples were given."""
+        if are_examples(source):
             return list(source), None
         question, answer = (of.get(name, of.get("")) for of in (self.question_fields, self.answer_fields))
-        return read_examples(source, question, answer)
+        return read_examples(origin_of(source, use, name), question, answer, strict=self.strict)
 
 
 class FieldsOptions(TypedDict, total=False):
@@ -60,41 +72,81 @@ class Sets:
     """The examples of the training sets and the domains by name.
 
     demos:   those to demonstrate with, where given apart
-    columns: of the files, by kind and name; examples in memory have none
+    read_rows: what became of the rows, by use and name; where examples were given, there are none
     """
 
     trains: dict[str, list[Example]]
     domains: dict[str, list[Example]]
     demos: dict[str, list[Example]]
-    columns: dict[tuple[Kind, str], ReadColumns]
+    read_rows: dict[tuple[Use, str], ReadRows]
 
     @classmethod
     def read(
         cls,
         trains: Mapping[str, Source],
-        domains: Mapping[str, Source] | Sequence[str],
-        demos: Mapping[str, Source] | Sequence[str] | None,
+        domains: Sources,
+        demos: Sources | None,
         fields: Fields,
+        domain_use: Use = "domain",
     ) -> Sets:
-        """Raises InputError where there is no training set, or something in a file cannot be used."""
+        """domain_use: the use of the domains' splits; 'train' where they are trained on.
+
+        Raises InputError where there is no training set, or something in a file cannot be used."""
         if not trains:
             raise InputError("there is no training set to forecast: give one or more, by name")
-        domains = [str(domains)] if isinstance(domains, (str, Path)) else domains
-        demos = [str(demos)] if isinstance(demos, (str, Path)) else demos
-        of_trains = {name: fields.read(name, source) for name, source in trains.items()}
-        of_domains = _read_sets(domains, fields, list(trains))
+        of_trains = {name: fields.read(name, source, "train") for name, source in trains.items()}
+        of_domains = _read_sets(_by_name(domains), fields, list(trains), domain_use)
         if "train" in of_domains and "train" in trains:
             raise InputError(
                 "a domain cannot be called 'train', the name of the training set: rename it, as in new=path"
             )
-        kinds: tuple[tuple[Kind, Mapping[str, tuple[list[Example], ReadColumns | None]]], ...]
-        kinds = (("train", of_trains), ("domain", of_domains))
+        of_demos = _read_demos({} if demos is None else _by_name(demos), fields, [*of_trains, *of_domains])
+        uses: tuple[tuple[Use, Mapping[str, ReadSet]], ...]
+        uses = (("train", of_trains), ("domain", of_domains), ("demos", of_demos))
         return cls(
             _examples(of_trains),
             _examples(of_domains),
-            _read_demos(demos or {}, fields, [*of_trains, *of_domains]),
-            {(kind, name): columns for kind, sets in kinds for name, (_, columns) in sets.items() if columns},
+            _examples(of_demos),
+            {(use, name): rows for use, sets in uses for name, (_, rows) in sets.items() if rows},
         )
+
+    def lines(self) -> list[str]:
+        """A line for each way in which columns were read, and one for what was not read beside them."""
+        return [*reading_lines(self._rows_beside(None)), *self.left_out()]
+
+    def told(self) -> list[str]:
+        """The same lines, and the warnings, for commands that keep no warnings of their sets."""
+        return [*self.lines(), *(f"warning: {warning}" for warning in self.warnings())]
+
+    def warnings(self, train: str | None = None) -> list[str]:
+        """What a reader of the results should know of the rows of the domains, and of one or all training sets."""
+        return row_warnings(self._rows_beside(train))
+
+    def blocks(self, train: str) -> list[RowsBlock]:
+        """What became of the rows of the domains and of a training set."""
+        return row_blocks(self._rows_beside(train))
+
+    def _rows_beside(self, train: str | None) -> list[tuple[str, ReadRows]]:
+        others = {name for use, name in self.read_rows if use == "train" and train not in (None, name)}
+        return [
+            (f"demonstrations of {name}" if use == "demos" else name, rows)
+            for (use, name), rows in self.read_rows.items()
+            if rows.n_rows and (use == "domain" or name not in others)
+        ]
+
+    def tables(self, use: Use, name: str | None = None) -> list[Table]:
+        """The tables that the sets of a use were read from, or one of them, each once."""
+        origins = [rows.origin for key, rows in self.read_rows.items() if key == (use, name or key[1])]
+        return list({table.name: table for origin in origins for table in origin.tables}.values())
+
+    def left_out(self) -> list[str]:
+        """For each use, a line that names the splits and folders that were not read; none where everything was."""
+        of_uses: dict[Use, str] = {"train": "training sets", "domain": "domains", "demos": "demonstrations"}
+        lines = []
+        for use, sets in of_uses.items():
+            names = {name: None for key, of in self.read_rows.items() if key[0] == use for name in of.origin.left_out}
+            lines += [f"Not read beside the {sets}: {listed(names)}"] if names else []
+        return lines
 
 
 @dataclass(frozen=True)
@@ -147,30 +199,33 @@ class Sampling(Drawing):
         """Prompts of a set; tokens: other ones than those of the others are read.
 
         Demonstrations are set aside even where they are not shown, so that the same queries are asked either way.
+        An example that repeats another one is left out first: a prompt that is read twice is no further evidence.
         """
         shots = self.shots if kind == "train" else self.domain_shots
+        tokens = tokens or self.tokens
+        once = distinct(examples, with_answers=tokens in ("answer", "all"))
         chosen = choose_demos(
-            *(name, examples, shots, self.demo_draws, demos),
+            *(name, once, shots, self.demo_draws, demos),
             required=show,
-            fits=room_for_demos(examples, template, shots, context_length, self.seed),
+            fits=room_for_demos(once, template, shots, context_length, self.seed),
         )
-        made = build_prompts(
+        prompt_set = build_prompts(
             name,
             chosen.queries,
             template,
             draws=chosen.draws if show else (),
-            tokens=tokens or self.tokens,
+            tokens=tokens,
             context_length=context_length,
             limit=self.limit,
             seed=self.seed,
         )
-        if not (show and chosen.n_too_long):
-            return made
-        passed_over = (
-            f"{chosen.n_too_long} examples of '{name}' are too long to demonstrate with (a usual question would not "
-            "fit behind them): later ones are shown"
-        )
-        return replace(made, warnings=(*made.warnings, passed_over))
+        losses = _losses(prompt_set, len(examples), len(examples) - len(once), context_length)
+        if show and chosen.n_too_long:
+            losses.append(
+                f"{chosen.n_too_long} examples of '{name}' are too long to demonstrate with (too few questions would "
+                "fit behind them): later ones are shown"
+            )
+        return replace(prompt_set, warnings=(*losses, *prompt_set.warnings))
 
 
 class SamplingOptions(DrawingOptions, total=False):
@@ -182,36 +237,88 @@ class SamplingOptions(DrawingOptions, total=False):
     tokens: TokenClass
 
 
-def _examples(sets: Mapping[str, tuple[list[Example], ReadColumns | None]]) -> dict[str, list[Example]]:
+def distinct(examples: Sequence[Example], *, with_answers: bool) -> list[Example]:
+    """The examples without those that ask again, but for blanks, what an earlier one asks after the same turns.
+
+    with_answers: only those whose answer is the same too repeat another one. Otherwise, of examples that ask the same,
+        the first with an answer is kept, in the place of the first.
+    """
+    kept: dict[tuple[str, ...], Example] = {}
+    for example in examples:
+        answer = [str(example.answer), example.reasoning, str(example.tool_calls)] if with_answers else []
+        texts = (str(example.context), example.question, str(example.steps), *answer)
+        key = tuple(" ".join(text.split()) for text in texts)
+        if key not in kept or (kept[key].answer is None and example.answer is not None):
+            kept[key] = example
+    return list(kept.values())
+
+
+def _losses(prompt_set: PromptSet, n_examples: int, n_repeated: int, context_length: int | None) -> list[str]:
+    """Warnings of examples that repeat others, and of a large share left out for another reason."""
+    name, warnings = prompt_set.name, []
+    if n_repeated:
+        warnings.append(f"{n_repeated} of the {n_examples} examples of '{name}' repeat another one: each is read once")
+    n_read = len(prompt_set.prompts)
+    for n, why in (
+        (prompt_set.n_too_long, f"overran the model's context of {context_length} tokens"),
+        (prompt_set.n_unanswered, "have no answer to read"),
+    ):
+        if n > UNREMARKABLE * (n + n_read):
+            warnings.append(f"{n / (n + n_read):.0%} of the examples of '{name}' were left out: they {why}")
+    return warnings
+
+
+def _examples(sets: Mapping[str, ReadSet]) -> dict[str, list[Example]]:
     return {name: examples for name, (examples, _) in sets.items()}
 
 
+def _by_name(sources: Sources) -> Mapping[str, Source] | Sequence[Place]:
+    """Sets by name, or a list of places that are still to be split into sets."""
+    if isinstance(sources, Mapping) and not is_splits(sources):
+        return sources
+    one_place = isinstance(sources, (str, Path)) or is_rows(sources) or is_splits(sources)
+    places = cast(Sequence[Place], [sources] if one_place else sources)
+    return [str(place) if isinstance(place, Path) else place for place in places]
+
+
 def _read_sets(
-    sets: Mapping[str, Source] | Sequence[str], fields: Fields, other_names: Sequence[str]
-) -> Mapping[str, tuple[list[Example], ReadColumns | None]]:
+    sets: Mapping[str, Source] | Sequence[Place], fields: Fields, other_names: Sequence[str], use: Use
+) -> Mapping[str, ReadSet]:
     if isinstance(sets, Mapping):
-        return {name: fields.read(name, source) for name, source in sets.items()}
+        return {name: fields.read(name, source, use) for name, source in sets.items()}
     if not sets:
         for name in (*fields.question_fields, *fields.answer_fields):
             if name and name not in other_names:
                 raise InputError(f"a field is named for '{name}', but the sets are {', '.join(other_names)}")
         return {}
-    return read_domains(sets, fields.question_fields, fields.answer_fields, other_names)
+    return read_domains(sets, fields.question_fields, fields.answer_fields, other_names, use, strict=fields.strict)
 
 
 def _read_demos(
-    demos: Mapping[str, Source] | Sequence[str], fields: Fields, names: Sequence[str]
-) -> dict[str, list[Example]]:
+    demos: Mapping[str, Source] | Sequence[Place], fields: Fields, names: Sequence[str]
+) -> dict[str, ReadSet]:
     """Demonstrations by set; a file split by category may hold more categories than there are domains."""
-    groups = [demos] if isinstance(demos, Mapping) else [[source] for source in demos]
-    demonstrations: dict[str, list[Example]] = {}
+    groups = [demos] if isinstance(demos, Mapping) else _same_name(demos)
+    demonstrations: dict[str, ReadSet] = {}
     for group in groups:
-        examples = _examples(_read_sets(group, fields, [*fields.question_fields, *fields.answer_fields]))
-        unknown = [name for name in examples if name not in names]
-        if unknown and (isinstance(group, Mapping) or len(unknown) == len(examples)):
+        sets = _read_sets(group, fields, [*fields.question_fields, *fields.answer_fields], "demos")
+        unknown = [name for name in sets if name not in names]
+        if unknown and (isinstance(group, Mapping) or len(unknown) == len(sets)):
             raise InputError(f"demonstrations are given for '{unknown[0]}', but the sets are {', '.join(names)}")
-        demonstrations |= {name: examples[name] for name in examples if name in names}
+        for name in (name for name in sets if name in names):
+            if name in demonstrations:
+                raise InputError(f"demonstrations for '{name}' are in two sources; give both as {name}=path")
+            demonstrations[name] = sets[name]
     return demonstrations
+
+
+def _same_name(places: Sequence[Place]) -> list[list[Place]]:
+    """Places in groups: those of one name together, each other one alone."""
+    groups: dict[object, list[Place]] = {}
+    for i, place in enumerate(places):
+        name = named_place(place)[0] if isinstance(place, str) else None
+        groups.setdefault(i if name is None else name, []).append(place)
+    return list(groups.values())
 
 
 def common_template(tokenizer: PreTrainedTokenizerBase, starts: Sequence[tuple[str, bool]]) -> PromptTemplate:

@@ -1,72 +1,107 @@
-"""Reads the rows of files of questions and answers.
+"""Reads the rows of one table: of a file here, see hub and memory for the others.
 
-| source   | rows                                                                                         |
-|----------|----------------------------------------------------------------------------------------------|
-| .jsonl   | one object per line; blank lines are skipped                                                 |
-| .json    | a list of rows, id -> row, rows under `data`, `train`, `rows`, ..., or lines as in .jsonl    |
-| .csv     | a header line, then rows; every value is text                                                |
-| .parquet | its rows                                                                                     |
-| a folder | of `datasets.save_to_disk`, or with files as above: the split `train`, or the only one       |
+| file             | rows                                                                                             |
+|------------------|--------------------------------------------------------------------------------------------------|
+| .jsonl           | one object per line; blank lines are skipped                                                     |
+| .json            | a list of rows, id -> row, rows under `data`, `train`, `rows`, ..., or lines as in .jsonl        |
+| .csv, .tsv       | a header line, then rows, all values text; a .csv may be separated by `,`, `;`, tabs or `|`.      |
+|                  | Multiple choice without a header (question, options, letter) is read as MMLU's authors write it  |
+| .parquet, .arrow | its rows                                                                                         |
 
-The text formats may be gzipped (`.jsonl.gz`). Nothing is ever unpickled.
+The text formats may be compressed (`.jsonl.gz`, .zst, .bz2, .xz); they are UTF-8, or UTF-16 with its mark. Nothing is
+ever unpickled.
 """
 
 from __future__ import annotations
 
+import bz2
+import codecs
 import csv
 import gzip
+import hashlib
+import io
+import itertools
 import json
+import lzma
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from string import ascii_uppercase
 from typing import IO, Any
 
+from sts_fast import files
 from sts_fast.errors import InputError, listed
 
 Row = dict[str, Any]
+# Row number from 1; the row's key, where the rows have keys; the row.
+NumberedRow = tuple[int, str | None, Any]
 
 ROW_LIST_KEYS = ("train", "data", "rows", "examples", "instances", "items", "questions")
-TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv")
-SUFFIXES = (*TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in TEXT_SUFFIXES), ".parquet")
-KINDS = "a .jsonl, .json or .csv file (each also .gz), a .parquet file, or a folder written by datasets.save_to_disk"
-_SHARD = re.compile(r"-\d+-of-\d+$")
+TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+SUFFIXES = (
+    *TEXT_SUFFIXES,
+    *(text + compression for text in TEXT_SUFFIXES for compression in COMPRESSIONS),
+    *(".parquet", ".arrow"),
+)
+KINDS = (
+    "a .jsonl, .json, .csv or .tsv file (each also .gz, .zst, .bz2 or .xz), a .parquet or .arrow file, a folder of "
+    "such files or written by datasets.save_to_disk, or a data set of the hub as owner/name:config:split"
+)
+# Names of splits as they are spelt -> name of the split.
+SPLITS = {
+    **dict.fromkeys(("train", "training", "auxiliary_train"), "train"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+    **dict.fromkeys(("validation", "valid", "val"), "validation"),
+    "dev": "dev",
+}
+DELIMITERS = (",", ";", "\t", "|")
+SAMPLED_LINES = 200  # of a .csv, from which its delimiter is found
+_SEPARATOR_LINE = re.compile(r"sep=(.)[\r\n]*\Z")  # of a spreadsheet program, above the header
 
 
-# Files of a source ----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Table:
+    """Rows of one place: a file, a data set of the hub, or rows in memory.
 
+    name: as messages call it
+    read: reads the rows anew
+    path: of a file
+    """
 
-def train_files(path: Path) -> list[Path]:
-    """The files of a training set: the file itself, or the split `train` (or the only split) of a folder."""
-    if not exists(path):
-        raise InputError(f"{path} does not exist; give {KINDS}")
-    if not path.is_dir():
-        return [path]
-    if _is_saved_dataset(path):
-        return _saved_files(path)
-    groups = _file_groups(path) or (_file_groups(path / "data") if (path / "data").is_dir() else {})
-    if not groups:
-        raise InputError(f"{path} contains no example files; give {KINDS}")
-    return groups[_split_name(path, groups)]
+    name: str
+    read: Callable[[], Iterator[NumberedRow]]
+    path: Path | None = None
 
+    @classmethod
+    def of_file(cls, path: Path) -> Table:
+        return cls(str(path), lambda: file_rows(path), path)
 
-def domain_files(source: str) -> Iterator[tuple[str, list[Path], bool]]:
-    """Yields (name, files, whether a category column splits it) of each domain of a source."""
-    path = Path(source)
-    if not exists(path) and "=" in source:
-        name, _, rest = source.partition("=")
-        if not name.strip() or not rest.strip():
-            raise InputError(f"domain {source!r} lacks its name or its path; write NAME=PATH")
-        yield name.strip(), train_files(Path(rest)), False
-        return
-    groups = _file_groups(path) if path.is_dir() and not _is_saved_dataset(path) else {}
-    if len(groups) == 1 and all(_SHARD.search(_stem(file)) for files in groups.values() for file in files):
-        groups = {}
-    for name, files in groups.items():
-        yield name, files, False
-    if not groups:
-        yield _stem(path.resolve() if path.name in ("", "..") else path), train_files(path), True
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def header_remedy(self) -> str:
+        """The end of a message about unknown column names: how they come about in a file that has a header line."""
+        has_header = self.path is not None and (suffix_of(self.path) or "").startswith((".csv", ".tsv"))
+        return "; where its first line is a row, add a header line above it" if has_header else ""
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the file's bytes; of other rows as lines of JSON with sorted keys."""
+        if self.path is not None:
+            return files.sha256(self.path)
+        digest = hashlib.sha256()
+        for _, _, row in self.read():
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+        return digest.hexdigest()
+
+    def record(self, role: str) -> files.InputFile:
+        return {"role": role, "path": self.name, "sha256": self.sha256}
 
 
 def exists(path: Path) -> bool:
@@ -76,98 +111,66 @@ def exists(path: Path) -> bool:
         return False
 
 
-def _stem(path: Path) -> str:
-    suffix = suffix_of(path)
-    return path.name[: -len(suffix)] if suffix and not path.is_dir() else path.name
-
-
 def suffix_of(path: Path) -> str | None:
-    """The suffix that determines a file's format, `.gz` included; None where it is not an example file."""
+    """The suffix that determines a file's format, that of a compression included; None for no file of examples."""
     fitting = [suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)]
     return max(fitting, key=len, default=None)
-
-
-def _file_groups(folder: Path) -> dict[str, list[Path]]:
-    """Stem -> files of a folder, sorted by name; shards such as `x-00000-of-00002` are one group, as is a dataset."""
-    groups: dict[str, list[Path]] = {}
-    for path in sorted(listdir(folder)):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            if _is_saved_dataset(path):
-                groups.setdefault(path.name, []).extend(_saved_files(path))
-        elif suffix_of(path):
-            groups.setdefault(_SHARD.sub("", _stem(path)), []).append(path)
-    return groups
 
 
 def listdir(folder: Path) -> list[Path]:
     try:
         return list(folder.iterdir())
     except OSError as error:
-        raise _unreadable(folder, error) from error
-
-
-def _is_saved_dataset(folder: Path) -> bool:
-    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
-
-
-def _saved_files(folder: Path) -> list[Path]:
-    """The Arrow files that `datasets.save_to_disk` wrote."""
-    if (folder / "dataset_dict.json").is_file():
-        splits = _json_file(folder / "dataset_dict.json")
-        names = splits.get("splits") if isinstance(splits, dict) else None
-        if not isinstance(names, list) or not names:
-            raise InputError(f"{folder / 'dataset_dict.json'} names no splits; write the dataset again")
-        folder = folder / _split_name(folder, names)
-    state = _json_file(folder / "state.json")
-    files = state.get("_data_files") if isinstance(state, dict) else None
-    if not isinstance(files, list) or not files or not all(isinstance(f, dict) and "filename" in f for f in files):
-        raise InputError(f"{folder / 'state.json'} names no data files; write the dataset again")
-    return [folder / str(file["filename"]) for file in files]
-
-
-def _split_name(folder: Path, names: Iterable[str]) -> str:
-    splits = list(names)
-    if len(splits) == 1:
-        return splits[0]
-    if "train" not in splits:
-        raise InputError(f"{folder} contains {listed(splits)} and none is called train; give the path of one of them")
-    return "train"
+        raise unreadable(folder, error) from error
 
 
 # From files to rows ---------------------------------------------------------------------------------------------------
 
 
-def file_rows(path: Path) -> Iterator[tuple[int, str | None, Any]]:
-    """Yields (row number from 1, key where the rows have keys, row) of one file.
+def file_rows(path: Path) -> Iterator[NumberedRow]:
+    """Yields the rows of one file.
 
     Raises InputError where the file is damaged or has an unknown suffix.
     """
     suffix = suffix_of(path)
-    if path.suffix == ".arrow":
-        read = _arrow_rows
-    elif suffix == ".parquet":
-        read = _parquet_rows
-    elif suffix in (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz"):
-        read = _json_line_rows
-    elif suffix in (".json", ".json.gz"):
-        read = _json_rows
-    elif suffix in (".csv", ".csv.gz"):
-        read = _csv_rows
-    else:
+    if suffix is None:
         raise InputError(f"{path} has an unknown suffix; give {KINDS}")
+    read = READERS[next(start for start in READERS if suffix.startswith(start))]
     try:
         yield from read(path)
-    except (OSError, EOFError, zlib.error) as error:
-        raise _unreadable(path, error) from error
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise unreadable(path, error) from error
 
 
 def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
-    return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")
+    """Opens a text file to read it as UTF-8, whatever it is compressed with; UTF-16 is known by its mark."""
+    stream = _decompressed(path)
+    mark: bytes = stream.peek(2)[:2]  # type: ignore[union-attr]
+    if mark not in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return stream
+    with stream:
+        try:
+            return io.BytesIO(stream.read().decode("utf-16").encode())
+        except UnicodeError as error:
+            raise unreadable(path, error) from error
 
 
-def _json_line_rows(path: Path) -> Iterator[tuple[int, str | None, Any]]:
+def _decompressed(path: Path) -> IO[bytes] | gzip.GzipFile:
+    match path.suffix.lower():
+        case ".gz":
+            return gzip.open(path)
+        case ".bz2":
+            return bz2.open(path)
+        case ".xz":
+            return lzma.open(path)
+        case ".zst":
+            import pyarrow as pa
+
+            return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
+    return path.open("rb")
+
+
+def _json_line_rows(path: Path) -> Iterator[NumberedRow]:
     with _open(path) as stream:
         for number, line in enumerate(stream, start=1):
             text = _decoded(line, path, number)
@@ -175,7 +178,7 @@ def _json_line_rows(path: Path) -> Iterator[tuple[int, str | None, Any]]:
                 yield number, None, _parsed(text, path, number)
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, str | None, Any]]:
+def _json_rows(path: Path) -> Iterator[NumberedRow]:
     with _open(path) as stream:
         text = _decoded(stream.read(), path, None)
     if not text.strip():
@@ -185,9 +188,14 @@ def _json_rows(path: Path) -> Iterator[tuple[int, str | None, Any]]:
         return
     document = _parsed(text, path, None)
     if isinstance(document, dict):
-        lists = [key for key in ROW_LIST_KEYS if isinstance(document.get(key), list)]
+        splits = [key for key, rows in document.items() if key.lower() in SPLITS and isinstance(rows, list)]
+        if len(splits) > 1:
+            raise InputError(
+                f"{path} contains the splits {listed(splits)}; write the one to be read as a file of its own"
+            )
+        lists = [key for key in ROW_LIST_KEYS if isinstance(document.get(key), list)] or splits
         if lists:
-            document = document[_split_name(path, lists)]
+            document = document[_row_list(path, lists)]
         elif document and all(isinstance(row, dict) for row in document.values()):
             yield from ((number, key, row) for number, (key, row) in enumerate(document.items(), start=1))
             return
@@ -196,6 +204,12 @@ def _json_rows(path: Path) -> Iterator[tuple[int, str | None, Any]]:
             f"{path} contains neither a list of rows nor an object of id to row; write one row per line as .jsonl"
         )
     yield from ((number, None, row) for number, row in enumerate(document, start=1))
+
+
+def _row_list(path: Path, keys: list[str]) -> str:
+    if len(keys) > 1 and "train" not in keys:
+        raise InputError(f"{path} contains {listed(keys)} and none is called train; write one of them as .jsonl")
+    return keys[0] if len(keys) == 1 else "train"
 
 
 def _is_json_lines(text: str) -> bool:
@@ -207,47 +221,119 @@ def _is_json_lines(text: str) -> bool:
         return False
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, str | None, Any]]:
+def _csv_rows(path: Path) -> Iterator[NumberedRow]:
+    return _delimited_rows(path, None)
+
+
+def _tsv_rows(path: Path) -> Iterator[NumberedRow]:
+    return _delimited_rows(path, "\t")
+
+
+def _delimited_rows(path: Path, delimiter: str | None) -> Iterator[NumberedRow]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # chains of thought overrun the default of 128 KiB
     with _open(path) as stream:
         lines = (_decoded(line, path, number) for number, line in enumerate(stream, start=1))
-        reader = csv.reader(lines, strict=True)
+        sample = list(itertools.islice(lines, SAMPLED_LINES))
+        if sample and (named := _SEPARATOR_LINE.match(sample[0])):
+            delimiter, sample = named[1], sample[1:]
+        if delimiter is None:
+            delimiter = _delimiter(sample, path)
+        without_header = _is_multiple_choice(_sampled_records(sample, delimiter))
+        reader = csv.reader(itertools.chain(sample, lines), delimiter=delimiter, strict=True)
         try:
-            header = next(reader, None)
+            header = None if without_header else next((record for record in reader if record), [])
+            if header and (twice := [name for name in header if name.strip() and header.count(name) > 1]):
+                raise InputError(f"{path} has two columns called {twice[0]!r}; rename one")
+            n_columns = 0 if header is None else len(header)
             for number, values in enumerate(reader, start=1):
-                if header is None or not values:
+                if not values:
                     continue
-                if len(values) != len(header):
+                n_columns = n_columns or len(values)
+                if len(values) != n_columns:
                     raise InputError(
-                        f"{path}: row {number} has {len(values)} values for {len(header)} columns; quote its commas"
+                        f"{path}: row {number} has {len(values)} values for {n_columns} columns; quote the values that "
+                        f"contain {_delimiter_name(delimiter)}"
                     )
-                yield number, None, dict(zip(header, values, strict=True))
+                if header is None:
+                    if not _is_multiple_choice([values]):
+                        raise InputError(
+                            f"{path}: row {number} has the answer {values[-1]!r}, which is no letter of its options; "
+                            "correct it, or add a header line above the first"
+                        )
+                    question, *choices, answer = values
+                    yield number, None, {"question": question, "choices": choices, "answer": answer.strip()}
+                else:
+                    yield number, None, dict(zip(header, values, strict=True))
         except csv.Error as error:
             raise InputError(f"{path}: line {reader.line_num} is not CSV ({error}); quote the values") from error
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[int, str | None, Any]]:
+def _delimiter(sample: list[str], path: Path) -> str:
+    """The delimiter of a .csv: the one that splits its header, and of several the one that splits all lines evenly."""
+    widths = {delimiter: [len(record) for record in _sampled_records(sample, delimiter)] for delimiter in DELIMITERS}
+    splitting = [delimiter for delimiter, of_records in widths.items() if of_records and of_records[0] > 1]
+    if len(splitting) < 2:
+        return splitting[0] if splitting else ","
+    even = [delimiter for delimiter in splitting if len({*widths[delimiter]}) == 1]
+    if len(even) > 1:
+        raise InputError(
+            f"{path} may be separated by {' or by '.join(map(_delimiter_name, even))}; write it as .tsv or .jsonl, or "
+            "quote the values"
+        )
+    return (even or splitting)[0]
+
+
+def _delimiter_name(delimiter: str) -> str:
+    return {",": "commas", ";": "semicolons", "\t": "tabs"}.get(delimiter, f"{delimiter!r}")
+
+
+def _sampled_records(sample: list[str], delimiter: str) -> list[list[str]]:
+    """Records of the first lines, less the last one where it may go on below them."""
+    try:
+        records = [record for record in csv.reader(sample, delimiter=delimiter) if record]
+    except csv.Error:
+        return []
+    return records[:-1] if len(sample) == SAMPLED_LINES and len(records) > 1 else records
+
+
+def _is_multiple_choice(records: list[list[str]]) -> bool:
+    """True if there is no header, and all records are a question, two to ten options, and the letter of the answer."""
+    widths = {len(record) for record in records}
+    if len(widths) != 1 or not 4 <= (width := widths.pop()) <= 12:
+        return False
+    letters = ascii_uppercase[: width - 2]
+    if "".join(records[0][-2:]) in ascii_uppercase:
+        return False  # a header that names options A, B, C, D
+    return all(len(record[-1].strip()) == 1 and record[-1].strip() in letters for record in records)
+
+
+def _parquet_rows(path: Path) -> Iterator[NumberedRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
-            yield from _batch_rows(file.iter_batches(batch_size=1024))
+            yield from arrow_rows(file.iter_batches(batch_size=1024))
     except (pa.ArrowException, ValueError, OverflowError) as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
-def _arrow_rows(path: Path) -> Iterator[tuple[int, str | None, Any]]:
+def _arrow_file_rows(path: Path) -> Iterator[NumberedRow]:
     import pyarrow as pa
 
     try:
-        with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
-            yield from _batch_rows(stream)
+        with pa.memory_map(str(path)) as source:
+            if source.read(6) == b"ARROW1":  # a file of random access; datasets writes streams
+                file = pa.ipc.open_file(source)
+                yield from arrow_rows(file.get_batch(i) for i in range(file.num_record_batches))
+            else:
+                source.seek(0)
+                yield from arrow_rows(pa.ipc.open_stream(source))
     except (pa.ArrowException, ValueError, OverflowError) as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
-def _batch_rows(batches: Iterable[Any]) -> Iterator[tuple[int, str | None, Any]]:
+def arrow_rows(batches: Iterable[Any]) -> Iterator[NumberedRow]:
     number = 0
     for batch in batches:
         batch.validate(full=True)  # offsets of a damaged file would be followed anywhere
@@ -256,11 +342,11 @@ def _batch_rows(batches: Iterable[Any]) -> Iterator[tuple[int, str | None, Any]]
             yield number, None, row
 
 
-def _json_file(path: Path) -> Any:
+def json_file(path: Path) -> Any:
     try:
         return _parsed(_decoded(path.read_bytes(), path, None), path, None)
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
 def _decoded(data: bytes, path: Path, number: int | None) -> str:
@@ -282,6 +368,17 @@ def _parsed(text: str, path: Path, number: int | None) -> Any:
         raise InputError(f"{path}:{at_line} contains JSON that cannot be read ({error}); correct it") from error
 
 
-def _unreadable(path: Path, error: Exception) -> InputError:
+def unreadable(path: Path, error: Exception) -> InputError:
     reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0] or type(error).__name__
     return InputError(f"{path} cannot be read ({reason}); is it complete, and of the kind that its name says?")
+
+
+READERS: dict[str, Callable[[Path], Iterator[NumberedRow]]] = {
+    ".jsonl": _json_line_rows,
+    ".ndjson": _json_line_rows,
+    ".json": _json_rows,
+    ".csv": _csv_rows,
+    ".tsv": _tsv_rows,
+    ".parquet": _parquet_rows,
+    ".arrow": _arrow_file_rows,
+}

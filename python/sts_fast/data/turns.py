@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sts_fast.data.values import encodable, kind_of
-from sts_fast.errors import InputError
+from sts_fast.errors import InputError, UnusableRow
 
 ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -83,7 +83,7 @@ def parsed_turns(value: Any, where: str) -> list[Turn]:
     turns: list[Turn] = []
     for item in _items(value) or []:
         if not _is_turn(item):
-            raise InputError(f"{where} has a turn that is {kind_of(item)}; write turns as role and content")
+            raise UnusableRow(where, f"a turn that is {kind_of(item)}", "write turns as role and content")
         for turn in _turns_of(item, where):
             if not (turn.content.strip() or turn.reasoning or turn.tool_calls or turn.role in ("user", "tool")):
                 continue
@@ -238,7 +238,7 @@ def _only_thinks(turn: Turn) -> bool:
 
 def _reasoning(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise InputError(f"{where} has a turn whose reasoning is {kind_of(value)}; write it as text")
+        raise UnusableRow(where, f"a turn whose reasoning is {kind_of(value)}", "write it as text")
     return encodable(value, where, "reasoning")
 
 
@@ -251,7 +251,7 @@ def _content(content: Any, where: str) -> tuple[str, list[str], list[ToolCall]]:
     if isinstance(content, dict):
         content = [content]
     if not isinstance(content, list):
-        raise InputError(f"{where} has a turn whose content is {kind_of(content)}; write it as text")
+        raise UnusableRow(where, f"a turn whose content is {kind_of(content)}", "write it as text")
     texts: list[str] = []
     thoughts: list[str] = []
     calls: list[ToolCall] = []

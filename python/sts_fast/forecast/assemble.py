@@ -13,6 +13,8 @@ import numpy as np
 
 from sts_fast import files
 from sts_fast._version import __version__
+from sts_fast.data.columns import RowsBlock
+from sts_fast.data.folders import Origin
 from sts_fast.data.prompts import prompts_sha256
 from sts_fast.files import InputFile
 from sts_fast.forecast.blocks import ConcentrationBlock, ProvenanceBlock, SetBlock
@@ -94,6 +96,7 @@ def _forecast(
     n_moved = int((shift.importance > 0).sum())
     warnings = [*plan.warnings, *filter(None, (fit.warning, fit.names)), *(f"SAE: {note}" for note in sae.notes)]
     prompt_sets = [shift.prompt_set, *(read.prompt_set for read in domain_reads)]
+    warnings += plan.sets.warnings(shift.name)
     warnings += [warning for prompt_set in prompt_sets for warning in prompt_set.warnings]
     untold = [prompt_set.name for prompt_set in prompt_sets if prompt_set.questions is None]
     if untold:
@@ -201,7 +204,8 @@ def _forecast(
         ],
         warnings=warnings,
         provenance=_provenance(
-            {**plan.sources, "sae": sae.source, "train": plan.train_source(shift.name)},
+            _inputs(plan, sae, shift.name),
+            plan.sets.blocks(shift.name),
             settings,
             prompts_sha256(prompt_sets),
             reader.forward_passes(),
@@ -306,18 +310,26 @@ def promoted_tokens(
         return {}
 
 
+def _inputs(plan: Plan, sae: SAE, train: str) -> list[InputFile]:
+    """Everything that a forecast of one training set is made from: files, rows in memory, data sets of the hub."""
+    inputs: list[InputFile] = []
+    for role, source in {**plan.sources, "sae": sae.source}.items():
+        # Hub ids and models in memory are no files.
+        if isinstance(source, (str, Path)) and Path(source).exists():
+            inputs += files.hashed_inputs(role, [source])
+        elif isinstance(source, Origin):
+            inputs += [table.record(role) for table in source.tables]
+    inputs += [table.record("domains") for table in plan.sets.tables("domain")]
+    inputs += [table.record("demos") for table in plan.sets.tables("demos")]
+    return inputs + [table.record("train") for table in plan.sets.tables("train", train)]
+
+
 def _provenance(
-    sources: Mapping[str, object], settings: Settings, prompts_digest: str, passes: PassRecord
+    inputs: list[InputFile], rows: list[RowsBlock], settings: Settings, prompts_digest: str, passes: PassRecord
 ) -> ProvenanceBlock:
     import torch
     import transformers
 
-    inputs: list[InputFile] = []
-    for role, source in sources.items():
-        several = role in ("domains", "demos") and not isinstance(source, (str, Path))
-        for set_source in (list(source.values()) if isinstance(source, Mapping) else source) if several else [source]:  # type: ignore[attr-defined]
-            path = _existing_path(set_source)
-            inputs += files.hashed_inputs(role, [path]) if path else []
     return {
         "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": settings.command,
@@ -331,14 +343,7 @@ def _provenance(
         },
         "instruction_set": _cpu.instruction_set(),
         "inputs": inputs,
+        "rows": rows,
         "prompts_sha256": prompts_digest,
         "forward_passes": passes,
     }
-
-
-def _existing_path(source: object) -> Path | None:
-    """The file or folder behind a path or 'name=path'; None for hub ids and for what is in memory."""
-    if not isinstance(source, (str, Path)):
-        return None
-    candidates = [Path(source), Path(str(source).partition("=")[2] or source)]
-    return next((path for path in candidates if path.exists()), None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TypedDict
 
+from sts_fast.data.columns import RowsBlock
 from sts_fast.files import Document, InputFile
 from sts_fast.model.forward import PassRecord
 from sts_fast.signed.signed import CarrierBlock, SignedBlock
@@ -183,6 +184,7 @@ class ProvenanceBlock(TypedDict):
     prompts_sha256: str
     forward_passes: PassRecord
     inputs: list[InputFile]
+    rows: list[RowsBlock]
 
 
 class LengthBlock(TypedDict):

@@ -37,7 +37,9 @@ class PlannedSet:
     use:      'shift' (D_N is taken from it), 'score', or 'answers' (read in the whole model)
     n_prompts, n_too_long, n_unanswered: as in PromptSet
     n_passes, n_tokens: forward passes, and tokens in them; of answers, tokens only
-    columns:  of its files, by role; unread: others that hold text; None for examples in memory
+    source:   the files, hub data sets or rows in memory that it is read from, and what beside them is not
+    columns:  of these, by role; unread: others that hold text; None, as the source, where examples were given
+    n_rows:   of its source; left_out: those without an example, by reason; None where examples were given
     first:    the first question asked
     warnings: as in PromptSet
     """
@@ -49,8 +51,11 @@ class PlannedSet:
     n_unanswered: int
     n_passes: int | None
     n_tokens: int
+    source: str | None
     columns: dict[str, list[str]] | None
     unread: list[str] | None
+    n_rows: int | None
+    left_out: dict[str, int] | None
     first: str
     warnings: list[str]
 
@@ -141,7 +146,7 @@ def _budget(plan: Plan) -> TokenBudget:
 
 
 def _planned(plan: Plan, use: str, kind: Kind, prompt_set: PromptSet, budget: TokenBudget) -> PlannedSet:
-    columns = plan.sets.columns.get((kind, prompt_set.name))
+    rows = plan.sets.read_rows.get((kind, prompt_set.name))
     examples = (plan.sets.trains if kind == "train" else plan.sets.domains).get(prompt_set.name)
     n_passes = None
     if use == "answers":
@@ -164,8 +169,11 @@ def _planned(plan: Plan, use: str, kind: Kind, prompt_set: PromptSet, budget: To
         n_unanswered=prompt_set.n_unanswered,
         n_passes=n_passes,
         n_tokens=n_tokens,
-        columns=None if columns is None else columns.by_role,
-        unread=None if columns is None else columns.unread,
+        source=None if rows is None else str(rows.origin),
+        columns=None if rows is None else rows.columns.by_role,
+        unread=None if rows is None else rows.columns.unread,
+        n_rows=None if rows is None else rows.n_rows,
+        left_out=None if rows is None else dict(rows.left_out),
         first=examples[0].question if examples else "",
         warnings=list(prompt_set.warnings),
     )

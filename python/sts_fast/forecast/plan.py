@@ -24,7 +24,7 @@ class Plan:
     train_answers, domain_answers: those that read their answers in the whole model: of training sets, for signed
         estimators; of domains that have enough answers, for signed estimators and for --controls all
     labels:  by SAE, the labels of its features by index; none of an SAE that the labels are not of
-    sources: what everything was read from, by role, for the provenance
+    sources: what else the forecast is made from, by role, for the provenance
     sets:    the examples that the prompts are made of
     warnings: about domains that are left out
     """
@@ -93,10 +93,6 @@ class Plan:
             check_enough(answers, session.context_length, "train")
         labels = {} if settings.labels is None else _labels(Labels.read(settings.labels), session)
         return cls(session, settings, domains, domain_answers, labels, sources, sets, trains, train_answers, warnings)
-
-    def train_source(self, name: str) -> object:
-        trains = self.sources["trains"]
-        return trains.get(name) if isinstance(trains, Mapping) else trains
 
     def show(self) -> None:
         """Hands the first prompt of each set to `settings.show`."""

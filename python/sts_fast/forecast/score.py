@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Unpack, overload
 
 import numpy as np
 
-from sts_fast.data.sets import Sets, Source
+from sts_fast.data.sets import Sets, Source, Sources
 from sts_fast.errors import InputError
 from sts_fast.forecast import stability
 from sts_fast.forecast.assemble import Measured, assemble
@@ -39,8 +39,8 @@ def score(  # type: ignore[overload-overlap]
     model: str | Path | PreTrainedModel,
     sae: SAESource,
     train: Source,
-    domains: Mapping[str, Source] | Sequence[str],
-    demos: Mapping[str, Source] | Sequence[str] | None = None,
+    domains: Sources,
+    demos: Sources | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     tuned: str | Path | PreTrainedModel | None = None,
     **options: Unpack[Options],
@@ -53,8 +53,8 @@ def score(
     model: str | Path | PreTrainedModel,
     sae: Sequence[SAESource],
     train: Source,
-    domains: Mapping[str, Source] | Sequence[str],
-    demos: Mapping[str, Source] | Sequence[str] | None = None,
+    domains: Sources,
+    demos: Sources | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     tuned: str | Path | PreTrainedModel | None = None,
     **options: Unpack[Options],
@@ -66,8 +66,8 @@ def score(
     model: str | Path | PreTrainedModel,
     sae: SAESource | Sequence[SAESource],
     train: Source,
-    domains: Mapping[str, Source] | Sequence[str],
-    demos: Mapping[str, Source] | Sequence[str] | None = None,
+    domains: Sources,
+    demos: Sources | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     tuned: str | Path | PreTrainedModel | None = None,
     **options: Unpack[Options],
@@ -78,7 +78,8 @@ def score(
                activations that `capture_activations` wrote of the same sets, and no model is run
     sae:       an SAE of it: folder, 'release/id', or one loaded by load_sae; or several, each of its own place in the
                model, which share every forward pass
-    train:     the training set: a file, a folder, or examples
+    train:     the training set: a path, a name of the hub, rows in memory, or several of them (see load_examples); or a
+               list of examples
     domains:   the abilities to forecast, by name, or as on the command line (see load_domains); none at all measures
                the shift of the training set alone
     demos:     examples to demonstrate with, in the same forms, by domain name, and under 'train' for the training set;
@@ -109,8 +110,8 @@ def compare(  # type: ignore[overload-overlap]
     model: str | Path | PreTrainedModel,
     sae: SAESource,
     trains: Mapping[str, Source],
-    domains: Mapping[str, Source] | Sequence[str],
-    demos: Mapping[str, Source] | Sequence[str] | None = None,
+    domains: Sources,
+    demos: Sources | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     tuned: str | Path | PreTrainedModel | None = None,
     **options: Unpack[Options],
@@ -123,8 +124,8 @@ def compare(
     model: str | Path | PreTrainedModel,
     sae: Sequence[SAESource],
     trains: Mapping[str, Source],
-    domains: Mapping[str, Source] | Sequence[str],
-    demos: Mapping[str, Source] | Sequence[str] | None = None,
+    domains: Sources,
+    demos: Sources | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     tuned: str | Path | PreTrainedModel | None = None,
     **options: Unpack[Options],
@@ -136,8 +137,8 @@ def compare(
     model: str | Path | PreTrainedModel,
     sae: SAESource | Sequence[SAESource],
     trains: Mapping[str, Source],
-    domains: Mapping[str, Source] | Sequence[str],
-    demos: Mapping[str, Source] | Sequence[str] | None = None,
+    domains: Sources,
+    demos: Sources | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     tuned: str | Path | PreTrainedModel | None = None,
     **options: Unpack[Options],
@@ -163,8 +164,8 @@ def plan(
     model: str | Path | PreTrainedModel,
     sae: SAESource | Sequence[SAESource],
     trains: Mapping[str, Source],
-    domains: Mapping[str, Source] | Sequence[str],
-    demos: Mapping[str, Source] | Sequence[str] | None = None,
+    domains: Sources,
+    demos: Sources | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     tuned: str | Path | PreTrainedModel | None = None,
     **options: Unpack[Options],
@@ -186,8 +187,8 @@ def _plan(
     model: str | Path | PreTrainedModel,
     sae: SAESource | Sequence[SAESource],
     trains: Mapping[str, Source],
-    domains: Mapping[str, Source] | Sequence[str],
-    demos: Mapping[str, Source] | Sequence[str] | None,
+    domains: Sources,
+    demos: Sources | None,
     tokenizer: PreTrainedTokenizerBase | None,
     tuned: str | Path | PreTrainedModel | None,
     settings: Settings,
@@ -200,13 +201,15 @@ def _plan(
     if not saes:
         raise InputError("there is no SAE to read the model with: give one or more with --sae")
     sets = Sets.read(trains, domains, demos, settings)
+    warnings = [f"warning: {warning}" for warning in sets.warnings()]
+    for line in sets.lines() if run else [*sets.left_out(), *warnings]:
+        settings.tell_line(line)
     session = Session.open(
         model, saes, settings,
         tokenizer=tokenizer, tuned=tuned, top_n=settings.top_n,
         purpose=Purpose(run=run, needs=_beyond_activations(settings)),
     )  # fmt: skip
-    sources = {"model": model, "tuned": tuned, "labels": settings.labels, "domains": domains, "demos": demos or {}}
-    return Plan.make(session, settings, sets, sources | {"trains": trains})
+    return Plan.make(session, settings, sets, {"model": model, "tuned": tuned, "labels": settings.labels})
 
 
 def forecasts_of(

@@ -14,7 +14,17 @@ from sts_fast import files
 from sts_fast.data.examples import Example
 from sts_fast.data.options import Option
 from sts_fast.data.prompts import build_prompts
-from sts_fast.data.sets import Drawing, DrawingOptions, Fields, FieldsOptions, Limit, Sets, Source, check_enough
+from sts_fast.data.sets import (
+    Drawing,
+    DrawingOptions,
+    Fields,
+    FieldsOptions,
+    Limit,
+    Sets,
+    Source,
+    Sources,
+    check_enough,
+)
 from sts_fast.data.turns import messages_of
 from sts_fast.errors import InputError
 from sts_fast.files import Document
@@ -161,7 +171,7 @@ class Mixture:
 def mix(
     *,
     train: Source,
-    domains: Mapping[str, Source] | Sequence[str],
+    domains: Sources,
     budget: int,
     model: str | Path | PreTrainedModel | None = None,
     sae: SAESource | None = None,
@@ -202,7 +212,9 @@ def mix(
         )
     if mixing.estimator is not None and scores is None:
         raise InputError("--estimator chooses among the scores of a run: give it with --from (scores)")
-    sets = Sets.read({TRAIN: train}, domains, None, mixing)
+    sets = Sets.read({TRAIN: train}, domains, None, mixing, "train")
+    for line in sets.told():
+        mixing.tell_line(line)
     pools = {
         name: [example for example in examples if example.answer is not None]
         for name, examples in {**sets.trains, **sets.domains}.items()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 from sts_fast.data.examples import Example
 from sts_fast.data.options import Checked, Option
 from sts_fast.data.prompts import Progress, PromptSet
-from sts_fast.data.sets import Kind, Sampling, common_template
+from sts_fast.data.sets import Kind, Sampling, Strict, common_template
 from sts_fast.data.template import PromptTemplate
 from sts_fast.errors import InputError
 from sts_fast.model.checkpoint import Checkpoint
@@ -112,7 +112,7 @@ class Reading(Running):
 
     layer: int | None = None
     hook: str | None = None
-    strict: Annotated[bool, Option("Stop where a run would go on with a warning.")] = False
+    strict: Strict = False
     sae_dtype: Annotated[SAEDtype | None, Option("Of the SAE; default: as stored.")] = None
     command: str | None = None
 

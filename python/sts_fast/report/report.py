@@ -75,7 +75,9 @@ def short_name(name: str) -> str:
 
 
 def _train_name(scores: Scores) -> str:
-    """The training set's file with its folder, or the folder of its files; its name where several were compared.
+    """The training set's file with its folder, the folder of its files, or their number.
+
+    Where several training sets were compared, the name of this one.
 
     Runs of rollouts are named after their way of finding D_N, and are all made from the same files.
     """
@@ -85,5 +87,8 @@ def _train_name(scores: Scores) -> str:
     if not paths:
         return "the rollouts" if scores.get("rollouts") else "the training set"
     if len(paths) == 1:
-        return "/".join(part for part in paths[0].parts[-2:] if part != "/")
+        name = "/".join(part for part in paths[0].parts[-2:] if part != "/")
+        return re.sub(r"@[0-9a-f]{16,}$", "", name)  # the revision of a data set of the hub
+    if len({path.parent for path in paths}) > 1:
+        return f"{len(paths)} sources"
     return f"{paths[0].parent.name or 'a folder'} ({len(paths)} files)"

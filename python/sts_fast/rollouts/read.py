@@ -26,12 +26,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 
 from sts_fast import files
-from sts_fast.data.examples import ABSENT, is_missing, lookup
+from sts_fast.data.folders import DESCRIPTIONS, Origin
 from sts_fast.data.options import Option
 from sts_fast.data.rendered import undone
-from sts_fast.data.tables import KINDS, Row, exists, file_rows, listdir, suffix_of
+from sts_fast.data.sources import Places, origin_of
+from sts_fast.data.tables import Row, Table, exists, listdir, suffix_of
 from sts_fast.data.turns import Turn, is_turns, messages_of, parsed_turns
-from sts_fast.data.values import encodable, kind_of
+from sts_fast.data.values import ABSENT, encodable, is_missing, kind_of, lookup
 from sts_fast.errors import InputError, listed
 from sts_fast.signed.objectives import group_advantages, group_spread
 
@@ -94,11 +95,13 @@ class Rollouts:
 
     read_as:      column that each role (prompt, reward, ...) was read from
     n_unrewarded: completions left out because they have no reward
+    origin:       the tables that they were read from
     """
 
     rows: list[Rollout]
     read_as: dict[str, str] = field(default_factory=dict)
     n_unrewarded: int = 0
+    origin: Origin = field(default_factory=Origin)
 
     @property
     def rewards(self) -> Doubles:
@@ -140,49 +143,56 @@ class Rollouts:
         }
 
 
-def load_rollouts(path: str | Path, columns: Columns = Columns()) -> Rollouts:
-    """The rollouts of one file, or of all files in a folder.
+def load_rollouts(source: Places, columns: Columns = Columns()) -> Rollouts:
+    """The rollouts of one file, of all files in a folder, of rows in memory, or of several of these.
 
+    source: as for load_examples, but that of a folder all files are read
     Raises InputError, naming file and row, for whatever cannot be read as such, and where no row has a reward.
     """
-    path, by_group = Path(path), _RolloutsByGroup()
+    origin, by_group = _origin(source), _RolloutsByGroup()
     n_rows = 0
-    for file in _files(path):
-        reader = _RowReader(file, columns)
-        for number, _, row in file_rows(file):
-            where = f"{file}: row {number}"
+    for table in origin.tables:
+        reader = _RowReader(table, columns)
+        for number, _, row in table.read():
+            where = f"{table}: row {number}"
             if not isinstance(row, dict):
                 raise InputError(f"{where} is {kind_of(row)}; every row must be an object with named fields")
             n_rows += 1
             for key, prompt, rollout in reader.read(row, where):
-                by_group.add((str(file), *key), prompt, rollout, where)
+                by_group.add((str(table), *key), prompt, rollout, where)
         by_group.read_as |= reader.read_as
     if not n_rows:
-        raise InputError(f"{path} contains no rollouts; give a file with at least one row")
+        raise InputError(f"{origin} contains no rollouts; give a file with at least one row")
     if not by_group.rows:
-        raise InputError(f"{path} has no reward in any row; fill in {by_group.read_as.get('reward', 'the rewards')}")
+        raise InputError(f"{origin} has no reward in any row; fill in {by_group.read_as.get('reward', 'the rewards')}")
     with_advantage = [rollout.advantage is not None for rollout in by_group.rows]
     if any(with_advantage) and not all(with_advantage):
         raise InputError(
-            f"{path} has an advantage in some rows but not in all; fill them in, or name the rewards with "
+            f"{origin} has an advantage in some rows but not in all; fill them in, or name the rewards with "
             "--reward-field, from which advantages are then computed"
         )
     in_order = sorted(by_group.rows, key=lambda rollout: rollout.group)
-    return Rollouts(in_order, by_group.read_as, by_group.n_unrewarded)
+    return Rollouts(in_order, by_group.read_as, by_group.n_unrewarded, origin)
 
 
-def _files(path: Path) -> list[Path]:
-    if not exists(path):
-        raise InputError(f"{path} does not exist; give {KINDS}")
-    if not path.is_dir():
-        return [path]
-    files = [file for file in listdir(path) if suffix_of(file) and not file.name.startswith(".")]
+def _origin(source: Places) -> Origin:
+    """The tables of rollouts: of a folder of files all of them, for a trainer writes one for each step."""
+    if isinstance(source, (list, tuple)) and source and isinstance(source[0], (str, Path)):
+        origins = [_origin(place) for place in source]
+        return Origin([table for origin in origins for table in origin.tables])
+    folder = Path(source) if isinstance(source, (str, Path)) else None
+    if folder is None or not exists(folder) or not folder.is_dir():
+        return origin_of(source, "train", "rollouts")
+    files = [
+        file
+        for file in listdir(folder)
+        if suffix_of(file) and not file.name.startswith(".") and file.name not in DESCRIPTIONS
+    ]
     if not files:
-        raise InputError(f"{path} contains no rollout files; give {KINDS}")
+        return origin_of(source, "train", "rollouts")
     # 2.jsonl before 10.jsonl: dumps are named after their step.
-    return sorted(
-        files, key=lambda file: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.name)]
-    )
+    files.sort(key=lambda file: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.name)])
+    return Origin([Table.of_file(file) for file in files])
 
 
 class _RolloutsByGroup:
@@ -210,8 +220,8 @@ class _RolloutsByGroup:
 class _RowReader:
     """Makes rollouts of the rows of one file; its first row decides which columns are read."""
 
-    def __init__(self, path: Path, columns: Columns) -> None:
-        self.path, self.named = path, columns
+    def __init__(self, table: Table, columns: Columns) -> None:
+        self.table, self.named = table, columns
         self.prompt = self.completion = self.advantage = self.group = self.step = ""
         self.rewards: list[str] = []
         self.known = False
@@ -263,7 +273,7 @@ class _RowReader:
         ):
             if not column:
                 raise InputError(
-                    f"{self.path} has no column that is known to contain {what}, only {listed(row)}; name one with "
+                    f"{self.table} has no column that is known to contain {what}, only {listed(row)}; name one with "
                     f"{option}"
                 )
 

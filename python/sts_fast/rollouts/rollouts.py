@@ -11,7 +11,8 @@ import numpy as np
 
 from sts_fast.data.options import Option
 from sts_fast.data.prompts import PromptSet
-from sts_fast.data.sets import MIN_PROMPTS, Sets, Source, check_enough
+from sts_fast.data.sets import MIN_PROMPTS, Sets, Sources, check_enough
+from sts_fast.data.sources import Places
 from sts_fast.errors import InputError
 from sts_fast.files import Document
 from sts_fast.forecast.dims import Shift, measure_shifts
@@ -72,9 +73,9 @@ def rollouts(
     *,
     model: str | Path | PreTrainedModel,
     sae: SAESource,
-    rollouts: str | Path | Rollouts,
-    domains: Mapping[str, Source] | Sequence[str],
-    demos: Mapping[str, Source] | Sequence[str] | None = None,
+    rollouts: Places | Rollouts,
+    domains: Sources,
+    demos: Sources | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     tuned: str | Path | PreTrainedModel | None = None,
     columns: Columns | None = None,
@@ -85,7 +86,8 @@ def rollouts(
     model, sae, domains, demos, tokenizer: as for `score`, with one SAE
     options:  see RolloutSettings; `dims` does not apply. Signed estimators take the policy gradient of the completions
               instead of a training set's answers
-    rollouts: a file or folder of (prompt, completion, reward) rows, see load_rollouts; or rollouts in memory
+    rollouts: (prompt, completion, reward) rows: a file or folder, rows in memory, or several, see load_rollouts; or
+              rollouts in memory
     tuned:    the model after RL: adds a forecast 'tuned', from the true shift on the same prompts
     columns:  which columns of the file to read
 
@@ -97,6 +99,8 @@ def rollouts(
     ways = settings.ways
     data = rollouts if isinstance(rollouts, Rollouts) else load_rollouts(rollouts, columns or Columns())
     sets = Sets.read({"rollouts": []}, domains, demos, settings)
+    for line in sets.lines():
+        settings.tell_line(line)
     session = Session.open(
         model, [sae], settings,
         tokenizer=tokenizer, tuned=tuned, top_n=settings.top_n,
@@ -121,10 +125,9 @@ def rollouts(
             data, rendering, context_length=reader.context_length, limit=settings.limit, seed=settings.seed
         )
         _check_groups(completions)
-    source = rollouts if isinstance(rollouts, (str, Path)) else None
-    sources = {"model": model, "tuned": tuned, "labels": settings.labels, "domains": domains, "demos": demos or {}}
+    sources = {"model": model, "tuned": tuned, "labels": settings.labels, "train": data.origin}
     plan = replace(
-        Plan.make(session, settings, replace(sets, trains={}), sources | {"trains": source}),
+        Plan.make(session, settings, replace(sets, trains={}), sources),
         trains=[
             *([] if own is None else [own]),
             *([] if completions is None else [completions.prompt_set]),

@@ -10,12 +10,13 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Unpack
+from typing import TYPE_CHECKING, Annotated, Any, Unpack, cast
 
-from sts_fast.data.examples import Example, load_examples
+from sts_fast.data.examples import Example, are_examples, load_examples
 from sts_fast.data.options import Option, part
 from sts_fast.data.prompts import Tell
-from sts_fast.data.sets import Drawing, DrawingOptions
+from sts_fast.data.sets import Drawing, DrawingOptions, Source
+from sts_fast.data.sources import Places
 from sts_fast.data.template import PromptTemplate
 from sts_fast.errors import InputError
 from sts_fast.model.memory import running
@@ -66,7 +67,7 @@ class CompletingOptions(DrawingOptions, LoadingOptions, total=False):
 def sample_rollouts(
     *,
     model: str | Path | PreTrainedModel,
-    questions: str | Path | Sequence[Example],
+    questions: Source,
     check: str | Checker,
     tokenizer: PreTrainedTokenizerBase | None = None,
     question_field: str | None = None,
@@ -76,7 +77,7 @@ def sample_rollouts(
 ) -> Rollouts:
     """Samples completions of questions and rewards them.
 
-    questions: a file, a folder, or examples; check: see load_checker, or a function of (question, completion, answer)
+    questions: as the training set of `score`; check: see load_checker, or a function of (question, completion, answer)
     options:   see Completing
 
     The completions of a question depend only on `seed` and the question, not on the other questions.
@@ -88,9 +89,11 @@ def sample_rollouts(
 
     completing = Completing(**options)
     checker = load_checker(check) if isinstance(check, str) else check
-    if isinstance(questions, (str, Path)):
-        questions = load_examples(questions, question_field=question_field, answer_field=answer_field)
-    examples = list(questions)[: completing.limit]
+    if are_examples(questions):
+        examples = list(questions)[: completing.limit]
+    else:
+        places = cast(Places, questions)
+        examples = load_examples(places, question_field=question_field, answer_field=answer_field)[: completing.limit]
     if check in ("exact", "math") and (lacking := [example.id for example in examples if example.answer is None]):
         raise InputError(
             f"--check {check} compares with the answer, but question {lacking[0]} has none: fill it in, name its "

@@ -19,6 +19,7 @@ from sts_fast.data.sets import (
     SamplingOptions,
     Sets,
     Source,
+    Sources,
     check_enough,
 )
 from sts_fast.errors import InputError
@@ -68,6 +69,7 @@ class CapturingOptions(SamplingOptions, FieldsOptions, RunningOptions, total=Fal
     train_demos: bool
     domain_demos: bool
     activation_dtype: StoredDtype
+    strict: bool
 
 
 def capture_activations(
@@ -75,8 +77,8 @@ def capture_activations(
     model: str | Path | PreTrainedModel,
     output: str | Path,
     trains: Mapping[str, Source],
-    domains: Mapping[str, Source] | Sequence[str],
-    demos: Mapping[str, Source] | Sequence[str] | None = None,
+    domains: Sources,
+    demos: Sources | None = None,
     saes: Sequence[SAE] = (),
     hooks: Sequence[str] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -96,6 +98,8 @@ def capture_activations(
     if not places or not all(places):
         raise InputError("no place of the model was given to read: name one or more with --hook, --layer or --sae")
     sets = Sets.read(trains, domains, demos, capturing)
+    for line in sets.told():
+        capturing.tell_line(line)
     session = Session.open(
         model,
         saes,
