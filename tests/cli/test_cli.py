@@ -229,7 +229,7 @@ def test_score_prints_tables_and_writes_files(score: Options, run: Callable[...,
             assert found["value"] > 0
             assert f"{found['value']:.3g}" in ran.out
     assert len(scores["shifted_features"]) == 5
-    assert pq.read_table(score.output / "prompts.parquet").num_rows == 3 * (N_ROWS - 1)
+    assert pq.read_table(score.output / "prompts.parquet").num_rows == 3 * N_ROWS
     assert sts_fast.ShiftStats.load(score.output / "shift.safetensors").top(5).tolist() == [
         feature["index"] for feature in scores["shifted_features"]
     ]
@@ -262,7 +262,7 @@ def test_dry_run_tells_and_writes_nothing(
     ran = run(score.with_(dry_run=True))
     assert (ran.code, ran.err) == (0, "")
     for text in ("red asks “w", "question from question; answer from answer", "forward passes of", "GB of memory"):
-        assert text in ran.out
+        assert text in " ".join(ran.out.split())
     assert not score.output.exists()
     told = json.loads(run(score.with_(dry_run=True, json=True)).out)
     assert [(planned["name"], planned["use"]) for planned in told["sets"]] == [
@@ -270,7 +270,7 @@ def test_dry_run_tells_and_writes_nothing(
         ("blue", "score"),
         ("red", "score"),
     ]
-    assert {planned["n_prompts"] for planned in told["sets"]} == {N_ROWS - 1}
+    assert {planned["n_prompts"] for planned in told["sets"]} == {N_ROWS}
     assert told["cost"]["n_answer_tokens"] == 0
 
 
@@ -295,7 +295,7 @@ def test_rows_that_are_read_and_left_out_are_said(score: Options, run: Callable[
     blocks = {name: block for block in scores["provenance"]["rows"] for name in block["sets"]}
     assert [blocks[name]["n_rows"] for name in ("train", "blue", "red", "law")] == [N_ROWS, N_ROWS, N_ROWS, n]
     assert sum(blocks["law"]["left_out"].values()) == 4
-    assert {domain["name"]: domain["n_prompts"] for domain in scores["domains"]}["law"] == N_ROWS - 1
+    assert {domain["name"]: domain["n_prompts"] for domain in scores["domains"]}["law"] == N_ROWS
 
     told = run(score.with_(dry_run=True))
     assert "2 rows with no question in 'question' are left out" in told.out
@@ -379,15 +379,15 @@ def test_several_files_are_one_training_set(score: Options, run: Callable[..., R
     of_both = score.with_(train=files, domains=f"red={folder}/red.jsonl")
     told = json.loads(run(of_both.with_(dry_run=True, json=True)).out)
     assert [(of["name"], of["n_prompts"], of["source"]) for of in told["sets"]] == [
-        ("train", 2 * N_ROWS - 1, ", ".join(files)),
-        ("red", N_ROWS - 1, f"{folder}/red.jsonl"),
+        ("train", 2 * N_ROWS, ", ".join(files)),
+        ("red", N_ROWS, f"{folder}/red.jsonl"),
     ]
     assert f"from {files[0]}, {files[1]}; question from question" in run(of_both.with_(dry_run=True)).out
     named = [f"both={files[0]}", f"one={files[0]}", f"both={files[1]}"]
     compare = replace(of_both, command="compare")
     told = json.loads(run(compare.with_(train=named, dry_run=True, json=True)).out)
     assert [(of["name"], of["n_prompts"]) for of in told["sets"]] == [
-        ("both", 2 * N_ROWS - 1), ("one", N_ROWS - 1), ("red", N_ROWS - 1),
+        ("both", 2 * N_ROWS), ("one", N_ROWS), ("red", N_ROWS),
     ]  # fmt: skip
     assert run(of_both).code == 0
     inputs = json.loads((of_both.output / "scores.json").read_text())["provenance"]["inputs"]
@@ -594,8 +594,8 @@ def test_several_saes_side_by_side(score: Options, run: Callable[..., Ran], tmp_
 def test_what_is_left_out_is_told(score: Options, run: Callable[..., Ran], tmp_path: Path) -> None:
     path = write_rows(tmp_path / "mixed.jsonl", 12)
     with path.open("a") as file:
-        for _ in range(3):
-            file.write(json.dumps({"question": "w1 " * 60}) + "\n")
+        for i in range(3):
+            file.write(json.dumps({"question": "w1 " * (60 + i)}) + "\n")
     ran = run(score.with_(domains=[str(path)]))
     assert ran.code == 0
     assert "3 of mixed" in ran.out

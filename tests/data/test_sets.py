@@ -52,11 +52,11 @@ def test_an_example_that_repeats_another_is_left_out() -> None:
 def test_a_question_that_many_rows_ask_is_one_prompt(template: PromptTemplate) -> None:
     examples = [Example(str(i), f"w{i % 4}", f"w{i % 8}") for i in range(32)]
     asked = prompts(template, examples)
-    assert [prompt.id for prompt in asked.prompts] == ["1", "2", "3"]  # the first is the demonstration
+    assert [prompt.id for prompt in asked.prompts] == ["0", "1", "2", "3"]
     assert asked.warnings == ("28 of the 32 examples of 'law' repeat another one: each is read once",)
-    # With their answers, there are 8 that differ; the demonstration's question is asked no more.
+    # With their answers, there are 8 that differ.
     answered = prompts(template, examples, tokens="answer")
-    assert [prompt.id for prompt in answered.prompts] == ["1", "2", "3", "5", "6", "7"]
+    assert [prompt.id for prompt in answered.prompts] == [str(i) for i in range(8)]
     assert answered.warnings == ("24 of the 32 examples of 'law' repeat another one: each is read once",)
 
 
@@ -72,12 +72,12 @@ def test_a_large_share_left_out_is_warned_of(template: PromptTemplate) -> None:
     examples = [Example(str(i), f"w{i}" + " w0" * (5 if i % 4 else 0), None if i % 2 else "w0") for i in range(40)]
     # "Question: w0 w0 w0 w0 w0 w0 Answer:" is 8 words long.
     long = prompts(template, examples, context_length=7)
-    assert (len(long.prompts), long.n_too_long) == (9, 30)
+    assert (len(long.prompts), long.n_too_long) == (10, 30)
     assert long.warnings == (
-        "77% of the examples of 'law' were left out: they overran the model's context of 7 tokens",
+        "75% of the examples of 'law' were left out: they overran the model's context of 7 tokens",
     )
     unanswered = prompts(template, examples, tokens="answer", context_length=20)
-    assert unanswered.warnings == ("51% of the examples of 'law' were left out: they have no answer to read",)
+    assert unanswered.warnings == ("50% of the examples of 'law' were left out: they have no answer to read",)
     assert prompts(template, examples[:9], context_length=8).warnings == ()
 
 
