@@ -295,10 +295,11 @@ def test_a_run_is_read_with_its_controls(tmp_path: Path) -> None:
 
 
 def test_a_forecast_is_read_like_its_run() -> None:
-    counts = dict.fromkeys(
+    counts: dict[str, Any] = dict.fromkeys(
         ("n_tokens", "n_pairs", "n_skipped", "n_too_long", "n_unanswered", "n_special", "n_straddling", "n_sinks"), 0
     )
-    domains = [DomainScore.from_plain({**counts, "n_prompts": 9, **domain}) for domain in run_domains()]
+    counts |= {"n_prompts": 9, "demonstrations": []}
+    domains = [DomainScore.from_plain({**counts, **domain}) for domain in run_domains()]
     nothing: Any = None
     train, settings, shift = {"n_prompts": 9}, {"estimators": ["act"]}, {"stability": {"mean_overlap": 1.0}}
     forecast = Forecast({}, {}, train, settings, shift, {}, domains, [], [], {}, nothing, nothing, nothing, nothing)

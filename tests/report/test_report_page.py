@@ -117,9 +117,9 @@ def test_hostile_text_is_shown_as_text(tmp_path: Path) -> None:
     page = read_page(build_report(tmp_path))
     allowed = {
         "html", "head", "meta", "link", "title", "style", "body", "header", "main", "nav", "section", "h1", "h2", "h3",
-        "p", "strong", "ul", "ol", "li", "a", "dl", "div", "dt", "dd", "details", "summary", "figure", "figcaption", "table",
-        "caption", "thead", "tbody", "tr", "th", "td", "data", "bdi", "span", "code", "pre", "mark", "svg", "desc", "g",
-        "sub",
+        "p", "strong", "ul", "ol", "li", "a", "dl", "div", "dt", "dd", "details", "summary", "figure", "figcaption",
+        "table", "caption", "thead", "tbody", "tr", "th", "td", "data", "bdi", "span", "code", "pre", "mark", "svg",
+        "desc", "g", "sub",
         "rect", "line", "circle", "text", "polyline",
     }  # fmt: skip
     assert {node.tag for node in page.walk()} <= allowed

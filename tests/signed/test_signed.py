@@ -62,16 +62,17 @@ def test_block_holds_the_mean_over_prompts_of_each_estimator(tiny: Tiny, run: Pa
     model = HookedModel(AutoModelForCausalLM.from_pretrained(tiny.model), LAYER, batch_tokens=700)
     features, Q = Features(load_sae(tiny.saes["topk"])), projection(D_IN)
 
-    def answered(path: Path, shots: int) -> Any:
-        queries = load_examples(path)[shots:]
-        return build_prompts("", queries, template, tokens="answer", context_length=512, limit=LIMIT).prompts
+    def answered(path: Path) -> Any:
+        return build_prompts(
+            "", load_examples(path), template, tokens="answer", context_length=512, limit=LIMIT
+        ).prompts
 
-    push = measure_push(model, features, Q, "", answered(tiny.train, SHOTS), maps=("step",))
+    push = measure_push(model, features, Q, "", answered(tiny.train), maps=("step",))
     assert signed["train_loss"] == pytest.approx(push.loss, rel=1e-5)
     assert signed["loss_left"] == pytest.approx({"step": push.maps["step"].loss_left}, rel=1e-3)
     assert set(signed["domains"]) == set(tiny.domains)
     for name, path in tiny.domains.items():
-        pull = measure_pull(model, features, Q, "", answered(path, DOMAIN_SHOTS), [push])
+        pull = measure_pull(model, features, Q, "", answered(path), [push])
         found = signed["domains"][name]
         assert found["n_prompts"] == LIMIT
         assert found["p_answer"] == pytest.approx(pull.p_answer.mean(), rel=1e-4)
