@@ -16,6 +16,7 @@ from study.real.model import ATTENTION, keep_freed_memory, load_model
 from study.real.runs import Tell, read_json, write_json
 from study.real.sets import DEMONSTRATIONS, LONGEST_TEXT, N_DOMAIN, read_rows
 from study.real.sources import shuffled
+from study.real.training import products
 
 LAYERS = (7, 15, 22)
 D_IN, D_SAE, K = 576, 4608, 32
@@ -50,12 +51,14 @@ def make_sae(work: Path, layer: int, tell: Tell) -> dict[str, Any]:
         if done % 100 == 0:
             tell(f"SAE after layer {layer}: step {done} of {total}")
 
-    sae = train_sae(rows, 0, progress, n_steps, d_sae=D_SAE, k=K, batch=BATCH, learning_rate=LEARNING_RATE)
+    with products() as precision:
+        sae = train_sae(rows, 0, progress, n_steps, d_sae=D_SAE, k=K, batch=BATCH, learning_rate=LEARNING_RATE)
     save_sae(sae, work / "sae" / str(layer), layer=layer, model_name="SmolLM2-135M-Instruct", prepend_bos=False)
     with torch.inference_mode():
         about = quality(sae, held_out)
     found = {
         "rows": len(rows),
+        "precision": precision,
         "fvu": round(about["fvu"], 4),
         "l0": round(about["l0"], 2),
         "share_alive": round(1 - about["n_dead"] / D_SAE, 4),
@@ -72,7 +75,7 @@ def rows_path(work: Path, layer: int) -> Path:
 def make_rows(work: Path, tell: Tell) -> None:
     """Writes the residual stream after each of LAYERS, [n_tokens, D_IN] float32, batches of texts in a drawn order.
 
-    Special tokens, first tokens and attention sinks are left out.
+    Special tokens, first tokens and attention sinks are left out. Products as in the trainings.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -86,7 +89,7 @@ def make_rows(work: Path, tell: Tell) -> None:
     special = torch.tensor(sorted(tokenizer.all_special_ids))
     paths = [rows_path(work, layer) for layer in LAYERS]
     paths[0].parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack, torch.inference_mode():
+    with ExitStack() as stack, torch.inference_mode(), products():
         files = [stack.enter_context(path.with_suffix(".tmp").open("wb")) for path in paths]
         batches = shuffled(list(_batches(sequences)), "rows")
         for i, batch in enumerate(batches):
