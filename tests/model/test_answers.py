@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import FAMILIES, VOCABULARY, make_model
 from numpy.typing import NDArray
 from scipy import special
 from tiny import SINK, Tiny
@@ -130,7 +131,8 @@ def test_no_batch_gives_more_logits_than_fit(
     expected = answers.answer_outcomes(model, answer_prompts, batch_tokens=10**6)
     n_logits: list[tuple[int, int]] = []
     model.register_forward_hook(
-        lambda module, args, output: n_logits.append((len(output.logits), output.logits.numel()))
+        lambda module, args, options, output: n_logits.append((len(options["input_ids"]), output.logits.numel())),
+        with_kwargs=True,
     )
     most = 300 * model.config.vocab_size
     monkeypatch.setattr(answers, "MOST_LOGITS", most)
@@ -199,3 +201,40 @@ def test_token_that_the_model_does_not_know() -> None:
     )
     with pytest.raises(InputError, match="knows 8 tokens, but its tokenizer gives token id 8"):
         answers.answer_outcomes(model, [prompt([0, 8], [1])], batch_tokens=8)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_head_is_run_on_the_answers_alone_and_says_the_same(family: str) -> None:
+    """Heads that scale or cap their logits too; against a forward pass of the whole batch."""
+    model = make_model(family).eval()
+    rng = np.random.default_rng(0)
+    prompts = [
+        prompt(rng.integers(3, VOCABULARY - 8, n).tolist(), range(n - n_answer, n))
+        for n, n_answer in ((9, 1), (12, 3), (12, 11))
+    ]
+    ids = answers.padded_ids(model, [one.base_ids for one in prompts])
+    head, rows = model.get_output_embeddings(), []
+    handle = head.register_forward_hook(lambda module, args, output: rows.append(args[0].shape[:-1].numel()))
+    with torch.no_grad():
+        losses, exact = answers.read_answers(model, ids, prompts)
+        handle.remove()
+        whole = answers.score_answers(model(input_ids=ids, use_cache=False).logits, ids, prompts)
+    assert rows == [1 + 3 + 11]
+    np.testing.assert_allclose(losses.numpy(), whole[0].numpy(), rtol=2e-6)
+    assert exact.tolist() == whole[1].tolist()
+    assert not head._forward_pre_hooks
+
+
+def test_a_head_that_is_no_module_is_read_whole(tiny: Tiny, answer_prompts: list[Prompt]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float32).eval()
+    ids = answers.padded_ids(model, [one.base_ids for one in answer_prompts[:3]])
+
+    class Headless(torch.nn.Module):
+        def forward(self, **inputs: Any) -> Any:
+            return model(**inputs)
+
+    with torch.no_grad():
+        losses, exact = answers.read_answers(Headless(), ids, answer_prompts[:3])
+        expected = answers.read_answers(model, ids, answer_prompts[:3])
+    np.testing.assert_allclose(losses.numpy(), expected[0].numpy(), rtol=2e-6)
+    assert exact.tolist() == expected[1].tolist()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from sts_fast.data.prompts import PromptSet
+from sts_fast.data.prompts import Prompt, PromptSet
 from sts_fast.data.sets import Kind
 from sts_fast.files import Document
 from sts_fast.forecast.plan import Plan
@@ -115,7 +115,8 @@ def estimated_cost(plan: Plan, planned: Sequence[PlannedSet]) -> Cost:
     n_answers = sum(of.n_tokens for of in planned if of.use == "answers")
     n_tokens = sum(of.n_tokens for of in planned if of.use != "answers")
     n_shifted = sum(len(prompt.positions) for made in plan.trains for prompt in made.prompts)
-    flops = n_tokens * size.flops(last) + n_answers * size.flops(size.n_layers, head=True)
+    answered = [*plan.train_answers, *plan.domain_answers]
+    flops = n_tokens * size.flops(last) + sum(_answer_flops(made.prompts, size, size.n_layers) for made in answered)
     for sae in saes:
         encode = 2.0 * sae.d_in * sae.d_sae
         flops += n_shifted * encode * (1 if settings.dims == "active" else 2)
@@ -150,7 +151,7 @@ def _planned(plan: Plan, use: str, kind: Kind, prompt_set: PromptSet, budget: To
     examples = (plan.sets.trains if kind == "train" else plan.sets.domains).get(prompt_set.name)
     n_passes = None
     if use == "answers":
-        n_tokens = sum(_answer_lengths(prompt_set))
+        n_tokens = sum(_answer_lengths(prompt_set.prompts))
     elif plan.session.activations is not None:
         n_passes = n_tokens = 0
     else:
@@ -179,20 +180,26 @@ def _planned(plan: Plan, use: str, kind: Kind, prompt_set: PromptSet, budget: To
     )
 
 
-def _answer_lengths(prompt_set: PromptSet) -> list[int]:
+def _answer_lengths(prompts: Sequence[Prompt]) -> list[int]:
     """Tokens of each prompt up to the end of its answer."""
-    return [int(prompt.positions[-1]) + 1 for prompt in prompt_set.prompts]
+    return [int(prompt.positions[-1]) + 1 for prompt in prompts]
+
+
+def _answer_flops(prompts: Sequence[Prompt], size: ModelSize, n_layers: int) -> float:
+    """Of a pass through layers and the head, which is run on the answers' tokens alone."""
+    n_answer = sum(len(prompt.positions) for prompt in prompts)
+    return sum(_answer_lengths(prompts)) * size.flops(n_layers) + n_answer * size.head_flops
 
 
 def _signed_flops(plan: Plan, size: ModelSize, hook: int) -> float:
     """Of going back from the answers to the hook, and of seeking and trying the maps above it."""
-    above = size.flops(size.n_layers - hook, head=True)
-    trains = [_answer_lengths(made) for made in plan.train_answers]
-    n_domains = sum(sum(_answer_lengths(made)) for made in plan.domain_answers)
-    flops = 2 * above * (sum(map(sum, trains)) + n_domains)
+    n_above = size.n_layers - hook
+    trains, domains = plan.train_answers, plan.domain_answers
+    of_domains = sum(_answer_flops(made.prompts, size, n_above) for made in domains)
+    flops = 2 * (sum(_answer_flops(made.prompts, size, n_above) for made in trains) + of_domains)
     for kind in MAP_EVALUATIONS.keys() & {*plan.settings.signed}:
-        flops += above * MAP_EVALUATIONS[kind] * sum(sum(lengths[:MAP_PROMPTS]) for lengths in trains)
-        flops += above * len(trains) * n_domains
+        sought = sum(_answer_flops(made.prompts[:MAP_PROMPTS], size, n_above) for made in trains)
+        flops += MAP_EVALUATIONS[kind] * sought + len(trains) * of_domains
     return flops
 
 

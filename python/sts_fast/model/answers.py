@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -55,11 +56,44 @@ def score_answers(
     return torch.stack(losses), torch.stack(exact)
 
 
-def logits_of(model: Any, ids: torch.Tensor, *, name: str = "the model") -> torch.Tensor:
-    """[n_prompts, longest, vocabulary] of a forward pass; ids: [n_prompts, longest]; name: the model's in errors.
+def read_answers(
+    model: Any, ids: torch.Tensor, prompts: Sequence[Prompt], *, name: str = "the model"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `score_answers` gives, from a forward pass in which the head is run on the answers' tokens alone.
 
+    ids: [n_prompts, longest]; name: the model's in errors
     Raises InputError where the model fails.
     """
+    import torch
+
+    width = ids.shape[1]
+    ends = np.cumsum([len(prompt.positions) for prompt in prompts])
+    before = np.concatenate([row * width + prompt.positions - 1 for row, prompt in enumerate(prompts)])
+    at = torch.from_numpy(before.astype(np.int64))
+
+    def pick(head: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        hidden = args[0]
+        return (hidden.flatten(0, 1)[at.to(hidden.device)][None], *args[1:]) if hidden.shape[:2] == ids.shape else None
+
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    handle = None if head is None else head.register_forward_pre_hook(pick)
+    try:
+        logits = _logits(model, ids, name)
+    finally:
+        if handle is not None:
+            handle.remove()
+    if logits.shape[:2] == ids.shape:  # a head that is no module of its own
+        return score_answers(logits, ids, prompts)
+    losses, exact = [], []
+    tokens = ids.flatten()[(at + 1).to(ids.device)].to(logits.device)
+    for start, end in pairwise([0, *ends.tolist()]):
+        log_p, is_first = score_tokens(logits[0, start:end], tokens[start:end])
+        losses.append(-log_p.mean())
+        exact.append(is_first.all())
+    return torch.stack(losses), torch.stack(exact)
+
+
+def _logits(model: Any, ids: torch.Tensor, name: str) -> torch.Tensor:
     if (config := getattr(model, "config", None)) and length_rule(config.get_text_config()).each_above is not None:
         forget_lengths(model)
     with running(name):
@@ -81,13 +115,15 @@ def in_batches(
 
     read:         takes the indices of a batch, and its token ids [n_prompts, longest] on the model's device, up to the
                   last token of each answer: what follows it is not needed
-    batch_tokens: most tokens of a pass; fewer where their logits would be more than MOST_LOGITS
+    batch_tokens: most tokens of a pass; fewer where the logits of their answers would be more than MOST_LOGITS
     """
     rule = ANY_LENGTH
     if config := getattr(model, "config", None):
-        batch_tokens = min(batch_tokens, max(1, MOST_LOGITS // config.get_text_config().vocab_size))
         rule = length_rule(config.get_text_config())
     needed = [rule.needed(prompt.base_ids, int(prompt.positions[-1]) + 1) for prompt in prompts]
+    if config and prompts:
+        share = max(len(prompt.positions) / len(ids) for prompt, ids in zip(prompts, needed, strict=True))
+        batch_tokens = min(batch_tokens, max(1, int(MOST_LOGITS / config.get_text_config().vocab_size / share)))
 
     def read_ids(batch: list[int]) -> T:
         return read(batch, padded_ids(model, [needed[i] for i in batch]).to(memory.device))
@@ -120,7 +156,7 @@ def answer_outcomes(
 
     def read(batch: list[int], ids: torch.Tensor) -> None:
         with torch.inference_mode():
-            scored = score_answers(logits_of(model, ids), ids, [prompts[i] for i in batch])
+            scored = read_answers(model, ids, [prompts[i] for i in batch])
         nll[batch], exact[batch] = (part.cpu().numpy() for part in scored)
         if np.isnan(nll[batch]).any():
             raise InputError("the model gives NaN for the answers' likelihood: try --dtype float32")

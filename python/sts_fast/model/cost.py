@@ -36,9 +36,14 @@ class ModelSize:
         self.n_layers: int = text.num_hidden_layers
         self.embedding: int = text.vocab_size * text.hidden_size
 
-    def flops(self, n_layers: int, *, head: bool = False) -> float:
+    def flops(self, n_layers: int) -> float:
         """Floating-point operations for one token; attention between tokens, little of short prompts, left out."""
-        return 2.0 * (self.layer_weights * n_layers + self.embedding * head)
+        return 2.0 * self.layer_weights * n_layers
+
+    @property
+    def head_flops(self) -> float:
+        """The same of the head, for one token of an answer."""
+        return 2.0 * self.embedding
 
     def n_weights(self, n_layers: int) -> float:
         return self.layer_weights * n_layers + self.embedding

@@ -11,7 +11,7 @@ import numpy as np
 
 from sts_fast.data.prompts import Prompt
 from sts_fast.errors import InputError
-from sts_fast.model.answers import in_batches, logits_of, score_answers
+from sts_fast.model.answers import in_batches, read_answers
 from sts_fast.model.hooks import decoder_layers
 from sts_fast.model.language_model import attention_sinks
 from sts_fast.model.layer_trace import input_device
@@ -110,7 +110,7 @@ class HookedModel:
             return leaf[0]
 
         with self._frozen(), self._changing(at_hook), torch.set_grad_enabled(Q is not None):
-            nll, exact = score_answers(self._logits(ids), ids, chosen)
+            nll, exact = self._read(ids, chosen)
             # Each prompt's loss depends on its own row of the batch alone.
             gradient = torch.zeros_like(leaf[0]) if Q is None else torch.autograd.grad(nll.sum(), leaf[0])[0]
         x = leaf[0].detach()
@@ -150,7 +150,7 @@ class HookedModel:
             self._changing(lambda hidden: x),
             torch.set_grad_enabled(Q is not None),
         ):
-            nll, _ = score_answers(self._logits(rows.ids), rows.ids, chosen)
+            nll, _ = self._read(rows.ids, chosen)
             g = np.zeros((0, 0)) if Q is None else self._projected(torch.autograd.grad(nll.sum(), x)[0], rows.at, Q)
         return _finite(nll.detach(), self.name), g
 
@@ -164,7 +164,7 @@ class HookedModel:
         x.flatten(0, 1)[rows.at] += moved.to(x.dtype).to(x.device)
         chosen = [prompts[i] for i in rows.prompts]
         with torch.inference_mode(), self._skipping_below(), self._changing(lambda hidden: x):
-            nll, exact = score_answers(self._logits(rows.ids), rows.ids, chosen)
+            nll, exact = self._read(rows.ids, chosen)
         return _finite(nll, self.name), exact.cpu().numpy()
 
     def _projected(self, gradient: torch.Tensor, at: torch.Tensor, Q: Doubles) -> Doubles:
@@ -172,8 +172,8 @@ class HookedModel:
 
         return _finite(gradient.flatten(0, 1)[at].double() @ torch.from_numpy(Q).to(gradient.device), self.name)
 
-    def _logits(self, ids: torch.Tensor) -> torch.Tensor:
-        return logits_of(self.model, ids, name=self.name)
+    def _read(self, ids: torch.Tensor, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
+        return read_answers(self.model, ids, prompts, name=self.name)
 
     def _kept(self, prompt: Prompt, residual: torch.Tensor) -> NDArray[np.int64]:
         """Positions that lead to the answer: all before its last token, except BOS and attention sinks."""
