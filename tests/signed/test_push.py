@@ -353,3 +353,20 @@ def test_weak_forecasts_carry_a_warning() -> None:
     assert pull_warnings([pull(0.5, 3)]) == []
     [long] = pull_warnings([pull(0.5, 3), pull(0.5, 40)])
     assert "in t (2e-09): use the forecasts of the loss" in long
+
+
+def test_rows_up_to_the_hook_are_those_of_a_whole_pass(material: Material) -> None:
+    hooked = HookedModel(material.model, LAYER, batch_tokens=BATCH_TOKENS)
+    prompts, ran = material.prompts["train"], []
+    head = material.model.get_output_embeddings()
+    handle = head.register_forward_hook(lambda module, args, output: ran.append("head"))
+    found = list(hooked.hook_rows(prompts))
+    assert not ran
+    expected = list(hooked.answer_rows(prompts))
+    handle.remove()
+    assert len(ran) == len(expected) == len(found)
+    for one, other in zip(found, expected, strict=True):
+        assert one.prompts == other.prompts
+        for name in ("padded", "ids", "at", "x"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+        assert (one.prompt_of == other.prompt_of).all()

@@ -158,7 +158,7 @@ def step_shift(
     features, W = Features(sae), push.maps["step"].W
     stats, draws = ShiftStats(sae, n_replicates=N_REPLICATES), completions.draws(settings.seed)
     prompts, done = completions.prompt_set.prompts, 0
-    for rows in model.answer_rows(prompts):
+    for rows in model.hook_rows(prompts):
         moved = torch.from_numpy(features.times(rows.x, W)[0]) @ torch.from_numpy(Q).T
         prompt_of = np.asarray(rows.prompts)[rows.prompt_of]
         stats.update(rows.x, (rows.x.double() + moved).to(rows.x.dtype), draws[prompt_of])

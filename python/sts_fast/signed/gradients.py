@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,16 +27,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class AnswerRows:
-    """One batch of prompts with their answers: every token that leads to an answer, except BOS and attention sinks.
+class HookRows:
+    """One batch of prompts at the hook: every token that leads to an answer, except BOS and attention sinks.
 
     prompts:  index of each prompt in the given list; padded: [n_prompts, longest, d_in] its residuals
     ids:      [n_prompts, longest] token ids
     at:       [n_tokens] row of each kept token in the flattened `padded`; prompt_of: [n_tokens] its place in `prompts`
     x:        [n_tokens, d_in] residuals of kept tokens, on the CPU, for the core
-    g:        [n_tokens, r] float64 dL/dx_t Q, for L of the token's own prompt; no rows where no Q was given
-    nll:      [n_prompts] L, mean negative log-likelihood of the answer's tokens, in nats; n_answer: their number
-    exact:    [n_prompts] whether each of them is the model's first choice
     """
 
     prompts: list[int]
@@ -45,10 +42,25 @@ class AnswerRows:
     at: torch.Tensor
     prompt_of: NDArray[np.int64]
     x: torch.Tensor
+
+
+@dataclass(frozen=True)
+class AnswerRows(HookRows):
+    """One batch of prompts at the hook, with their answers.
+
+    g:        [n_tokens, r] float64 dL/dx_t Q, for L of the token's own prompt; no rows where no Q was given
+    nll:      [n_prompts] L, mean negative log-likelihood of the answer's tokens, in nats; n_answer: their number
+    exact:    [n_prompts] whether each of them is the model's first choice
+    """
+
     g: Doubles
     nll: Doubles
     n_answer: NDArray[np.int64]
     exact: NDArray[np.bool_]
+
+
+class _Reached(BaseException):  # no error of the model, which would be told as one
+    """Raised at the hook to leave the forward pass there."""
 
 
 class HookedModel:
@@ -100,6 +112,35 @@ class HookedModel:
         for _, rows in batches:
             yield rows
 
+    def hook_rows(self, prompts: Sequence[Prompt]) -> Iterator[HookRows]:
+        """The same rows, without answers: the passes end at the hook."""
+        import torch
+
+        def read(batch: list[int], ids: torch.Tensor) -> HookRows:
+            leaf: list[torch.Tensor] = []
+
+            def at_hook(hidden: torch.Tensor) -> torch.Tensor:
+                leaf.append(hidden)
+                raise _Reached
+
+            chosen = [prompts[i] for i in batch]
+            with torch.inference_mode(), self._changing(at_hook), suppress(_Reached):
+                self._read(ids, chosen)
+            return self._at_hook(batch, ids, chosen, leaf[0])
+
+        batches = in_batches(self.model, prompts, read, batch_tokens=self.batch_tokens, memory=self.memory)
+        for _, rows in batches:
+            yield rows
+
+    def _at_hook(self, batch: list[int], ids: torch.Tensor, chosen: Sequence[Prompt], x: torch.Tensor) -> HookRows:
+        import torch
+
+        kept = [self._kept(prompt, x[row, : prompt.positions[-1] + 1]) for row, prompt in enumerate(chosen)]
+        at = torch.from_numpy(np.concatenate([row * ids.shape[1] + where for row, where in enumerate(kept)]))
+        at = at.to(x.device)
+        prompt_of = np.repeat(np.arange(len(batch)), [len(where) for where in kept])
+        return HookRows(batch, x, ids, at, prompt_of, _for_core(x.flatten(0, 1)[at]))
+
     def _rows(self, batch: list[int], ids: torch.Tensor, chosen: Sequence[Prompt], Q: Doubles | None) -> AnswerRows:
         import torch
 
@@ -113,18 +154,10 @@ class HookedModel:
             nll, exact = self._read(ids, chosen)
             # Each prompt's loss depends on its own row of the batch alone.
             gradient = torch.zeros_like(leaf[0]) if Q is None else torch.autograd.grad(nll.sum(), leaf[0])[0]
-        x = leaf[0].detach()
-        kept = [self._kept(prompt, x[row, : prompt.positions[-1] + 1]) for row, prompt in enumerate(chosen)]
-        at = torch.from_numpy(np.concatenate([row * ids.shape[1] + where for row, where in enumerate(kept)]))
-        at = at.to(x.device)
+        at_the_hook = self._at_hook(batch, ids, chosen, leaf[0].detach())
         return AnswerRows(
-            prompts=batch,
-            padded=x,
-            ids=ids,
-            at=at,
-            prompt_of=np.repeat(np.arange(len(batch)), [len(where) for where in kept]),
-            x=_for_core(x.flatten(0, 1)[at]),
-            g=np.zeros((0, 0)) if Q is None else self._projected(gradient, at, Q),
+            **vars(at_the_hook),
+            g=np.zeros((0, 0)) if Q is None else self._projected(gradient, at_the_hook.at, Q),
             nll=_finite(nll.detach(), self.name),
             n_answer=np.asarray([len(p.positions) for p in chosen]),
             exact=exact.cpu().numpy(),

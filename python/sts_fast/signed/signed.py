@@ -194,7 +194,7 @@ def _find_firings(model: HookedModel, sae: SAE, domain: PromptSet, firings: Sequ
     columns = np.unique(np.concatenate([train_firings.features for train_firings in firings]))
     if not len(columns):
         return
-    for rows in model.answer_rows(domain.prompts[:EXAMPLE_PROMPTS]):
+    for rows in model.hook_rows(domain.prompts[:EXAMPLE_PROMPTS]):
         active = encode(sae, rows.x, columns)
         prompt_of = np.asarray(rows.prompts)[rows.prompt_of]
         positions = rows.at.cpu().numpy() % rows.ids.shape[1]
@@ -235,7 +235,7 @@ def _centre(model: HookedModel, domains: Sequence[PromptSet]) -> Doubles:
 
     def mean(prompts: Sequence[Prompt]) -> Doubles:
         total, n = np.zeros(model.d_in), 0
-        for rows in model.answer_rows(prompts):
+        for rows in model.hook_rows(prompts):
             total += rows.x.double().sum(dim=0).numpy()
             n += len(rows.x)
         return total / n
