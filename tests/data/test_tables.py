@@ -144,7 +144,7 @@ UNCLEAR = {
 def test_what_is_unclear_is_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "a.csv").write_text(text)
     with pytest.raises(InputError, match=message) as caught:
-        load_examples(tmp_path / "a.csv")
+        load_examples(tmp_path / "a.csv", strict=True)
     assert str(caught.value).startswith(str(tmp_path / "a.csv"))
     assert "\n" not in str(caught.value)
 

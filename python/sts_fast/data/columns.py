@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 from sts_fast.data.choices import INDEX_COLUMNS
 from sts_fast.data.folders import Origin
-from sts_fast.data.turns import is_turns
+from sts_fast.data.turns import REASONING_KEYS, is_turns
 from sts_fast.data.values import is_missing, is_text
 from sts_fast.errors import listed
 
@@ -37,12 +37,16 @@ PASSAGE_COLUMNS = (
 INPUT_COLUMNS = ("input", *PASSAGE_COLUMNS)
 LABEL_COLUMNS = ("label", "kto_tag")
 TOOL_COLUMNS = ("tools", "functions")
+# What the assistant thinks before a reply that is in a column of its own.
+REASONING_COLUMNS = (*REASONING_KEYS, "thoughts", "complex_cot", "chain_of_thought", "cot")
 SYSTEM_COLUMNS = ("system", "system_prompt")
 ID_COLUMNS = ("id", "question_id", "unique_id", "task_id", "problem_id", "example_id", "prompt_id", "uuid", "idx")
 CATEGORY_COLUMNS = ("category", "subject", "domain", "topic")
 
 # What columns are read for, in the order in which they are reported.
-ROLES_OF_COLUMNS = ("category", "id", "context", "passage", "question", "options", "answer", "label")
+ROLES_OF_COLUMNS = (
+    *("category", "id", "tools", "system", "history", "passage", "question", "options", "reasoning", "answer", "label"),
+)
 
 # Share of a set's rows, or questions, that may be left out without a warning.
 UNREMARKABLE = 0.1

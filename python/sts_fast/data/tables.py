@@ -34,10 +34,10 @@ from string import ascii_uppercase
 from typing import IO, Any
 
 from sts_fast import files
-from sts_fast.errors import InputError, listed
+from sts_fast.errors import InputError, UnusableRow, listed
 
 Row = dict[str, Any]
-# Row number from 1; the row's key, where the rows have keys; the row.
+# Row number from 1; the row's key, where the rows have keys; the row, or the error where it is damaged.
 NumberedRow = tuple[int, str | None, Any]
 
 ROW_LIST_KEYS = ("train", "data", "rows", "examples", "instances", "items", "questions")
@@ -175,7 +175,12 @@ def _json_line_rows(path: Path) -> Iterator[NumberedRow]:
         for number, line in enumerate(stream, start=1):
             text = _decoded(line, path, number)
             if text.strip():
-                yield number, None, _parsed(text, path, number)
+                try:
+                    row = json.loads(text)
+                except (ValueError, RecursionError) as error:
+                    remedy = f"correct it ({_json_trouble(error)})"
+                    row = UnusableRow(f"{path}: line {number}", "text that is not JSON", remedy)
+                yield number, None, row
 
 
 def _json_rows(path: Path) -> Iterator[NumberedRow]:
@@ -186,7 +191,7 @@ def _json_rows(path: Path) -> Iterator[NumberedRow]:
     if _is_json_lines(text):
         yield from _json_line_rows(path)
         return
-    document = _parsed(text, path, None)
+    document = _parsed(text, path)
     if isinstance(document, dict):
         splits = [key for key, rows in document.items() if key.lower() in SPLITS and isinstance(rows, list)]
         if len(splits) > 1:
@@ -249,17 +254,15 @@ def _delimited_rows(path: Path, delimiter: str | None) -> Iterator[NumberedRow]:
                 if not values:
                     continue
                 n_columns = n_columns or len(values)
+                where = f"{path}: row {number}"
                 if len(values) != n_columns:
-                    raise InputError(
-                        f"{path}: row {number} has {len(values)} values for {n_columns} columns; quote the values that "
-                        f"contain {_delimiter_name(delimiter)}"
-                    )
-                if header is None:
-                    if not _is_multiple_choice([values]):
-                        raise InputError(
-                            f"{path}: row {number} has the answer {values[-1]!r}, which is no letter of its options; "
-                            "correct it, or add a header line above the first"
-                        )
+                    reason = f"{len(values)} values for {n_columns} columns"
+                    remedy = f"quote the values that contain {_delimiter_name(delimiter)}"
+                    yield number, None, UnusableRow(where, reason, remedy)
+                elif header is None and not _is_multiple_choice([values]):
+                    reason = f"the answer {values[-1]!r}, which is no letter of its options"
+                    yield number, None, UnusableRow(where, reason, "correct it, or add a header line above the first")
+                elif header is None:
                     question, *choices, answer = values
                     yield number, None, {"question": question, "choices": choices, "answer": answer.strip()}
                 else:
@@ -344,7 +347,7 @@ def arrow_rows(batches: Iterable[Any]) -> Iterator[NumberedRow]:
 
 def json_file(path: Path) -> Any:
     try:
-        return _parsed(_decoded(path.read_bytes(), path, None), path, None)
+        return _parsed(_decoded(path.read_bytes(), path, None), path)
     except OSError as error:
         raise unreadable(path, error) from error
 
@@ -357,15 +360,17 @@ def _decoded(data: bytes, path: Path, number: int | None) -> str:
         raise InputError(f"{path}: line {at} is not UTF-8; convert the file to UTF-8") from error
 
 
-def _parsed(text: str, path: Path, number: int | None) -> Any:
+def _parsed(text: str, path: Path) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        at = error.lineno if number is None else number
-        raise InputError(f"{path}: line {at} is not JSON ({error.msg} at column {error.colno}); correct it") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets nested without end
-        at_line = "" if number is None else f" line {number}"
-        raise InputError(f"{path}:{at_line} contains JSON that cannot be read ({error}); correct it") from error
+    except (ValueError, RecursionError) as error:
+        line = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise InputError(f"{path}:{line} is not JSON ({_json_trouble(error)}); correct it") from error
+
+
+def _json_trouble(error: Exception) -> str:
+    """What is wrong with a text; besides its marks, a number of thousands of digits, or brackets without end."""
+    return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def unreadable(path: Path, error: Exception) -> InputError:
