@@ -303,9 +303,10 @@ class PromptTemplate:
 
 def plain_text(turns: Sequence[Turn]) -> str:
     """Question and answer text for models without a chat template; it ends with "Answer:" where the answer is due."""
-    forms = {"user": "Question: {}\nAnswer:", "assistant": " {}\n\n"}
+    forms = {"user": "Question: {}\n", "assistant": "Answer: {}\n\n"}
     texts = ((turn.role, "\n\n".join(filter(None, [turn.reasoning, turn.text]))) for turn in turns)
-    return "".join(forms.get(role, "{}\n\n").format(text) for role, text in texts).rstrip("\n")
+    text = "".join(forms.get(role, "{}\n\n").format(text) for role, text in texts).rstrip("\n")
+    return text if turns and turns[-1].role == "assistant" else f"{text}\nAnswer:"
 
 
 def token_owners(offsets: IntArray, text: str, spans: Sequence[tuple[int, int]]) -> IntArray:
