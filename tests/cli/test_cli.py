@@ -261,7 +261,7 @@ def test_dry_run_tells_and_writes_nothing(
     monkeypatch.setattr(LanguageModel, "run", None)
     ran = run(score.with_(dry_run=True))
     assert (ran.code, ran.err) == (0, "")
-    for text in ("red asks “w", "question from question; answer from answer", "forward passes of", "GB of memory"):
+    for text in ("red asks “w", "question from question, answer from answer", "forward passes of", "GB of memory"):
         assert text in " ".join(ran.out.split())
     assert not score.output.exists()
     told = json.loads(run(score.with_(dry_run=True, json=True)).out)

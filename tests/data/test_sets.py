@@ -12,7 +12,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from sts_fast.data.examples import Example
-from sts_fast.data.prompts import PromptSet, SetWarning, TokenClass, set_warnings
+from sts_fast.data.prompts import PromptSet, TokenClass, set_warnings
 from sts_fast.data.sets import Fields, Sampling, Sets, distinct
 from sts_fast.data.template import PromptTemplate
 from sts_fast.errors import InputError
@@ -81,11 +81,9 @@ def test_a_large_share_left_out_is_warned_of(template: PromptTemplate) -> None:
     # "Question: w0 w0 w0 w0 w0 w0 Answer:" is 8 words long.
     long = prompts(template, examples, context_length=7)
     assert (len(long.prompts), long.n_too_long) == (10, 30)
-    assert long.warnings == (
-        SetWarning(
-            "examples were left out: they overran the model's context of 7 tokens", "75% of the examples of 'law'"
-        ),
-    )
+    (warning,) = long.warnings
+    assert warning.text == "examples were left out: they overran the model's context of 7 tokens"
+    assert warning.which == "75% of the examples of 'law'"
     unanswered = prompts(template, examples, tokens="answer", context_length=20)
     assert [*map(str, unanswered.warnings)] == [
         "examples were left out: they have no answer to read (50% of the examples of 'law')"
