@@ -298,7 +298,7 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {
     "broken line": ("a.jsonl", b'{"question": "q"}\n{"question": \n', "a.jsonl: line 2 has text that is not JSON"),
     "broken document": ("a.json", b'[\n{"question": "q"},\n}]', "a.json: line 3 is not JSON"),
     "no end of digits": ("a.jsonl", b"9" * 5000, "a.jsonl: line 1 has text that is not JSON"),
-    "no end of brackets": ("a.jsonl", b"[" * 200_000, "a.jsonl: line 1 has text that is not JSON"),
+    "no end of brackets": ("a.jsonl", b"[" * 200_000, "a.jsonl: is not JSON"),
     "row is no object": ("a.jsonl", b'{"question": "q"}\n[1]\n', "a.jsonl: row 2 has a list instead of named fields"),
     "document is a scalar": ("a.json", b"3", "a.json contains neither a list of rows nor"),
     "several lists": ("a.json", b'{"rows": [], "items": []}', "a.json contains rows, items and none is called train"),

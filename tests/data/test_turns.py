@@ -130,6 +130,16 @@ def test_column_that_lists_no_functions_declares_no_tools(tools: Any, tmp_path: 
     assert read(tmp_path, {"prompt": "Hi", "completion": "Hello", "tools": tools}) == [Example("1", "Hi", "Hello")]
 
 
+def test_results_that_are_parts_of_a_turn_of_the_user(tmp_path: Path) -> None:
+    result = {"type": "tool_result", "tool_use_id": "c1", "content": [{"type": "text", "text": "7 C"}]}
+    used = {"type": "tool_use", "id": "c1", "name": "get_weather", "input": {"city": "Oslo"}}
+    messages = [ASKED, {"role": "assistant", "content": [used]}, {"role": "user", "content": [result]}]
+    (example,) = read(tmp_path, {"messages": [*messages, {"role": "assistant", "content": "No."}]})  # Anthropic
+    assert (example.question, example.answer) == ("Is it warm in Oslo?", "No.")
+    assert example.steps[1] == Turn("tool", "7 C", tool_call_id="c1")
+    assert turns_of({"role": "user", "content": [result, {"type": "text", "text": "So?"}]})[1] == Turn("user", "So?")
+
+
 def test_answer_column_of_calls(tmp_path: Path) -> None:
     row = {"query": "Warm?", "tools": json.dumps([WEATHER]), "answers": '[{"name": "get_weather", "arguments": {}}]'}
     (example,) = read(tmp_path, row)  # xLAM

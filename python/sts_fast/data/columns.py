@@ -143,7 +143,7 @@ def reading_lines(read: Sequence[tuple[str, ReadRows]]) -> list[str]:
         )
         counts = [f"{total.n_rows:,} {'row' if total.n_rows == 1 else 'rows'}"]
         if total.n_bad:
-            counts.append(f"{total.n_bad:,} replies labelled bad")
+            counts.append(f"{total.n_bad:,} {'reply' if total.n_bad == 1 else 'replies'} labelled bad")
         if total.left_out:
             counts.append(f"{total.n_left_out:,} left out: {total.reasons()}")
         names = [name for of_source, _ in sources for name in of_source]

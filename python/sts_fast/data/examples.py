@@ -55,6 +55,14 @@ class Example:
         return alone if self.tool_calls and alone.text == self.answer else replace(alone, content=self.answer)
 
 
+def _with_truths(rows: list[tuple[str | None, Example]]) -> list[tuple[str | None, Example]]:
+    """Of a CSV whose answers are all True or False, as truth values are written there, those answers as yes and no."""
+    truths: dict[str | None, str | None] = {"True": "yes", "False": "no", None: None}
+    if not all(example.answer in truths for _, example in rows):
+        return rows
+    return [(category, replace(example, answer=truths[example.answer])) for category, example in rows]
+
+
 def _example(exchange: Exchange, default_id: str) -> Example:
     reply = exchange.reply
     return Example(
@@ -205,6 +213,8 @@ def _read(
             unusable.append(answer)
         else:
             rows[at] = rows[at][0], replace(rows[at][1], answer=answer)
+    if all(table.is_text for table in origin.tables) and "options" not in read.columns.by_role:
+        rows = _with_truths(rows)
     dropped = {at for at, answer in zip(numbers, answers, strict=True) if isinstance(answer, UnusableRow)}
     if strict and unusable:
         raise unusable[0]

@@ -25,7 +25,7 @@ from sts_fast.data.columns import (
     canonical,
     is_readable,
 )
-from sts_fast.data.rendered import undone
+from sts_fast.data.rendered import undone, without_end
 from sts_fast.data.tables import Row, Table
 from sts_fast.data.turns import (
     Turn,
@@ -317,7 +317,7 @@ class RowReader:
                 reason = f"{kind_of(answer)} in {name!r}"
                 raise UnusableRow(where, reason, "name a column of text with --answer-field")
             text = encodable(answer, where, name)
-            text = text.removeprefix("A: ") if name == "cot_content" else text
+            text = without_end(text.removeprefix("A: ") if name == "cot_content" else text)
             return [Turn("assistant", text, self._reasoning(fields, where, text))]
         return []
 

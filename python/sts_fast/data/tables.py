@@ -2,7 +2,7 @@
 
 | file             | rows                                                                                             |
 |------------------|--------------------------------------------------------------------------------------------------|
-| .jsonl           | one object per line; blank lines are skipped                                                     |
+| .jsonl           | one object per line, blank lines are skipped; a list of rows, as in .json, is read too            |
 | .json            | a list of rows, id -> row, rows under `data`, `train`, `rows`, ..., or lines as in .jsonl        |
 | .csv, .tsv       | a header line, then rows, all values text; a .csv may be separated by `,`, `;`, tabs or `|`.      |
 |                  | Multiple choice without a header (question, options, letter) is read as MMLU's authors write it  |
@@ -85,10 +85,14 @@ class Table:
         return self.name
 
     @property
+    def is_text(self) -> bool:
+        """True of a file below a header line, all of whose values are text."""
+        return self.path is not None and (suffix_of(self.path) or "").startswith((".csv", ".tsv"))
+
+    @property
     def header_remedy(self) -> str:
         """The end of a message about unknown column names: how they come about in a file that has a header line."""
-        has_header = self.path is not None and (suffix_of(self.path) or "").startswith((".csv", ".tsv"))
-        return "; where its first line is a row, add a header line above it" if has_header else ""
+        return "; where its first line is a row, add a header line above it" if self.is_text else ""
 
     @cached_property
     def sha256(self) -> str:
@@ -172,6 +176,11 @@ def _decompressed(path: Path) -> IO[bytes] | gzip.GzipFile:
 
 def _json_line_rows(path: Path) -> Iterator[NumberedRow]:
     with _open(path) as stream:
+        is_list = next((line for line in stream if line.strip()), b"").lstrip().startswith(b"[")
+    if is_list:
+        yield from _document_rows(path)
+        return
+    with _open(path) as stream:
         for number, line in enumerate(stream, start=1):
             text = _decoded(line, path, number)
             if text.strip():
@@ -188,10 +197,12 @@ def _json_rows(path: Path) -> Iterator[NumberedRow]:
         text = _decoded(stream.read(), path, None)
     if not text.strip():
         return
-    if _is_json_lines(text):
-        yield from _json_line_rows(path)
-        return
-    document = _parsed(text, path)
+    yield from _json_line_rows(path) if _is_json_lines(text) else _document_rows(path)
+
+
+def _document_rows(path: Path) -> Iterator[NumberedRow]:
+    with _open(path) as stream:
+        document = _parsed(_decoded(stream.read(), path, None), path)
     if isinstance(document, dict):
         splits = [key for key, rows in document.items() if key.lower() in SPLITS and isinstance(rows, list)]
         if len(splits) > 1:

@@ -240,7 +240,12 @@ def _turns_of(item: Mapping[str, Any], where: str) -> list[Turn]:
         if (declared := tools_turn(item.get("content"), where)) is None:
             raise UnusableRow(where, "a turn of tools that is no list of functions", "write each with its name")
         return [declared]
-    content, thoughts, calls = _content(next((item[key] for key in CONTENT_KEYS if key in item), None), where)
+    given = next((item[key] for key in CONTENT_KEYS if key in item), None)
+    if isinstance(given, list) and (results := [part for part in given if _is_result(part)]):
+        said = [part for part in given if not _is_result(part)]
+        turns = [_result(part, where) for part in results]
+        return [*turns, *(_turns_of({**item, "content": said}, where) if said else ())]
+    content, thoughts, calls = _content(given, where)
     if not {*CONTENT_KEYS, *REASONING_KEYS, "tool_calls", "function_call"} & item.keys():
         raise UnusableRow(where, f"a turn without content among {listed(item)}", "write its text as content")
     if role != "assistant":
@@ -259,6 +264,15 @@ def _turns_of(item: Mapping[str, Any], where: str) -> list[Turn]:
         content, calls = "", [*calls, *_calls(loaded, where)]
     is_trained = not any(item.get(key) == 0 for key in WEIGHT_KEYS)
     return [Turn(role, content, "\n\n".join(filter(None, thoughts)), tuple(calls), is_trained=is_trained)]
+
+
+def _is_result(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "tool_result"
+
+
+def _result(part: Mapping[str, Any], where: str) -> Turn:
+    """The turn of a tool's result that is a part of a user's message, as Anthropic's API has it."""
+    return Turn("tool", _content(part.get("content"), where)[0], tool_call_id=str(part.get("tool_use_id") or ""))
 
 
 def _only_thinks(turn: Turn) -> bool:
