@@ -96,17 +96,6 @@ class ReadRows:
     def n_left_out(self) -> int:
         return self.left_out.total()
 
-    def warnings(self, name: str, unremarkable: float = UNREMARKABLE) -> list[str]:
-        """What a reader of the results should know.
-
-        name: of the set, or of the sets; unremarkable: share of the rows that may be left out without a warning
-        """
-        warnings = [f"'{name}': {note}" for note in self.notes]
-        if self.n_left_out > unremarkable * self.n_rows:
-            left_out = f"{self.n_left_out:,} of the {self.n_rows:,} rows of '{name}' were left out"
-            warnings.append(f"{left_out}: {self.reasons()}")
-        return warnings
-
     def reasons(self) -> str:
         """The commonest reasons, with the number of rows of each."""
         most = self.left_out.most_common(MOST_REASONS)
@@ -152,9 +141,23 @@ def reading_lines(read: Sequence[tuple[str, ReadRows]]) -> list[str]:
 
 
 def row_warnings(read: Sequence[tuple[str, ReadRows]], unremarkable: float = UNREMARKABLE) -> list[str]:
-    """Warnings of some sets by (name, rows), once for each source; see ReadRows.warnings."""
-    by_source = _by_source(read)
-    return [warning for names, rows in by_source for warning in rows.warnings(listed(names, most=4), unremarkable)]
+    """What a reader of the results should know of some sets by (name, rows), each thing once.
+
+    unremarkable: share of a source's rows that may be left out without a warning
+    """
+    noted: dict[str, list[str]] = {}
+    lossy: list[tuple[str, ReadRows]] = []
+    for names, rows in _by_source(read):
+        name = f"'{listed(names, most=4)}'"
+        for note in rows.notes:
+            noted.setdefault(note, []).append(name)
+        if rows.n_left_out > unremarkable * rows.n_rows:
+            lossy.append((f"{rows.n_left_out:,} of the {rows.n_rows:,} rows of {name}", rows))
+    warnings = [f"{listed(names, most=4)}: {note}" for note, names in noted.items()]
+    if lossy:
+        total = ReadRows(left_out=sum((rows.left_out for _, rows in lossy), Counter()))
+        warnings.append(f"{listed([which for which, _ in lossy], most=4)} were left out: {total.reasons()}")
+    return warnings
 
 
 def row_blocks(read: Sequence[tuple[str, ReadRows]]) -> list[RowsBlock]:
