@@ -226,6 +226,13 @@ def test_tokenizer_with_a_template_for_tools_takes_it_where_there_are_tools() ->
     assert template.text([TOOLS, Turn("user", "Why?")]).startswith('[{"type": "function"')
 
 
+def test_templates_without_a_default_are_named() -> None:
+    tokenizer = byte_tokenizer(CHATML)
+    tokenizer.chat_template = {"chat": CHATML, "rag": CHATML}
+    with pytest.raises(InputError, match="has the chat templates chat, rag and none is called default: rename one of"):
+        PromptTemplate(tokenizer)
+
+
 def test_system_turn_joins_the_first_question_of_a_template_that_refuses_it() -> None:
     template, _ = template_of(LLAMA_2)
     turns = [Turn("system", "Be brief."), Turn("user", "Why?"), Turn("assistant", "So."), Turn("user", "How?")]

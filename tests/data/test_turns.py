@@ -210,7 +210,7 @@ def test_reasoning_that_is_no_text_is_refused(tmp_path: Path) -> None:
 def test_messages_are_read_as_they_were_written() -> None:
     turns = [
         *(TOOLS, Turn("system", "s"), Turn("user", "q"), Turn("assistant", "t", "hm", (OSLO,))),
-        *(Turn("tool", "7", name="get_weather", tool_call_id="1"), Turn("assistant", "a")),
+        *(Turn("tool", "7", name="get_weather", tool_call_id="1"), Turn("assistant", "a", is_trained=False)),
     ]
     assert parsed_turns(json.loads(json.dumps(messages_of(turns))), "row 1") == turns
 

@@ -180,6 +180,7 @@ def messages_of(turns: Sequence[Turn]) -> list[dict[str, Any]]:
                 for call in turn.tool_calls
             ]
         message |= {key: text for key in ("name", "tool_call_id") if (text := getattr(turn, key))}
+        message |= {} if turn.is_trained else {"weight": 0}
         messages.append(message)
     return messages
 
