@@ -6,6 +6,7 @@ Importing this loads neither torch nor transformers: they are imported where the
 from sts_fast._version import __version__
 from sts_fast.ablate import Ablation, ablate
 from sts_fast.data.examples import Example, load_domains, load_examples
+from sts_fast.data.turns import ToolCall, Turn
 from sts_fast.errors import InputError
 from sts_fast.forecast.overlap import Overlap, overlap
 from sts_fast.forecast.run import Forecast
@@ -38,6 +39,8 @@ __all__ = [
     "Overlap",
     "ShiftStats",
     "SparseFeatures",
+    "ToolCall",
+    "Turn",
     "__version__",
     "ablate",
     "capture_activations",

@@ -261,7 +261,7 @@ def test_dry_run_tells_and_writes_nothing(
     monkeypatch.setattr(LanguageModel, "run", None)
     ran = run(score.with_(dry_run=True))
     assert (ran.code, ran.err) == (0, "")
-    for text in ("red asks “w", "question from question; answer from answer", "forward passes of", "GB of memory"):
+    for text in ("red asks “w", "question from question, answer from answer", "forward passes of", "GB of memory"):
         assert text in " ".join(ran.out.split())
     assert not score.output.exists()
     told = json.loads(run(score.with_(dry_run=True, json=True)).out)
@@ -289,7 +289,7 @@ def test_rows_that_are_read_and_left_out_are_said(score: Options, run: Callable[
     columns = "question from question, answer from answer"
     assert f"train, blue, red, law: {columns}; {3 * N_ROWS + n} rows, 4 left out: {left_out}" in said
     assert f"warning: 4 of the {n} rows of 'law' were left out: {left_out}" in said
-    assert "warning: 1 of the 15 examples of 'law' repeat another one: each is read once" in said
+    assert "warning: examples that repeat another one are left out (1 of the 15 examples of 'law')" in said
     scores = json.loads((score.output / "scores.json").read_text())
     jsonschema.validate(scores, scores_schema())
     blocks = {name: block for block in scores["provenance"]["rows"] for name in block["sets"]}

@@ -135,6 +135,14 @@ LAYOUTS: dict[str, tuple[dict[str, Any], str, str | None]] = {
         "M: Hi.\nW: Bye.\n\nQ?\nA. x\nB. y\nC. z",
         "y",
     ),
+    "the line of an option": ({"question": "Q?", "A": "x", "B": "y", "answer": "B. y"}, "Q?\nA. x\nB. y", "B"),
+    "the column of an option": ({"question": "Q?", "opa": "x", "opb": "y", "answer": "opb"}, "Q?\nA. x\nB. y", "B"),
+    "a number that pandas wrote": ({"question": "Q?", "A": "x", "B": "y", "answer": "0.0"}, "Q?\nA. x\nB. y", "A"),
+    "a number that is an option": (
+        {"question": "Q?", "A": "1.0", "B": "y", "answer": "1.0"},
+        "Q?\nA. 1.0\nB. y",
+        "1.0",
+    ),
     "option_a": (
         {"question": "Q?", "option_a": "x", "option_b": "y", "correct_option": "B"},
         "Q?\nA. x\nB. y",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +132,17 @@ def test_block_of_each_source() -> None:
 @pytest.mark.parametrize("name", ["Correct Answer", "correct_answer", " CORRECT-ANSWER "])
 def test_canonical_names(name: str) -> None:
     assert canonical(name) == "correct_answer"
+
+
+def test_what_is_true_of_many_sets_is_said_once() -> None:
+    def rows(**left_out: int) -> ReadRows:
+        return ReadRows(n_rows=10, left_out=Counter(left_out), notes=["the note"])
+
+    read = [("law", rows(b=2)), ("art", rows(b=1, c=1)), ("few", rows(c=1))]
+    assert row_warnings(read) == [
+        "'law', 'art', 'few': the note",
+        "2 of the 10 rows of 'law', 2 of the 10 rows of 'art' were left out: 3 with b, 1 with c",
+    ]
+    assert row_warnings([(str(i), rows(b=2)) for i in range(58)])[1].endswith(
+        "2 of the 10 rows of '3' and 54 more were left out: 116 with b"
+    )

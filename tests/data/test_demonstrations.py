@@ -157,7 +157,8 @@ def test_where_no_row_leaves_room_for_half_of_the_questions_room_for_a_few_will_
 def test_rows_that_are_passed_over_are_said() -> None:
     sampling = Sampling(domain_shots=2, demo_draws=2)
     made = sampling.prompts("law", LONG, None, PLAIN, 24, kind="domain", show=True)
-    assert [warning for warning in made.warnings if "2 examples of 'law' are too long to demonstrate with" in warning]
+    (warning,) = [warning for warning in made.warnings if "too long to demonstrate with" in warning.text]
+    assert warning.which == "2 examples of 'law'"
     assert len(made.shown) == 2
 
 

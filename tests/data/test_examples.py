@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sts_fast.data.examples import Example, load_domains, load_examples
+from sts_fast.data.examples import Example, load_domains, load_examples, read_examples
+from sts_fast.data.sources import origin_of
 from sts_fast.data.turns import ToolCall
 from sts_fast.errors import InputError
 
@@ -293,10 +295,10 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {
     "empty json": ("a.json", b"", "a.json holds no examples"),
     "empty list": ("a.json", b"[]", "a.json holds no examples"),
     "header only": ("a.csv", b"question,answer\n", "a.csv holds no examples"),
-    "broken line": ("a.jsonl", b'{"question": "q"}\n{"question": \n', "a.jsonl: line 2 is not JSON"),
+    "broken line": ("a.jsonl", b'{"question": "q"}\n{"question": \n', "a.jsonl: line 2 has text that is not JSON"),
     "broken document": ("a.json", b'[\n{"question": "q"},\n}]', "a.json: line 3 is not JSON"),
-    "no end of digits": ("a.jsonl", b"9" * 5000, "a.jsonl: line 1 contains JSON that cannot be read"),
-    "no end of brackets": ("a.jsonl", b"[" * 200_000, "a.jsonl: line 1 contains JSON that cannot be read"),
+    "no end of digits": ("a.jsonl", b"9" * 5000, "a.jsonl: line 1 has text that is not JSON"),
+    "no end of brackets": ("a.jsonl", b"[" * 200_000, "a.jsonl: is not JSON"),
     "row is no object": ("a.jsonl", b'{"question": "q"}\n[1]\n', "a.jsonl: row 2 has a list instead of named fields"),
     "document is a scalar": ("a.json", b"3", "a.json contains neither a list of rows nor"),
     "several lists": ("a.json", b'{"rows": [], "items": []}', "a.json contains rows, items and none is called train"),
@@ -324,6 +326,34 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {
     "not gzip": ("a.jsonl.gz", b'{"question": "q"}', "a.jsonl.gz cannot be read"),
     "not parquet": ("a.parquet", b"PAR1 or so", "a.parquet cannot be read"),
 }
+
+
+GOOD_ROW = b'{"messages": [{"role": "user", "content": "q"}]}\n'
+BAD_ROWS: dict[str, tuple[str, bytes, str]] = {
+    "not JSON": ("a.jsonl", GOOD_ROW + b'{"messages": [{"ro\n', "text that is not JSON"),
+    "not JSON, in lines": ("a.json", GOOD_ROW + b"}\n", "text that is not JSON"),
+    "ragged": ("a.csv", b"question\nq\na,b\n", "2 values for 1 columns"),
+    "no letter": ("a.csv", b"q,x,y,B\n" * 300 + b"q,x,y,yes\n", "the answer 'yes', which is no letter of its options"),
+    "role": (
+        *("a.jsonl", GOOD_ROW + b'{"messages": [{"role": "narrator", "content": "q"}]}'),
+        "a turn of the unknown role 'narrator'",
+    ),
+    "call": (
+        *("a.jsonl", GOOD_ROW + b'{"messages": [{"role": "assistant", "tool_calls": [{"arguments": {}}]}]}'),
+        "a tool call without a name",
+    ),
+    "image": ("a.jsonl", GOOD_ROW + GOOD_ROW.strip()[:-1] + b', "images": ["a.png"]}', "images in 'images'"),
+}
+
+
+@pytest.mark.parametrize(("name", "data", "reason"), BAD_ROWS.values(), ids=BAD_ROWS.keys())
+def test_row_that_cannot_be_read_is_left_out_with_a_count(tmp_path: Path, name: str, data: bytes, reason: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    examples, read = read_examples(origin_of(tmp_path / name, "train", "train"))
+    assert read.left_out == {reason: 1}
+    assert len(examples) == read.n_rows - 1
+    with pytest.raises(InputError, match=f"has {re.escape(reason)}; "):
+        load_examples(tmp_path / name, strict=True)
 
 
 @pytest.mark.parametrize(("name", "data", "message"), BAD_FILES.values(), ids=BAD_FILES.keys())

@@ -118,6 +118,7 @@ def test_plain_text_with_demonstrations_and_system_turn() -> None:
 def test_plain_text_of_a_tool_turn_is_the_turn_itself() -> None:
     turns = [Turn("user", "q"), Turn("assistant", "call"), Turn("tool", "42"), Turn("user", "r")]
     assert plain_text(turns) == "Question: q\nAnswer: call\n\n42\n\nQuestion: r\nAnswer:"
+    assert plain_text(turns[:-1]) == "Question: q\nAnswer: call\n\n42\nAnswer:"
 
 
 def test_plain_text_keeps_lines_and_percent_and_braces() -> None:
@@ -566,7 +567,8 @@ def test_template_that_shortens_demonstrations_is_told_on() -> None:
     shortening = "{% for m in messages %}{{ m.content[:1] if m.role == 'assistant' else m.content }} {% endfor %}"
     built = build_prompts("set", [AB], chat(shortening), draws=[[Example("d1", "c", "x y z w")]])
     assert len(built.warnings) == 1
-    assert "1 of the 1 demonstrations of 'set' without a part of their answer" in built.warnings[0]
+    assert "demonstrations without a part of their answer" in built.warnings[0].text
+    assert built.warnings[0].which == "1 of 1 demonstrations of 'set'"
     assert build_prompts("set", [AB], chat(), draws=[[DEMO]]).warnings == ()
 
 

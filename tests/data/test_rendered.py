@@ -220,6 +220,20 @@ def test_text_that_holds_the_answer_of_another_column_too_is_answered_once(tmp_p
     assert read(tmp_path, row) == [Example("1", "Who?", "A model.")]
 
 
+@pytest.mark.parametrize("end", ["<|im_end|>\n", "<|eot_id|>", "</s>", "<end_of_turn>\n", "<｜end▁of▁sentence｜>"])
+def test_mark_that_ends_a_reply_is_no_part_of_it(end: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "Who?", "completion": f"Me.{end}"}))
+    assert load_examples(path) == [Example("1", "Who?", "Me.")]
+
+
+@pytest.mark.parametrize("reply", ["<|im_end|> ends a turn", "<s>struck</s>", "a < b|>"])
+def test_reply_that_mentions_a_mark_is_whole(reply: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "Who?", "completion": reply}))
+    assert load_examples(path) == [Example("1", "Who?", reply)]
+
+
 def test_reply_that_a_prompt_begins_is_continued(tmp_path: Path) -> None:
     row = {"prompt": "<start_of_turn>user\nWho?<end_of_turn>\n<start_of_turn>model\nI am", "completion": " a model."}
     assert read(tmp_path, row) == [Example("1", "Who?", "I am a model.")]

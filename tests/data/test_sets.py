@@ -12,11 +12,12 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from sts_fast.data.examples import Example
-from sts_fast.data.prompts import PromptSet, TokenClass
+from sts_fast.data.prompts import PromptSet, TokenClass, set_warnings
 from sts_fast.data.sets import Fields, Sampling, Sets, distinct
 from sts_fast.data.template import PromptTemplate
 from sts_fast.errors import InputError
 
+REPEATS = "examples that repeat another one are left out"
 WORDS = ["<unk>", "Question:", "Answer:", *(f"w{i}" for i in range(40))]
 
 
@@ -33,9 +34,10 @@ def prompts(
     tokens: TokenClass = "query",
     context_length: int | None = None,
     limit: int | None = None,
+    name: str = "law",
 ) -> PromptSet:
     sampling = Sampling(shots=1, domain_shots=1, tokens=tokens, limit=limit)
-    return sampling.prompts("law", examples, None, template, context_length, kind="domain", show=False)
+    return sampling.prompts(name, examples, None, template, context_length, kind="domain", show=False)
 
 
 def test_an_example_that_repeats_another_is_left_out() -> None:
@@ -53,11 +55,17 @@ def test_a_question_that_many_rows_ask_is_one_prompt(template: PromptTemplate) -
     examples = [Example(str(i), f"w{i % 4}", f"w{i % 8}") for i in range(32)]
     asked = prompts(template, examples)
     assert [prompt.id for prompt in asked.prompts] == ["0", "1", "2", "3"]
-    assert asked.warnings == ("28 of the 32 examples of 'law' repeat another one: each is read once",)
+    assert [*map(str, asked.warnings)] == [f"{REPEATS} (28 of the 32 examples of 'law')"]
     # With their answers, there are 8 that differ.
     answered = prompts(template, examples, tokens="answer")
     assert [prompt.id for prompt in answered.prompts] == [str(i) for i in range(8)]
-    assert answered.warnings == ("24 of the 32 examples of 'law' repeat another one: each is read once",)
+    assert [*map(str, answered.warnings)] == [f"{REPEATS} (24 of the 32 examples of 'law')"]
+
+
+def test_a_warning_of_many_sets_is_one_line(template: PromptTemplate) -> None:
+    sets = [prompts(template, [Example(str(i), f"w{i % n}", "w0") for i in range(20)], name=f"{n}") for n in (10, 12)]
+    assert set_warnings(sets) == [f"{REPEATS} (10 of the 20 examples of '10', 8 of the 20 examples of '12')"]
+    assert set_warnings(3 * sets)[0].endswith("8 of the 20 examples of '12' and 2 more)")
 
 
 def test_repeated_rows_change_no_draw(template: PromptTemplate) -> None:
@@ -73,11 +81,13 @@ def test_a_large_share_left_out_is_warned_of(template: PromptTemplate) -> None:
     # "Question: w0 w0 w0 w0 w0 w0 Answer:" is 8 words long.
     long = prompts(template, examples, context_length=7)
     assert (len(long.prompts), long.n_too_long) == (10, 30)
-    assert long.warnings == (
-        "75% of the examples of 'law' were left out: they overran the model's context of 7 tokens",
-    )
+    (warning,) = long.warnings
+    assert warning.text == "examples were left out: they overran the model's context of 7 tokens"
+    assert warning.which == "75% of the examples of 'law'"
     unanswered = prompts(template, examples, tokens="answer", context_length=20)
-    assert unanswered.warnings == ("50% of the examples of 'law' were left out: they have no answer to read",)
+    assert [*map(str, unanswered.warnings)] == [
+        "examples were left out: they have no answer to read (50% of the examples of 'law')"
+    ]
     assert prompts(template, examples[:9], context_length=8).warnings == ()
 
 

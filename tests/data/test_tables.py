@@ -144,7 +144,7 @@ UNCLEAR = {
 def test_what_is_unclear_is_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "a.csv").write_text(text)
     with pytest.raises(InputError, match=message) as caught:
-        load_examples(tmp_path / "a.csv")
+        load_examples(tmp_path / "a.csv", strict=True)
     assert str(caught.value).startswith(str(tmp_path / "a.csv"))
     assert "\n" not in str(caught.value)
 
@@ -179,6 +179,24 @@ def test_a_header_of_letters_is_a_header(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "b.csv", "question,A,B,answer\nWhich?,x,y,B\n") == [
         {"question": "Which?", "A": "x", "B": "y", "answer": "B"}
     ]
+
+
+@pytest.mark.parametrize(
+    "text", ['[{"question": "x"}, {"question": "y"}]', '\n[\n{"question": "x"},\n{"question": "y"}\n]']
+)
+def test_a_list_of_rows_that_is_called_jsonl(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.jsonl").write_text(text)
+    assert load_examples(tmp_path / "a.jsonl", strict=True) == [Example("1", "x", None), Example("2", "y", None)]
+
+
+def test_truth_values_of_a_csv_are_yes_and_no(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("question,answer\nIs it?,False\nWas it?,True\nWill it?,\n")
+    assert [example.answer for example in load_examples(tmp_path / "a.csv")] == ["no", "yes", None]
+    for text in ("question,answer\nIs it?,False\nWhat is it?,ice\n", "question,A,B,answer\nIs it?,True,False,False\n"):
+        (tmp_path / "a.csv").write_text(text)
+        assert load_examples(tmp_path / "a.csv")[0].answer == "False"
+    (tmp_path / "a.jsonl").write_text('{"question": "True or false: it is.", "answer": "False"}')
+    assert load_examples(tmp_path / "a.jsonl")[0].answer == "False"
 
 
 def test_splits_in_one_document_are_refused(tmp_path: Path) -> None:

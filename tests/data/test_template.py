@@ -167,7 +167,8 @@ def test_demonstrations_keep_the_reasoning_that_a_template_drops_from_earlier_tu
     assert build_prompts("set", [query], real("qwen3"), draws=[[demo]]).warnings == ()
     # harmony writes thoughts as turns of their own, which cannot be put back.
     (warning,) = build_prompts("set", [query], real("gptoss"), draws=[[demo]]).warnings
-    assert "shows 1 of the 1 demonstrations of 'set' without a part of their answer" in warning
+    assert "shows demonstrations without a part of their answer" in warning.text
+    assert warning.which == "1 of 1 demonstrations of 'set'"
 
 
 @pytest.mark.parametrize(
@@ -225,6 +226,13 @@ def test_tokenizer_with_a_template_for_tools_takes_it_where_there_are_tools() ->
     assert template.text([TOOLS, Turn("user", "Why?")]).startswith('[{"type": "function"')
 
 
+def test_templates_without_a_default_are_named() -> None:
+    tokenizer = byte_tokenizer(CHATML)
+    tokenizer.chat_template = {"chat": CHATML, "rag": CHATML}
+    with pytest.raises(InputError, match="has the chat templates chat, rag and none is called default: rename one of"):
+        PromptTemplate(tokenizer)
+
+
 def test_system_turn_joins_the_first_question_of_a_template_that_refuses_it() -> None:
     template, _ = template_of(LLAMA_2)
     turns = [Turn("system", "Be brief."), Turn("user", "Why?"), Turn("assistant", "So."), Turn("user", "How?")]
@@ -257,7 +265,7 @@ def test_what_was_changed_is_told_with_the_prompts() -> None:
     template, _ = template_of(LLAMA_2)
     rows = [Example("1", "Why?", "So.", (Turn("system", "Be brief."),)), Example("2", "How?", "Thus.")]
     built = build_prompts("law", rows, template, draws=[[Example("3", "What?", "That.", reasoning="hm")]])
-    assert built.warnings == (
+    assert tuple(map(str, built.warnings)) == (
         f"the model's chat template {NOTES['system_in_user']} (1 of 3 conversations of 'law')",
         f"the model's chat template {NOTES['without_reasoning']} (1 of 3 conversations of 'law')",
     )
@@ -295,8 +303,9 @@ def test_marks_in_the_text_are_named() -> None:
         Example("3", "a", "b"),
     ]
     (warning,) = build_prompts("law", rows, PromptTemplate(tokenizer)).warnings
-    assert "2 of 3 examples of 'law' contain special tokens or marks of a chat template" in warning
-    assert "(<|im_end|>, [AVAILABLE_TOOLS])" in warning
+    assert "contains special tokens or marks of a chat template" in warning.text
+    assert warning.which == "2 of 3 examples of 'law'"
+    assert ", as <|im_end|>, [AVAILABLE_TOOLS], which" in warning.text
     assert build_prompts("law", rows[2:], PromptTemplate(tokenizer)).warnings == ()
 
 
@@ -304,7 +313,7 @@ def test_plain_text_holds_everything() -> None:
     turns = [Turn("tools", "[]"), Turn("user", "Warm?"), Turn("assistant", "I look.", "hm", (OSLO,)), RESULT, REPLY]
     assert plain_text(turns) == (
         '[]\n\nQuestion: Warm?\nAnswer: hm\n\nI look.\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n\n'
-        "7 C\n\n No, it is cold."
+        "7 C\n\nAnswer: No, it is cold."
     )
 
 

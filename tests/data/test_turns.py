@@ -122,12 +122,29 @@ def test_tools_in_any_notation(tools: Any, column: str, tmp_path: Path) -> None:
     expected = [Example("1", "Hi", "Hello", (TOOLS,))]
     assert read(tmp_path, {"prompt": "Hi", "completion": "Hello", column: tools}) == expected
     columns = read_examples(origin_of(tmp_path / "rows.jsonl", "train", "train"))[1].columns
-    assert columns.by_role["context"] == [column]
+    assert columns.by_role["tools"] == [column]
 
 
 @pytest.mark.parametrize("tools", [[], "[]", "", None, "hammer", ["hammer"]])
 def test_column_that_lists_no_functions_declares_no_tools(tools: Any, tmp_path: Path) -> None:
     assert read(tmp_path, {"prompt": "Hi", "completion": "Hello", "tools": tools}) == [Example("1", "Hi", "Hello")]
+
+
+def test_results_that_are_parts_of_a_turn_of_the_user(tmp_path: Path) -> None:
+    result = {"type": "tool_result", "tool_use_id": "c1", "content": [{"type": "text", "text": "7 C"}]}
+    used = {"type": "tool_use", "id": "c1", "name": "get_weather", "input": {"city": "Oslo"}}
+    messages = [ASKED, {"role": "assistant", "content": [used]}, {"role": "user", "content": [result]}]
+    (example,) = read(tmp_path, {"messages": [*messages, {"role": "assistant", "content": "No."}]})  # Anthropic
+    assert (example.question, example.answer) == ("Is it warm in Oslo?", "No.")
+    assert example.steps[1] == Turn("tool", "7 C", tool_call_id="c1")
+    assert turns_of({"role": "user", "content": [result, {"type": "text", "text": "So?"}]})[1] == Turn("user", "So?")
+
+
+def test_answer_column_of_calls(tmp_path: Path) -> None:
+    row = {"query": "Warm?", "tools": json.dumps([WEATHER]), "answers": '[{"name": "get_weather", "arguments": {}}]'}
+    (example,) = read(tmp_path, row)  # xLAM
+    assert example.reply == Turn("assistant", "", tool_calls=(ToolCall("get_weather", "{}"),))
+    assert example.context == (TOOLS,)
 
 
 def test_call_without_a_name_is_refused(tmp_path: Path) -> None:
@@ -168,6 +185,23 @@ def test_reasoning_in_any_notation(messages: list[dict[str, Any]]) -> None:
     assert turns_of(*messages) == [Turn("assistant", "4", "hm")]
 
 
+@pytest.mark.parametrize("column", ["reasoning", "thinking", "Reasoning_Content", "Complex_CoT", "chain-of-thought"])
+def test_reasoning_in_a_column_of_its_own(column: str, tmp_path: Path) -> None:
+    assert read(tmp_path, {"question": "2+2?", "answer": "4", column: "hm"}) == [
+        Example("1", "2+2?", "4", reasoning="hm")
+    ]
+    _, rows = read_examples(origin_of(tmp_path / "rows.jsonl", "train", "train"))
+    assert rows.columns.by_role["reasoning"] == [column]
+    named, rows = read_examples(origin_of(tmp_path / "rows.jsonl", "train", "train"), None, "answer")
+    assert (named, rows.columns.unread) == ([Example("1", "2+2?", "4")], [column])
+
+
+def test_reasoning_that_the_reply_repeats_or_that_is_no_text_is_not_read(tmp_path: Path) -> None:
+    rows = [{"prompt": "2+2?", "completion": "<think>hm</think>4", "reasoning": "hm"}]
+    rows += [{"prompt": "2+2?", "completion": "4", "reasoning": value} for value in (None, "", 3, ["hm"])]
+    assert [example.reasoning for example in read(tmp_path, *rows)] == [""] * 5
+
+
 def test_reasoning_that_is_no_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="row 1 has a turn whose reasoning is a list; write it as text"):
         read(tmp_path, {"messages": [ASKED, {"role": "assistant", "content": "4", "reasoning": [1]}]})
@@ -176,9 +210,29 @@ def test_reasoning_that_is_no_text_is_refused(tmp_path: Path) -> None:
 def test_messages_are_read_as_they_were_written() -> None:
     turns = [
         *(TOOLS, Turn("system", "s"), Turn("user", "q"), Turn("assistant", "t", "hm", (OSLO,))),
-        *(Turn("tool", "7", name="get_weather", tool_call_id="1"), Turn("assistant", "a")),
+        *(Turn("tool", "7", name="get_weather", tool_call_id="1"), Turn("assistant", "a", is_trained=False)),
     ]
     assert parsed_turns(json.loads(json.dumps(messages_of(turns))), "row 1") == turns
+
+
+# Turns that are not trained on ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("skipped", [{"weight": 0}, {"weight": 0.0}, {"loss": False}, {"train": False}])
+def test_reply_that_is_not_trained_on_is_no_answer(skipped: dict[str, Any], tmp_path: Path) -> None:
+    first, second = ({"role": "user", "content": text} for text in ("Who?", "Where?"))
+    me, here = ({"role": "assistant", "content": text} for text in ("Me.", "Here."))
+    rows = [
+        {"messages": [first, {**me, "weight": 1, "loss": True, "train": True}, second, {**here, **skipped}]},
+        {"messages": [first, {**me, **skipped}, second, here]},
+        {"messages": [first, {**me, **skipped}]},
+    ]
+    untrained = Turn("assistant", "Me.", is_trained=False)
+    assert read(tmp_path, *rows) == [
+        Example("1", "Who?", "Me."),
+        Example("2", "Where?", "Here.", (Turn("user", "Who?"), untrained)),
+        Example("3", "Who?", None),
+    ]
 
 
 # Images and sound -----------------------------------------------------------------------------------------------------
@@ -260,6 +314,45 @@ MESSAGES = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content"
 def test_conversation_in_any_notation(value: Any, column: str, tmp_path: Path) -> None:
     assert is_turns(value)
     assert read(tmp_path, {column: value}) == [Example("1", "Who?", "Me.")]
+
+
+HISTORY = [["Who?", "Me."]]
+
+
+@pytest.mark.parametrize(
+    "history", [HISTORY, json.dumps(HISTORY), str(HISTORY), MESSAGES, [{"from": "human", "value": "Who?"}, MESSAGES[1]]]
+)
+def test_history_in_any_notation(history: Any, tmp_path: Path) -> None:
+    expected = Example("1", "Where?", "Here.", (Turn("user", "Who?"), Turn("assistant", "Me.")))
+    assert read(tmp_path, {"instruction": "Where?", "output": "Here.", "history": history}) == [expected]
+
+
+@pytest.mark.parametrize("history", [True, 3, "smoker for 12 years", None, [], {}])
+def test_history_of_something_else_is_not_read(history: Any, tmp_path: Path) -> None:
+    row = {"instruction": "Where?", "output": "Here.", "history": history}
+    assert read(tmp_path, row) == [Example("1", "Where?", "Here.")]
+    columns = read_examples(origin_of(tmp_path / "rows.jsonl", "train", "train"))[1].columns
+    assert columns.unread == (["history"] if isinstance(history, str) else [])
+
+
+def test_parts_of_a_turn(tmp_path: Path) -> None:
+    gemini = [{"role": "user", "parts": [{"text": "Who?"}]}, {"role": "model", "parts": [{"text": "Me."}]}]
+    assert read(tmp_path, {"messages": gemini}) == [Example("1", "Who?", "Me.")]
+
+
+def test_turn_whose_content_has_another_name_is_refused(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "system", "prompt": "Be kind."}, *MESSAGES]}
+    with pytest.raises(InputError, match="row 1 has a turn without content among role, prompt; write its text as con"):
+        read(tmp_path, row)
+
+
+@pytest.mark.parametrize("field", [None, "solution"])
+def test_conversation_beside_an_answer_column(field: str | None, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": MESSAGES, "solution": "Her."}))
+    (example,), rows = read_examples(origin_of(tmp_path / "rows.jsonl", "train", "train"), None, field)
+    assert example == Example("1", "Who?", "Me." if field is None else "Her.")
+    assert rows.columns.by_role.get("answer") == (None if field is None else ["solution"])
+    assert rows.columns.unread == (["solution"] if field is None else [])
 
 
 @pytest.mark.parametrize(

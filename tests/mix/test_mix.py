@@ -78,6 +78,14 @@ def test_weights_say_whose_loss_counts(tiny: Tiny) -> None:
         assert found.mean_change["mixed"] == pytest.approx(kept.mixed)
 
 
+def test_rows_that_repeat_others_are_no_further_examples(tiny: Tiny) -> None:
+    rows = sts_fast.load_examples(tiny.domains["days"])
+    domains = {**tiny.domains, "days": [*rows, *rows]}
+    found = mixed(tiny, domains=domains, rule="uniform", budget=36)
+    assert {domain.name: domain.n_available for domain in found.domains}["days"] == N_ANSWERED
+    assert len({(name, example.question) for name, example in found.examples}) == len(found.examples)
+
+
 def test_proportional_follows_a_run(tiny: Tiny, run: Path) -> None:
     assert counts(mixed(tiny, rule="proportional", scores=run)) == {"spelling": 15, "days": 5}
     assert counts(mixed(tiny, rule="proportional", scores=run, estimator="icl")) == {"spelling": 4, "days": 16}

@@ -189,7 +189,7 @@ MALFORMED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "an unknown suffix": (content("r.txt", b"x"), "suffix"),
     "a folder without files": (lambda path: path.parent, "contains no example files"),
     "an empty file": (content("r.jsonl", b"\n"), "contains no rollouts"),
-    "no JSON": (content("r.jsonl", b'{"prompt": "Q",\n'), "line 1 is not JSON"),
+    "no JSON": (content("r.jsonl", b'{"prompt": "Q",\n'), "line 1 has text that is not JSON"),
     "not UTF-8": (content("r.jsonl", b'{"prompt": "\xff"}\n'), "not UTF-8"),
     "a damaged gzip": (bad_gzip, "cannot be read"),
     "a damaged parquet": (content("r.parquet", b"PAR1 and no more"), "cannot be read"),

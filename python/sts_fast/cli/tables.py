@@ -10,6 +10,7 @@ from rich.table import Table
 
 from sts_fast import files
 from sts_fast.cli.console import BAR_WIDTH, SIDE_WIDTH, err, out
+from sts_fast.data.columns import ReadColumns
 from sts_fast.files import Document
 from sts_fast.forecast.compare import sae_comparison
 from sts_fast.forecast.cost import Outlook
@@ -168,14 +169,13 @@ def print_outlook(outlook: Outlook, *, as_json: bool) -> None:
     for planned in outlook.sets:
         if planned.use == "answers":
             continue
-        first = f"“{' '.join(planned.first.split())[:60]}…”" if planned.first else "nothing"
+        first = f"“{_shortened(planned.first)}”" if planned.first else "nothing"
         lines = [f"{planned.name} asks {first}"]
         lines += [f"from {planned.source}"] if planned.source else []
-        lines += [f"{role} from {', '.join(names)}" for role, names in (planned.columns or {}).items()]
-        lines += [f"not read: {', '.join(planned.unread)}"] if planned.unread else []
+        lines += [str(ReadColumns(planned.columns, planned.unread or []))] if planned.columns else []
         lines += [f"{n:,} rows with {reason} are left out" for reason, n in (planned.left_out or {}).items()]
         out.print("; ".join(lines), highlight=False, markup=False, soft_wrap=True)
-    for warning in dict.fromkeys(warning for planned in outlook.sets for warning in planned.warnings):
+    for warning in outlook.warnings:
         err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     cost = outlook.cost
     whole = f", and {cost.n_answer_tokens:,} tokens through the whole model" if cost.n_answer_tokens else ""
@@ -185,6 +185,12 @@ def print_outlook(outlook: Outlook, *, as_json: bool) -> None:
         "load the model.",
         highlight=False,
     )
+
+
+def _shortened(text: str) -> str:
+    """A text in one line of at most 61 characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= 60 else f"{line[:60]}…"
 
 
 def _duration(seconds: float) -> str:

@@ -157,6 +157,10 @@ class Choices:
         text = encodable(value, where, column).strip()
         if not self.labels:
             return text
+        if text not in self.texts:
+            if text in (named := [*self.lines, *self.columns]) and len(named) == 2 * len(self.labels):
+                return (2 * self.labels)[named.index(text)]
+            text = re.sub(r"^(\d+)\.0$", r"\1", text)  # a number in a CSV that pandas wrote
         # A letter is a label even where another option's text is that letter (MMLU-Pro has such a row).
         by_label = {label.upper(): label for label in self.labels}
         if isinstance(value, str) and text.upper() in by_label and (text in self.labels or text not in self.texts):

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 from sts_fast.data.choices import INDEX_COLUMNS
 from sts_fast.data.folders import Origin
-from sts_fast.data.turns import is_turns
+from sts_fast.data.turns import REASONING_KEYS, is_turns
 from sts_fast.data.values import is_missing, is_text
 from sts_fast.errors import listed
 
@@ -37,12 +37,16 @@ PASSAGE_COLUMNS = (
 INPUT_COLUMNS = ("input", *PASSAGE_COLUMNS)
 LABEL_COLUMNS = ("label", "kto_tag")
 TOOL_COLUMNS = ("tools", "functions")
+# What the assistant thinks before a reply that is in a column of its own.
+REASONING_COLUMNS = (*REASONING_KEYS, "thoughts", "complex_cot", "chain_of_thought", "cot")
 SYSTEM_COLUMNS = ("system", "system_prompt")
 ID_COLUMNS = ("id", "question_id", "unique_id", "task_id", "problem_id", "example_id", "prompt_id", "uuid", "idx")
 CATEGORY_COLUMNS = ("category", "subject", "domain", "topic")
 
 # What columns are read for, in the order in which they are reported.
-ROLES_OF_COLUMNS = ("category", "id", "context", "passage", "question", "options", "answer", "label")
+ROLES_OF_COLUMNS = (
+    *("category", "id", "tools", "system", "history", "passage", "question", "options", "reasoning", "answer", "label"),
+)
 
 # Share of a set's rows, or questions, that may be left out without a warning.
 UNREMARKABLE = 0.1
@@ -92,17 +96,6 @@ class ReadRows:
     def n_left_out(self) -> int:
         return self.left_out.total()
 
-    def warnings(self, name: str, unremarkable: float = UNREMARKABLE) -> list[str]:
-        """What a reader of the results should know.
-
-        name: of the set, or of the sets; unremarkable: share of the rows that may be left out without a warning
-        """
-        warnings = [f"'{name}': {note}" for note in self.notes]
-        if self.n_left_out > unremarkable * self.n_rows:
-            left_out = f"{self.n_left_out:,} of the {self.n_rows:,} rows of '{name}' were left out"
-            warnings.append(f"{left_out}: {self.reasons()}")
-        return warnings
-
     def reasons(self) -> str:
         """The commonest reasons, with the number of rows of each."""
         most = self.left_out.most_common(MOST_REASONS)
@@ -139,7 +132,7 @@ def reading_lines(read: Sequence[tuple[str, ReadRows]]) -> list[str]:
         )
         counts = [f"{total.n_rows:,} {'row' if total.n_rows == 1 else 'rows'}"]
         if total.n_bad:
-            counts.append(f"{total.n_bad:,} replies labelled bad")
+            counts.append(f"{total.n_bad:,} {'reply' if total.n_bad == 1 else 'replies'} labelled bad")
         if total.left_out:
             counts.append(f"{total.n_left_out:,} left out: {total.reasons()}")
         names = [name for of_source, _ in sources for name in of_source]
@@ -148,9 +141,23 @@ def reading_lines(read: Sequence[tuple[str, ReadRows]]) -> list[str]:
 
 
 def row_warnings(read: Sequence[tuple[str, ReadRows]], unremarkable: float = UNREMARKABLE) -> list[str]:
-    """Warnings of some sets by (name, rows), once for each source; see ReadRows.warnings."""
-    by_source = _by_source(read)
-    return [warning for names, rows in by_source for warning in rows.warnings(listed(names, most=4), unremarkable)]
+    """What a reader of the results should know of some sets by (name, rows), each thing once.
+
+    unremarkable: share of a source's rows that may be left out without a warning
+    """
+    noted: dict[str, list[str]] = {}
+    lossy: list[tuple[str, ReadRows]] = []
+    for names, rows in _by_source(read):
+        name = f"'{listed(names, most=4)}'"
+        for note in rows.notes:
+            noted.setdefault(note, []).append(name)
+        if rows.n_left_out > unremarkable * rows.n_rows:
+            lossy.append((f"{rows.n_left_out:,} of the {rows.n_rows:,} rows of {name}", rows))
+    warnings = [f"{listed(names, most=4)}: {note}" for note, names in noted.items()]
+    if lossy:
+        total = ReadRows(left_out=sum((rows.left_out for _, rows in lossy), Counter()))
+        warnings.append(f"{listed([which for which, _ in lossy], most=4)} were left out: {total.reasons()}")
+    return warnings
 
 
 def row_blocks(read: Sequence[tuple[str, ReadRows]]) -> list[RowsBlock]:

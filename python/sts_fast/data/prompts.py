@@ -64,12 +64,25 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class SetWarning:
+    """What a reader of the results should know of a set.
+
+    text: the same for all sets that it is true of; which: how much of this set, as in "3 of 20 examples of 'law'"
+    """
+
+    text: str
+    which: str
+
+    def __str__(self) -> str:
+        return f"{self.text} ({self.which})"
+
+
+@dataclass(frozen=True)
 class PromptSet:
     """The prompts of one training set or domain.
 
     n_too_long:   queries left out because they overrun the model's context
     n_unanswered: queries left out because answers are read and they have none
-    warnings:     what a reader of the results should know
     shown:        of each draw of demonstrations, the ids of its examples
     """
 
@@ -77,7 +90,7 @@ class PromptSet:
     prompts: list[Prompt]
     n_too_long: int
     n_unanswered: int
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[SetWarning, ...] = ()
     shown: tuple[tuple[str, ...], ...] = ()
 
     @property
@@ -159,16 +172,26 @@ def build_prompts(
     )
 
 
-def changes(name: str, conversations: Sequence[Sequence[Turn | None]], template: PromptTemplate) -> tuple[str, ...]:
+def set_warnings(prompt_sets: Sequence[PromptSet]) -> list[str]:
+    """The warnings of some sets, each once, with the sets that it is true of."""
+    groups: dict[str, list[str]] = {}
+    for warning in (warning for prompt_set in prompt_sets for warning in prompt_set.warnings):
+        groups.setdefault(warning.text, []).append(warning.which)
+    return [str(SetWarning(text, listed(which, most=4))) for text, which in groups.items()]
+
+
+def changes(
+    name: str, conversations: Sequence[Sequence[Turn | None]], template: PromptTemplate
+) -> tuple[SetWarning, ...]:
     """Warnings of what is changed in the conversations of a set because the chat template does not write it."""
     counts = Counter(note for turns in conversations for note in template.notes([turn for turn in turns if turn]))
     return tuple(
-        f"the model's chat template {note} ({count} of {len(conversations)} conversations of '{name}')"
+        SetWarning(f"the model's chat template {note}", f"{count} of {len(conversations)} conversations of '{name}'")
         for note, count in counts.items()
     )
 
 
-def _marks(name: str, asked: Sequence[Example], template: PromptTemplate) -> tuple[str, ...]:
+def _marks(name: str, asked: Sequence[Example], template: PromptTemplate) -> tuple[SetWarning, ...]:
     """A warning where the text of conversations contains marks: these are not read, and may come from a template."""
     found: list[set[str]] = []
     for example in asked:
@@ -180,15 +203,18 @@ def _marks(name: str, asked: Sequence[Example], template: PromptTemplate) -> tup
     if not marks:
         return ()
     return (
-        f"{sum(map(bool, found))} of {len(asked)} examples of '{name}' contain special tokens or marks of a chat "
-        f"template ({listed(marks, 5)}), which are not read as text: remove them, and where they are prompts that "
-        "were rendered already, give messages or the bare questions",
+        SetWarning(
+            f"the text of examples contains special tokens or marks of a chat template, as {listed(marks, 5)}, which "
+            "are not read as text: remove them, and where they are prompts that were rendered already, give messages "
+            "or the bare questions",
+            f"{sum(map(bool, found))} of {len(asked)} examples of '{name}'",
+        ),
     )
 
 
 def _lost_answers(
     name: str, draws: Sequence[Sequence[Example]], turns_of: Sequence[list[Turn]], template: PromptTemplate
-) -> tuple[str, ...]:
+) -> tuple[SetWarning, ...]:
     """A warning where the chat template cuts into the demonstrations; some drop the thoughts of earlier turns.
 
     turns_of: the turns of each draw
@@ -203,8 +229,11 @@ def _lost_answers(
     if not n_lost:
         return ()
     return (
-        f"the model's chat template shows {n_lost} of the {sum(map(len, draws))} demonstrations of '{name}' without a "
-        "part of their answer (it drops the thoughts of earlier turns): what they demonstrate is the rest",
+        SetWarning(
+            "the model's chat template shows demonstrations without a part of their answer, since it drops the "
+            "thoughts of earlier turns: what they demonstrate is the rest",
+            f"{n_lost} of {sum(map(len, draws))} demonstrations of '{name}'",
+        ),
     )
 
 

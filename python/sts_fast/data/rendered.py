@@ -77,6 +77,7 @@ _OWN = re.compile(
     re.DOTALL,
 )
 
+_LAST_MARK = re.compile(rf"(?:{'|'.join(layout.end for layout in _LAYOUTS)})\Z")
 _INST = re.compile(r"\[INST\](?P<user>.*?)\[/INST\](?P<assistant>.*?)(?=(?:<s>\s*)?\[INST\]|\Z)", re.DOTALL)
 _SYS = re.compile(r"\s*<<SYS>>\s*(.*?)\s*<</SYS>>\s*", re.DOTALL)
 _SYSTEM_PROMPT = r"\[SYSTEM_PROMPT\](.*?)\[/SYSTEM_PROMPT\]"
@@ -109,6 +110,14 @@ def undone(text: str, where: str, reply: str = "") -> tuple[list[Turn], str] | N
             message["content"] = _OWN.sub("", message["content"])
     begun = _EMPTY_THOUGHT.sub("", messages.pop()["content"]) if is_open else ""
     return parsed_turns(messages, where), begun
+
+
+def without_end(reply: str) -> str:
+    """A reply without the marks with which a template closes a turn; <s>HTML</s> is none."""
+    text = reply.rstrip()
+    if "<s>" in text or not _LAST_MARK.search(text):
+        return reply
+    return without_end(_LAST_MARK.sub("", text))
 
 
 def _first(text: str, layouts: Iterable[Layout]) -> tuple[list[dict[str, str]], bool] | None:

@@ -13,7 +13,7 @@ from sts_fast.data.examples import Example, are_examples, read_domains, read_exa
 from sts_fast.data.folders import Use
 from sts_fast.data.memory import is_rows, is_splits
 from sts_fast.data.options import Checked, Option
-from sts_fast.data.prompts import PromptSet, TokenClass, build_prompts
+from sts_fast.data.prompts import PromptSet, SetWarning, TokenClass, build_prompts
 from sts_fast.data.sources import Place, Places, named_place, origin_of
 from sts_fast.data.tables import Table
 from sts_fast.data.template import PromptTemplate
@@ -221,10 +221,8 @@ class Sampling(Drawing):
         )
         losses = _losses(prompt_set, len(examples), len(examples) - len(once), context_length)
         if show and chosen.n_too_long:
-            losses.append(
-                f"{chosen.n_too_long} examples of '{name}' are too long to demonstrate with (too few questions would "
-                "fit behind them): later ones are shown"
-            )
+            text = "examples are too long to demonstrate with, for too few questions would fit behind them"
+            losses.append(SetWarning(f"{text}: later ones are shown", f"{chosen.n_too_long} examples of '{name}'"))
         return replace(prompt_set, warnings=(*losses, *prompt_set.warnings))
 
 
@@ -253,18 +251,19 @@ def distinct(examples: Sequence[Example], *, with_answers: bool) -> list[Example
     return list(kept.values())
 
 
-def _losses(prompt_set: PromptSet, n_examples: int, n_repeated: int, context_length: int | None) -> list[str]:
+def _losses(prompt_set: PromptSet, n_examples: int, n_repeated: int, context_length: int | None) -> list[SetWarning]:
     """Warnings of examples that repeat others, and of a large share left out for another reason."""
-    name, warnings = prompt_set.name, []
+    of_set, warnings = f"the examples of '{prompt_set.name}'", []
     if n_repeated:
-        warnings.append(f"{n_repeated} of the {n_examples} examples of '{name}' repeat another one: each is read once")
+        which = f"{n_repeated} of the {n_examples} examples of '{prompt_set.name}'"
+        warnings.append(SetWarning("examples that repeat another one are left out", which))
     n_read = len(prompt_set.prompts)
     for n, why in (
         (prompt_set.n_too_long, f"overran the model's context of {context_length} tokens"),
         (prompt_set.n_unanswered, "have no answer to read"),
     ):
         if n > UNREMARKABLE * (n + n_read):
-            warnings.append(f"{n / (n + n_read):.0%} of the examples of '{name}' were left out: they {why}")
+            warnings.append(SetWarning(f"examples were left out: they {why}", f"{n / (n + n_read):.0%} of {of_set}"))
     return warnings
 
 

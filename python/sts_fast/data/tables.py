@@ -2,7 +2,7 @@
 
 | file             | rows                                                                                             |
 |------------------|--------------------------------------------------------------------------------------------------|
-| .jsonl           | one object per line; blank lines are skipped                                                     |
+| .jsonl           | one object per line, blank lines are skipped; a list of rows, as in .json, is read too            |
 | .json            | a list of rows, id -> row, rows under `data`, `train`, `rows`, ..., or lines as in .jsonl        |
 | .csv, .tsv       | a header line, then rows, all values text; a .csv may be separated by `,`, `;`, tabs or `|`.      |
 |                  | Multiple choice without a header (question, options, letter) is read as MMLU's authors write it  |
@@ -34,10 +34,10 @@ from string import ascii_uppercase
 from typing import IO, Any
 
 from sts_fast import files
-from sts_fast.errors import InputError, listed
+from sts_fast.errors import InputError, UnusableRow, listed
 
 Row = dict[str, Any]
-# Row number from 1; the row's key, where the rows have keys; the row.
+# Row number from 1; the row's key, where the rows have keys; the row, or the error where it is damaged.
 NumberedRow = tuple[int, str | None, Any]
 
 ROW_LIST_KEYS = ("train", "data", "rows", "examples", "instances", "items", "questions")
@@ -85,10 +85,14 @@ class Table:
         return self.name
 
     @property
+    def is_text(self) -> bool:
+        """True of a file below a header line, all of whose values are text."""
+        return self.path is not None and (suffix_of(self.path) or "").startswith((".csv", ".tsv"))
+
+    @property
     def header_remedy(self) -> str:
         """The end of a message about unknown column names: how they come about in a file that has a header line."""
-        has_header = self.path is not None and (suffix_of(self.path) or "").startswith((".csv", ".tsv"))
-        return "; where its first line is a row, add a header line above it" if has_header else ""
+        return "; where its first line is a row, add a header line above it" if self.is_text else ""
 
     @cached_property
     def sha256(self) -> str:
@@ -172,10 +176,20 @@ def _decompressed(path: Path) -> IO[bytes] | gzip.GzipFile:
 
 def _json_line_rows(path: Path) -> Iterator[NumberedRow]:
     with _open(path) as stream:
+        is_list = next((line for line in stream if line.strip()), b"").lstrip().startswith(b"[")
+    if is_list:
+        yield from _document_rows(path)
+        return
+    with _open(path) as stream:
         for number, line in enumerate(stream, start=1):
             text = _decoded(line, path, number)
             if text.strip():
-                yield number, None, _parsed(text, path, number)
+                try:
+                    row = json.loads(text)
+                except (ValueError, RecursionError) as error:
+                    remedy = f"correct it ({_json_trouble(error)})"
+                    row = UnusableRow(f"{path}: line {number}", "text that is not JSON", remedy)
+                yield number, None, row
 
 
 def _json_rows(path: Path) -> Iterator[NumberedRow]:
@@ -183,10 +197,12 @@ def _json_rows(path: Path) -> Iterator[NumberedRow]:
         text = _decoded(stream.read(), path, None)
     if not text.strip():
         return
-    if _is_json_lines(text):
-        yield from _json_line_rows(path)
-        return
-    document = _parsed(text, path, None)
+    yield from _json_line_rows(path) if _is_json_lines(text) else _document_rows(path)
+
+
+def _document_rows(path: Path) -> Iterator[NumberedRow]:
+    with _open(path) as stream:
+        document = _parsed(_decoded(stream.read(), path, None), path)
     if isinstance(document, dict):
         splits = [key for key, rows in document.items() if key.lower() in SPLITS and isinstance(rows, list)]
         if len(splits) > 1:
@@ -249,17 +265,15 @@ def _delimited_rows(path: Path, delimiter: str | None) -> Iterator[NumberedRow]:
                 if not values:
                     continue
                 n_columns = n_columns or len(values)
+                where = f"{path}: row {number}"
                 if len(values) != n_columns:
-                    raise InputError(
-                        f"{path}: row {number} has {len(values)} values for {n_columns} columns; quote the values that "
-                        f"contain {_delimiter_name(delimiter)}"
-                    )
-                if header is None:
-                    if not _is_multiple_choice([values]):
-                        raise InputError(
-                            f"{path}: row {number} has the answer {values[-1]!r}, which is no letter of its options; "
-                            "correct it, or add a header line above the first"
-                        )
+                    reason = f"{len(values)} values for {n_columns} columns"
+                    remedy = f"quote the values that contain {_delimiter_name(delimiter)}"
+                    yield number, None, UnusableRow(where, reason, remedy)
+                elif header is None and not _is_multiple_choice([values]):
+                    reason = f"the answer {values[-1]!r}, which is no letter of its options"
+                    yield number, None, UnusableRow(where, reason, "correct it, or add a header line above the first")
+                elif header is None:
                     question, *choices, answer = values
                     yield number, None, {"question": question, "choices": choices, "answer": answer.strip()}
                 else:
@@ -344,7 +358,7 @@ def arrow_rows(batches: Iterable[Any]) -> Iterator[NumberedRow]:
 
 def json_file(path: Path) -> Any:
     try:
-        return _parsed(_decoded(path.read_bytes(), path, None), path, None)
+        return _parsed(_decoded(path.read_bytes(), path, None), path)
     except OSError as error:
         raise unreadable(path, error) from error
 
@@ -357,15 +371,17 @@ def _decoded(data: bytes, path: Path, number: int | None) -> str:
         raise InputError(f"{path}: line {at} is not UTF-8; convert the file to UTF-8") from error
 
 
-def _parsed(text: str, path: Path, number: int | None) -> Any:
+def _parsed(text: str, path: Path) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        at = error.lineno if number is None else number
-        raise InputError(f"{path}: line {at} is not JSON ({error.msg} at column {error.colno}); correct it") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets nested without end
-        at_line = "" if number is None else f" line {number}"
-        raise InputError(f"{path}:{at_line} contains JSON that cannot be read ({error}); correct it") from error
+    except (ValueError, RecursionError) as error:
+        line = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise InputError(f"{path}:{line} is not JSON ({_json_trouble(error)}); correct it") from error
+
+
+def _json_trouble(error: Exception) -> str:
+    """What is wrong with a text; besides its marks, a number of thousands of digits, or brackets without end."""
+    return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def unreadable(path: Path, error: Exception) -> InputError:

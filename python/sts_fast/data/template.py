@@ -14,7 +14,7 @@ import numpy as np
 from sts_fast.data import fitting
 from sts_fast.data.fitting import Fit
 from sts_fast.data.turns import REASONING_KEYS, Turn, messages_of
-from sts_fast.errors import InputError
+from sts_fast.errors import InputError, listed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -251,7 +251,10 @@ class PromptTemplate:
         try:
             return FIXED_DATE + str(self.tokenizer.get_chat_template(tools=tools))
         except ValueError as error:  # several templates, none of them the default
-            raise InputError(f"the model's tokenizer does not say which chat template to use: {error}") from error
+            raise InputError(
+                f"the model's tokenizer has the chat templates {listed(self.tokenizer.chat_template)} and none is "
+                "called default: rename one of them in its tokenizer_config.json"
+            ) from error
 
     @cached_property
     def _tool_template(self) -> str:
@@ -303,9 +306,10 @@ class PromptTemplate:
 
 def plain_text(turns: Sequence[Turn]) -> str:
     """Question and answer text for models without a chat template; it ends with "Answer:" where the answer is due."""
-    forms = {"user": "Question: {}\nAnswer:", "assistant": " {}\n\n"}
+    forms = {"user": "Question: {}\n", "assistant": "Answer: {}\n\n"}
     texts = ((turn.role, "\n\n".join(filter(None, [turn.reasoning, turn.text]))) for turn in turns)
-    return "".join(forms.get(role, "{}\n\n").format(text) for role, text in texts).rstrip("\n")
+    text = "".join(forms.get(role, "{}\n\n").format(text) for role, text in texts).rstrip("\n")
+    return text if turns and turns[-1].role == "assistant" else f"{text}\nAnswer:"
 
 
 def token_owners(offsets: IntArray, text: str, spans: Sequence[tuple[int, int]]) -> IntArray:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sts_fast.data.values import encodable, kind_of
-from sts_fast.errors import InputError, UnusableRow
+from sts_fast.data.values import encodable, kind_of, parsed
+from sts_fast.errors import UnusableRow, listed
 
 ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -22,8 +22,10 @@ ROLES = {
 HEAD_ROLES = ("tools", "system")
 
 ROLE_KEYS = ("role", "from", "speaker")
-CONTENT_KEYS = ("content", "value", "text")
+CONTENT_KEYS = ("content", "value", "text", "parts")
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+# With these at 0 or false, trainers leave a turn out: OpenAI, ms-swift, Axolotl.
+WEIGHT_KEYS = ("weight", "loss", "train")
 # A turn may also be {"human": "..."}; words that other records use as keys are not taken for speakers.
 SPEAKER_KEYS = ("system", "user", "human", "prompter", "assistant", "gpt", "chatgpt", "bot")
 
@@ -53,6 +55,7 @@ class Turn:
     reasoning:    what the assistant thinks before it replies, where that is apart from the content
     tool_calls:   what the assistant calls behind its content
     name, tool_call_id: of a tool's result: the tool, and the call that it answers; may be empty
+    is_trained:   False of a reply that its data set excludes from training: it is shown, but is no answer
     """
 
     role: str
@@ -61,6 +64,7 @@ class Turn:
     tool_calls: tuple[ToolCall, ...] = ()
     name: str = ""
     tool_call_id: str = ""
+    is_trained: bool = True
 
     @property
     def text(self) -> str:
@@ -78,7 +82,7 @@ def parsed_turns(value: Any, where: str) -> list[Turn]:
 
     Turns are {role, content}, {from, value}, {speaker, text} or {"human": ..., "assistant": ...}. Thoughts and tool
     calls that are turns of their own, as in harmony's channels and in ShareGPT, join the turn that they lead to.
-    Raises InputError for unknown roles, and for content other than text.
+    Raises UnusableRow for unknown roles, and for content other than text.
     """
     turns: list[Turn] = []
     for item in _items(value) or []:
@@ -110,32 +114,53 @@ def tools_turn(value: Any, where: str) -> Turn | None:
     return Turn("tools", encodable(json.dumps(schemas, ensure_ascii=False, default=str), where, "tools"))
 
 
-def reasoning_of(fields: Mapping[str, Any], where: str) -> str:
-    """What is written apart from a reply as its reasoning, in a message or in a row; empty where nothing is.
-
-    fields: by key, or by column name in lower case
-    Raises InputError where it is no text.
-    """
-    return next((_reasoning(fields[key], where) for key in REASONING_KEYS if fields.get(key)), "")
-
-
 def split_turns(turns: Sequence[Turn], where: str) -> tuple[list[Turn], str, list[Turn], Turn | None]:
     """(earlier turns, question, steps, reply).
 
-    The question is the last user turn that is replied to, else the last one. The reply is the last turn of the
-    assistant before the user speaks again; the steps are the calls and results between them.
+    The question is the last user turn with a reply to train on, else the last one. The reply is the last such turn of
+    the assistant before the user speaks again; the steps are the calls and results between them.
+    Raises UnusableRow where the user says nothing.
     """
     users = [i for i, turn in enumerate(turns) if turn.role == "user"]
     if not users:
-        raise InputError(f"{where} has no turn of the user; every conversation needs one")
+        raise UnusableRow(where, "no turn of the user", "every conversation needs one")
     ends = dict(zip(users, [*users[1:], len(turns)], strict=True))
     replies = {
-        at: max((i for i in range(at, end) if turns[i].role == "assistant"), default=None) for at, end in ends.items()
+        at: max((turns[i].is_trained, i) for i in range(at, end) if turns[i].role == "assistant")
+        for at, end in ends.items()
+        if any(turn.role == "assistant" for turn in turns[at:end])
     }
-    at = max((at for at, reply in replies.items() if reply is not None), default=users[-1])
-    reply = replies[at]
-    steps = turns[at + 1 : ends[at] if reply is None else reply]
-    return list(turns[:at]), turns[at].content, list(steps), None if reply is None else turns[reply]
+    at = max((at for at, (is_trained, _) in replies.items() if is_trained), default=users[-1])
+    is_trained, end = replies.get(at, (False, ends[at]))
+    return list(turns[:at]), turns[at].content, list(turns[at + 1 : end]), turns[end] if is_trained else None
+
+
+def history_turns(value: Any, where: str) -> list[Turn]:
+    """The turns of a `history` column: [question, answer] pairs, as Alpaca has them, or a conversation.
+
+    Raises UnusableRow where it is another list.
+    """
+    pairs = parsed(value)
+    if not isinstance(pairs, list):
+        return []  # a text under such a name may be any remark
+    if is_turns(pairs):
+        return parsed_turns(pairs, where)
+    if not all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in pairs
+    ):
+        raise UnusableRow(where, "a history that is no list of [question, answer] pairs", "correct it")
+    roles = ("user", "assistant")
+    return [
+        Turn(role, encodable(text, where, "history")) for pair in pairs for role, text in zip(roles, pair, strict=True)
+    ]
+
+
+def calls_turn(value: Any, where: str) -> list[Turn]:
+    """The turn of the assistant that a list of tool calls is; none of anything else."""
+    is_calls = isinstance(value, list) and value and all(isinstance(call, dict) for call in value)
+    if not is_calls or not all({"name", "arguments"} <= call.keys() for call in value):
+        return []
+    return [Turn("assistant", "", tool_calls=tuple(_calls(value, where)))]
 
 
 def messages_of(turns: Sequence[Turn]) -> list[dict[str, Any]]:
@@ -155,23 +180,24 @@ def messages_of(turns: Sequence[Turn]) -> list[dict[str, Any]]:
                 for call in turn.tool_calls
             ]
         message |= {key: text for key in ("name", "tool_call_id") if (text := getattr(turn, key))}
+        message |= {} if turn.is_trained else {"weight": 0}
         messages.append(message)
     return messages
 
 
 def check_no_media(fields: Mapping[str, Any], turns: Sequence[Turn], where: str) -> None:
-    """Raises InputError where a row has images, videos or audio beside its text.
+    """Raises UnusableRow where a row has images, videos or audio beside its text.
 
     fields: the row by column names in lower case
     """
     signs = [sign for sign in _MEDIA_SIGNS if any(sign in turn.content for turn in turns)]
     for name in MEDIA_COLUMNS:
-        value = fields.get(name)
+        value = parsed(fields.get(name))
         # A text under such a name may be any remark, unless the turns show where the image goes.
         if value in (None, "", [], {}) or (isinstance(value, str) and not signs and not name.endswith("s")):
             continue
         if isinstance(value, (str, list, dict, bytes)):
-            raise InputError(f"{where} has {name} in {name!r}; " + _MEDIA_REMEDY.format("that column"))
+            raise UnusableRow(where, f"{name} in {name!r}", _MEDIA_REMEDY.format(listed(["that column", *signs])))
 
 
 def _items(value: Any) -> list[Any] | None:
@@ -209,16 +235,24 @@ def _turns_of(item: Mapping[str, Any], where: str) -> list[Turn]:
     name = str(item[key]).strip().lower()
     role = ROLES.get(name)
     if role is None:
-        raise InputError(f"{where} has a turn of the unknown role {item[key]!r}; use system, user, assistant or tool")
+        reason = f"a turn of the unknown role {item[key]!r}"
+        raise UnusableRow(where, reason, "use system, user, assistant or tool")
     if role == "tools":
         if (declared := tools_turn(item.get("content"), where)) is None:
-            raise InputError(f"{where} has a turn of tools that is no list of functions; write each with its name")
+            raise UnusableRow(where, "a turn of tools that is no list of functions", "write each with its name")
         return [declared]
-    content, thoughts, calls = _content(next((item[key] for key in CONTENT_KEYS if key in item), None), where)
+    given = next((item[key] for key in CONTENT_KEYS if key in item), None)
+    if isinstance(given, list) and (results := [part for part in given if _is_result(part)]):
+        said = [part for part in given if not _is_result(part)]
+        turns = [_result(part, where) for part in results]
+        return [*turns, *(_turns_of({**item, "content": said}, where) if said else ())]
+    content, thoughts, calls = _content(given, where)
+    if not {*CONTENT_KEYS, *REASONING_KEYS, "tool_calls", "function_call"} & item.keys():
+        raise UnusableRow(where, f"a turn without content among {listed(item)}", "write its text as content")
     if role != "assistant":
         tool, call = (str(item.get(key) or "") if role == "tool" else "" for key in ("name", "tool_call_id"))
         return [Turn(role, content, name=tool, tool_call_id=call)]
-    thoughts.append(reasoning_of(item, where))
+    thoughts += [_reasoning(item[key], where) for key in REASONING_KEYS if item.get(key)][:1]
     for key in ("tool_calls", "function_call"):
         calls += _calls(item.get(key), where)
     recipient = str(item.get("recipient") or "")
@@ -229,7 +263,17 @@ def _turns_of(item: Mapping[str, Any], where: str) -> list[Turn]:
         content, thoughts = "", [*thoughts, content]
     elif name in ("function_call", "tool_call") and (loaded := _loaded(content)) is not content:
         content, calls = "", [*calls, *_calls(loaded, where)]
-    return [Turn(role, content, "\n\n".join(filter(None, thoughts)), tuple(calls))]
+    is_trained = not any(item.get(key) == 0 for key in WEIGHT_KEYS)
+    return [Turn(role, content, "\n\n".join(filter(None, thoughts)), tuple(calls), is_trained=is_trained)]
+
+
+def _is_result(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "tool_result"
+
+
+def _result(part: Mapping[str, Any], where: str) -> Turn:
+    """The turn of a tool's result that is a part of a user's message, as Anthropic's API has it."""
+    return Turn("tool", _content(part.get("content"), where)[0], tool_call_id=str(part.get("tool_use_id") or ""))
 
 
 def _only_thinks(turn: Turn) -> bool:
@@ -266,9 +310,7 @@ def _content(content: Any, where: str) -> tuple[str, list[str], list[ToolCall]]:
             texts.append(encodable(part["text"], where, "content"))
         else:
             kind = part.get("type") or next(iter(part), "nothing") if isinstance(part, dict) else kind_of(part)
-            raise InputError(
-                f"{where} has a turn with a part that is not text ({kind}); " + _MEDIA_REMEDY.format("the part")
-            )
+            raise UnusableRow(where, f"a turn with a part that is not text ({kind})", _MEDIA_REMEDY.format("the part"))
     return "\n".join(texts), thoughts, calls
 
 
@@ -283,7 +325,7 @@ def _call(value: Any, where: str) -> ToolCall:
     """A call as {"function": {name, arguments}} or {name, arguments}."""
     function = (value.get("function") or value) if isinstance(value, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise InputError(f"{where} has a tool call without a name; write it as name and arguments")
+        raise UnusableRow(where, "a tool call without a name", "write it as name and arguments")
     given: Any = next((function[key] for key in ("arguments", "parameters") if function.get(key) is not None), {})
     arguments = _loaded(given) if isinstance(given, str) else _without_nulls(given)
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False, default=str)

@@ -15,7 +15,8 @@ from sts_fast import files
 from sts_fast._version import __version__
 from sts_fast.data.columns import RowsBlock
 from sts_fast.data.folders import Origin
-from sts_fast.data.prompts import prompts_sha256
+from sts_fast.data.prompts import prompts_sha256, set_warnings
+from sts_fast.errors import listed
 from sts_fast.files import InputFile
 from sts_fast.forecast.blocks import ConcentrationBlock, ProvenanceBlock, SetBlock
 from sts_fast.forecast.dims import N_REPLICATES, Shift
@@ -97,7 +98,7 @@ def _forecast(
     warnings = [*plan.warnings, *filter(None, (fit.warning, fit.names)), *(f"SAE: {note}" for note in sae.notes)]
     prompt_sets = [shift.prompt_set, *(read.prompt_set for read in domain_reads)]
     warnings += plan.sets.warnings(shift.name)
-    warnings += [warning for prompt_set in prompt_sets for warning in prompt_set.warnings]
+    warnings += [*set_warnings(prompt_sets[:1]), *set_warnings(prompt_sets[1:])]
     untold = [prompt_set.name for prompt_set in prompt_sets if prompt_set.questions is None]
     if untold:
         warnings.append(
@@ -115,8 +116,8 @@ def _forecast(
     single = [prompt_set.name for prompt_set in prompt_sets if len(prompt_set.shown) == 1]
     if settings.demo_draws > 1 and single:
         warnings.append(
-            f"there are demonstrations for one draw only of {', '.join(single)}: the intervals do not say how much "
-            "other demonstrations would change; add answered examples, there or to --demos"
+            f"there are demonstrations for one draw only of {listed(single, most=4)}: the intervals do not say how "
+            "much other demonstrations would change; add answered examples, there or to --demos"
         )
     length = {name: _length_effect(domain_reads, shift.name, name) for name in settings.sizes} if domain_reads else {}
     warnings += [

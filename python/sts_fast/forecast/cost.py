@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from sts_fast.data.prompts import Prompt, PromptSet
+from sts_fast.data.prompts import Prompt, PromptSet, set_warnings
 from sts_fast.data.sets import Kind
 from sts_fast.files import Document
 from sts_fast.forecast.plan import Plan
@@ -78,15 +78,20 @@ class Cost:
 
 @dataclass(frozen=True)
 class Outlook:
-    """Sets that a forecast reads, in their order, and its cost."""
+    """Sets that a forecast reads, in their order, and its cost.
+
+    warnings: those of the sets, each once
+    """
 
     sets: list[PlannedSet]
     cost: Cost
+    warnings: list[str]
 
     @classmethod
     def of(cls, plan: Plan) -> Outlook:
         planned = planned_sets(plan)
-        return cls(planned, estimated_cost(plan, planned))
+        prompt_sets = [*plan.trains, *plan.domains, *plan.train_answers, *plan.domain_answers]
+        return cls(planned, estimated_cost(plan, planned), set_warnings(prompt_sets))
 
     def to_dict(self) -> Document:
         return asdict(self)
@@ -176,7 +181,7 @@ def _planned(plan: Plan, use: str, kind: Kind, prompt_set: PromptSet, budget: To
         n_rows=None if rows is None else rows.n_rows,
         left_out=None if rows is None else dict(rows.left_out),
         first=examples[0].question if examples else "",
-        warnings=list(prompt_set.warnings),
+        warnings=[*map(str, prompt_set.warnings)],
     )
 
 

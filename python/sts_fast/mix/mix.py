@@ -13,7 +13,7 @@ import numpy as np
 from sts_fast import files
 from sts_fast.data.examples import Example
 from sts_fast.data.options import Option
-from sts_fast.data.prompts import build_prompts
+from sts_fast.data.prompts import build_prompts, set_warnings
 from sts_fast.data.sets import (
     Drawing,
     DrawingOptions,
@@ -24,6 +24,7 @@ from sts_fast.data.sets import (
     Source,
     Sources,
     check_enough,
+    distinct,
 )
 from sts_fast.data.turns import messages_of
 from sts_fast.errors import InputError
@@ -219,6 +220,8 @@ def mix(
         name: [example for example in examples if example.answer is not None]
         for name, examples in {**sets.trains, **sets.domains}.items()
     }
+    # A row that repeats another one is no further example to add; the training set is trained on as it is.
+    pools |= {name: distinct(pools[name], with_answers=True) for name in sets.domains}
     names = [name for name in pools if name != TRAIN]
     if same := [name for name in names if pools[name] and pools[name] == pools[TRAIN]]:
         raise InputError(f"domain '{same[0]}' is the training set itself: leave it out of --domains")
@@ -319,9 +322,10 @@ def _measure(
         hooked, Features(loaded_sae), projection(loaded_sae.d_in, seed=seed), prompt_sets,
         tell=mixing.tell,
     )  # fmt: skip
-    for warning in kernel.warnings:
+    warnings = [*set_warnings(prompt_sets), *kernel.warnings]
+    for warning in warnings:
         mixing.tell_line(f"warning: {warning}")
-    return replace(kernel, warnings=[*filter(None, (fit.warning, fit.names)), *kernel.warnings])
+    return replace(kernel, warnings=[*filter(None, (fit.warning, fit.names)), *warnings])
 
 
 def _scores(run: str | Path, names: Sequence[str], estimator: str | None) -> Doubles:

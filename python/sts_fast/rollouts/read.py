@@ -33,7 +33,7 @@ from sts_fast.data.sources import Places, origin_of
 from sts_fast.data.tables import Row, Table, exists, listdir, suffix_of
 from sts_fast.data.turns import Turn, is_turns, messages_of, parsed_turns
 from sts_fast.data.values import ABSENT, encodable, is_missing, kind_of, lookup
-from sts_fast.errors import InputError, listed
+from sts_fast.errors import InputError, UnusableRow, listed
 from sts_fast.signed.objectives import group_advantages, group_spread
 
 if TYPE_CHECKING:
@@ -155,6 +155,8 @@ def load_rollouts(source: Places, columns: Columns = Columns()) -> Rollouts:
         reader = _RowReader(table, columns)
         for number, _, row in table.read():
             where = f"{table}: row {number}"
+            if isinstance(row, UnusableRow):
+                raise row
             if not isinstance(row, dict):
                 raise InputError(f"{where} is {kind_of(row)}; every row must be an object with named fields")
             n_rows += 1

@@ -14,7 +14,7 @@ import numpy as np
 from sts_fast import files
 from sts_fast._version import __version__
 from sts_fast.data.examples import Example
-from sts_fast.data.prompts import Prompt, PromptSet, prompts_sha256
+from sts_fast.data.prompts import Prompt, PromptSet, SetWarning, prompts_sha256
 from sts_fast.data.sets import Kind
 from sts_fast.data.template import PromptTemplate
 from sts_fast.data.turns import Turn
@@ -64,7 +64,7 @@ class StoredSet:
     n_prompts: int
     n_too_long: int = 0
     n_unanswered: int = 0
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[SetWarning, ...] = ()
     shown: tuple[tuple[str, ...], ...] = ()
     examples_sha256: str | None = None
     demos_sha256: str | None = None
@@ -144,7 +144,7 @@ def _set(entry: Mapping[str, Any]) -> StoredSet:
         n_prompts=int(entry["n_prompts"]),
         n_too_long=int(entry.get("n_too_long", 0)),
         n_unanswered=int(entry.get("n_unanswered", 0)),
-        warnings=tuple(map(str, entry.get("warnings", ()))),
+        warnings=tuple(SetWarning(**warning) for warning in entry.get("warnings", ())),
         shown=tuple(tuple(map(str, of_draw)) for of_draw in entry.get("shown", ())),
         examples_sha256=entry.get("examples_sha256"),
         demos_sha256=entry.get("demos_sha256"),
