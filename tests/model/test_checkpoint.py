@@ -92,6 +92,10 @@ ADAPTERS: dict[str, Callable[[], Any]] = {
         target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
     ),
     "LoHa": lambda: peft().LoHaConfig(r=4, target_modules=ATTENTION, task_type="CAUSAL_LM"),
+    "BOFT": lambda: peft().BOFTConfig(boft_block_size=4, target_modules=ATTENTION),
+    "HRA": lambda: peft().HRAConfig(r=4, target_modules=ATTENTION),
+    "FourierFT": lambda: peft().FourierFTConfig(n_frequency=50, scaling=10.0, target_modules=ATTENTION),
+    "norms": lambda: peft().LNTuningConfig(target_modules=["input_layernorm"]),
 }
 
 
@@ -223,6 +227,23 @@ def test_adapters_that_add_to_prompts_are_refused_by_name(tmp_path: Path) -> Non
         with pytest.raises(InputError, match=f"of the kind {config.peft_type.value}, which adds to prompts") as e:
             load_decoder(tmp_path / f"{i}", 1, device="cpu")
         one_sentence(e)
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ({"alora_invocation_tokens": [5]}, "works behind its invocation tokens only"),
+        ({"layer_replication": [[0, 3], [1, 4]]}, "repeats layers of its base"),
+    ],
+)
+def test_lora_that_does_more_than_change_weights_is_refused_by_name(
+    option: dict[str, Any], reason: str, adapter: Callable[..., tuple[Path, Any]]
+) -> None:
+    folder, _ = adapter("LoRA")
+    change_json(folder / "adapter_config.json", **option)
+    with pytest.raises(InputError, match=f"of the kind LORA with {next(iter(option))}, which {reason} and cannot") as e:
+        load_decoder(folder, 1, device="cpu")
+    one_sentence(e)
 
 
 def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
