@@ -200,7 +200,8 @@ class Files:
             file = next(of_name, next(iter(self._absent.values()), None))
             if file is None:
                 raise InputError(
-                    f"{self.checkpoint} lacks the weights {listed(sorted(missing)[:3])}: copy or download it again"
+                    f"{self.checkpoint} lacks the weights {listed(sorted(missing)[:3])}: "
+                    "it is incomplete, copy or download it again"
                 )
             if re.search(r"\.\d+\.", name):
                 raise InputError(absent_text(self.checkpoint, file, [name]))
