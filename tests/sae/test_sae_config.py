@@ -272,6 +272,7 @@ def test_single_heads_are_refused(key: str, tmp_path: Path) -> None:
         ({"center_writing_weights": True, "fold_ln": True}, "center_writing_weights=True, fold_ln=True"),
         ({"center_writing_weights": False, "fold_ln": False}, ""),
         ({"dtype": "bfloat16", "n_devices": 2}, ""),
+        ({"center_unembed": True}, ""),  # changes the head alone
     ],
 )
 @pytest.mark.parametrize("place", ["config", "metadata"])
