@@ -22,7 +22,8 @@ from sts_fast.data.turns import Turn
 from sts_fast.demo import organism
 from sts_fast.demo.organism import autoencoder, training, world
 from sts_fast.demo.organism import model as language_model
-from sts_fast.model.language_model import capture, load_decoder, load_tokenizer
+from sts_fast.model.checkpoint import Checkpoint
+from sts_fast.model.language_model import capture, load_decoder
 from sts_fast.places import split_name
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def loaded() -> Loaded:
 
 @pytest.fixture(scope="module")
 def template() -> PromptTemplate:
-    return PromptTemplate(load_tokenizer(organism.model_folder()))
+    return PromptTemplate(Checkpoint(organism.model_folder()).tokenizer)
 
 
 @pytest.fixture(scope="module")

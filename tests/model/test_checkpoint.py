@@ -22,7 +22,7 @@ import sts_fast
 from sts_fast.errors import InputError
 from sts_fast.model import checkpoint as checkpoint_module
 from sts_fast.model.checkpoint import Checkpoint
-from sts_fast.model.language_model import LanguageModel, load_decoder, load_language_model, load_tokenizer
+from sts_fast.model.language_model import LanguageModel, load_decoder, load_language_model
 from sts_fast.model.session import Reading, Session
 
 # PEFT uses what transformers deprecates, and warns of it.
@@ -92,6 +92,10 @@ ADAPTERS: dict[str, Callable[[], Any]] = {
         target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
     ),
     "LoHa": lambda: peft().LoHaConfig(r=4, target_modules=ATTENTION, task_type="CAUSAL_LM"),
+    "BOFT": lambda: peft().BOFTConfig(boft_block_size=4, target_modules=ATTENTION),
+    "HRA": lambda: peft().HRAConfig(r=4, target_modules=ATTENTION),
+    "FourierFT": lambda: peft().FourierFTConfig(n_frequency=50, scaling=10.0, target_modules=ATTENTION),
+    "norms": lambda: peft().LNTuningConfig(target_modules=["input_layernorm"]),
 }
 
 
@@ -225,6 +229,23 @@ def test_adapters_that_add_to_prompts_are_refused_by_name(tmp_path: Path) -> Non
         one_sentence(e)
 
 
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ({"alora_invocation_tokens": [5]}, "works behind its invocation tokens only"),
+        ({"layer_replication": [[0, 3], [1, 4]]}, "repeats layers of its base"),
+    ],
+)
+def test_lora_that_does_more_than_change_weights_is_refused_by_name(
+    option: dict[str, Any], reason: str, adapter: Callable[..., tuple[Path, Any]]
+) -> None:
+    folder, _ = adapter("LoRA")
+    change_json(folder / "adapter_config.json", **option)
+    with pytest.raises(InputError, match=f"of the kind LORA with {next(iter(option))}, which {reason} and cannot") as e:
+        load_decoder(folder, 1, device="cpu")
+    one_sentence(e)
+
+
 def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -300,7 +321,7 @@ def test_a_forecast_on_an_adapter_is_that_on_the_merged_model(tiny: Tiny, tmp_pa
     wrapped = adapted(AutoModelForCausalLM.from_pretrained(tiny.model), ADAPTERS["LoRA"]())
     wrapped.save_pretrained(tmp_path / "adapter")
     wrapped.merge_and_unload().save_pretrained(tmp_path / "merged")
-    load_tokenizer(tiny.model).save_pretrained(tmp_path / "merged")
+    Checkpoint(tiny.model).tokenizer.save_pretrained(tmp_path / "merged")
     options: dict[str, Any] = {
         **{"sae": tiny.saes["standard"], "train": tiny.train, "domains": tiny.domains, "controls": "all"},
         **{"shots": 1, "domain_shots": 1, "top_n": 24, "limit": 10},
@@ -327,7 +348,7 @@ def test_a_tuned_model_with_another_tokenizer_is_refused(tiny: Tiny, tmp_path: P
 
 
 def test_a_tuned_model_with_more_tokens_is_read(tiny: Tiny, tmp_path: Path) -> None:
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny.tuned), load_tokenizer(tiny.tuned)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny.tuned), Checkpoint(tiny.tuned).tokenizer
     expected = hidden(model, LAYER)
     tokenizer.add_tokens(["<tool>"])
     model.resize_token_embeddings(len(tokenizer))
@@ -436,7 +457,7 @@ def test_a_gguf_file_and_its_folder(tmp_path: Path) -> None:
         expected = gguf.quants.dequantize(stored[name].data, stored[name].tensor_type)
         np.testing.assert_array_equal(weight.detach().numpy(), expected)
     assert decoder.residuals([IDS])[0][0].shape == (len(IDS), 576)
-    assert load_tokenizer(tmp_path)("Hello world").input_ids == [19556, 905]
+    assert Checkpoint(tmp_path).tokenizer("Hello world").input_ids == [19556, 905]
     assert Checkpoint(tmp_path).gguf == "model.gguf"
     (tmp_path / "second.gguf").symlink_to(file)
     with pytest.raises(InputError, match=r"has several GGUF files .model\.gguf, second\.gguf.: give one of them"):

@@ -104,22 +104,24 @@ def test_a_folder_of_batches(below: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sae", "reason"),
     [
-        (make_sae(model="google/gemma-2-9b"), "it is of google/gemma-2-9b"),
-        (make_sae(model="gemma-2b"), "it is of gemma-2b"),
-        (make_sae(model="google/gemma-2-2b-it"), "it is of google/gemma-2-2b-it"),
-        (make_sae(model="stories260K"), "it is of stories260K"),
-        (make_sae(hook="blocks.2.hook_resid_post"), r"it reads at blocks\.2\.hook_resid_post"),
-        (make_sae(hook="model.layers.19"), r"it reads at model\.layers\.19"),
-        (make_sae(hook="blocks.20.hook_mlp_out"), r"it reads at blocks\.20\.hook_mlp_out"),
-        (make_sae(hook="blocks.20.attn.hook_z"), r"it reads at blocks\.20\.attn\.hook_z"),
-        (make_sae(width=65_536), "it has 65536 features"),
-        (make_sae(width=512), "it has 512 features"),
-        (make_sae(neuronpedia="gemma-2-2b/20-gemmascope-res-65k"), "it is gemma-2-2b/20-gemmascope-res-65k"),
+        (make_sae(model="google/gemma-2-9b"), "is of google/gemma-2-9b"),
+        (make_sae(model="gemma-2b"), "is of gemma-2b"),
+        (make_sae(model="google/gemma-2-2b-it"), "is of google/gemma-2-2b-it"),
+        (make_sae(model="stories260K"), "is of stories260K"),
+        (make_sae(hook="blocks.2.hook_resid_post"), r"reads at blocks\.2\.hook_resid_post"),
+        (make_sae(hook="model.layers.19"), r"reads at model\.layers\.19"),
+        (make_sae(hook="blocks.20.hook_mlp_out"), r"reads at blocks\.20\.hook_mlp_out"),
+        (make_sae(hook="blocks.20.attn.hook_z"), r"reads at blocks\.20\.attn\.hook_z"),
+        (make_sae(width=65_536), "has 65536 features"),
+        (make_sae(width=512), "has 512 features"),
+        (make_sae(neuronpedia="gemma-2-2b/20-gemmascope-res-65k"), "is gemma-2-2b/20-gemmascope-res-65k"),
     ],
 )
 def test_labels_of_another_sae_are_refused_by_name(sae: SAE, reason: str, tmp_path: Path) -> None:
     labels = Labels.read(write(tmp_path / "labels.jsonl", "lines"))
-    with pytest.raises(InputError, match=f"does not label the SAE an SAE: .*gemma-2-2b/{SOURCE}, but {reason}: give"):
+    with pytest.raises(
+        InputError, match=f"does not label the SAE an SAE: .*gemma-2-2b/{SOURCE}, but this SAE {reason}: give"
+    ):
         labels.of(sae, "")
 
 
@@ -146,7 +148,7 @@ def test_labels_of_the_sae_itself(name: str, sae: SAE) -> None:
 
 def test_the_model_that_is_read_decides_where_the_sae_names_none() -> None:
     assert Source(MODEL, SOURCE).mismatch(make_sae(model=""), "google/gemma-2-2b-it") is None
-    assert Source(MODEL, SOURCE).mismatch(make_sae(model=""), "google/gemma-2-9b") == "it is of google/gemma-2-9b"
+    assert Source(MODEL, SOURCE).mismatch(make_sae(model=""), "google/gemma-2-9b") == "is of google/gemma-2-9b"
 
 
 def test_the_sae_of_several_in_a_file(tmp_path: Path) -> None:
@@ -155,7 +157,7 @@ def test_the_sae_of_several_in_a_file(tmp_path: Path) -> None:
     labels = Labels.read(tmp_path / "a.jsonl")
     assert labels.of(make_sae(hook="blocks.2.hook_resid_post"), "") == {7: "of layer 2"}
     assert labels.of(make_sae(), "") == {7: "a second", 511: "the last"}
-    with pytest.raises(InputError, match=r"it labels .*, but it reads at .*; .*, but it reads at"):
+    with pytest.raises(InputError, match=r"it labels .*, but this SAE reads at .*; .*, but this SAE reads at"):
         labels.of(make_sae(hook="blocks.3.hook_resid_post"), "")
     (tmp_path / "a.jsonl").write_text(lines([*ROWS, row(7, "of a transcoder", layer="20-matryoshka-res-16k")]))
     with pytest.raises(InputError, match=r"labels several SAEs that may be an SAE .*: keep the labels of one"):
@@ -165,7 +167,9 @@ def test_the_sae_of_several_in_a_file(tmp_path: Path) -> None:
 def test_labels_that_name_no_sae(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps([{"index": 7, "description": "mine"}]))
     assert Labels.read(tmp_path / "a.json").of(make_sae(), "") == {7: "mine"}
-    with pytest.raises(InputError, match="an SAE without a name, but it has 5 features, and feature 7 is labelled"):
+    with pytest.raises(
+        InputError, match="an SAE without a name, but this SAE has 5 features, and feature 7 is labelled"
+    ):
         Labels.read(tmp_path / "a.json").of(make_sae(width=5), "")
 
 
@@ -199,7 +203,7 @@ def test_the_cases() -> None:
     assert two.of(sae, "")[3] == "layer 20 label 3"
     stories = make_sae(model="stories260K", hook="model.layers.2", width=512)
     for labels in (Labels.read(CASES / "other_model.jsonl"), two):
-        with pytest.raises(InputError, match=r"does not label the SAE an SAE: .*, but it is of stories260K"):
+        with pytest.raises(InputError, match=r"does not label the SAE an SAE: .*, but this SAE is of stories260K"):
             labels.of(stories, "")
 
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from sts_fast.data.prompts import Prompt
 from sts_fast.errors import InputError
-from sts_fast.model.language_model import LanguageModel, attention_sinks, capture, load_decoder, load_tokenizer
+from sts_fast.model.checkpoint import Checkpoint
+from sts_fast.model.language_model import LanguageModel, attention_sinks, capture, load_decoder
 
 MODELS = Path(__file__).parents[3] / "shared" / "assets" / "models"
 needs_assets = pytest.mark.skipif(not MODELS.is_dir(), reason="the published models are not beside the checkout")
@@ -189,7 +190,9 @@ def test_layers_above_and_the_head_are_not_loaded(
 def test_published_models(name: str, layers: tuple[int, ...]) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(MODELS / name).eval()
     text = "Once upon a time there was a little girl who liked to play in the park. " * 3
-    ids = np.asarray(load_tokenizer(MODELS / name)(text).input_ids[: model.config.max_position_embeddings], np.int32)
+    ids = np.asarray(
+        Checkpoint(MODELS / name).tokenizer(text).input_ids[: model.config.max_position_embeddings], np.int32
+    )
     for layer in layers:
         captured = load_decoder(MODELS / name, layer, device="cpu").residuals([ids[:3], ids])[0]
         with torch.no_grad():
@@ -526,7 +529,7 @@ def test_device_that_is_not_there(saved: Callable[[str], Path]) -> None:
 
 def test_missing_tokenizer(saved: Callable[[str], Path]) -> None:
     with pytest.raises(InputError, match=r"cannot load the .*llama") as e:
-        load_tokenizer(saved("llama"))
+        _ = Checkpoint(saved("llama")).tokenizer
     one_sentence(e)
 
 

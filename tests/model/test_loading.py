@@ -221,6 +221,71 @@ def test_weights_without_a_place_are_refused_by_name(kind: str, load: Callable[.
     one_sentence(e)
 
 
+WHOLE_NUMBERS = {
+    "int8": (torch.int8, "up_proj"),
+    "packed in uint8": (torch.uint8, "q_proj"),
+    "int16": (torch.int16, "embed_tokens"),
+    "int64": (torch.int64, "input_layernorm"),
+}
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("kind", WHOLE_NUMBERS)
+def test_whole_numbers_without_their_scales_are_refused_by_name(kind: str, pickled: bool, tmp_path: Path) -> None:
+    """Weights that were quantised, and have lost the config that says how."""
+    dtype, part = WHOLE_NUMBERS[kind]
+    model = make()
+    for name, tensor in model.state_dict().items():
+        if part in name:
+            model.get_submodule(name.rpartition(".")[0]).weight = torch.nn.Parameter(
+                (tensor * 100).to(dtype), requires_grad=False
+            )
+    save_sharded(model, tmp_path, pickled=pickled)
+    with pytest.raises(InputError, match=rf"has whole numbers \(\w*\.?\w+\) as model\..*{part}\.weight, and its") as e:
+        load_decoder(tmp_path, 1, device="cpu")
+    one_sentence(e)
+
+
+def test_whole_numbers_that_are_no_weights(tmp_path: Path) -> None:
+    """Masks and positions, as older versions of transformers saved them, and layers above the hook."""
+    model = make()
+    model.save_pretrained(tmp_path)
+    own = {
+        "model.layers.0.self_attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8),
+        "model.position_ids": torch.arange(8),
+        f"model.layers.{N_LAYERS - 1}.mlp.up_proj.weight": torch.ones(48, D_MODEL, dtype=torch.int8),
+    }
+    change_weights(tmp_path, lambda tensors: tensors.update(own))
+    assert_reads(load_decoder(tmp_path, 1, device="cpu"), model, 1)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "weight"),
+    [
+        ("vocab_size", 59, "embed_tokens"),
+        ("intermediate_size", 40, "mlp.down_proj"),
+        ("num_key_value_heads", 4, "k_proj"),
+    ],
+)
+def test_a_config_of_other_sizes(key: str, value: int, weight: str, tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(InputError, match=rf"has .*{weight}\.weight of shape \[\d+, \d+\], but LlamaModel of its") as e:
+        load_decoder(tmp_path, 1, device="cpu")
+    one_sentence(e)
+
+
+@pytest.mark.parametrize("content", ["version https://git-lfs.github.com/spec/v1\n", "", "cut"])
+def test_a_damaged_file_or_a_pointer_to_it(content: str, tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000] if content == "cut" else content.encode())
+    with pytest.raises(InputError, match=r"its files are damaged, or pointers of Git LFS; copy or download them") as e:
+        load_decoder(tmp_path, 1, device="cpu")
+    one_sentence(e)
+
+
 def test_weights_of_other_parts_are_left_out(tmp_path: Path) -> None:
     """Layers and heads beyond the model's, what is no weight, and other towers: as checkpoints have them."""
     model = make()

@@ -112,9 +112,12 @@ def test_of_another_layer(tmp_path: Path) -> None:
 
 
 def test_of_another_model(tmp_path: Path) -> None:
-    fit = fit_of(trained(tmp_path / "sae", states(make_model(1), LAYER)), make_model())
+    sae = trained(tmp_path / "sae", states(make_model(1), LAYER))
+    fit = fit_of(sae, make_model())
     assert not fit.fits
     assert "is it of another model or layer" in fit.warning
+    assert "--norm-scaling-factor" not in fit.warning  # which this SAE does not take
+    assert "(give --norm-scaling-factor then)?" in fit_of(replace(sae, needs_scaling=True), make_model()).warning
 
 
 @pytest.mark.parametrize("told", [True, False])

@@ -15,6 +15,7 @@ from sparse_features import check_alike, dense
 import sts_fast
 from sts_fast.errors import InputError
 from sts_fast.sae import load_sae
+from sts_fast.sae.load import NO_PLACE
 
 CASE = Path(__file__).parents[3] / "shared" / "cases" / "24_circuit_tracer"
 needs_case = pytest.mark.skipif(not CASE.is_dir(), reason="the cases are not beside the checkout")
@@ -87,7 +88,8 @@ def test_without_a_config_or_under_another_name(tmp_path: Path) -> None:
         folder = write(tmp_path / f"{name}{len(more)}{'_'.join(more)}", tensors(*more), None, name)
         sae = load_sae(folder)
         assert (sae.hook_name, sae.target_hook_name) == ("", "unknown")
-        assert "give --layer or --hook" in sae.notes[0]
+        assert sae.notes == (NO_PLACE,)
+        assert load_sae(folder, layer=2).notes == ()
         check(folder, tensors(*more))
 
 

@@ -272,12 +272,13 @@ def test_single_heads_are_refused(key: str, tmp_path: Path) -> None:
         ({"center_writing_weights": True, "fold_ln": True}, "center_writing_weights=True, fold_ln=True"),
         ({"center_writing_weights": False, "fold_ln": False}, ""),
         ({"dtype": "bfloat16", "n_devices": 2}, ""),
+        ({"center_unembed": True}, ""),  # changes the head alone
     ],
 )
 @pytest.mark.parametrize("place", ["config", "metadata"])
 def test_models_that_were_changed_before_training(place: str, given: dict[str, Any], note: str, tmp_path: Path) -> None:
     options = {"model_from_pretrained_kwargs": given}
-    sae = load_sae(write_sae(tmp_path, config=options if place == "config" else {"metadata": options}))
+    sae = load_sae(write_sae(tmp_path, config=options if place == "config" else {"metadata": options}), layer=2)
     if not note:
         assert sae.notes == ()
         return

@@ -16,6 +16,7 @@ import sts_fast
 from sts_fast.errors import InputError
 from sts_fast.sae import load_sae
 from sts_fast.sae.dictionary_learning import CLASSES, READS_INPUT, UNTRAINED_THRESHOLD
+from sts_fast.sae.load import NO_PLACE
 
 RECORDED = Path(__file__).parents[1] / "recorded" / "dictionary_learning"
 TOLD_BY_CONFIG_ONLY = ("AutoEncoderTopK", "BatchTopKSAE")
@@ -74,7 +75,7 @@ def test_options_of_all_trainers_are_ignored(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("io", "hook", "notes"),
-    [("out", "blocks.3.hook_resid_post", ()), ("in", "", (READS_INPUT,)), ("in_and_out", "", ())],
+    [("out", "blocks.3.hook_resid_post", ()), ("in", "", (NO_PLACE, READS_INPUT)), ("in_and_out", "", ())],
 )
 def test_the_side_that_was_read(io: str, hook: str, notes: tuple[str, ...], tmp_path: Path) -> None:
     folder = copy("AutoEncoder", tmp_path / "sae")

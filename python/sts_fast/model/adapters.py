@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     import torch
 
 PREFIX = "base_model.model."
+# Options of LoRA with which it does more than change weights.
+NOT_MERGED = {
+    "alora_invocation_tokens": "works behind its invocation tokens only",
+    "layer_replication": "repeats layers of its base",
+}
 COPIES = re.compile(r"\.(modules_to_save|original_module)\b")
 
 
@@ -31,10 +36,13 @@ def merge(checkpoint: Checkpoint, model: Any, n_layers: int) -> torch.nn.Module:
         warnings.simplefilter("ignore")  # what PEFT warns of is checked here
         config = peft.PeftConfig.from_pretrained(checkpoint.folder)
         kind = str(getattr(config.peft_type, "value", config.peft_type))
+        reasons = {f"{kind} with {key}": why for key, why in NOT_MERGED.items() if getattr(config, key, None)}
         if config.is_prompt_learning or kind in ("ADAPTION_PROMPT", "XLORA"):
+            reasons[kind] = "adds to prompts or layers"
+        for name, why in reasons.items():
             raise InputError(
-                f"{checkpoint} is an adapter of the kind {kind}, which adds to prompts or layers and cannot be merged "
-                "into weights: give one that changes weights, such as LoRA"
+                f"{checkpoint} is an adapter of the kind {name}, which {why} and cannot be merged into weights: give "
+                "one that changes weights, such as plain LoRA"
             )
         if any(parameter.is_meta for parameter in model.parameters()):
             raise InputError(
@@ -48,10 +56,9 @@ def merge(checkpoint: Checkpoint, model: Any, n_layers: int) -> torch.nn.Module:
                 raise InputError(f"the adapter {checkpoint} has no tensors: copy it again")
             return model  # type: ignore[no-any-return]  # it changes none of the layers that are read
         _resize(model, kept)
-        modules = {name for name, _ in model.named_modules()}
         # An adapter of the decoder without its head names the modules from there.
-        named = [_module(name) for name in kept]
-        target = model if any(name in modules for name in named) else model.base_model
+        parts = {name for name, _ in model.named_children()}
+        target = model if any(_plain(name).partition(".")[0] in parts for name in kept) else model.base_model
         wrapped = peft.PeftModel.from_pretrained(target, checkpoint.folder, config=config)
         loaded: Any = peft.set_peft_model_state_dict(wrapped, kept)
         # Where tokens were added, PEFT saves modules that are trained whole more than once.
@@ -73,12 +80,6 @@ def merge(checkpoint: Checkpoint, model: Any, n_layers: int) -> torch.nn.Module:
     for parameter in merged.parameters():
         parameter.requires_grad_(False)
     return model if target is not model else merged  # type: ignore[no-any-return]
-
-
-def _module(name: str) -> str:
-    """The module that a tensor of an adapter changes."""
-    path = _plain(name)
-    return re.sub(r"\.(lora_\w+|ia3_\w+|hada_\w+|lokr_\w+|oft_\w+|vera_\w+|weight|bias).*$", "", path)
 
 
 def _plain(name: str) -> str:

@@ -68,8 +68,9 @@ class Checkpoint:
         from transformers import AutoConfig
 
         if self.adapter is not None:
+            base = self.base
             try:
-                return self.base.config
+                return base.config
             except InputError as error:
                 raise InputError(
                     f"{error} (this is the base that {ADAPTER_CONFIG} of the adapter {self} names as "
@@ -148,7 +149,10 @@ class Checkpoint:
                 raise InputError(
                     f"{self} comes with Python code of its own: read that code, and give --trust-remote-code to run it"
                 ) from error
-            raise InputError(f"cannot load the model {self}: {one_line(error)}") from error
+            remedy = ""
+            if type(error).__name__ == "SafetensorError":
+                remedy = ": its files are damaged, or pointers of Git LFS; copy or download them again"
+            raise InputError(f"cannot load the model {self}: {one_line(error)}{remedy}") from error
         finally:
             accelerate.setLevel(saved_level)
             transformers_logging.set_verbosity(verbosity)

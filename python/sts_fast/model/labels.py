@@ -42,31 +42,31 @@ class Source:
         return "/".join(filter(None, (self.model, self.name)))
 
     def mismatch(self, sae: SAE, model: str) -> str | None:
-        """The first thing in which it differs from an SAE, in words; None where they may be the same.
+        """An SAE's first difference from it, such as "has 256 features"; None where they may be the same.
 
         model: name of the model that is read, for an SAE whose files do not name one
         """
         known = sae.metadata.get("neuronpedia_id")
         if isinstance(known, str) and "/" in known and self.model and self.name:
-            return None if known.lower() == str(self).lower() else f"it is {known}"
+            return None if known.lower() == str(self).lower() else f"is {known}"
         same = same_model(self.model, sae.model_name or model) if self.model else True
         # A model in a folder may have any name, but an SAE names the model that it was trained on.
         if same is False or (same is None and sae.model_name):
-            return f"it is of {sae.model_name or model}"
+            return f"is of {sae.model_name or model}"
         if self.model and sae.model_name and is_chat(self.model) != is_chat(sae.model_name):
-            return f"it is of {sae.model_name}"
+            return f"is of {sae.model_name}"
         place, layer = split_name(sae.hook_name)
         number = re.match(r"\d+(?=-|$)", self.name)
         if number and layer is not None and int(number[0]) != layer:
-            return f"it reads at {sae.hook_name}"
+            return f"reads at {sae.hook_name}"
         words = set(re.split(r"[-_]", self.name.lower()))
         is_elsewhere = place in PLACES and any(place not in SITES[word] for word in words & SITES.keys())
         if TRANSCODERS & words:
             is_elsewhere = not sae.target_hook_name
         if is_elsewhere:
-            return f"it reads at {sae.hook_name}"
+            return f"reads at {sae.hook_name}"
         if (width := self.width) is not None and sae.d_sae not in width:
-            return f"it has {sae.d_sae} features"
+            return f"has {sae.d_sae} features"
         return None
 
     @property
@@ -113,11 +113,11 @@ class Labels:
         for source, labels in self.by_source.items():
             reason = source.mismatch(sae, model)
             if reason is None and source.width is None and max(labels) >= sae.d_sae:
-                reason = f"it has {sae.d_sae} features, and feature {max(labels)} is labelled"
+                reason = f"has {sae.d_sae} features, and feature {max(labels)} is labelled"
             if reason is None:
                 fitting.append(source)
             else:
-                others.append(f"{str(source) or 'an SAE without a name'}, but {reason}")
+                others.append(f"{str(source) or 'an SAE without a name'}, but this SAE {reason}")
         if not fitting:
             some = "; ".join(others[:3]) + ("; …" if len(others) > 3 else "")
             raise InputError(

@@ -31,7 +31,7 @@ from sts_fast.places import layer_of, split_name
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig
 
     from sts_fast.statistics import Doubles, IntArray
 
@@ -391,16 +391,6 @@ def load_language_model(
     for file, names in loaded.absent.items():
         raise InputError(absent_text(checkpoint, file, names))
     return loaded.model
-
-
-def load_config(source: str | Path | Checkpoint) -> PretrainedConfig:
-    """A model's config, from a local folder or the hub. Raises InputError where there is none."""
-    return checkpoint_of(source).config
-
-
-def load_tokenizer(source: str | Path | Checkpoint) -> PreTrainedTokenizerBase:
-    """A model's tokenizer, from a local folder or the hub. Raises InputError where there is none."""
-    return checkpoint_of(source).tokenizer
 
 
 def _truncate(config: PretrainedConfig, n_layers: int) -> None:

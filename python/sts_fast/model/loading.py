@@ -7,6 +7,7 @@ import re
 import shutil
 import tempfile
 import weakref
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,7 @@ def load(checkpoint: Checkpoint, auto_class: Any, config: PretrainedConfig, requ
             config=config,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             **source.options,
             **(
                 {}
@@ -83,8 +85,10 @@ def load(checkpoint: Checkpoint, auto_class: Any, config: PretrainedConfig, requ
     files.keep_for(model)
     if placement is not None:
         placement.keep_for(model)
+    _check_shapes(source, model, info["mismatched_keys"])
     absent = files.explain(info["missing_keys"])
     _check_unexpected(source, model, info["unexpected_keys"])
+    _check_dtypes(source, model, files)
     if checkpoint.adapter is not None:
         model = adapters.merge(checkpoint, model, request.n_layers)
     try:
@@ -92,6 +96,30 @@ def load(checkpoint: Checkpoint, auto_class: Any, config: PretrainedConfig, requ
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"{checkpoint} cannot be moved to the device '{device}': {one_line(error)}") from error
     return Loaded(model.eval(), absent)
+
+
+def _check_shapes(checkpoint: Checkpoint, model: torch.nn.Module, mismatched: Collection[tuple[str, Any, Any]]) -> None:
+    """Raises InputError for weights of another shape than the config describes: (name, stored shape, shape needed)."""
+    for name, stored, needed in sorted(mismatched):
+        raise InputError(
+            f"{checkpoint} has {name} of shape {list(stored)}, but {type(model).__name__} of its config.json needs "
+            f"{list(needed)}: give the config.json that belongs to these weights"
+        )
+
+
+def _check_dtypes(checkpoint: Checkpoint, model: torch.nn.Module, files: Files) -> None:
+    """Raises InputError for weights that are stored as whole numbers, though the model computes with fractions."""
+    if getattr(model, "is_quantized", False):  # transformers knows what they mean
+        return
+    fractional = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    for name, dtype in files.whole_numbers():
+        parts = name.split(".")
+        if any(".".join(parts[start:]) in fractional for start in range(len(parts))):
+            raise InputError(
+                f"{checkpoint} has whole numbers ({dtype}) as {name}, and its config.json has no quantization_config "
+                "that says what they mean: give the config.json that belongs to these weights, or weights that are not "
+                "quantised"
+            )
 
 
 def _check_unexpected(checkpoint: Checkpoint, model: torch.nn.Module, unexpected: set[str]) -> None:
@@ -129,7 +157,9 @@ class Files:
         self.checkpoint, self.folder = checkpoint, checkpoint.folder
         self._temporary: Path | None = None
         self._absent: dict[str, str] = {}  # file by weight
-        index = None if checkpoint.gguf else self._index()
+        first = None if checkpoint.gguf else self._first()
+        index = checkpoint.find(first) if first is not None and first.endswith(".json") else None
+        self._read = [] if first is None else [first]  # names of files with tensors
         if index is None:
             return
         try:
@@ -142,6 +172,7 @@ class Files:
                 f"{index} is not an index of weights by file ({one_line(error)}): copy it again"
             ) from error
         here = {name for name in files if _inside(name) and self._has(name, {of_weight[weight] for weight in needed})}
+        self._read = sorted(here)
         self._absent = {weight: of_weight[weight] for weight in needed if of_weight[weight] not in here}
         if here == files and "metadata" in content:  # transformers needs that key
             return
@@ -169,19 +200,33 @@ class Files:
             file = next(of_name, next(iter(self._absent.values()), None))
             if file is None:
                 raise InputError(
-                    f"{self.checkpoint} lacks the weights {listed(sorted(missing)[:3])}: the checkpoint is incomplete"
+                    f"{self.checkpoint} lacks the weights {listed(sorted(missing)[:3])}: "
+                    "it is incomplete, copy or download it again"
                 )
             if re.search(r"\.\d+\.", name):
                 raise InputError(absent_text(self.checkpoint, file, [name]))
             by_file.setdefault(file, []).append(name)
         return by_file
 
-    def _index(self) -> Path | None:
-        """The index of the files of weights, if there are several."""
+    def whole_numbers(self) -> Iterator[tuple[str, str]]:
+        """Names and dtypes of the tensors that are stored as whole numbers, from the files' tables of contents."""
+        import torch
+        from safetensors import safe_open
+
+        for path in filter(None, map(self.checkpoint.find, self._read)):
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt") as file:
+                    of_file = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+                yield from ((name, dtype) for name, dtype in of_file.items() if dtype[0] in "IU")
+            else:
+                tensors = torch.load(path, map_location="meta", weights_only=True)
+                yield from ((name, str(tensor.dtype)) for name, tensor in tensors.items() if "int" in str(tensor.dtype))
+
+    def _first(self) -> str | None:
+        """The file of all weights, or the index of several; None where there is none."""
         from transformers.utils.hub import has_file
 
-        first = next((name for name in WEIGHT_FILES if has_file(self.folder, name)), None)
-        return self.checkpoint.find(first) if first is not None and first.endswith(".json") else None
+        return next((name for name in WEIGHT_FILES if has_file(self.folder, name)), None)
 
     def _has(self, name: str, needed: set[str]) -> bool:
         """True if the file is here, or is needed and can be downloaded."""

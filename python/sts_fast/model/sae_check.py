@@ -203,9 +203,10 @@ def _low_variance(
         hedge = "" if best >= DOUBTFUL or "read it at" in words else ", or it is of another layer"
         return f"it explains {_percent(explained)} of the variance, but {_percent(best)} otherwise: {words}{hedge}"
     if explained < TOO_LOW:
+        remedy = " (give --norm-scaling-factor then)" if sae.needs_scaling else ""
         return (
             f"it explains {_percent(explained)} of the variance: is it of another model or layer, or trained on inputs "
-            "that were normalised (give --norm-scaling-factor then)?"
+            f"that were normalised{remedy}?"
         )
     return None
 

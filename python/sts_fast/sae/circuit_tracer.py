@@ -71,7 +71,6 @@ def read(path: Path, *, dtype: str | None = None) -> SAE:
         decoder=Decoder(W_dec, b_dec, W_skip),
         source=str(path),
         layout="circuit-tracer",
-        notes=() if has_place else (f"it has no {CONFIG_FILE} that says where it reads: give --layer or --hook",),
         origin={
             "architecture": "its tensors" if not activation else f"{CONFIG_FILE}: activation",
             "d_in": "W_enc",

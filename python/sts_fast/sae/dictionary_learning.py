@@ -42,7 +42,7 @@ OF_TRAINING = (
     "sparsity_function", "sparsity_queue_length", "n_sparsity_updates", "p_start", "p_end", "anneal_start",
     "anneal_end", "group_sizes",
 )  # fmt: skip
-READS_INPUT = "it reads the input of its submodule: give --layer or --hook"
+READS_INPUT = "it reads the input of its submodule, not its output"
 UNTRAINED_THRESHOLD = "its threshold is negative, as before training: it works as a ReLU SAE"
 
 

@@ -9,6 +9,8 @@ from sts_fast.errors import InputError
 from sts_fast.sae import detect, hub
 from sts_fast.sae.sae import SAE
 
+NO_PLACE = "its files do not say where in the model it reads: give --layer or --hook"
+
 
 def load_sae(
     source: str | Path,
@@ -54,4 +56,6 @@ def load_sae(
         hook = f"blocks.{layer}.hook_resid_post"
     if hook is not None:
         sae = replace(sae, hook_name=hook, origin={**sae.origin, "hook_name": "--layer or --hook"})
+    if not sae.hook_name:
+        sae = replace(sae, notes=(NO_PLACE, *sae.notes))
     return sae if norm_scaling_factor is None else sae.scaled(norm_scaling_factor)

@@ -69,9 +69,7 @@ def read(path: Path, *, dtype: str | None = None) -> SAE:
         architecture = "standard"
     subtracts = names["b_dec"] not in (None, "decoder.bias")
     b_dec = vector("b_dec", d_in)
-    notes = ["the file does not say where in the model it reads: give --layer or --hook"]
-    if b_dec.any():
-        notes.append(ASSUMED_B_DEC.format(name=names["b_dec"], taken="subtracted" if subtracts else "not subtracted"))
+    assumed = ASSUMED_B_DEC.format(name=names["b_dec"], taken="subtracted" if subtracts else "not subtracted")
     decoder = None
     if names["W_dec"] is not None:
         transposed = file.shapes[names["W_dec"]] == (d_in, d_sae)
@@ -88,7 +86,7 @@ def read(path: Path, *, dtype: str | None = None) -> SAE:
         source=str(path),
         layout="named tensors",
         needs_scaling=True,
-        notes=tuple(notes),
+        notes=(assumed,) if b_dec.any() else (),
         origin={
             "architecture": origin,
             "d_in": W_enc.name,

@@ -47,7 +47,6 @@ def read(path: Path, *, dtype: str | None = None) -> SAE:
     state.refuse_unread()
     file.refuse_unread()
     place = PUBLISHED.search(path.absolute().as_posix())
-    unknown = () if place else ("the file does not say where in the model it reads: give --layer or --hook",)
     has_activation = file.values.has("activation")
     said = f"{path.name}: activation" if has_activation else "assumed"
     return SAE(
@@ -62,7 +61,7 @@ def read(path: Path, *, dtype: str | None = None) -> SAE:
         decoder=None if W_dec is None else Decoder(W_dec, b_dec),
         source=str(path),
         layout="OpenAI",
-        notes=(*unknown, *(() if has_activation else (ASSUMED,))),
+        notes=() if has_activation else (ASSUMED,),
         origin={
             "architecture": said,
             "d_in": "encoder.weight",

@@ -47,13 +47,7 @@ FORGOTTEN_WHITENING = (
     "SAE was saved, the features are wrong"
 )
 # Options with which TransformerLens changes a model's weights, and with them what an SAE reads.
-PROCESSING = (
-    "center_writing_weights",
-    "fold_ln",
-    "center_unembed",
-    "fold_value_biases",
-    "refactor_factored_attn_matrices",
-)
+PROCESSING = ("center_writing_weights", "fold_ln", "fold_value_biases", "refactor_factored_attn_matrices")
 
 
 def read(folder: Path, *, dtype: str | None = None, overrides: Document | None = None) -> SAE:
