@@ -268,6 +268,7 @@ ROW = {"question_id": 1, "answer": "A", "category": "law"}
         ("x.csv", "a,b\n1,2\n", "has no column 'domain'"),
         ("x.csv", "domain,accuracy\n", "has no rows"),
         ("x.csv", "domain,accuracy\nlaw,high\n", "line 2: accuracy is 'high', not a number"),
+        ("x.csv", "domain;accuracy\nlaw;31,5\n", "line 2: accuracy is '31,5', not a number: write 31.5"),
         ("x.csv", "domain,accuracy\nlaw,NaN\n", "line 2: accuracy is 'NaN', not a number"),
         ("x.csv", "domain,accuracy\n,.5\n", "line 2 has no domain"),
         ("x.csv", "domain,accuracy\nlaw,.5\nlaw,.6\n", "line 3: the domain 'law' occurs twice"),

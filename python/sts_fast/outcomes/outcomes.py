@@ -23,6 +23,7 @@ from sts_fast.outcomes.metrics import (
     is_accuracy,
     lower_is_better,
     on_one_scale,
+    unit_of,
     with_plausible_stderr,
 )
 from sts_fast.outcomes.names import find_task, forms_of
@@ -100,7 +101,8 @@ def read_outcomes(
     metric: such as 'acc', 'exact_match,strict-match', or 'TASK=METRIC' for one task, or several of these; by default
       the first accuracy that each task has
 
-    Accuracies are read as shares of 1: percentages are divided by 100, and a warning says so.
+    Accuracies are read as shares of 1: percentages are divided by 100, and a warning says so where only the numbers
+    tell that they are percentages.
 
     Raises InputError, in one sentence, for files that cannot be read or do not belong together.
     """
@@ -124,7 +126,7 @@ def read_outcomes(
         raise InputError(f"{before} and {after} share no domain with {notes.wanted}: {notes.without_outcome()}")
     compared = [pair for pair in pairs if pair[0] in outcomes]
     mismatches = [*made_differently(compared), *notes.mismatches()]
-    warnings = [warning for evaluation in evaluations for warning in evaluation.warnings]
+    warnings = dict.fromkeys(warning for evaluation in evaluations for warning in evaluation.warnings)
     own_names = {name: first.own_name for name, first, _ in compared if first.own_name not in (None, name)}
     models = [evaluation.models[0] if evaluation.models else None for evaluation in evaluations]
     return Outcomes(
@@ -158,11 +160,13 @@ def cautions(outcomes: Mapping[str, Outcome]) -> Iterator[str]:
         )
     if unknown := [name for name, outcome in outcomes.items() if outcome.stderr is None]:
         yield f"no standard error for {listed(unknown)}: the noise of the evaluation is not known"
-    metrics = sorted({outcome.metric for outcome in outcomes.values()})
-    if len(metrics) > 1:
-        others = [name for name, outcome in outcomes.items() if not is_accuracy(outcome.metric)]
-        units = f", and changes of {listed(others)} are no shares of right answers" if others else ""
-        yield f"domains are measured by different metrics ({', '.join(metrics)}){units}: choose one with --metric"
+    units = {name: unit_of(outcome.metric) for name, outcome in outcomes.items()}
+    if len({*units.values()}) > 1:
+        others = listed(f"{name} ({unit})" for name, unit in units.items() if unit != "accuracy")
+        yield (
+            f"changes of {others} are no shares of right answers, and their sizes cannot be compared with those of "
+            "other domains: choose metrics of one kind with --metric TASK=METRIC"
+        )
     shares = {name: max(outcome.unparsed) for name, outcome in outcomes.items() if outcome.unparsed}
     if shares and max(shares.values()) > 0:
         worst = max(shares, key=lambda name: shares[name])
