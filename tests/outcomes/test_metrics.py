@@ -261,6 +261,24 @@ def test_other_readings_of_the_same_answers(
         assert "the format of the answers changed too, not the ability alone" in said[0]
 
 
+def test_readings_that_part_alike_in_many_tasks_are_said_once(tmp_path: Path) -> None:
+    strict, free = "exact_match,strict-match", "exact_match,flexible-extract"
+    # In 20 tasks only the format changed, in 10 more the ability too.
+    changes = {f"task_{i}": 0.01 if i < 20 else 0.2 for i in range(30)}
+    folders = pair(
+        tmp_path, {name: {strict: 0.7, free: 0.71} for name in changes},
+        {name: {strict: 0.2, free: 0.71 + change} for name, change in changes.items()},
+    )  # fmt: skip
+    outcomes = read_outcomes(*folders)
+    alone, beside = (warning for warning in outcomes.warnings if "same answers in more formats" in warning)
+    assert alone.startswith("task_0: ")
+    assert "not the ability; the latter is compared" in alone
+    assert alone.endswith("; so in task_1, task_2, task_3, task_4, task_5, task_6, task_7, task_8 and 11 more")
+    assert beside.startswith("task_20: ")
+    assert beside.endswith("task_28 and 1 more")
+    assert all(outcomes.domains[name].change == pytest.approx(change) for name, change in changes.items())
+
+
 # ---- groups, and numbers that are none
 
 

@@ -187,6 +187,11 @@ def test_questions_that_differ_are_left_out(tmp_path: Path) -> None:
     outcomes = read_outcomes(first, second)
     assert outcomes.domains["law"].n == 7
     assert outcomes.warnings == ["law: 3 of 10 questions differ between the two and were left out"]
+    more = [("art", i, "A", "the answer is (A)") for i in range(4)]
+    first = official(tmp_path / "c.json", [*rows, *more])
+    second = official(tmp_path / "d.json", [*rows[:7], *more[:3]])
+    said = "law: 3 of 10, art: 1 of 4 questions differ between the two and were left out"
+    assert read_outcomes(first, second).warnings == [said]
 
 
 def test_mmlu_pro_summaries(tmp_path: Path) -> None:

@@ -152,14 +152,18 @@ def without_groups(names: Mapping[str, str], outcomes: Outcomes) -> tuple[dict[s
 
 def cautions(outcomes: Mapping[str, Outcome]) -> Iterator[str]:
     """Warnings about these outcomes, one sentence each."""
+
+    def shown(names: list[str]) -> str:
+        return "all domains" if len(names) == len(outcomes) else listed(names)
+
     unpaired = [name for name, outcome in outcomes.items() if outcome.paired is False]
     if unpaired:
         yield (
-            f"unpaired standard errors, sqrt(before^2 + after^2), for {listed(unpaired)}: results per question "
+            f"unpaired standard errors, sqrt(before^2 + after^2), for {shown(unpaired)}: results per question "
             "(--log_samples) give smaller ones"
         )
     if unknown := [name for name, outcome in outcomes.items() if outcome.stderr is None]:
-        yield f"no standard error for {listed(unknown)}: the noise of the evaluation is not known"
+        yield f"no standard error for {shown(unknown)}: the noise of the evaluation is not known"
     units = {name: unit_of(outcome.metric) for name, outcome in outcomes.items()}
     if len({*units.values()}) > 1:
         others = listed(f"{name} ({unit})" for name, unit in units.items() if unit != "accuracy")
@@ -233,7 +237,11 @@ def _members(evaluation: Evaluation, outcomes: Mapping[str, Outcome]) -> dict[st
 
 @dataclass
 class _Notes:
-    """What is to be said about the reading of outcomes; lists of domains, except `others`. wanted: the metric."""
+    """What is to be said about the reading of outcomes, mostly lists of domains.
+
+    wanted: the metric
+    parted: by what it says of two readings of the same answers: (domain, sentence) each
+    """
 
     wanted: str
     divided: dict[str, list[str]] = field(default_factory=lambda: {"before": [], "after": []})
@@ -242,7 +250,8 @@ class _Notes:
     falling: dict[str, list[str]] = field(default_factory=dict)
     without: dict[str, list[str]] = field(default_factory=dict)
     other_prompts: list[str] = field(default_factory=list)
-    others: list[str] = field(default_factory=list)
+    parted: dict[tuple[str, ...], list[tuple[str, str]]] = field(default_factory=dict)
+    fewer_questions: list[str] = field(default_factory=list)
 
     def without_outcome(self) -> str:
         """The metrics of the domains that have none of those wanted, or a scale that is not certain."""
@@ -258,7 +267,10 @@ class _Notes:
             )
 
     def warnings(self) -> Iterator[str]:
-        yield from self.others
+        for (_, first), *others in self.parted.values():
+            yield f"{first}; so in {listed((name for name, _ in others), 8)}" if others else first
+        if self.fewer_questions:
+            yield f"{listed(self.fewer_questions)} questions differ between the two and were left out"
         yield from self._unscaled()
         if self.without:
             shown = (f"{name} ({', '.join(metrics)})" for name, metrics in self.without.items())
@@ -298,7 +310,8 @@ def _outcome_of(name: str, before: Task, after: Task, wanted: str | None, notes:
     if forgiving is not None:
         strict, free = (_unnoted(before.results[k], after.results[k]) for k in (key, forgiving))
         if strict is not None and free is not None and _part(strict, free):
-            notes.others.append(_parted_text(name, strict, free, chosen=wanted is not None))
+            what, text = _parted_text(name, strict, free, chosen=wanted is not None)
+            notes.parted.setdefault((key, forgiving, what), []).append((name, text))
             key = key if wanted is not None else forgiving
     return _change_of(name, before.results[key], after.results[key], notes)
 
@@ -313,7 +326,8 @@ def _part(strict: Outcome, free: Outcome) -> bool:
     return abs(strict.change - free.change) > max(PARTED, noise)
 
 
-def _parted_text(name: str, strict: Outcome, free: Outcome, *, chosen: bool) -> str:
+def _parted_text(name: str, strict: Outcome, free: Outcome, *, chosen: bool) -> tuple[str, str]:
+    """(what changed, the whole sentence)"""
     what = "what changed is the format of the answers, not the ability"
     if abs(free.change) > PARTED:
         what = "the format of the answers changed too, not the ability alone"
@@ -321,7 +335,7 @@ def _parted_text(name: str, strict: Outcome, free: Outcome, *, chosen: bool) -> 
         f"{name}: {strict.metric} went from {strict.before:.3g} to {strict.after:.3g}, but {free.metric}, which reads "
         f"the same answers in more formats, from {free.before:.3g} to {free.after:.3g}: {what}"
     )
-    return text if chosen else f"{text}; the latter is compared (else give --metric '{name}={strict.metric}')"
+    return what, text if chosen else f"{text}; the latter is compared (else give --metric '{name}={strict.metric}')"
 
 
 def _change_of(name: str, before: Result, after: Result, notes: _Notes) -> Outcome | None:
@@ -373,9 +387,7 @@ def _common_questions(name: str, before: Result, after: Result, notes: _Notes) -
         notes.other_prompts.append(f"{name} ({len(differ)} of {len(common)} questions)")
         return []
     if len(common) < most:
-        notes.others.append(
-            f"{name}: {most - len(common)} of {most} questions differ between the two and were left out"
-        )
+        notes.fewer_questions.append(f"{name}: {most - len(common)} of {most}")
     return common
 
 
