@@ -66,6 +66,11 @@ def test_names_and_metrics_are_given_by_task(
     assert validate(monkeypatch, *words) == 2
     assert "name those that belong together with --match DOMAIN=TASK" in capfd.readouterr().err
     words += ["--match", "law=college_law", "--match", "history=wmt"]
+    # A task that is there, but has none of the metric, is named with those that it has; and that remedy works.
+    assert validate(monkeypatch, *words, "--metric", "exact_match", "--metric", "math=acc") == 2
+    assert "there is no outcome 'college_law'" in (err := capfd.readouterr().err)
+    assert "college_law (acc,none)" in err
+    assert "name one with --metric TASK=METRIC" in err
     assert validate(monkeypatch, *words, "--metric", "acc", "--metric", "wmt=bleu", "--json") == 0
     domains = {domain["name"]: domain for domain in json.loads(capfd.readouterr().out)["domains"]}
     assert domains["law"]["outcome"]["change"] == pytest.approx(0.1)

@@ -258,6 +258,10 @@ def test_a_summary_of_opencompass_is_in_percent(tmp_path: Path, suffix: str) -> 
     assert outcomes.domains["lukaemon_mmlu_law"].change == pytest.approx(0.025)
     assert outcomes.domains["code"].change == pytest.approx(-0.122)
     assert "mode is ppl before and gen after in lukaemon_mmlu_law" in outcomes.mismatches[0]
+    # Its percentages are its own scale, and nothing to warn of.
+    assert outcomes.warnings == [f"{file} has no value, and leaves out physics" for file in (path, other)] + [
+        *outcomes.mismatches
+    ]
 
 
 @needs_cases

@@ -177,7 +177,7 @@ def test_tasks_without_a_known_accuracy_are_listed_with_what_they_have(tmp_path:
     ) in only.warnings
     named = read_outcomes(*folders, metric="wmt=bleu")
     assert (named.domains["wmt"].change, named.domains["law"].metric) == (5.0, "acc,none")
-    assert any("changes of wmt are no shares of right answers" in caution for caution in cautions(named.domains))
+    assert any("changes of wmt (bleu) are no shares of right answers" in caution for caution in cautions(named.domains))
 
 
 @pytest.mark.parametrize(
@@ -261,6 +261,24 @@ def test_other_readings_of_the_same_answers(
         assert "the format of the answers changed too, not the ability alone" in said[0]
 
 
+def test_readings_that_part_alike_in_many_tasks_are_said_once(tmp_path: Path) -> None:
+    strict, free = "exact_match,strict-match", "exact_match,flexible-extract"
+    # In 20 tasks only the format changed, in 10 more the ability too.
+    changes = {f"task_{i}": 0.01 if i < 20 else 0.2 for i in range(30)}
+    folders = pair(
+        tmp_path, {name: {strict: 0.7, free: 0.71} for name in changes},
+        {name: {strict: 0.2, free: 0.71 + change} for name, change in changes.items()},
+    )  # fmt: skip
+    outcomes = read_outcomes(*folders)
+    alone, beside = (warning for warning in outcomes.warnings if "same answers in more formats" in warning)
+    assert alone.startswith("task_0: ")
+    assert "not the ability; the latter is compared" in alone
+    assert alone.endswith("; so in task_1, task_2, task_3, task_4, task_5, task_6, task_7, task_8 and 11 more")
+    assert beside.startswith("task_20: ")
+    assert beside.endswith("task_28 and 1 more")
+    assert all(outcomes.domains[name].change == pytest.approx(change) for name, change in changes.items())
+
+
 # ---- groups, and numbers that are none
 
 
@@ -287,3 +305,20 @@ def test_nan_is_named_and_not_read(tmp_path: Path) -> None:
     assert set(outcomes.domains) == {"math", "physics", "history"}
     assert any("not a number, and left out: acc of law" in warning for warning in outcomes.warnings)
     assert json.loads((folders[1] / "results_2025-05-01T10-00-00.000000.json").read_text())["results"]["law"]
+
+
+def test_kinds_of_accuracy_are_one_unit_and_others_are_named(tmp_path: Path) -> None:
+    entries: dict[str, dict[str, Any]] = {
+        "law": {"acc,none": 0.3}, "gsm8k": {"exact_match,strict-match": 0.4}, "humaneval": {"pass@1,create_test": 0.2},
+        "wikitext": {"word_perplexity,none": 10.0},
+    }  # fmt: skip
+    folders = pair(tmp_path, entries, entries)
+    known = read_outcomes(*folders)
+    assert not [text for text in cautions(known.domains) if "compared" in text]
+    mixed = read_outcomes(*folders, metric="wikitext=word_perplexity")
+    (said,) = [text for text in cautions(mixed.domains) if "compared" in text]
+    assert said.startswith("changes of wikitext (word_perplexity) are no shares of right answers")
+    # The remedy: a metric of the same kind for that task.
+    entries["wikitext"] |= {"acc,none": 0.1}
+    folders = pair(tmp_path, entries, entries)
+    assert not [text for text in cautions(read_outcomes(*folders).domains) if "compared" in text]

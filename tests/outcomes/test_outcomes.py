@@ -187,6 +187,11 @@ def test_questions_that_differ_are_left_out(tmp_path: Path) -> None:
     outcomes = read_outcomes(first, second)
     assert outcomes.domains["law"].n == 7
     assert outcomes.warnings == ["law: 3 of 10 questions differ between the two and were left out"]
+    more = [("art", i, "A", "the answer is (A)") for i in range(4)]
+    first = official(tmp_path / "c.json", [*rows, *more])
+    second = official(tmp_path / "d.json", [*rows[:7], *more[:3]])
+    said = "law: 3 of 10, art: 1 of 4 questions differ between the two and were left out"
+    assert read_outcomes(first, second).warnings == [said]
 
 
 def test_mmlu_pro_summaries(tmp_path: Path) -> None:
@@ -268,6 +273,7 @@ ROW = {"question_id": 1, "answer": "A", "category": "law"}
         ("x.csv", "a,b\n1,2\n", "has no column 'domain'"),
         ("x.csv", "domain,accuracy\n", "has no rows"),
         ("x.csv", "domain,accuracy\nlaw,high\n", "line 2: accuracy is 'high', not a number"),
+        ("x.csv", "domain;accuracy\nlaw;31,5\n", "line 2: accuracy is '31,5', not a number: write 31.5"),
         ("x.csv", "domain,accuracy\nlaw,NaN\n", "line 2: accuracy is 'NaN', not a number"),
         ("x.csv", "domain,accuracy\n,.5\n", "line 2 has no domain"),
         ("x.csv", "domain,accuracy\nlaw,.5\nlaw,.6\n", "line 3: the domain 'law' occurs twice"),

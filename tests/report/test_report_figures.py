@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -24,3 +26,31 @@ def test_names_are_cut_to_their_room() -> None:
     assert cut.endswith("…")
     assert len(cut) * figures.CHARACTER <= 100
     assert len(figures.shortened("数" * 200, 100)) < len(cut)
+
+
+def test_long_intervals_do_not_squash_the_values() -> None:
+    scale = figures.Scale.with_intervals([0.0, 1.0, 2.0], [(0.9, 1.2), (0.01, 300.0)])
+    assert (scale.low, scale.high) == (0.0, 4.0)  # as far again as the values reach
+    assert scale.contains(1.2)
+    assert not scale.contains(300.0)
+    both_ways = figures.Scale.with_intervals([-1.0, 3.0], [(-90.0, 2.0), (1.0, 80.0), None])
+    assert (both_ways.low, both_ways.high) == (-5.0, 10.0)  # -5 to 7, in steps of 5
+    assert figures.Scale.with_intervals([0.0, 2.0], [(1.5, 2.5)]) == figures.Scale.over([0.0, 1.5, 2.0, 2.5])
+
+
+@pytest.mark.parametrize(
+    ("interval", "turns"), [((0.5, 1.5), []), ((0.5, 99.0), [0]), ((-99.0, 1.5), [180]), ((-99.0, 99.0), [180, 0])]
+)
+def test_whiskers_that_leave_the_axis_end_in_an_arrow(interval: tuple[float, float], turns: list[int]) -> None:
+    rows = [figures.Bar("law", 1.0, interval, None, ""), figures.Bar("math", 2.0, (1.9, 2.1), None, "")]
+    scale = figures.Scale.with_intervals([0.0, 1.0, 2.0], [row.interval for row in rows])
+    drawn = figures.bars("x", rows, scale, title="", description="")
+    assert [int(turn) for turn in re.findall(r'rotate\((-?\d+)\)"[^>]*class="whisker"', drawn)] == turns
+    # A cap at every other end, and a line for each of the two.
+    assert len(re.findall(r'<line [^>]*class="whisker"', drawn)) == 2 + 4 - len(turns)
+
+    points = [figures.Point(row.name, row.value, row.value, None, row.interval) for row in rows]
+    plot = figures.scatter("x", points, x_label="", y_label="", title="", description="")
+    upright = {0: -90, 180: 90}  # the upper end, and the lower one
+    drawn_turns = [int(turn) for turn in re.findall(r'rotate\((-?\d+)\)"[^>]*class="spread"', plot)]
+    assert drawn_turns == [upright[turn] for turn in turns]

@@ -120,7 +120,7 @@ def _print_ablation(ablation: Ablation) -> None:
         demonstrated = ", asked after demonstrations" if document["few_shot"] else ""
         table = Table(title=f"Change of {what} when features are zeroed{demonstrated}", title_justify="left", width=79)
         table.add_column("set", ratio=1, overflow="fold")
-        for column in ("before", f"D_N ({document['top_n']})", "similar activity (draws)", "random", "low shift"):
+        for column in ("before", f"D_N ({document['top_n']})", "similar activity\n(draws)", "random", "low shift"):
             table.add_column(column, justify="right")
         for answered_set in document["sets"]:
             effects = {name: condition[outcome] for name, condition in answered_set["conditions"].items()}
@@ -131,7 +131,7 @@ def _print_ablation(ablation: Ablation) -> None:
                 "training set" if answered_set["kind"] == "train" else escape(answered_set["name"]),
                 f"{before:.3g}" if outcome == "loss" else f"{before:.1%}",
                 short_amount(outcome, effects["top"]["value"]),
-                f"{short_amount(outcome, effects['like_activity']['value'])} ({draws})",
+                f"{short_amount(outcome, effects['like_activity']['value'])}\n({draws})",
                 short_amount(outcome, effects["random"]["value"]),
                 short_amount(outcome, effects["low_shift"]["value"]),
             )

@@ -83,7 +83,7 @@ def score(
     domains:   the abilities to forecast, by name, or as on the command line (see load_domains); none at all measures
                the shift of the training set alone
     demos:     examples to demonstrate with, in the same forms, by domain name, and under 'train' for the training set;
-               by default the first answered examples of each set
+               by default answered examples of each set, in `demo_draws` draws
     tuned:     the model after training, for dims='tuned'
     options:   see Settings
 

@@ -53,8 +53,8 @@ def more(n_prompts: int, times: float, n_draws: int = 0) -> str:
     needed = n_more(n_prompts, times)
     if needed is None:
         return f"more than {MOST_TIMES} times the prompts would be needed"
-    over = f", over --demo-draws {math.ceil(n_draws * times)}," if n_draws else ""
-    return f"about {needed:,} more prompts{over} would settle it" if needed else "settled"
+    and_draws = f" and --demo-draws {math.ceil(n_draws * times)}" if n_draws else ""
+    return f"about {needed:,} more prompts{and_draws} would settle it" if needed else "settled"
 
 
 def shift_line(name: str, top_n: int, n_prompts: int, overlap: float) -> str:

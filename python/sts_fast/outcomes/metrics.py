@@ -45,6 +45,11 @@ def is_accuracy(metric: str) -> bool:
     return _rank(metric.partition(",")[0]) < len(METRICS)
 
 
+def unit_of(metric: str) -> str:
+    """'accuracy', in shares of 1, for all kinds of it; else the metric's name, without ',extraction'."""
+    return "accuracy" if is_accuracy(metric) else metric.partition(",")[0]
+
+
 def _rank(name: str) -> int:
     """Place in METRICS, or behind them."""
     name = "pass@1" if PASS_AT_1.match(name) else name

@@ -19,6 +19,7 @@ def match_domains(
     *,
     own_names: Mapping[str, str] | None = None,
     given: Mapping[str, str] | None = None,
+    said: Sequence[str] = (),
 ) -> dict[str, str]:
     """The outcome of each domain of the forecast: wanted name -> known name, without domains that have none.
 
@@ -28,6 +29,7 @@ def match_domains(
 
     own_names: known name -> another name of the same
     given:     wanted name -> name of its outcome, which needs not match
+    said:      what was said when the outcomes were read, such as which were left out
 
     Raises InputError where two outcomes fit one domain, two domains one outcome, or a given name is not there.
     """
@@ -44,7 +46,9 @@ def match_domains(
                 other for other, of_other in known_forms.items() if any(is_same(sought, text) for text in of_other)
             ]
         if name in given and not fitting:
-            raise InputError(f"there is no outcome '{sought}' to match '{name}' with, only {listed(known_forms)}")
+            raise InputError(
+                f"there is no outcome '{sought}' to match '{name}' with, only {'; '.join([listed(known_forms), *said])}"
+            )
         if len(fitting) > 1:
             raise InputError(
                 f"the domain '{name}' could be {' or '.join(fitting)}: choose with --match '{name}={fitting[0]}'"

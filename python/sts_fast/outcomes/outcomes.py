@@ -23,6 +23,7 @@ from sts_fast.outcomes.metrics import (
     is_accuracy,
     lower_is_better,
     on_one_scale,
+    unit_of,
     with_plausible_stderr,
 )
 from sts_fast.outcomes.names import find_task, forms_of
@@ -100,7 +101,8 @@ def read_outcomes(
     metric: such as 'acc', 'exact_match,strict-match', or 'TASK=METRIC' for one task, or several of these; by default
       the first accuracy that each task has
 
-    Accuracies are read as shares of 1: percentages are divided by 100, and a warning says so.
+    Accuracies are read as shares of 1: percentages are divided by 100, and a warning says so where only the numbers
+    tell that they are percentages.
 
     Raises InputError, in one sentence, for files that cannot be read or do not belong together.
     """
@@ -124,7 +126,7 @@ def read_outcomes(
         raise InputError(f"{before} and {after} share no domain with {notes.wanted}: {notes.without_outcome()}")
     compared = [pair for pair in pairs if pair[0] in outcomes]
     mismatches = [*made_differently(compared), *notes.mismatches()]
-    warnings = [warning for evaluation in evaluations for warning in evaluation.warnings]
+    warnings = dict.fromkeys(warning for evaluation in evaluations for warning in evaluation.warnings)
     own_names = {name: first.own_name for name, first, _ in compared if first.own_name not in (None, name)}
     models = [evaluation.models[0] if evaluation.models else None for evaluation in evaluations]
     return Outcomes(
@@ -150,19 +152,25 @@ def without_groups(names: Mapping[str, str], outcomes: Outcomes) -> tuple[dict[s
 
 def cautions(outcomes: Mapping[str, Outcome]) -> Iterator[str]:
     """Warnings about these outcomes, one sentence each."""
+
+    def shown(names: list[str]) -> str:
+        return "all domains" if len(names) == len(outcomes) else listed(names)
+
     unpaired = [name for name, outcome in outcomes.items() if outcome.paired is False]
     if unpaired:
         yield (
-            f"unpaired standard errors, sqrt(before^2 + after^2), for {listed(unpaired)}: results per question "
+            f"unpaired standard errors, sqrt(before^2 + after^2), for {shown(unpaired)}: results per question "
             "(--log_samples) give smaller ones"
         )
     if unknown := [name for name, outcome in outcomes.items() if outcome.stderr is None]:
-        yield f"no standard error for {listed(unknown)}: the noise of the evaluation is not known"
-    metrics = sorted({outcome.metric for outcome in outcomes.values()})
-    if len(metrics) > 1:
-        others = [name for name, outcome in outcomes.items() if not is_accuracy(outcome.metric)]
-        units = f", and changes of {listed(others)} are no shares of right answers" if others else ""
-        yield f"domains are measured by different metrics ({', '.join(metrics)}){units}: choose one with --metric"
+        yield f"no standard error for {shown(unknown)}: the noise of the evaluation is not known"
+    units = {name: unit_of(outcome.metric) for name, outcome in outcomes.items()}
+    if len({*units.values()}) > 1:
+        others = listed(f"{name} ({unit})" for name, unit in units.items() if unit != "accuracy")
+        yield (
+            f"changes of {others} are no shares of right answers, and their sizes cannot be compared with those of "
+            "other domains: choose metrics of one kind with --metric TASK=METRIC"
+        )
     shares = {name: max(outcome.unparsed) for name, outcome in outcomes.items() if outcome.unparsed}
     if shares and max(shares.values()) > 0:
         worst = max(shares, key=lambda name: shares[name])
@@ -229,7 +237,11 @@ def _members(evaluation: Evaluation, outcomes: Mapping[str, Outcome]) -> dict[st
 
 @dataclass
 class _Notes:
-    """What is to be said about the reading of outcomes; lists of domains, except `others`. wanted: the metric."""
+    """What is to be said about the reading of outcomes, mostly lists of domains.
+
+    wanted: the metric
+    parted: by what it says of two readings of the same answers: (domain, sentence) each
+    """
 
     wanted: str
     divided: dict[str, list[str]] = field(default_factory=lambda: {"before": [], "after": []})
@@ -238,7 +250,8 @@ class _Notes:
     falling: dict[str, list[str]] = field(default_factory=dict)
     without: dict[str, list[str]] = field(default_factory=dict)
     other_prompts: list[str] = field(default_factory=list)
-    others: list[str] = field(default_factory=list)
+    parted: dict[tuple[str, ...], list[tuple[str, str]]] = field(default_factory=dict)
+    fewer_questions: list[str] = field(default_factory=list)
 
     def without_outcome(self) -> str:
         """The metrics of the domains that have none of those wanted, or a scale that is not certain."""
@@ -254,7 +267,10 @@ class _Notes:
             )
 
     def warnings(self) -> Iterator[str]:
-        yield from self.others
+        for (_, first), *others in self.parted.values():
+            yield f"{first}; so in {listed((name for name, _ in others), 8)}" if others else first
+        if self.fewer_questions:
+            yield f"{listed(self.fewer_questions)} questions differ between the two and were left out"
         yield from self._unscaled()
         if self.without:
             shown = (f"{name} ({', '.join(metrics)})" for name, metrics in self.without.items())
@@ -294,7 +310,8 @@ def _outcome_of(name: str, before: Task, after: Task, wanted: str | None, notes:
     if forgiving is not None:
         strict, free = (_unnoted(before.results[k], after.results[k]) for k in (key, forgiving))
         if strict is not None and free is not None and _part(strict, free):
-            notes.others.append(_parted_text(name, strict, free, chosen=wanted is not None))
+            what, text = _parted_text(name, strict, free, chosen=wanted is not None)
+            notes.parted.setdefault((key, forgiving, what), []).append((name, text))
             key = key if wanted is not None else forgiving
     return _change_of(name, before.results[key], after.results[key], notes)
 
@@ -309,7 +326,8 @@ def _part(strict: Outcome, free: Outcome) -> bool:
     return abs(strict.change - free.change) > max(PARTED, noise)
 
 
-def _parted_text(name: str, strict: Outcome, free: Outcome, *, chosen: bool) -> str:
+def _parted_text(name: str, strict: Outcome, free: Outcome, *, chosen: bool) -> tuple[str, str]:
+    """(what changed, the whole sentence)"""
     what = "what changed is the format of the answers, not the ability"
     if abs(free.change) > PARTED:
         what = "the format of the answers changed too, not the ability alone"
@@ -317,7 +335,7 @@ def _parted_text(name: str, strict: Outcome, free: Outcome, *, chosen: bool) -> 
         f"{name}: {strict.metric} went from {strict.before:.3g} to {strict.after:.3g}, but {free.metric}, which reads "
         f"the same answers in more formats, from {free.before:.3g} to {free.after:.3g}: {what}"
     )
-    return text if chosen else f"{text}; the latter is compared (else give --metric '{name}={strict.metric}')"
+    return what, text if chosen else f"{text}; the latter is compared (else give --metric '{name}={strict.metric}')"
 
 
 def _change_of(name: str, before: Result, after: Result, notes: _Notes) -> Outcome | None:
@@ -369,9 +387,7 @@ def _common_questions(name: str, before: Result, after: Result, notes: _Notes) -
         notes.other_prompts.append(f"{name} ({len(differ)} of {len(common)} questions)")
         return []
     if len(common) < most:
-        notes.others.append(
-            f"{name}: {most - len(common)} of {most} questions differ between the two and were left out"
-        )
+        notes.fewer_questions.append(f"{name}: {most - len(common)} of {most}")
     return common
 
 

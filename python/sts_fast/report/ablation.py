@@ -87,8 +87,8 @@ def _row(entry: Document, outcome: str, factor: float) -> Zeroed:
 
 
 def _figure(rows: list[Zeroed], title: str, outcome: str) -> Markup:
-    scale = figures.Scale.over(
-        [0.0, *(value for row in rows for value in (row.top, *row.interval, row.like))], most_ticks=5
+    scale = figures.Scale.with_intervals(
+        [0.0, *(value for row in rows for value in (row.top, row.like))], [row.interval for row in rows], most_ticks=5
     )
 
     def text(value: float) -> str:

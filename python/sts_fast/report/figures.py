@@ -75,8 +75,25 @@ class Scale:
         ticks = tuple(float(f"{i * step:.12g}") for i in range(first, last + 1))
         return cls(ticks[0], ticks[-1], ticks)
 
+    @classmethod
+    def with_intervals(
+        cls, values: Iterable[float], intervals: Iterable[Interval | None], *, most_ticks: int = 6
+    ) -> Scale:
+        """Over all values and, as far as they do not squash these, their intervals.
+
+        The axis goes beyond the values by no more than these take up, measured from zero.
+        """
+        known = list(values) or [0.0]
+        low, high = min(known), max(known)
+        room = max(high, 0.0) - min(low, 0.0)
+        ends = [min(max(end, low - room), high + room) for interval in intervals for end in interval or ()]
+        return cls.over([*known, *ends], most_ticks=most_ticks)
+
+    def contains(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
     def at(self, value: float) -> float:
-        """Percent of the axis, from its low end."""
+        """Percent of the axis, from its low end; a value beyond the axis is at its end."""
         return min(max(100 * (value - self.low) / (self.high - self.low), 0.0), 100.0)
 
 
@@ -144,17 +161,19 @@ def dots(
 
 def scatter(name: str, points: Sequence[Point], *, x_label: str, y_label: str, title: str, description: str) -> Markup:
     """Points with whiskers both ways, named where a name fits."""
-    x_scale = Scale.over([value for point in points for value in (point.x, *(point.x_interval or ()))])
-    y_scale = Scale.over([value for point in points for value in (point.y, *(point.y_interval or ()))])
+    x_scale = Scale.with_intervals([point.x for point in points], [point.x_interval for point in points])
+    y_scale = Scale.with_intervals([point.y for point in points], [point.y_interval for point in points])
     placed = [(x_scale.at(point.x), HEIGHT * (1 - y_scale.at(point.y) / 100)) for point in points]
     parts = [_grid(x_scale, HEIGHT), _rules(y_scale), _axis_names(x_label, y_label)]
     for point, (x, y) in zip(points, placed, strict=True):
         if point.x_interval is not None:
             low, high = (_pc(x_scale.at(bound)) for bound in point.x_interval)
             parts.append(_tag("line", x1=low, x2=high, y1=_px(y), y2=_px(y), class_="spread"))
+            parts += [_arrow(x_scale, end, "spread", y=_px(y)) for end in _cut(x_scale, point.x_interval)]
         if point.y_interval is not None:
             low, high = (_px(HEIGHT * (1 - y_scale.at(bound) / 100)) for bound in point.y_interval)
             parts.append(_tag("line", x1=_pc(x), x2=_pc(x), y1=low, y2=high, class_="spread"))
+            parts += [_arrow(y_scale, end, "spread", x=_pc(x)) for end in _cut(y_scale, point.y_interval)]
     for point, (x, y) in zip(points, placed, strict=True):
         kind = "dot falling" if point.falling else "dot"
         parts.append(_tag("circle", _tag("title", point.name), cx=_pc(x), cy=_px(y), r=4.5, class_=kind))
@@ -326,8 +345,29 @@ def _whisker(scale: Scale, interval: Interval | None, middle: float) -> Markup:
     if interval is None:
         return Markup("")
     low, high = (_pc(scale.at(bound)) for bound in interval)
-    ends = [_tag("line", x1=x, x2=x, y1=middle - 4, y2=middle + 4, class_="whisker") for x in (low, high)]
-    return Markup("").join([_tag("line", x1=low, x2=high, y1=middle, y2=middle, class_="whisker"), *ends])
+    parts = [_tag("line", x1=low, x2=high, y1=middle, y2=middle, class_="whisker")]
+    for end in interval:
+        x = _pc(scale.at(end))
+        if scale.contains(end):
+            parts.append(_tag("line", x1=x, x2=x, y1=middle - 4, y2=middle + 4, class_="whisker"))
+        else:
+            parts.append(_arrow(scale, end, "whisker", y=str(middle)))
+    return Markup("").join(parts)
+
+
+def _cut(scale: Scale, interval: Interval) -> list[float]:
+    """The ends of an interval that are beyond the axis."""
+    return [end for end in interval if not scale.contains(end)]
+
+
+def _arrow(scale: Scale, end: float, class_: str, *, x: str | None = None, y: str | None = None) -> Markup:
+    """Where an interval leaves the axis: across at the height y, or upright at the place x."""
+    across = x is None
+    place = {"x": _pc(scale.at(end)), "y": y} if across else {"x": x, "y": _px(HEIGHT * (1 - scale.at(end) / 100))}
+    # It points to the right, and is turned where the interval goes on to the left, up or down.
+    turn = (0 if end > scale.high else 180) if across else (-90 if end > scale.high else 90)
+    head = _tag("path", d="M-7 -5L0 0L-7 5", transform=f"rotate({turn})", fill="none", class_=class_)
+    return _tag("svg", head, class_="cut", **{key: str(value) for key, value in place.items()})
 
 
 def _place_labels(names: Sequence[str], points: Sequence[tuple[float, float]], width: float) -> list[Markup]:

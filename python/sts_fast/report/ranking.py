@@ -218,8 +218,8 @@ def _ranking(domains: Sequence[DomainBlock], estimator: str) -> Ranking:
 
 
 def _bars(estimator: str, shown: Sequence[Row], rows: Sequence[Row], *, start: int = 0) -> Markup:
-    scale = figures.Scale.over(
-        [0.0, *(v for row in rows for v in (row.value, *(row.interval or ()), row.random or 0.0))]
+    scale = figures.Scale.with_intervals(
+        [0.0, *(v for row in rows for v in (row.value, row.random or 0.0))], [row.interval for row in rows]
     )
     bars = [
         figures.Bar(f"{i}. {row.name}", row.value, row.interval, row.random, _score_text(row))

@@ -184,7 +184,9 @@ def _ranking(
 
 def _bars(field: str, shown: Sequence[SignedRow], rows: Sequence[SignedRow], *, part: str = "first") -> Markup:
     title = BY_NAME[field].title
-    scale = figures.Scale.over([0.0, *(v for row in rows for v in (row.value, *row.interval))], most_ticks=5)
+    scale = figures.Scale.with_intervals(
+        [0.0, *(row.value for row in rows)], [row.interval for row in rows], most_ticks=5
+    )
     bars = [
         figures.Bar(
             row.name + (" (answers too long)" if row.unlikely else ""),

@@ -16,8 +16,8 @@ from sts_fast.errors import InputError, listed
 from sts_fast.forecast.blocks import Scores
 from sts_fast.forecast.estimators import BY_NAME, ESTIMATOR_OPTIONS, SIGNED, SIZES
 from sts_fast.forecast.run import SCORES_FILE, VALIDATION_FILE, Run
+from sts_fast.outcomes import metrics
 from sts_fast.outcomes.calibration.conformal import Points
-from sts_fast.outcomes.metrics import is_accuracy
 from sts_fast.outcomes.outcomes import Outcome
 from sts_fast.outcomes.validate import load_outcomes
 
@@ -136,12 +136,11 @@ def train_key(scores: Scores) -> str:
 
 
 def unit_of(runs: Sequence[PastRun]) -> str:
-    """'accuracy', in shares of 1, for all kinds of it, else the metric's name. Raises InputError where runs differ."""
+    """The unit of all outcomes, as of `metrics.unit_of`. Raises InputError where runs differ."""
     units: dict[str, Path] = {}
     for run in runs:
         for outcome in run.outcomes.values():
-            name = outcome.metric.partition(",")[0]
-            units.setdefault("accuracy" if is_accuracy(name) else name, run.folder)
+            units.setdefault(metrics.unit_of(outcome.metric), run.folder)
     if len(units) > 1:
         shown = ", ".join(f"{unit} in {folder}" for unit, folder in units.items())
         raise InputError(f"the outcomes are of different kinds ({shown}): learn from runs with the same evaluation")

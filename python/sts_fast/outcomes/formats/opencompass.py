@@ -44,8 +44,8 @@ def read(path: Path, model: str | None = None) -> Evaluation:
             missing.append(name)
             continue
         value = _number(path, name, cell)
-        percent = is_accuracy(metric)
-        results.setdefault(name, {}).setdefault(metric, Result(value, metric, percent=True if percent else None))
+        result = Result(value / 100, metric, percent=False) if is_accuracy(metric) else Result(value, metric)
+        results.setdefault(name, {}).setdefault(metric, result)
         # The same rows of a dataset have the same version, a hash of its prompt.
         settings = {"harness": "OpenCompass", "task": name, "version of the prompt": version, "mode": mode}
         made[name] = {key: value for key, value in settings.items() if value != "-"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from sts_fast.outcomes.evaluation import Evaluation, Result, Task, finite, read_
 
 NAME_COLUMNS = ("domain", "task", "category", "subject", "name")
 ACCURACY_COLUMNS = ("accuracy", "acc", "value")
+DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+%?")
 # A table with a number up to 1 and one above this has shares beside percentages.
 SURELY_PERCENT = 5.0
 
@@ -61,7 +63,8 @@ def _cell(path: Path, line: int, name: str, cell: str) -> float:
     except ValueError:
         number = None
     if number is None:
-        raise InputError(f"{path}, line {line}: {name} is '{cell}', not a number")
+        hint = f": write {cell.replace(',', '.')}" if DECIMAL_COMMA.fullmatch(cell) else ""
+        raise InputError(f"{path}, line {line}: {name} is '{cell}', not a number{hint}")
     return number
 
 

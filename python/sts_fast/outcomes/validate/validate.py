@@ -72,12 +72,12 @@ def validate(
     if strict and mismatches:
         raise InputError(f"{'; '.join(mismatches)} (--strict)")
     warnings += [mismatch for mismatch in mismatches if mismatch not in warnings]
-    fitting = match_domains(list(predicted), known, own_names=how.own_names, given=match)
+    said = [text for text in how.warnings if text not in how.mismatches]
+    fitting = match_domains(list(predicted), known, own_names=how.own_names, given=match, said=said)
     names, groups = without_groups(fitting, how)
-    said = [*(text for text in how.warnings if text not in how.mismatches), *groups.values()]
     scored = [name for name in predicted if name not in groups]
     measured = [name for name in known if name not in {fitting[group] for group in groups}]
-    warnings += [*groups.values(), *unmatched(scored, measured, names, said)]
+    warnings += [*groups.values(), *unmatched(scored, measured, names, [*said, *groups.values()])]
     matched = {name: known[other] for name, other in names.items()}
     warnings += cautions(matched)
 
