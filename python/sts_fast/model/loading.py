@@ -102,8 +102,8 @@ def _check_shapes(checkpoint: Checkpoint, model: torch.nn.Module, mismatched: Co
     """Raises InputError for weights of another shape than the config describes: (name, stored shape, shape needed)."""
     for name, stored, needed in sorted(mismatched):
         raise InputError(
-            f"{checkpoint} has {name} of shape {list(stored)}, but {type(model).__name__} of its config.json needs "
-            f"{list(needed)}: give the config.json that belongs to these weights"
+            f"cannot load the model {checkpoint}: {name} has shape {list(stored)}, but {type(model).__name__} of its "
+            f"config.json needs {list(needed)}: give the config.json that belongs to these weights"
         )
 
 
