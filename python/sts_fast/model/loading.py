@@ -139,8 +139,8 @@ def _check_unexpected(checkpoint: Checkpoint, model: torch.nn.Module, unexpected
             strange.append(name)
     if strange:
         raise InputError(
-            f"{checkpoint} has {len(strange)} tensors for which {type(model).__name__} has no place, such as "
-            f"{listed(strange[:3])}: its config.json describes another architecture, or lacks the quantization_config "
+            f"{checkpoint} has tensors for which {type(model).__name__} has no place, such as "
+            f"{listed(strange, 3)}: its config.json describes another architecture, or lacks the quantization_config "
             "by which the weights were quantised; give the config.json that belongs to these weights"
         )
 
