@@ -102,8 +102,8 @@ def _check_shapes(checkpoint: Checkpoint, model: torch.nn.Module, mismatched: Co
     """Raises InputError for weights of another shape than the config describes: (name, stored shape, shape needed)."""
     for name, stored, needed in sorted(mismatched):
         raise InputError(
-            f"{checkpoint} has {name} of shape {list(stored)}, but {type(model).__name__} of its config.json needs "
-            f"{list(needed)}: give the config.json that belongs to these weights"
+            f"cannot load the model {checkpoint}: {name} has shape {list(stored)}, but {type(model).__name__} of its "
+            f"config.json needs {list(needed)}: give the config.json that belongs to these weights"
         )
 
 
@@ -139,8 +139,8 @@ def _check_unexpected(checkpoint: Checkpoint, model: torch.nn.Module, unexpected
             strange.append(name)
     if strange:
         raise InputError(
-            f"{checkpoint} has {len(strange)} tensors for which {type(model).__name__} has no place, such as "
-            f"{listed(strange[:3])}: its config.json describes another architecture, or lacks the quantization_config "
+            f"{checkpoint} has tensors for which {type(model).__name__} has no place, such as "
+            f"{listed(strange, 3)}: its config.json describes another architecture, or lacks the quantization_config "
             "by which the weights were quantised; give the config.json that belongs to these weights"
         )
 
