@@ -44,7 +44,9 @@ def test_differences_are_warnings_and_stop_a_strict_run(
     said = "before and after were evaluated differently: number of demonstrations is 5 before and 0 after"
     assert validate(monkeypatch, *words) == 0
     assert f"warning: {said}\n" in capfd.readouterr().err
-    assert said in json.loads((run_folder / "validation.json").read_text())["warnings"]
+    written = json.loads((run_folder / "validation.json").read_text())
+    assert said in written["warnings"]
+    assert written["mismatches"] == [said]
     assert said in " ".join((run_folder / "report.html").read_text().split())
 
     (run_folder / "validation.json").unlink()

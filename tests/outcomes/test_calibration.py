@@ -393,6 +393,19 @@ def test_runs_without_an_outcome_are_left_out_and_named(past: Path) -> None:
     assert any("without an outcome: " in text and "young" in text for text in fit_calibration(past).warnings)
 
 
+def test_outcomes_of_evaluations_that_do_not_match_are_named(past: Path) -> None:
+    for number in (3, 5):
+        path = past / f"run-{number}" / "validation.json"
+        said = {
+            "mismatches": [f"before and after were evaluated differently: limit is {number} before"],
+            "warnings": [],
+        }
+        path.write_text(json.dumps(json.loads(path.read_text()) | said))
+    (said_once,) = [text for text in fit_calibration(past).warnings if "do not match" in text]
+    assert "run-3, " in said_once
+    assert "run-5, such as: before and after were evaluated differently: limit is 3 before;" in said_once
+
+
 def test_asking_for_what_is_not_there_is_refused(past: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no scores by 'ntk'"):
         fit_calibration(past, estimator="ntk")

@@ -280,6 +280,11 @@ def _warnings(having: list[past.PastRun], without: list[Path], line: Line, asses
     warnings = []
     if without:
         warnings.append(f"left out, without an outcome: {listed(map(str, without))}")
+    if unlike := [run for run in having if run.mismatches]:
+        warnings.append(
+            f"the evaluations before and after do not match in {listed((run.folder for run in unlike), 4)}, such as: "
+            f"{unlike[0].mismatches[0]}; sts-fast validate says more of each"
+        )
     largest = [max(abs(outcome.change) for outcome in run.outcomes.values()) for run in having]
     if min(largest) <= 1 < max(largest):
         percent, share = (having[largest.index(pick(largest))].folder for pick in (max, min))

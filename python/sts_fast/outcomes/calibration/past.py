@@ -45,11 +45,12 @@ class LearnedRun:
 
 @dataclass(frozen=True)
 class PastRun:
-    """One run's folder. scores: scores.json; outcomes: by domain, as sts-fast validate wrote them."""
+    """One run's folder. scores: scores.json; outcomes by domain and mismatches: as sts-fast validate wrote them."""
 
     folder: Path
     scores: Scores
     outcomes: dict[str, Outcome]
+    mismatches: list[str]
 
     def forecasts(self, estimator: str) -> dict[str, float]:
         return forecasts_of(self.scores, estimator)
@@ -76,7 +77,11 @@ def read_past(sources: Iterable[str | Path]) -> tuple[list[PastRun], list[Path]]
             f"none of {len(folders)} past runs has an outcome: first compare each with its evaluations, with "
             f"sts-fast validate {folders[0]} --before ... --after ..."
         )
-    runs = [PastRun(folder, Run.load(folder).scores, load_outcomes(folder)) for folder in having]
+    measured = {folder: load_outcomes(folder) for folder in having}
+    runs = [
+        PastRun(folder, Run.load(folder).scores, of_run.domains, of_run.mismatches)
+        for folder, of_run in measured.items()
+    ]
     return runs, [folder for folder in folders if folder not in having]
 
 

@@ -122,6 +122,7 @@ def validate(
         seed=seed,
         verdict=verdict(rows, size, control_results, of_size, limits, without_most_helpful(size_score, np.abs(change))),
         warnings=warnings,
+        mismatches=mismatches,
         sign_auc=sign_auc(score, change) if is_signed else None,
         size_given_text=of_size,
         signed_given_text=given_text(score, score_sd, change, stderr, np.positive, texts, draws),

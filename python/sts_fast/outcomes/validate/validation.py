@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import textwrap
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from sts_fast import files
@@ -14,7 +14,7 @@ from sts_fast.errors import InputError
 from sts_fast.files import Document
 from sts_fast.forecast.estimators import SIGNED, label_of
 from sts_fast.forecast.run import VALIDATION_FILE
-from sts_fast.outcomes.outcomes import Outcome
+from sts_fast.outcomes.outcomes import Outcome, Outcomes
 from sts_fast.outcomes.validate.reading import finite
 from sts_fast.outcomes.validate.record import Association, DomainResult, GivenText, Limits, Partial
 from sts_fast.outcomes.validate.statistics import GOOD, LEVEL, N_DRAWS, critical_r
@@ -37,6 +37,7 @@ class Validation:
     size_given_text, signed_given_text: the same as `size` and `signed`, given the best of the controls that need no
               model; None where the run has none
     ci_carries: sources of the noise in the intervals `ci`
+    mismatches: of the warnings, what differs between the evaluations, or from the model of the forecast
     """
 
     estimator: str
@@ -53,6 +54,7 @@ class Validation:
     sign_auc: float | None = None
     size_given_text: GivenText | None = None
     signed_given_text: GivenText | None = None
+    mismatches: list[str] = field(default_factory=list)
 
     def to_dict(self) -> Document:
         """Plain values, ready for JSON."""
@@ -69,23 +71,24 @@ class Validation:
             path.write_text(files.to_json(self.to_dict()), encoding="utf-8")
 
 
-def load_outcomes(folder: str | Path) -> dict[str, Outcome]:
-    """Outcome by domain, as `Validation.save` wrote them into a run's folder.
+def load_outcomes(folder: str | Path) -> Outcomes:
+    """Outcome by domain, and mismatches, as `Validation.save` wrote them into a run's folder.
 
     Raises InputError where validation.json is missing or damaged, or a change is no number.
     """
     path = Path(folder) / VALIDATION_FILE
     try:
-        domains = json.loads(path.read_text(encoding="utf-8"))["domains"]
+        document = json.loads(path.read_text(encoding="utf-8"))
+        mismatches = [str(mismatch) for mismatch in document.get("mismatches", ())]
         outcomes = {
             str(domain["name"]): Outcome(**domain["outcome"] | {"metric": str(domain["outcome"]["metric"])})
-            for domain in domains
+            for domain in document["domains"]
         }
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is not a result of sts-fast validate: validate the run again") from error
     for name, outcome in outcomes.items():
         finite(f"the change of '{name}' in {path}", outcome.change)
-    return outcomes
+    return Outcomes(outcomes, mismatches=mismatches)
 
 
 def text_of(validation: Validation) -> str:
