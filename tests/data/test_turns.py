@@ -246,7 +246,8 @@ def test_reply_that_is_not_trained_on_is_no_answer(skipped: dict[str, Any], tmp_
 
 @needs_cases
 def test_images_of_a_published_case_are_refused() -> None:
-    with pytest.raises(InputError, match=r"row 1 has images in 'images'; only text is read: leave such rows out, or "):
+    remedy = "only text is read: leave such rows out, or remove that column and <image> to ask without it"
+    with pytest.raises(InputError, match=f"row 1 has images in 'images'; {remedy}"):
         load_examples(CASES / "14_mllm_images" / "data.jsonl")
 
 
