@@ -135,6 +135,17 @@ LAYOUTS: dict[str, tuple[dict[str, Any], str, str | None]] = {
         "M: Hi.\nW: Bye.\n\nQ?\nA. x\nB. y\nC. z",
         "y",
     ),
+    "options as objects": (
+        {"question": "Q?", "options": [{"key": "A", "value": "x"}, {"key": "B", "value": "y"}], "answer_idx": "B"},
+        "Q?\nA. x\nB. y",
+        "B",
+    ),
+    "options as objects in another order": (
+        {"question": "Q?", "options": [{"label": "B", "text": "y"}, {"label": "A", "text": "x"}], "answer": "A"},
+        "Q?\nB. y\nA. x",
+        "A",
+    ),
+    "QuALITY": ({"article": "Text.", "question": "Q?", "options": FOUR, "gold_label": 4}, f"Text.\n\nQ?\n{LINES}", "D"),
     "the line of an option": ({"question": "Q?", "A": "x", "B": "y", "answer": "B. y"}, "Q?\nA. x\nB. y", "B"),
     "the column of an option": ({"question": "Q?", "opa": "x", "opb": "y", "answer": "opb"}, "Q?\nA. x\nB. y", "B"),
     "a number that pandas wrote": ({"question": "Q?", "A": "x", "B": "y", "answer": "0.0"}, "Q?\nA. x\nB. y", "A"),
@@ -255,6 +266,11 @@ def test_numbers_are_texts_of_options_where_one_can_be_nothing_else(tmp_path: Pa
         ({"question": "Q?", "options": ["x", "y"], "answer": [0, 1]}, "several numbers of options in 'answer'"),
         ({"question": "Q?", "opa": "x", "opb": "", "opc": "z", "cop": 0}, "an empty option in 'opb'"),
         ({"question": "Q?", "choices": ["x", None, "y"], "answer": 0}, "an empty option in 'choices'"),
+        ({"question": "Q?", "choices": [None, None], "answer": 0}, "an empty option in 'choices'"),
+        (
+            {"question": "Q?", "choices": [{"image": "a"}, {"image": "b"}], "answer": 0},
+            "an option in 'choices' that is no text",
+        ),
     ],
 )
 def test_an_answer_that_is_no_option_leaves_the_row_out(tmp_path: Path, row: dict[str, Any], reason: str) -> None:

@@ -134,6 +134,20 @@ def test_canonical_names(name: str) -> None:
     assert canonical(name) == "correct_answer"
 
 
+def test_column_without_a_name_is_not_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(",question,answer\n0,q,a\n")  # as pandas writes the numbers of rows
+    assert read_examples(origin_of(tmp_path / "a.csv", "train", "train"))[1].columns.unread == []
+
+
+def test_field_of_an_object_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"question": {"tokens": ["Q"], "text": "Q"}, "answer": "a"})  # NarrativeQA
+    with pytest.raises(
+        InputError, match=r"an object in 'question'; name a column .*--question-field, as question\.text"
+    ):
+        load_examples(path)
+    assert load_examples(path, question_field="question.text")[0].question == "Q"
+
+
 def test_what_is_true_of_many_sets_is_said_once() -> None:
     def rows(**left_out: int) -> ReadRows:
         return ReadRows(n_rows=10, left_out=Counter(left_out), notes=["the note"])

@@ -196,6 +196,12 @@ def test_reasoning_in_a_column_of_its_own(column: str, tmp_path: Path) -> None:
     assert (named, rows.columns.unread) == ([Example("1", "2+2?", "4")], [column])
 
 
+def test_reasoning_before_the_letter_of_an_option(tmp_path: Path) -> None:
+    row = {"question": "2+2?", "choices": ["3", "4"], "reasoning": "hm"}
+    examples = read(tmp_path, {**row, "answer": 1}, {**row, "answer": 0})
+    assert [(example.answer, example.reasoning) for example in examples] == [("B", "hm"), ("A", "hm")]
+
+
 def test_reasoning_that_the_reply_repeats_or_that_is_no_text_is_not_read(tmp_path: Path) -> None:
     rows = [{"prompt": "2+2?", "completion": "<think>hm</think>4", "reasoning": "hm"}]
     rows += [{"prompt": "2+2?", "completion": "4", "reasoning": value} for value in (None, "", 3, ["hm"])]
@@ -240,7 +246,8 @@ def test_reply_that_is_not_trained_on_is_no_answer(skipped: dict[str, Any], tmp_
 
 @needs_cases
 def test_images_of_a_published_case_are_refused() -> None:
-    with pytest.raises(InputError, match=r"row 1 has images in 'images'; only text is read: leave such rows out, or "):
+    remedy = "only text is read: leave such rows out, or remove that column and <image> to ask without it"
+    with pytest.raises(InputError, match=f"row 1 has images in 'images'; {remedy}"):
         load_examples(CASES / "14_mllm_images" / "data.jsonl")
 
 

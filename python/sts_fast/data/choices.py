@@ -9,7 +9,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from sts_fast.data.tables import Row
-from sts_fast.data.values import encodable, is_missing, is_structure, parsed
+from sts_fast.data.values import encodable, is_missing, is_structure, is_text, parsed
 from sts_fast.errors import InputError, UnusableRow, listed
 
 LIST_COLUMNS = ("options", "choices", "endings", "choice", "answer_choices", "answer_options")
@@ -17,7 +17,7 @@ LIST_COLUMNS = ("options", "choices", "endings", "choice", "answer_choices", "an
 INDEX_COLUMNS = (
     *("answerkey", "answer_key", "answer_idx", "answer_index", "answer_id"),
     *("correct_option", "correct_choice", "correct_answer_id", "correct_answer_idx", "correct_index", "correct_idx"),
-    *("correct", "cop", "gold", "gold_index", "label"),
+    *("correct", "cop", "gold", "gold_index", "gold_label", "label"),
 )
 # Those among them that count from 0 even where the options are in numbered columns.
 CLASS_COLUMNS = ("label", "cop", "answer_idx", "answer_index", "correct_index", "correct_idx", "gold", "gold_index")
@@ -27,6 +27,8 @@ _OPTION_COLUMN = re.compile(r"(options?|choices?|opt?|ending|sol)_?([a-j]|\d{1,2
 _LETTER_COLUMN = re.compile(r"()([a-j])")
 # These may be several answers too: they are options where another column names one of them.
 _ANSWER_COLUMN = re.compile(r"(answer|ans)_?([a-j]|\d{1,2})")
+# Of an option that is an object.
+_TEXT_KEYS, _LABEL_KEYS = ("text", "content", "value", "option"), ("label", "key")
 _NAMED_OPTION = re.compile(r"\(?([A-Za-z]|-?\d{1,2})[).:]?")
 
 
@@ -71,20 +73,26 @@ class Choices:
             raise UnusableRow(where, f"a text in {name!r} that is no list of options", "write them as JSON")
         if isinstance(options, dict) and all(isinstance(options.get(key), list) for key in ("text", "label")):
             options = dict(zip(options["label"], options["text"], strict=False))
+        if isinstance(options, list) and all(isinstance(option, dict) for option in options):
+            texts = [next((option[key] for key in _TEXT_KEYS if key in option), option) for option in options]
+            labels = [
+                next((option[key] for key in _LABEL_KEYS if is_text(option.get(key))), None) for option in options
+            ]
+            options = dict(zip(labels, texts, strict=True)) if all(labels) else texts
         if isinstance(options, dict):
             given = {str(label).strip(): text for label, text in options.items() if not is_missing(text)}
             if not any(isinstance(text, (dict, list)) for text in given.values()):
                 return cls._labelled([name], [*given], [_text(text, where, name) for text in given.values()])
         if isinstance(options, str):
             return cls((name,), (), (), (options.strip(),))
-        if isinstance(options, list) and all(isinstance(option, dict) for option in options):
-            options = [option.get("text", option.get("content")) for option in options]
         if not isinstance(options, list) or len(options) > len(ascii_uppercase):
             raise UnusableRow(where, f"options in {name!r} that are not a list of at most 26", "correct it")
         while options and is_missing(options[-1]):
             options = options[:-1]
-        if any(is_missing(option) for option in options):
+        if not options or any(is_missing(option) for option in options):
             raise UnusableRow(where, f"an empty option in {name!r}", "fill it in")
+        if any(isinstance(option, (dict, list)) for option in options):
+            raise UnusableRow(where, f"an option in {name!r} that is no text", "write it as text")
         texts = [_text(text, where, name) for text in options]
         own = [re.match(rf"\(?{letter}[).:]\s*", text) for letter, text in zip(ascii_uppercase, texts, strict=False)]
         if all(own):

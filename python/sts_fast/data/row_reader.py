@@ -121,7 +121,7 @@ class RowReader:
             names += [name for used in self.used[role] if (name := spelt.get(used, used)) not in names]
         # A field of a column, as `a.b`, reads that column.
         used = {canonical(part) for names in self.used.values() for n in names for part in (n, n.split(".")[0])}
-        unread = [spelt.get(name, name) for name in self.readable if name not in used]
+        unread = [spelt.get(name, name) for name in self.readable if name and name not in used]
         read.columns.unread.extend(name for name in unread if name not in read.columns.unread)
         read.n_bad += self.n_bad
 
@@ -172,7 +172,7 @@ class RowReader:
         is_whole = bool(turns and turns[-1].role == "assistant")
         reply = [] if is_whole and self.answer_field is None else self._reply(row, fields, where, choices)
         if isinstance(reply, Numbered):
-            number, reply = reply, [Turn("assistant", reply.text)]
+            number, reply = reply, [Turn("assistant", reply.text, self._reasoning(fields, where, reply.text))]
         if turns is None:
             turns, begun = self._asked(value, fields, where, choices, reply[-1].content if reply else "")
         elif is_whole and reply and is_turns(value):  # a reply in the column that was named comes before its own
@@ -240,7 +240,10 @@ class RowReader:
         """The turns of a question, and how it makes the reply begin, which is rare."""
         name = self.question_field or self.question_column
         if not isinstance(value, str):
-            raise UnusableRow(where, f"{kind_of(value)} in {name!r}", "name a column of text with --question-field")
+            inside = [key for key in value if is_text(value[key])] if isinstance(value, dict) else []
+            example = f", as {name}.{inside[0]}" if inside else ""
+            remedy = f"name a column of text with --question-field{example}"
+            raise UnusableRow(where, f"{kind_of(value)} in {name!r}", remedy)
         question = encodable(value, where, name).strip()
         if (rendered := undone(question, where, reply)) is not None:
             return rendered

@@ -197,7 +197,7 @@ def check_no_media(fields: Mapping[str, Any], turns: Sequence[Turn], where: str)
         if value in (None, "", [], {}) or (isinstance(value, str) and not signs and not name.endswith("s")):
             continue
         if isinstance(value, (str, list, dict, bytes)):
-            raise UnusableRow(where, f"{name} in {name!r}", _MEDIA_REMEDY.format(listed(["that column", *signs])))
+            raise UnusableRow(where, f"{name} in {name!r}", _MEDIA_REMEDY.format(" and ".join(["that column", *signs])))
 
 
 def _items(value: Any) -> list[Any] | None:
