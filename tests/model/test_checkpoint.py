@@ -92,7 +92,6 @@ ADAPTERS: dict[str, Callable[[], Any]] = {
         target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
     ),
     "LoHa": lambda: peft().LoHaConfig(r=4, target_modules=ATTENTION, task_type="CAUSAL_LM"),
-    "BOFT": lambda: peft().BOFTConfig(boft_block_size=4, target_modules=ATTENTION),
     "HRA": lambda: peft().HRAConfig(r=4, target_modules=ATTENTION),
     "FourierFT": lambda: peft().FourierFTConfig(n_frequency=50, scaling=10.0, target_modules=ATTENTION),
     "norms": lambda: peft().LNTuningConfig(target_modules=["input_layernorm"]),
@@ -110,6 +109,17 @@ def adapter(tmp_path: Path) -> Callable[..., tuple[Path, Any]]:
         return tmp_path / "adapter", wrapped
 
     return make
+
+
+def test_an_adapter_that_compiles_code_is_refused(adapter: Callable[..., tuple[Path, Any]]) -> None:
+    folder, _ = adapter("LoHa")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    settings = {"peft_type": "BOFT", "target_modules": config["target_modules"]}
+    (folder / "adapter_config.json").write_text(
+        json.dumps(settings | {"base_model_name_or_path": config["base_model_name_or_path"]})
+    )
+    with pytest.raises(InputError, match=r"an adapter of the kind BOFT, which compiles CUDA code when it is read"):
+        load_decoder(folder, 0, device="cpu")
 
 
 @pytest.mark.parametrize("layer", [0, 2])

@@ -39,6 +39,8 @@ def merge(checkpoint: Checkpoint, model: Any, n_layers: int) -> torch.nn.Module:
         reasons = {f"{kind} with {key}": why for key, why in NOT_MERGED.items() if getattr(config, key, None)}
         if config.is_prompt_learning or kind in ("ADAPTION_PROMPT", "XLORA"):
             reasons[kind] = "adds to prompts or layers"
+        if kind == "BOFT":
+            reasons[kind] = "compiles CUDA code when it is read"
         for name, why in reasons.items():
             raise InputError(
                 f"{checkpoint} is an adapter of the kind {name}, which {why} and cannot be merged into weights: give "
