@@ -249,12 +249,11 @@ def with_a_poor_domain(tiny: Tiny) -> dict[str, Any]:
 
 
 def test_a_domain_that_cannot_be_used_is_left_out_and_named(tiny: Tiny) -> None:
-    given, said = with_a_poor_domain(tiny), []
-    forecast = sts_fast.score(train=tiny.train, **given, say=said.append)
+    given = with_a_poor_domain(tiny)
+    forecast = sts_fast.score(train=tiny.train, **given)
     assert [domain.name for domain in forecast.domains] == [*tiny.domains]
     (warning,) = [warning for warning in forecast.warnings if "left out" in warning]
     assert warning.startswith("a domain is left out: 'silent' has 0 answered examples, but 5 are to be shown")
-    assert f"warning: {warning}" in said
     # Without demonstrations nothing is wrong with it.
     forecast = sts_fast.score(train=tiny.train, **given, estimators=["act"])
     assert [domain.name for domain in forecast.domains] == [*given["domains"]]

@@ -30,7 +30,7 @@ Kind = Literal["train", "domain"]
 
 Limit = Annotated[int | None, Option("Most prompts of a set, drawn at random; 0 for all.", least=1)]
 Seed = Annotated[int, Option("Of the sample of prompts and the intervals.", least=0)]
-Strict = Annotated[bool, Option("Stop where a run would go on with a warning, as at a row without an example.")]
+Strict = Annotated[bool, Option("Stop at a bad row, a domain that cannot be used, or an SAE that does not fit.")]
 
 MIN_PROMPTS = 8
 

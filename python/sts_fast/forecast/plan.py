@@ -78,7 +78,8 @@ class Plan:
         if left_out and not domains:
             raise InputError(left_out[0] + ("" if len(left_out) == 1 else "; and no other domain can be used either"))
         warnings = [f"a domain is left out: {why}" for why in left_out]
-        settings.warn(*warnings)
+        if warnings and settings.strict:
+            raise InputError(f"{warnings[0]} (--strict)")
         # Without demonstrations, and of domains with answers enough.
         with_answers = domains if signed or settings.controls == "all" else ()
         domain_answers = [prompts("domain", domain.name, show=False, tokens="answer") for domain in with_answers]

@@ -106,7 +106,7 @@ class Reading(Running):
     layer:     reads the residual stream after this layer, whatever the SAE's files say; hook: the same by name. The
                command line says this of each SAE apart
     sae_dtype: of the SAEs; None as stored
-    strict:    raises InputError where a run would go on with a warning
+    strict:    raises InputError at a bad row, a domain that cannot be used, or an SAE that does not seem to fit
     command:   recorded in the provenance
     """
 
