@@ -165,3 +165,13 @@ def test_rows_that_are_passed_over_are_said() -> None:
 def test_wrong_numbers_of_draws() -> None:
     with pytest.raises(InputError, match="--demo-draws must be at least 1, not 0"):
         Sampling(demo_draws=0)
+
+
+def test_whether_a_query_fits_does_not_change_the_draw_of_the_others() -> None:
+    draws = [[Example("p", "b", "x")], [Example("q", "c", "x " * 9)]]
+    queries = [Example(str(i), "a " * (1 + 4 * (i % 2)) + str(i), None) for i in range(40)]
+    whole = build_prompts("set", queries, PLAIN, draws=draws)
+    cut = build_prompts("set", queries, PLAIN, draws=draws, context_length=18)
+    assert 0 < cut.n_too_long < 40
+    draw_of = {prompt.id: prompt.draw for prompt in whole.prompts}
+    assert all(draw_of[prompt.id] == prompt.draw for prompt in cut.prompts)

@@ -224,7 +224,7 @@ def test_the_hash_of_a_real_prompt_is_that_of_the_harness() -> None:
         ("meta-llama__Llama-3.1-8B", "meta-llama/Llama-3.1-8B", True),
         ("/models/Llama-3.1-8B/", "meta-llama/Llama-3.1-8B", True),
         ("~/hub/models--meta-llama--Llama-3.1-8B/snapshots/0e9e39f249a1", "meta-llama/Llama-3.1-8B", True),
-        ("./base", "/home/me/work/base", True),
+        ("./base", "/models/base", True),
         ("unsloth/Llama-3.1-8B", "meta-llama/Llama-3.1-8B", False),
         ("/models/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B", False),
         ("/out/law/checkpoint-500", "/out/math/checkpoint-500", False),

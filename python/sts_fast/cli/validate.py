@@ -24,7 +24,7 @@ from sts_fast.report import build_report
 
 @dataclass(frozen=True)
 class Evaluations:
-    """What the forecast is held against, and how it is read."""
+    """Results that the forecast is held against, and how they are read."""
 
     before: Annotated[Path | None, Option("Evaluation before training; or a CSV with the changes.")] = None
     after: Annotated[Path | None, Option("Evaluation after training.")] = None

@@ -144,7 +144,7 @@ class Choices:
         return question if listed_already else "\n".join([question, *self.lines])
 
     def named(self, value: Any, column: str, where: str) -> str | Numbered | None:
-        """What a value of an answer column means among these options.
+        """The answer that a value of an answer column stands for among these options.
 
         Returns the label that it names, the number of an option, the value as text where it is an answer written out,
         or None where the column hides the answer (-1), or is about something else.

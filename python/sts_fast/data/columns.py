@@ -1,4 +1,4 @@
-"""What the rows of a set were read from, what became of them, and how that is said."""
+"""Columns that rows are read from, counts of the rows, and the lines and warnings that tell them."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class ReadRows:
 
 
 class RowsBlock(TypedDict):
-    """What became of the rows of one source, as scores.json says it; see ReadRows and ReadColumns.
+    """Counts and columns of the rows of one source, for scores.json; see ReadRows and ReadColumns.
 
     sets: names of the sets that its rows are in
     """
@@ -141,7 +141,7 @@ def reading_lines(read: Sequence[tuple[str, ReadRows]]) -> list[str]:
 
 
 def row_warnings(read: Sequence[tuple[str, ReadRows]], unremarkable: float = UNREMARKABLE) -> list[str]:
-    """What a reader of the results should know of some sets by (name, rows), each thing once.
+    """Warnings about the rows of some sets by (name, rows), each once.
 
     unremarkable: share of a source's rows that may be left out without a warning
     """

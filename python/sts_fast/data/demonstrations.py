@@ -25,7 +25,7 @@ N_MEASURED, SHARES_WITH_ROOM = 64, (0.5, 0.1, 0.0)
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """What is shown before a set's queries, and the queries.
+    """The examples that are shown before a set's queries, and the queries.
 
     draws:   each [shots] examples that are shown together, in this order; no example is in two. Empty where there are
         too few

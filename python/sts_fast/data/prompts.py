@@ -65,7 +65,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class SetWarning:
-    """What a reader of the results should know of a set.
+    """A warning about one set.
 
     text: the same for all sets that it is true of; which: how much of this set, as in "3 of 20 examples of 'law'"
     """
@@ -118,7 +118,8 @@ def build_prompts(
 ) -> PromptSet:
     """Prompts of a random sample of `limit` queries that fit into the model's context, in the order of the set.
 
-    draws: demonstrations; the queries are dealt out over them, so that each is asked behind one, none behind itself
+    draws: demonstrations; the queries are dealt out over them, so that each is asked behind one, none behind itself.
+        Whether a query fits does not change its draw: else long draws would be asked short questions only
 
     The tokens read are, for `tokens`:
       query     those of the question's own text, and of earlier turns of its conversation, but not of a system turn
@@ -138,14 +139,14 @@ def build_prompts(
     turns_of = [demo_turns(demos) for demos in draws]
     chosen: list[tuple[int, Prompt]] = []
     n_too_long = n_unanswered = 0
-    for row in np.random.default_rng(seed).permutation(len(queries)):
+    for dealt, row in enumerate(np.random.default_rng(seed).permutation(len(queries))):
         if len(chosen) == limit:
             break
         query = queries[row]
         if tokens == "answer" and query.answer is None:
             n_unanswered += 1
             continue
-        draw = draw_for(query, draws, len(chosen)) if draws else 0
+        draw = draw_for(query, draws, dealt) if draws else 0
         if draw is None:
             continue  # it is shown itself
         prompt = _pair(query, turns_of[draw] if draws else [], template, tokens, context_length)

@@ -119,11 +119,11 @@ class Sets:
         return [*self.lines(), *(f"warning: {warning}" for warning in self.warnings())]
 
     def warnings(self, train: str | None = None) -> list[str]:
-        """What a reader of the results should know of the rows of the domains, and of one or all training sets."""
+        """Warnings about the rows of the domains, and of one or all training sets."""
         return row_warnings(self._rows_beside(train))
 
     def blocks(self, train: str) -> list[RowsBlock]:
-        """What became of the rows of the domains and of a training set."""
+        """Counts and columns of the rows of the domains and of a training set."""
         return row_blocks(self._rows_beside(train))
 
     def _rows_beside(self, train: str | None) -> list[tuple[str, ReadRows]]:
