@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import pickle
 import shutil
@@ -119,6 +120,25 @@ def test_a_file_below_the_hook_is_named(shard: int, tmp_path: Path) -> None:
     ) as e:
         load_decoder(tmp_path, 1, device="cpu")
     one_sentence(e)
+
+
+@pytest.mark.parametrize("shard", [2, SHARDS])
+def test_no_links_are_left_behind(shard: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a file below the hook is missing, loading fails; where one above is, it works, and the model is dropped."""
+    links = tmp_path / "links"
+    links.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(links))
+    folder = save_sharded(make(), tmp_path / "model")
+    next(folder.glob(f"*-0000{shard}-of*")).unlink()
+    if shard == 2:
+        with pytest.raises(InputError):
+            load_decoder(folder, 1, device="cpu")
+    else:
+        decoder = load_decoder(folder, 1, device="cpu")
+        assert [*links.iterdir()]
+        del decoder
+    gc.collect()
+    assert not [*links.iterdir()]
 
 
 def test_the_whole_model_needs_all_files(tmp_path: Path) -> None:

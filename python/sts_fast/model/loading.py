@@ -156,6 +156,7 @@ class Files:
     def __init__(self, checkpoint: Checkpoint, n_layers: int) -> None:
         self.checkpoint, self.folder = checkpoint, checkpoint.folder
         self._temporary: Path | None = None
+        self._removal: weakref.finalize[..., Files] | None = None  # where loading fails, the links go with this object
         self._absent: dict[str, str] = {}  # file by weight
         first = None if checkpoint.gguf else self._first()
         index = checkpoint.find(first) if first is not None and first.endswith(".json") else None
@@ -177,6 +178,7 @@ class Files:
         if here == files and "metadata" in content:  # transformers needs that key
             return
         self._temporary = Path(tempfile.mkdtemp(prefix="sts-fast-checkpoint-"))
+        self._removal = weakref.finalize(self, shutil.rmtree, self._temporary, ignore_errors=True)
         self.folder = str(self._temporary)
         for path in index.parent.iterdir():
             if path.name != index.name and path.name not in files - here:
@@ -186,7 +188,8 @@ class Files:
 
     def keep_for(self, model: torch.nn.Module) -> None:
         """Keeps the folder of links as long as the model, which may still read from it, and then deletes it."""
-        if self._temporary is not None:
+        if self._temporary is not None and self._removal is not None:
+            self._removal.detach()
             weakref.finalize(model, shutil.rmtree, self._temporary, ignore_errors=True)
 
     def explain(self, missing: set[str]) -> dict[str, list[str]]:
