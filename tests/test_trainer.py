@@ -203,6 +203,9 @@ def test_it_stops_at_a_budget(run: Path, questions: Any, tmp_path: Path, caplog:
 def test_all_processes_stop_together(run: Path, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(f"""
+import os
+from pathlib import Path
+
 import torch
 from transformers import Trainer, TrainingArguments
 from sts_fast.demo import organism
@@ -221,7 +224,7 @@ trainer = Trainer(
 budget = {{{DOMAINS[0]!r}: 1e-6}}
 TransferMonitor({str(run)!r}, output={str(tmp_path / "watch")!r}, every=2, stop_when=budget).attach(trainer)
 trainer.train()
-print("stopped at", trainer.state.global_step, flush=True)
+Path({str(tmp_path)!r}, f"stopped {{os.environ['RANK']}}").write_text(str(trainer.state.global_step))
 """)  # fmt: skip
     ran = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script],
@@ -230,7 +233,8 @@ print("stopped at", trainer.state.global_step, flush=True)
         check=False,
         timeout=300,
     )
-    assert ran.stdout.count("stopped at 2") == 2, ran.stderr[-2000:]
+    stopped = {path.name: path.read_text() for path in tmp_path.glob("stopped *")}
+    assert stopped == {"stopped 0": "2", "stopped 1": "2"}, ran.stderr[-2000:]
 
 
 def test_the_run_it_leaves_is_reported_and_validated(run: Path, questions: Any, tmp_path: Path) -> None:
