@@ -168,8 +168,10 @@ def _stored_sets(rows: Sequence[Mapping[str, Any]]) -> list[PromptSet]:
     """The answered prompts that a run with signed forecasts sent, the training set first."""
     empty = np.empty(0, np.int32)
     prompts_of: dict[tuple[str, str], list[Prompt]] = {}
+    at_the_hook, of_trials = ("signed_train", "signed"), ("trial_train", "trial")
+    stages = at_the_hook if any(row["stage"] in at_the_hook for row in rows) else of_trials
     for row in rows:
-        if row["stage"] in ("signed_train", "signed"):
+        if row["stage"] in stages:
             ids, positions = (np.asarray(row[name], np.int32) for name in ("base_ids", "positions"))
             prompts = prompts_of.setdefault((row["stage"], row["domain"]), [])
             prompts.append(Prompt(row["id"], ids, empty, positions, empty, empty, 0))

@@ -139,7 +139,15 @@ def shift(
     sources: Annotated[Sources, Fixed(domains=[])],
     settings: Annotated[
         Settings,
-        Fixed(estimators=("act",), domain_shots=1, signed_features="sae", controls="features", labels=None),
+        Fixed(
+            estimators=("act",),
+            domain_shots=1,
+            signed_features="sae",
+            trial_steps=None,
+            trial_cost=None,
+            controls="features",
+            labels=None,
+        ),
     ],
     places: Places,
     how: Annotated[How, Fixed(calibration=None)],

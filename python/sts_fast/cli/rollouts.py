@@ -54,7 +54,7 @@ def rollouts(
     sources: Sources,
     columns: Columns,
     completing: Completing,
-    settings: Annotated[RolloutSettings, Fixed(dims="icl", signed_features="sae")],
+    settings: Annotated[RolloutSettings, Fixed(dims="icl", signed_features="sae", trial_steps=None, trial_cost=None)],
     places: Places,
     core: Core,
     show_prompts: ShowPrompts = False,

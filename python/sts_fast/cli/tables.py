@@ -167,7 +167,7 @@ def print_outlook(outlook: Outlook, *, as_json: bool) -> None:
         table.add_row(escape(planned.name), planned.use, str(planned.n_prompts), str(left_out), f"{planned.n_tokens:,}")
     out.print(table)
     for planned in outlook.sets:
-        if planned.use == "answers":
+        if planned.use in ("answers", "trial"):
             continue
         first = f"“{_shortened(planned.first)}”" if planned.first else "nothing"
         lines = [f"{planned.name} asks {first}"]

@@ -18,6 +18,7 @@ from sts_fast.places import split_name
 from sts_fast.sae import SAE
 from sts_fast.signed.push import MAP_PROMPTS
 from sts_fast.signed.signed import hook_layer
+from sts_fast.signed.trial import BATCH_ROWS
 
 # Evaluations of the layers above the hook that seeking a map usually takes.
 MAP_EVALUATIONS = {"step": 15, "adapter": 60}
@@ -34,7 +35,7 @@ LIBRARY_BYTES = 600e6
 class PlannedSet:
     """One set as it will be read.
 
-    use:      'shift' (D_N is taken from it), 'score', or 'answers' (read in the whole model)
+    use:      'shift' (D_N is taken from it), 'score', 'answers' (read in the whole model), or 'trial' (trained on)
     n_prompts, n_too_long, n_unanswered: as in PromptSet
     n_passes, n_tokens: forward passes, and tokens in them; of answers, tokens only
     source:   the files, hub data sets or rows in memory that it is read from, and what beside them is not
@@ -65,7 +66,8 @@ class Cost:
     """Passes, tokens, time and memory of a forecast.
 
     n_passes, n_tokens: forward passes up to the hooks, and the tokens in them, where prompts share what they begin with
-    n_answer_tokens: tokens that pass the whole model, back to the hook too for signed estimators
+    n_answer_tokens: tokens that pass the whole model, back to the hook too for signed estimators there; a trial's
+        passes over them are more than one
     seconds, memory_bytes: estimates of the time, less that of loading the model, and of the peak memory
     """
 
@@ -90,7 +92,7 @@ class Outlook:
     @classmethod
     def of(cls, plan: Plan) -> Outlook:
         planned = planned_sets(plan)
-        prompt_sets = [*plan.trains, *plan.domains, *plan.train_answers, *plan.domain_answers]
+        prompt_sets = [*plan.trains, *plan.domains, *plan.train_answers, *plan.trial_rows, *plan.domain_answers]
         return cls(planned, estimated_cost(plan, planned), set_warnings(prompt_sets))
 
     def to_dict(self) -> Document:
@@ -104,6 +106,7 @@ def planned_sets(plan: Plan) -> list[PlannedSet]:
         ("score", "domain", plan.domains),
         ("answers", "train", plan.train_answers),
         ("answers", "domain", plan.domain_answers),
+        ("trial", "train", plan.trial_rows),
     )
     budget = _budget(plan)
     return [_planned(plan, use, kind, prompt_set, budget) for use, kind, made in uses for prompt_set in made]
@@ -117,22 +120,24 @@ def estimated_cost(plan: Plan, planned: Sequence[PlannedSet]) -> Cost:
     size, budget = ModelSize(session.outline), _budget(plan)
     layers = [layer for sae in saes if (layer := split_name(sae.hook_name)[1]) is not None]
     last = max(layers) + 1 if len(layers) == len(saes) else size.n_layers
-    n_answers = sum(of.n_tokens for of in planned if of.use == "answers")
-    n_tokens = sum(of.n_tokens for of in planned if of.use != "answers")
+    whole = ("answers", "trial")
+    n_answers = sum(of.n_tokens for of in planned if of.use in whole)
+    n_tokens = sum(of.n_tokens for of in planned if of.use not in whole)
     n_shifted = sum(len(prompt.positions) for made in plan.trains for prompt in made.prompts)
     answered = [*plan.train_answers, *plan.domain_answers]
     flops = n_tokens * size.flops(last) + sum(_answer_flops(made.prompts, size, size.n_layers) for made in answered)
     for sae in saes:
         encode = 2.0 * sae.d_in * sae.d_sae
         flops += n_shifted * encode * (1 if settings.dims == "active" else 2)
-        if settings.signed:
+        if settings.at_the_hook:
             flops += n_answers * encode + _signed_flops(plan, size, hook_layer(sae) + 1)
+    flops += sum(_trial_flops(plan, rows, size) for rows in plan.trial_rows)
     dtype: torch.dtype = getattr(torch, settings.dtype, None) or torch.float32
     if settings.dtype == "auto" and budget.device.type != "cpu":  # the checkpoint's own, as for load_decoder
         dtype = getattr(session.config, "dtype", None) or dtype
     runs_whole = bool(plan.domain_answers)
     n_weights = size.n_weights(last) + (size.n_weights(size.n_layers) if runs_whole else 0)
-    n_maps = len(plan.trains) * SUM_BYTES + len(plan.train_answers) * (1 + len(settings.signed)) * MAP_BYTES
+    n_maps = len(plan.trains) * SUM_BYTES + len(plan.train_answers) * (1 + len(settings.at_the_hook)) * MAP_BYTES
     of_token = bytes_per_token(session.config.get_text_config(), 0)
     return Cost(
         n_passes=sum(of.n_passes or 0 for of in planned),
@@ -155,7 +160,7 @@ def _planned(plan: Plan, use: str, kind: Kind, prompt_set: PromptSet, budget: To
     rows = plan.sets.read_rows.get((kind, prompt_set.name))
     examples = (plan.sets.trains if kind == "train" else plan.sets.domains).get(prompt_set.name)
     n_passes = None
-    if use == "answers":
+    if use in ("answers", "trial"):
         n_tokens = sum(_answer_lengths(prompt_set.prompts))
     elif plan.session.activations is not None:
         n_passes = n_tokens = 0
@@ -206,6 +211,14 @@ def _signed_flops(plan: Plan, size: ModelSize, hook: int) -> float:
         sought = sum(_answer_flops(made.prompts[:MAP_PROMPTS], size, n_above) for made in trains)
         flops += MAP_EVALUATIONS[kind] * sought + len(trains) * of_domains
     return flops
+
+
+def _trial_flops(plan: Plan, rows: PromptSet, size: ModelSize) -> float:
+    """Of a trial's training, forward and back, and of reading its own answers and the domains' again."""
+    once = _answer_flops(rows.prompts, size, size.n_layers)
+    n_passes = plan.trial_steps[rows.name] * BATCH_ROWS / len(rows.prompts)
+    again = sum(_answer_flops(made.prompts, size, size.n_layers) for made in plan.domain_answers)
+    return (2 + 2 * n_passes) * once + again
 
 
 def _matrix_bytes(sae: SAE) -> float:

@@ -104,6 +104,12 @@ ESTIMATORS = (
         "domain's questions are asked again",
         *("points", "nats per token"),
     ),
+    *_signed(
+        "trial",
+        "the model is really trained on the training set for a few steps, with low-rank maps that are taken away "
+        "again, and the domain's questions are asked before and after",
+        *("points", "nats per token"),
+    ),
 )
 BY_NAME = {estimator.name: estimator for estimator in ESTIMATORS}
 SIZES = tuple(estimator.name for estimator in ESTIMATORS if not estimator.signed)

@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from sts_fast.data.options import Option
-from sts_fast.data.sets import Fields, FieldsOptions, Sampling, SamplingOptions
+from sts_fast.data.sets import MIN_PROMPTS, Fields, FieldsOptions, Sampling, SamplingOptions
+from sts_fast.errors import InputError
 from sts_fast.forecast.estimators import SIZES, SizeEstimator
 from sts_fast.model.session import Reading, ReadingOptions
 from sts_fast.signed.push import FeatureKind
-from sts_fast.signed.signed import SignedEstimator
+from sts_fast.signed.signed import AT_THE_HOOK, SignedEstimator
+from sts_fast.signed.trial import BATCH_ROWS
+
+# Of a trial, where nothing else is asked for; and the fewest, which see as many examples as a set must have.
+TRIAL_STEPS, LEAST_STEPS = 8, MIN_PROMPTS // BATCH_ROWS
 
 Dims = Literal["icl", "tuned", "active"]
 Controls = Literal["features", "all"]
@@ -25,8 +30,10 @@ class Settings(Sampling, Fields, Reading):
     dims:      what the shifted features D_N are taken from: 'icl' (demonstrations of the training set in context),
                'tuned' (the model after training, given as `tuned`), 'active' (most active, no demonstrations)
     estimators: any of 'act', 'icl', 'act_sq' ('act' where none is named), see DomainScore for the equations; and the
-               signed 'ntk', 'step', 'adapter', see push, which need answers and the whole model
+               signed 'ntk', 'step', 'adapter', see push, and 'trial', see trial, which need answers and the whole model
     signed_features: what the signed ones are written in: 'sae', 'fired' or 'raw', see push.Features
+    trial_steps, trial_cost: length of a trial, in steps of trial.BATCH_ROWS examples, or as a share of one pass over
+               the training set, '2%'
     controls:  'features' (other features, raw activations, cosine of means) or 'all' (also the base model's loss and
                accuracy, which need the whole model and answers)
     top_n:     size of D_N
@@ -45,6 +52,12 @@ class Settings(Sampling, Fields, Reading):
     signed_features: Annotated[
         FeatureKind, Option("What signed estimators are written in: activations, firings, residuals.")
     ] = "sae"
+    trial_steps: Annotated[
+        int | None, Option(f"Steps of a trial, {BATCH_ROWS} examples each; default: {TRIAL_STEPS}.", least=LEAST_STEPS)
+    ] = None
+    trial_cost: Annotated[
+        str | None, Option("Instead of --trial-steps: the share of one pass over the training set, as 2%.")
+    ] = None
     controls: Annotated[
         Controls, Option("features, or all: also the base model's loss and accuracy (needs answers).")
     ] = "features"
@@ -52,10 +65,38 @@ class Settings(Sampling, Fields, Reading):
     labels: Annotated[str | Path | None, Option("Feature labels, a Neuronpedia export.")] = None
     show: Callable[[str], None] | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.trial_steps is not None and self.trial_cost is not None:
+            raise InputError("--trial-steps and --trial-cost say the same thing: give one of them")
+        for option, value in (("--trial-steps", self.trial_steps), ("--trial-cost", self.trial_cost)):
+            if value is not None and "trial" not in self.estimators:
+                raise InputError(f"{option} is of the estimator trial: add trial to --estimators")
+        if self.trial_cost is not None:
+            self.steps_of_trial(1)
+
+    def steps_of_trial(self, n_examples: int) -> int:
+        """Steps of a trial of a training set of so many examples; raises InputError for a cost that is no share."""
+        if self.trial_cost is None:
+            return self.trial_steps or TRIAL_STEPS
+        number, percent, rest = self.trial_cost.strip().partition("%")
+        try:
+            share = float(number) / (100 if percent else 1)
+        except ValueError:
+            share = 0.0
+        if rest or not 0 < share <= 1:
+            raise InputError(f"--trial-cost takes a share of the training set above 0%, as 2%, not '{self.trial_cost}'")
+        return max(LEAST_STEPS, round(share * n_examples / BATCH_ROWS))
+
     @property
     def signed(self) -> list[SignedEstimator]:
         """The estimators with a sign."""
         return [name for name in self.estimators if name not in SIZES]  # type: ignore[misc]
+
+    @property
+    def at_the_hook(self) -> list[SignedEstimator]:
+        """Those of them that need gradients or maps at the SAE's hook."""
+        return [name for name in self.signed if name in AT_THE_HOOK]
 
     @property
     def sizes(self) -> list[SizeEstimator]:
@@ -69,6 +110,8 @@ class Options(SamplingOptions, FieldsOptions, ReadingOptions, total=False):
     dims: Dims
     estimators: Sequence[SizeEstimator | SignedEstimator]
     signed_features: FeatureKind
+    trial_steps: int | None
+    trial_cost: str | None
     controls: Controls
     top_n: int
     labels: str | Path | None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from sts_fast.data.prompts import PromptSet, TokenClass, show_prompt
+from sts_fast.data.prompts import PromptSet, show_prompt
 from sts_fast.data.sets import MIN_PROMPTS, Kind, Sets, check_enough
 from sts_fast.errors import InputError, SetTooSmall
 from sts_fast.forecast.estimators import BY_NAME
@@ -14,6 +15,7 @@ from sts_fast.model.labels import Labels
 from sts_fast.model.session import Session
 from sts_fast.sae import SAE
 from sts_fast.signed.signed import hook_layer
+from sts_fast.signed.trial import BATCH_ROWS
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Plan:
 
     trains:  those that D_N is taken from, by training set; domains: those that are scored
     train_answers, domain_answers: those that read their answers in the whole model: of training sets, for signed
-        estimators; of domains that have enough answers, for signed estimators and for --controls all
+        estimators at the hook; of domains that have enough answers, for signed estimators and for --controls all
+    trial_rows: those that trials train on; trial_steps: by training set
     labels:  by SAE, the labels of its features by index; none of an SAE that the labels are not of
     sources: what else the forecast is made from, by role, for the provenance
     sets:    the examples that the prompts are made of
@@ -38,6 +41,8 @@ class Plan:
     sets: Sets
     trains: list[PromptSet] = field(default_factory=list)
     train_answers: list[PromptSet] = field(default_factory=list)
+    trial_rows: list[PromptSet] = field(default_factory=list)
+    trial_steps: Mapping[str, int] = field(default_factory=dict)
     warnings: Sequence[str] = ()
 
     @classmethod
@@ -49,18 +54,17 @@ class Plan:
         Raises InputError where the training set or every domain has too few, or where the model cannot give what the
         settings ask for.
         """
-        signed, sizes = settings.signed, settings.sizes
+        signed, at_the_hook, sizes = settings.signed, settings.at_the_hook, settings.sizes
         if settings.controls == "all" and not session.has_head:
             raise InputError(
                 "the base model's loss and accuracy need its head: give a model with one, or --controls features"
             )
-        for sae in session.saes if signed else ():
+        for sae in session.saes if at_the_hook else ():
             hook_layer(sae)
 
-        def prompts(kind: Kind, name: str, *, show: bool, tokens: TokenClass = settings.tokens) -> PromptSet:
+        def prompts(kind: Kind, name: str, *, show: bool, **sampling: Any) -> PromptSet:
             examples = (sets.trains if kind == "train" else sets.domains)[name]
-            demos, sampling = sets.demos.get(name), replace(settings, tokens=tokens)
-            return session.prompts(kind, name, examples, demos, sampling, show=show)
+            return session.prompts(kind, name, examples, sets.demos.get(name), replace(settings, **sampling), show=show)
 
         trains = [prompts("train", name, show=settings.dims == "icl") for name in sets.trains]
         pairs = any(BY_NAME[estimator].of == "pairs" for estimator in sizes)
@@ -89,11 +93,21 @@ class Plan:
                 f"no domain has the {MIN_PROMPTS} answered questions that signed estimators need: add answers, or "
                 f"leave out {', '.join(signed)}"
             )
-        train_answers = [prompts("train", name, show=False, tokens="answer") for name in sets.trains if signed]
-        for answers in train_answers:
+        train_answers = [prompts("train", name, show=False, tokens="answer") for name in sets.trains if at_the_hook]
+        trials = {
+            name: settings.steps_of_trial(len(examples)) for name, examples in sets.trains.items() if "trial" in signed
+        }
+        trial_rows = [
+            prompts("train", name, show=False, tokens="answer", limit=n_steps * BATCH_ROWS)
+            for name, n_steps in trials.items()
+        ]
+        for answers in (*train_answers, *trial_rows):
             check_enough(answers, session.context_length, "train")
         labels = {} if settings.labels is None else _labels(Labels.read(settings.labels), session)
-        return cls(session, settings, domains, domain_answers, labels, sources, sets, trains, train_answers, warnings)
+        return cls(
+            session, settings, domains, domain_answers, labels, sources, sets, trains, train_answers, trial_rows,
+            trials, warnings,
+        )  # fmt: skip
 
     def show(self) -> None:
         """Hands the first prompt of each set to `settings.show`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack, overload
 
@@ -27,7 +28,8 @@ from sts_fast.model.sae_check import Fit
 from sts_fast.model.session import Purpose, SAESource, Session
 from sts_fast.sae import SAE
 from sts_fast.signed.gradients import HookedModel
-from sts_fast.signed.signed import SignedForecast, hook_layer, measure_signed
+from sts_fast.signed.signed import SignedForecast, hook_layer, measure_signed, with_trial
+from sts_fast.signed.trial import measure_trial
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -155,7 +157,10 @@ def compare(
     plan.show()
     fits = session.check_fit(plan.trains[0])
     shifts = [measure_shifts(session.reader, session.saes, train, settings, session.tuned) for train in plan.trains]
-    forecasts = forecasts_of(plan, fits, [list(of_sae) for of_sae in zip(*shifts, strict=True)], _signed(plan))
+    pushed = _pushed(plan)
+    answers = read_answers(plan, pushed)
+    signed = _with_trials(plan, pushed, answers)
+    forecasts = forecasts_of(plan, fits, [list(of_sae) for of_sae in zip(*shifts, strict=True)], signed, answers)
     return forecasts[0] if isinstance(sae, (str, Path, SAE)) else forecasts
 
 
@@ -217,11 +222,13 @@ def forecasts_of(
     fits: Sequence[Fit],
     shifts_of: Sequence[Sequence[Shift]],
     signed: Sequence[Mapping[str, SignedForecast]],
+    answers: Mapping[str, AnswerLog],
 ) -> list[dict[str, Forecast]]:
     """By SAE and training set, its forecast, each domain passed through the model once.
 
     fits:      of each SAE; shifts_of: by SAE, the shift of each training set
     signed:    by SAE and training set, the signed forecasts; empty for an SAE without any
+    answers:   of read_answers
     """
     session, settings = plan.session, plan.settings
     called = sae_names([(sae.source, sae.hook_name) for sae in session.saes])
@@ -231,12 +238,11 @@ def forecasts_of(
             overlap, n_prompts = float(np.mean(shift.overlaps(settings.top_n))), len(shift.prompt_set.prompts)
             settings.tell_line(stability.shift_line(shift.name + suffix, settings.top_n, n_prompts, overlap))
     reads = [read_domain(session.reader, session.saes, domain, shifts_of, settings) for domain in plan.domains]
-    answers = _read_answers(plan, signed) if settings.controls == "all" else {}
     session.reader.say_passes()
     forecasts = []
     for i, (sae, fit, shifts, of_train) in enumerate(zip(session.saes, fits, shifts_of, signed, strict=True)):
         measured = Measured(sae, fit, shifts, [of_saes[i] for of_saes in reads], of_train)
-        forecasts.append(assemble(plan, measured, answers))
+        forecasts.append(assemble(plan, measured, answers if settings.controls == "all" else {}))
     if len(plan.domains) > 1:
         for by_train, suffix in zip(forecasts, with_sae, strict=True):
             for name, forecast in by_train.items():
@@ -250,10 +256,10 @@ def forecasts_of(
     return forecasts
 
 
-def _signed(plan: Plan) -> list[dict[str, SignedForecast]]:
-    """By SAE and training set; empty where no signed estimator is asked for."""
+def _pushed(plan: Plan) -> list[dict[str, SignedForecast]]:
+    """By SAE and training set, the signed forecasts at the hook; empty where none is asked for."""
     session, settings = plan.session, plan.settings
-    if not settings.signed:
+    if not settings.at_the_hook:
         return [{} for _ in session.saes]
     return [
         measure_signed(
@@ -264,13 +270,31 @@ def _signed(plan: Plan) -> list[dict[str, SignedForecast]]:
             sae,
             plan.train_answers,
             plan.domain_answers,
-            settings.signed,
+            settings.at_the_hook,
             kind=settings.signed_features,
             seed=settings.seed,
             tell=settings.tell,
         )
         for sae in session.saes
     ]  # fmt: skip
+
+
+def _with_trials(
+    plan: Plan, pushed: Sequence[Mapping[str, SignedForecast]], answers: Mapping[str, AnswerLog]
+) -> list[dict[str, SignedForecast]]:
+    """The signed forecasts of every SAE with those of the trials, each of which is run once."""
+    session, settings, found = plan.session, plan.settings, [dict(of_train) for of_train in pushed]
+    for rows in plan.trial_rows:
+        trial = measure_trial(
+            session.whole, rows, plan.domain_answers, n_steps=plan.trial_steps[rows.name], seed=settings.seed,
+            batch_tokens=settings.batch_tokens, name=session.reader.name, say=settings.tell_line,
+            tell=partial(settings.tell, f"trial of {rows.name}"),
+        )  # fmt: skip
+        for of_train in found:
+            of_train[rows.name] = with_trial(
+                of_train.get(rows.name), trial, plan.domain_answers, answers, seed=settings.seed
+            )
+    return found
 
 
 def _beyond_activations(settings: Settings) -> list[tuple[str, str]]:
@@ -284,8 +308,10 @@ def _beyond_activations(settings: Settings) -> list[tuple[str, str]]:
     return [(option, why) for option, chosen, why in needs if chosen]
 
 
-def _read_answers(plan: Plan, signed: Sequence[Mapping[str, SignedForecast]]) -> dict[str, AnswerLog]:
-    """Measures how well the base model answers each domain, by name; signed forecasts have measured it already."""
+def read_answers(plan: Plan, signed: Sequence[Mapping[str, SignedForecast]]) -> dict[str, AnswerLog]:
+    """How well the base model answers each domain, by name, where that is needed; signed forecasts have it already."""
+    if plan.settings.controls != "all" and not plan.trial_rows:
+        return {}
     already = next((forecast for of_train in signed for forecast in of_train.values()), None)
     if already is not None:
         return {answers.name: already.answers[answers.name] for answers in plan.domain_answers}

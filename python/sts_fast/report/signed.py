@@ -253,6 +253,11 @@ def _sentences(scores: Scores, signed: SignedBlock) -> list[str]:
     left = ", ".join(f"{name} leaves {percent(share)}" for name, share in sorted(signed["loss_left"].items()))
     if left:
         sentences[-1] = sentences[-1].rstrip(".") + f"; of it {left}."
+    if (trial := signed["trial"]) is not None:
+        sentences.append(
+            f"The trial took {counted(trial['n_steps'], 'step')} on {counted(trial['n_rows'], 'example')}, whose loss "
+            f"went from {significant(trial['loss_before'])} to {significant(trial['loss_after'])} nats per token."
+        )
     unlikely = [name for name, entry in signed["domains"].items() if entry["p_answer"] < SMALLEST_P]
     if unlikely:
         sentences.append(
@@ -303,6 +308,8 @@ def _carrier_sentences(signed: SignedBlock, carried: Sequence[Carried]) -> list[
         "The SAE shows which features carry a forecast; the accuracy does not come from it: in the residual stream "
         "itself, without any SAE, the same estimators did about as well."
     )
+    if signed["features"] is None:
+        return ["A trial does not tell which features carry it: add ntk to --estimators."]
     if signed["features"] == "raw":
         return ["This forecast was made in the residual stream itself, so there are no features to show.", explains]
     if not carried:

@@ -19,7 +19,7 @@ from sts_fast.forecast.dims import Shift, measure_shifts
 from sts_fast.forecast.options import Options, Settings
 from sts_fast.forecast.plan import Plan
 from sts_fast.forecast.run import Forecast
-from sts_fast.forecast.score import forecasts_of
+from sts_fast.forecast.score import forecasts_of, read_answers
 from sts_fast.model.session import Purpose, SAESource, Session
 from sts_fast.rollouts.dims import (
     N_FOLDS,
@@ -60,6 +60,11 @@ class RolloutSettings(Settings):
 
     ways: Annotated[Sequence[Way], Option("Ways of finding the features, comma-separated.")] = WAYS
     verified_reward: Annotated[float | None, Option("Least reward of a verified completion; default: halfway.")] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "trial" in self.estimators:
+            raise InputError("a trial trains on given answers, which rollouts have not: take ntk, step or adapter")
 
 
 class RolloutOptions(Options, total=False):
@@ -149,7 +154,7 @@ def rollouts(
         signed = {} if by_push is None else dict.fromkeys([*shifts, "tuned"], by_push)
     if plain is not None:
         [shifts["tuned"]] = measure_shifts(reader, [loaded_sae], plain, replace(settings, dims="tuned"), session.tuned)
-    [forecasts] = forecasts_of(plan, fits, [list(shifts.values())], [signed])
+    [forecasts] = forecasts_of(plan, fits, [list(shifts.values())], [signed], read_answers(plan, [signed]))
     block = _block(data, verified, completions)
     return {
         way: replace(

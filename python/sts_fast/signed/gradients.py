@@ -150,7 +150,7 @@ class HookedModel:
             leaf.append(hidden.detach().requires_grad_(Q is not None))
             return leaf[0]
 
-        with self._frozen(), self._changing(at_hook), torch.set_grad_enabled(Q is not None):
+        with frozen(self.model), self._changing(at_hook), torch.set_grad_enabled(Q is not None):
             nll, exact = self._read(ids, chosen)
             # Each prompt's loss depends on its own row of the batch alone.
             gradient = torch.zeros_like(leaf[0]) if Q is None else torch.autograd.grad(nll.sum(), leaf[0])[0]
@@ -178,7 +178,7 @@ class HookedModel:
         x.requires_grad_(Q is not None)
         chosen = [prompts[i] for i in rows.prompts]
         with (
-            self._frozen(),
+            frozen(self.model),
             self._skipping_below(),
             self._changing(lambda hidden: x),
             torch.set_grad_enabled(Q is not None),
@@ -228,19 +228,6 @@ class HookedModel:
             handle.remove()
 
     @contextmanager
-    def _frozen(self) -> Iterator[None]:
-        # Nothing below the hook is then recorded for the backward pass, and no weight gets a gradient.
-        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in trainable:
-                if not parameter.is_inference():  # a weight left on disk may be the trace of a pass in inference mode
-                    parameter.requires_grad_(True)
-
-    @contextmanager
     def _skipping_below(self) -> Iterator[None]:
         def hand_on(hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
             return (hidden_states,) if self._gives_tuple else hidden_states
@@ -257,6 +244,20 @@ class HookedModel:
                     del block.forward
                 else:
                     block.forward = forward
+
+
+@contextmanager
+def frozen(model: Any) -> Iterator[None]:
+    """Gives no weight of the model a gradient; nothing below the first one wanted is then recorded for it."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            if not parameter.is_inference():  # a weight left on disk may be the trace of a pass in inference mode
+                parameter.requires_grad_(True)
 
 
 def _for_core(rows: torch.Tensor) -> torch.Tensor:

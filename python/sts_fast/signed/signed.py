@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypedDict, get_args
 
 import numpy as np
@@ -28,6 +28,8 @@ from sts_fast.signed.push import (
     pull_warnings,
     push_warnings,
 )
+from sts_fast.signed.trial import Trial
+from sts_fast.signed.trial import values as trial_values
 from sts_fast.statistics import mean_interval, resamples
 
 if TYPE_CHECKING:
@@ -36,8 +38,10 @@ if TYPE_CHECKING:
 
     from sts_fast.statistics import Doubles
 
-SignedEstimator = Literal["ntk", "step", "adapter"]
+SignedEstimator = Literal["ntk", "step", "adapter", "trial"]
 SIGNED_ESTIMATORS = get_args(SignedEstimator)
+# They need one backward pass to the hook, or a map there.
+AT_THE_HOOK: tuple[SignedEstimator, ...] = ("ntk", "step", "adapter")
 # What each of them forecasts: the change of P(answer), and the fall of the answer's loss.
 SIGNED_FIELDS = tuple(f"{name}{of}" for name in SIGNED_ESTIMATORS for of in ("", "_loss"))
 
@@ -54,12 +58,15 @@ class ContributionBlock(TypedDict):
 
 
 class SignedDomainBlock(TypedDict):
-    """Basis of the signed forecast of a domain. top_features: None for maps that are not written in features."""
+    """Basis of the signed forecast of a domain.
+
+    gradient_cosine: None where no gradient was taken; top_features: None for maps that are not written in features
+    """
 
     n_prompts: int
     base_loss: float
     p_answer: float
-    gradient_cosine: float
+    gradient_cosine: float | None
     top_features: list[ContributionBlock] | None
     share_of_top_features: float | None
 
@@ -74,12 +81,26 @@ class CarrierBlock(TypedDict):
     label: str | None
 
 
-class SignedBlock(TypedDict):
-    """`signed` in scores.json. loss_left: share of the training set's loss, by kind of map."""
+class TrialBlock(TypedDict):
+    """A trial: its steps, the rows it was trained on, and the loss of their answers before and after."""
 
-    features: str
+    n_steps: int
+    n_rows: int
+    loss_before: float
+    loss_after: float
+
+
+class SignedBlock(TypedDict):
+    """`signed` in scores.json.
+
+    features:  what maps at the hook are written in; None where there is only a trial
+    loss_left: share of the training set's loss, by kind of map; trial: None where there was none
+    """
+
+    features: str | None
     train_loss: float
     loss_left: dict[str, float]
+    trial: TrialBlock | None
     domains: dict[str, SignedDomainBlock]
     top_features: list[CarrierBlock]
 
@@ -134,7 +155,7 @@ def measure_signed(
     """
     features = Features(sae, kind, _centre(model, domains) if kind == "raw" else None)
     Q = projection(sae.d_in, seed=seed)
-    maps: list[MapKind] = [name for name in estimators if name != "ntk"]
+    maps: list[MapKind] = [kind for kind in get_args(MapKind) if kind in estimators]
 
     pushes = [
         measure_push(model, features, Q, train.name, train.prompts, maps=maps, tell=_tell_for(tell, train.name))
@@ -180,7 +201,7 @@ def signed_forecasts(
     return {
         push.name: SignedForecast(
             block,
-            {pull.name: _scores(i, pull, estimators, seed) for pull in pulls},
+            {pull.name: _scores(pull.name, _asked(i, pull, estimators), seed) for pull in pulls},
             [*push_warnings(push), *pull_warnings(pulls)],
             _prompt_table(i, train, push, domains, pulls),
             train_firings,
@@ -202,28 +223,97 @@ def _find_firings(model: HookedModel, sae: SAE, domain: PromptSet, firings: Sequ
             train_firings.add(domain, prompt_of, positions, active)
 
 
+def _asked(i: int, pull: Pull, estimators: Sequence[SignedEstimator]) -> dict[str, Doubles]:
+    return {field: of[i] for field, of in pull.values.items() if field.removesuffix("_loss") in estimators}
+
+
+def with_trial(
+    forecast: SignedForecast | None,
+    trial: Trial,
+    domains: Sequence[PromptSet],
+    answers: Mapping[str, AnswerLog],
+    *,
+    seed: int = 0,
+) -> SignedForecast:
+    """A signed forecast with that of a trial; forecast: None where there is no other.
+
+    domains: those of the trial; answers: by domain, those of the base model
+    """
+    import pyarrow as pa
+
+    forecast = forecast or _trial_alone(trial, domains, answers)
+    values = {domain.name: trial_values(answers[domain.name], trial.domains[domain.name]) for domain in domains}
+    of_trial: TrialBlock = {
+        "n_steps": trial.n_steps,
+        "n_rows": len(trial.train.prompts),
+        "loss_before": float(trial.nll.mean()),
+        "loss_after": float(trial.nll_after.mean()),
+    }
+    rows = [_rows("trial_train", trial.train, trial.nll, {})]
+    rows += [
+        _rows("trial", domain, answers[domain.name].nll / answers[domain.name].n_tokens, values[domain.name])
+        for domain in domains
+    ]
+    scores = {
+        domain.name: forecast.scores.get(domain.name, {}) | _scores(domain.name, values[domain.name], seed)
+        for domain in domains
+    }
+    return replace(
+        forecast,
+        block={**forecast.block, "trial": of_trial},
+        scores=scores,
+        prompts=pa.concat_tables([forecast.prompts, *rows]),
+    )
+
+
+def _trial_alone(trial: Trial, domains: Sequence[PromptSet], answers: Mapping[str, AnswerLog]) -> SignedForecast:
+    """What is known of the domains without a gradient or a map at the hook."""
+    of_domains: dict[str, SignedDomainBlock] = {
+        domain.name: {
+            "n_prompts": len(domain.prompts),
+            "base_loss": float((answers[domain.name].nll / answers[domain.name].n_tokens).mean()),
+            "p_answer": float(np.exp(-answers[domain.name].nll).mean()),
+            "gradient_cosine": None,
+            "top_features": None,
+            "share_of_top_features": None,
+        }
+        for domain in domains
+    }
+    block: SignedBlock = {
+        "features": None,
+        "train_loss": float(trial.nll.mean()),
+        "loss_left": {},
+        "trial": None,
+        "domains": of_domains,
+        "top_features": [],
+    }
+    no_rows = _rows("trial", trial.train, trial.nll, {}).slice(0, 0)
+    return SignedForecast(block, {}, [], no_rows, Firings(np.zeros(0, np.int64), "signed"), dict(answers))
+
+
 def _prompt_table(
     i: int, train: PromptSet, push: Push, domains: Sequence[PromptSet], pulls: Sequence[Pull]
 ) -> pa.Table:
     """Rows of the stages 'signed_train' and 'signed'; `positions` are those of the answer, the values the prompt's."""
     import pyarrow as pa
 
-    tables = []
-    parts: list[tuple[PromptSet, Doubles, dict[str, Doubles]]] = [(train, push.nll, {})]
-    parts += [
-        (domain, pull.nll, {field: values[i] for field, values in pull.values.items()})
-        for domain, pull in zip(domains, pulls, strict=True)
-    ]
-    for prompt_set, nll, values in parts:
-        n_answer = np.asarray([len(prompt.positions) for prompt in prompt_set.prompts])
-        log = PromptLog("signed" if values else "signed_train", prompt_set)
-        log.kept = [np.ones(len(prompt.positions), bool) for prompt in prompt_set.prompts]
-        table = log.table({"answer_nll_sum": nll * n_answer})
-        for field in SIGNED_FIELDS:
-            column = pa.array(values[field]) if field in values else pa.nulls(len(nll), pa.float64())
-            table = table.append_column(field, column)
-        tables.append(table)
+    tables = [_rows("signed_train", train, push.nll, {})]
+    for domain, pull in zip(domains, pulls, strict=True):
+        tables.append(_rows("signed", domain, pull.nll, {field: values[i] for field, values in pull.values.items()}))
     return pa.concat_tables(tables)
+
+
+def _rows(stage: str, prompt_set: PromptSet, nll: Doubles, values: Mapping[str, Doubles]) -> pa.Table:
+    """A stage's rows of prompts.parquet; nll: [n_prompts] per token; values: by field, [n_prompts]."""
+    import pyarrow as pa
+
+    log = PromptLog(stage, prompt_set)
+    log.kept = [np.ones(len(prompt.positions), bool) for prompt in prompt_set.prompts]
+    table = log.table({"answer_nll_sum": nll * np.asarray([len(prompt.positions) for prompt in prompt_set.prompts])})
+    for field in SIGNED_FIELDS:
+        column = pa.array(values[field]) if field in values else pa.nulls(len(nll), pa.float64())
+        table = table.append_column(field, column)
+    return table
 
 
 def _tell_for(tell: Progress | None, name: str) -> Tell | None:
@@ -253,6 +343,7 @@ def _block(i: int, push: Push, pulls: Sequence[Pull], features: Features) -> Sig
         "features": features.kind,
         "train_loss": push.loss,
         "loss_left": {kind: fitted.loss_left for kind, fitted in push.maps.items()},
+        "trial": None,
         "domains": domains,
         # Over all domains, those that carry most first.
         "top_features": [
@@ -262,14 +353,11 @@ def _block(i: int, push: Push, pulls: Sequence[Pull], features: Features) -> Sig
     }
 
 
-def _scores(i: int, pull: Pull, estimators: Sequence[str], seed: int) -> dict[str, tuple[float, tuple[float, float]]]:
-    n = len(pull.nll)
-    shares = resamples(n, seed, pull.name) / n
-    scores = {}
-    for field in (field for field in SIGNED_FIELDS if field.removesuffix("_loss") in estimators):
-        values = pull.values[field][i]
-        scores[field] = float(values.mean()), mean_interval(values, shares)
-    return scores
+def _scores(domain: str, values: Mapping[str, Doubles], seed: int) -> dict[str, tuple[float, tuple[float, float]]]:
+    """By field, the mean of values [n_prompts] and its interval; the same resamples of prompts for every field."""
+    n = len(next(iter(values.values())))
+    shares = resamples(n, seed, domain) / n
+    return {field: (float(of.mean()), mean_interval(of, shares)) for field, of in values.items()}
 
 
 def _domain(i: int, pull: Pull, features: Features) -> SignedDomainBlock:

@@ -163,6 +163,9 @@ def conditions(scores: Scores, estimator: str) -> Conditions:
     }
     if estimator in SIGNED:
         signed = scores["signed"]
+        if BY_NAME[estimator].option == "trial":
+            trial = None if signed is None else signed["trial"]
+            return shared | {"--trial-steps": None if trial is None else trial["n_steps"]}
         return shared | {"--signed-features": None if signed is None else signed["features"]}
     shared |= {"--dims": settings["dims"], "--top-n": settings["top_n"], "--tokens": settings["tokens"]}
     if settings["dims"] in ("icl", "verified"):

@@ -1,0 +1,197 @@
+"""A trial: the model is trained on the training set for a few steps, and each domain's answers are read again.
+
+It is what a user would do instead of a forecast, and the yardstick of the other signed estimators. Beside every linear
+map of the decoder's layers stands one of low rank (LoRA, arXiv 2106.09685),
+
+    W x  ->  W x + (α/r) B A x,    A [r, n_in] uniform within ±1/sqrt(n_in),  B [n_out, r] zero before training,
+
+and Adam (arXiv 1412.6980) lowers the mean loss of an answer's token with it, BATCH_ROWS prompts a step. Then
+
+    trial       rise of P(answer), the probability of all of its tokens
+    trial_loss  fall of the answer's loss, in nats per token
+
+The model's own weights do not change, and the maps are taken away again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sts_fast.data.prompts import Prompt, PromptSet, Tell
+from sts_fast.errors import InputError
+from sts_fast.model.answers import answer_outcomes, in_batches, read_answers
+from sts_fast.model.hooks import decoder_layers
+from sts_fast.model.layer_trace import input_device
+from sts_fast.model.log import AnswerLog
+from sts_fast.model.memory import MOST_BATCH_TOKENS, TokenBudget
+from sts_fast.signed.gradients import frozen
+
+if TYPE_CHECKING:
+    import torch
+
+    from sts_fast.statistics import Doubles
+
+BATCH_ROWS = 4
+RANK, ALPHA = 16, 32
+LEARNING_RATE = 1e-3
+# Of one forward and backward pass, whose activations are kept in every layer.
+PASS_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training set's trial.
+
+    train:   the prompts that the model was trained on, in order; n_steps: steps of BATCH_ROWS of them
+    nll:     [n_train] loss per token of their answers before training, in nats; nll_after: after it
+    domains: by domain, [n_prompts] the same loss after training
+    """
+
+    train: PromptSet
+    n_steps: int
+    nll: Doubles
+    nll_after: Doubles
+    domains: dict[str, Doubles]
+
+
+def values(answers: AnswerLog, nll_after: Doubles) -> dict[str, Doubles]:
+    """By field, [n_prompts] each prompt's part of a domain's forecast, which is the mean over them."""
+    before = answers.nll / answers.n_tokens
+    p_before, p_after = np.exp(-answers.nll), np.exp(-nll_after * answers.n_tokens)
+    return {"trial": p_after - p_before, "trial_loss": before - nll_after}
+
+
+def measure_trial(
+    model: Any,
+    train: PromptSet,
+    domains: Sequence[PromptSet],
+    *,
+    n_steps: int,
+    seed: int = 0,
+    batch_tokens: int | None = None,
+    name: str = "the model",
+    say: Callable[[str], None] | None = None,
+    tell: Tell | None = None,
+) -> Trial:
+    """Trains a model on `train` for n_steps, reads the domains' answers, and leaves the model as it was.
+
+    model:  a causal language model with its head; name: its name in errors
+    train, domains: prompts that read their answers
+    batch_tokens: most tokens of one pass; say: is told where that did not fit into memory
+    tell:   is told of each step and each domain
+
+    Raises InputError where the weights are not in memory, the loss becomes NaN or infinite, or a prompt does not fit.
+    """
+    import torch
+
+    done, n_done = 0, n_steps + len(domains)
+
+    def step_done() -> None:
+        nonlocal done
+        done += 1
+        if tell is not None:
+            tell(done, n_done)
+
+    def losses(prompts: Sequence[Prompt]) -> Doubles:
+        total, n_tokens, _ = answer_outcomes(model, prompts, batch_tokens=batch_tokens or MOST_BATCH_TOKENS, say=say)
+        return total / n_tokens
+
+    memory = TokenBudget(input_device(model), name, say=say)
+    most = min(batch_tokens or PASS_TOKENS, PASS_TOKENS)
+    before = losses(train.prompts)
+    with frozen(model), low_rank_maps(model, seed=seed, name=name) as maps:
+        optimizer = torch.optim.Adam(maps, lr=LEARNING_RATE)
+        for rows in _steps(len(train.prompts), n_steps, seed):
+            prompts = [train.prompts[i] for i in rows]
+            for weight, gradient in zip(maps, _gradients(model, maps, prompts, most, memory), strict=True):
+                weight.grad = gradient
+            optimizer.step()
+            step_done()
+        after = losses(train.prompts)
+        moved = {}
+        for domain in domains:
+            moved[domain.name] = losses(domain.prompts)
+            step_done()
+    if not all(np.isfinite(nll).all() for nll in (after, *moved.values())):
+        raise InputError(f"the trial of '{train.name}' made the loss NaN or infinite: try --dtype float32")
+    return Trial(train, n_steps, before, after, moved)
+
+
+def _steps(n_rows: int, n_steps: int, seed: int) -> Iterator[list[int]]:
+    """The rows of each step: passes over all of them, each in a new order."""
+    rng = np.random.default_rng([seed, n_rows])
+    order: list[int] = []
+    for _ in range(n_steps):
+        while len(order) < BATCH_ROWS:
+            order += rng.permutation(n_rows).tolist()
+        yield order[:BATCH_ROWS]
+        order = order[BATCH_ROWS:]
+
+
+def _gradients(
+    model: Any, maps: Sequence[torch.Tensor], prompts: Sequence[Prompt], most: int, memory: TokenBudget
+) -> list[torch.Tensor]:
+    """Gradients of the mean loss of an answer's token over the prompts, in as many passes as memory asks for."""
+    import torch
+
+    n_tokens = sum(len(prompt.positions) for prompt in prompts)
+
+    def read(batch: list[int], ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        chosen = [prompts[i] for i in batch]
+        with torch.enable_grad():
+            nll, _ = read_answers(model, ids, chosen, name=memory.name)
+            share = torch.tensor([len(prompt.positions) / n_tokens for prompt in chosen], dtype=nll.dtype)
+            return torch.autograd.grad((nll * share.to(nll.device)).sum(), maps)
+
+    total = [torch.zeros_like(weight) for weight in maps]
+    for _, gradients in in_batches(model, prompts, read, batch_tokens=most, memory=memory):
+        for summed, gradient in zip(total, gradients, strict=True):
+            summed += gradient
+    return total
+
+
+@contextmanager
+def low_rank_maps(model: Any, *, seed: int, name: str = "the model") -> Iterator[list[torch.Tensor]]:
+    """Adds a low-rank map to every linear one of the decoder's layers; yields A and B of each, in turn.
+
+    A: [RANK, n_in], B: [n_out, RANK] float32, beside the weights. Raises InputError where there is no linear map, or
+    weights are left on disk.
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    config = model.config.get_text_config()
+    layers = model.get_submodule(decoder_layers(model, config.num_hidden_layers))
+    linear: list[Any] = [module for module in layers.modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
+    if not linear:
+        raise InputError(f"{name} has no linear map in its layers that a trial could change: leave out trial")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise InputError(f"a trial trains, which weights on disk cannot: leave out trial, or --device-map, for {name}")
+    generator = torch.Generator().manual_seed(seed)
+    maps: list[torch.Tensor] = []
+    handles = []
+    try:
+        for module in linear:
+            is_transposed = isinstance(module, Conv1D)
+            n_in, n_out = (module.nx, module.nf) if is_transposed else (module.in_features, module.out_features)
+            A = (torch.rand(RANK, n_in, generator=generator) * 2 - 1) / n_in**0.5
+            A, B = (weight.to(module.weight.device).requires_grad_() for weight in (A, torch.zeros(n_out, RANK)))
+            maps += (A, B)
+            handles.append(module.register_forward_hook(_adding(A, B)))
+        yield maps
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _adding(A: torch.Tensor, B: torch.Tensor) -> Callable[..., torch.Tensor]:
+    def hook(module: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        low = args[0].to(A.dtype) @ A.T
+        return output + (ALPHA / RANK * (low @ B.T)).to(output.dtype)
+
+    return hook
