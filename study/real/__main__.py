@@ -3,7 +3,9 @@
 python -m study.real prepare          # the model, the sets and the SAEs, into build/study/real
 python -m study.real run              # all trainings that have no results yet; may be stopped and started again
 python -m study.real run light        # those of one way of training
-python -m study.real forecast         # the product's forecasts for the design part; `forecast ntk`: that one alone
+python -m study.real forecast         # the forecasts of the design part; `forecast ntk`: that one alone
+python -m study.real forecast --part judged   # those that are frozen, of the judged part
+python -m study.real design           # what is tried on the design part before forecasts are frozen
 python -m study.real table            # what came out, into results/
 python -m study.real status           # what is done and what is left
 """
@@ -23,20 +25,22 @@ WORK = Path("build") / "study" / "real"
 
 def main() -> None:
     from study.real import runs
-    from study.real.forecasts import FORECASTS, forecast
+    from study.real.design import explore
+    from study.real.forecasts import FORECASTS, PARTS, forecast
     from study.real.sources import ASSETS
     from study.real.table import write_tables
     from study.real.training import WAYS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("prepare", "run", "forecast", "table", "status"))
+    parser.add_argument("what", choices=("prepare", "run", "forecast", "design", "table", "status"))
     parser.add_argument("names", nargs="*", help="ways of training, or forecasts: all of them unless named")
     parser.add_argument("--work", type=Path, default=WORK, help="folder of the model, the sets and the weights")
+    parser.add_argument("--part", choices=PARTS, default=PARTS[0], help="of the split, for which forecasts are made")
     arguments = parser.parse_args()
     known = {"run": {*WAYS}, "forecast": {asked.name for asked in FORECASTS}}.get(arguments.what, set())
     if unknown := {*arguments.names} - known:
         parser.error(f"{arguments.what} knows no {', '.join(sorted(unknown))}: choose from {', '.join(sorted(known))}")
-    if arguments.what in ("run", "forecast") and not (arguments.work / "texts.jsonl").exists():
+    if arguments.what in ("run", "forecast", "design") and not (arguments.work / "texts.jsonl").exists():
         parser.error(f"{arguments.work} has no model and sets yet: python -m study.real prepare makes them")
     if arguments.what == "prepare":
         if not ASSETS.is_dir():
@@ -45,7 +49,9 @@ def main() -> None:
     if arguments.what == "run":
         runs.run(arguments.work, arguments.names or [*WAYS], tell)
     if arguments.what == "forecast":
-        forecast(arguments.work, arguments.names, tell)
+        forecast(arguments.work, arguments.names, arguments.part, tell)
+    if arguments.what == "design":
+        explore(arguments.work, tell)
     if arguments.what == "table":
         sys.stdout.write(write_tables())
     if arguments.what == "status":

@@ -1,84 +1,156 @@
-"""Correlation of each forecast with the changes that the light trainings made, on the design part alone."""
+"""How each number of each forecast agrees with the changes that trainings made, on one part of the split."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from sts_fast.forecast.estimators import SIGNED
 from study.real import runs
 from study.real.changes import Training, ceiling
 
+Doubles = NDArray[np.float64]
+
 # Every number is set against the fall of the loss, and against the size of its change.
 KINDS = ("signed", "size")
+LEAST_DOMAINS = 3  # for a correlation
+
+
+@dataclass(frozen=True)
+class Number:
+    """One number of one forecast: training set -> domain -> value."""
+
+    forecast: str
+    layer: str
+    name: str
+    values: dict[str, dict[str, float]]
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether its size forecasts the size of a change."""
+        return self.name in SIGNED or self.name == "gradient_cosine"
+
+    @property
+    def key(self) -> list[str]:
+        return [self.forecast, self.layer, self.name]
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """One number of one forecast: Pearson's r over domains, by training."""
+    """A number's agreement with the outcomes, by training; NaN where it cannot be told.
 
-    forecast: str
-    number: str
-    r: dict[str, list[float]]
-
-
-def agreements(trainings: list[Training]) -> list[Agreement]:
-    """Of every number that a forecast has of all design training sets and domains, best first by |mean r|.
-
-    Domains of the training set's own kind do not count, and trainings below the least reliability neither.
+    r:       by kind, Pearson's r over domains; given: the same, with a text-only control partialled out
+    auc:     share of the pairs of a clear fall and a clear rise that the number puts in the right order
     """
-    chosen = counted(trainings)
+
+    number: Number
+    r: dict[str, Doubles]
+    given: dict[str, Doubles]
+    auc: Doubles
+
+
+def numbers_of(part: str) -> list[Number]:
+    """Every number of every forecast that has been made of a part."""
     found = []
-    for path in sorted((runs.RESULTS / "forecasts").glob("*.json")):
+    for path in sorted((runs.RESULTS / "forecasts" / part).glob("*.json")):
         record = runs.read_json(path)
         for layer in (key for key in record if key.isdecimal()):
-            of_trains = record[layer]
-            numbers = next(iter(next(iter(of_trains.values())).values()))
-            for number in numbers:
-                r = {kind: [of_training(t, of_trains, number, kind) for t in chosen] for kind in KINDS}
-                if chosen and not np.isnan([*r["signed"], *r["size"]]).any():
-                    found.append(Agreement(f"{path.stem}, layer {layer}", number, r))
-    return sorted(found, key=lambda a: -max(abs(np.mean(values)) for values in a.r.values()))
+            first = next(iter(next(iter(record[layer].values())).values()))
+            for name in first:
+                if name.startswith("text_") and any(number.name == name for number in found):
+                    continue  # the same for all
+                values = {
+                    train: {domain: of[name] for domain, of in domains.items() if name in of}
+                    for train, domains in record[layer].items()
+                }
+                found.append(Number(path.stem, layer, name, values))
+    return found
 
 
-def counted(trainings: list[Training]) -> list[Training]:
-    """The light trainings on design sets, first seed, whose outcomes are reliable."""
-    trains = runs.read_json(runs.RESULTS / "split.json")["design"]["trains"]
-    light = [t for t in trainings if t.record["way"] == "light" and t.record["seed"] == 0]
-    return [t for t in light if t.counts and t.record["train"] in trains]
+def counted(trainings: Sequence[Training], part: str, way: str = "light") -> list[Training]:
+    """The trainings of a way on a part's sets, first seed, whose outcomes are reliable."""
+    trains = runs.read_json(runs.RESULTS / "split.json")[part]["trains"]
+    some = [t for t in trainings if t.record["way"] == way and t.record["seed"] == 0]
+    return [t for t in some if t.counts and t.record["train"] in trains]
 
 
-def of_training(training: Training, of_trains: dict[str, Any], number: str, kind: str) -> float:
-    """r over the domains that are not the training set's own; NaN where the number is missing or constant."""
-    forecasts = of_trains.get(training.record["train"], {})
-    domains = [domain for domain in training.others if number in forecasts.get(domain, {})]
-    if len(domains) < 3 or len(domains) < len([domain for domain in training.others if domain in forecasts]):
-        return float("nan")
-    values = np.asarray([forecasts[domain][number] for domain in domains])
-    falls = np.asarray([-training.changes["loss"][domain].mean for domain in domains])
-    if np.ptp(values) == 0:
-        return float("nan")
-    return float(np.corrcoef(values, falls if kind == "signed" else np.abs(falls))[0, 1])
-
-
-def ceilings(trainings: list[Training]) -> dict[str, list[float]]:
-    """Largest r that reliability allows, by kind, for each training that `agreements` counts."""
-    return {kind: [ceiling(t.reliability(size=kind == "size")) for t in counted(trainings)] for kind in KINDS}
-
-
-def costs(trainings: list[Training]) -> list[tuple[str, float, float, int]]:
-    """Forecast, its processor seconds, their share of those of training on the same sets (at both rates) and evaluating
-    the same domains, its peak memory in MB."""
-    part = runs.read_json(runs.RESULTS / "split.json")["design"]
-    records = [t.record for t in trainings if t.record["way"] == "light" and t.record["seed"] == 0]
-    spent = sum(
-        record["all_rates_seconds"] + record["measure_seconds"] * len(part["domains"]) / len(record["domains"])
-        for record in records
-        if record["train"] in part["trains"]
+def agreement(number: Number, trainings: Sequence[Training], control: Number | None = None) -> Agreement:
+    """Domains of a training set's own kind do not count."""
+    r: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    given: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    auc = []
+    for training in trainings:
+        of_train = number.values.get(training.record["train"], {})
+        domains = [domain for domain in training.others if domain in of_train]
+        value = np.asarray([of_train[domain] for domain in domains])
+        changes = [training.changes["loss"][domain] for domain in domains]
+        fall = np.asarray([-change.mean for change in changes])
+        text = None
+        if control is not None:
+            text = np.asarray([control.values[training.record["train"]][domain] for domain in domains])
+        size = np.abs(value) if number.is_signed else value
+        for kind, foretold, outcome in (("signed", value, fall), ("size", size, np.abs(fall))):
+            r[kind].append(correlation(foretold, outcome))
+            given[kind].append(np.nan if text is None else partial(foretold, outcome, text))
+        clear = np.asarray([change.is_clear for change in changes], bool)
+        auc.append(area(value[clear], fall[clear] > 0) if len(clear) else np.nan)
+    return Agreement(
+        number,
+        {kind: np.asarray(values) for kind, values in r.items()},
+        {kind: np.asarray(values) for kind, values in given.items()},
+        np.asarray(auc),
     )
-    made = []
-    for path in sorted((runs.RESULTS / "forecasts").glob("*.json")):
+
+
+def correlation(one: Doubles, other: Doubles) -> float:
+    """Pearson's r; NaN for too few or constant values."""
+    if len(one) < LEAST_DOMAINS or np.ptp(one) == 0 or np.ptp(other) == 0:
+        return float("nan")
+    return float(np.corrcoef(one, other)[0, 1])
+
+
+def partial(one: Doubles, other: Doubles, given: Doubles) -> float:
+    """Pearson's r of what a straight line through `given` leaves of both."""
+    a, b, c = correlation(one, other), correlation(one, given), correlation(other, given)
+    left = (1 - b**2) * (1 - c**2)
+    return (a - b * c) / left**0.5 if left > 1e-9 else float("nan")
+
+
+def area(values: Doubles, falls: NDArray[np.bool_]) -> float:
+    """Under the ROC curve: P(value of a fall > value of a rise), ties half; NaN without both."""
+    above = values[falls][:, None] - values[~falls][None, :]
+    return float(((above > 0) + 0.5 * (above == 0)).mean()) if above.size else float("nan")
+
+
+def ceilings(trainings: Sequence[Training], kind: str) -> Doubles:
+    """[n_trainings] the largest r that the reliability of each outcome allows."""
+    return np.asarray([ceiling(t.reliability(size=kind == "size")) for t in trainings])
+
+
+def costs(trainings: Sequence[Training], part: str) -> dict[str, tuple[float, float, int]]:
+    """By forecast, its processor seconds, their share of those of training on the same sets (at both rates) and
+    evaluating the same domains, and its peak memory in MB."""
+    sets = runs.read_json(runs.RESULTS / "split.json")[part]
+    spent = sum(_spent(t.record, sets) for t in trainings)
+    made = {}
+    for path in sorted((runs.RESULTS / "forecasts" / part).glob("*.json")):
         record = runs.read_json(path)
-        made.append((path.stem, record["seconds"], record["seconds"] / spent if spent else 0.0, record["peak_mb"]))
+        made[path.stem] = record["seconds"], record["seconds"] / spent if spent else 0.0, record["peak_mb"]
     return made
+
+
+def _spent(record: dict[str, Any], part: dict[str, list[str]]) -> float:
+    """Seconds of training on a set and evaluating the part's domains, as the share of all that were evaluated."""
+    seconds: float = record["all_rates_seconds"]
+    return seconds + record["measure_seconds"] * len(part["domains"]) / len(record["domains"])
+
+
+def frozen() -> dict[str, Any] | None:
+    """What is judged: 'forecasts', 'numbers' as [forecast, layer, name] and 'control', the same; None before that."""
+    path: Path = runs.RESULTS / "frozen.json"
+    return runs.read_json(path) if path.exists() else None

@@ -1,8 +1,10 @@
-"""Forecasts of the product for the design part, as a user would ask for them, with their time and memory.
+"""Forecasts of the product, as a user would ask for them, with their time and memory; of one part of the split a time.
 
 Each is one command line in a process of its own. `paper` reads the tokens that the chat template writes around a
 question, as the product did by default when the study was planned; `paper without template` reads the question alone,
-as it does now.
+as it does now. `embedding` is none of the product's: a text-only number to hold the others against.
+
+Forecasts of the judged part are made once, of those that `results/frozen.json` names.
 """
 
 from __future__ import annotations
@@ -15,12 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from study.real import runs
+from study.real import embedding, runs
 from study.real.runs import Tell
 from study.real.saes import LAYERS
 from study.real.sets import DEMONSTRATIONS
 
 RESULTS = runs.RESULTS / "forecasts"
+FROZEN = runs.RESULTS / "frozen.json"
+PARTS = ("design", "judged")
 MIDDLE = LAYERS[len(LAYERS) // 2]
 PAPER = ("--estimators", "act,icl,act_sq")
 
@@ -29,10 +33,13 @@ Numbers = dict[str, dict[str, dict[str, float]]]  # training set -> domain -> na
 
 @dataclass(frozen=True)
 class Asked:
-    """One forecast: its options beside model, sets and demonstrations, and the layers of its SAEs."""
+    """One forecast: its options beside model, sets and demonstrations, and the layers of its SAEs.
+
+    options: None for one that the product does not make
+    """
 
     name: str
-    options: tuple[str, ...]
+    options: tuple[str, ...] | None
     layers: tuple[int, ...] = (MIDDLE,)
 
 
@@ -43,18 +50,26 @@ FORECASTS = (
     Asked("ntk", ("--estimators", "ntk")),
     Asked("step", ("--estimators", "step")),
     Asked("adapter", ("--estimators", "adapter")),
+    Asked("trial", ("--estimators", "trial")),
+    Asked("embedding", None),
 )
 
 
-def forecast(work: Path, names: list[str], tell: Tell) -> None:
-    """Makes the forecasts that have no results yet, of training sets and domains of the design part alone."""
-    part = runs.read_json(runs.RESULTS / "split.json")["design"]
-    for asked in FORECASTS:
-        path = RESULTS / f"{asked.name}.json"
+def forecast(work: Path, names: list[str], part: str, tell: Tell) -> None:
+    """Makes the forecasts that have no results yet, of training sets and domains of one part of the split alone.
+
+    Raises SystemExit for the judged part where nothing is frozen yet; forecasts that are not are left out.
+    """
+    sets = runs.read_json(runs.RESULTS / "split.json")[part]
+    if part == "judged" and not FROZEN.exists():
+        raise SystemExit(f"the judged part is forecast once, when {FROZEN} says by what")
+    known = [asked for asked in FORECASTS if part == "design" or asked.name in runs.read_json(FROZEN)["forecasts"]]
+    for asked in known:
+        path = RESULTS / part / f"{asked.name}.json"
         if path.exists() or (names and asked.name not in names):
             continue
-        tell(f"forecast {asked.name}")
-        process = multiprocessing.get_context("fork").Process(target=make_and_write, args=(work, asked, part, path))
+        tell(f"forecast {asked.name} of the {part} part")
+        process = multiprocessing.get_context("fork").Process(target=make_and_write, args=(work, asked, sets, path))
         process.start()
         process.join()
         if process.exitcode != 0:
@@ -64,21 +79,29 @@ def forecast(work: Path, names: list[str], tell: Tell) -> None:
 def make_and_write(work: Path, asked: Asked, part: dict[str, list[str]], path: Path) -> None:
     import torch
 
-    from sts_fast.cli import main
-
     torch.set_num_threads(1)
-    output = work / "forecasts" / asked.name
     start = time.process_time()
-    sys.argv = ["sts-fast", *command(work, asked, part), "--output", str(output)]
-    main()
-    record: dict[str, Any] = {
-        "command": " ".join(("sts-fast", *command(Path("WORK"), asked, part))),
+    if asked.options is None:
+        by_layer = {"0": embedding.forecast(work, part["trains"], part["domains"])}
+        record: dict[str, Any] = {"command": "all-MiniLM-L6-v2"}
+    else:
+        by_layer = run(work, asked, part, work / "forecasts" / path.parent.name / asked.name)
+        record = {"command": " ".join(("sts-fast", *command(Path("WORK"), asked, part)))}
+    record |= {
         "seconds": round(time.process_time() - start, 1),
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
+    runs.write_json(path, record | by_layer)
+
+
+def run(work: Path, asked: Asked, part: dict[str, list[str]], output: Path) -> dict[str, Numbers]:
+    """By layer, the numbers of the product's command."""
+    from sts_fast.cli import main
+
+    sys.argv = ["sts-fast", *command(work, asked, part), "--output", str(output)]
+    main()
     made = [runs.read_json(scores) for scores in sorted(output.rglob("scores.json"))]
-    record |= {str(layer): numbers(made, layer) for layer in asked.layers}
-    runs.write_json(path, record)
+    return {str(layer): numbers(made, layer) for layer in asked.layers}
 
 
 def command(work: Path, asked: Asked, part: dict[str, list[str]]) -> list[str]:
@@ -89,7 +112,7 @@ def command(work: Path, asked: Asked, part: dict[str, list[str]]) -> list[str]:
         *(word for name in part["trains"] for word in ("--train", f"{name}={work}/train/{name}.jsonl")),
         *(word for name in part["domains"] for word in ("--domains", f"{name}={work}/domains/{name}.jsonl")),
         *("--domain-shots", str(DEMONSTRATIONS), "--threads", "1"),
-        *asked.options,
+        *(asked.options or ()),
     ]
 
 
@@ -105,6 +128,6 @@ def numbers(runs_of_saes: list[dict[str, Any]], layer: int) -> Numbers:
             for control, some in domain["controls"].items():
                 values |= {f"{control} {name}": value for name, value in some.items()}
             signed = (run["signed"] or {"domains": {}})["domains"].get(domain["name"], {})
-            values |= {name: signed[name] for name in ("gradient_cosine", "base_loss") if name in signed}
+            values |= {name: signed[name] for name in ("gradient_cosine", "base_loss") if signed.get(name) is not None}
             of_train[domain["name"]] = {name: float(f"{value:.6g}") for name, value in values.items()}
     return found

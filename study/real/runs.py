@@ -145,11 +145,11 @@ def measure_domains(work: Path, model: Any, asking: Asking, *, decoys: bool) -> 
         path.stem: read_rows(path)[DEMONSTRATIONS:][:N_DOMAIN] for path in sorted((work / "domains").glob("*.jsonl"))
     }
     # Rows of all domains share batches, so that rows of like length meet.
-    found = _parted(measure(model, asking, [row for rows in rows_of.values() for row in rows]), rows_of)
+    found = parted(measure(model, asking, [row for rows in rows_of.values() for row in rows]), rows_of)
     if decoys:
         free = {domain: _with_decoys(rows) for domain, rows in rows_of.items() if "options" not in rows[0]}
         asked = measure(model, asking, [row for rows in free.values() for row in rows])
-        for domain, values in _parted(asked, free).items():
+        for domain, values in parted(asked, free).items():
             found[domain]["decoy"] = values["loss"]
     return found
 
@@ -159,7 +159,7 @@ def _with_decoys(rows: list[Row]) -> list[Row]:
     return [{**row, "answer": other["answer"]} for row, other in zip(rows, moved, strict=True)]
 
 
-def _parted(values: dict[str, list[float]], rows_of: dict[str, list[Row]]) -> dict[str, dict[str, list[Any]]]:
+def parted(values: dict[str, list[float]], rows_of: dict[str, list[Row]]) -> dict[str, dict[str, list[Any]]]:
     """The values of all rows, by the domain of the row."""
     found, start = {}, 0
     for domain, rows in rows_of.items():

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from study.real import runs
-from study.real.agreement import KINDS, agreements, ceilings, costs, counted
-from study.real.changes import LEAST_RELIABLE, Training, ceiling, trainings
+from study.real.agreement import KINDS, Number, agreement, ceilings, costs, counted, frozen, numbers_of
+from study.real.changes import LEAST_RELIABLE, Doubles, Training, ceiling, trainings
+from study.real.forecasts import PARTS
 from study.real.sets import own_domains
 from study.real.training import WAYS
 
@@ -29,8 +30,7 @@ def write_tables() -> str:
         "## The trainings",
         trainings_table(done),
         verdict(done),
-        "## What each training set did",
-        "\n".join(sentences(done, outcomes[runs.BASE])),
+        *(part for way in WAYS for part in sentences_part(way, done, outcomes[runs.BASE])),
         "## The base model",
         base_table(outcomes[runs.BASE]),
         *(part for way in WAYS for part in changes_part(way, done)),
@@ -42,30 +42,73 @@ def write_tables() -> str:
 
 
 def forecasts_page(done: list[Training]) -> str:
-    """Every number of every forecast that has been made, and its cost; of the design part alone."""
-    chosen, limits = counted(done), ceilings(done)
+    """The agreement of every number of every forecast that has been made, and its cost."""
+    parts = [
+        "# The forecasts",
+        "Written by `python -m study.real table`. r over the domains that are not of a training set's own kind; mean "
+        "over trainings (lowest to highest). AUC: of the pairs of a clear fall and a clear rise, the share in the "
+        "right order. Given text: partial r, given the control named.",
+    ]
+    chosen = frozen()
+    for part in reversed(PARTS):
+        numbers = numbers_of(part)
+        if chosen is not None and part == "judged":
+            numbers = [number for number in numbers if number.key in chosen["numbers"]]
+        control = next((number for number in numbers if chosen is not None and number.key == chosen["control"]), None)
+        for way in WAYS:
+            some = counted(done, part, way)
+            if numbers and some:
+                parts += [f"## {part.capitalize()} part, {way} training", *agreement_part(numbers, some, control)]
+        cost = costs(counted(done, part), part)
+        if cost:
+            rows = [
+                [name, f"{seconds:.0f}", f"{share:.0%}", str(peak)] for name, (seconds, share, peak) in cost.items()
+            ]
+            parts += [
+                f"## Cost, {part} part",
+                "Of the forecasts of all sets and domains of the part, as a share of light training on these sets (at "
+                "both learning rates) and evaluating these domains.",
+                markdown(["forecast", "processor seconds", "share", "peak MB"], rows),
+            ]
+    return "\n\n".join([*parts, ""])
 
-    def spread(values: list[float]) -> str:
-        return f"{np.mean(values):+.2f} ({min(values):+.2f} to {max(values):+.2f})"
 
-    rows = [[a.forecast, a.number, *(spread(a.r[kind]) for kind in KINDS)] for a in agreements(done)]
-    limit = ["*ceiling*", "", *(spread(limits[kind]) for kind in KINDS)]
-    head = ["forecast", "number", "r with the fall of loss", "r with the size of its change"]
-    cost = [[name, f"{seconds:.0f}", f"{share:.0%}", str(peak)] for name, seconds, share, peak in costs(done)]
-    return "\n\n".join(
+def agreement_part(numbers: list[Number], some: list[Training], control: Number | None) -> list[str]:
+    found = [agreement(number, some, control) for number in numbers]
+    found = [of for of in found if not np.isnan([*of.r["signed"], *of.r["size"]]).all()]
+    found.sort(key=lambda of: -max(abs(np.nanmean(of.r[kind])) for kind in KINDS))
+    limits = {kind: ceilings(some, kind) for kind in KINDS}
+    shares = {kind: [f"{np.nanmean(of.r[kind]) / limits[kind].mean():.0%}" for of in found] for kind in KINDS}
+    rows = [
         [
-            "# First forecasts, on the design part",
-            "Written by `python -m study.real table`. r over the design domains that are not of the training set's own "
-            f"kind; mean over {len(chosen)} light trainings (lowest to highest): "
-            f"{', '.join(t.record['train'] for t in chosen)}. Nothing here is judged: forecasts are chosen from this.",
-            markdown(head, [limit, *rows]),
-            "## Cost",
-            "Of the forecasts of all design sets and domains, as a share of training on these sets (at both learning "
-            "rates) and evaluating these domains.",
-            markdown(["forecast", "processor seconds", "share", "peak MB"], cost),
-            "",
+            f"{of.number.forecast}, layer {of.number.layer}", of.number.name,
+            *(cell for kind in KINDS for cell in (spread(of.r[kind]), shares[kind][i])),
+            spread(of.auc, ".2f"), *([] if control is None else [spread(of.given["signed"])]),
         ]
-    )
+        for i, of in enumerate(found)
+    ]  # fmt: skip
+    head = [
+        "forecast",
+        "number",
+        "r with the fall of loss",
+        "of the ceiling",
+        "r with its size",
+        "of the ceiling",
+        "AUC",
+    ]
+    head += [] if control is None else [f"r given {control.name}"]
+    ceiling_row = ["*ceiling*", "", spread(limits["signed"]), "", spread(limits["size"]), ""]
+    ceiling_row += [""] * (len(head) - len(ceiling_row))
+    return [
+        f"{len(some)} trainings: {', '.join(training.record['train'] for training in some)}.",
+        markdown(head, [ceiling_row, *rows]),
+    ]
+
+
+def spread(values: Doubles, form: str = "+.2f") -> str:
+    if np.isnan(values).all():
+        return ""
+    return f"{np.nanmean(values):{form}} ({np.nanmin(values):{form}} to {np.nanmax(values):{form}})"
 
 
 def trainings_table(done: list[Training]) -> str:
@@ -137,11 +180,16 @@ def seeds_agree(some: list[Training]) -> Iterable[float]:
             yield float(np.corrcoef(changes)[0, 1])
 
 
-def sentences(done: list[Training], base: dict[str, Any]) -> Iterable[str]:
-    """One sentence for each training set, on its light training of the first seed."""
-    for training in done:
-        if training.record["way"] != "light" or training.record["seed"] != 0:
-            continue
+def sentences_part(way: str, done: list[Training], base: dict[str, Any]) -> Iterable[str]:
+    some = [training for training in done if training.record["way"] == way and training.record["seed"] == 0]
+    if some:
+        yield f"## What each training set did, {way}"
+        yield "\n".join(sentences(some, base))
+
+
+def sentences(some: list[Training], base: dict[str, Any]) -> Iterable[str]:
+    """One sentence for each training."""
+    for training in some:
         loss, name = training.changes["loss"], training.record["train"]
         own = [loss[domain].mean for domain in own_domains(name) if domain in loss]
         clear = sorted((domain for domain in training.others if loss[domain].is_clear), key=lambda d: loss[d].mean)

@@ -235,18 +235,18 @@ def test_a_forecast_without_template_reads_the_content_alone(
         forecasts.Asked("content", options, (0,)),
     )
     monkeypatch.setattr(forecasts, "FORECASTS", both)
-    forecasts.forecast(work, [], lambda text: None)
+    forecasts.forecast(work, [], "design", lambda text: None)
 
     tokenizer = load_model(work / "model")[1]
     asked_in = {row["question"] for row in sets.read_rows(work / "domains" / "gsm8k.jsonl")}
     for name, is_content in (("whole", False), ("content", True)):
-        [table] = (work / "forecasts" / name).rglob("prompts.parquet")
+        [table] = (work / "forecasts" / "design" / name).rglob("prompts.parquet")
         rows = [row for row in pq.read_table(table).to_pylist() if row["stage"] == "score"]
         read = {tokenizer.decode([row["base_ids"][i] for i in row["positions"]]) for row in rows}
         assert len(read) > 3
         assert (read <= asked_in) == is_content
-        record = read_json(tmp_path / "forecasts" / f"{name}.json")
-        [scores] = (work / "forecasts" / name).rglob("scores.json")
+        record = read_json(tmp_path / "forecasts" / "design" / f"{name}.json")
+        [scores] = (work / "forecasts" / "design" / name).rglob("scores.json")
         for domain in read_json(scores)["domains"]:
             found = record["0"]["sums"][domain["name"]]
             assert found["act"] == pytest.approx(domain["scores"]["act"]["value"], rel=1e-5)
