@@ -21,6 +21,7 @@ help:
 	@echo 'make format   rewrite all files in the format that lint asks for'
 	@echo 'make demo     forecasts on a small embedded model, beside real fine-tuning'
 	@echo '              MODEL= SAE= TRAIN= DOMAINS="a.jsonl b=c.jsonl": a forecast on these instead'
+	@echo '              MODEL=smollm2 TRAIN=messages.jsonl: on a real model, once study/real has prepared it'
 	@echo 'make study    adds the weights of the models of the real study (176 MB), study/real'
 	@echo 'make gpu      builds, checks and times the CUDA core on this machine, with its own torch; no network'
 	@echo '              STAGES="build check sanitize bench forecast table": these alone'
@@ -72,7 +73,9 @@ format: $(VENV)/installed
 # The embedded world; or, with MODEL and SAE, a forecast for these, on toy questions where there is no other data.
 QUESTIONS = build/toy_questions
 demo: $(VENV)/installed
-ifdef MODEL
+ifeq ($(MODEL),smollm2)
+	$(BIN)/python -m study.real demo $(if $(TRAIN),--train '$(TRAIN)')
+else ifdef MODEL
 	$(BIN)/python examples/toy_questions.py $(QUESTIONS)
 	$(BIN)/sts-fast score --model '$(MODEL)' --sae '$(SAE)' \
 	  --train '$(or $(TRAIN),$(QUESTIONS)/addition.jsonl)' \

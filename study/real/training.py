@@ -45,7 +45,8 @@ WAYS = {
 def products() -> Iterator[str]:
     """Products in bfloat16 where the processor has them, weights and sums in float32; yields which it is."""
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    with torch.autocast("cpu", torch.bfloat16, enabled=fast):
+    # A cached bfloat16 copy of a weight would outlive the steps that change it.
+    with torch.autocast("cpu", torch.bfloat16, enabled=fast, cache_enabled=False):
         yield "bfloat16" if fast else "float32"
 
 
