@@ -407,6 +407,45 @@ py::tuple encode_sparse(const Encoder& encoder, const py::object& acts, const py
                           to_numpy(std::move(rows.values)));
 }
 
+template <class T>
+Span<const T> borrowed_numbers(const py::object& object, const char* name) {
+    check(py::isinstance<py::array_t<T>>(object),
+          std::string(name) + " must be a numpy array of " + text(py::dtype::of<T>()) + ", got " +
+              (py::isinstance<py::array>(object) ? text(object.attr("dtype"))
+                                                 : text(py::type::of(object).attr("__name__"))));
+    const auto array = py::reinterpret_borrow<py::array_t<T>>(object);
+    check_not_masked(array, name);
+    check(array.ndim() == 1 && (array.flags() & py::array::c_style),
+          std::string(name) + " must have 1 contiguous dimension");
+    static const T none{};
+    return {array.size() ? array.data() : &none, array.size()};
+}
+
+sts::SparseView sparse_rows(const py::tuple& rows, const std::string& name) {
+    check(rows.size() == 3, name + " must be (indptr, indices, values)");
+    return {borrowed_numbers<int64_t>(rows[0], (name + "_indptr").c_str()),
+            borrowed_numbers<int32_t>(rows[1], (name + "_indices").c_str()),
+            borrowed_numbers<float>(rows[2], (name + "_values").c_str())};
+}
+
+py::tuple sum_by_prompt(const py::tuple& base, const py::object& base_starts, const py::tuple& other,
+                        const py::object& other_starts, const py::object& pair_at, int64_t d_sae) {
+    const sts::SparseView base_rows = sparse_rows(base, "base"), other_rows = sparse_rows(other, "other");
+    const auto base_of = borrowed_numbers<int64_t>(base_starts, "base_starts");
+    const auto other_of = borrowed_numbers<int64_t>(other_starts, "other_starts");
+    const auto pairs = borrowed_numbers<int64_t>(pair_at, "pair_at");
+    sts::PromptRows rows;
+    {
+        const py::gil_scoped_release release;
+        rows = sts::sum_by_prompt(base_rows, base_of, other_rows, other_of, pairs, d_sae);
+    }
+    return py::make_tuple(to_numpy(std::move(rows.indptr)), to_numpy(std::move(rows.indices)),
+                          to_numpy(std::move(rows.n_fired)), to_numpy(std::move(rows.sum_h)),
+                          to_numpy(std::move(rows.sum_sq_h)), to_numpy(std::move(rows.sum_shift)),
+                          to_numpy(std::move(rows.sum_sq_shift)), to_numpy(std::move(rows.strongest)),
+                          to_numpy(std::move(rows.strongest_at)));
+}
+
 }  // namespace
 
 // The docstrings are in _cpu.pyi.
@@ -431,6 +470,8 @@ PYBIND11_MODULE(_cpu, m) {
           py::kw_only(), py::arg("sum_h").none(false), py::arg("sum_sq_h").none(false), py::arg("n_fired").none(false),
           py::arg("sum_hy") = none, py::arg("columns") = none);
     m.def("encode_sparse", &encode_sparse, py::arg("encoder"), py::arg("acts"), py::arg("columns") = none);
+    m.def("sum_by_prompt", &sum_by_prompt, py::arg("base"), py::arg("base_starts"), py::arg("other"),
+          py::arg("other_starts"), py::arg("pair_at"), py::kw_only(), py::arg("d_sae"));
     m.def("set_num_threads", &sts::set_num_threads, py::arg("n"));
     m.def("get_num_threads", &sts::get_num_threads);
     m.def("instruction_set", &sts::instruction_set);

@@ -112,6 +112,32 @@ struct SparseRows {
 
 SparseRows encode_sparse(const Encoder& encoder, const MatrixView& acts, Span<const int64_t> columns);
 
+/// Compressed sparse rows of others, as SparseRows.
+struct SparseView {
+    Span<const int64_t> indptr;
+    Span<const int32_t> indices;
+    Span<const float> values;
+};
+
+/// Sums over each prompt's tokens, as compressed sparse rows: one row a prompt, one entry a feature that fires on one
+/// of its tokens, with the demonstrations or without.
+struct PromptRows {
+    std::vector<int64_t> indptr;                  ///< [n_prompts + 1]
+    std::vector<int32_t> indices;                 ///< ascending within a row
+    std::vector<int32_t> n_fired;                 ///< tokens of `base` on which h != 0
+    std::vector<double> sum_h, sum_sq_h;          ///< over these, of h and h^2
+    std::vector<double> sum_shift, sum_sq_shift;  ///< over pairs, of h_b - h_a and its square
+    std::vector<float> strongest;                 ///< largest h of `base`, 0 where none fires
+    std::vector<int32_t> strongest_at;            ///< the first of the prompt's rows with it, or -1
+};
+
+/// base          features of each token without the demonstrations
+/// base_starts   [n_prompts + 1]  prompt p has rows base_starts[p] to base_starts[p + 1]
+/// other         features of tokens with the demonstrations; other_starts [n_prompts + 1] likewise
+/// pair_at       [n_other]        row of `base` with the same token; of the same prompt
+PromptRows sum_by_prompt(const SparseView& base, Span<const int64_t> base_starts, const SparseView& other,
+                         Span<const int64_t> other_starts, Span<const int64_t> pair_at, int64_t d_sae);
+
 /// Threads that an op may use; by default all cores available to the process.
 void set_num_threads(int n);
 int get_num_threads();

@@ -130,6 +130,39 @@ def encode_sparse(
     values:  float32.
     """
 
+def sum_by_prompt(
+    base: tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]],
+    base_starts: NDArray[np.int64],
+    other: tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]],
+    other_starts: NDArray[np.int64],
+    pair_at: NDArray[np.int64],
+    *,
+    d_sae: int,
+) -> tuple[
+    NDArray[np.int64],
+    NDArray[np.int32],
+    NDArray[np.int32],
+    NDArray[np.float64],
+    NDArray[np.float64],
+    NDArray[np.float64],
+    NDArray[np.float64],
+    NDArray[np.float32],
+    NDArray[np.int32],
+]:
+    """Sums over each prompt's tokens: (indptr, indices, n_fired, sum_h, sum_sq_h, sum_shift, sum_sq_shift, strongest,
+    strongest_at), compressed sparse rows of a row a prompt, with an entry for every feature that fires in it.
+
+    base, other:  what encode_sparse gives of the tokens without, and with, the demonstrations.
+    base_starts, other_starts: [n_prompts + 1]; prompt p has rows starts[p] to starts[p + 1].
+    pair_at:      [n_other] the row of base with the same token, of the same prompt.
+
+    indptr:       [n_prompts + 1]; indices ascend within a row.
+    n_fired:      base tokens on which the feature fires; sum_h, sum_sq_h: of h and h^2 over them.
+    sum_shift, sum_sq_shift: over pairs, of h(other) - h(base) and its square.
+    strongest:    the largest h of base, 0 where the feature fires in other alone; strongest_at: the place among the
+        prompt's base rows of the first token with it, -1 where there is none.
+    """
+
 def set_num_threads(n: int) -> None:
     """How many threads an op may use, at least 1; by default all cores available to the process."""
 
