@@ -197,8 +197,7 @@ class Sums:
     """Of one training set or domain; arrays are [3, n_prompts, d_sae] unless said otherwise.
 
     h, sq_h:      over the tokens read, without demonstrations
-    base, fired:  features, and on how many tokens each fires, over the paired tokens, without demonstrations
-    fired_read:   on how many of the tokens read each fires
+    fired:        on how many of the tokens read each fires, without demonstrations
     sq_shift:     squared difference with and without demonstrations, over the paired tokens
     raw, sq_raw, raw_sq_shift: [n_prompts, d_in] sums of |x|, of x^2 and of squared differences of the residual stream
     residual:     [n_prompts, d_in] sum of x over the tokens read
@@ -210,10 +209,8 @@ class Sums:
 
     h: Doubles
     sq_h: Doubles
-    base: Doubles
     sq_shift: Doubles
     fired: Doubles
-    fired_read: Doubles
     raw: Doubles
     sq_raw: Doubles
     raw_sq_shift: Doubles
@@ -235,7 +232,7 @@ def sums_of(
     tokens: str,
     dtype: torch.dtype,
 ) -> Sums:
-    of_features = ("h", "sq_h", "base", "sq_shift", "fired", "fired_read")
+    of_features = ("h", "sq_h", "sq_shift", "fired")
     of_residuals = ("raw", "sq_raw", "raw_sq_shift", "residual")
     parts: dict[str, list[Any]] = {name: [] for name in (*of_features, *of_residuals)}
     n_flips = n_features_read = 0
@@ -256,10 +253,8 @@ def sums_of(
         n_features_read += read[VALUE].size + demos[VALUE].size
         parts["h"].append(read.sum(axis=1))
         parts["sq_h"].append((read**2).sum(axis=1))
-        parts["base"].append(paired.sum(axis=1))
         parts["sq_shift"].append(squared_difference(paired, demos).sum(axis=1))
-        parts["fired"].append((paired > 0).sum(axis=1))
-        parts["fired_read"].append((read > 0).sum(axis=1))
+        parts["fired"].append((read > 0).sum(axis=1))
         x = here[row["positions"]]
         parts["raw"].append(np.abs(x).sum(axis=0))
         parts["sq_raw"].append((x**2).sum(axis=0))
@@ -403,8 +398,8 @@ def expect(
 
     draws = drawn_anew([row["draw"] for row in rows], seed, "shift", 32)
     overlaps = np.asarray([overlap(np.tensordot(per_prompt, draw, ([1], [0])), claimed) for draw in draws]).T
-    mean_base = (train.h if dims == "active" else train.base).sum(axis=1) / n_tokens
-    fired = (train.fired_read if dims == "active" else train.fired).sum(axis=1)
+    mean_base = train.h.sum(axis=1) / train.n_read.sum()
+    fired = train.fired.sum(axis=1)
 
     saved = load_file(run / "shift.safetensors")
     check_random_sets(saved["random_features"], claimed, importance.shape[1], seed)
@@ -424,7 +419,7 @@ def expect(
     }
     expected = Expected(
         scores={
-            "sae": {"mean_l0": fired.sum(axis=1) / n_tokens},
+            "sae": {"mean_l0": fired.sum(axis=1) / train.n_read.sum()},
             "train": counts_of(rows),
             "shift": {
                 "share_of_top_n": share(importance, claimed),
@@ -474,7 +469,8 @@ def expect(
                 per_token = sums.n_pairs if estimator == "icl" else sums.n_read
                 if estimator == "act_sq":
                     per_token = per_token * max(len(sets[0]), 1)
-                values[f"{control}_{estimator}_sum".removeprefix("_")] = of_prompts
+                if control != "raw":  # whose sums are kept of the whole domain
+                    values[f"{control}_{estimator}_sum".removeprefix("_")] = of_prompts
                 ratio = of_prompts.sum(axis=1) / per_token.sum()
                 if control:
                     controls[control][estimator] = ratio

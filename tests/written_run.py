@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from html_tree import Node, read_page
 
-from sts_fast import files
 from sts_fast.forecast.run import (
     FEATURES_FILE,
     SCHEMA_VERSION,
@@ -21,6 +20,7 @@ from sts_fast.forecast.run import (
 )
 from sts_fast.outcomes.outcomes import Outcome
 from sts_fast.outcomes.validate import validate
+from sts_fast.profile.means import FeatureMeans
 from sts_fast.report import build_report
 
 D_SAE = 400
@@ -183,7 +183,8 @@ def make_signed(scores: dict[str, Any], seed: int = 0) -> dict[str, Any]:
         for j in range(8)
     ]  # fmt: skip
     return {
-        "features": "sae", "train_loss": 0.5, "loss_left": {"adapter": 0.04}, "domains": domains,
+        "features": "sae", "train_loss": 0.5, "loss_left": {"adapter": 0.04}, "trial": None,
+        "domains": domains,
         "top_features": features,
     }  # fmt: skip
 
@@ -230,11 +231,18 @@ def write_scores(folder: Path, scores: dict[str, Any]) -> Path:
     return folder
 
 
-def write_shift(folder: Path, scores: dict[str, Any], *, kind: str = "ShiftStats", seed: int = 0) -> None:
-    name = "sum_h" if kind == "CorrelationStats" else "sum_sq_shift"
+def write_shift(folder: Path, scores: dict[str, Any], *, seed: int = 0) -> None:
     top = np.asarray([feature["index"] for feature in scores["shifted_features"]])
-    arrays = {name: make_importance(seed) * 1000, "shifted_features": top}
-    files.save_arrays(folder / SHIFT_FILE, arrays, {"kind": kind, "n_tokens": "1000"})
+    make_means(make_importance(seed)).save(folder / SHIFT_FILE, {"shifted_features": top})
+
+
+def make_means(importance: Any) -> FeatureMeans:
+    """Of a set whose features are known by their importance alone."""
+    nothing = np.zeros(len(importance))
+    return FeatureMeans(
+        "made up", "0", 1000, 1000, nothing, nothing.astype(np.int64), nothing, importance, importance,
+        nothing[:, None],
+    )  # fmt: skip
 
 
 def write_firings(folder: Path, scores: dict[str, Any], text: str = "") -> list[dict[str, Any]]:

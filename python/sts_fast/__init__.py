@@ -23,6 +23,9 @@ from sts_fast.ops.torch_ops import torch_handle
 from sts_fast.outcomes.calibration import Calibration, fit_calibration
 from sts_fast.outcomes.outcomes import read_outcomes
 from sts_fast.outcomes.validate import validate
+from sts_fast.profile.library import Library
+from sts_fast.profile.make import profile
+from sts_fast.profile.profile import Profile
 from sts_fast.rollouts import load_rollouts, rollouts, sample_rollouts
 from sts_fast.sae import SAE, load_sae
 
@@ -35,8 +38,10 @@ __all__ = [
     "Example",
     "Forecast",
     "InputError",
+    "Library",
     "Mixture",
     "Overlap",
+    "Profile",
     "ShiftStats",
     "SparseFeatures",
     "ToolCall",
@@ -55,6 +60,7 @@ __all__ = [
     "mix",
     "overlap",
     "plan",
+    "profile",
     "read_outcomes",
     "rollouts",
     "sample_rollouts",

@@ -115,9 +115,7 @@ class TransferMonitor(TrainerCallback):
                 f"but they are {every} and {n_probes}"
             )
         self.sae = sae or load_sae(self.scores["sae"]["source"])
-        shifts = [feature["mean_squared_shift"] for feature in self.scores["shifted_features"]]
-        kind = "CorrelationStats" if None in shifts else "ShiftStats"
-        if files.load_arrays(self.folder / SHIFT_FILE, kind)[1].get("sae_fingerprint") != self.sae.fingerprint:
+        if run.means()[0].sae_fingerprint != self.sae.fingerprint:
             raise InputError(f"{self.sae.source} is not the SAE that {self.folder} was made with: give that as sae")
         self.features = np.sort([feature["index"] for feature in self.scores["shifted_features"]])
         self.probes = _choose_probes(run, self.scores["train"]["name"], self.domains, n_probes)

@@ -15,8 +15,8 @@ from sts_fast.demo import organism
 from sts_fast.demo.demo import TOP_N
 from sts_fast.demo.organism.training import LAYER
 from sts_fast.forecast import controls
+from sts_fast.profile.projection import projection
 from sts_fast.sae import load_sae
-from sts_fast.signed.projection import projection
 from study.world.correlations import pearson, rounded
 from study.world.grounds import Ground
 from study.world.saes import Variant
@@ -240,11 +240,9 @@ def likenesses(base: torch.Tensor, shown: torch.Tensor, at: list[int]) -> dict[s
     difference = shown.flatten(1, 2).double().numpy() - x
     mean = x.mean(axis=1)
     centred = mean - mean.mean(axis=0)
-    moments = [controls.SecondMoments(projection(x.shape[2])) for _ in x]
-    for one, rows in zip(moments, base.flatten(1, 2), strict=True):
-        one.update(rows)
-    covariances = np.stack([one.covariance for one in moments])
-    projected = np.stack([one.mean for one in moments])
+    y = x @ projection(x.shape[2])
+    covariances = np.stack([np.cov(rows.T, ddof=0) for rows in y])
+    projected = y.mean(axis=1)
     n_raw = min(TOP_N, x.shape[2] // 4)
     raw, principal = [], []
     for i in at:

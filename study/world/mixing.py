@@ -21,9 +21,9 @@ from sts_fast.mix.allot import fill, least_loss, whole_examples
 from sts_fast.mix.flow import Flow
 from sts_fast.mix.kernel import measure_kernel
 from sts_fast.mix.mix import LOSS_LEFT
+from sts_fast.profile.projection import projection
 from sts_fast.sae import load_sae
 from sts_fast.signed.gradients import HookedModel
-from sts_fast.signed.projection import projection
 from sts_fast.signed.push import Features
 from study.world.predictors import LAYER
 from study.world.trials import DOMAINS, REGIMES, TRAINS, Remembering

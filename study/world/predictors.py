@@ -16,9 +16,9 @@ from sts_fast.demo.demo import PREDICTORS as DEMO_PREDICTORS
 from sts_fast.demo.demo import TOP_N
 from sts_fast.forecast.score import compare
 from sts_fast.model.answers import score_answers
+from sts_fast.profile.projection import projection
 from sts_fast.sae import load_sae
 from sts_fast.signed.gradients import HookedModel
-from sts_fast.signed.projection import projection
 from sts_fast.signed.push import Features, measure_pull, measure_push
 from study.world.grounds import Ground
 from study.world.trials import SHOTS

@@ -19,10 +19,10 @@ from sts_fast.model.answers import score_answers
 from sts_fast.model.language_model import LanguageModel, capture
 from sts_fast.ops.correlate import CorrelationStats
 from sts_fast.ops.shift import ShiftStats, top_indices
+from sts_fast.profile.projection import projection
 from sts_fast.sae import SAE, load_sae
 from sts_fast.signed.gradients import AnswerRows, HookedModel
 from sts_fast.signed.objectives import AnswerLoss, PolicyLoss
-from sts_fast.signed.projection import projection
 from sts_fast.signed.push import Features, LinearMap, Push, measure_pull, measure_push
 from study.world import grpo
 from study.world.predictors import LAYER, mean_residual

@@ -150,12 +150,12 @@ def test_every_number_follows_from_the_answers(run: tuple[str, Path]) -> None:
 def test_features_zeroed_beside_those_of_the_forecast(forecasts: Any, run: tuple[str, Path]) -> None:
     architecture, folder = run
     features, forecast = document_of(folder)["features"], forecasts[architecture]
-    stats = forecast.stats
+    means = forecast.means
     top = [feature.index for feature in forecast.shifted_features]
     assert features["top"] == [sorted(top)]
-    fired = np.flatnonzero(stats.n_fired_base > 0)
+    fired = np.flatnonzero(means.n_fired > 0)
     outside = [j for j in fired if j not in top]
-    least = sorted(outside, key=lambda j: stats.sum_sq_shift[j])[: 4 * TOP_N]
+    least = sorted(outside, key=lambda j: means.importance[j])[: 4 * TOP_N]
     for name in CONDITIONS[1:]:
         assert len(features[name]) == DRAWS
         for draw in features[name]:

@@ -230,7 +230,7 @@ def test_score_prints_tables_and_writes_files(score: Options, run: Callable[...,
             assert f"{found['value']:.3g}" in ran.out
     assert len(scores["shifted_features"]) == 5
     assert pq.read_table(score.output / "prompts.parquet").num_rows == 3 * N_ROWS
-    assert sts_fast.ShiftStats.load(score.output / "shift.safetensors").top(5).tolist() == [
+    assert sts_fast.Forecast.load(score.output).means.importance.argsort()[::-1][:5].tolist() == [
         feature["index"] for feature in scores["shifted_features"]
     ]
 

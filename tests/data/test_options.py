@@ -17,6 +17,7 @@ from sts_fast.forecast.estimators import ESTIMATOR_OPTIONS
 from sts_fast.forecast.options import Options, Settings
 from sts_fast.mix.mix import Mixing, MixingOptions
 from sts_fast.model.stored.writing import Capturing, CapturingOptions
+from sts_fast.profile.make import Profiling, ProfilingOptions
 from sts_fast.rollouts.rollouts import RolloutOptions, RolloutSettings
 from sts_fast.rollouts.sample import Completing, CompletingOptions
 
@@ -27,6 +28,7 @@ KEYWORDS = {
     CapturingOptions: Capturing,
     CompletingOptions: Completing,
     RolloutOptions: RolloutSettings,
+    ProfilingOptions: Profiling,
 }
 
 

@@ -20,9 +20,10 @@ from html_tree import read_page
 from made_up_demo import made_up
 from scipy.stats import pearsonr
 
-from sts_fast import InputError, cli, files
+from sts_fast import InputError, cli
 from sts_fast.demo import demo, organism
 from sts_fast.demo.demo import FEW_SHOT, OUTCOMES, PREDICTORS, PRIMARY, SIGNED
+from sts_fast.profile.means import FeatureMeans
 from sts_fast.report import build_demo_report
 
 TRAINS = ("T0.reverse.a", "T5.sort.d")
@@ -58,9 +59,9 @@ def test_forecasts_equal_the_oracle(saved: Path, tmp_path: Path, request: pytest
     for domain in scores["domains"]:
         forget_other_domains(domain["controls"])
     (run / "scores.json").write_text(json.dumps(scores))
-    arrays, _ = files.load_arrays(run / "shift.safetensors", "ShiftStats")
+    means, arrays = FeatureMeans.load(run / "shift.safetensors")
     arrays["domain_mean_residuals"] = arrays["domain_mean_residuals"][chosen]
-    files.save_arrays(run / "shift.safetensors", arrays, {"kind": "ShiftStats"})
+    means.save(run / "shift.safetensors", arrays)
     names = {domain["name"] for domain in scores["domains"]}
     table = pq.read_table(run / "prompts.parquet")
     keep = [row["stage"] == "shift" or row["domain"] in names for row in table.select(["stage", "domain"]).to_pylist()]

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from scipy import linalg, stats
 from scipy.spatial import distance
 
 from sts_fast.forecast import controls
 from sts_fast.forecast.estimators import SIZES
 from sts_fast.forecast.run import scores_schema
+from sts_fast.profile.residuals import ResidualSums
 
 # --- other features ---
 
@@ -102,54 +102,24 @@ def test_most_active_by_hand(mean_activation: list[float], top_n: int, expected:
 # --- the residual stream itself ---
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_raw_sums_equal_numpy(dtype: torch.dtype) -> None:
-    """However the rows are split into updates, of which some have no pairs and some nothing at all."""
-    generator = torch.Generator().manual_seed(0)
-    d_in = 12
-    base, paired, demos = (torch.randn(n, d_in, generator=generator).to(dtype) for n in (50, 30, 30))
-    as_doubles = [rows.double().numpy() for rows in (base, paired, demos)]
-    squared = ((as_doubles[2] - as_doubles[1]) ** 2).sum(axis=0)
-    for splits in ([(50, 30)], [(7, 5), (0, 0), (20, 25), (23, 0)], [(1, 0)] * 20 + [(30, 30)]):
-        raw = controls.RawShift(d_in)
-        n_base = n_pairs = 0
-        for rows, pairs in splits:
-            here, there = slice(n_base, n_base + rows), slice(n_pairs, n_pairs + pairs)
-            raw.update(base[here], paired[there], demos[there])
-            n_base, n_pairs = n_base + rows, n_pairs + pairs
-        assert (n_base, n_pairs) == (50, 30)
-        assert raw.n_tokens == 50
-        np.testing.assert_allclose(raw.mean, as_doubles[0].mean(axis=0), rtol=1e-12, atol=1e-15)
-        np.testing.assert_allclose(raw.sum_sq_shift, squared, rtol=1e-12)
-        assert raw.top(2).tolist() == sorted(np.argsort(-squared)[:2].tolist())
+def residuals(sq_shift: list[float] | None = None, abs_base: list[float] | None = None) -> ResidualSums:
+    sums = ResidualSums.zero(len(sq_shift or abs_base or []))
+    if sq_shift is not None:
+        sums.sq_shift.add(np.asarray(sq_shift))
+        sums.counts[1] = 1
+    if abs_base is not None:
+        sums.abs_base.add(np.asarray(abs_base))
+        sums.counts[0] = 1
+    return sums
 
 
 @pytest.mark.parametrize(("top_n", "expected"), [(1, [6]), (2, [1, 6]), (100, [1, 6])])
 def test_raw_dimensions_without_pairs_are_the_largest(top_n: int, expected: list[int]) -> None:
-    """By mean size, whatever the sign; as soon as there are pairs, by their squared differences."""
-    raw = controls.RawShift(8)
-    base, none = torch.tensor([[0.0, 3, 1, 0, 0, 2, -5, 0], [0.0, -3, 1, 0, 0, 2, -5, 0]]), torch.zeros(0, 8)
-    raw.update(base[:1], none, none)
-    raw.update(base[1:], none, none)
-    assert raw.top(top_n).tolist() == expected
-    raw.update(base[:0], torch.zeros(1, 8), torch.tensor([[9.0, 0, 0, 0, 7, 0, 0, 0]]))
-    assert raw.top(2).tolist() == [0, 4]
-
-
-def test_raw_sums_are_float64() -> None:
-    """In float32, 1e8 + 8 and 1e8 differ by their last digit, and 64 + 2^-46 does not exist."""
-    raw = controls.RawShift(1)
-    paired, demos = torch.tensor([[1e8], [1.0]]), torch.tensor([[1e8 + 8], [1.0 + 2**-23]])
-    raw.update(paired, paired, demos)
-    assert raw.sum_sq_shift.tolist() == [64 + 2.0**-46]
-    assert raw.mean.tolist() == [(1e8 + 1) / 2]
-
-
-def test_nothing_read_has_mean_zero() -> None:
-    raw = controls.RawShift(3)
-    assert raw.mean.tolist() == [0.0, 0.0, 0.0]
-    raw.update(torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0, 3))
-    assert raw.mean.tolist() == [0.0, 0.0, 0.0]
+    """As soon as there are pairs, those with the largest squared differences."""
+    sizes = [0.0, 3, 1, 0, 0, 2, 5, 0]
+    assert controls.raw_dimensions(residuals(abs_base=sizes), top_n).tolist() == expected
+    shifted = residuals([81.0, 0, 0, 0, 49, 0, 0, 0], sizes)
+    assert controls.raw_dimensions(shifted, 2).tolist() == [0, 4]
 
 
 @pytest.mark.parametrize(
@@ -165,10 +135,7 @@ def test_nothing_read_has_mean_zero() -> None:
     ],
 )
 def test_raw_dimensions_by_hand(squared: list[float], top_n: int, expected: list[int]) -> None:
-    raw = controls.RawShift(len(squared))
-    paired = torch.zeros(1, len(squared))
-    raw.update(paired, paired, torch.tensor([squared]).sqrt())
-    assert raw.top(top_n).tolist() == expected
+    assert controls.raw_dimensions(residuals(squared), top_n).tolist() == expected
 
 
 # --- the angle between means ---
@@ -198,22 +165,6 @@ def test_cosine_equals_scipy() -> None:
 
 
 # --- likenesses of whole sets ---
-
-
-@pytest.mark.parametrize("splits", [[], [7], [1, 1, 200]])
-def test_second_moments_are_those_of_the_projected_rows(splits: list[int]) -> None:
-    rng = np.random.default_rng(0)
-    Q = rng.standard_normal((6, 4))
-    x = torch.from_numpy(3 + rng.standard_normal((300, 6)) @ rng.standard_normal((6, 6))).float()
-    moments = controls.SecondMoments(Q)
-    assert not moments.mean.any()
-    assert not moments.covariance.any()
-    for part in np.split(x, splits):
-        moments.update(part)
-    y = x.double().numpy() @ Q
-    np.testing.assert_allclose(moments.mean, y.mean(axis=0), rtol=1e-12)
-    np.testing.assert_allclose(moments.covariance, np.cov(y.T, ddof=0), rtol=1e-9)
-    assert controls.cka(moments.covariance, 3 * moments.covariance) == pytest.approx(1)
 
 
 def test_probe_is_the_direction_that_separates_best() -> None:

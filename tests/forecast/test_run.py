@@ -37,6 +37,8 @@ from sts_fast.forecast.run import (
     scores_schema,
     validate_scores,
 )
+from sts_fast.ops.shift import top_indices
+from sts_fast.profile.means import FeatureMeans
 from sts_fast.signed.signed import SIGNED_ESTIMATORS, SIGNED_FIELDS
 
 FILES = {SCORES_FILE, SHIFT_FILE, PROMPTS_FILE, FEATURES_FILE}
@@ -225,9 +227,10 @@ def test_saved_files_hold_the_forecast(forecast: sts_fast.Forecast, tmp_path: Pa
     assert arrays["raw_dimensions"].shape == (tiny_material.D_IN // 4,)
     assert arrays["mean_residual"].shape == (tiny_material.D_IN,)
     assert arrays["domain_mean_residuals"].shape == (len(forecast.domains), tiny_material.D_IN)
-    stats = sts_fast.ShiftStats.load(folder / SHIFT_FILE)
-    assert stats.mean_squared_shift.tolist() == forecast.stats.mean_squared_shift.tolist()
-    assert stats.top(20).tolist() == arrays["shifted_features"].tolist()
+    means, _ = FeatureMeans.load(folder / SHIFT_FILE)
+    assert means.squared_shift.tolist() == means.importance.tolist() == forecast.means.importance.tolist()
+    assert means.sae_fingerprint == forecast.means.sae_fingerprint
+    assert top_indices(means.importance, 20).tolist() == arrays["shifted_features"].tolist()
 
 
 def test_saving_again_replaces_the_files(forecast: sts_fast.Forecast, tmp_path: Path) -> None:
@@ -338,7 +341,7 @@ def test_every_score_follows_from_the_prompts(forecast: sts_fast.Forecast) -> No
         of = [row for row in rows if row["domain"] == domain.name and row["stage"] == "score"]
         n = {"act": sum(len(row["positions"]) for row in of), "icl": sum(len(row["paired"]) for row in of)}
         for estimator, n_read in n.items():
-            for control in ("", "random", "low_shift", "most_active", "raw"):
+            for control in ("", "random", "low_shift", "most_active"):
                 column = f"{control}_{estimator}_sum".removeprefix("_")
                 wanted = domain.controls[control][estimator] if control else domain.scores[estimator].value
                 assert wanted == pytest.approx(sum(row[column] for row in of) / n_read, rel=1e-12)

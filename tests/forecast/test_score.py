@@ -444,15 +444,11 @@ def recomputed(run: Path) -> dict[str, Any]:
     table = pq.read_table(run / "prompts.parquet").to_pylist()
     with safe_open(run / "shift.safetensors", framework="np") as file:
         sums, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-    n_tokens, top_n = int(json.loads(metadata["sts_fast"])["n_tokens"]), settings["top_n"]
-
-    if settings["dims"] == "active":
-        base, fired, squared_shift = sums["sum_h"], sums["n_fired"], None
-        importance = base
-        replicates = sums["sum_hy"] + base[:, None] * sums["origin"]
-    else:
-        base, fired, squared_shift = sums["sum_base"], sums["n_fired_base"], sums["sum_sq_shift"]
-        importance, replicates = squared_shift, sums["weighted_sq_shift"]
+    counts, top_n = json.loads(metadata["sts_fast"]), settings["top_n"]
+    n_tokens, n_pairs = int(counts["n_tokens"]), int(counts["n_pairs"])
+    activation, fired, importance, replicates = (
+        sums[name] for name in ("activation", "n_fired", "importance", "replicates")
+    )
 
     def top(ranked_by: Any) -> list[int]:
         return sorted(range(len(ranked_by)), key=lambda j: (-ranked_by[j], j))[:top_n]
@@ -461,7 +457,8 @@ def recomputed(run: Path) -> dict[str, Any]:
     assert members == sums["shifted_features"].tolist()
     kept = [len(set(top(one)) & set(members)) / top_n for one in replicates.T]
     rows = [row for row in table if row["stage"] == "shift"]
-    assert n_tokens == sum(len(row["positions" if settings["dims"] == "active" else "paired"]) for row in rows)
+    assert n_tokens == sum(len(row["positions"]) for row in rows)
+    assert n_pairs == sum(len(row["paired"]) for row in rows)
     domains = []
     names = dict.fromkeys(row["domain"] for row in table if row["stage"] == "score")
     activations = sums["domain_mean_activations"]
@@ -473,6 +470,16 @@ def recomputed(run: Path) -> dict[str, Any]:
     for i, (name, mean_residual) in enumerate(zip(names, sums["domain_mean_residuals"], strict=True)):
         of_domain = [row for row in table if row["stage"] != "shift" and row["domain"] == name]
         domains.append(recomputed_domain(name, of_domain, settings, seed, sums))
+        of_scores = [row for row in of_domain if row["stage"] == "score"]
+        domains[-1]["controls"]["raw"] = {
+            estimator: number(sums[f"domain_{of}"][i][sums["raw_dimensions"]].sum() / sum(map(n_terms, of_scores)))
+            for estimator, of, n_terms in (
+                ("act", "abs_base", lambda row: len(row["positions"])),
+                ("icl", "sq_shift", lambda row: len(row["paired"])),
+                ("act_sq", "sq_base", lambda row: len(row["positions"]) * len(sums["raw_dimensions"])),
+            )
+            if estimator in settings["estimators"]
+        }
         asked = tuple(row["question"] for row in of_domain if row["stage"] == "score")
         trained = tuple(row["question"] for row in rows)
         words = [word for question in asked for word in question.split()]
@@ -519,8 +526,8 @@ def recomputed(run: Path) -> dict[str, Any]:
         "shifted_features": [
             {
                 "index": j,
-                "mean_squared_shift": None if squared_shift is None else number(squared_shift[j] / n_tokens),
-                "mean_activation": number(base[j] / n_tokens),
+                "mean_squared_shift": None if settings["dims"] == "active" else number(importance[j]),
+                "mean_activation": number(activation[j]),
                 "share": number(importance[j] / importance.sum()),
             }
             for j in members
@@ -564,7 +571,6 @@ def recomputed_domain(
         "random": saved["random_features"].shape[1],
         "low_shift": len(saved["low_shift_features"]),
         "most_active": len(saved["most_active_features"]),
-        "raw": len(saved["raw_dimensions"]),
     }
     controls: dict[str, dict[str, Any]] = {control: {} for control in sizes if control}
     entry: dict[str, Any] = {"name": name, "scores": {}, **oracle.counts_of(rows), "controls": controls}
@@ -901,7 +907,7 @@ def test_a_tuned_model_from_files_joins_the_one_in_memory(tiny: Tiny, monkeypatc
     tokenizer = AutoTokenizer.from_pretrained(tiny.model)
     options: dict[str, Any] = {"sae": tiny.saes["standard"], "train": tiny.train, "domains": {}, "top_n": TOP_N}
     forecast = sts_fast.score(model=model, tokenizer=tokenizer, tuned=tiny.tuned, dims="tuned", **options)
-    assert forecast.stats.n_tokens > 0
+    assert forecast.means.n_pairs > 0
 
 
 def test_a_hook_may_be_given_by_name(tiny: Tiny) -> None:

@@ -12,9 +12,9 @@ from sts_fast.data.examples import load_examples
 from sts_fast.data.prompts import build_prompts
 from sts_fast.data.template import PromptTemplate
 from sts_fast.mix.kernel import measure_kernel
+from sts_fast.profile.projection import projection
 from sts_fast.sae import load_sae
 from sts_fast.signed.gradients import HookedModel
-from sts_fast.signed.projection import projection
 from sts_fast.signed.push import Features
 
 N_PROMPTS = 8

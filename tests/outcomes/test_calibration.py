@@ -205,7 +205,7 @@ def made_forecast(seed: int, edit: Any = None) -> Forecast:
     nothing: Any = None
     plain = {field.name: scores[field.name] for field in fields(Forecast) if field.name in scores}
     return Forecast(
-        **plain, domains=domains, shifted_features=features, stats=nothing, controls={}, prompts=nothing,
+        **plain, domains=domains, shifted_features=features, means=nothing, controls={}, prompts=nothing,
         firings=nothing,
     )  # fmt: skip
 

@@ -37,7 +37,7 @@ def test_most_active_features_have_a_curve_too(tmp_path: Path) -> None:
     for feature in scores["shifted_features"]:
         feature["mean_squared_shift"] = None
     write_scores(tmp_path, scores)
-    write_shift(tmp_path, scores, kind="CorrelationStats")
+    write_shift(tmp_path, scores)
     page = read_page(build_report(tmp_path))
     assert "How concentrated is the activity?" in page.text()
     assert "no shift was measured" in page.text()

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from html_tree import plain, read_page, rows_of, values_of
 from scipy import stats
-from written_run import D_SAE, Report, make_scores, page_of, write_scores
+from written_run import D_SAE, Report, make_means, make_scores, page_of, write_scores
 
-from sts_fast import files
 from sts_fast.forecast.run import SHIFT_FILE
 from sts_fast.report import build_report, numbers
 
@@ -144,8 +143,7 @@ def test_scores_of_zero(tmp_path: Path) -> None:
     scores["shift"] |= {"share_of_top_n": 0.0, "n_features_shifted": 0}
     write_scores(tmp_path, scores)
     top = np.asarray([feature["index"] for feature in scores["shifted_features"]])
-    arrays = {"sum_sq_shift": np.zeros(D_SAE), "shifted_features": top}
-    files.save_arrays(tmp_path / SHIFT_FILE, arrays, {"kind": "ShiftStats"})
+    make_means(np.zeros(D_SAE)).save(tmp_path / SHIFT_FILE, {"shifted_features": top})
     page = read_page(build_report(tmp_path))
     assert {bar.attrs["width"] for bar in page.all("svg")[0].all("rect", class_="bar")} == {"0.00%"}
     assert "agree cannot be judged: one of them is the same for all domains" in page.text()

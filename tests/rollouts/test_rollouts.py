@@ -146,9 +146,9 @@ def test_runs_of_every_way_are_taken_by_overlap_and_ablate(
     document = sts_fast.ablate(
         tmp_path / "correlation", train=tiny.train, domains={**tiny.domains}, top_n=3, n_draws=1
     ).to_dict()
-    importance = forecasts["correlation"].controls["importance"]
+    importance = forecasts["correlation"].means.importance
     [least] = document["features"]["low_shift"]
-    fires = np.flatnonzero(forecasts["correlation"].stats.n_fired)  # type: ignore[union-attr]
+    fires = np.flatnonzero(forecasts["correlation"].means.n_fired)
     others = np.sort(importance[np.setdiff1d(fires, document["features"]["top"][0])])
     assert (importance[least] <= others[4 * 3 - 1]).all()
 

@@ -18,11 +18,11 @@ from sts_fast.data.template import PromptTemplate
 from sts_fast.forecast.dims import Shift
 from sts_fast.forecast.options import Settings
 from sts_fast.model.language_model import LanguageModel
+from sts_fast.profile.projection import projection
 from sts_fast.rollouts.dims import N_FOLDS, Completions, correlation_shifts, gradient_shift, step_shift
 from sts_fast.sae import SAE, load_sae
 from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.objectives import group_advantages
-from sts_fast.signed.projection import projection
 from sts_fast.signed.push import Features, measure_push
 
 Doubles = NDArray[np.float64]
@@ -91,7 +91,7 @@ def test_correlation_is_pearsons_over_the_completions_tokens(tiny: Tiny, read: R
     assert np.allclose(read.shift.importance, r, rtol=0, atol=1e-5)
     assert read.shift.top.tolist() == top_of(read.shift.importance)
     assert np.allclose(read.shift.mean_activation, h.mean(axis=0), rtol=1e-4, atol=1e-6)
-    assert read.shift.log.n_read.sum() == len(A)
+    assert read.shift.profile.log.n_read.sum() == len(A)
     # Each resampling draws whole prompts; |covariance| with the advantage, in deviations of the whole set.
     draws = read.completions.draws(SETTINGS.seed)
     assert all(len(np.unique(draws[read.completions.group_of == group], axis=0)) == 1 for group in range(10))
@@ -99,7 +99,7 @@ def test_correlation_is_pearsons_over_the_completions_tokens(tiny: Tiny, read: R
     w = draws[prompt_of][:, 3]
     mean_h, mean_A = (w @ h) / w.sum(), (w @ A) / w.sum()
     covariance = np.einsum("t,tj,t->j", w, h - mean_h, A - mean_A) / w.sum()
-    expected = np.abs(covariance[varies]) / h.std(axis=0)[varies]
+    expected = np.abs(covariance[varies]) / h.std(axis=0)[varies] / A.std()
     assert np.allclose(read.shift.replicates[varies, 3], expected, rtol=0, atol=1e-4)
 
 
@@ -110,9 +110,9 @@ def test_gradient_and_step_rank_by_the_policy_gradient_and_by_what_it_shifts(tin
         hooked, features, Q, "rollouts", prompts,
         objective=read.completions.objective, maps=("step",), n_folds=N_FOLDS,
     )  # fmt: skip
-    gradient = gradient_shift(read.sae, push, read.shift, SETTINGS)
+    gradient = gradient_shift(push, read.shift, SETTINGS)
     M = push.direction * push.norm
-    assert gradient.name == gradient.log.name == "gradient"
+    assert gradient.name == "gradient"
     assert np.allclose(gradient.importance, (M**2).sum(axis=1), rtol=1e-9)
     assert gradient.top.tolist() == top_of(gradient.importance)
     # Resamplings draw eighths of the prompts, and together have the size of the whole.
@@ -120,7 +120,7 @@ def test_gradient_and_step_rank_by_the_policy_gradient_and_by_what_it_shifts(tin
     assert 0.2 < gradient.replicates.sum(axis=0).mean() / gradient.importance.sum() < 5
     assert (gradient.overlaps(TOP_N) <= 1).all()
     with pytest.raises(ValueError, match="folds"):
-        gradient_shift(read.sae, replace(push, folds=None), read.shift, SETTINGS)
+        gradient_shift(replace(push, folds=None), read.shift, SETTINGS)
 
     step = step_shift(hooked, read.sae, Q, push, read.shift, read.completions, SETTINGS)
     W, total, n = push.maps["step"].W, np.zeros(256), 0
@@ -135,6 +135,6 @@ def test_gradient_and_step_rank_by_the_policy_gradient_and_by_what_it_shifts(tin
     # A feature within rounding of the k-th largest may flip: one of these tokens at most.
     off = np.abs(step.importance - total / n) > 1e-4 * (total / n).max()
     assert off.sum() <= 2
-    assert step.name == step.log.name == "step"
+    assert step.name == "step"
     assert step.top.tolist() == top_of(step.importance)
     assert len(set(step.top.tolist()) & set(top_of(total / n))) >= TOP_N - 1

@@ -19,10 +19,10 @@ from sts_fast.data.examples import Example, load_examples
 from sts_fast.data.prompts import Prompt, build_prompts
 from sts_fast.data.template import PromptTemplate
 from sts_fast.errors import InputError
+from sts_fast.profile.projection import projection
 from sts_fast.sae import load_sae
 from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.objectives import PolicyLoss, group_advantages
-from sts_fast.signed.projection import projection
 from sts_fast.signed.push import (
     Features,
     LinearMap,

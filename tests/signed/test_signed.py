@@ -24,9 +24,9 @@ from sts_fast.data.template import PromptTemplate
 from sts_fast.errors import InputError
 from sts_fast.outcomes.outcomes import Outcome
 from sts_fast.outcomes.validate import validate
+from sts_fast.profile.projection import projection
 from sts_fast.sae import load_sae
 from sts_fast.signed.gradients import HookedModel
-from sts_fast.signed.projection import projection
 from sts_fast.signed.push import Features, measure_pull, measure_push
 
 SHOTS, DOMAIN_SHOTS, LIMIT = 1, 2, 12

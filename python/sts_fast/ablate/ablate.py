@@ -37,8 +37,7 @@ from sts_fast.errors import InputError
 from sts_fast.forecast.blocks import Scores
 from sts_fast.forecast.run import Forecast
 from sts_fast.model.session import Purpose, Reading, ReadingOptions, SAESource, Session, open_sae
-from sts_fast.ops.correlate import CorrelationStats
-from sts_fast.ops.shift import ShiftStats
+from sts_fast.profile.means import FeatureMeans
 from sts_fast.sae import SAE
 from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.signed import hook_layer
@@ -95,7 +94,7 @@ def ablate(
     files have no decoder.
     """
     forecast = run if isinstance(run, Forecast) else Forecast.load(run)
-    scores, stats, importance = forecast.to_dict(), forecast.stats, forecast.controls.get("importance")
+    scores, means = forecast.to_dict(), forecast.means
     zeroing = Zeroing(**options)
     few_shot, n_draws, seed = zeroing.few_shot, zeroing.n_draws, zeroing.seed
     if few_shot and train is None:
@@ -106,7 +105,7 @@ def ablate(
         raise InputError("--layer and --hook are taken from the run: leave them out, or make the run again with them")
     zeroing = replace(zeroing, hook=scores["sae"]["hook_name"])
     loaded = open_sae(scores["sae"]["source"] if sae is None else sae, zeroing)
-    _check_sae(loaded, stats)
+    _check_sae(loaded, means)
     session = Session.open(
         scores["model"]["name"] if model is None else model, [loaded], zeroing,
         tokenizer=tokenizer,
@@ -125,7 +124,7 @@ def ablate(
     session.check_fit(sets[0])
 
     top = np.asarray([feature["index"] for feature in scores["shifted_features"]][: zeroing.top_n], np.int64)
-    drawn = draw_features(stats, top, n_draws, seed, importance=importance, few_shot=few_shot)
+    drawn = draw_features(means, top, n_draws, seed, few_shot=few_shot)
     measured = []
     for n_done, prompt_set in enumerate(sets):
         measured.append(measure(hooked, loaded, prompt_set, drawn))
@@ -152,8 +151,8 @@ def ablate(
     return Ablation(document, answers_table(measured, kinds))
 
 
-def _check_sae(sae: SAE, stats: ShiftStats | CorrelationStats) -> None:
-    if sae.fingerprint != stats.sae_fingerprint:
+def _check_sae(sae: SAE, means: FeatureMeans) -> None:
+    if sae.fingerprint != means.sae_fingerprint:
         raise InputError(f"{sae.source or 'the SAE'} is not the SAE of this run: give that one with --sae")
     if sae.decoder is None:
         raise InputError(f"the files of {sae.source} have no W_dec, which zeroing needs: give the complete files")

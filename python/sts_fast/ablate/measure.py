@@ -12,9 +12,8 @@ import numpy as np
 from sts_fast.data.prompts import PromptSet
 from sts_fast.errors import InputError
 from sts_fast.forecast.controls import N_NEAREST, like_activity, low_shift, random_sets
-from sts_fast.ops.correlate import CorrelationStats
 from sts_fast.ops.encode import SparseFeatures, encode
-from sts_fast.ops.shift import ShiftStats
+from sts_fast.profile.means import FeatureMeans
 from sts_fast.sae import SAE
 from sts_fast.signed.gradients import AnswerRows, HookedModel
 
@@ -30,28 +29,23 @@ LOW_SHIFT_POOL = 4
 
 
 def draw_features(
-    stats: ShiftStats | CorrelationStats,
+    means: FeatureMeans,
     top: Indices,
     n_draws: int,
     seed: int,
     *,
-    importance: Doubles | None = None,
     few_shot: bool = False,
 ) -> dict[str, list[Indices]]:
     """Sets of features to be zeroed, ascending, by condition: D_N itself, and n_draws sets of each control.
 
-    importance: [d_sae] the measure that D_N was ranked by, where it is not in the statistics
-    few_shot:   compare activity after demonstrations, not without them
+    few_shot: compare activity after demonstrations, not without them
 
     Raises InputError where too few features lie outside D_N.
     """
-    if isinstance(stats, CorrelationStats):
-        ranked_by, activity, n_fired = stats.sum_h, stats.sum_h, stats.n_fired
-    else:
-        ranked_by, activity, n_fired = stats.sum_sq_shift, stats.sum_base, stats.n_fired_base
-        if few_shot:
-            activity, n_fired = stats.sum_other, stats.n_fired_other
-    importance = ranked_by if importance is None else importance
+    importance, activity, n_fired = means.importance, means.activation, means.n_fired
+    if few_shot:
+        activity = means.activation + means.shift
+        n_fired = (activity != 0).astype(np.int64)
     if len(importance) < 2 * len(top) + N_NEAREST:
         raise InputError(
             f"{len(top)} of the SAE's {len(importance)} features leave too few others to compare with: lower --top-n"

@@ -17,6 +17,7 @@ from sts_fast.cli.forecast import compare, score, shift
 from sts_fast.cli.mix import mix
 from sts_fast.cli.options import with_options
 from sts_fast.cli.overlap import overlap
+from sts_fast.cli.profile import profile
 from sts_fast.cli.rollouts import rollouts
 from sts_fast.cli.validate import report, validate
 from sts_fast.errors import InputError
@@ -45,7 +46,21 @@ def start(
         sys.stdout.write(context.get_help() + "\n")
 
 
-for command in (score, compare, shift, rollouts, capture, mix, validate, ablate, overlap, report, demo, doctor):
+for command in (
+    score,
+    compare,
+    shift,
+    rollouts,
+    profile,
+    capture,
+    mix,
+    validate,
+    ablate,
+    overlap,
+    report,
+    demo,
+    doctor,
+):
     app.command()(with_options(command))
 
 

@@ -91,9 +91,9 @@ class Sets:
     ) -> Sets:
         """domain_use: the use of the domains' splits; 'train' where they are trained on.
 
-        Raises InputError where there is no training set, or something in a file cannot be used."""
-        if not trains:
-            raise InputError("there is no training set to forecast: give one or more, by name")
+        Raises InputError where there is no set at all, or something in a file cannot be used."""
+        if not trains and not domains:
+            raise InputError("there is no set to read: give a training set or a domain")
         of_trains = {name: fields.read(name, source, "train") for name, source in trains.items()}
         of_domains = _read_sets(_by_name(domains), fields, list(trains), domain_use)
         if "train" in of_domains and "train" in trains:

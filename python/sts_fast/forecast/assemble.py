@@ -20,7 +20,7 @@ from sts_fast.errors import listed
 from sts_fast.files import InputFile
 from sts_fast.forecast.blocks import ConcentrationBlock, ProvenanceBlock, SetBlock
 from sts_fast.forecast.dims import N_REPLICATES, Shift
-from sts_fast.forecast.domains import DomainRead, domain_scores
+from sts_fast.forecast.domains import Use, domain_scores, use_of
 from sts_fast.forecast.estimators import BY_NAME
 from sts_fast.forecast.length import LengthEffect, length_effect
 from sts_fast.forecast.options import Settings
@@ -32,7 +32,8 @@ from sts_fast.model.log import AnswerLog
 from sts_fast.model.reader import Reader
 from sts_fast.model.sae_check import Fit
 from sts_fast.ops import _cpu
-from sts_fast.ops.shift import ShiftStats
+from sts_fast.profile.means import FeatureMeans
+from sts_fast.profile.profile import Profile
 from sts_fast.sae import SAE
 from sts_fast.signed.signed import CarrierBlock, SignedForecast
 from sts_fast.statistics import CONFIDENCE, N_BOOTSTRAP, percentile_interval
@@ -48,14 +49,14 @@ if TYPE_CHECKING:
 class Measured:
     """Measurements with one SAE.
 
-    fit: whether the SAE belongs to the model; shifts: of each training set; domains: the sums over each
+    fit: whether the SAE belongs to the model; shifts: of each training set; domains: the profile of each
     signed: by training set; empty where no signed estimator was asked for
     """
 
     sae: SAE
     fit: Fit
     shifts: Sequence[Shift]
-    domains: list[DomainRead]
+    domains: list[Profile]
     signed: Mapping[str, SignedForecast]
 
 
@@ -65,14 +66,18 @@ def assemble(plan: Plan, measured: Measured, answers: Mapping[str, AnswerLog]) -
     answers: how well the base model answers each domain, where that was asked for
     """
     shifts, signed, tokenizer = measured.shifts, measured.signed, plan.session.tokenizer
-    firings = {
-        shift.name: shift.firings().take([read.firings[shift.name] for read in measured.domains]) for shift in shifts
-    }
+    uses = {shift.name: [use_of(domain, shift, plan.settings) for domain in measured.domains] for shift in shifts}
+    firings = {shift.name: shift.firings() for shift in shifts}
+    for name, of_shift in firings.items():
+        for use in uses[name]:
+            use.add_firings(of_shift)
     explained = [*firings.values(), *(of_train.firings for of_train in signed.values())]
     shown = sorted({int(j) for of_train in explained for j in of_train.features})
     promoted = promoted_tokens(plan.session.reader, measured.sae, shown, tokenizer)
     forecasts = {
-        shift.name: _forecast(plan, measured, shift, answers, firings[shift.name].table(tokenizer), promoted)
+        shift.name: _forecast(
+            plan, measured, shift, uses[shift.name], answers, firings[shift.name].table(tokenizer), promoted
+        )
         for shift in shifts
     }
     return {
@@ -85,6 +90,7 @@ def _forecast(
     plan: Plan,
     measured: Measured,
     shift: Shift,
+    uses: Sequence[Use],
     answers: Mapping[str, AnswerLog],
     firings: pa.Table,
     promoted: Mapping[int, list[str]],
@@ -92,11 +98,11 @@ def _forecast(
     import pyarrow as pa
 
     reader, settings, labels = plan.session.reader, plan.settings, plan.labels.get(measured.sae, {})
-    sae, fit, domain_reads, tuned = measured.sae, measured.fit, measured.domains, plan.session.tuned
-    top_n, stats, hook = settings.top_n, shift.stats, reader.hook(sae)
+    sae, fit, profile, tuned = measured.sae, measured.fit, shift.profile, plan.session.tuned
+    top_n, hook, means = settings.top_n, reader.hook(sae), FeatureMeans.of(profile, shift.importance, shift.replicates)
     n_moved = int((shift.importance > 0).sum())
     warnings = [*plan.warnings, *filter(None, (fit.warning, fit.names)), *(f"SAE: {note}" for note in sae.notes)]
-    prompt_sets = [shift.prompt_set, *(read.prompt_set for read in domain_reads)]
+    prompt_sets = [profile.prompt_set, *(use.profile.prompt_set for use in uses)]
     warnings += plan.sets.warnings(shift.name)
     warnings += [*set_warnings(prompt_sets[:1]), *set_warnings(prompt_sets[1:])]
     untold = [prompt_set.name for prompt_set in prompt_sets if prompt_set.questions is None]
@@ -105,7 +111,7 @@ def _forecast(
             f"the text of the questions is not known of {', '.join(untold)}: no control is made of it there"
         )
     if settings.controls == "all":
-        unanswered = [read.prompt_set.name for read in domain_reads if read.prompt_set.name not in answers]
+        unanswered = [use.name for use in uses if use.name not in answers]
         if unanswered:
             warnings.append(f"too few answers to measure the base model on {', '.join(unanswered)}")
     if n_moved < top_n:
@@ -119,22 +125,20 @@ def _forecast(
             f"there are demonstrations for one draw only of {listed(single, most=4)}: the intervals do not say how "
             "much other demonstrations would change; add answered examples, there or to --demos"
         )
-    length = {name: _length_effect(domain_reads, shift.name, name) for name in settings.sizes} if domain_reads else {}
+    length = {name: _length_effect(uses, name) for name in settings.sizes} if uses else {}
     warnings += [
         warning
         for name, effect in length.items()
-        if (warning := effect.warning(BY_NAME[name].label, len(domain_reads), settings.tokens)) is not None
+        if (warning := effect.warning(BY_NAME[name].label, len(uses), settings.tokens)) is not None
     ]
     stability = shift.overlaps(top_n)
     total = float(shift.importance.sum())
-    tables = [shift.log.table({})]
-    for read in domain_reads:
+    tables = [profile.log.table("shift", shift.prompt_values, name=shift.name)]
+    for use in uses:
         values = {
-            f"{control}_{estimator}_sum".removeprefix("_"): sums
-            for (train, control, estimator), sums in read.sums.items()
-            if train == shift.name
+            f"{control}_{estimator}_sum".removeprefix("_"): sums for (control, estimator), sums in use.sums.items()
         }
-        tables.append(read.log.table(values))
+        tables.append(use.profile.log.table("score", values))
     tables += [log.table() for log in answers.values()]
     return Forecast(
         model={
@@ -155,7 +159,7 @@ def _forecast(
             "d_sae": sae.d_sae,
             "k": sae.k or None,
             "hook_name": sae.hook_name,
-            "mean_l0": shift.mean_l0,
+            "mean_l0": float(means.n_fired.sum()) / max(means.n_tokens, 1),
             "fit": asdict(fit),
         },
         train=_train_block(shift),
@@ -184,11 +188,11 @@ def _forecast(
             },
         },
         length={name: effect.to_plain() for name, effect in length.items()},
-        domains=domain_scores(domain_reads, shift, answers, settings),
+        domains=domain_scores(uses, shift, answers, settings),
         shifted_features=[
             ShiftedFeature(
                 index=int(j),
-                mean_squared_shift=float(shift.importance[j]) if isinstance(stats, ShiftStats) else None,
+                mean_squared_shift=float(shift.importance[j]) if shift.of_change else None,
                 mean_activation=float(shift.mean_activation[j]),
                 share=float(shift.importance[j] / total) if total else 0.0,
                 promoted_tokens=promoted.get(int(j)) if rank < explain.N_FEATURES else None,
@@ -211,23 +215,25 @@ def _forecast(
             prompts_sha256(prompt_sets),
             reader.forward_passes(),
         ),
-        stats=stats,
+        means=means,
         controls={
             **{f"{control}_features": members for control, members in shift.feature_sets.items() if control},
             **{f"{control}_dimensions": dims for control, dims in shift.raw_sets.items()},
-            "mean_residual": shift.raw.mean,
-            "domain_mean_residuals": np.stack([read.raw.mean for read in domain_reads] or [np.zeros(sae.d_in)]),
-            "projected_mean": shift.raw.moments.mean,
-            "projected_covariance": shift.raw.moments.covariance,
-            "domain_projected_means": np.stack(
-                [read.raw.moments.mean for read in domain_reads] or [shift.raw.moments.mean[:0]]
-            ),
+            "mean_residual": profile.residuals.mean,
+            "domain_mean_residuals": np.stack([use.profile.residuals.mean for use in uses] or [np.zeros(sae.d_in)]),
+            "projected_mean": profile.residuals.projected_mean,
+            "projected_covariance": profile.residuals.covariance,
+            "domain_projected_means": np.stack([use.profile.residuals.projected_mean for use in uses] or [np.zeros(0)]),
             "domain_projected_covariances": np.stack(
-                [read.raw.moments.covariance for read in domain_reads] or [np.zeros((0, 0))]
+                [use.profile.residuals.covariance for use in uses] or [np.zeros((0, 0))]
             ),
-            "domain_mean_activations": np.stack(
-                [read.activations(shift.top) for read in domain_reads] or [np.zeros(0)]
-            ),
+            **{
+                f"domain_{name}": np.stack(
+                    [getattr(use.profile.residuals, name).value for use in uses] or [np.zeros(sae.d_in)]
+                )
+                for name in ("abs_base", "sq_base", "sq_shift")
+            },
+            "domain_mean_activations": np.stack([use.mean_activation for use in uses] or [np.zeros(0)]),
         },
         prompts=pa.concat_tables([with_value_columns(table) for table in tables]),
         firings=firings,
@@ -235,7 +241,7 @@ def _forecast(
 
 
 def _train_block(shift: Shift) -> SetBlock:
-    prompt_set, counts = shift.prompt_set, shift.log.counts()
+    prompt_set, counts = shift.profile.prompt_set, shift.profile.log.counts()
     return {
         "name": shift.name,
         "n_prompts": len(prompt_set.prompts),
@@ -251,10 +257,9 @@ def _train_block(shift: Shift) -> SetBlock:
     }
 
 
-def _length_effect(reads: Sequence[DomainRead], train: str, estimator: str) -> LengthEffect:
+def _length_effect(uses: Sequence[Use], estimator: str) -> LengthEffect:
     """Of the score that D_N gives."""
-    lengths = [read.log.n_pairs if BY_NAME[estimator].of == "pairs" else read.log.n_read for read in reads]
-    return length_effect([read.sums[train, "", estimator] for read in reads], [n.astype(np.float64) for n in lengths])
+    return length_effect([use.sums["", estimator] for use in uses], [use.n_terms(estimator) for use in uses])
 
 
 def concentration(importance: Doubles) -> list[ConcentrationBlock]:

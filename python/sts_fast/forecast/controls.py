@@ -12,10 +12,9 @@ import numpy as np
 from sts_fast.forecast import text
 from sts_fast.model.log import AnswerLog
 from sts_fast.ops.shift import top_indices
-from sts_fast.signed.projection import projection
+from sts_fast.profile.residuals import ResidualSums
 
 if TYPE_CHECKING:
-    import torch
     from numpy.typing import NDArray
 
     from sts_fast.statistics import Doubles, Indices
@@ -66,73 +65,10 @@ def most_active(mean_activation: Doubles, top_n: int) -> Indices:
     return np.sort(top_indices(mean_activation, top_n))
 
 
-class RawShift:
-    """Sums over the residual stream itself: the same pipeline without the SAE, and means for their cosine.
-
-    sum_sq_shift: [d_in] squared differences over pairs
-    sum_base, sum_abs_base: [d_in] residuals and their sizes over the tokens read without demonstrations
-    moments: of these residuals, projected to 64 dimensions
-    """
-
-    def __init__(self, d_in: int) -> None:
-        self.sum_sq_shift: Doubles = np.zeros(d_in)
-        self.sum_base: Doubles = np.zeros(d_in)
-        self.sum_abs_base: Doubles = np.zeros(d_in)
-        self.moments = SecondMoments(projection(d_in))
-        self.n_tokens = self.n_pairs = 0
-
-    def update(self, base: torch.Tensor, paired: torch.Tensor, demos: torch.Tensor) -> None:
-        difference = demos.double() - paired.double()
-        self.sum_sq_shift += (difference * difference).sum(dim=0).cpu().numpy()
-        self.sum_base += base.double().sum(dim=0).cpu().numpy()
-        self.sum_abs_base += base.double().abs().sum(dim=0).cpu().numpy()
-        self.moments.update(base)
-        self.n_tokens += len(base)
-        self.n_pairs += len(paired)
-
-    @property
-    def mean(self) -> Doubles:
-        """[d_in] mean residual of the tokens read; zeros where there were none."""
-        return self.sum_base / max(self.n_tokens, 1)
-
-    def top(self, top_n: int) -> Indices:
-        """The dimensions that shift most (without pairs: the largest): top_n of them, but at most a quarter of all."""
-        ranked_by = self.sum_sq_shift if self.n_pairs else self.sum_abs_base
-        return np.sort(top_indices(ranked_by, min(top_n, max(1, len(ranked_by) // 4))))
-
-
-class SecondMoments:
-    """Sums behind mean and covariance of a set's residual stream, projected to r dimensions: y_t = Q^T x_t.
-
-    sum_y: [r] of y; sum_yy: [r, r] of y y^T
-
-    Costs d_in r multiplications a token, and r^2 numbers: 0.5 million and 33 KB at d_in 3584 and r 64.
-    """
-
-    def __init__(self, Q: Doubles) -> None:
-        self.Q = Q
-        self.sum_y: Doubles = np.zeros(Q.shape[1])
-        self.sum_yy: Doubles = np.zeros((Q.shape[1], Q.shape[1]))
-        self.n_tokens = 0
-
-    def update(self, rows: torch.Tensor) -> None:
-        """rows: [n_tokens, d_in]"""
-        import torch
-
-        y = (rows.double() @ torch.from_numpy(self.Q).to(rows.device)).cpu().numpy()
-        self.sum_y += y.sum(axis=0)
-        self.sum_yy += np.einsum("ti,tj->ij", y, y)
-        self.n_tokens += len(rows)
-
-    @property
-    def mean(self) -> Doubles:
-        """[r]; zeros where there were no tokens, as in `covariance`."""
-        return self.sum_y / max(self.n_tokens, 1)
-
-    @property
-    def covariance(self) -> Doubles:
-        """[r, r] E (y - E y)(y - E y)^T"""
-        return self.sum_yy / max(self.n_tokens, 1) - np.outer(self.mean, self.mean)
+def raw_dimensions(residuals: ResidualSums, top_n: int) -> Indices:
+    """The dimensions that shift most (without pairs: the largest): top_n of them, but at most a quarter of all."""
+    ranked_by = (residuals.sq_shift if residuals.n_pairs else residuals.abs_base).value
+    return np.sort(top_indices(ranked_by, min(top_n, max(1, len(ranked_by) // 4))))
 
 
 def cka(a: Doubles, b: Doubles) -> float:
@@ -202,7 +138,7 @@ class Ranking:
     top:        [top_n] D_N, most shifted first
     importance: [d_sae] the measure that D_N is ranked by; mean_activation: [d_sae]
     n_fired:    [d_sae] number of the training set's tokens on which each feature fires
-    raw:        sums over the residual stream itself
+    residuals:  sums over the residual stream itself
     seed:       seed of all draws
     """
 
@@ -210,7 +146,7 @@ class Ranking:
     importance: Doubles
     mean_activation: Doubles
     n_fired: NDArray[np.int64]
-    raw: RawShift
+    residuals: ResidualSums
     seed: int
 
 
@@ -224,8 +160,8 @@ class Comparison:
     train_questions, domain_questions: the text of every question; None where it is not known
     """
 
-    train: RawShift
-    domains: Sequence[RawShift]
+    train: ResidualSums
+    domains: Sequence[ResidualSums]
     activations: Doubles | None
     answers: Sequence[AnswerLog | None]
     train_questions: tuple[str, ...] | None
@@ -267,7 +203,7 @@ def _most_active(ranking: Ranking) -> Indices:
 
 
 def _raw(ranking: Ranking) -> Indices:
-    return ranking.raw.top(len(ranking.top))
+    return raw_dimensions(ranking.residuals, len(ranking.top))
 
 
 def _z_scores(sets: Comparison) -> list[float | None]:
@@ -282,13 +218,13 @@ def _cosine_of_means(sets: Comparison) -> list[float]:
 
 
 def _cka(sets: Comparison) -> list[float]:
-    return [cka(sets.train.moments.covariance, domain.moments.covariance) for domain in sets.domains]
+    return [cka(sets.train.covariance, domain.covariance) for domain in sets.domains]
 
 
 def _probe(sets: Comparison) -> list[float]:
-    means = np.stack([domain.moments.mean for domain in sets.domains])
-    covariances = np.stack([raw.moments.covariance for raw in (sets.train, *sets.domains)])
-    return [float(logit) for logit in probe_logits(sets.train.moments.mean, means, covariances)]
+    means = np.stack([domain.projected_mean for domain in sets.domains])
+    covariances = np.stack([residuals.covariance for residuals in (sets.train, *sets.domains)])
+    return [float(logit) for logit in probe_logits(sets.train.projected_mean, means, covariances)]
 
 
 def _base_loss(sets: Comparison) -> list[float | None]:

@@ -1,14 +1,13 @@
-"""Scores of a domain by its use of the shifted features, from sums over its tokens."""
+"""Scores of a domain by its use of the shifted features: arithmetic on its profile."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sts_fast.data.prompts import PromptSet
 from sts_fast.errors import InputError
 from sts_fast.forecast import controls
 from sts_fast.forecast.dims import Shift
@@ -16,218 +15,127 @@ from sts_fast.forecast.estimators import BY_NAME, SIZES
 from sts_fast.forecast.options import Settings
 from sts_fast.forecast.run import DomainScore, Score
 from sts_fast.model.explain import Firings
-from sts_fast.model.log import AnswerLog, PromptLog
-from sts_fast.model.reader import PairedRows, Reader
-from sts_fast.ops.encode import SparseFeatures, encode
-from sts_fast.ops.shift import ShiftStats
-from sts_fast.sae import SAE
+from sts_fast.model.log import AnswerLog
+from sts_fast.profile.profile import Profile
 from sts_fast.statistics import grouped_ratio_interval, resamples
 
 if TYPE_CHECKING:
-    import torch
-
     from sts_fast.statistics import Doubles, Indices
 
 
 @dataclass(frozen=True)
-class DomainRead:
-    """Sums over a domain's tokens: sums[training set, control, estimator] is [n_prompts].
+class Use:
+    """A domain's use of the features that a training set shifts, and of those of the controls.
 
-    raw:     sums over the residual stream itself
-    firings: by training set, where the first features of its D_N fire
-    columns: features that were read; mean_activation: [n_columns] E_x h_j(x), zero where no estimator needs it
+    sums:       by control ('' is D_N) and estimator, [n_prompts] what it adds up of each prompt
+    raw_totals: by control and estimator, the same of dimensions of the residual stream, over all prompts
+    mean_activation: [top_n] E_x h_j(x) of the features of D_N
     """
 
-    prompt_set: PromptSet
-    log: PromptLog
-    sums: dict[tuple[str, str, str], Doubles]
-    raw: controls.RawShift
-    firings: dict[str, Firings]
-    columns: Indices
+    profile: Profile
+    sums: dict[tuple[str, str], Doubles]
+    raw_totals: dict[tuple[str, str], float]
     mean_activation: Doubles
 
-    def activations(self, features: Indices) -> Doubles:
-        """[n_features] E_x h_j(x) of some of the columns."""
-        activations: Doubles = self.mean_activation[np.searchsorted(self.columns, features)]
-        return activations
+    @property
+    def name(self) -> str:
+        return self.profile.name
+
+    def add_firings(self, firings: Firings) -> None:
+        """Adds where the features of `firings` fire most in this domain."""
+        rows, prompt_set, log = self.profile.rows, self.profile.prompt_set, self.profile.log
+        entries = np.flatnonzero(np.isin(rows.indices, firings.features) & (rows.strongest_at >= 0))
+        prompt_of, at = rows.prompt_of[entries], rows.strongest_at[entries]
+        read = [prompt.positions[kept] for prompt, kept in zip(prompt_set.prompts, log.kept, strict=True)]
+        positions = np.asarray([read[p][i] for p, i in zip(prompt_of, at, strict=True)], np.int64)
+        firings.add(prompt_set, rows.indices[entries].astype(np.int64), prompt_of, positions, rows.strongest[entries])
+
+    def n_terms(self, estimator: str) -> Doubles:
+        """[n_prompts] tokens, or pairs of tokens, of each prompt."""
+        log = self.profile.log
+        return (log.n_pairs if BY_NAME[estimator].of == "pairs" else log.n_read).astype(np.float64)
 
 
-def read_domain(
-    reader: Reader,
-    saes: Sequence[SAE],
-    prompt_set: PromptSet,
-    shifts_of: Sequence[Sequence[Shift]],
-    settings: Settings,
-) -> list[DomainRead]:
-    """Sums of a domain by SAE, from one pass for all SAEs, training sets, controls and estimators."""
-    sums = [_DomainSums(sae, prompt_set, shifts, settings) for sae, shifts in zip(saes, shifts_of, strict=True)]
-    at = [reader.hooks.index(reader.hook(sae)) for sae in saes]
-    done = 0
-    for of_hooks in reader.rows("domain", prompt_set):
-        for domain_sums, hook in zip(sums, at, strict=True):
-            domain_sums.update(of_hooks[hook])
-        done += len(of_hooks[0].prompts)
-        settings.tell(prompt_set.name, done, len(prompt_set.prompts))
-    return [domain_sums.read() for domain_sums in sums]
+def use_of(profile: Profile, shift: Shift, settings: Settings) -> Use:
+    """How a domain uses the features that a training set shifts."""
+    sums: dict[tuple[str, str], Doubles] = {}
+    raw_totals: dict[tuple[str, str], float] = {}
+    weights = np.stack([_weights(members, profile.rows.d_sae) for members in shift.feature_sets.values()], axis=1)
+    for name in settings.sizes:
+        of_sets = profile.rows.matrix(BY_NAME[name].sums) @ weights
+        sums |= {(control, name): of_sets[:, i] for i, control in enumerate(shift.feature_sets)}
+        totals = getattr(profile.residuals, BY_NAME[name].raw_sums).value
+        raw_totals |= {(control, name): float(totals[dims].sum()) for control, dims in shift.raw_sets.items()}
+    return Use(profile, sums, raw_totals, profile.mean_activation()[shift.top])
 
 
-class _DomainSums:
-    """Sums over a domain's tokens, for one SAE; see DomainRead."""
-
-    def __init__(self, sae: SAE, prompt_set: PromptSet, shifts: Sequence[Shift], settings: Settings) -> None:
-        self.sae, self.prompt_set = sae, prompt_set
-        estimators = [BY_NAME[name] for name in settings.sizes]
-        self.of_tokens = [estimator for estimator in estimators if estimator.of == "tokens"]
-        self.of_pairs = [estimator for estimator in estimators if estimator.of == "pairs"]
-        self.firings = {shift.name: shift.firings() for shift in shifts}
-        self.columns = _columns(shift.feature_sets for shift in shifts)
-        self.log = PromptLog("score", prompt_set)
-        self.raw = controls.RawShift(sae.d_in)
-        self.sum_h: Doubles = np.zeros(len(self.columns))
-        # Only these dimensions of the residual stream are copied to the CPU.
-        self.raw_dims = _columns(shift.raw_sets for shift in shifts)
-        self.weights = {
-            (shift.name, control): _weights(self.columns, sets)
-            for shift in shifts
-            for control, sets in shift.feature_sets.items()
-        }
-        self.raw_sets = {
-            (shift.name, control): np.searchsorted(self.raw_dims, dims)
-            for shift in shifts
-            for control, dims in shift.raw_sets.items()
-        }
-        self.sums: dict[tuple[str, str, str], Doubles] = {
-            (*key, name): np.zeros(len(prompt_set.prompts))
-            for key in (*self.weights, *self.raw_sets)
-            for name in settings.sizes
-        }
-
-    def update(self, rows: PairedRows) -> None:
-        self.raw.update(rows.base, rows.paired[:0], rows.demos[:0])
-        active = encode(self.sae, rows.base, self.columns).on_cpu()
-        positions = np.concatenate(
-            [self.prompt_set.prompts[i].positions[kept] for i, kept in zip(rows.prompts, rows.kept, strict=True)]
-        )
-        for firings in self.firings.values():
-            firings.add(self.prompt_set, rows.base_of, positions, active)
-        if self.of_tokens:
-            self._add_activations(rows, active)
-        if self.of_pairs:
-            self._add_shifts(rows)
-        self.log.record(rows)
-
-    def read(self) -> DomainRead:
-        mean_activation = self.sum_h / max(self.raw.n_tokens, 1)
-        return DomainRead(self.prompt_set, self.log, self.sums, self.raw, self.firings, self.columns, mean_activation)
-
-    def _add_activations(self, rows: PairedRows, active: SparseFeatures) -> None:
-        n_prompts = len(self.prompt_set.prompts)
-        prompt_of = np.repeat(rows.base_of, np.diff(active.indptr))
-        column_of = np.searchsorted(self.columns, active.indices)
-        values = active.values.astype(np.float64)
-        self.sum_h += np.bincount(column_of, values, minlength=len(self.columns))
-        residual = self._raw(rows.base)
-        for estimator in self.of_tokens:
-            name, term, raw_term = estimator.name, estimator.term(values), estimator.raw_term(residual)
-            for key, weight in self.weights.items():
-                self.sums[(*key, name)] += np.bincount(prompt_of, weight[column_of] * term, minlength=n_prompts)
-            for key, dims in self.raw_sets.items():
-                per_token = raw_term[:, dims].sum(axis=1)
-                self.sums[(*key, name)] += np.bincount(rows.base_of, per_token, minlength=n_prompts)
-
-    def _raw(self, rows: torch.Tensor) -> Doubles:
-        """[n_tokens, n_raw_dims]"""
-        import torch
-
-        residual: Doubles = rows[:, torch.from_numpy(self.raw_dims).to(rows.device)].double().cpu().numpy()
-        return residual
-
-    def _add_shifts(self, rows: PairedRows) -> None:
-        n_prompts = len(self.prompt_set.prompts)
-        # One "replicate" per prompt, so that a single pass over the rows gives the sums of each prompt.
-        of_prompt = (rows.paired_of[:, None] == np.asarray(rows.prompts)).astype(np.float64)
-        stats = ShiftStats(self.sae, columns=self.columns, n_replicates=len(rows.prompts))
-        stats.update(rows.paired, rows.demos, of_prompt)
-        squares = (self._raw(rows.demos) - self._raw(rows.paired)) ** 2
-        for estimator in self.of_pairs:
-            for key, weight in self.weights.items():
-                per_prompt = np.einsum("j,jp->p", weight, stats.weighted_sq_shift)
-                self.sums[(*key, estimator.name)][rows.prompts] = per_prompt
-            for key, dims in self.raw_sets.items():
-                per_token = squares[:, dims].sum(axis=1)
-                self.sums[(*key, estimator.name)] += np.bincount(rows.paired_of, per_token, minlength=n_prompts)
-
-
-def _columns(sets: Iterable[Mapping[str, Indices]]) -> Indices:
-    """[n_columns] union of all sets, ascending."""
-    return np.unique(np.concatenate([members.ravel() for by_control in sets for members in by_control.values()]))
-
-
-def _weights(columns: Indices, sets: Indices) -> Doubles:
-    """[n_columns] weight of each column: the share of the sets [n] or [n_sets, n] that contain it."""
-    weights: Doubles = np.mean([np.isin(columns, members) for members in np.atleast_2d(sets)], axis=0)
-    return weights
+def _weights(sets: Indices, d_sae: int) -> Doubles:
+    """[d_sae] weight of each feature: the share of the sets [n] or [n_sets, n] that contain it."""
+    sets = np.atleast_2d(sets)
+    return np.bincount(sets.ravel(), minlength=d_sae) / len(sets)
 
 
 def domain_scores(
-    reads: Sequence[DomainRead], shift: Shift, answers: Mapping[str, AnswerLog], settings: Settings
+    uses: Sequence[Use], shift: Shift, answers: Mapping[str, AnswerLog], settings: Settings
 ) -> list[DomainScore]:
-    if not reads:
+    if not uses:
         return []
     comparison = controls.Comparison(
-        train=shift.raw,
-        domains=[read.raw for read in reads],
-        activations=np.stack([read.activations(shift.top) for read in reads]) if "act" in settings.sizes else None,
-        answers=[answers.get(read.prompt_set.name) for read in reads],
-        train_questions=shift.prompt_set.questions,
-        domain_questions=[read.prompt_set.questions for read in reads],
+        train=shift.profile.residuals,
+        domains=[use.profile.residuals for use in uses],
+        activations=np.stack([use.mean_activation for use in uses]) if "act" in settings.sizes else None,
+        answers=[answers.get(use.name) for use in uses],
+        train_questions=shift.profile.prompt_set.questions,
+        domain_questions=[use.profile.prompt_set.questions for use in uses],
     )
     compared = {control: control.compare(comparison) for control in controls.CONTROLS if control.compare is not None}
     return [
-        _domain_score(read, shift, {control: values[i] for control, values in compared.items()}, settings)
-        for i, read in enumerate(reads)
+        _domain_score(use, shift, {control: values[i] for control, values in compared.items()}, settings)
+        for i, use in enumerate(uses)
     ]
 
 
 def _domain_score(
-    read: DomainRead, shift: Shift, compared: Mapping[controls.Control, float | None], settings: Settings
+    use: Use, shift: Shift, compared: Mapping[controls.Control, float | None], settings: Settings
 ) -> DomainScore:
-    name, log, n_prompts = read.prompt_set.name, read.log, len(read.prompt_set.prompts)
-    drawn = resamples(n_prompts, settings.seed, name)
-    n_read, n_pairs = log.n_read.astype(np.float64), log.n_pairs.astype(np.float64)
+    prompt_set = use.profile.prompt_set
+    n_prompts = len(prompt_set.prompts)
+    drawn = resamples(n_prompts, settings.seed, use.name)
     scores: dict[str, Score] = {}
     control_scores: dict[str, dict[str, float]] = {}
-    for set_name, members in (shift.feature_sets | shift.raw_sets).items():
+    for control, members in {**shift.feature_sets, **shift.raw_sets}.items():
         size = max(members.shape[-1], 1)
         for estimator in settings.sizes:
-            numerator = read.sums[shift.name, set_name, estimator]
-            denominator = n_read if BY_NAME[estimator].of == "tokens" else n_pairs
-            denominator = denominator * size if BY_NAME[estimator].per_feature else denominator
-            if denominator.sum() == 0:
+            n_terms = use.n_terms(estimator) * (size if BY_NAME[estimator].per_feature else 1)
+            if n_terms.sum() == 0:
                 raise InputError(
-                    f"domain '{name}' has no token to read for the estimator '{estimator}': its prompts without and "
-                    "with demonstrations end differently, or all their tokens are special; leave the domain out"
+                    f"domain '{use.name}' has no token to read for the estimator '{estimator}': its prompts without "
+                    "and with demonstrations end differently, or all their tokens are special; leave the domain out"
                 )
-            ratio = float(numerator.sum() / denominator.sum())
-            if set_name:
-                control_scores.setdefault(set_name, {})[estimator] = ratio
+            if control in shift.raw_sets:
+                ratio = use.raw_totals[control, estimator] / float(n_terms.sum())
             else:
-                draw_of = read.prompt_set.draw_of if BY_NAME[estimator].of == "pairs" else np.zeros(n_prompts, np.int32)
-                scores[estimator] = Score(ratio, grouped_ratio_interval(numerator, denominator, drawn, draw_of))
-    for control, value in compared.items():
+                ratio = float(use.sums[control, estimator].sum() / n_terms.sum())
+            if control:
+                control_scores.setdefault(control, {})[estimator] = ratio
+                continue
+            draw_of = prompt_set.draw_of if BY_NAME[estimator].of == "pairs" else np.zeros(n_prompts, np.int32)
+            interval = grouped_ratio_interval(use.sums[control, estimator], n_terms, drawn, draw_of)
+            scores[estimator] = Score(ratio, interval)
+    for compared_control, value in compared.items():
         if value is not None:
-            control_scores[control.name] = {control.quantity: value}
-        elif control.quantity in SIZES:  # a number by estimator, none here
-            control_scores[control.name] = {}
+            control_scores[compared_control.name] = {compared_control.quantity: value}
+        elif compared_control.quantity in SIZES:  # a number by estimator, none here
+            control_scores[compared_control.name] = {}
     return DomainScore(
-        name=name,
+        name=use.name,
         scores=scores,
         n_prompts=n_prompts,
-        n_skipped=read.prompt_set.n_too_long + read.prompt_set.n_unanswered,
-        n_too_long=read.prompt_set.n_too_long,
-        n_unanswered=read.prompt_set.n_unanswered,
-        **log.counts(),
-        demonstrations=[list(draw) for draw in read.prompt_set.shown],
+        n_skipped=prompt_set.n_too_long + prompt_set.n_unanswered,
+        n_too_long=prompt_set.n_too_long,
+        n_unanswered=prompt_set.n_unanswered,
+        **use.profile.log.counts(),
+        demonstrations=[list(draw) for draw in prompt_set.shown],
         controls=control_scores,
         change=None,
         change_interval=None,

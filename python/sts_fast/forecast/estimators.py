@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-import numpy as np
-
+from sts_fast.profile.rows import Quantity
 from sts_fast.statistics import Interval
-
-if TYPE_CHECKING:
-    from sts_fast.statistics import Doubles
 
 SizeEstimator = Literal["act", "icl", "act_sq"]
 
@@ -25,8 +20,9 @@ class Estimator:
     signed:   whether a score above zero is a change for the better; without a sign it is the size of a change
     quantity: what a score forecasts; unit: 'points' or 'nats per token', '' for scores that only compare domains
     of:       of one without sign, whether it is a mean over tokens, or over pairs of tokens with and without
-        demonstrations: then it sums the squared changes of features
-    term, raw_term: of a mean over tokens, what an activation [n], or a residual [n, d], adds
+        demonstrations
+    sums:     the sums over a prompt's tokens, by feature, that it adds up (see PromptRows); raw_sums: the same of the
+        residual stream's dimensions (see ResidualSums)
     per_feature: whether it is a mean over the features too, and not their sum
     """
 
@@ -37,8 +33,8 @@ class Estimator:
     quantity: str = "size of change"
     unit: str = ""
     of: Literal["tokens", "pairs"] = "tokens"
-    term: Callable[[Doubles], Doubles] = np.positive
-    raw_term: Callable[[Doubles], Doubles] = np.abs
+    sums: Quantity = "sum_h"
+    raw_sums: str = "abs_base"
     per_feature: bool = False
 
     @property
@@ -79,13 +75,15 @@ ESTIMATORS = (
         "how far the shifted features move on the domain's questions when demonstrations of the domain are shown: "
         "their squared changes summed, per token",
         of="pairs",
+        sums="sum_sq_shift",
+        raw_sums="sq_shift",
     ),
     Estimator(
         *("act_sq", "STS_act_sq"),
         "the mean square of the shifted features' activations on the domain's questions, the variant of the authors' "
         "notebook",
-        term=np.square,
-        raw_term=np.square,
+        sums="sum_sq_h",
+        raw_sums="sq_base",
         per_feature=True,
     ),
     *_signed(

@@ -12,6 +12,7 @@ from sts_fast.data.sets import MIN_PROMPTS, Fields, FieldsOptions, Sampling, Sam
 from sts_fast.errors import InputError
 from sts_fast.forecast.estimators import SIZES, SizeEstimator
 from sts_fast.model.session import Reading, ReadingOptions
+from sts_fast.profile.library import Library
 from sts_fast.signed.push import FeatureKind
 from sts_fast.signed.signed import AT_THE_HOOK, SignedEstimator
 from sts_fast.signed.trial import BATCH_ROWS
@@ -38,6 +39,7 @@ class Settings(Sampling, Fields, Reading):
                accuracy, which need the whole model and answers)
     top_n:     size of D_N
     labels:    feature labels as Neuronpedia exports them: a file, an answer of its API or a folder of batches
+    library:   folder of profiles (see Library); a set that it has is not read again, and others are added to it
     show:      called with the first prompt of each set as it is sent, before any pass
     """
 
@@ -63,6 +65,9 @@ class Settings(Sampling, Fields, Reading):
     ] = "features"
     top_n: Annotated[int, Option("How many of the most shifted features are followed.", least=1)] = 100
     labels: Annotated[str | Path | None, Option("Feature labels, a Neuronpedia export.")] = None
+    library: Annotated[
+        Path | None, Option("Folder of profiles: a set that is in it is not read again, others are added.")
+    ] = None
     show: Callable[[str], None] | None = None
 
     def __post_init__(self) -> None:
@@ -87,6 +92,10 @@ class Settings(Sampling, Fields, Reading):
         if rest or not 0 < share <= 1:
             raise InputError(f"--trial-cost takes a share of the training set above 0%, as 2%, not '{self.trial_cost}'")
         return max(LEAST_STEPS, round(share * n_examples / BATCH_ROWS))
+
+    @property
+    def profiles(self) -> Library | None:
+        return None if self.library is None else Library(Path(self.library))
 
     @property
     def signed(self) -> list[SignedEstimator]:
@@ -115,4 +124,5 @@ class Options(SamplingOptions, FieldsOptions, ReadingOptions, total=False):
     controls: Controls
     top_n: int
     labels: str | Path | None
+    library: Path | None
     show: Callable[[str], None] | None

@@ -67,6 +67,6 @@ def overlap(reference: str | Path, runs: Sequence[str | Path]) -> Overlap:
 def _read(folder: str | Path) -> tuple[Scores, dict[str, set[int]], str]:
     """The content of a run's scores.json, its sets of features by name, and the SAE's fingerprint."""
     run = Run.load(folder)
-    stats, arrays = run.stats()
+    means, arrays = run.means()
     names = {"shifted": "shifted_features", "most active": "most_active_features"}
-    return run.scores, {name: set(arrays[key].tolist()) for name, key in names.items()}, stats.sae_fingerprint
+    return run.scores, {name: set(arrays[key].tolist()) for name, key in names.items()}, means.sae_fingerprint

@@ -30,8 +30,7 @@ from sts_fast.forecast.blocks import (
 )
 from sts_fast.forecast.controls import CONTROLS
 from sts_fast.forecast.estimators import BY_NAME, SIZES
-from sts_fast.ops.correlate import CorrelationStats
-from sts_fast.ops.shift import ShiftStats
+from sts_fast.profile.means import FeatureMeans
 from sts_fast.signed.signed import SignedBlock
 from sts_fast.statistics import Interval
 
@@ -55,13 +54,9 @@ RUN_FILES = (
     *("ablation.json", "ablation.parquet"),
 )
 
-# D_N that holds features by what they do on the tokens read; of all others, shift.safetensors has sums of shifts.
-DIMS_OF_ACTIVITY = ("active", "correlation", "gradient")
-
-
 VALUE_COLUMNS = [
     f"{control}_{estimator}_sum".removeprefix("_")
-    for control in ("", *(picked.name for picked in CONTROLS if picked.pick is not None))
+    for control in ("", *(picked.name for picked in CONTROLS if picked.pick is not None and picked.of == "features"))
     for estimator in SIZES
 ] + ["answer_nll_sum", "answer_exact", "advantage"]
 
@@ -140,7 +135,7 @@ class Forecast:
     """A whole forecast: numbers, the statistics they come from, and every prompt that was sent.
 
     model, sae, train, settings, shift, length, provenance: the blocks of scores.json
-    stats:   per-feature sums over the training set: ShiftStats, or CorrelationStats for DIMS_OF_ACTIVITY
+    means:   what each feature does on the training set
     controls: what the controls were computed from: feature sets, raw dimensions and mean residuals, by name
     prompts: one row per prompt and stage, as in prompts.parquet
     firings: where the most shifted features fire in the domains, as in features.parquet
@@ -159,7 +154,7 @@ class Forecast:
     shifted_features: list[ShiftedFeature]
     warnings: list[str]
     provenance: ProvenanceBlock
-    stats: ShiftStats | CorrelationStats
+    means: FeatureMeans
     controls: dict[str, NDArray[Any]]
     prompts: pa.Table
     firings: pa.Table
@@ -171,12 +166,12 @@ class Forecast:
     def load(cls, folder: str | Path) -> Forecast:
         """The forecast that `save` wrote. Raises InputError where one of its files is missing or damaged."""
         run = Run.load(folder)
-        stats, more = run.stats()
+        means, more = run.means()
         features = [ShiftedFeature(**_known(ShiftedFeature, feature)) for feature in run.scores["shifted_features"]]
         read = {
             "domains": [DomainScore.from_plain(domain) for domain in run.scores["domains"]],
             "shifted_features": features,
-            "stats": stats,
+            "means": means,
             "controls": {name: array for name, array in more.items() if name != "shifted_features"},
             "prompts": run.table(PROMPTS_FILE),
             "firings": run.table(FEATURES_FILE),
@@ -260,7 +255,7 @@ class Forecast:
         with files.atomic_path(folder / FEATURES_FILE) as path:
             pq.write_table(self.firings, path, compression="zstd")
         shifted = np.asarray([feature.index for feature in self.shifted_features])
-        self.stats.save(folder / SHIFT_FILE, shifted_features=shifted, **self.controls)
+        self.means.save(folder / SHIFT_FILE, {"shifted_features": shifted, **self.controls})
         with files.atomic_path(folder / SCORES_FILE) as path:
             path.write_text(files.to_json(scores), encoding="utf-8")
 
@@ -288,17 +283,9 @@ class Run:
         _check_scores(document, path)
         return cls(path.parent, cast(Scores, document))
 
-    def arrays(self) -> tuple[dict[str, NDArray[Any]], type[ShiftStats | CorrelationStats]]:
-        """The arrays of shift.safetensors, and the kind of statistics among them."""
-        kind = CorrelationStats if self.scores["settings"]["dims"] in DIMS_OF_ACTIVITY else ShiftStats
-        arrays, _ = files.load_arrays(self.folder / SHIFT_FILE, kind.__name__)
-        return arrays, kind
-
-    def stats(self) -> tuple[ShiftStats | CorrelationStats, dict[str, NDArray[Any]]]:
-        """The statistics that D_N was taken from, and the other arrays beside them."""
-        arrays, kind = self.arrays()
-        stats = kind.load(self.folder / SHIFT_FILE)
-        return stats, {name: array for name, array in arrays.items() if name not in stats.arrays()}
+    def means(self) -> tuple[FeatureMeans, dict[str, NDArray[Any]]]:
+        """What each feature does on the training set, and the other arrays of shift.safetensors."""
+        return FeatureMeans.load(self.folder / SHIFT_FILE)
 
     def table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """One of the parquet files."""

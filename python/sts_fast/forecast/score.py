@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Unpack, overload
 
 import numpy as np
 
-from sts_fast.data.sets import Sets, Source, Sources
+from sts_fast.data.prompts import PromptSet
+from sts_fast.data.sets import Kind, Sets, Source, Sources
 from sts_fast.errors import InputError
 from sts_fast.forecast import stability
 from sts_fast.forecast.assemble import Measured, assemble
 from sts_fast.forecast.compare import sae_names
 from sts_fast.forecast.cost import Outlook
-from sts_fast.forecast.dims import Shift, measure_shifts
-from sts_fast.forecast.domains import read_domain
+from sts_fast.forecast.dims import Shift, measure_shift
 from sts_fast.forecast.estimators import BY_NAME
 from sts_fast.forecast.options import Options, Settings
 from sts_fast.forecast.plan import Plan
@@ -26,6 +26,8 @@ from sts_fast.model.log import AnswerLog
 from sts_fast.model.memory import MOST_BATCH_TOKENS
 from sts_fast.model.sae_check import Fit
 from sts_fast.model.session import Purpose, SAESource, Session
+from sts_fast.profile.profile import Profile
+from sts_fast.profile.read import read_profiles
 from sts_fast.sae import SAE
 from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.signed import SignedForecast, hook_layer, measure_signed, with_trial
@@ -156,7 +158,10 @@ def compare(
     session, settings = plan.session, plan.settings
     plan.show()
     fits = session.check_fit(plan.trains[0])
-    shifts = [measure_shifts(session.reader, session.saes, train, settings, session.tuned) for train in plan.trains]
+    shifts = [
+        [measure_shift(profile, settings) for profile in _profiles(plan, "train", train, f"shift of {train.name}")]
+        for train in plan.trains
+    ]
     pushed = _pushed(plan)
     answers = read_answers(plan, pushed)
     signed = _with_trials(plan, pushed, answers)
@@ -203,6 +208,8 @@ def _plan(
     if (settings.dims == "tuned") != (tuned is not None):
         raise InputError("--dims tuned and --tuned MODEL go together: the true shift needs the model after training")
     saes = [sae] if isinstance(sae, (str, Path, SAE)) else sae
+    if not trains:
+        raise InputError("there is no training set to forecast: give one or more, by name")
     if not saes:
         raise InputError("there is no SAE to read the model with: give one or more with --sae")
     sets = Sets.read(trains, domains, demos, settings)
@@ -235,13 +242,13 @@ def forecasts_of(
     with_sae = [f" with {name}" if len(called) > 1 else "" for name in called]
     for shifts, suffix in zip(shifts_of, with_sae, strict=True):
         for shift in shifts:
-            overlap, n_prompts = float(np.mean(shift.overlaps(settings.top_n))), len(shift.prompt_set.prompts)
+            overlap, n_prompts = float(np.mean(shift.overlaps(settings.top_n))), len(shift.profile.rows)
             settings.tell_line(stability.shift_line(shift.name + suffix, settings.top_n, n_prompts, overlap))
-    reads = [read_domain(session.reader, session.saes, domain, shifts_of, settings) for domain in plan.domains]
+    profiles = [_profiles(plan, "domain", domain, domain.name) for domain in plan.domains]
     session.reader.say_passes()
     forecasts = []
     for i, (sae, fit, shifts, of_train) in enumerate(zip(session.saes, fits, shifts_of, signed, strict=True)):
-        measured = Measured(sae, fit, shifts, [of_saes[i] for of_saes in reads], of_train)
+        measured = Measured(sae, fit, shifts, [of_saes[i] for of_saes in profiles], of_train)
         forecasts.append(assemble(plan, measured, answers if settings.controls == "all" else {}))
     if len(plan.domains) > 1:
         for by_train, suffix in zip(forecasts, with_sae, strict=True):
@@ -254,6 +261,16 @@ def forecasts_of(
                     )
                     settings.tell_line(line)
     return forecasts
+
+
+def _profiles(plan: Plan, kind: Kind, prompt_set: PromptSet, stage: str) -> list[Profile]:
+    """The profile of a set by SAE."""
+    session, settings = plan.session, plan.settings
+    tuned = session.tuned if kind == "train" else None
+    return read_profiles(
+        session.reader, session.saes, kind, prompt_set, settings,
+        tuned=tuned, library=settings.profiles, tell=partial(settings.tell, stage),
+    )  # fmt: skip
 
 
 def _pushed(plan: Plan) -> list[dict[str, SignedForecast]]:

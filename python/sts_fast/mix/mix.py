@@ -35,8 +35,8 @@ from sts_fast.mix.allot import fill, least_loss, whole_examples
 from sts_fast.mix.flow import Flow
 from sts_fast.mix.kernel import Kernel, measure_kernel
 from sts_fast.model.session import Purpose, Reading, ReadingOptions, SAESource, Session
+from sts_fast.profile.projection import projection
 from sts_fast.signed.gradients import HookedModel
-from sts_fast.signed.projection import projection
 from sts_fast.signed.push import Features
 from sts_fast.signed.signed import hook_layer
 from sts_fast.statistics import CONFIDENCE, INTERVAL, Interval

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sts_fast.data.prompts import PromptSet
-from sts_fast.ops.encode import SparseFeatures
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-    from sts_fast.statistics import Indices
+    from sts_fast.statistics import Floats, Indices
 
 N_FEATURES = 20  # features of D_N that are explained, the most shifted ones
 N_EXAMPLES = 5
@@ -46,20 +45,21 @@ class Firings:
         self._best: dict[int, list[_Firing]] = {int(feature): [] for feature in features}
         self._sets: dict[str, PromptSet] = {}
 
-    def add(self, prompt_set: PromptSet, prompt_of: Indices, positions: Indices, active: SparseFeatures) -> None:
-        """Adds a batch of tokens.
+    def add(
+        self, prompt_set: PromptSet, features: Indices, prompt_of: Indices, positions: Indices, values: Floats
+    ) -> None:
+        """Adds activations of a set, these features among them; several calls may add to one set.
 
-        prompt_of, positions: [n_tokens] each token's prompt, as an index into the set, and its position in base_ids
-        active: the tokens' features, including these features
+        features, values: [n] each activation's feature and size; prompt_of, positions: [n] its prompt, as an index into
+            the set, and the position of its token in base_ids
         """
         n_set = len(self._sets) if prompt_set.name not in self._sets else list(self._sets).index(prompt_set.name)
         self._sets[prompt_set.name] = prompt_set
-        row_of = np.repeat(np.arange(len(positions)), np.diff(active.indptr))
         for feature, best in self._best.items():
-            entries = np.flatnonzero(active.indices == feature)
-            for entry in entries[np.argsort(-active.values[entries], kind="stable")]:
-                prompt, position = int(prompt_of[row_of[entry]]), int(positions[row_of[entry]])
-                key = (-float(active.values[entry]), n_set, prompt, position)
+            entries = np.flatnonzero(features == feature)
+            for entry in entries[np.argsort(-values[entries], kind="stable")]:
+                prompt, position = int(prompt_of[entry]), int(positions[entry])
+                key = (-float(values[entry]), n_set, prompt, position)
                 if len(best) == N_EXAMPLES and key >= best[-1].rank_key:
                     break
                 best.append(_Firing(key, prompt_set.name, prompt, position))
@@ -67,18 +67,6 @@ class Firings:
                 for firing in sorted(best):
                     strongest.setdefault((firing.prompt_set, firing.prompt), firing)
                 best[:] = list(strongest.values())[:N_EXAMPLES]
-
-    def take(self, others: Sequence[Firings]) -> Firings:
-        """Adds the firings in further sets, none of which was added before; returns itself."""
-        for other in others:
-            n_sets = len(self._sets)
-            for feature, best in self._best.items():
-                for firing in other._best[feature]:
-                    value, n_set, prompt, position = firing.rank_key
-                    best.append(replace(firing, rank_key=(value, n_sets + n_set, prompt, position)))
-                best[:] = sorted(best)[:N_EXAMPLES]
-            self._sets |= other._sets
-        return self
 
     def table(self, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
         """One row per example: feature, rank, value, stage, domain, id, and the text before, at and after the token."""

@@ -263,7 +263,8 @@ def _rows_read(
     reads: list[list[Read]],
 ) -> PairedRows:
     """One hook's rows at the tokens that are read, without the attention sinks."""
-    base, paired, demos, kept, kept_paired = [], [], [], [], []
+    base, demos, kept, kept_paired, pair_at = [], [], [], [], []
+    n_read = 0
     for index, *of_sides in zip(batch, *reads, strict=True):
         positions, (here, there) = prompts[index].positions, partners[index]
         rows, others = of_sides[0].rows[hook], of_sides[-1].rows[hook]
@@ -271,15 +272,17 @@ def _rows_read(
         kept.append(~sinks[positions])
         kept_paired.append(~(sinks[here] | other_sinks[there]))
         base.append(_rows_at(rows, np.flatnonzero(kept[-1])))
-        paired.append(_rows_at(rows, np.flatnonzero(np.isin(positions, here))[kept_paired[-1]]))
+        # Of the tokens that are read, those before one of a pair stand before it in `base`.
+        in_pair = np.flatnonzero(np.isin(positions, here))[kept_paired[-1]]
+        pair_at.append(n_read + (np.cumsum(kept[-1]) - 1)[in_pair])
+        n_read += int(kept[-1].sum())
         demos.append(_rows_at(others, np.flatnonzero(kept_paired[-1])))
     return PairedRows(
         prompts=batch,
         base=_for_core(base),
         base_of=np.repeat(batch, [len(rows) for rows in base]),
-        paired=_for_core(paired),
         demos=_for_core(demos),
-        paired_of=np.repeat(batch, [len(rows) for rows in paired]),
+        pair_at=np.concatenate([np.zeros(0, np.int64), *pair_at]),
         kept=kept,
         kept_paired=kept_paired,
     )

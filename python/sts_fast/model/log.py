@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,19 +21,20 @@ if TYPE_CHECKING:
 class PromptLog:
     """Record of the tokens of each prompt that were read in the end, for prompts.parquet."""
 
-    def __init__(self, stage: str, prompt_set: PromptSet) -> None:
-        self.stage, self.name, self.prompts = stage, prompt_set.name, prompt_set.prompts
+    def __init__(self, prompt_set: PromptSet) -> None:
+        self.name, self.prompts = prompt_set.name, prompt_set.prompts
         n = len(self.prompts)
         self.kept: list[NDArray[np.bool_]] = [np.zeros(0, bool)] * n
         self.kept_paired: list[NDArray[np.bool_]] = [np.zeros(0, bool)] * n
         self.n_read = np.zeros(n, np.int64)
         self.n_pairs = np.zeros(n, np.int64)
-        self.values: dict[str, Doubles] = {}  # columns of prompts.parquet that were known beforehand
+        self.n_sinks = np.zeros(n, np.int64)
 
     def record(self, rows: PairedRows) -> None:
         for index, kept, kept_paired in zip(rows.prompts, rows.kept, rows.kept_paired, strict=True):
             self.kept[index], self.kept_paired[index] = kept, kept_paired
             self.n_read[index], self.n_pairs[index] = kept.sum(), kept_paired.sum()
+            self.n_sinks[index] = (~kept).sum()
 
     def counts(self) -> dict[str, int]:
         return {
@@ -41,10 +42,11 @@ class PromptLog:
             "n_pairs": int(self.n_pairs.sum()),
             "n_special": sum(prompt.n_special for prompt in self.prompts),
             "n_straddling": sum(prompt.n_straddling for prompt in self.prompts),
-            "n_sinks": sum(int((~kept).sum()) for kept in self.kept),
+            "n_sinks": int(self.n_sinks.sum()),
         }
 
-    def table(self, values: dict[str, Doubles]) -> pa.Table:
+    def table(self, stage: str, values: Mapping[str, Doubles], *, name: str | None = None) -> pa.Table:
+        """Rows of a stage of prompts.parquet, with further columns; name: of the set, if not its own."""
         import pyarrow as pa
 
         def tokens(read: Callable[[int, Prompt], NDArray[np.int32]]) -> pa.Array:
@@ -54,8 +56,8 @@ class PromptLog:
             _pair_positions(prompt, len(kept)) for prompt, kept in zip(self.prompts, self.kept_paired, strict=True)
         ]
         columns = {
-            "stage": pa.array([self.stage] * len(self.prompts)),
-            "domain": pa.array([self.name] * len(self.prompts)),
+            "stage": pa.array([stage] * len(self.prompts)),
+            "domain": pa.array([name or self.name] * len(self.prompts)),
             "id": pa.array([prompt.id for prompt in self.prompts]),
             "question": pa.array([prompt.question for prompt in self.prompts], pa.string()),
             "base_ids": tokens(lambda i, prompt: prompt.base_ids),
@@ -66,9 +68,9 @@ class PromptLog:
             "draw": pa.array([prompt.draw for prompt in self.prompts], pa.int64()),
             "n_special": pa.array([prompt.n_special for prompt in self.prompts], pa.int64()),
             "n_straddling": pa.array([prompt.n_straddling for prompt in self.prompts], pa.int64()),
-            "n_sinks": pa.array([int((~kept).sum()) for kept in self.kept], pa.int64()),
+            "n_sinks": pa.array(self.n_sinks),
         }
-        return pa.table(columns | {name: pa.array(column) for name, column in {**self.values, **values}.items()})
+        return pa.table(columns | {column: pa.array(of) for column, of in values.items()})
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,9 @@ class AnswerLog:
     exact: NDArray[np.bool_]
 
     def table(self) -> pa.Table:
-        log = PromptLog("answer", self.prompt_set)
+        log = PromptLog(self.prompt_set)
         log.kept = [np.ones(len(prompt.positions), bool) for prompt in self.prompt_set.prompts]
-        return log.table({"answer_nll_sum": self.nll, "answer_exact": self.exact.astype(np.float64)})
+        return log.table("answer", {"answer_nll_sum": self.nll, "answer_exact": self.exact.astype(np.float64)})
 
 
 def _pair_positions(prompt: Prompt, n_pairs: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

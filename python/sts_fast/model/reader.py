@@ -24,20 +24,18 @@ class PairedRows:
     """One hook's rows of some prompts, at the tokens that are read.
 
     prompts:    index of each prompt in the list that was captured
-    base:       [n_read, d_in], tokens of the prompts without demonstrations
+    base:       [n_read, d_in], tokens of the prompts without demonstrations, prompt by prompt
     base_of:    [n_read] int64, which prompt (index in the list) each row belongs to
-    paired:     [n_pairs, d_in], those rows of `base` that have a partner with demonstrations
-    demos:      [n_pairs, d_in], their partners, row by row
-    paired_of:  [n_pairs] int64, which prompt each pair belongs to
+    demos:      [n_pairs, d_in], tokens with demonstrations that are tokens of `base` too
+    pair_at:    [n_pairs] int64, the row of `base` with the same token
     kept, kept_paired: per prompt, which of its `positions` and of its `paired` were not attention sinks
     """
 
     prompts: list[int]
     base: torch.Tensor
     base_of: NDArray[np.int64]
-    paired: torch.Tensor
     demos: torch.Tensor
-    paired_of: NDArray[np.int64]
+    pair_at: NDArray[np.int64]
     kept: list[NDArray[np.bool_]]
     kept_paired: list[NDArray[np.bool_]]
 
@@ -47,8 +45,19 @@ class PairedRows:
             self,
             prompts=indices[self.prompts].tolist(),
             base_of=indices[self.base_of],
-            paired_of=indices[self.paired_of],
         )
+
+    @property
+    def paired(self) -> torch.Tensor:
+        """[n_pairs, d_in] those rows of `base` that have a partner with demonstrations, in the order of `demos`."""
+        import torch
+
+        return self.base[torch.from_numpy(self.pair_at).to(self.base.device)]
+
+    @property
+    def paired_of(self) -> NDArray[np.int64]:
+        """[n_pairs] which prompt each pair belongs to."""
+        return self.base_of[self.pair_at]
 
 
 class Reader(Protocol):

@@ -15,7 +15,6 @@ from sts_fast.files import Document
 from sts_fast.forecast.blocks import Scores
 from sts_fast.forecast.estimators import BY_NAME
 from sts_fast.forecast.run import (
-    DIMS_OF_ACTIVITY,
     FEATURES_FILE,
     SCORES_FILE,
     SHIFT_FILE,
@@ -23,6 +22,7 @@ from sts_fast.forecast.run import (
     VALIDATION_FILE,
     Run,
 )
+from sts_fast.profile.means import FeatureMeans
 
 if TYPE_CHECKING:
     from sts_fast.statistics import Doubles
@@ -72,7 +72,7 @@ def read_material(folder: Path) -> Material:
     scores: Scores = _clean(Run.load(folder).scores)
     top = [feature["index"] for feature in scores["shifted_features"]]
     warnings: list[str] = []
-    importance = _read_importance(folder / SHIFT_FILE, scores["settings"]["dims"], top, warnings)
+    importance = _read_importance(folder / SHIFT_FILE, top, warnings)
     carriers = [feature["index"] for feature in (scores["signed"]["top_features"] if scores["signed"] else [])]
     firings = _read_firings(folder / FEATURES_FILE, {"score": top, "signed": carriers})
     validation = None
@@ -119,18 +119,15 @@ def _clean_text(text: str) -> str:
     return CONTROL_CHARACTER.sub(lambda match: chr(0x2400 + ord(match[0])) if match[0] != "\x7f" else "\u2421", text)
 
 
-def _read_importance(path: Path, dims: str, top: list[int], warnings: list[str]) -> Doubles | None:
+def _read_importance(path: Path, top: list[int], warnings: list[str]) -> Doubles | None:
     if not path.is_file():
         return None
-    kind, name = ("CorrelationStats", "sum_h") if dims in DIMS_OF_ACTIVITY else ("ShiftStats", "sum_sq_shift")
-    arrays, _ = files.load_arrays(path, kind)
-    name = "importance" if "importance" in arrays else name
-    if name not in arrays or arrays[name].ndim != 1 or arrays[name].dtype.kind != "f":
-        raise InputError(f"{path} has no '{name}': it is damaged, make the run again")
+    means, arrays = FeatureMeans.load(path)
     if "shifted_features" in arrays and arrays["shifted_features"].tolist() != top:
         warnings.append(f"{path.name} belongs to another run than {SCORES_FILE}: the concentration curve is left out")
         return None
-    return arrays[name].astype("float64")
+    importance: Doubles = means.importance
+    return importance
 
 
 def _read_firings(path: Path, wanted: dict[str, list[int]]) -> dict[str, dict[int, list[Firing]]]:

@@ -9,21 +9,20 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sts_fast.data.prompts import PromptSet
-from sts_fast.forecast import controls
-from sts_fast.forecast.dims import N_REPLICATES, Ranked, Shift, shift_of
+from sts_fast.forecast.dims import N_REPLICATES, Shift, shift_of
 from sts_fast.forecast.options import Settings
-from sts_fast.model.log import PromptLog
 from sts_fast.model.reader import Reader
-from sts_fast.ops.correlate import CorrelationStats
 from sts_fast.ops.shift import ShiftStats
+from sts_fast.profile.profile import Profile
+from sts_fast.profile.read import read_profiles
 from sts_fast.sae import SAE
 from sts_fast.signed.gradients import HookedModel
 from sts_fast.signed.objectives import PolicyLoss
@@ -62,63 +61,54 @@ class Completions:
 def correlation_shifts(
     reader: Reader, saes: Sequence[SAE], completions: Completions, settings: Settings
 ) -> list[Shift]:
-    """One pass over completions, for all SAEs; D_N contains the features with the largest |r| with the advantage.
+    """One reading of completions, for all SAEs; D_N contains the features with the largest |r| with the advantage.
 
-    r is Pearson's correlation of h_j(x_t) with A_i, over the tokens t of all completions i. The targets of `stats` are
-    the advantage, then for each resampling of the prompts how often it drew t's prompt, then that times the advantage.
+    r is Pearson's correlation of h_j(x_t) with A_i, over the tokens t of all completions i.
     """
-    prompt_set, n = completions.prompt_set, len(completions.prompt_set.prompts)
-    draws, A = completions.draws(settings.seed), completions.advantages[:, None]
-    targets = np.concatenate([A, draws, draws * A], axis=1)
-    sums = [CorrelationStats(sae, targets.shape[1]) for sae in saes]
-    raws = [controls.RawShift(sae.d_in) for sae in saes]
-    logs = [PromptLog("shift", prompt_set) for _ in saes]
-    for log in logs:
-        log.values["advantage"] = completions.advantages
-    at = [reader.hooks.index(reader.hook(sae)) for sae in saes]
-    done = 0
-    for of_hooks in reader.rows("train", prompt_set):
-        for stats, raw, log, hook in zip(sums, raws, logs, at, strict=True):
-            rows = of_hooks[hook]
-            stats.update(rows.base, targets[rows.base_of])
-            raw.update(rows.base, rows.paired[:0], rows.demos[:0])
-            log.record(rows)
-        done += len(of_hooks[0].prompts)
-        settings.tell(f"features of {prompt_set.name}", done, n)
-    return [
-        shift_of(
-            sae,
-            settings,
-            prompt_set,
-            Ranked(
-                stats,
-                importance=np.nan_to_num(np.abs(stats.pearson()[0])),
-                replicates=_resampled_correlation(stats),
-                mean_activation=stats.sum_h / max(stats.n_tokens, 1),
-                n_fired=stats.n_fired,
-            ),
-            raw,
-            log,
+    profiles = read_profiles(
+        reader, saes, "train", completions.prompt_set, settings,
+        tell=partial(settings.tell, f"features of {completions.prompt_set.name}"),
+    )  # fmt: skip
+    everyone = np.ones((len(completions.advantages), 1))
+    found = []
+    for profile in profiles:
+        deviation = _deviation(profile)
+        of_all = _correlation(profile, completions.advantages, everyone, deviation)[:, 0]
+        resampled = _correlation(profile, completions.advantages, completions.draws(settings.seed), deviation)
+        values = {"advantage": completions.advantages}
+        found.append(
+            shift_of(profile, np.abs(of_all), np.abs(resampled), settings, of_change=False, prompt_values=values)
         )
-        for sae, stats, raw, log in zip(saes, sums, raws, logs, strict=True)
-    ]
+    return found
 
 
-def _resampled_correlation(stats: CorrelationStats) -> Doubles:
-    """[d_sae, N_REPLICATES] |covariance| of each resampling, over the deviation of the feature in the whole set."""
-    n = stats.n_tokens
-    sum_y = stats.sum_y + n * stats.origin
-    sum_hy = stats.sum_hy + np.outer(stats.sum_h, stats.origin)
-    of_draws, of_products = slice(1, 1 + N_REPLICATES), slice(1 + N_REPLICATES, None)
-    drawn = np.maximum(sum_y[of_draws], 1.0)
-    covariance = sum_hy[:, of_products] / drawn - sum_hy[:, of_draws] / drawn * (sum_y[of_products] / drawn)
-    variance = np.maximum(stats.sum_sq_h / n - (stats.sum_h / n) ** 2, 0.0)[:, None]
-    deviation, nothing = np.sqrt(variance), np.zeros_like(covariance)
-    correlations: Doubles = np.divide(np.abs(covariance), deviation, out=nothing, where=variance > 0)
+def _deviation(profile: Profile) -> Doubles:
+    """[d_sae] standard deviation of each feature over all tokens."""
+    n = profile.n_tokens
+    mean = profile.rows.totals("sum_h") / n
+    deviation: Doubles = np.sqrt(np.maximum(profile.rows.totals("sum_sq_h") / n - mean**2, 0.0))
+    return deviation
+
+
+def _correlation(profile: Profile, advantages: Doubles, draws: Doubles, deviation: Doubles) -> Doubles:
+    """[d_sae, n_draws] covariance of h_j with the advantage in each resampling, over both deviations in the whole set.
+
+    draws: [n_completions, n_draws] how often each resampling drew each completion; 0 where one deviation is 0
+    """
+    n_tokens = profile.log.n_read.astype(np.float64)[:, None]
+    A = advantages[:, None]
+    drawn = np.maximum((draws * n_tokens).sum(axis=0), 1.0)
+    sums = profile.rows.matrix("sum_h").T @ np.concatenate([draws, draws * A], axis=1)
+    of_h, of_products = sums[:, : draws.shape[1]], sums[:, draws.shape[1] :]
+    covariance = of_products / drawn - of_h / drawn * ((draws * A * n_tokens).sum(axis=0) / drawn)
+    mean = float((A * n_tokens).sum() / n_tokens.sum())
+    spread = float(np.sqrt((n_tokens * (A - mean) ** 2).sum() / n_tokens.sum()))
+    both = (deviation * spread)[:, None]
+    correlations: Doubles = np.divide(covariance, both, out=np.zeros_like(covariance), where=both > 0)
     return correlations
 
 
-def gradient_shift(sae: SAE, push: Push, read: Shift, settings: Settings) -> Shift:
+def gradient_shift(push: Push, read: Shift, settings: Settings) -> Shift:
     """The shift whose D_N contains the features with the largest rows of the policy gradient M, by ||M[j]||^2.
 
     push: measured with n_folds=N_FOLDS; read: the result of `correlation_shifts` for the same completions
@@ -127,15 +117,14 @@ def gradient_shift(sae: SAE, push: Push, read: Shift, settings: Settings) -> Shi
         raise ValueError("the push must be measured with its folds")
     draws = resamples(N_FOLDS, settings.seed, "folds", N_REPLICATES)
     products = np.stack([np.einsum("jr,fjr->jf", fold, push.folds) for fold in push.folds], axis=1)
-    return _ranked_otherwise(
-        sae,
-        read,
+    return shift_of(
+        read.profile,
+        np.einsum("jr,jr->j", push.direction, push.direction) * push.norm**2,
+        np.einsum("kf,jfg,kg->jk", draws, products, draws),
         settings,
+        of_change=False,
         name="gradient",
-        importance=np.einsum("jr,jr->j", push.direction, push.direction) * push.norm**2,
-        replicates=np.einsum("kf,jfg,kg->jk", draws, products, draws),
-        n_fired=_n_fired(read),
-        stats=read.stats,
+        prompt_values=read.prompt_values,
     )
 
 
@@ -164,38 +153,12 @@ def step_shift(
         stats.update(rows.x, (rows.x.double() + moved).to(rows.x.dtype), draws[prompt_of])
         done += len(rows.prompts)
         settings.tell("shift by a virtual step", done, len(prompts))
-    return _ranked_otherwise(
-        sae,
-        read,
+    return shift_of(
+        read.profile,
+        stats.sum_sq_shift / stats.n_tokens,
+        stats.weighted_sq_shift,
         settings,
+        of_change=True,
         name="step",
-        importance=stats.sum_sq_shift / stats.n_tokens,
-        replicates=stats.weighted_sq_shift,
-        n_fired=stats.n_fired_base,
-        stats=stats,
+        prompt_values=read.prompt_values,
     )
-
-
-def _ranked_otherwise(
-    sae: SAE,
-    read: Shift,
-    settings: Settings,
-    *,
-    name: str,
-    importance: Doubles,
-    replicates: Doubles,
-    n_fired: Indices,
-    stats: ShiftStats | CorrelationStats,
-) -> Shift:
-    """The same completions under another name, with their features ranked by `importance`."""
-    log = copy.copy(read.log)
-    log.name = name
-    prompt_set = replace(read.prompt_set, name=name)
-    ranked = Ranked(stats, importance, replicates, read.mean_activation, n_fired)
-    return replace(shift_of(sae, settings, prompt_set, ranked, read.raw, log), mean_l0=read.mean_l0)
-
-
-def _n_fired(read: Shift) -> Indices:
-    if not isinstance(read.stats, CorrelationStats):
-        raise TypeError("features of completions are read into CorrelationStats")
-    return read.stats.n_fired

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Unpack, get_args
 
@@ -15,12 +16,14 @@ from sts_fast.data.sets import MIN_PROMPTS, Sets, Sources, check_enough
 from sts_fast.data.sources import Places
 from sts_fast.errors import InputError
 from sts_fast.files import Document
-from sts_fast.forecast.dims import Shift, measure_shifts
+from sts_fast.forecast.dims import Shift, measure_shift
 from sts_fast.forecast.options import Options, Settings
 from sts_fast.forecast.plan import Plan
 from sts_fast.forecast.run import Forecast
 from sts_fast.forecast.score import forecasts_of, read_answers
 from sts_fast.model.session import Purpose, SAESource, Session
+from sts_fast.profile.projection import projection
+from sts_fast.profile.read import read_profiles
 from sts_fast.rollouts.dims import (
     N_FOLDS,
     Completions,
@@ -31,7 +34,6 @@ from sts_fast.rollouts.dims import (
 from sts_fast.rollouts.prompts import Rendering, Verified, read_completions, verified_demos, with_endings
 from sts_fast.rollouts.read import Columns, Rollouts, load_rollouts
 from sts_fast.signed.gradients import HookedModel
-from sts_fast.signed.projection import projection
 from sts_fast.signed.push import Features, MapKind, measure_push
 from sts_fast.signed.signed import (
     SignedForecast,
@@ -145,7 +147,7 @@ def rollouts(
 
     shifts: dict[str, Shift] = {}
     if own is not None:
-        [shifts["verified"]] = measure_shifts(reader, [loaded_sae], own, settings, None)
+        shifts["verified"] = _shift(session, own, settings)
     signed: dict[str, SignedForecast] = {}
     if completions is not None:
         of_completions, by_push = _read_completions(plan, completions, ways)
@@ -153,7 +155,7 @@ def rollouts(
         # The signed forecast does not depend on D_N.
         signed = {} if by_push is None else dict.fromkeys([*shifts, "tuned"], by_push)
     if plain is not None:
-        [shifts["tuned"]] = measure_shifts(reader, [loaded_sae], plain, replace(settings, dims="tuned"), session.tuned)
+        shifts["tuned"] = _shift(session, plain, replace(settings, dims="tuned"))
     [forecasts] = forecasts_of(plan, fits, [list(shifts.values())], [signed], read_answers(plan, [signed]))
     block = _block(data, verified, completions)
     return {
@@ -161,7 +163,6 @@ def rollouts(
             forecast,
             settings={**forecast.settings, "dims": way},
             rollouts={**block, "overlaps": _overlaps(shifts, way)},
-            controls={**forecast.controls, "importance": shifts[way].importance},
             warnings=[*forecast.warnings, *warnings],
         )
         for way, forecast in forecasts.items()
@@ -229,7 +230,7 @@ def _read_completions(
         tell=lambda done, total: settings.tell("policy gradient", done, total),
     )  # fmt: skip
     if "gradient" in ways:
-        shifts["gradient"] = gradient_shift(sae, push, read, settings)
+        shifts["gradient"] = gradient_shift(push, read, settings)
         push = replace(push, folds=None)  # eight times as large as the rest of it
     if "step" in ways:
         shifts["step"] = step_shift(hooked, sae, Q, push, read, completions, settings)
@@ -240,6 +241,14 @@ def _read_completions(
         seed=settings.seed, tell=settings.tell,
     )  # fmt: skip
     return shifts, signed[push.name]
+
+
+def _shift(session: Session, prompt_set: PromptSet, settings: Settings) -> Shift:
+    """The shift of prompts that are asked behind demonstrations, or of both models."""
+    tuned = session.tuned if settings.dims == "tuned" else None
+    tell = partial(settings.tell, f"shift of {prompt_set.name}")
+    [profile] = read_profiles(session.reader, session.saes, "train", prompt_set, settings, tuned=tuned, tell=tell)
+    return measure_shift(profile, settings)
 
 
 def _block(data: Rollouts, verified: Verified, completions: Completions | None) -> Document:

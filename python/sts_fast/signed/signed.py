@@ -14,9 +14,9 @@ from sts_fast.model.explain import N_FEATURES, Firings
 from sts_fast.model.log import AnswerLog, PromptLog
 from sts_fast.ops.encode import encode
 from sts_fast.places import split_name
+from sts_fast.profile.projection import projection
 from sts_fast.sae import SAE
 from sts_fast.signed.gradients import HookedModel
-from sts_fast.signed.projection import projection
 from sts_fast.signed.push import (
     FeatureKind,
     Features,
@@ -219,8 +219,9 @@ def _find_firings(model: HookedModel, sae: SAE, domain: PromptSet, firings: Sequ
         active = encode(sae, rows.x, columns)
         prompt_of = np.asarray(rows.prompts)[rows.prompt_of]
         positions = rows.at.cpu().numpy() % rows.ids.shape[1]
+        row_of = np.repeat(np.arange(len(positions)), np.diff(active.indptr))
         for train_firings in firings:
-            train_firings.add(domain, prompt_of, positions, active)
+            train_firings.add(domain, active.indices, prompt_of[row_of], positions[row_of], active.values)
 
 
 def _asked(i: int, pull: Pull, estimators: Sequence[SignedEstimator]) -> dict[str, Doubles]:
@@ -307,9 +308,11 @@ def _rows(stage: str, prompt_set: PromptSet, nll: Doubles, values: Mapping[str, 
     """A stage's rows of prompts.parquet; nll: [n_prompts] per token; values: by field, [n_prompts]."""
     import pyarrow as pa
 
-    log = PromptLog(stage, prompt_set)
+    log = PromptLog(prompt_set)
     log.kept = [np.ones(len(prompt.positions), bool) for prompt in prompt_set.prompts]
-    table = log.table({"answer_nll_sum": nll * np.asarray([len(prompt.positions) for prompt in prompt_set.prompts])})
+    table = log.table(
+        stage, {"answer_nll_sum": nll * np.asarray([len(prompt.positions) for prompt in prompt_set.prompts])}
+    )
     for field in SIGNED_FIELDS:
         column = pa.array(values[field]) if field in values else pa.nulls(len(nll), pa.float64())
         table = table.append_column(field, column)

@@ -38,7 +38,6 @@ from sts_fast.sae import SAE
 
 if TYPE_CHECKING:
     import torch
-    from numpy.typing import NDArray
 
 
 class Activations(Reader):
@@ -258,9 +257,8 @@ class Activations(Reader):
                     prompts=shard.prompts,
                     base=base,
                     base_of=np.repeat(np.asarray(shard.prompts, np.int64), n_read),
-                    paired=base[_at(in_pairs, base)],
                     demos=demos,
-                    paired_of=np.repeat(np.asarray(shard.prompts, np.int64), n_pairs),
+                    pair_at=in_pairs,
                     kept=kept,
                     kept_paired=kept_paired,
                 )
@@ -276,9 +274,3 @@ class Activations(Reader):
         if device != "cpu" and cuda_kernels.missing_reason() is None:
             rows = rows.to(device)
         return rows if rows.dtype in (torch.float32, torch.bfloat16) else rows.float()
-
-
-def _at(indices: NDArray[np.int64], rows: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    return torch.from_numpy(indices).to(rows.device)

@@ -1,0 +1,97 @@
+"""The identity of a profile: the model, the SAE and the prompts that decide its numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+from sts_fast.data.prompts import PromptSet
+from sts_fast.data.sets import Kind, Sampling
+from sts_fast.files import Document
+from sts_fast.model.reader import Reader
+from sts_fast.sae import SAE
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a profile was made of.
+
+    set, kind: the name of the set, and whether it is a training set or a domain
+    model:     name, dtype, revision, weights_sha256 (of the weights up to the hook), module and side of the hook
+    sae:       source, fingerprint, architecture, d_in, d_sae, k, hook_name
+    sampling:  shots, demo_draws, tokens, limit and seed of the prompts
+    tuned:     of a model after training that is read beside it, as `model`; None where there is none
+    prompts_sha256: of all that the prompts send, and of the tokens that are read
+    """
+
+    set: str
+    kind: str
+    model: Document
+    sae: Document
+    sampling: Document
+    tuned: Document | None
+    prompts_sha256: str
+
+    @property
+    def key(self) -> str:
+        """Hexadecimal digest of all that decides a profile's numbers: not of names and places."""
+        decisive = {
+            "models": [
+                [model[name] for name in ("weights_sha256", "dtype", "module", "side")]
+                for model in (self.model, self.tuned)
+                if model is not None
+            ],
+            "sae": self.sae["fingerprint"],
+            "prompts": self.prompts_sha256,
+        }
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def identity_of(
+    reader: Reader, tuned: Reader | None, sae: SAE, kind: Kind, prompt_set: PromptSet, sampling: Sampling
+) -> Identity:
+    """The identity of a profile that is still to be made."""
+    return Identity(
+        set=prompt_set.name,
+        kind=kind,
+        model=_model(reader, sae),
+        tuned=None if tuned is None else _model(tuned, sae),
+        sae={
+            "source": sae.source,
+            "fingerprint": sae.fingerprint,
+            "architecture": sae.architecture,
+            "d_in": sae.d_in,
+            "d_sae": sae.d_sae,
+            "k": sae.k or None,
+            "hook_name": sae.hook_name,
+        },
+        sampling={
+            "shots": sampling.shots if kind == "train" else sampling.domain_shots,
+            "demo_draws": sampling.demo_draws,
+            "tokens": sampling.tokens,
+            "limit": sampling.limit,
+            "seed": sampling.seed,
+        },
+        prompts_sha256=_sha256(prompt_set),
+    )
+
+
+def _model(reader: Reader, sae: SAE) -> Document:
+    hook = reader.hook(sae)
+    return {
+        "name": reader.name,
+        "dtype": reader.dtype,
+        "revision": reader.revision,
+        "weights_sha256": reader.weights_sha256(hook),
+        "module": hook.path,
+        "side": hook.side,
+    }
+
+
+def _sha256(prompt_set: PromptSet) -> str:
+    digest = hashlib.sha256()
+    for prompt in prompt_set.prompts:
+        for numbers in (prompt.base_ids, prompt.demos_ids, prompt.positions, prompt.paired, prompt.paired_demos):
+            digest.update(f"{len(numbers)} ".encode() + numbers.astype("<i4").tobytes())
+    return digest.hexdigest()

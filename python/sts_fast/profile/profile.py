@@ -1,0 +1,201 @@
+"""A profile: what one SAE makes of one set. Its folder: rows.parquet, residuals.safetensors and, last, profile.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import copy
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sts_fast import files
+from sts_fast.data.prompts import Prompt, PromptSet, SetWarning
+from sts_fast.errors import InputError, one_line
+from sts_fast.files import Document
+from sts_fast.model.log import PromptLog
+from sts_fast.profile.identity import Identity
+from sts_fast.profile.residuals import SUMS, ResidualSums
+from sts_fast.profile.rows import ENTRIES, PromptRows
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from sts_fast.statistics import Doubles
+
+FORMAT, VERSION = "sts-fast profile", 1
+INDEX_FILE, ROWS_FILE, RESIDUALS_FILE = "profile.json", "rows.parquet", "residuals.safetensors"
+ROW_GROUP = 256  # prompts
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One set as one SAE sees it: a sparse row a prompt, and sums over the residual stream itself.
+
+    identity:   what it was made of
+    prompt_set: the prompts that were read; log: which of their tokens
+    rows:       the sums of each prompt, in the order of the set
+    residuals:  sums over all tokens that were read
+    """
+
+    identity: Identity
+    prompt_set: PromptSet
+    log: PromptLog
+    rows: PromptRows
+    residuals: ResidualSums
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Profile:
+        """The profile that `save` wrote.
+
+        Raises InputError where a file is missing, damaged, of another version, or not the one that profile.json names.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        folder = Path(folder)
+        index = read_index(folder)
+        for name, digest in index["files"].items():
+            path = folder / name
+            if not path.is_file() or files.sha256(path) != digest:
+                raise InputError(f"{path} is missing or damaged: make the profile again")
+        try:
+            table = pq.read_table(folder / ROWS_FILE)
+            identity = Identity(**{field.name: index[field.name] for field in fields(Identity)})
+            prompt_set, log = _prompts(table, index, identity)
+            rows = _rows(table, int(identity.sae["d_sae"]))
+            arrays, _ = files.load_arrays(folder / RESIDUALS_FILE, "residuals")
+            residuals = ResidualSums.zero(int(identity.sae["d_in"]))
+            for name in SUMS:
+                getattr(residuals, name).parts[...] = arrays[name]
+            residuals.counts[...] = arrays["counts"]
+        except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
+            raise InputError(f"{folder} is no whole profile ({one_line(error)}): make it again") from error
+        return cls(identity, prompt_set, log, rows, residuals)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes it as a folder, whole or not at all; raises InputError where it cannot be written."""
+        import pyarrow.parquet as pq
+
+        with files.atomic_folder(folder) as temporary:
+            pq.write_table(_table(self), temporary / ROWS_FILE, compression="zstd", row_group_size=ROW_GROUP)
+            residuals = self.residuals
+            arrays = {name: getattr(residuals, name).settled() for name in SUMS} | {"counts": residuals.counts}
+            files.save_arrays(temporary / RESIDUALS_FILE, arrays, {"kind": "residuals"})
+            prompt_set = self.prompt_set
+            index: Document = {
+                "format": FORMAT,
+                "version": VERSION,
+                "key": self.identity.key,
+                **asdict(self.identity),
+                "n_prompts": len(prompt_set.prompts),
+                "n_tokens": self.n_tokens,
+                "n_pairs": self.n_pairs,
+                "n_too_long": prompt_set.n_too_long,
+                "n_unanswered": prompt_set.n_unanswered,
+                "warnings": [asdict(warning) for warning in prompt_set.warnings],
+                "shown": [list(draw) for draw in prompt_set.shown],
+                "files": {name: files.sha256(temporary / name) for name in (ROWS_FILE, RESIDUALS_FILE)},
+            }
+            (temporary / INDEX_FILE).write_text(files.to_json(index), encoding="utf-8")
+
+    @property
+    def name(self) -> str:
+        return self.prompt_set.name
+
+    def named(self, name: str) -> Profile:
+        """The same under another name of the set."""
+        log = copy(self.log)
+        log.name = name
+        return replace(
+            self, identity=replace(self.identity, set=name), prompt_set=replace(self.prompt_set, name=name), log=log
+        )
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens read without demonstrations."""
+        return self.residuals.n_tokens
+
+    @property
+    def n_pairs(self) -> int:
+        """Of these, those that were read with demonstrations too."""
+        return self.residuals.n_pairs
+
+    def mean_activation(self) -> Doubles:
+        """[d_sae] E_x h_j(x); zeros where no token was read."""
+        return self.rows.totals("sum_h") / max(self.n_tokens, 1)
+
+    def mean_squared_shift(self) -> Doubles:
+        """[d_sae] E_x ||h_j(demos, x) - h_j(x)||^2 (STS paper, eq. of D_N); zeros where there were no pairs."""
+        return self.rows.totals("sum_sq_shift") / max(self.n_pairs, 1)
+
+
+def read_index(folder: Path) -> Document:
+    """profile.json; raises InputError where it is missing, damaged, or of something else."""
+    path = folder / INDEX_FILE
+    if not path.is_file():
+        raise InputError(f"{folder} has no {INDEX_FILE}: give a folder of sts-fast profile")
+    index = files.read_json(path)
+    if index.get("format") != FORMAT:
+        raise InputError(f"{path} is of no profile: give a folder of sts-fast profile")
+    if index.get("version") != VERSION:
+        raise InputError(
+            f"{path} is of version {index.get('version')}, and this sts-fast reads {VERSION}: make the profile again"
+        )
+    missing = {"files", "key", *(field.name for field in fields(Identity))} - index.keys()
+    if missing or not isinstance(index["files"], dict):
+        raise InputError(f"{path} is damaged ({', '.join(sorted(missing)) or 'files'}): make the profile again")
+    return index
+
+
+def _table(profile: Profile) -> pa.Table:
+    """One row a prompt: what was sent and read, and its features as lists."""
+    import pyarrow as pa
+
+    rows, log = profile.rows, profile.log
+    table = log.table("", {}).drop_columns(["stage", "domain"])
+    offsets = pa.array(rows.indptr.astype(np.int64), pa.int64())
+    lists = {name: pa.LargeListArray.from_arrays(offsets, pa.array(getattr(rows, name))) for name in ENTRIES}
+    counts = {"n_tokens": pa.array(log.n_read), "n_pairs": pa.array(log.n_pairs)}
+    for name, column in {**counts, **lists}.items():
+        table = table.append_column("features" if name == "indices" else name, column)
+    return table
+
+
+def _rows(table: pa.Table, d_sae: int) -> PromptRows:
+    def flat(name: str) -> Any:
+        column = table.column("features" if name == "indices" else name).combine_chunks()
+        return column.flatten().to_numpy(zero_copy_only=False)
+
+    offsets = table.column("features").combine_chunks()
+    sizes = np.asarray(offsets.value_lengths().to_numpy(zero_copy_only=False), np.int64)
+    rows = PromptRows(d_sae, np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)]), *map(flat, ENTRIES))
+    if any(len(getattr(rows, name)) != rows.indptr[-1] for name in ENTRIES):
+        raise ValueError("its lists differ in length")
+    return rows
+
+
+def _prompts(table: pa.Table, index: Mapping[str, Any], identity: Identity) -> tuple[PromptSet, PromptLog]:
+    """The prompts with the tokens that were read as their positions, and the log that says so."""
+    prompts = []
+    for row in table.select([name for name in table.column_names if name not in ("features", *ENTRIES)]).to_pylist():
+        ids = {name: np.asarray(row[name], np.int32) for name in ("base_ids", "demos_ids", "positions", "paired")}
+        prompts.append(
+            Prompt(
+                row["id"], ids["base_ids"], ids["demos_ids"], ids["positions"], ids["paired"],
+                np.asarray(row["paired_demos"], np.int32), row["n_special"], row["n_straddling"], row["question"],
+                row["draw"],
+            )
+        )  # fmt: skip
+    prompt_set = PromptSet(
+        identity.set, prompts, index["n_too_long"], index["n_unanswered"],
+        tuple(SetWarning(**warning) for warning in index["warnings"]), tuple(map(tuple, index["shown"])),
+    )  # fmt: skip
+    log = PromptLog(prompt_set)
+    log.kept = [np.ones(len(prompt.positions), bool) for prompt in prompts]
+    log.kept_paired = [np.ones(len(prompt.paired), bool) for prompt in prompts]
+    log.n_read = np.asarray(table.column("n_tokens"), np.int64)
+    log.n_pairs = np.asarray(table.column("n_pairs"), np.int64)
+    log.n_sinks = np.asarray(table.column("n_sinks"), np.int64)
+    return prompt_set, log

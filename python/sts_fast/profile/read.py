@@ -1,0 +1,75 @@
+"""Makes profiles: reads a set with a model, or from stored activations, once for all SAEs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from sts_fast.data.prompts import PromptSet, Tell
+from sts_fast.data.sets import Kind, Sampling
+from sts_fast.model.log import PromptLog
+from sts_fast.model.reader import PairedRows, Reader
+from sts_fast.profile.identity import Identity, identity_of
+from sts_fast.profile.library import Library
+from sts_fast.profile.profile import Profile
+from sts_fast.profile.residuals import ResidualSums
+from sts_fast.profile.rows import PromptRows
+from sts_fast.sae import SAE
+
+
+def read_profiles(
+    reader: Reader,
+    saes: Sequence[SAE],
+    kind: Kind,
+    prompt_set: PromptSet,
+    sampling: Sampling,
+    *,
+    tuned: Reader | None = None,
+    library: Library | None = None,
+    tell: Tell | None = None,
+) -> list[Profile]:
+    """The profile of a set by SAE, from one reading for all SAEs that the library has none of; it gets the new ones.
+
+    kind:  whether it is a training set or a domain; sampling: the options that its prompts were made with
+    tuned: the model after training, whose tokens are paired with these instead of those with demonstrations
+    tell:  is told how many prompts are read, if any are
+
+    Raises InputError as `Reader.rows` does.
+    """
+    identities = [identity_of(reader, tuned, sae, kind, prompt_set, sampling) for sae in saes]
+    found = [None if library is None else library.get(identity, prompt_set) for identity in identities]
+    making = {i: _Making(saes[i], prompt_set, identities[i]) for i, profile in enumerate(found) if profile is None}
+    at = {i: reader.hooks.index(reader.hook(saes[i])) for i in making}
+    done = 0
+    for of_hooks in reader.rows(kind, prompt_set, tuned) if making else ():
+        for i, of_sae in making.items():
+            of_sae.add(of_hooks[at[i]])
+        done += len(of_hooks[0].prompts)
+        if tell is not None:
+            tell(done, len(prompt_set.prompts))
+    made = {i: of_sae.profile() for i, of_sae in making.items()}
+    if library is not None:
+        for profile in made.values():
+            library.add(profile)
+    return [made[i] if profile is None else profile for i, profile in enumerate(found)]
+
+
+class _Making:
+    """One SAE's profile while its prompts are read, in whatever order."""
+
+    def __init__(self, sae: SAE, prompt_set: PromptSet, identity: Identity) -> None:
+        self.sae, self.prompt_set, self.identity = sae, prompt_set, identity
+        self.log, self.residuals = PromptLog(prompt_set), ResidualSums.zero(sae.d_in)
+        self.read: list[int] = []
+        self.parts: list[PromptRows] = []
+
+    def add(self, rows: PairedRows) -> None:
+        self.parts.append(PromptRows.of(self.sae, rows))
+        self.read += rows.prompts
+        self.residuals.update(rows)
+        self.log.record(rows)
+
+    def profile(self) -> Profile:
+        rows = PromptRows.joined(self.parts).take(np.argsort(np.asarray(self.read, np.int64)))
+        return Profile(self.identity, self.prompt_set, self.log, rows, self.residuals)

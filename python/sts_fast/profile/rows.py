@@ -1,0 +1,109 @@
+"""Rows of a profile: for each prompt the features that fire in it, and their sums over its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+
+from sts_fast.model.reader import PairedRows
+from sts_fast.ops import _cpu
+from sts_fast.ops.encode import encode
+from sts_fast.sae import SAE
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
+    from sts_fast.statistics import Counts, Doubles, Floats, Indices, IntArray
+
+Quantity = Literal["n_fired", "sum_h", "sum_sq_h", "sum_shift", "sum_sq_shift"]
+QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
+
+
+@dataclass(frozen=True)
+class PromptRows:
+    """Sums over the tokens of each of n prompts, in compressed sparse row form.
+
+    d_sae:        features of the SAE
+    indptr:       [n + 1] int64, prompt p has the entries indptr[p] to indptr[p + 1]
+    indices:      [n_entries] int32, feature, ascending within a prompt: every one that fires on one of its tokens,
+                  without demonstrations or with them
+    n_fired:      [n_entries] int32, tokens read without demonstrations on which it fires
+    sum_h, sum_sq_h: [n_entries] float64, over these, of its activation h and of h^2
+    sum_shift, sum_sq_shift: [n_entries] float64, over pairs of tokens, of h(demos, x) - h(x) and its square
+    strongest:    [n_entries] float32, its largest h without demonstrations; 0 where it fires with them alone
+    strongest_at: [n_entries] int32, the first of the tokens read with it, counted from 0; -1 where there is none
+
+    Prompts know nothing of each other: rows of disjoint prompts, one behind the other, are the rows of all.
+    """
+
+    d_sae: int
+    indptr: Indices
+    indices: IntArray
+    n_fired: IntArray
+    sum_h: Doubles
+    sum_sq_h: Doubles
+    sum_shift: Doubles
+    sum_sq_shift: Doubles
+    strongest: Floats
+    strongest_at: IntArray
+
+    @classmethod
+    def of(cls, sae: SAE, rows: PairedRows) -> PromptRows:
+        """Of a batch of tokens at the SAE's hook, in the order of `rows.prompts`."""
+        sums = _cpu.sum_by_prompt(
+            encode(sae, rows.base).on_cpu(),
+            _starts([int(kept.sum()) for kept in rows.kept]),
+            encode(sae, rows.demos).on_cpu(),
+            _starts([int(kept.sum()) for kept in rows.kept_paired]),
+            rows.pair_at,
+            d_sae=sae.d_sae,
+        )
+        return cls(sae.d_sae, *sums)
+
+    @classmethod
+    def joined(cls, parts: Sequence[PromptRows]) -> PromptRows:
+        """One behind the other; there must be at least one."""
+        starts = np.cumsum([0, *(len(part.indices) for part in parts)])
+        indptr = [part.indptr[:-1] + start for part, start in zip(parts, starts[:-1], strict=True)]
+        return cls(
+            parts[0].d_sae,
+            np.concatenate([*indptr, starts[-1:]]).astype(np.int64),
+            *(np.concatenate([getattr(part, name) for part in parts]) for name in ENTRIES),
+        )
+
+    def __len__(self) -> int:
+        return len(self.indptr) - 1
+
+    def take(self, prompts: Indices) -> PromptRows:
+        """Some of the prompts, in the given order."""
+        sizes = np.diff(self.indptr)[prompts]
+        indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+        at = np.arange(indptr[-1]) + np.repeat(self.indptr[:-1][prompts] - indptr[:-1], sizes)
+        return PromptRows(self.d_sae, indptr, *(getattr(self, name)[at] for name in ENTRIES))
+
+    @property
+    def prompt_of(self) -> Indices:
+        """[n_entries] the prompt of each entry."""
+        return np.repeat(np.arange(len(self)), np.diff(self.indptr))
+
+    def totals(self, quantity: Quantity) -> Doubles:
+        """[d_sae] float64 sum over all prompts, in their order."""
+        values: Doubles = getattr(self, quantity)
+        return np.bincount(self.indices, values, minlength=self.d_sae).astype(np.float64, copy=False)
+
+    def matrix(self, quantity: Quantity) -> csr_array:
+        """[n, d_sae] one quantity as a matrix of scipy, which shares the memory of these rows."""
+        from scipy.sparse import csr_array
+
+        values: Any = getattr(self, quantity)
+        return csr_array((values, self.indices, self.indptr), shape=(len(self), self.d_sae))
+
+
+ENTRIES = tuple(field.name for field in fields(PromptRows) if field.name not in ("d_sae", "indptr"))
+
+
+def _starts(sizes: Sequence[int]) -> Counts:
+    return np.cumsum([0, *sizes], dtype=np.int64)

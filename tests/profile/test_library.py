@@ -1,0 +1,121 @@
+"""Libraries: what is in one is not read again, and forecasts from it are the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import Tiny
+
+import sts_fast
+from sts_fast.cli import main
+from sts_fast.errors import InputError
+from sts_fast.model.language_model import LanguageModel
+from sts_fast.profile.profile import INDEX_FILE, ROWS_FILE
+
+OPTIONS: dict[str, Any] = {"shots": 1, "domain_shots": 2, "limit": 12, "demo_draws": 2}
+
+
+@pytest.fixture(scope="module")
+def library(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("library") / "lib"
+    made = sts_fast.profile(
+        model=tiny.model, sae=[tiny.saes["topk"], tiny.saes["jumprelu"]], library=folder,
+        trains={"sums": tiny.train}, domains=tiny.domains, **OPTIONS,
+    )  # fmt: skip
+    assert [profile.name for profile in made] == ["sums"] * 2 + [name for name in tiny.domains for _ in range(2)]
+    return folder
+
+
+def scores_of(forecast: sts_fast.Forecast) -> dict[str, Any]:
+    document = forecast.to_dict()
+    return {key: document[key] for key in ("shift", "shifted_features", "domains", "length")}
+
+
+def test_each_profile_has_a_folder_of_its_own(tiny: Tiny, library: Path) -> None:
+    folders = list(sts_fast.Library(library))
+    assert len(folders) == 2 * (1 + len(tiny.domains))
+    profiles = [sts_fast.Profile.load(folder) for folder in folders]
+    assert all(profile.identity.key[:12] in folder.name for profile, folder in zip(profiles, folders, strict=True))
+    assert {(profile.name, profile.identity.kind) for profile in profiles} == {
+        ("sums", "train"), *((name, "domain") for name in tiny.domains)
+    }  # fmt: skip
+
+
+def test_nothing_in_a_library_is_read_again(tiny: Tiny, library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {
+        "model": tiny.model, "sae": tiny.saes["topk"], "train": tiny.train, "domains": tiny.domains, "top_n": 8,
+        "estimators": ("act", "icl", "act_sq"), **OPTIONS,
+    }  # fmt: skip
+    anew = sts_fast.score(**given)
+
+    def rows(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a set is read")
+
+    monkeypatch.setattr(LanguageModel, "rows", rows)
+    again = sts_fast.score(**given, library=library)
+    assert scores_of(again) == scores_of(anew)
+    assert again.prompts.equals(anew.prompts)
+    assert again.firings.equals(anew.firings)
+    # Whatever its features are chosen by.
+    for top_n in (3, 50):
+        assert len(sts_fast.score(**{**given, "top_n": top_n}, library=library).shifted_features) == top_n
+    with pytest.raises(AssertionError, match="a set is read"):
+        sts_fast.score(**{**given, "shots": 2}, library=library)
+
+
+def test_what_is_new_is_added(tiny: Tiny, library: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "lib"
+    shutil.copytree(library, folder)
+    before = set(sts_fast.Library(folder))
+    sts_fast.score(
+        model=tiny.model, sae=tiny.saes["topk"], train=tiny.train, domains=tiny.domains, library=folder, top_n=8,
+        **{**OPTIONS, "domain_shots": 1},
+    )  # fmt: skip
+    new = set(sts_fast.Library(folder)) - before
+    assert {sts_fast.Profile.load(path).name for path in new} == set(tiny.domains)
+
+
+def test_damaged_profile_is_named(tiny: Tiny, library: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "lib"
+    shutil.copytree(library, folder)
+    for path in sts_fast.Library(folder):
+        (path / ROWS_FILE).write_bytes(b"PAR1")
+    with pytest.raises(InputError, match=f"{ROWS_FILE} is missing or damaged: make the profile again"):
+        sts_fast.score(
+            model=tiny.model, sae=tiny.saes["topk"], train=tiny.train, domains=tiny.domains, library=folder, top_n=8,
+            **OPTIONS,
+        )  # fmt: skip
+
+
+def test_names_of_sets_make_folders(tiny: Tiny, tmp_path: Path) -> None:
+    sts_fast.profile(
+        model=tiny.model, sae=tiny.saes["topk"], library=tmp_path, trains={"../a b/ü": tiny.train}, **OPTIONS
+    )
+    [folder] = sts_fast.Library(tmp_path)
+    assert folder.parent == tmp_path
+    assert folder.name.startswith("a-b-ü-train-")
+    assert sts_fast.Profile.load(folder).name == "../a b/ü"
+
+
+def test_command_makes_a_library(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    words = ["profile", "--model", str(tiny.model), "--sae", str(tiny.saes["topk"]), "--train", f"sums={tiny.train}"]
+    words += [word for name, path in tiny.domains.items() for word in ("--domains", f"{name}={path}")]
+    words += ["--shots", "1", "--domain-shots", "2", "--limit", "12", "--library", str(tmp_path / "lib")]
+    monkeypatch.setattr("sys.argv", ["sts-fast", *words])
+    main()
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 1 + len(tiny.domains)
+    assert told[0].startswith("sums (train): 12 prompts, ")
+    index = json.loads(next(iter(sts_fast.Library(tmp_path / "lib"))).joinpath(INDEX_FILE).read_text())
+    assert index["sampling"]["limit"] == 12
+
+
+def test_nothing_to_profile_is_said(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="give a training set or a domain"):
+        sts_fast.profile(model=tiny.model, sae=tiny.saes["topk"], library=tmp_path)
