@@ -203,7 +203,40 @@ void check_poll() {
         }
         sts::set_poll(nullptr);
         expect(is_stopped, "an op throws what the poll throws");
-        expect(sts::encode_sparse(encoder, rows, {}).values == std::vector<float>(800, 3), "an op after an abandoned one");
+        expect(sts::encode_sparse(encoder, rows, {}).values == std::vector<float>(800, 3),
+               "an op after an abandoned one");
+    }
+}
+
+/// Two prompts of two and one rows; the pair of the second row of the first, and a feature of `other` alone.
+void check_prompts() {
+    const std::vector<int64_t> indptr{0, 2, 3, 4}, other_indptr{0, 2}, base_starts{0, 2, 3}, other_starts{0, 1, 1};
+    const std::vector<int32_t> indices{1, 4, 4, 0}, other_indices{2, 4};
+    const std::vector<float> values{1, 2, 3, 5}, other_values{7, 1};
+    const std::vector<int64_t> pair_at{1};
+    const auto ints = [](const std::vector<int64_t>& some) {
+        return sts::Span<const int64_t>{some.data(), static_cast<int64_t>(some.size())};
+    };
+    const sts::SparseView base{ints(indptr), {indices.data(), 4}, {values.data(), 4}},
+        other{ints(other_indptr), {other_indices.data(), 2}, {other_values.data(), 2}};
+    for (const int n_threads : {1, 3}) {
+        sts::set_num_threads(n_threads);
+        const sts::PromptRows rows =
+            sts::sum_by_prompt(base, ints(base_starts), other, ints(other_starts), ints(pair_at), 5);
+        expect(rows.indptr == std::vector<int64_t>({0, 3, 4}) && rows.indices == std::vector<int32_t>({1, 2, 4, 0}) &&
+                   rows.n_fired == std::vector<int32_t>({1, 0, 2, 1}) &&
+                   rows.sum_h == std::vector<double>({1, 0, 5, 5}) &&
+                   rows.sum_sq_h == std::vector<double>({1, 0, 13, 25}) &&
+                   rows.sum_shift == std::vector<double>({0, 7, -2, 0}) &&
+                   rows.sum_sq_shift == std::vector<double>({0, 49, 4, 0}) &&
+                   rows.strongest == std::vector<float>({1, 0, 3, 5}) &&
+                   rows.strongest_at == std::vector<int32_t>({0, -1, 1, 0}),
+               "sums by prompt");
+    }
+    try {
+        sts::sum_by_prompt(base, ints(base_starts), other, ints(other_starts), ints({2}), 5);
+        expect(false, "a pair of two prompts is refused");
+    } catch (const std::invalid_argument&) {
     }
 }
 
@@ -256,6 +289,7 @@ int main() {
     check_refusals();
     check_extents();
     check_poll();
+    check_prompts();
     std::printf("%d of %d wrong\n", n_failures, n_checks);
     return n_failures ? 1 : 0;
 }

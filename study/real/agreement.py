@@ -23,17 +23,16 @@ LEAST_DOMAINS = 3  # for a correlation
 
 @dataclass(frozen=True)
 class Number:
-    """One number of one forecast: training set -> domain -> value."""
+    """One number of one forecast: training set -> domain -> value.
+
+    is_signed: whether its distance from zero forecasts the size of a change
+    """
 
     forecast: str
     layer: str
     name: str
     values: dict[str, dict[str, float]]
-
-    @property
-    def is_signed(self) -> bool:
-        """Whether its size forecasts the size of a change."""
-        return self.name in SIGNED or self.name == "gradient_cosine"
+    is_signed: bool = False
 
     @property
     def key(self) -> list[str]:
@@ -68,7 +67,8 @@ def numbers_of(part: str) -> list[Number]:
                     train: {domain: of[name] for domain, of in domains.items() if name in of}
                     for train, domains in record[layer].items()
                 }
-                found.append(Number(path.stem, layer, name, values))
+                is_signed = name in SIGNED or name == "gradient_cosine"
+                found.append(Number(path.stem, layer, name, values, is_signed))
     return found
 
 

@@ -14,6 +14,7 @@ import torch
 from sts_fast.signed.gradients import frozen
 from sts_fast.signed.trial import low_rank_maps
 from study.real import runs
+from study.real.agreement import Number
 from study.real.measure import Asked, Asking, measure
 from study.real.model import keep_freed_memory, load_model
 from study.real.runs import Tell
@@ -131,3 +132,63 @@ def gradient(model: Any, items: list[Asked], asking: Asking) -> dict[str, torch.
         for name, part in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
             total[name] += part
     return total
+
+
+def looked_at() -> list[Number]:
+    """Every configuration of which there are results, as numbers that are held against outcomes."""
+    found = [number for rate in RATES for number in _trials(rate)]
+    path = RESULTS / "kernels.json"
+    return found + (_kernels(runs.read_json(path)) if path.exists() else [])
+
+
+def _trials(rate: float) -> list[Number]:
+    """Falls of the loss after each number of steps, and of its first tokens (format) alone."""
+    suffix = f" {rate:g}.json"
+    made = {
+        path.name.removeprefix("trial ").removesuffix(suffix): runs.read_json(path)
+        for path in sorted(RESULTS.glob(f"trial *{suffix}"))
+    }
+    if not made:
+        return []
+    return [
+        Number(
+            f"low-rank trial, rate {rate:g}",
+            "all",
+            f"{measure}, {steps} steps",
+            {train: _falls(of_train, measure, str(steps)) for train, of_train in made.items()},
+            is_signed=True,
+        )
+        for measure in ("loss", "format")
+        for steps in STEPS
+    ]
+
+
+def _falls(of_train: dict[str, Any], measure: str, steps: str) -> dict[str, float]:
+    return {
+        domain: float(np.mean(np.subtract(before[measure], of_train[steps][domain][measure])))
+        for domain, before in of_train["0"].items()
+    }
+
+
+def _kernels(kernels: dict[str, Any]) -> list[Number]:
+    """Inner products of gradients, cosines, and inner products with the sign, of all weights and of parts of them."""
+    norms, trains = kernels["norms"], [name for name in kernels if name != "norms"]
+    groups = list(next(iter(norms.values())))
+    parts = {"all weights": groups, "layers": [g for g in groups if g not in ("embedding", "norm")]}
+    parts |= {group: [group] for group in groups}
+
+    def total(values: dict[str, float], part: list[str]) -> float:
+        return sum(values[group] for group in part)
+
+    found = []
+    for label, part in parts.items():
+        inner, cosine, sign = ({train: {} for train in trains} for _ in range(3))
+        for train in trains:
+            for domain, of_pair in kernels[train].items():
+                product = total(of_pair["inner"], part)
+                size = total(norms[f"train {train}"], part) * total(norms[f"domain {domain}"], part)
+                inner[train][domain], sign[train][domain] = product, total(of_pair["sign"], part)
+                cosine[train][domain] = product / size**0.5 if size else 0.0
+        for name, values in (("inner product", inner), ("cosine", cosine), ("with its sign (Adam)", sign)):
+            found.append(Number("gradients", label, name, values, is_signed=True))
+    return found

@@ -11,6 +11,7 @@ import numpy as np
 from study.real import runs
 from study.real.agreement import KINDS, Number, agreement, ceilings, costs, counted, frozen, numbers_of
 from study.real.changes import LEAST_RELIABLE, Doubles, Training, ceiling, trainings
+from study.real.design import N_QUESTIONS, looked_at
 from study.real.forecasts import PARTS
 from study.real.sets import own_domains
 from study.real.training import WAYS
@@ -50,6 +51,13 @@ def forecasts_page(done: list[Training]) -> str:
         "right order. Given text: partial r, given the control named.",
     ]
     chosen = frozen()
+    tried = looked_at()
+    if tried and (some := counted(done, "design")):
+        parts += [
+            "## Tried on the design part beside the product, light training",
+            f"{len(tried)} configurations, of {N_QUESTIONS} questions a domain: what could be reached.",
+            *agreement_part(tried, some, None),
+        ]
     for part in reversed(PARTS):
         numbers = numbers_of(part)
         if chosen is not None and part == "judged":
