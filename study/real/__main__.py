@@ -6,6 +6,7 @@ python -m study.real run light        # those of one way of training
 python -m study.real forecast         # the forecasts of the design part; `forecast ntk`: that one alone
 python -m study.real forecast --part judged   # those that are frozen, of the judged part
 python -m study.real design           # what is tried on the design part before forecasts are frozen
+python -m study.real points --part judged   # forecasts in nats, by what --fit learns of the other sets
 python -m study.real table            # what came out, into results/
 python -m study.real demo             # a forecast for a messages.jsonl, a minute of fine-tuning, both compared
 python -m study.real status           # what is done and what is left
@@ -29,19 +30,22 @@ def main() -> None:
     from study.real.demo import demo
     from study.real.design import explore
     from study.real.forecasts import FORECASTS, PARTS, forecast
+    from study.real.points import points
     from study.real.sources import ASSETS
     from study.real.table import write_tables
     from study.real.training import WAYS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("prepare", "run", "forecast", "design", "table", "demo", "status"))
+    parser.add_argument("what", choices=("prepare", "run", "forecast", "design", "points", "table", "demo", "status"))
     parser.add_argument("names", nargs="*", help="ways of training, or forecasts: all of them unless named")
     parser.add_argument("--work", type=Path, default=WORK, help="folder of the model, the sets and the weights")
     parser.add_argument("--train", type=Path, help="of demo: the training set; by default grade-school mathematics")
     parser.add_argument("--output", type=Path, default=Path("demo-run"), help="of demo: the folder of its run")
     parser.add_argument("--part", choices=PARTS, default=PARTS[0], help="of the split, for which forecasts are made")
     arguments = parser.parse_args()
-    known = {"run": {*WAYS}, "forecast": {asked.name for asked in FORECASTS}}.get(arguments.what, set())
+    known = {"run": {*WAYS}, "points": {*WAYS}, "forecast": {asked.name for asked in FORECASTS}}.get(
+        arguments.what, set()
+    )
     if unknown := {*arguments.names} - known:
         parser.error(f"{arguments.what} knows no {', '.join(sorted(unknown))}: choose from {', '.join(sorted(known))}")
     if arguments.what in ("run", "forecast", "design") and not (arguments.work / "texts.jsonl").exists():
@@ -56,6 +60,9 @@ def main() -> None:
         forecast(arguments.work, arguments.names, arguments.part, tell)
     if arguments.what == "design":
         explore(arguments.work, tell)
+    if arguments.what == "points":
+        for way in arguments.names or [*WAYS]:
+            points(arguments.work, arguments.part, way, tell)
     if arguments.what == "demo":
         demo(arguments.work, arguments.train, arguments.output, tell)
     if arguments.what == "table":

@@ -243,7 +243,7 @@ def fit_calibration(runs: str | Path | Iterable[str | Path], *, estimator: str |
 
     runs:      folders that sts-fast score or compare wrote, or folders of them, each with the outcome that
                sts-fast validate put beside it; runs without one are left out
-    estimator: by default the first of adapter, step, ntk, act, icl, act_sq that all runs have
+    estimator: by default the first of trial, adapter, step, ntk, act, icl, act_sq that all runs have
 
     Raises InputError where fewer than nine different training sets have an outcome, which an interval of 90% needs, or
     where runs differ in model, SAE, settings or kind of outcome.

@@ -1,0 +1,91 @@
+"""Forecasts in nats, with intervals: what `validate --fit` makes of the forecasts of one part and their outcomes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from study.real import harness, runs
+from study.real.agreement import Number, area
+from study.real.changes import Training
+from study.real.forecasts import FORECASTS
+from study.real.runs import Tell
+from study.real.sets import DEMONSTRATIONS, N_DOMAIN, own_domains, read_rows
+
+Doubles = NDArray[np.float64]
+
+# By forecast, the estimators that are calibrated.
+CALIBRATED = {
+    "trial": ("trial_loss",),
+    "ntk": ("ntk_loss",),
+    "step": ("step_loss",),
+    "adapter": ("adapter_loss",),
+    "paper without template": ("act", "icl"),
+}
+RISES = (0.1, 0.5)  # of a guarded domain's loss, in nats per token, that a user would want to be warned of
+
+
+def points(work: Path, part: str, way: str, tell: Tell) -> None:
+    """Writes results/points/PART WAY.json: by estimator, what `validate --fit` says of it, one training set held out.
+
+    Domains of a training set's own kind are left out of its outcomes.
+    """
+    import sts_fast
+
+    outcomes = runs.outcomes()
+    sets = runs.read_json(runs.RESULTS / "split.json")[part]
+    found: dict[str, Any] = {}
+    for asked in FORECASTS:
+        made = work / "forecasts" / part / asked.name
+        for estimator in CALIBRATED.get(asked.name, ()) if made.is_dir() else ():
+            folders = []
+            for train in sets["trains"]:
+                record = outcomes.get(f"{way} {train} 0")
+                run = [path.parent for path in sorted(made.rglob("scores.json")) if path.parent.name == train]
+                if record is None or not run:
+                    continue
+                folder = work / "points" / part / way / estimator / train
+                shutil.rmtree(folder, ignore_errors=True)
+                shutil.copytree(run[len(run) // 2], folder)  # of several SAEs, the one in the middle
+                others = [domain for domain in sets["domains"] if domain not in own_domains(train)]
+                for name, of in (("before", outcomes[runs.BASE]), ("after", record)):
+                    answers = {
+                        domain: (_asked_rows(work, domain), np.asarray(of["domains"][domain]["loss"]))
+                        for domain in others
+                    }
+                    harness.write(folder / name, answers, model=name)
+                result = sts_fast.validate(
+                    folder, before=folder / "before", after=folder / "after", metric=["loss"], estimator=estimator
+                )
+                result.save(folder)
+                folders.append(folder)
+            if len(folders) >= 9:
+                calibration = sts_fast.fit_calibration(folders, estimator=estimator)
+                found[estimator] = calibration.to_dict()["assessment"]
+                tell(f"{part} {way}: {estimator} {found[estimator]}")
+    runs.write_json(runs.RESULTS / "points" / f"{part} {way}.json", found)
+
+
+def _asked_rows(work: Path, domain: str) -> list[dict[str, Any]]:
+    return read_rows(work / "domains" / f"{domain}.jsonl")[DEMONSTRATIONS:][:N_DOMAIN]
+
+
+def warned(number: Number, trainings: list[Training], rise: float) -> tuple[float, float, float]:
+    """Of all pairs of a training set and a domain that is not its own: AUC for "the loss rises by more than `rise`",
+    the share of the pairs that do, and the share of wrong warnings among as many pairs as really rise."""
+    values: list[float] = []
+    rises: list[bool] = []
+    for training in trainings:
+        of_train = number.values.get(training.record["train"], {})
+        for domain in (domain for domain in training.others if domain in of_train):
+            values.append(of_train[domain])
+            rises.append(training.changes["loss"][domain].mean > rise)
+    risen = np.asarray(rises, bool)
+    order = np.argsort(np.asarray(values), kind="stable")  # the largest forecast rises first
+    n = int(risen.sum())
+    wrong = 1 - float(risen[order][:n].mean()) if n else float("nan")
+    return area(-np.asarray(values), risen), n / max(len(risen), 1), wrong
