@@ -8,6 +8,7 @@ from sts_fast.ablate import Ablation, ablate
 from sts_fast.data.examples import Example, load_domains, load_examples
 from sts_fast.data.turns import ToolCall, Turn
 from sts_fast.errors import InputError
+from sts_fast.forecast.cross import Cross, cross
 from sts_fast.forecast.overlap import Overlap, overlap
 from sts_fast.forecast.run import Forecast
 from sts_fast.forecast.score import compare, plan, score
@@ -35,6 +36,7 @@ __all__ = [
     "Activations",
     "Calibration",
     "CorrelationStats",
+    "Cross",
     "Example",
     "Forecast",
     "InputError",
@@ -50,6 +52,7 @@ __all__ = [
     "ablate",
     "capture_activations",
     "compare",
+    "cross",
     "encode",
     "fit_calibration",
     "get_num_threads",

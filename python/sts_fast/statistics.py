@@ -94,18 +94,36 @@ def grouped_ratio_interval(numerator: Doubles, denominator: Doubles, resamples: 
     contains the prompts' own share. On the logarithm, because sums of squares are skewed. Never narrower than
     `ratio_interval`, which it is for a single group.
     """
+    bounds = np.asarray(ratio_interval(numerator, denominator, resamples))[:, None]
+    low, high = _widened(bounds, numerator[:, None], denominator, groups)[:, 0]
+    return float(low), float(high)
+
+
+def grouped_ratio_intervals(numerators: Doubles, denominator: Doubles, resamples: Doubles, groups: IntArray) -> Doubles:
+    """[2, m] the same of each column of numerators [n_prompts, m], up to the rounding of a sum."""
+    totals = resamples @ denominator
+    ratios = (resamples @ numerators)[totals > 0] / totals[totals > 0, None]
+    return _widened(np.percentile(ratios, INTERVAL, axis=0), numerators, denominator, groups)
+
+
+def _widened(bounds: Doubles, numerators: Doubles, denominator: Doubles, groups: IntArray) -> Doubles:
+    """[2, m] intervals of prompts, widened by what other groups would change; numerators: [n_prompts, m]"""
     from scipy import stats
 
-    low, high = ratio_interval(numerator, denominator, resamples)
-    ratio = float(numerator.sum() / denominator.sum())
     _, group_of = np.unique(groups, return_inverse=True)
     n_groups = int(group_of.max()) + 1
-    if n_groups == 1 or ratio == 0:
-        return low, high
-    residuals = np.bincount(group_of, numerator / ratio - denominator, n_groups) / denominator.sum()
-    relative_error = math.sqrt(n_groups / (n_groups - 1) * float((residuals**2).sum()))
-    factor = math.exp(float(stats.t.ppf((1 + CONFIDENCE) / 2, n_groups - 1)) * relative_error)
-    return min(low, ratio / factor), max(high, ratio * factor)
+    ratios = numerators.sum(axis=0) / denominator.sum()
+    some = ratios > 0
+    if n_groups == 1 or not some.any():
+        return bounds
+    of_groups = np.zeros((n_groups, int(some.sum())))
+    np.add.at(of_groups, group_of, numerators[:, some] / ratios[some] - denominator[:, None])
+    relative_errors = np.sqrt(n_groups / (n_groups - 1) * ((of_groups / denominator.sum()) ** 2).sum(axis=0))
+    factors = np.exp(float(stats.t.ppf((1 + CONFIDENCE) / 2, n_groups - 1)) * relative_errors)
+    widened = bounds.copy()
+    widened[0, some] = np.minimum(bounds[0, some], ratios[some] / factors)
+    widened[1, some] = np.maximum(bounds[1, some], ratios[some] * factors)
+    return widened
 
 
 def mean_ranks(values: ArrayLike) -> Doubles:
