@@ -12,6 +12,7 @@ from sts_fast.forecast.cross import Cross, cross
 from sts_fast.forecast.overlap import Overlap, overlap
 from sts_fast.forecast.run import Forecast
 from sts_fast.forecast.score import compare, plan, score
+from sts_fast.forecast.search import Candidate, search
 from sts_fast.mix.mix import Mixture, mix
 from sts_fast.model.stored import Activations
 from sts_fast.model.stored.writing import capture_activations
@@ -35,6 +36,7 @@ __all__ = [
     "Ablation",
     "Activations",
     "Calibration",
+    "Candidate",
     "CorrelationStats",
     "Cross",
     "Example",
@@ -68,6 +70,7 @@ __all__ = [
     "rollouts",
     "sample_rollouts",
     "score",
+    "search",
     "set_num_threads",
     "set_precision",
     "torch_handle",

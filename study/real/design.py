@@ -25,7 +25,7 @@ from study.real.training import BATCH_ROWS, N_HELD_OUT, answer_loss, products
 N_QUESTIONS = 16  # of a domain; N_ROWS: of a training set, for its gradient
 N_ROWS = 32
 # Learning rates of low-rank trials, and the steps after which they are looked at.
-RATES, STEPS = (3e-4, 1e-3), (2, 4, 8, 16, 32)
+RATES, STEPS = (1e-3, 3e-4), (2, 4, 8, 16)
 
 RESULTS = runs.RESULTS / "design"
 
@@ -41,14 +41,14 @@ def explore(work: Path, tell: Tell) -> None:
     domains = {
         name: read_rows(work / "domains" / f"{name}.jsonl")[DEMONSTRATIONS:][:N_QUESTIONS] for name in part["domains"]
     }
-    for name, rows in trains.items():
-        for rate in RATES:
+    if not (RESULTS / "kernels.json").exists():
+        runs.write_json(RESULTS / "kernels.json", kernels(model, asking, trains, domains, tell))
+    for rate in RATES:
+        for name, rows in trains.items():
             path = RESULTS / f"trial {name} {rate:g}.json"
             if not path.exists():
                 runs.write_json(path, trial(model, asking, rows, domains, rate))
                 tell(f"trial of {name} at {rate:g}")
-    if not (RESULTS / "kernels.json").exists():
-        runs.write_json(RESULTS / "kernels.json", kernels(model, asking, trains, domains, tell))
 
 
 def trial(

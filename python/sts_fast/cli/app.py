@@ -19,6 +19,7 @@ from sts_fast.cli.options import with_options
 from sts_fast.cli.overlap import overlap
 from sts_fast.cli.profile import profile
 from sts_fast.cli.rollouts import rollouts
+from sts_fast.cli.search import search
 from sts_fast.cli.validate import report, validate
 from sts_fast.errors import InputError
 
@@ -52,6 +53,7 @@ for command in (
     shift,
     rollouts,
     profile,
+    search,
     capture,
     mix,
     validate,

@@ -123,12 +123,17 @@ def estimated_cost(plan: Plan, planned: Sequence[PlannedSet]) -> Cost:
     whole = ("answers", "trial")
     n_answers = sum(of.n_tokens for of in planned if of.use in whole)
     n_tokens = sum(of.n_tokens for of in planned if of.use not in whole)
-    n_shifted = sum(len(prompt.positions) for made in plan.trains for prompt in made.prompts)
+    n_encoded = sum(
+        len(prompt.positions) * (2 if settings.dims == "tuned" and made in plan.trains else 1)
+        + len(prompt.paired_demos)
+        for made in (*plan.trains, *plan.domains)
+        for prompt in made.prompts
+    )
     answered = [*plan.train_answers, *plan.domain_answers]
     flops = n_tokens * size.flops(last) + sum(_answer_flops(made.prompts, size, size.n_layers) for made in answered)
     for sae in saes:
         encode = 2.0 * sae.d_in * sae.d_sae
-        flops += n_shifted * encode * (1 if settings.dims == "active" else 2)
+        flops += n_encoded * encode
         if settings.at_the_hook:
             flops += n_answers * encode + _signed_flops(plan, size, hook_layer(sae) + 1)
     flops += sum(_trial_flops(plan, rows, size) for rows in plan.trial_rows)

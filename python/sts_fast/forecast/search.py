@@ -1,0 +1,113 @@
+"""A library searched: which training sets are forecast to move some domains most, and to leave others alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sts_fast.errors import InputError, listed
+from sts_fast.forecast.cross import cross
+from sts_fast.forecast.estimators import SizeEstimator
+from sts_fast.profile.library import Library
+from sts_fast.profile.profile import Profile, read_index
+from sts_fast.statistics import Interval
+
+# Tokens of the question in a row that a training example and a domain's prompt must share to be called the same.
+SAME_TOKENS = 13
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A training set that was found.
+
+    scores:    by domain that was asked for, its score and 95% interval
+    selectivity: mean score of the domains to move, over that of those to keep; of no domain to keep, the former
+    same:      by domain, the ids of the training examples that stand in it, word for word
+    """
+
+    name: str
+    scores: dict[str, tuple[float, Interval]]
+    selectivity: float
+    same: dict[str, list[str]]
+
+
+def search(
+    library: str | Path,
+    up: Sequence[str],
+    keep: Sequence[str] = (),
+    *,
+    estimator: SizeEstimator = "act",
+    top_n: int = 100,
+    sae: str | None = None,
+    seed: int = 0,
+) -> list[Candidate]:
+    """The training sets of a library, those first that are forecast to move `up` most in proportion to `keep`.
+
+    up, keep: names of domains in the library
+    sae:      source of the SAE whose profiles are searched, where the library has those of several
+
+    A score says how much a domain will move, not in which direction. Raises InputError where the library has no such
+    domain, or no training set.
+    """
+    folders = list(Library(Path(library)))
+    if not folders:
+        raise InputError(f"{library} has no profiles: make some with sts-fast profile")
+    indices = {folder: read_index(folder) for folder in folders}
+    sources = sorted({index["sae"]["source"] for index in indices.values()})
+    if sae is None and len(sources) > 1:
+        raise InputError(f"{library} has profiles of several SAEs: choose one of {listed(sources)} with --sae")
+    chosen = {folder: index for folder, index in indices.items() if sae in (None, index["sae"]["source"])}
+    if not chosen:
+        raise InputError(f"{library} has no profiles of the SAE {sae}, only of {listed(sources)}")
+    known = {index["set"]: folder for folder, index in chosen.items() if index["kind"] == "domain"}
+    missing = [name for name in (*up, *keep) if name not in known]
+    if missing or not up:
+        raise InputError(
+            f"{library} has no domain called {listed(missing)}: its domains are {listed(known)}"
+            if missing
+            else f"no domain was named: the library's are {listed(known)}"
+        )
+    trains = [folder for folder, index in chosen.items() if index["kind"] == "train"]
+    asked = {name: Profile.load(known[name]) for name in dict.fromkeys((*up, *keep))}
+    found = cross(
+        map(Profile.load, trains), asked.values(), estimators=(estimator,), top_n=top_n, seed=seed
+    )  # fmt: skip
+    values, intervals = found.values[estimator], found.intervals[estimator]
+    moved, kept = ([found.domains.index(name) for name in names] for names in (up, keep))
+    wanted = values[:, moved].mean(axis=1)
+    unwanted = values[:, kept].mean(axis=1) if kept else np.ones(len(trains))
+    selectivity = np.divide(wanted, unwanted, out=np.full(len(trains), np.inf), where=unwanted > 0)
+    grams = {name: _grams(profile) for name, profile in asked.items()}
+    candidates = []
+    for i in np.argsort(-selectivity, kind="stable"):
+        train = Profile.load(trains[i])
+        scores = {
+            name: (float(values[i, k]), (float(intervals[0, i, k]), float(intervals[1, i, k])))
+            for k, name in enumerate(found.domains)
+        }
+        same = {name: ids for name, of_domain in grams.items() if (ids := _same(train, of_domain))}
+        candidates.append(Candidate(train.name, scores, float(selectivity[i]), same))
+    return candidates
+
+
+def _grams(profile: Profile) -> set[tuple[int, ...]]:
+    """Runs of SAME_TOKENS tokens of each question; the whole of a shorter one."""
+    return {gram for tokens in _questions(profile).values() for gram in _runs(tokens)}
+
+
+def _same(train: Profile, grams: set[tuple[int, ...]]) -> list[str]:
+    """Ids of the training examples that have such a run."""
+    return [name for name, tokens in _questions(train).items() if any(gram in grams for gram in _runs(tokens))]
+
+
+def _questions(profile: Profile) -> dict[str, tuple[int, ...]]:
+    """By example the tokens of its question that were read."""
+    return {prompt.id: tuple(prompt.base_ids[prompt.positions].tolist()) for prompt in profile.prompt_set.prompts}
+
+
+def _runs(tokens: tuple[int, ...]) -> list[tuple[int, ...]]:
+    n = len(tokens) - SAME_TOKENS
+    return [tokens[i : i + SAME_TOKENS] for i in range(n + 1)] if n > 0 else [tokens] if tokens else []
