@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import oracle
 import pytest
 from tiny import Tiny
 
@@ -65,6 +67,41 @@ def test_nothing_in_a_library_is_read_again(tiny: Tiny, library: Path, monkeypat
         assert len(sts_fast.score(**{**given, "top_n": top_n}, library=library).shifted_features) == top_n
     with pytest.raises(AssertionError, match="a set is read"):
         sts_fast.score(**{**given, "shots": 2}, library=library)
+
+
+def test_a_profile_with_demonstrations_serves_without(
+    tiny: Tiny, library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {
+        "model": tiny.model, "sae": tiny.saes["topk"], "train": tiny.train, "domains": tiny.domains, "top_n": 8,
+        "estimators": ("act", "act_sq"), "dims": "active", **OPTIONS,
+    }  # fmt: skip
+    anew = scores_of(sts_fast.score(**given))
+
+    def rows(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a set is read")
+
+    monkeypatch.setattr(LanguageModel, "rows", rows)
+    again = scores_of(sts_fast.score(**given, library=library))
+    # Behind demonstrations the same prompts ran in other batches, which round otherwise.
+    assert max(deviation for _, deviation in oracle.deviations(as_expected(anew), again)) < 1e-5
+
+
+def as_expected(document: Any) -> Any:
+    """Numbers as the oracle has them: the lowest, the value, the highest."""
+    if isinstance(document, dict):
+        return {key: as_expected(value) for key, value in document.items()}
+    if isinstance(document, list):
+        return [as_expected(value) for value in document]
+    return np.full(3, document) if isinstance(document, float) else document
+
+
+def test_weights_that_are_not_known_are_told(tiny: Tiny, library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LanguageModel, "weights_sha256", lambda self, hook=None: None)
+    with pytest.raises(InputError, match="needs to know the weights"):
+        sts_fast.profile(
+            model=tiny.model, sae=tiny.saes["topk"], library=library, trains={"sums": tiny.train}, **OPTIONS
+        )
 
 
 def test_what_is_new_is_added(tiny: Tiny, library: Path, tmp_path: Path) -> None:

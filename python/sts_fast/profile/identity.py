@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from sts_fast.data.prompts import PromptSet
 from sts_fast.data.sets import Kind, Sampling
 from sts_fast.files import Document
 from sts_fast.model.reader import Reader
 from sts_fast.sae import SAE
+
+if TYPE_CHECKING:
+    from sts_fast.statistics import IntArray
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,8 @@ class Identity:
     sae:       source, fingerprint, architecture, d_in, d_sae, k, hook_name
     sampling:  shots, demo_draws, tokens, limit and seed of the prompts
     tuned:     of a model after training that is read beside it, as `model`; None where there is none
-    prompts_sha256: of all that the prompts send, and of the tokens that are read
+    prompts_sha256: of what the prompts send without demonstrations, and of the tokens that are read
+    shown_sha256: the same of what they send with demonstrations; None where there are none
     """
 
     set: str
@@ -32,18 +38,24 @@ class Identity:
     sampling: Document
     tuned: Document | None
     prompts_sha256: str
+    shown_sha256: str | None
 
     @property
     def key(self) -> str:
         """Hexadecimal digest of all that decides a profile's numbers: not of names and places."""
+        return self._digest((self.model, self.tuned), self.shown_sha256)
+
+    @property
+    def plain_key(self) -> str:
+        """The key of the same prompts without demonstrations, read in the one model."""
+        return self._digest((self.model, None), None)
+
+    def _digest(self, models: tuple[Document | None, ...], shown: str | None) -> str:
+        read = ("weights_sha256", "dtype", "module", "side")
         decisive = {
-            "models": [
-                [model[name] for name in ("weights_sha256", "dtype", "module", "side")]
-                for model in (self.model, self.tuned)
-                if model is not None
-            ],
+            "models": [None if model is None else [model[name] for name in read] for model in models],
             "sae": self.sae["fingerprint"],
-            "prompts": self.prompts_sha256,
+            "prompts": [self.prompts_sha256, shown],
         }
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
@@ -73,7 +85,10 @@ def identity_of(
             "limit": sampling.limit,
             "seed": sampling.seed,
         },
-        prompts_sha256=_sha256(prompt_set),
+        prompts_sha256=_sha256([(p.base_ids, p.positions) for p in prompt_set.prompts]),
+        shown_sha256=_sha256([(p.demos_ids, p.paired, p.paired_demos) for p in prompt_set.prompts])
+        if any(len(prompt.demos_ids) for prompt in prompt_set.prompts)
+        else None,
     )
 
 
@@ -89,9 +104,9 @@ def _model(reader: Reader, sae: SAE) -> Document:
     }
 
 
-def _sha256(prompt_set: PromptSet) -> str:
+def _sha256(of_prompts: Iterable[Sequence[IntArray]]) -> str:
     digest = hashlib.sha256()
-    for prompt in prompt_set.prompts:
-        for numbers in (prompt.base_ids, prompt.demos_ids, prompt.positions, prompt.paired, prompt.paired_demos):
+    for arrays in of_prompts:
+        for numbers in arrays:
             digest.update(f"{len(numbers)} ".encode() + numbers.astype("<i4").tobytes())
     return digest.hexdigest()

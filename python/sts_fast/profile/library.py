@@ -30,11 +30,22 @@ class Library:
     def get(self, identity: Identity, prompt_set: PromptSet) -> Profile | None:
         """The profile with this key, whatever the set was called; None where there is none.
 
-        prompt_set: of the same prompts, whose name the profile takes. Raises InputError where it is damaged.
+        One that was read behind demonstrations too serves where they are not asked for.
+
+        prompt_set: of the same prompts, whose name the profile takes. Raises InputError where the profile is damaged,
+        or the model's weights are not known, so that nothing says whether it is the model's.
         """
+        if None in (model["weights_sha256"] for model in (identity.model, identity.tuned) if model is not None):
+            raise InputError(
+                f"a library needs to know the weights that sets were read with, which {identity.model['name']} does "
+                "not tell: leave out --library"
+            )
         for folder in sorted(self.folder.glob(f"*-{identity.key[:SHOWN_DIGITS]}")):
             if (folder / INDEX_FILE).is_file() and read_index(folder)["key"] == identity.key:
                 return Profile.load(folder).named(prompt_set.name)
+        for folder in self if identity.key == identity.plain_key else ():
+            if read_index(folder).get("plain_key") == identity.key:
+                return Profile.load(folder).plain().named(prompt_set.name)
         return None
 
     def add(self, profile: Profile) -> Path:

@@ -88,6 +88,7 @@ class Profile:
                 "format": FORMAT,
                 "version": VERSION,
                 "key": self.identity.key,
+                "plain_key": self.identity.plain_key,
                 **asdict(self.identity),
                 "n_prompts": len(prompt_set.prompts),
                 "n_tokens": self.n_tokens,
@@ -112,6 +113,14 @@ class Profile:
             self, identity=replace(self.identity, set=name), prompt_set=replace(self.prompt_set, name=name), log=log
         )
 
+    def plain(self) -> Profile:
+        """The same without what was read behind demonstrations, or in a model after training."""
+        prompt_set = without_demonstrations(self.prompt_set)
+        log = PromptLog(prompt_set)
+        log.kept, log.n_read, log.n_sinks = self.log.kept, self.log.n_read, self.log.n_sinks
+        identity = replace(self.identity, tuned=None, shown_sha256=None)
+        return Profile(identity, prompt_set, log, self.rows.plain(), self.residuals.plain())
+
     @property
     def n_tokens(self) -> int:
         """Tokens read without demonstrations."""
@@ -129,6 +138,13 @@ class Profile:
     def mean_squared_shift(self) -> Doubles:
         """[d_sae] E_x ||h_j(demos, x) - h_j(x)||^2 (STS paper, eq. of D_N); zeros where there were no pairs."""
         return self.rows.totals("sum_sq_shift") / max(self.n_pairs, 1)
+
+
+def without_demonstrations(prompt_set: PromptSet) -> PromptSet:
+    """The same prompts, asked alone."""
+    none = np.zeros(0, np.int32)
+    prompts = [replace(prompt, demos_ids=none, paired=none, paired_demos=none, draw=0) for prompt in prompt_set.prompts]
+    return replace(prompt_set, prompts=prompts, shown=())
 
 
 def read_index(folder: Path) -> Document:

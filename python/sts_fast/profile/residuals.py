@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -94,6 +94,11 @@ class ResidualSums:
             self.y.add(y.sum(axis=0))
             self.yy.add(np.einsum("ti,tj->ij", y, y))
             self.counts[...] += (len(base), len(paired))
+
+    def plain(self) -> ResidualSums:
+        """Without pairs."""
+        sq_shift = ExactSum(self.sq_shift.parts.shape[1:])
+        return replace(self, sq_shift=sq_shift, counts=np.asarray([self.n_tokens, 0], np.int64))
 
     def merge(self, other: ResidualSums) -> None:
         for name in SUMS:

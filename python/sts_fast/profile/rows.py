@@ -84,6 +84,16 @@ class PromptRows:
         at = np.arange(indptr[-1]) + np.repeat(self.indptr[:-1][prompts] - indptr[:-1], sizes)
         return PromptRows(self.d_sae, indptr, *(getattr(self, name)[at] for name in ENTRIES))
 
+    def plain(self) -> PromptRows:
+        """Without what demonstrations do: the features that fire without them, and no shift."""
+        fires = self.n_fired > 0
+        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(fires)])
+        kept = {name: getattr(self, name)[fires] for name in ENTRIES}
+        nothing = np.zeros(int(fires.sum()))
+        return PromptRows(
+            self.d_sae, starts[self.indptr], **{**kept, "sum_shift": nothing, "sum_sq_shift": nothing.copy()}
+        )
+
     @property
     def prompt_of(self) -> Indices:
         """[n_entries] the prompt of each entry."""
