@@ -27,6 +27,14 @@ if TYPE_CHECKING:
 FORMAT, VERSION = "sts-fast profile", 1
 INDEX_FILE, ROWS_FILE, RESIDUALS_FILE = "profile.json", "rows.parquet", "residuals.safetensors"
 ROW_GROUP = 256  # prompts
+# Sums of few float32 end in zeros, which take no space byte by byte; together a third less than without.
+ENCODINGS = {
+    **{
+        f"{name}.list.element": "BYTE_STREAM_SPLIT"
+        for name in ("sum_h", "sum_sq_h", "sum_shift", "sum_sq_shift", "strongest")
+    },
+    **{f"{name}.list.element": "DELTA_BINARY_PACKED" for name in ("features", "n_fired", "strongest_at")},
+}
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,10 @@ class Profile:
         import pyarrow.parquet as pq
 
         with files.atomic_folder(folder) as temporary:
-            pq.write_table(_table(self), temporary / ROWS_FILE, compression="zstd", row_group_size=ROW_GROUP)
+            pq.write_table(
+                _table(self), temporary / ROWS_FILE,
+                compression="zstd", row_group_size=ROW_GROUP, use_dictionary=False, column_encoding=ENCODINGS,
+            )  # fmt: skip
             residuals = self.residuals
             arrays = {name: getattr(residuals, name).settled() for name in SUMS} | {"counts": residuals.counts}
             files.save_arrays(temporary / RESIDUALS_FILE, arrays, {"kind": "residuals"})
