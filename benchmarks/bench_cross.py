@@ -78,7 +78,7 @@ def made_up(name: str, kind: str, width: int, seed: int) -> Profile:
 
 
 def named(pool: list[Profile], n: int, kind: str) -> Iterator[Profile]:
-    return (pool[i % len(pool)].named(f"{kind} {i}") for i in range(n))
+    return (pool[i % len(pool)].named(f"{kind} {i}", kind) for i in range(n))
 
 
 def check(trains: list[Profile], domains: list[Profile], top_n: int) -> None:

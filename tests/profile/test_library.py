@@ -153,6 +153,32 @@ def test_command_makes_a_library(
     assert index["sampling"]["limit"] == 12
 
 
+def test_one_set_may_have_several_names_and_uses(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {
+        "model": tiny.model, "sae": tiny.saes["topk"], "library": tmp_path, **OPTIONS, "domain_shots": 1,
+    }  # fmt: skip
+    sts_fast.profile(**given, trains={"sums": tiny.train})
+    monkeypatch.setattr(LanguageModel, "rows", None)
+    [again] = sts_fast.profile(**given, domains={"numbers": tiny.train})
+    assert (again.name, again.identity.kind) == ("numbers", "domain")
+    found = [sts_fast.Profile.load(folder) for folder in sts_fast.Library(tmp_path)]
+    assert {(one.name, one.identity.kind) for one in found} == {("sums", "train"), ("numbers", "domain")}
+    assert len({one.identity.key for one in found}) == 1
+
+
+def test_a_set_that_is_too_small_is_left_out(tiny: Tiny, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"model": tiny.model, "sae": tiny.saes["topk"], "library": tmp_path / "lib", **OPTIONS}
+    few = [{"question": "Why?", "answer": "So."}]
+    said: list[str] = []
+    made = sts_fast.profile(**given, trains={"sums": tiny.train, "few": few}, say=said.append)
+    assert [profile.name for profile in made] == ["sums"]
+    assert any(line.startswith("warning: a set is left out: ") and "few" in line for line in said)
+    with pytest.raises(InputError, match="strict"):
+        sts_fast.profile(**given, trains={"sums": tiny.train, "few": few}, strict=True)
+    with pytest.raises(InputError, match="few"):
+        sts_fast.profile(**given, trains={"few": few})
+
+
 def test_nothing_to_profile_is_said(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="give a training set or a domain"):
         sts_fast.profile(model=tiny.model, sae=tiny.saes["topk"], library=tmp_path)

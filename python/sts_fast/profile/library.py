@@ -30,7 +30,8 @@ class Library:
     def get(self, identity: Identity, prompt_set: PromptSet) -> Profile | None:
         """The profile with this key, whatever the set was called; None where there is none.
 
-        One that was read behind demonstrations too serves where they are not asked for.
+        It gets a place of its own under its new name. One that was read behind demonstrations too serves where they are
+        not asked for.
 
         prompt_set: of the same prompts, whose name the profile takes. Raises InputError where the profile is damaged,
         or the model's weights are not known, so that nothing says whether it is the model's.
@@ -42,10 +43,13 @@ class Library:
             )
         for folder in sorted(self.folder.glob(f"*-{identity.key[:SHOWN_DIGITS]}")):
             if (folder / INDEX_FILE).is_file() and read_index(folder)["key"] == identity.key:
-                return Profile.load(folder).named(prompt_set.name)
+                profile = Profile.load(folder).named(prompt_set.name, identity.kind)
+                if not self.path_of(identity).exists():
+                    self.add(profile)
+                return profile
         for folder in self if identity.key == identity.plain_key else ():
             if read_index(folder).get("plain_key") == identity.key:
-                return Profile.load(folder).plain().named(prompt_set.name)
+                return Profile.load(folder).plain().named(prompt_set.name, identity.kind)
         return None
 
     def add(self, profile: Profile) -> Path:

@@ -21,6 +21,7 @@ from sts_fast.data.sets import (
     Sources,
     check_enough,
 )
+from sts_fast.errors import InputError, SetTooSmall
 from sts_fast.model.session import Reading, ReadingOptions, SAESource, Session
 from sts_fast.profile.library import Library
 from sts_fast.profile.profile import Profile
@@ -64,7 +65,8 @@ def profile(
     library: what is there already is not read again; `score` and `compare` with the same `library` read nothing of it
     options: see Profiling
 
-    Returns the profiles, of all SAEs set by set. Raises InputError for unusable input.
+    Returns the profiles, of all SAEs set by set; a set with too few prompts is left out with a warning. Raises
+    InputError for unusable input.
     """
     profiling = Profiling(**options)
     sets = Sets.read(trains or {}, domains, demos, profiling)
@@ -74,12 +76,19 @@ def profile(
     session = Session.open(model, saes, profiling, tokenizer=tokenizer)
     kinds: tuple[tuple[Kind, Mapping[str, list[Example]]], ...] = (("train", sets.trains), ("domain", sets.domains))
     prompt_sets = []
+    left_out: list[str] = []
     for kind, of_kind in kinds:
         for name, examples in of_kind.items():
             demonstrations = sets.demos.get(name)
-            prompt_set = session.prompts(kind, name, examples, demonstrations, profiling, show=profiling.shown)
-            check_enough(prompt_set, session.context_length, kind)
-            prompt_sets.append((kind, prompt_set))
+            try:
+                prompt_set = session.prompts(kind, name, examples, demonstrations, profiling, show=profiling.shown)
+                check_enough(prompt_set, session.context_length, kind)
+                prompt_sets.append((kind, prompt_set))
+            except SetTooSmall as error:
+                left_out.append(str(error))
+    if not prompt_sets:
+        raise InputError(left_out[0] + ("" if len(left_out) == 1 else "; and no other set can be used either"))
+    profiling.warn(*(f"a set is left out: {why}" for why in left_out))
     session.check_fit(prompt_sets[0][1])
     made: list[Profile] = []
     for kind, prompt_set in prompt_sets:
@@ -88,4 +97,7 @@ def profile(
             library=Library(Path(library)), tell=partial(profiling.tell, prompt_set.name),
         )  # fmt: skip
     session.reader.say_passes()
+    profiling.warn(
+        *(f"no token of '{found.name}' is read, so that its profile is empty" for found in made if not found.n_tokens)
+    )
     return made

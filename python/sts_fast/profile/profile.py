@@ -116,13 +116,12 @@ class Profile:
     def name(self) -> str:
         return self.prompt_set.name
 
-    def named(self, name: str) -> Profile:
-        """The same under another name of the set."""
+    def named(self, name: str, kind: str) -> Profile:
+        """The same under another name of the set, or as another kind of set."""
         log = copy(self.log)
         log.name = name
-        return replace(
-            self, identity=replace(self.identity, set=name), prompt_set=replace(self.prompt_set, name=name), log=log
-        )
+        identity = replace(self.identity, set=name, kind=kind)
+        return replace(self, identity=identity, prompt_set=replace(self.prompt_set, name=name), log=log)
 
     def plain(self) -> Profile:
         """The same without what was read behind demonstrations, or in a model after training."""
