@@ -25,7 +25,7 @@ from study.real.training import BATCH_ROWS, N_HELD_OUT, answer_loss, products
 N_QUESTIONS = 16  # of a domain; N_ROWS: of a training set, for its gradient
 N_ROWS = 32
 # Learning rates of low-rank trials, and the steps after which they are looked at.
-RATES, STEPS = (1e-3, 3e-4), (2, 4, 8, 16)
+RATES, STEPS = (1e-3,), (2, 4, 8, 16)
 
 RESULTS = runs.RESULTS / "design"
 

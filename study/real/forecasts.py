@@ -50,7 +50,8 @@ FORECASTS = (
     Asked("ntk", ("--estimators", "ntk")),
     Asked("step", ("--estimators", "step")),
     Asked("adapter", ("--estimators", "adapter")),
-    Asked("trial", ("--estimators", "trial")),
+    # In bfloat16, as the trainings' products; half of the questions, whose number is most of its cost.
+    Asked("trial", ("--estimators", "trial", "--trial-steps", "16", "--limit", "16", "--dtype", "bfloat16")),
     Asked("embedding", None),
 )
 

@@ -17,10 +17,12 @@ from sts_fast.errors import InputError
 from sts_fast.forecast.options import Settings
 from sts_fast.model.session import Session
 from sts_fast.ops.encode import encode
+from sts_fast.profile import read as read_module
+from sts_fast.profile import rows as rows_module
 from sts_fast.profile.profile import INDEX_FILE, RESIDUALS_FILE, ROWS_FILE, Profile
 from sts_fast.profile.read import read_profiles
 from sts_fast.profile.residuals import SUMS
-from sts_fast.profile.rows import ENTRIES, PromptRows
+from sts_fast.profile.rows import ENTRIES, QUANTITIES, PromptRows
 
 SAMPLING = Settings(shots=1, domain_shots=2, limit=12, demo_draws=2)
 
@@ -87,6 +89,21 @@ def test_profiles_of_parts_side_by_side_are_that_of_the_whole(profile: Profile) 
     assert_same(PromptRows.joined(parts), profile.rows)
     mixed = np.random.default_rng(0).permutation(n)
     assert_same(profile.rows.take(mixed).take(np.argsort(mixed)), profile.rows)
+
+
+def test_rows_that_are_too_many_for_memory_lie_in_files(
+    tiny: Tiny, profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows_module, "MOST_BYTES", 64)
+    monkeypatch.setattr(rows_module, "BLOCK_PROMPTS", 3)
+    monkeypatch.setattr(read_module, "JOINED_ENTRIES", 100)
+    [found] = profiles_of(session_of(tiny, "topk"), tiny.train)
+    assert all(isinstance(getattr(found.rows, name), np.memmap) for name in ENTRIES)
+    assert_same(found.rows, profile.rows)
+    monkeypatch.setattr(rows_module, "BLOCK_ENTRIES", 50)
+    for quantity in QUANTITIES:
+        np.testing.assert_allclose(found.rows.totals(quantity), profile.rows.totals(quantity), rtol=1e-12)
+        assert np.array_equal(found.rows.matrix(quantity).toarray(), profile.rows.matrix(quantity).toarray())
 
 
 def test_files_hold_the_profile(profile: Profile, tmp_path: Path) -> None:

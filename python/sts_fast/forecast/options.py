@@ -18,7 +18,7 @@ from sts_fast.signed.signed import AT_THE_HOOK, SignedEstimator
 from sts_fast.signed.trial import BATCH_ROWS
 
 # Of a trial, where nothing else is asked for; and the fewest, which see as many examples as a set must have.
-TRIAL_STEPS, LEAST_STEPS = 8, MIN_PROMPTS // BATCH_ROWS
+TRIAL_STEPS, LEAST_STEPS = 16, MIN_PROMPTS // BATCH_ROWS
 
 Dims = Literal["icl", "tuned", "active"]
 Controls = Literal["features", "all"]

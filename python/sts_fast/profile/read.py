@@ -17,6 +17,9 @@ from sts_fast.profile.residuals import ResidualSums
 from sts_fast.profile.rows import PromptRows
 from sts_fast.sae import SAE
 
+# Entries of rows that are kept in memory while a set is read: 800 MB.
+JOINED_ENTRIES = 2**24
+
 
 def read_profiles(
     reader: Reader,
@@ -63,13 +66,23 @@ class _Making:
         self.log, self.residuals = PromptLog(prompt_set), ResidualSums.zero(sae.d_in)
         self.read: list[int] = []
         self.parts: list[PromptRows] = []
+        self.recent: list[PromptRows] = []
 
     def add(self, rows: PairedRows) -> None:
-        self.parts.append(PromptRows.of(self.sae, rows))
+        self.recent.append(PromptRows.of(self.sae, rows))
+        if sum(len(part.indices) for part in self.recent) >= JOINED_ENTRIES:
+            self._join()
         self.read += rows.prompts
         self.residuals.update(rows)
         self.log.record(rows)
 
+    def _join(self) -> None:
+        # Many entries lie in files, and the memory of the parts is free again.
+        self.parts.append(PromptRows.joined(self.recent))
+        self.recent = []
+
     def profile(self) -> Profile:
+        if self.recent or not self.parts:
+            self._join()
         rows = PromptRows.joined(self.parts).take(np.argsort(np.asarray(self.read, np.int64)))
         return Profile(self.identity, self.prompt_set, self.log, rows, self.residuals)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 Quantity = Literal["n_fired", "sum_h", "sum_sq_h", "sum_shift", "sum_sq_shift"]
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
+# An array of more bytes lies in a file. Prompts, and entries, that are worked on at a time.
+MOST_BYTES, BLOCK_PROMPTS, BLOCK_ENTRIES = 2**27, 4096, 2**22
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,11 @@ class PromptRows:
         """One behind the other; there must be at least one."""
         starts = np.cumsum([0, *(len(part.indices) for part in parts)])
         indptr = [part.indptr[:-1] + start for part, start in zip(parts, starts[:-1], strict=True)]
-        return cls(
-            parts[0].d_sae,
-            np.concatenate([*indptr, starts[-1:]]).astype(np.int64),
-            *(np.concatenate([getattr(part, name) for part in parts]) for name in ENTRIES),
-        )
+        entries = []
+        for name in ENTRIES:
+            arrays = [getattr(part, name) for part in parts]
+            entries.append(np.concatenate(arrays, out=_room(int(starts[-1]), arrays[0].dtype)))
+        return cls(parts[0].d_sae, np.concatenate([*indptr, starts[-1:]]).astype(np.int64), *entries)
 
     def __len__(self) -> int:
         return len(self.indptr) - 1
@@ -81,8 +84,14 @@ class PromptRows:
         """Some of the prompts, in the given order."""
         sizes = np.diff(self.indptr)[prompts]
         indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
-        at = np.arange(indptr[-1]) + np.repeat(self.indptr[:-1][prompts] - indptr[:-1], sizes)
-        return PromptRows(self.d_sae, indptr, *(getattr(self, name)[at] for name in ENTRIES))
+        taken = {name: _room(int(indptr[-1]), getattr(self, name).dtype) for name in ENTRIES}
+        for start in range(0, len(prompts), BLOCK_PROMPTS):
+            block = slice(start, start + BLOCK_PROMPTS)
+            first, last = indptr[start], indptr[min(start + BLOCK_PROMPTS, len(prompts))]
+            at = np.arange(first, last) + np.repeat(self.indptr[:-1][prompts[block]] - indptr[:-1][block], sizes[block])
+            for name, values in taken.items():
+                values[first:last] = getattr(self, name)[at]
+        return PromptRows(self.d_sae, indptr, **taken)
 
     def plain(self) -> PromptRows:
         """Without what demonstrations do: the features that fire without them, and no shift."""
@@ -101,8 +110,11 @@ class PromptRows:
 
     def totals(self, quantity: Quantity) -> Doubles:
         """[d_sae] float64 sum over all prompts, in their order."""
-        values: Doubles = getattr(self, quantity)
-        return np.bincount(self.indices, values, minlength=self.d_sae).astype(np.float64, copy=False)
+        totals, values = np.zeros(self.d_sae), getattr(self, quantity)
+        for start in range(0, len(values), BLOCK_ENTRIES):
+            block = slice(start, start + BLOCK_ENTRIES)
+            totals += np.bincount(self.indices[block], values[block], minlength=self.d_sae)
+        return totals
 
     def matrix(self, quantity: Quantity) -> csr_array:
         """[n, d_sae] one quantity as a matrix of scipy, which shares the memory of these rows."""
@@ -110,6 +122,14 @@ class PromptRows:
 
         values: Any = getattr(self, quantity)
         return csr_array((values, self.indices, self.indptr), shape=(len(self), self.d_sae))
+
+
+def _room(n: int, dtype: Any) -> Any:
+    """[n] for values of one kind; many lie in a file without a name, which the system keeps in memory as it can."""
+    if n * np.dtype(dtype).itemsize <= MOST_BYTES:
+        return np.empty(n, dtype)
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, dtype, "w+", shape=(n,))
 
 
 ENTRIES = tuple(field.name for field in fields(PromptRows) if field.name not in ("d_sae", "indptr"))
