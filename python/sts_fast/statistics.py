@@ -102,8 +102,14 @@ def grouped_ratio_interval(numerator: Doubles, denominator: Doubles, resamples: 
 def grouped_ratio_intervals(numerators: Doubles, denominator: Doubles, resamples: Doubles, groups: IntArray) -> Doubles:
     """[2, m] the same of each column of numerators [n_prompts, m], up to the rounding of a sum."""
     totals = resamples @ denominator
-    ratios = (resamples @ numerators)[totals > 0] / totals[totals > 0, None]
-    return _widened(np.percentile(ratios, INTERVAL, axis=0), numerators, denominator, groups)
+    drawn = resamples if totals.all() else resamples[totals > 0]
+    ratios = numerators.T @ drawn.T  # a resampling beside the other, as they are sorted
+    ratios /= totals[totals > 0]
+    ratios.sort(axis=1)  # by vector instructions, where a percentile's partial sort takes several times as long
+    at = np.asarray(INTERVAL) / 100 * (ratios.shape[1] - 1)
+    below = np.floor(at).astype(np.int64)
+    low, high = ratios[:, below], ratios[:, np.minimum(below + 1, ratios.shape[1] - 1)]
+    return _widened((low + (at - below) * (high - low)).T, numerators, denominator, groups)
 
 
 def _widened(bounds: Doubles, numerators: Doubles, denominator: Doubles, groups: IntArray) -> Doubles:

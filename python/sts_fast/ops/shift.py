@@ -195,4 +195,6 @@ def top_indices(values: Any, n: int) -> NDArray[np.int64]:
         return indices
     if not 1 <= n <= len(values):
         raise ValueError(f"top {n} of {len(values)} features cannot be taken")
-    return np.argsort(-values, kind="stable")[:n]
+    # Those that reach the n-th largest value, a few of many, are sorted.
+    candidates = np.flatnonzero(values >= np.partition(values, len(values) - n)[len(values) - n])
+    return candidates[np.argsort(-values[candidates], kind="stable")[:n]]
