@@ -71,6 +71,14 @@ def test_profiles_that_cannot_be_compared_are_refused(library: Path) -> None:
     other = replace(domains[0], identity=replace(domains[0].identity, sae=sae))
     with pytest.raises(InputError, match="another SAE"):
         sts_fast.cross(trains, [other])
+    tokens = replace(domains[0], identity=replace(domains[0].identity, sampling={"tokens": "last"}))
+    with pytest.raises(InputError, match="another choice of tokens"):
+        sts_fast.cross(trains, [tokens])
+    tuned = replace(trains[0], identity=replace(trains[0].identity, tuned=trains[0].identity.model))
+    with pytest.raises(InputError, match="before and after training"):
+        sts_fast.cross([tuned], domains)
+    with pytest.raises(InputError, match="--top-n must lie between 1 and 256"):
+        sts_fast.cross(trains, domains, top_n=1000)
     with pytest.raises(InputError, match="no training set"):
         sts_fast.cross([], domains)
     with pytest.raises(InputError, match="no domain"):

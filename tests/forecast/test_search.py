@@ -56,8 +56,28 @@ def test_training_sets_that_hold_the_questions_are_named(tiny: Tiny, library: Pa
     assert found.pop("sums") == {}
     for name, same in found.items():  # each is one of the domains
         assert set(same) == {name}
-        assert set(same[name]) >= asked[name] & set(same[name])
+        assert set(same[name]) == asked[name]
         assert len(same[name]) == 12
+
+
+def test_profiles_of_one_name_must_be_of_the_same_prompts(tiny: Tiny, library: Path, tmp_path: Path) -> None:
+    folder, [up, _] = tmp_path / "lib", list(tiny.domains)
+    shutil.copytree(library, folder)
+    given: dict[str, Any] = {"model": tiny.model, "sae": tiny.saes["topk"], "library": folder}
+    before = sts_fast.search(folder, [up], top_n=8)
+    # The same prompts without demonstrations, or those of a model after training, do not count.
+    sts_fast.profile(**given, **OPTIONS, trains={"sums": tiny.train}, domains=tiny.domains, shown=False)
+    sts_fast.score(
+        **given, **OPTIONS, train=tiny.train, domains={}, dims="tuned", tuned=tiny.tuned, top_n=8, estimators=("act",)
+    )
+    assert sts_fast.search(folder, [up], top_n=8) == before
+    sts_fast.profile(**given, **{**OPTIONS, "domain_shots": 1}, domains=tiny.domains)
+    assert sts_fast.search(folder, [up], top_n=8) == before  # for act, demonstrations of a domain do not matter
+    with pytest.raises(InputError, match=f"several profiles of '{up}', of different prompts: keep one of {up}-domain-"):
+        sts_fast.search(folder, [up], top_n=8, estimator="icl")
+    sts_fast.profile(**given, **{**OPTIONS, "limit": 10}, trains={"sums": tiny.train})
+    with pytest.raises(InputError, match="several profiles of 'sums'"):
+        sts_fast.search(folder, [up], top_n=8)
 
 
 def test_what_is_not_there_is_said(tiny: Tiny, library: Path, tmp_path: Path) -> None:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tiny import Tiny
 
+from sts_fast import files
 from sts_fast.data.sets import Sampling, Sets, Source
 from sts_fast.errors import InputError
 from sts_fast.forecast.options import Settings
@@ -158,6 +160,45 @@ def test_key_says_what_decides_the_numbers(tiny: Tiny, profile: Profile) -> None
     assert replace(identity, tuned=identity.model).key != identity.key
 
 
+@pytest.mark.parametrize(
+    ("column", "spoil", "message"),
+    [
+        ("features", lambda row: row[::-1], "features do not ascend"),
+        ("features", lambda row: [*row[:-1], 256], "features do not ascend within a prompt, below 256"),
+        ("sum_h", lambda row: row[:-1], "the lists of a prompt differ in length"),
+        ("sum_h", lambda row: [None, *row[1:]], "sum_h has a null"),
+        ("sum_sq_h", lambda row: [float("inf"), *row[1:]], "a sum is not finite"),
+        ("strongest_at", lambda row: [10_000, *row[1:]], "strongest_at lies beyond"),
+        ("paired", lambda row: row[:-1], "counts of residuals.safetensors are not those of the rows"),
+    ],
+)
+def test_rows_that_another_tool_wrote_wrong_are_named(
+    profile: Profile, tmp_path: Path, column: str, spoil: Any, message: str
+) -> None:
+    folder = tmp_path / "law"
+    profile.save(folder)
+    table = pq.read_table(folder / ROWS_FILE)
+    lists = table.column(column).to_pylist()
+    lists[1] = spoil(lists[1])
+    at = table.column_names.index(column)
+    pq.write_table(table.set_column(at, column, pa.array(lists, table.schema.field(column).type)), folder / ROWS_FILE)
+    index = json.loads((folder / INDEX_FILE).read_text())
+    index["files"][ROWS_FILE] = files.sha256(folder / ROWS_FILE)
+    (folder / INDEX_FILE).write_text(json.dumps(index))
+    with pytest.raises(InputError, match=message):
+        Profile.load(folder)
+
+
+def test_a_disk_without_room_is_told(tiny: Tiny, profile: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(rows_module, "MOST_BYTES", 64)
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(InputError, match=r"no room for .*No space left on device"):
+        profile.rows.take(np.arange(3))
+
+
 @pytest.mark.parametrize("name", [ROWS_FILE, RESIDUALS_FILE])
 @pytest.mark.parametrize("damage", ["missing", "short", "flipped", "other"])
 def test_damaged_files_are_named(profile: Profile, tmp_path: Path, name: str, damage: str) -> None:
@@ -185,7 +226,11 @@ def test_damaged_files_are_named(profile: Profile, tmp_path: Path, name: str, da
         ({"sae": None}, "is damaged"),
         ({"files": 3}, "is damaged"),
         ({"shown": None}, "is no whole profile"),
-        ({"sae": {"d_sae": "many", "d_in": 3}}, "is no whole profile"),
+        ({"sae": {"d_sae": "many", "d_in": 3, "source": "s", "fingerprint": "f"}}, "is no whole profile"),
+        ({"sae": {"d_sae": 256}}, r"is damaged \(sae\)"),
+        ({"model": 3}, r"is damaged \(model\)"),
+        ({"files": {}}, "is missing or damaged"),
+        ({"prompts_sha256": "0"}, "its key is not that of what it was made of"),
     ],
 )
 def test_damaged_indices_are_named(profile: Profile, tmp_path: Path, change: dict[str, Any], message: str) -> None:

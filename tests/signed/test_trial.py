@@ -216,6 +216,15 @@ def test_a_loss_that_breaks_is_told(tiny: Tiny, sets: dict[str, PromptSet], monk
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_maps_that_do_not_run_stay_as_they_are(tiny: Tiny, sets: dict[str, PromptSet]) -> None:
+    """As experts to which no token goes."""
+    model = AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float64).eval()
+    plain = measure_trial(model, sets["train"], [sets["days"]], n_steps=2)
+    model.model.layers[-1].never_run = torch.nn.Linear(8, 8)  # the last one, so that the others start alike
+    found = measure_trial(model, sets["train"], [sets["days"]], n_steps=2)
+    np.testing.assert_allclose(found.domains["days"], plain.domains["days"], rtol=1e-12)
+
+
 def test_type_of_a_trial(tiny: Tiny, sets: dict[str, PromptSet]) -> None:
     """In a model of half precision the maps are float32, as trainers keep them."""
     model = AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.bfloat16).eval()

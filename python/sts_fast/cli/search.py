@@ -54,6 +54,6 @@ def search(
         for domain, ids in candidate.same.items():
             err.print(
                 f"warning: {len(ids)} examples of '{candidate.name}' share {SAME_TOKENS} tokens in a row with "
-                f"questions of '{domain}', such as {ids[0]}",
+                f"questions of '{domain}', or all of a shorter one, such as {ids[0]}",
                 style="yellow", highlight=False, markup=False, soft_wrap=True,
             )  # fmt: skip

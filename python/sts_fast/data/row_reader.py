@@ -94,7 +94,7 @@ class RowReader:
         self.readable: dict[str, None] = {}
 
     def read(self, row: Any, where: str) -> Exchange:
-        """What a row asks; `where` names it in errors. Raises UnusableRow where it has no example."""
+        """Reads the example of a row; `where` names the row in errors. Raises UnusableRow where there is none."""
         if isinstance(row, UnusableRow):
             raise row
         if not isinstance(row, dict):
@@ -216,7 +216,7 @@ class RowReader:
         return good
 
     def _question(self, row: Row, fields: Row, where: str) -> Any:
-        """What the question column holds."""
+        """Reads the question's column."""
         name = self.question_field or self.question_column
         value = fields.get(name) if self.question_field is None else lookup(row, name)
         if value is ABSENT:
@@ -325,7 +325,7 @@ class RowReader:
         return []
 
     def _reasoning(self, fields: Row, where: str, answer: str) -> str:
-        """What a column says that the assistant thinks before an answer, unless the answer's column is named."""
+        """Reads the assistant's thoughts before an answer, unless the answer's column is named."""
         name = next((name for name in REASONING_COLUMNS if is_text(fields.get(name))), None)
         if name is None or self.answer_field is not None or fields[name].strip() in answer:
             return ""

@@ -380,7 +380,7 @@ def _parsed(text: str, path: Path) -> Any:
 
 
 def _json_trouble(error: Exception) -> str:
-    """What is wrong with a text; besides its marks, a number of thousands of digits, or brackets without end."""
+    """Names the fault of a text: of its marks, or a number of thousands of digits, or brackets without end."""
     return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 

@@ -55,9 +55,15 @@ def cross(
     top_n: int = 100,
     seed: int = 0,
 ) -> Cross:
-    """What `score` gives for every pair, from profiles with one SAE; both are gone through once, one at a time.
+    """Scores every training set on every domain as `score` does, from profiles with one SAE; no model is run.
 
-    Raises InputError where profiles are of different SAEs or models, or a training set has nothing to rank features by.
+    trains, domains: profiles, gone through once, one in memory at a time
+    estimators: see DomainScore for their equations
+    dims:       D_N from demonstrations of the training set ('icl'), or its most active features ('active')
+    top_n:      size of D_N; seed: of the resamplings behind the intervals
+
+    Raises InputError where profiles are of different SAEs or models or of other tokens, a training set has nothing to
+    rank features by, or the SAE has no top_n features.
     """
     from scipy.sparse import csc_array
 
@@ -65,6 +71,8 @@ def cross(
     for profile in trains:
         first = first or profile
         _check_alike(first, profile)
+        if not 1 <= top_n <= profile.rows.d_sae:
+            raise InputError(f"--top-n must lie between 1 and {profile.rows.d_sae}, the SAE's features, not {top_n}")
         names.append(profile.name)
         tops.append(_top(profile, dims, top_n))
     if first is None:
@@ -103,6 +111,11 @@ def cross(
 
 
 def _top(profile: Profile, dims: str, top_n: int) -> Indices:
+    if dims == "icl" and profile.identity.tuned is not None:
+        raise InputError(
+            f"the profile of '{profile.name}' is of a model before and after training, not of demonstrations: give one "
+            "that sts-fast profile makes"
+        )
     n = profile.n_tokens if dims == "active" else profile.n_pairs
     if n == 0:
         raise InputError(
@@ -117,7 +130,10 @@ def _check_alike(one: Profile, other: Profile) -> None:
     for what, a, b in (
         ("SAE", one.identity.sae["fingerprint"], other.identity.sae["fingerprint"]),
         ("model", one.identity.model["weights_sha256"], other.identity.model["weights_sha256"]),
+        ("dtype", one.identity.model["dtype"], other.identity.model["dtype"]),
         ("place", one.identity.model["module"], other.identity.model["module"]),
+        ("side", one.identity.model["side"], other.identity.model["side"]),
+        ("choice of tokens", one.identity.sampling["tokens"], other.identity.sampling["tokens"]),
     ):
         if a != b:
             raise InputError(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from sts_fast.errors import InputError, listed
+from sts_fast.files import Document
 from sts_fast.forecast.cross import cross
-from sts_fast.forecast.estimators import SizeEstimator
+from sts_fast.forecast.estimators import BY_NAME, SizeEstimator
 from sts_fast.profile.library import Library
 from sts_fast.profile.profile import Profile, read_index
 from sts_fast.statistics import Interval
@@ -25,7 +26,8 @@ class Candidate:
 
     scores:    by domain that was asked for, its score and 95% interval
     selectivity: mean score of the domains to move, over that of those to keep; of no domain to keep, the former
-    same:      by domain, the ids of the training examples that stand in it, word for word
+    same:      by domain, the ids of the training examples that share SAME_TOKENS tokens in a row with one of its
+        questions, or all of a shorter one
     """
 
     name: str
@@ -49,32 +51,29 @@ def search(
     up, keep: names of domains in the library
     sae:      source of the SAE whose profiles are searched, where the library has those of several
 
+    estimator: whose scores; top_n: size of D_N, from demonstrations; seed: of the resamplings behind the intervals
+
     A score says how much a domain will move, not in which direction. Raises InputError where the library has no such
-    domain, or no training set.
+    domain or no training set behind demonstrations, or several profiles of one name.
     """
-    folders = list(Library(Path(library)))
-    if not folders:
+    indices = {folder: read_index(folder) for folder in Library(Path(library))}
+    if not indices:
         raise InputError(f"{library} has no profiles: make some with sts-fast profile")
-    indices = {folder: read_index(folder) for folder in folders}
     sources = sorted({index["sae"]["source"] for index in indices.values()})
     if sae is None and len(sources) > 1:
         raise InputError(f"{library} has profiles of several SAEs: choose one of {listed(sources)} with --sae")
-    chosen = {folder: index for folder, index in indices.items() if sae in (None, index["sae"]["source"])}
-    if not chosen:
+    of_sae = {folder: index for folder, index in indices.items() if sae in (None, index["sae"]["source"])}
+    if not of_sae:
         raise InputError(f"{library} has no profiles of the SAE {sae}, only of {listed(sources)}")
-    known = {index["set"]: folder for folder, index in chosen.items() if index["kind"] == "domain"}
+    known = _by_name(of_sae, "domain", shown=BY_NAME[estimator].of == "pairs")
     missing = [name for name in (*up, *keep) if name not in known]
-    if missing or not up:
-        raise InputError(
-            f"{library} has no domain called {listed(missing)}: its domains are {listed(known)}"
-            if missing
-            else f"no domain was named: the library's are {listed(known)}"
-        )
-    trains = [folder for folder, index in chosen.items() if index["kind"] == "train"]
-    asked = {name: Profile.load(known[name]) for name in dict.fromkeys((*up, *keep))}
-    found = cross(
-        map(Profile.load, trains), asked.values(), estimators=(estimator,), top_n=top_n, seed=seed
-    )  # fmt: skip
+    if missing:
+        raise InputError(f"{library} has no domain called {listed(missing)}: its domains are {listed(known)}")
+    if not up:
+        raise InputError(f"no domain was named: the library's are {listed(known)}")
+    trains = [_only(name, folders) for name, folders in _by_name(of_sae, "train", shown=True).items()]
+    asked = {name: Profile.load(_only(name, known[name])) for name in dict.fromkeys((*up, *keep))}
+    found = cross(map(Profile.load, trains), asked.values(), estimators=(estimator,), top_n=top_n, seed=seed)
     values, intervals = found.values[estimator], found.intervals[estimator]
     moved, kept = ([found.domains.index(name) for name in names] for names in (up, keep))
     wanted = values[:, moved].mean(axis=1)
@@ -93,19 +92,41 @@ def search(
     return candidates
 
 
+def _by_name(indices: Mapping[Path, Document], kind: str, *, shown: bool) -> dict[str, dict[str, Path]]:
+    """By name of a set, and by key of what matters, the profiles that serve.
+
+    shown: whether they must have been read behind demonstrations; otherwise one with them is as good as one without
+    """
+    found: dict[str, dict[str, Path]] = {}
+    for folder, index in sorted(indices.items(), key=lambda item: item[1]["shown_sha256"] is None):
+        if index["kind"] == kind and index["tuned"] is None and not (shown and index["shown_sha256"] is None):
+            found.setdefault(index["set"], {}).setdefault(index["key" if shown else "plain_key"], folder)
+    return found
+
+
+def _only(name: str, folders: Mapping[str, Path]) -> Path:
+    """Raises InputError where profiles of one name differ in their prompts, so that none of them is meant."""
+    if len(folders) > 1:
+        raise InputError(
+            f"the library has several profiles of '{name}', of different prompts: keep one of "
+            f"{listed(folder.name for folder in folders.values())}"
+        )
+    return next(iter(folders.values()))
+
+
 def _grams(profile: Profile) -> set[tuple[int, ...]]:
     """Runs of SAME_TOKENS tokens of each question; the whole of a shorter one."""
-    return {gram for tokens in _questions(profile).values() for gram in _runs(tokens)}
+    return {gram for _, tokens in _questions(profile) for gram in _runs(tokens)}
 
 
 def _same(train: Profile, grams: set[tuple[int, ...]]) -> list[str]:
     """Ids of the training examples that have such a run."""
-    return [name for name, tokens in _questions(train).items() if any(gram in grams for gram in _runs(tokens))]
+    return [name for name, tokens in _questions(train) if any(gram in grams for gram in _runs(tokens))]
 
 
-def _questions(profile: Profile) -> dict[str, tuple[int, ...]]:
-    """By example the tokens of its question that were read."""
-    return {prompt.id: tuple(prompt.base_ids[prompt.positions].tolist()) for prompt in profile.prompt_set.prompts}
+def _questions(profile: Profile) -> list[tuple[str, tuple[int, ...]]]:
+    """Of each prompt its id, and the tokens of its question that were read."""
+    return [(prompt.id, tuple(prompt.base_ids[prompt.positions].tolist())) for prompt in profile.prompt_set.prompts]
 
 
 def _runs(tokens: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -195,6 +195,7 @@ def top_indices(values: Any, n: int) -> NDArray[np.int64]:
         return indices
     if not 1 <= n <= len(values):
         raise ValueError(f"top {n} of {len(values)} features cannot be taken")
-    # Those that reach the n-th largest value, a few of many, are sorted.
-    candidates = np.flatnonzero(values >= np.partition(values, len(values) - n)[len(values) - n])
-    return candidates[np.argsort(-values[candidates], kind="stable")[:n]]
+    # Only those that reach the n-th largest value, a few of many, are sorted; NaN comes last.
+    falling = -values
+    candidates = np.flatnonzero(~(falling > np.partition(falling, n - 1)[n - 1]))
+    return candidates[np.argsort(falling[candidates], kind="stable")[:n]]

@@ -63,11 +63,19 @@ class FeatureMeans:
 
     @classmethod
     def load(cls, path: Path) -> tuple[FeatureMeans, dict[str, NDArray[Any]]]:
-        """What `save` wrote, and the other arrays beside it. Raises InputError where the file is missing or damaged."""
+        """Reads what `save` wrote, and the other arrays beside it.
+
+        Raises InputError where the file is missing, lacks an array, or has one of another shape or type.
+        """
         arrays, metadata = files.load_arrays(path, KIND)
         lacking = [name for name in (*ARRAYS, *NUMBERS) if name not in (*arrays, *metadata)]
-        if lacking or any(arrays[name].ndim != 1 for name in ARRAYS if name != "replicates"):
-            raise InputError(f"{path} has no '{(lacking or ARRAYS)[0]}': it is damaged, make the run again")
+        if lacking:
+            raise InputError(f"{path} has no '{lacking[0]}': it is damaged, make the run again")
+        shape = arrays["importance"].shape
+        for name in ARRAYS:
+            n_dims, kind = (2 if name == "replicates" else 1), ("i" if name == "n_fired" else "f")
+            if arrays[name].ndim != n_dims or arrays[name].shape[:1] != shape or arrays[name].dtype.kind != kind:
+                raise InputError(f"{path} has another '{name}' than a run writes: it is damaged, make the run again")
         try:
             numbers = {name: int(metadata[name]) for name in ("n_tokens", "n_pairs")}
         except ValueError as error:

@@ -64,20 +64,29 @@ class Profile:
 
         folder = Path(folder)
         index = read_index(folder)
-        for name, digest in index["files"].items():
+        for name in (ROWS_FILE, RESIDUALS_FILE):
             path = folder / name
-            if not path.is_file() or files.sha256(path) != digest:
+            if not path.is_file() or files.sha256(path) != index["files"].get(name):
                 raise InputError(f"{path} is missing or damaged: make the profile again")
         try:
             table = pq.read_table(folder / ROWS_FILE)
             identity = Identity(**{field.name: index[field.name] for field in fields(Identity)})
             prompt_set, log = _prompts(table, index, identity)
             rows = _rows(table, int(identity.sae["d_sae"]))
+            if (rows.strongest_at >= log.n_read[rows.prompt_of]).any():
+                raise ValueError("strongest_at lies beyond the tokens that were read")
             arrays, _ = files.load_arrays(folder / RESIDUALS_FILE, "residuals")
             residuals = ResidualSums.zero(int(identity.sae["d_in"]))
             for name in SUMS:
-                getattr(residuals, name).parts[...] = arrays[name]
-            residuals.counts[...] = arrays["counts"]
+                parts = getattr(residuals, name).parts
+                if arrays[name].shape != parts.shape:
+                    raise ValueError(f"{name} of {RESIDUALS_FILE} has another shape than {parts.shape}")
+                parts[...] = arrays[name]
+            residuals.counts[...] = log.n_read.sum(), log.n_pairs.sum()
+            if arrays["counts"].tolist() != residuals.counts.tolist():
+                raise ValueError(f"counts of {RESIDUALS_FILE} are not those of the rows")
+            if identity.key != index["key"]:
+                raise ValueError("its key is not that of what it was made of")
         except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
             raise InputError(f"{folder} is no whole profile ({one_line(error)}): make it again") from error
         return cls(identity, prompt_set, log, rows, residuals)
@@ -169,9 +178,16 @@ def read_index(folder: Path) -> Document:
         raise InputError(
             f"{path} is of version {index.get('version')}, and this sts-fast reads {VERSION}: make the profile again"
         )
-    missing = {"files", "key", *(field.name for field in fields(Identity))} - index.keys()
-    if missing or not isinstance(index["files"], dict):
-        raise InputError(f"{path} is damaged ({', '.join(sorted(missing)) or 'files'}): make the profile again")
+    kinds = {
+        **dict.fromkeys(("set", "kind", "key", "plain_key", "prompts_sha256"), str),
+        **dict.fromkeys(("model", "sae", "sampling", "files"), dict),
+        **dict.fromkeys(("tuned", "shown_sha256"), object),
+    }
+    damaged = [name for name, kind in kinds.items() if name not in index or not isinstance(index[name], kind)]
+    if not damaged and not isinstance(index["sae"].get("source"), str):
+        damaged = ["sae"]
+    if damaged:
+        raise InputError(f"{path} is damaged ({', '.join(damaged)}): make the profile again")
     return index
 
 
@@ -190,15 +206,26 @@ def _table(profile: Profile) -> pa.Table:
 
 
 def _rows(table: pa.Table, d_sae: int) -> PromptRows:
-    def flat(name: str) -> Any:
-        column = table.column("features" if name == "indices" else name).combine_chunks()
-        return column.flatten().to_numpy(zero_copy_only=False)
+    """The lists of all prompts; raises ValueError where they are not rows of an SAE so wide."""
+    import pyarrow.compute as pc
 
-    offsets = table.column("features").combine_chunks()
-    sizes = np.asarray(offsets.value_lengths().to_numpy(zero_copy_only=False), np.int64)
-    rows = PromptRows(d_sae, np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)]), *map(flat, ENTRIES))
-    if any(len(getattr(rows, name)) != rows.indptr[-1] for name in ENTRIES):
-        raise ValueError("its lists differ in length")
+    sizes, entries = [], {}
+    for name, dtype in ENTRIES.items():
+        column = table.column("features" if name == "indices" else name).combine_chunks()
+        values = column.flatten()
+        if column.null_count or values.null_count:
+            raise ValueError(f"{name} has a null")
+        sizes.append(pc.list_value_length(column).to_numpy(zero_copy_only=False).astype(np.int64))
+        entries[name] = values.to_numpy(zero_copy_only=False).astype(dtype, copy=False)
+    if any(not np.array_equal(of_list, sizes[0]) for of_list in sizes):
+        raise ValueError("the lists of a prompt differ in length")
+    rows = PromptRows(d_sae, np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[0])]), **entries)
+    ascends = np.diff(rows.indices) > 0
+    ascends[rows.indptr[1:-1][(rows.indptr[1:-1] > 0) & (rows.indptr[1:-1] < len(rows.indices))] - 1] = True
+    if len(rows.indices) and not (ascends.all() and rows.indices.min() >= 0 and rows.indices.max() < d_sae):
+        raise ValueError(f"features do not ascend within a prompt, below {d_sae}")
+    if not all(np.isfinite(values).all() for values in entries.values()):
+        raise ValueError("a sum is not finite")
     return rows
 
 
@@ -221,7 +248,7 @@ def _prompts(table: pa.Table, index: Mapping[str, Any], identity: Identity) -> t
     log = PromptLog(prompt_set)
     log.kept = [np.ones(len(prompt.positions), bool) for prompt in prompts]
     log.kept_paired = [np.ones(len(prompt.paired), bool) for prompt in prompts]
-    log.n_read = np.asarray(table.column("n_tokens"), np.int64)
-    log.n_pairs = np.asarray(table.column("n_pairs"), np.int64)
+    log.n_read = np.asarray([len(prompt.positions) for prompt in prompts], np.int64)
+    log.n_pairs = np.asarray([len(prompt.paired) for prompt in prompts], np.int64)
     log.n_sinks = np.asarray(table.column("n_sinks"), np.int64)
     return prompt_set, log

@@ -67,10 +67,12 @@ class _Making:
         self.read: list[int] = []
         self.parts: list[PromptRows] = []
         self.recent: list[PromptRows] = []
+        self.n_recent = 0
 
     def add(self, rows: PairedRows) -> None:
         self.recent.append(PromptRows.of(self.sae, rows))
-        if sum(len(part.indices) for part in self.recent) >= JOINED_ENTRIES:
+        self.n_recent += len(self.recent[-1].indices)
+        if self.n_recent >= JOINED_ENTRIES:
             self._join()
         self.read += rows.prompts
         self.residuals.update(rows)
@@ -79,7 +81,7 @@ class _Making:
     def _join(self) -> None:
         # Many entries lie in files, and the memory of the parts is free again.
         self.parts.append(PromptRows.joined(self.recent))
-        self.recent = []
+        self.recent, self.n_recent = [], 0
 
     def profile(self) -> Profile:
         if self.recent or not self.parts:

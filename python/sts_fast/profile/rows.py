@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
+from sts_fast.errors import InputError
 from sts_fast.model.reader import PairedRows
 from sts_fast.ops import _cpu
 from sts_fast.ops.encode import encode
@@ -125,14 +127,32 @@ class PromptRows:
 
 
 def _room(n: int, dtype: Any) -> Any:
-    """[n] for values of one kind; many lie in a file without a name, which the system keeps in memory as it can."""
-    if n * np.dtype(dtype).itemsize <= MOST_BYTES:
+    """[n] for values of one kind; many lie in a file without a name, which the system keeps in memory as it can.
+
+    Raises InputError where the disk has no room for them.
+    """
+    n_bytes = n * np.dtype(dtype).itemsize
+    if n_bytes <= MOST_BYTES:
         return np.empty(n, dtype)
-    with tempfile.TemporaryFile() as file:
-        return np.memmap(file, dtype, "w+", shape=(n,))
+    try:
+        with tempfile.TemporaryFile() as file:
+            if hasattr(os, "posix_fallocate"):  # a full disk would otherwise end the process when the file is written
+                os.posix_fallocate(file.fileno(), 0, n_bytes)
+            return np.memmap(file, dtype, "r+" if file.seek(0, 2) else "w+", shape=(n,))
+    except OSError as error:
+        raise InputError(
+            f"no room for {n_bytes / 1e9:.1f} GB of a profile's rows in {tempfile.gettempdir()} "
+            f"({error.strerror or error}): set TMPDIR to a larger disk, or lower --limit"
+        ) from error
 
 
-ENTRIES = tuple(field.name for field in fields(PromptRows) if field.name not in ("d_sae", "indptr"))
+# By name, the type of the arrays with a number for each entry.
+ENTRIES = {
+    **dict.fromkeys(("indices", "n_fired"), np.int32),
+    **dict.fromkeys(("sum_h", "sum_sq_h", "sum_shift", "sum_sq_shift"), np.float64),
+    "strongest": np.float32,
+    "strongest_at": np.int32,
+}
 
 
 def _starts(sizes: Sequence[int]) -> Counts:

@@ -146,7 +146,10 @@ def _gradients(
         with torch.enable_grad():
             nll, _ = read_answers(model, ids, chosen, name=memory.name)
             share = torch.tensor([len(prompt.positions) / n_tokens for prompt in chosen], dtype=nll.dtype)
-            return torch.autograd.grad((nll * share.to(nll.device)).sum(), maps)
+            # Of experts to which no token went, and other maps that did not run, the gradient is zero.
+            return torch.autograd.grad(
+                (nll * share.to(nll.device)).sum(), maps, allow_unused=True, materialize_grads=True
+            )
 
     total = [torch.zeros_like(weight) for weight in maps]
     for _, gradients in in_batches(model, prompts, read, batch_tokens=most, memory=memory):
