@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sts_fast.forecast.estimators import SIGNED
+from sts_fast.outcomes.validate.statistics import sign_auc
+from sts_fast.statistics import partial_pearson, pearson
 from study.real import runs
 from study.real.changes import Training, ceiling
 
@@ -96,9 +98,10 @@ def agreement(number: Number, trainings: Sequence[Training], control: Number | N
         size = np.abs(value) if number.is_signed else value
         for kind, foretold, outcome in (("signed", value, fall), ("size", size, np.abs(fall))):
             r[kind].append(correlation(foretold, outcome))
-            given[kind].append(np.nan if text is None else partial(foretold, outcome, text))
+            given[kind].append(np.nan if text is None else float(partial_pearson(foretold, outcome, text)))
         clear = np.asarray([change.is_clear for change in changes], bool)
-        auc.append(area(value[clear], fall[clear] > 0) if len(clear) else np.nan)
+        found = sign_auc(value[clear], fall[clear])
+        auc.append(np.nan if found is None else found)
     return Agreement(
         number,
         {kind: np.asarray(values) for kind, values in r.items()},
@@ -109,22 +112,7 @@ def agreement(number: Number, trainings: Sequence[Training], control: Number | N
 
 def correlation(one: Doubles, other: Doubles) -> float:
     """Pearson's r; NaN for too few or constant values."""
-    if len(one) < LEAST_DOMAINS or np.ptp(one) == 0 or np.ptp(other) == 0:
-        return float("nan")
-    return float(np.corrcoef(one, other)[0, 1])
-
-
-def partial(one: Doubles, other: Doubles, given: Doubles) -> float:
-    """Pearson's r of what a straight line through `given` leaves of both."""
-    a, b, c = correlation(one, other), correlation(one, given), correlation(other, given)
-    left = (1 - b**2) * (1 - c**2)
-    return (a - b * c) / left**0.5 if left > 1e-9 else float("nan")
-
-
-def area(values: Doubles, falls: NDArray[np.bool_]) -> float:
-    """Under the ROC curve: P(value of a fall > value of a rise), ties half; NaN without both."""
-    above = values[falls][:, None] - values[~falls][None, :]
-    return float(((above > 0) + 0.5 * (above == 0)).mean()) if above.size else float("nan")
+    return float(pearson(one, other)) if len(one) >= LEAST_DOMAINS else float("nan")
 
 
 def ceilings(trainings: Sequence[Training], kind: str) -> Doubles:

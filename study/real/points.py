@@ -7,16 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from study.real import harness, runs
-from study.real.agreement import Number, area
-from study.real.changes import Training
 from study.real.forecasts import FORECASTS
 from study.real.runs import Tell
 from study.real.sets import DEMONSTRATIONS, N_DOMAIN, own_domains, read_rows
-
-Doubles = NDArray[np.float64]
 
 # By forecast, the estimators that are calibrated.
 CALIBRATED = {
@@ -26,7 +21,6 @@ CALIBRATED = {
     "adapter": ("adapter_loss",),
     "paper without template": ("act", "icl"),
 }
-RISES = (0.1, 0.5)  # of a guarded domain's loss, in nats per token, that a user would want to be warned of
 
 
 def points(work: Path, part: str, way: str, tell: Tell) -> None:
@@ -72,20 +66,3 @@ def points(work: Path, part: str, way: str, tell: Tell) -> None:
 
 def _asked_rows(work: Path, domain: str) -> list[dict[str, Any]]:
     return read_rows(work / "domains" / f"{domain}.jsonl")[DEMONSTRATIONS:][:N_DOMAIN]
-
-
-def warned(number: Number, trainings: list[Training], rise: float) -> tuple[float, float, float]:
-    """Of all pairs of a training set and a domain that is not its own: AUC for "the loss rises by more than `rise`",
-    the share of the pairs that do, and the share of wrong warnings among as many pairs as really rise."""
-    values: list[float] = []
-    rises: list[bool] = []
-    for training in trainings:
-        of_train = number.values.get(training.record["train"], {})
-        for domain in (domain for domain in training.others if domain in of_train):
-            values.append(of_train[domain])
-            rises.append(training.changes["loss"][domain].mean > rise)
-    risen = np.asarray(rises, bool)
-    order = np.argsort(np.asarray(values), kind="stable")  # the largest forecast rises first
-    n = int(risen.sum())
-    wrong = 1 - float(risen[order][:n].mean()) if n else float("nan")
-    return area(-np.asarray(values), risen), n / max(len(risen), 1), wrong
