@@ -154,6 +154,8 @@ def test_scores_of_a_trial_are_means_over_prompts(tiny: Tiny, tmp_path: Path) ->
             low, high = domain["scores"][field]["ci"]
             assert low <= domain["scores"][field]["value"] <= high
         assert domain["change"] is None
+    for name, of in signed["trial"]["domains"].items():
+        assert of == {"n_prompts": 12, "mean_fall": pytest.approx(scores_of(scores, name)["value"]), "own_share": 1}
     # Beside other signed estimators it is the same, whatever their SAE.
     both = sts_fast.score(
         model=tiny.model, sae=[tiny.saes["topk"], tiny.saes["jumprelu"]], estimators=("act", "ntk", "trial"),
@@ -168,6 +170,39 @@ def test_scores_of_a_trial_are_means_over_prompts(tiny: Tiny, tmp_path: Path) ->
             assert domain["scores"]["trial_loss"] == alone["scores"]["trial_loss"]
 
 
+def scores_of(scores: dict[str, Any], name: str) -> dict[str, Any]:
+    found: dict[str, Any] = next(domain for domain in scores["domains"] if domain["name"] == name)["scores"][
+        "trial_loss"
+    ]
+    return found
+
+
+def test_a_few_prompts_are_asked_again(tiny: Tiny, tmp_path: Path) -> None:
+    given = {"train": tiny.train, "domains": tiny.domains, "limit": 12, "shots": 1, "domain_shots": 2, "top_n": 8}
+    made = {}
+    for n in (0, 5):
+        forecast = sts_fast.score(
+            model=tiny.model, sae=tiny.saes["topk"], estimators=("act", "trial"), trial_steps=3,
+            trial_prompts=n, **given,
+        )  # fmt: skip
+        forecast.save(tmp_path / str(n))
+        made[n] = forecast.to_dict(), pq.read_table(tmp_path / str(n) / "prompts.parquet").to_pylist()
+    for name in tiny.domains:
+        every, some = (
+            {row["id"]: row for row in rows if row["stage"] == "trial" and row["domain"] == name}
+            for _, rows in made.values()
+        )
+        asked = {id for id, row in some.items() if row["trial_loss"] is not None}
+        assert list(some) == list(every)
+        assert len(asked) == 5 == made[5][0]["signed"]["trial"]["domains"][name]["n_prompts"]
+        for id in asked:
+            assert some[id]["trial_loss"] == pytest.approx(every[id]["trial_loss"], abs=1e-5)
+            assert some[id]["trial"] == pytest.approx(every[id]["trial"], abs=1e-6)
+        assert all(some[id]["answer_nll_sum"] == pytest.approx(every[id]["answer_nll_sum"]) for id in every)
+    drawn = trial.asked_again(PromptSet("days", [None] * 12, 0, 0), 5, 0)  # type: ignore[list-item]
+    assert not np.array_equal(drawn, trial.asked_again(PromptSet("other", [None] * 12, 0, 0), 5, 0))  # type: ignore[list-item]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -177,6 +212,7 @@ def test_scores_of_a_trial_are_means_over_prompts(tiny: Tiny, tmp_path: Path) ->
         ({"trial_cost": "2%%"}, "not '2%%'"),
         ({"trial_steps": 1}, "--trial-steps must be at least 2"),
         ({"trial_steps": 3, "estimators": ("act",)}, "add trial to --estimators"),
+        ({"trial_prompts": 1}, "--trial-prompts must be 2 or more"),
     ],
 )
 def test_lengths_that_are_refused(tiny: Tiny, options: dict[str, Any], message: str) -> None:

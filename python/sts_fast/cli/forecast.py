@@ -145,6 +145,7 @@ def shift(
             signed_features="sae",
             trial_steps=None,
             trial_cost=None,
+            trial_prompts=0,
             controls="features",
             labels=None,
         ),

@@ -54,7 +54,9 @@ def rollouts(
     sources: Sources,
     columns: Columns,
     completing: Completing,
-    settings: Annotated[RolloutSettings, Fixed(dims="icl", signed_features="sae", trial_steps=None, trial_cost=None)],
+    settings: Annotated[
+        RolloutSettings, Fixed(dims="icl", signed_features="sae", trial_steps=None, trial_cost=None, trial_prompts=0)
+    ],
     places: Places,
     core: Core,
     show_prompts: ShowPrompts = False,

@@ -18,7 +18,7 @@ from sts_fast.places import split_name
 from sts_fast.sae import SAE
 from sts_fast.signed.push import MAP_PROMPTS
 from sts_fast.signed.signed import hook_layer
-from sts_fast.signed.trial import BATCH_ROWS
+from sts_fast.signed.trial import BATCH_ROWS, OWN_ROWS, asked_again
 
 # Evaluations of the layers above the hook that seeking a map usually takes.
 MAP_EVALUATIONS = {"step": 15, "adapter": 60}
@@ -219,11 +219,19 @@ def _signed_flops(plan: Plan, size: ModelSize, hook: int) -> float:
 
 
 def _trial_flops(plan: Plan, rows: PromptSet, size: ModelSize) -> float:
-    """Of a trial's training, forward and back, and of reading its own answers and the domains' again."""
-    once = _answer_flops(rows.prompts, size, size.n_layers)
+    """Of a trial's training, forward and back, and of reading some of its own answers and of the domains' again."""
+    settings = plan.settings
+
+    def once(prompts: Sequence[Prompt]) -> float:
+        return _answer_flops(prompts, size, size.n_layers)
+
     n_passes = plan.trial_steps[rows.name] * BATCH_ROWS / len(rows.prompts)
-    again = sum(_answer_flops(made.prompts, size, size.n_layers) for made in plan.domain_answers)
-    return (2 + 2 * n_passes) * once + again
+    asked = [
+        made.prompts[i]
+        for made in plan.domain_answers
+        for i in asked_again(made, settings.trial_prompts, settings.seed)
+    ]
+    return 3 * n_passes * once(rows.prompts) + 2 * once(rows.prompts[:OWN_ROWS]) + once(asked)
 
 
 def _matrix_bytes(sae: SAE) -> float:

@@ -19,6 +19,7 @@ from sts_fast.signed.trial import BATCH_ROWS
 
 # Of a trial, where nothing else is asked for; and the fewest, which see as many examples as a set must have.
 TRIAL_STEPS, LEAST_STEPS = 16, MIN_PROMPTS // BATCH_ROWS
+TRIAL_PROMPTS = 16
 
 Dims = Literal["icl", "tuned", "active"]
 Controls = Literal["features", "all"]
@@ -34,7 +35,7 @@ class Settings(Sampling, Fields, Reading):
                signed 'ntk', 'step', 'adapter', see push, and 'trial', see trial, which need answers and the whole model
     signed_features: what the signed ones are written in: 'sae', 'fired' or 'raw', see push.Features
     trial_steps, trial_cost: length of a trial, in steps of trial.BATCH_ROWS examples, or as a share of one pass over
-               the training set, '2%'
+               the training set, '2%'; trial_prompts: most prompts of a domain that it asks again, 0 for all
     controls:  'features' (other features, raw activations, cosine of means) or 'all' (also the base model's loss and
                accuracy, which need the whole model and answers)
     top_n:     size of D_N
@@ -60,6 +61,9 @@ class Settings(Sampling, Fields, Reading):
     trial_cost: Annotated[
         str | None, Option("Instead of --trial-steps: the share of one pass over the training set, as 2%.")
     ] = None
+    trial_prompts: Annotated[
+        int, Option("Most prompts of a domain that are asked again after a trial; 0 for all.", least=0)
+    ] = TRIAL_PROMPTS
     controls: Annotated[
         Controls, Option("features, or all: also the base model's loss and accuracy (needs answers).")
     ] = "features"
@@ -77,6 +81,8 @@ class Settings(Sampling, Fields, Reading):
         for option, value in (("--trial-steps", self.trial_steps), ("--trial-cost", self.trial_cost)):
             if value is not None and "trial" not in self.estimators:
                 raise InputError(f"{option} is of the estimator trial: add trial to --estimators")
+        if self.trial_prompts == 1:
+            raise InputError("--trial-prompts must be 2 or more, or 0 for all: one prompt says nothing of its error")
         if self.trial_cost is not None:
             self.steps_of_trial(1)
 
@@ -121,6 +127,7 @@ class Options(SamplingOptions, FieldsOptions, ReadingOptions, total=False):
     signed_features: FeatureKind
     trial_steps: int | None
     trial_cost: str | None
+    trial_prompts: int
     controls: Controls
     top_n: int
     labels: str | Path | None

@@ -303,14 +303,13 @@ def _with_trials(
     session, settings, found = plan.session, plan.settings, [dict(of_train) for of_train in pushed]
     for rows in plan.trial_rows:
         trial = measure_trial(
-            session.whole, rows, plan.domain_answers, n_steps=plan.trial_steps[rows.name], seed=settings.seed,
-            batch_tokens=settings.batch_tokens, name=session.reader.name, say=settings.tell_line,
+            session.whole, rows, plan.domain_answers, n_steps=plan.trial_steps[rows.name],
+            n_prompts=settings.trial_prompts, seed=settings.seed, batch_tokens=settings.batch_tokens,
+            name=session.reader.name, say=settings.tell_line,
             tell=partial(settings.tell, f"trial of {rows.name}"),
         )  # fmt: skip
         for of_train in found:
-            of_train[rows.name] = with_trial(
-                of_train.get(rows.name), trial, plan.domain_answers, answers, seed=settings.seed
-            )
+            of_train[rows.name] = with_trial(of_train.get(rows.name), trial, plan.domain_answers, answers)
     return found
 
 

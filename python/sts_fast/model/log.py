@@ -85,6 +85,16 @@ class AnswerLog:
     n_tokens: NDArray[np.int64]
     exact: NDArray[np.bool_]
 
+    @property
+    def loss(self) -> Doubles:
+        """[n_prompts] loss per token of the answer, in nats"""
+        return self.nll / self.n_tokens
+
+    @property
+    def p_answer(self) -> Doubles:
+        """[n_prompts] probability of the whole answer"""
+        return np.exp(-self.nll)
+
     def table(self) -> pa.Table:
         log = PromptLog(self.prompt_set)
         log.kept = [np.ones(len(prompt.positions), bool) for prompt in self.prompt_set.prompts]

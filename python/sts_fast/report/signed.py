@@ -15,7 +15,7 @@ from sts_fast.report.numbers import counted, isolated, joined, percent, signific
 from sts_fast.report.ranking import FIRST_BARS, MOST_BARS
 from sts_fast.report.run import Material
 from sts_fast.signed.push import SMALLEST_P, SOLVED_LOSS
-from sts_fast.signed.signed import SignedBlock, SignedDomainBlock
+from sts_fast.signed.signed import SignedBlock, SignedDomainBlock, TrialBlock
 from sts_fast.statistics import Interval
 
 # The estimator that came closest to real training (docs/signed.md) is first.
@@ -258,6 +258,7 @@ def _sentences(scores: Scores, signed: SignedBlock) -> list[str]:
             f"The trial took {counted(trial['n_steps'], 'step')} on {counted(trial['n_rows'], 'example')}, whose loss "
             f"went from {significant(trial['loss_before'])} to {significant(trial['loss_after'])} nats per token."
         )
+        sentences += _trial_sentences(trial)
     unlikely = [name for name, entry in signed["domains"].items() if entry["p_answer"] < SMALLEST_P]
     if unlikely:
         sentences.append(
@@ -301,6 +302,21 @@ def _carriers(run: Material, signed: SignedBlock) -> tuple[FeatureSection | None
         feature = feature_of(rank, known[index], run.signed_firings)
         features.append(feature.moving([(part.domain, part.contribution) for part in moved[:MOST_DOMAINS]]))
     return section_of(features, "all parts"), carried
+
+
+def _trial_sentences(trial: TrialBlock) -> list[str]:
+    """How many prompts were asked again, and how far the values lean on other domains."""
+    asked = [of["n_prompts"] for of in trial["domains"].values()]
+    shares = [of["own_share"] for of in trial["domains"].values()]
+    count = str(max(asked)) if len(set(asked)) == 1 else f"{min(asked)} to {max(asked)}"
+    sentences = [f"Then {count} prompts of each domain were asked again."]
+    if min(shares) < 1:
+        sentences.append(
+            f"Between {percent(min(shares))} and {percent(max(shares))} of a value is what a domain's own prompts say; "
+            "the rest is what the base losses of all domains foretell, the more the fewer or the more unlike the "
+            "prompts (Fay and Herriot)."
+        )
+    return sentences
 
 
 def _carrier_sentences(signed: SignedBlock, carried: Sequence[Carried]) -> list[str]:

@@ -28,9 +28,10 @@ from sts_fast.signed.push import (
     pull_warnings,
     push_warnings,
 )
+from sts_fast.signed.small_areas import Domain, domain_means
 from sts_fast.signed.trial import Trial
 from sts_fast.signed.trial import values as trial_values
-from sts_fast.statistics import mean_interval, resamples
+from sts_fast.statistics import mean_interval, normal_interval, resamples
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -81,13 +82,23 @@ class CarrierBlock(TypedDict):
     label: str | None
 
 
+class TrialDomainBlock(TypedDict):
+    """Basis of a trial's forecast of a domain: the prompts asked again, their mean fall of the loss, and the share of
+    this domain's own prompts in trial_loss, the rest of which is what the base losses of all domains foretell."""
+
+    n_prompts: int
+    mean_fall: float
+    own_share: float
+
+
 class TrialBlock(TypedDict):
-    """A trial: its steps, the rows it was trained on, and the loss of their answers before and after."""
+    """A trial: its steps, the rows it was trained on, and the loss of the first of their answers before and after."""
 
     n_steps: int
     n_rows: int
     loss_before: float
     loss_after: float
+    domains: dict[str, TrialDomainBlock]
 
 
 class SignedBlock(TypedDict):
@@ -233,8 +244,6 @@ def with_trial(
     trial: Trial,
     domains: Sequence[PromptSet],
     answers: Mapping[str, AnswerLog],
-    *,
-    seed: int = 0,
 ) -> SignedForecast:
     """A signed forecast with that of a trial; forecast: None where there is no other.
 
@@ -243,22 +252,35 @@ def with_trial(
     import pyarrow as pa
 
     forecast = forecast or _trial_alone(trial, domains, answers)
-    values = {domain.name: trial_values(answers[domain.name], trial.domains[domain.name]) for domain in domains}
+    changes = {domain.name: trial_values(answers[domain.name], trial.domains[domain.name]) for domain in domains}
+    base = {"trial": {name: of.p_answer for name, of in answers.items()}}
+    base["trial_loss"] = {name: of.loss for name, of in answers.items()}
+    means = {
+        field: domain_means([_area(changes[domain.name][field], base[field][domain.name]) for domain in domains])
+        for field in base
+    }
+    scores = {
+        domain.name: forecast.scores.get(domain.name, {})
+        | {field: (float(of.values[i]), normal_interval(of.values[i], of.stderr[i])) for field, of in means.items()}
+        for i, domain in enumerate(domains)
+    }
+    falls = {name: of["trial_loss"][~np.isnan(of["trial_loss"])] for name, of in changes.items()}
     of_trial: TrialBlock = {
         "n_steps": trial.n_steps,
         "n_rows": len(trial.train.prompts),
-        "loss_before": float(trial.nll.mean()),
-        "loss_after": float(trial.nll_after.mean()),
+        "loss_before": float(np.nanmean(trial.nll)),
+        "loss_after": float(np.nanmean(trial.nll_after)),
+        "domains": {
+            domain.name: {
+                "n_prompts": len(falls[domain.name]),
+                "mean_fall": float(falls[domain.name].mean()),
+                "own_share": float(means["trial_loss"].own_share[i]),
+            }
+            for i, domain in enumerate(domains)
+        },
     }
     rows = [_rows("trial_train", trial.train, trial.nll, {})]
-    rows += [
-        _rows("trial", domain, answers[domain.name].nll / answers[domain.name].n_tokens, values[domain.name])
-        for domain in domains
-    ]
-    scores = {
-        domain.name: forecast.scores.get(domain.name, {}) | _scores(domain.name, values[domain.name], seed)
-        for domain in domains
-    }
+    rows += [_rows("trial", domain, answers[domain.name].loss, changes[domain.name]) for domain in domains]
     return replace(
         forecast,
         block={**forecast.block, "trial": of_trial},
@@ -267,13 +289,18 @@ def with_trial(
     )
 
 
+def _area(change: Doubles, base: Doubles) -> Domain:
+    asked = ~np.isnan(change)
+    return Domain(change[asked], base[asked], base)
+
+
 def _trial_alone(trial: Trial, domains: Sequence[PromptSet], answers: Mapping[str, AnswerLog]) -> SignedForecast:
     """What is known of the domains without a gradient or a map at the hook."""
     of_domains: dict[str, SignedDomainBlock] = {
         domain.name: {
             "n_prompts": len(domain.prompts),
-            "base_loss": float((answers[domain.name].nll / answers[domain.name].n_tokens).mean()),
-            "p_answer": float(np.exp(-answers[domain.name].nll).mean()),
+            "base_loss": float(answers[domain.name].loss.mean()),
+            "p_answer": float(answers[domain.name].p_answer.mean()),
             "gradient_cosine": None,
             "top_features": None,
             "share_of_top_features": None,
@@ -282,7 +309,7 @@ def _trial_alone(trial: Trial, domains: Sequence[PromptSet], answers: Mapping[st
     }
     block: SignedBlock = {
         "features": None,
-        "train_loss": float(trial.nll.mean()),
+        "train_loss": float(np.nanmean(trial.nll)),
         "loss_left": {},
         "trial": None,
         "domains": of_domains,
@@ -305,16 +332,16 @@ def _prompt_table(
 
 
 def _rows(stage: str, prompt_set: PromptSet, nll: Doubles, values: Mapping[str, Doubles]) -> pa.Table:
-    """A stage's rows of prompts.parquet; nll: [n_prompts] per token; values: by field, [n_prompts]."""
+    """A stage's rows of prompts.parquet, null for NaN; nll: [n_prompts] per token; values: by field, [n_prompts]."""
     import pyarrow as pa
 
     log = PromptLog(prompt_set)
     log.kept = [np.ones(len(prompt.positions), bool) for prompt in prompt_set.prompts]
-    table = log.table(
-        stage, {"answer_nll_sum": nll * np.asarray([len(prompt.positions) for prompt in prompt_set.prompts])}
-    )
+    n_answer = np.asarray([len(prompt.positions) for prompt in prompt_set.prompts])
+    table = log.table(stage, {"answer_nll_sum": pa.array(nll * n_answer, from_pandas=True)})
     for field in SIGNED_FIELDS:
-        column = pa.array(values[field]) if field in values else pa.nulls(len(nll), pa.float64())
+        of_field = values.get(field)
+        column = pa.nulls(len(nll), pa.float64()) if of_field is None else pa.array(of_field, from_pandas=True)
         table = table.append_column(field, column)
     return table
 

@@ -10,11 +10,13 @@ and Adam (arXiv 1412.6980) lowers the mean loss of an answer's token with it, BA
     trial       rise of P(answer), the probability of all of its tokens
     trial_loss  fall of the answer's loss, in nats per token
 
-The model's own weights do not change, and the maps are taken away again.
+of which a few prompts of each domain are asked again; small_areas makes the domains' means of them and of what the base
+model gave for all prompts. The model's own weights do not change, and the maps are taken away again.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,9 +36,11 @@ from sts_fast.signed.gradients import frozen
 if TYPE_CHECKING:
     import torch
 
-    from sts_fast.statistics import Doubles
+    from sts_fast.statistics import Doubles, Indices
 
 BATCH_ROWS = 4
+# Rows of the training set whose loss is read before and after.
+OWN_ROWS = 16
 RANK, ALPHA = 16, 32
 LEARNING_RATE = 1e-3
 # Of one forward and backward pass, whose activations are kept in every layer.
@@ -48,8 +52,9 @@ class Trial:
     """One training set's trial.
 
     train:   the prompts that the model was trained on, in order; n_steps: steps of BATCH_ROWS of them
-    nll:     [n_train] loss per token of their answers before training, in nats; nll_after: after it
-    domains: by domain, [n_prompts] the same loss after training
+    nll:     [n_train] loss per token of their answers before training, in nats; nll_after: after it; NaN of those that
+             were not read
+    domains: by domain, [n_prompts] the same loss after training; NaN of prompts that were not asked again
     """
 
     train: PromptSet
@@ -60,10 +65,9 @@ class Trial:
 
 
 def values(answers: AnswerLog, nll_after: Doubles) -> dict[str, Doubles]:
-    """By field, [n_prompts] each prompt's part of a domain's forecast, which is the mean over them."""
-    before = answers.nll / answers.n_tokens
-    p_before, p_after = np.exp(-answers.nll), np.exp(-nll_after * answers.n_tokens)
-    return {"trial": p_after - p_before, "trial_loss": before - nll_after}
+    """By field, [n_prompts] each prompt's change; NaN of prompts that were not asked again."""
+    p_after = np.exp(-nll_after * answers.n_tokens)
+    return {"trial": p_after - answers.p_answer, "trial_loss": answers.loss - nll_after}
 
 
 def measure_trial(
@@ -72,6 +76,7 @@ def measure_trial(
     domains: Sequence[PromptSet],
     *,
     n_steps: int,
+    n_prompts: int = 0,
     seed: int = 0,
     batch_tokens: int | None = None,
     name: str = "the model",
@@ -81,7 +86,7 @@ def measure_trial(
     """Trains a model on `train` for n_steps, reads the domains' answers, and leaves the model as it was.
 
     model:  a causal language model with its head; name: its name in errors
-    train, domains: prompts that read their answers
+    train, domains: prompts that read their answers; n_prompts: most of a domain that are asked, 0 for all
     batch_tokens: most tokens of one pass; say: is told where that did not fit into memory
     tell:   is told of each step and each domain
 
@@ -97,13 +102,17 @@ def measure_trial(
         if tell is not None:
             tell(done, n_done)
 
-    def losses(prompts: Sequence[Prompt]) -> Doubles:
-        total, n_tokens, _ = answer_outcomes(model, prompts, batch_tokens=batch_tokens or MOST_BATCH_TOKENS, say=say)
-        return total / n_tokens
+    def losses(prompts: Sequence[Prompt], rows: Indices) -> Doubles:
+        asked = [prompts[i] for i in rows]
+        total, n_tokens, _ = answer_outcomes(model, asked, batch_tokens=batch_tokens or MOST_BATCH_TOKENS, say=say)
+        nll = np.full(len(prompts), np.nan)
+        nll[rows] = total / n_tokens
+        return nll
 
     memory = TokenBudget(input_device(model), name, say=say)
     most = min(batch_tokens or PASS_TOKENS, PASS_TOKENS)
-    before = losses(train.prompts)
+    own = np.arange(min(OWN_ROWS, len(train.prompts)))
+    before = losses(train.prompts, own)
     with frozen(model), low_rank_maps(model, seed=seed, name=name) as maps:
         optimizer = torch.optim.Adam(maps, lr=LEARNING_RATE)
         for rows in _steps(len(train.prompts), n_steps, seed):
@@ -112,14 +121,23 @@ def measure_trial(
                 weight.grad = gradient
             optimizer.step()
             step_done()
-        after = losses(train.prompts)
+        after = losses(train.prompts, own)
         moved = {}
         for domain in domains:
-            moved[domain.name] = losses(domain.prompts)
+            moved[domain.name] = losses(domain.prompts, asked_again(domain, n_prompts, seed))
             step_done()
-    if not all(np.isfinite(nll).all() for nll in (after, *moved.values())):
+    if any(np.isinf(nll).any() for nll in (after, *moved.values())):
         raise InputError(f"the trial of '{train.name}' made the loss NaN or infinite: try --dtype float32")
     return Trial(train, n_steps, before, after, moved)
+
+
+def asked_again(domain: PromptSet, n_prompts: int, seed: int) -> Indices:
+    """Which of a domain's prompts a trial asks, in their order; drawn by its name, so the same in every run of it."""
+    n = len(domain.prompts)
+    if not 0 < n_prompts < n:
+        return np.arange(n)
+    drawn = np.random.default_rng([seed, zlib.crc32(domain.name.encode())]).choice(n, n_prompts, replace=False)
+    return np.sort(drawn)
 
 
 def _steps(n_rows: int, n_steps: int, seed: int) -> Iterator[list[int]]:
