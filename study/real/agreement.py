@@ -69,7 +69,7 @@ def numbers_of(part: str) -> list[Number]:
                     train: {domain: of[name] for domain, of in domains.items() if name in of}
                     for train, domains in record[layer].items()
                 }
-                is_signed = name in SIGNED or name == "gradient_cosine"
+                is_signed = name in (*SIGNED, "gradient_cosine", "trial mean_fall")
                 found.append(Number(path.stem, layer, name, values, is_signed))
     return found
 

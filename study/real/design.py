@@ -5,6 +5,8 @@ Everything here is of design sets and design domains; `results/design.json` has 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy as np
 import torch
 
 from sts_fast.signed.gradients import frozen
+from sts_fast.signed.small_areas import Domain, domain_means
 from sts_fast.signed.trial import low_rank_maps
 from study.real import runs
 from study.real.agreement import Number
@@ -25,7 +28,9 @@ from study.real.training import BATCH_ROWS, N_HELD_OUT, answer_loss, products
 N_QUESTIONS = 16  # of a domain; N_ROWS: of a training set, for its gradient
 N_ROWS = 32
 # Learning rates of low-rank trials, and the steps after which they are looked at.
-RATES, STEPS = (1e-3,), (2, 4, 8, 16)
+RATES, STEPS = (1e-3, 3e-3), (2, 4, 8, 16)
+# Questions of a domain of which its fall is estimated, the first ones.
+ASKED_AGAIN = (4, 8, 16)
 
 RESULTS = runs.RESULTS / "design"
 
@@ -142,7 +147,7 @@ def looked_at() -> list[Number]:
 
 
 def _trials(rate: float) -> list[Number]:
-    """Falls of the loss after each number of steps, and of its first tokens (format) alone."""
+    """Falls after each number of steps: of the loss, plain means and by small areas, and of its first tokens alone."""
     suffix = f" {rate:g}.json"
     made = {
         path.name.removeprefix("trial ").removesuffix(suffix): runs.read_json(path)
@@ -150,24 +155,42 @@ def _trials(rate: float) -> list[Number]:
     }
     if not made:
         return []
-    return [
-        Number(
-            f"low-rank trial, rate {rate:g}",
-            "all",
-            f"{measure}, {steps} steps",
-            {train: _falls(of_train, measure, str(steps)) for train, of_train in made.items()},
-            is_signed=True,
-        )
-        for measure in ("loss", "format")
-        for steps in STEPS
-    ]
+    base = runs.outcomes()[runs.BASE]["domains"]
+
+    def number(name: str, falls: Callable[[dict[str, Any]], dict[str, float]]) -> Number:
+        values = {train: falls(of_train) for train, of_train in made.items()}
+        return Number(f"low-rank trial, rate {rate:g}", "all", name, values, is_signed=True)
+
+    found = []
+    for steps in STEPS:
+        found.append(number(f"format, {steps} steps", partial(_means, measure="format", steps=steps, n=N_QUESTIONS)))
+        for n in ASKED_AGAIN:
+            asked = f"{steps} steps, {n} questions"
+            found.append(number(f"loss, {asked}", partial(_means, measure="loss", steps=steps, n=n)))
+            found.append(number(f"small areas, {asked}", partial(_small_areas, base=base, steps=steps, n=n)))
+    return found
 
 
-def _falls(of_train: dict[str, Any], measure: str, steps: str) -> dict[str, float]:
+def _means(of_train: dict[str, Any], *, measure: str, steps: int, n: int) -> dict[str, float]:
+    """By domain, the mean fall over the first n questions."""
+    after = of_train[str(steps)]
     return {
-        domain: float(np.mean(np.subtract(before[measure], of_train[steps][domain][measure])))
+        domain: float(np.mean(np.subtract(before[measure], after[domain][measure])[:n]))
         for domain, before in of_train["0"].items()
     }
+
+
+def _small_areas(of_train: dict[str, Any], *, base: dict[str, Any], steps: int, n: int) -> dict[str, float]:
+    """The same by small-area estimation, with the base losses of all questions."""
+    areas = {
+        domain: Domain(
+            np.subtract(before["loss"], of_train[str(steps)][domain]["loss"])[:n],
+            np.asarray(before["loss"])[:n],
+            base[domain]["loss"],
+        )
+        for domain, before in of_train["0"].items()
+    }
+    return dict(zip(areas, domain_means(list(areas.values())).values.tolist(), strict=True))
 
 
 def _kernels(kernels: dict[str, Any]) -> list[Number]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sts_fast.forecast.estimators import SIGNED
 from study.real import embedding, runs
 from study.real.runs import Tell
 from study.real.saes import LAYERS
@@ -27,6 +28,8 @@ FROZEN = runs.RESULTS / "frozen.json"
 PARTS = ("design", "judged")
 MIDDLE = LAYERS[len(LAYERS) // 2]
 PAPER = ("--estimators", "act,icl,act_sq")
+# In bfloat16, as the trainings' products, and of 64 rows of a training set, as many as 16 steps of a trial.
+SHORT = ("--dims", "active", "--dtype", "bfloat16", "--limit", "64")
 
 Numbers = dict[str, dict[str, dict[str, float]]]  # training set -> domain -> name of a number -> its value
 
@@ -47,11 +50,19 @@ FORECASTS = (
     Asked("paper", (*PAPER, "--controls", "all", "--tokens", "template"), LAYERS),
     Asked("paper without template", PAPER, LAYERS),
     Asked("active", ("--estimators", "act,act_sq", "--dims", "active")),
-    Asked("ntk", ("--estimators", "ntk")),
-    Asked("step", ("--estimators", "step")),
-    Asked("adapter", ("--estimators", "adapter")),
-    # In bfloat16, as the trainings' products; half of the questions, whose number is most of its cost.
-    Asked("trial", ("--estimators", "trial", "--trial-steps", "16", "--limit", "16", "--dtype", "bfloat16")),
+    # Those with a sign read features without demonstrations, which they do not use; `reading` is what that costs.
+    *(
+        Asked(name, (*SHORT, "--estimators", ",".join(["act", *options[:1]]), *options[1:]))
+        for name, options in {
+            "reading": (),
+            "ntk": ("ntk",),
+            "step": ("step",),
+            "adapter": ("adapter",),
+            "trial": ("trial",),
+            "trial, 8 steps and prompts": ("trial", "--trial-steps", "8", "--trial-prompts", "8"),
+            "trial, 4 steps and prompts": ("trial", "--trial-steps", "4", "--trial-prompts", "4"),
+        }.items()
+    ),
     Asked("embedding", None),
 )
 
@@ -102,7 +113,9 @@ def run(work: Path, asked: Asked, part: dict[str, list[str]], output: Path) -> d
     sys.argv = ["sts-fast", *command(work, asked, part), "--output", str(output)]
     main()
     made = [runs.read_json(scores) for scores in sorted(output.rglob("scores.json"))]
-    return {str(layer): numbers(made, layer) for layer in asked.layers}
+    return {
+        str(layer): numbers(made, layer, signed_alone=SHORT == asked.options[: len(SHORT)]) for layer in asked.layers
+    }
 
 
 def command(work: Path, asked: Asked, part: dict[str, list[str]]) -> list[str]:
@@ -117,18 +130,20 @@ def command(work: Path, asked: Asked, part: dict[str, list[str]]) -> list[str]:
     ]
 
 
-def numbers(runs_of_saes: list[dict[str, Any]], layer: int) -> Numbers:
-    """Every score and control of the runs of one SAE."""
+def numbers(runs_of_saes: list[dict[str, Any]], layer: int, *, signed_alone: bool = False) -> Numbers:
+    """Every score and control of the runs of one SAE, or those with a sign and the base loss alone."""
     found: Numbers = {}
     for run in runs_of_saes:
         if run["model"]["layer"] != layer:
             continue
         of_train = found.setdefault(run["train"]["name"], {})
         for domain in run["domains"]:
-            values = {name: score["value"] for name, score in domain["scores"].items()}
-            for control, some in domain["controls"].items():
+            values = {name: of["value"] for name, of in domain["scores"].items() if name in SIGNED or not signed_alone}
+            for control, some in ({} if signed_alone else domain["controls"]).items():
                 values |= {f"{control} {name}": value for name, value in some.items()}
             signed = (run["signed"] or {"domains": {}})["domains"].get(domain["name"], {})
             values |= {name: signed[name] for name in ("gradient_cosine", "base_loss") if signed.get(name) is not None}
+            if (run["signed"] or {}).get("trial"):
+                values["trial mean_fall"] = run["signed"]["trial"]["domains"][domain["name"]]["mean_fall"]
             of_train[domain["name"]] = {name: float(f"{value:.6g}") for name, value in values.items()}
     return found
