@@ -113,9 +113,8 @@ def run(work: Path, asked: Asked, part: dict[str, list[str]], output: Path) -> d
     sys.argv = ["sts-fast", *command(work, asked, part), "--output", str(output)]
     main()
     made = [runs.read_json(scores) for scores in sorted(output.rglob("scores.json"))]
-    return {
-        str(layer): numbers(made, layer, signed_alone=SHORT == asked.options[: len(SHORT)]) for layer in asked.layers
-    }
+    signed_alone = asked.options is not None and asked.options[: len(SHORT)] == SHORT
+    return {str(layer): numbers(made, layer, signed_alone=signed_alone) for layer in asked.layers}
 
 
 def command(work: Path, asked: Asked, part: dict[str, list[str]]) -> list[str]:
