@@ -23,7 +23,6 @@ from sts_fast.forecast.plan import Plan
 from sts_fast.forecast.run import Forecast
 from sts_fast.model.answers import answer_outcomes
 from sts_fast.model.log import AnswerLog
-from sts_fast.model.memory import MOST_BATCH_TOKENS
 from sts_fast.model.sae_check import Fit
 from sts_fast.model.session import Purpose, SAESource, Session
 from sts_fast.profile.profile import Profile
@@ -332,10 +331,9 @@ def read_answers(plan: Plan, signed: Sequence[Mapping[str, SignedForecast]]) -> 
     if already is not None:
         return {answers.name: already.answers[answers.name] for answers in plan.domain_answers}
     settings, reads = plan.settings, {}
-    batch_tokens = settings.batch_tokens or MOST_BATCH_TOKENS
     for done, answers in enumerate(plan.domain_answers):
         outcomes = answer_outcomes(
-            plan.session.whole, answers.prompts, batch_tokens=batch_tokens, say=settings.tell_line
+            plan.session.whole, answers.prompts, batch_tokens=settings.batch_tokens, say=settings.tell_line
         )
         reads[answers.name] = AnswerLog(answers, *outcomes)
         settings.tell("base loss and accuracy", done + 1, len(plan.domain_answers))

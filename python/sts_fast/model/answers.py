@@ -13,7 +13,7 @@ from sts_fast.errors import InputError
 from sts_fast.model.language_model import padded_ids
 from sts_fast.model.layer_trace import input_device
 from sts_fast.model.lengths import ANY_LENGTH, forget_lengths, length_rule
-from sts_fast.model.memory import TokenBudget, running
+from sts_fast.model.memory import TokenBudget, most_tokens, running
 
 if TYPE_CHECKING:
     import torch
@@ -137,13 +137,14 @@ def answer_outcomes(
     model: torch.nn.Module,
     prompts: Sequence[Prompt],
     *,
-    batch_tokens: int,
+    batch_tokens: int | None = None,
     say: Callable[[str], None] | None = None,
 ) -> tuple[Doubles, NDArray[np.int64], NDArray[np.bool_]]:
     """Measures how well a language model predicts the answers, at the positions `prompts` read (tokens='answer').
 
     model: with its head: what it returns has `logits` [batch, n_tokens, vocabulary]
-    batch_tokens: most tokens of a pass; say: is told where that did not fit into memory, and half of it follows
+    batch_tokens: most tokens of a pass, by default `most_tokens` of the device; say: is told where that did not fit
+        into memory, and half of it follows
 
     Returns, per prompt: [n_prompts] summed negative log-likelihood of the answer's tokens (nats), [n_prompts] their
     number, [n_prompts] whether each of them is the model's first choice (then greedy decoding gives this answer).
@@ -162,6 +163,7 @@ def answer_outcomes(
             raise InputError("the model gives NaN for the answers' likelihood: try --dtype float32")
 
     memory = TokenBudget(input_device(model), "the model", say=say)
-    for _ in in_batches(model, prompts, read, batch_tokens=batch_tokens, memory=memory):
+    most = batch_tokens or most_tokens(memory.device)
+    for _ in in_batches(model, prompts, read, batch_tokens=most, memory=memory):
         pass
     return nll * n_tokens, n_tokens, exact

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # A CPU gains nothing from more tokens than fit into its caches.
 MOST_BATCH_TOKENS, MOST_ON_CPU, LEAST_BATCH_TOKENS = 8192, 2048, 256
+# Share of these in a pass that a gradient follows, for which the activations of every layer are kept.
+GRADIENT_SHARE = 0.5
 # Share of the free memory for a batch; folder in which Linux states a container's limits.
 MEMORY_SHARE, CONTAINER = 0.4, Path("/sys/fs/cgroup")
 
@@ -50,7 +52,7 @@ class TokenBudget:
         """
         if self.n_tokens is None:
             free = free_memory(self.device)
-            most = MOST_ON_CPU if self.device.type == "cpu" else MOST_BATCH_TOKENS
+            most = most_tokens(self.device)
             n_tokens = most if free is None else int(MEMORY_SHARE * free / bytes_per_token)
             n_tokens = min(max(n_tokens, LEAST_BATCH_TOKENS), most)
             # A power of two: a little more or less memory then changes no bit of the results.
@@ -96,6 +98,12 @@ class TokenBudget:
                 continue
             order = order[len(batch) :]
             yield batch, result
+
+
+def most_tokens(device: torch.device, *, gradient: bool = False) -> int:
+    """Most tokens of a pass on a device, where memory allows it; gradient: whether a backward pass follows."""
+    most = MOST_ON_CPU if device.type == "cpu" else MOST_BATCH_TOKENS
+    return int(most * GRADIENT_SHARE) if gradient else most
 
 
 def take(order: list[int], lengths: NDArray[np.int64], batch_tokens: int) -> list[int]:

@@ -15,7 +15,7 @@ from sts_fast.model.answers import in_batches, read_answers
 from sts_fast.model.hooks import decoder_layers
 from sts_fast.model.language_model import attention_sinks
 from sts_fast.model.layer_trace import input_device
-from sts_fast.model.memory import MOST_BATCH_TOKENS, TokenBudget
+from sts_fast.model.memory import TokenBudget, most_tokens
 from sts_fast.model.packing import row_norms
 from sts_fast.places import layer_of
 
@@ -68,7 +68,7 @@ class HookedModel:
 
     model: a Hugging Face decoder in memory; layer: the layer whose output is the hook, the residual stream
     name:  its name in errors; say: called where a batch did not fit into memory and smaller ones follow
-    batch_tokens: most tokens of one pass, at most MOST_BATCH_TOKENS; None for MOST_BATCH_TOKENS
+    batch_tokens: most tokens of one pass, if fewer than `most_tokens` of the device
 
     Raises InputError where the model has no such layer or no head.
     """
@@ -88,13 +88,18 @@ class HookedModel:
         if model.get_output_embeddings() is None:
             raise InputError("signed estimators need the model's head: give a causal language model with one")
         self.model, self.layer, self.name = model.eval(), layer, name
-        self.batch_tokens = min(batch_tokens or MOST_BATCH_TOKENS, MOST_BATCH_TOKENS)
         self.device = input_device(model)
+        self._batch_tokens = batch_tokens
         self.memory = TokenBudget(self.device, name, say=say)
         self.d_in: int = config.hidden_size
         self._below, self._block = list(layers)[: layer + 1], layers[layer]
         self._bos = config.bos_token_id
         self._gives_tuple = False  # whether layers return (hidden states, ...); known once they have run
+
+    def batch_tokens(self, *, gradient: bool) -> int:
+        """Most tokens of one pass."""
+        most = most_tokens(self.device, gradient=gradient)
+        return min(self._batch_tokens or most, most)
 
     def answer_rows(self, prompts: Sequence[Prompt], Q: Doubles | None = None) -> Iterator[AnswerRows]:
         """Runs prompts that read their answers (tokens='answer'), shortest first, a batch at a time.
@@ -108,8 +113,8 @@ class HookedModel:
         def read(batch: list[int], ids: torch.Tensor) -> AnswerRows:
             return self._rows(batch, ids, [prompts[i] for i in batch], Q)
 
-        batches = in_batches(self.model, prompts, read, batch_tokens=self.batch_tokens, memory=self.memory)
-        for _, rows in batches:
+        most = self.batch_tokens(gradient=Q is not None)
+        for _, rows in in_batches(self.model, prompts, read, batch_tokens=most, memory=self.memory):
             yield rows
 
     def hook_rows(self, prompts: Sequence[Prompt]) -> Iterator[HookRows]:
@@ -128,8 +133,8 @@ class HookedModel:
                 self._read(ids, chosen)
             return self._at_hook(batch, ids, chosen, leaf[0])
 
-        batches = in_batches(self.model, prompts, read, batch_tokens=self.batch_tokens, memory=self.memory)
-        for _, rows in batches:
+        most = self.batch_tokens(gradient=False)
+        for _, rows in in_batches(self.model, prompts, read, batch_tokens=most, memory=self.memory):
             yield rows
 
     def _at_hook(self, batch: list[int], ids: torch.Tensor, chosen: Sequence[Prompt], x: torch.Tensor) -> HookRows:

@@ -30,7 +30,7 @@ from sts_fast.model.answers import answer_outcomes, in_batches, read_answers
 from sts_fast.model.hooks import decoder_layers
 from sts_fast.model.layer_trace import input_device
 from sts_fast.model.log import AnswerLog
-from sts_fast.model.memory import MOST_BATCH_TOKENS, TokenBudget
+from sts_fast.model.memory import TokenBudget, most_tokens
 from sts_fast.signed.gradients import frozen
 
 if TYPE_CHECKING:
@@ -43,8 +43,6 @@ BATCH_ROWS = 4
 OWN_ROWS = 16
 RANK, ALPHA = 16, 32
 LEARNING_RATE = 1e-3
-# Of one forward and backward pass, whose activations are kept in every layer.
-PASS_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -104,13 +102,14 @@ def measure_trial(
 
     def losses(prompts: Sequence[Prompt], rows: Indices) -> Doubles:
         asked = [prompts[i] for i in rows]
-        total, n_tokens, _ = answer_outcomes(model, asked, batch_tokens=batch_tokens or MOST_BATCH_TOKENS, say=say)
+        total, n_tokens, _ = answer_outcomes(model, asked, batch_tokens=batch_tokens, say=say)
         nll = np.full(len(prompts), np.nan)
         nll[rows] = total / n_tokens
         return nll
 
     memory = TokenBudget(input_device(model), name, say=say)
-    most = min(batch_tokens or PASS_TOKENS, PASS_TOKENS)
+    most = most_tokens(memory.device, gradient=True)
+    most = min(batch_tokens or most, most)
     own = np.arange(min(OWN_ROWS, len(train.prompts)))
     before = losses(train.prompts, own)
     with frozen(model), low_rank_maps(model, seed=seed, name=name) as maps:
