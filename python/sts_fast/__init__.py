@@ -9,6 +9,7 @@ from sts_fast.data.examples import Example, load_domains, load_examples
 from sts_fast.data.turns import ToolCall, Turn
 from sts_fast.errors import InputError
 from sts_fast.forecast.cross import Cross, cross
+from sts_fast.forecast.from_library import compare_stored
 from sts_fast.forecast.overlap import Overlap, overlap
 from sts_fast.forecast.run import Forecast
 from sts_fast.forecast.score import compare, plan, score
@@ -54,6 +55,7 @@ __all__ = [
     "ablate",
     "capture_activations",
     "compare",
+    "compare_stored",
     "cross",
     "encode",
     "fit_calibration",

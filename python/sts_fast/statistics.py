@@ -119,7 +119,7 @@ def grouped_ratio_intervals(numerators: Doubles, denominator: Doubles, resamples
 
 def _widened(bounds: Doubles, numerators: Doubles, denominator: Doubles, groups: IntArray) -> Doubles:
     """[2, m] intervals of prompts, widened by what other groups would change; numerators: [n_prompts, m]"""
-    from scipy import stats
+    from scipy import special
 
     _, group_of = np.unique(groups, return_inverse=True)
     n_groups = int(group_of.max()) + 1
@@ -130,7 +130,7 @@ def _widened(bounds: Doubles, numerators: Doubles, denominator: Doubles, groups:
     of_groups = np.zeros((n_groups, int(some.sum())))
     np.add.at(of_groups, group_of, numerators[:, some] / ratios[some] - denominator[:, None])
     relative_errors = np.sqrt(n_groups / (n_groups - 1) * ((of_groups / denominator.sum()) ** 2).sum(axis=0))
-    factors = np.exp(float(stats.t.ppf((1 + CONFIDENCE) / 2, n_groups - 1)) * relative_errors)
+    factors = np.exp(float(special.stdtrit(n_groups - 1, (1 + CONFIDENCE) / 2)) * relative_errors)
     widened = bounds.copy()
     widened[0, some] = np.minimum(bounds[0, some], ratios[some] / factors)
     widened[1, some] = np.maximum(bounds[1, some], ratios[some] * factors)

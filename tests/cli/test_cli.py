@@ -962,7 +962,7 @@ def test_as_a_process(score: Options, material: Path) -> None:
     assert ran.code == 0
     assert ran.out == (score.output / "scores.json").read_text()
     assert all(SAID.match(line) for line in ran.err.splitlines())
-    assert "--sae" in assert_refused(ended(bad))
+    assert "--train" in assert_refused(ended(bad))
 
 
 def test_interrupted_as_a_process(score: Options, tmp_path: Path) -> None:

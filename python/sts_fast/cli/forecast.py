@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +17,7 @@ from sts_fast.cli.calibration import (
     read_calibration,
 )
 from sts_fast.cli.console import progress, say, show
-from sts_fast.cli.options import AsJson, Demos, Domains, Fixed, Model, Output, SAEs, ShowPrompts, Train
+from sts_fast.cli.options import AsJson, Demos, Domains, Fixed, Output, SAEs, ShowPrompts, Train
 from sts_fast.cli.tables import (
     by_sae,
     print_agreement,
@@ -31,37 +31,50 @@ from sts_fast.cli.tables import (
 )
 from sts_fast.data.options import Option
 from sts_fast.data.sources import check_places
-from sts_fast.errors import InputError
+from sts_fast.errors import InputError, listed
 from sts_fast.files import Document
 from sts_fast.forecast.compare import comparison, sae_comparison, sae_names
 from sts_fast.forecast.cost import Outlook
+from sts_fast.forecast.from_library import compare_stored
 from sts_fast.forecast.options import Dims, Settings
 from sts_fast.forecast.run import COMPARISON_FILE, Forecast, clear_earlier
 from sts_fast.forecast.score import compare as run_compare
 from sts_fast.forecast.score import plan
 from sts_fast.report import build_comparison_report, build_report
 
+OrLibrary = Annotated[
+    str | None,
+    Option(
+        "Model: folder or hub id; or a folder of sts-fast capture. Without one, --train and --domains name sets of "
+        "--library."
+    ),
+]
 
-@dataclass(frozen=True)
+
+# Settings of a forecast from a library alone; the others decide how sets are read, or need the model.
+IN_LIBRARY = ("dims", "estimators", "top_n", "library", "seed", "command", "say")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sources:
-    """Model, SAEs and sets of one training set's forecasts."""
+    """Model, SAEs and sets of one training set's forecasts; without a model, sets of a library by their names."""
 
-    model: Model
-    sae: SAEs
+    model: OrLibrary = None
+    sae: SAEs = field(default_factory=list)
     train: Train
-    domains: Domains
+    domains: Domains = field(default_factory=list)
     demos: Demos = None
     tuned: Annotated[str | None, Option("The model after training, for --dims tuned.")] = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """Model, SAEs and sets of the forecasts of several training sets."""
+    """Model, SAEs and sets of the forecasts of several training sets; or a library's, as Sources."""
 
-    model: Model
-    sae: SAEs
+    model: OrLibrary = None
+    sae: SAEs = field(default_factory=list)
     train: Annotated[list[str], Option("A candidate training set: path, or name=path; repeatable, one name too.")]
-    domains: Domains
+    domains: Domains = field(default_factory=list)
     demos: Demos = None
     tuned: None = None
 
@@ -92,6 +105,7 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Forecast how strongly training on a set will move each domain."""
+    _needed(sources, "domains")
     if how.dry_run:
         print_outlook(_outlook(sources, {"train": sources.train}, settings, places, how), as_json=as_json)
         return
@@ -118,7 +132,8 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Forecast several candidate training sets side by side, each domain passed through the model once."""
-    trains = named_trains(sources.train)
+    _needed(sources, "domains")
+    trains = named_trains(sources.train) if sources.model is not None else {name: [name] for name in sources.train}
     if how.dry_run:
         print_outlook(_outlook(sources, trains, settings, places, how), as_json=as_json)
         return
@@ -173,13 +188,15 @@ def _outlook(
     sources: Sources | Candidates, trains: dict[str, list[str]], settings: Settings, places: Places, how: How
 ) -> Outlook:
     """The prompts that forecasts of some training sets will read, and their cost."""
+    if sources.model is None:
+        raise InputError("a forecast from a library reads nothing, so --dry-run has nothing to tell: give --model")
     if how.calibration is not None:
         read_calibration(how.calibration, settings, len(sources.sae))
     how.apply()
     check_places([place for places in trains.values() for place in places])
     return plan(
         model=sources.model,
-        sae=places.load(sources.sae, settings.sae_dtype),
+        sae=places.load(_needed(sources, "sae"), settings.sae_dtype),
         trains=trains,
         domains=sources.domains,
         demos=sources.demos,
@@ -205,31 +222,28 @@ def _forecasts(
     """
     calibration = None
     if how.calibration is not None:
-        calibration = read_calibration(how.calibration, settings, len(sources.sae))
+        calibration = read_calibration(how.calibration, settings, max(len(sources.sae), 1))
     files.prepare_folder(output)
     how.apply()
-    check_places([place for places in trains.values() for place in places])
-    loaded = places.load(sources.sae, settings.sae_dtype)
-    with progress() as tell:
-        settings = replace(
-            settings,
-            command=typed_command(),
-            progress=tell,
-            say=say,
-            show=show if how.show_prompts else None,
-        )
-        of_saes = run_compare(
-            model=sources.model,
-            sae=loaded,
-            trains=trains,
-            domains=sources.domains,
-            demos=sources.demos,
-            tuned=sources.tuned,
-            **vars(settings),
-        )
-    names = sae_names([(sae.source, sae.hook_name) for sae in loaded])
+    settings = replace(settings, command=typed_command(), say=say)
+    if sources.model is None:
+        names, of_saes = [""], [_from_library(sources, trains, settings, places, how)]
+    else:
+        check_places([place for places in trains.values() for place in places])
+        loaded = places.load(_needed(sources, "sae"), settings.sae_dtype)
+        with progress() as tell:
+            of_saes = run_compare(
+                model=sources.model,
+                sae=loaded,
+                trains=trains,
+                domains=sources.domains,
+                demos=sources.demos,
+                tuned=sources.tuned,
+                **vars(replace(settings, progress=tell, show=show if how.show_prompts else None)),
+            )
+        names = sae_names([(sae.source, sae.hook_name) for sae in loaded])
     refused: str | None = None
-    folders = [output / name if len(loaded) > 1 else output for name in names]
+    folders = [output / name if len(names) > 1 else output for name in names]
     clear_earlier(output, [folder / name if by_train else folder for folder in folders for name in trains])
     for of_sae, forecasts in zip(folders, of_saes, strict=True):
         for name, forecast in forecasts.items():
@@ -245,12 +259,51 @@ def _forecasts(
             _save_comparison(comparison(list(forecasts.values())), of_sae)
             build_comparison_report(of_sae)
     everything = [forecast for forecasts in of_saes for forecast in forecasts.values()]
-    if len(loaded) > 1:
+    if len(names) > 1:
         _save_comparison(sae_comparison(everything), output)
     if refused is not None:
         raise InputError(refused)
     print_warnings(everything)
     return everything
+
+
+def _from_library(
+    sources: Sources | Candidates, trains: dict[str, list[str]], settings: Settings, places: Places, how: How
+) -> dict[str, Forecast]:
+    """The forecasts of sets that a library has, by their names."""
+    if settings.library is None:
+        raise InputError("give the model with --model, or --library with the profiles of these sets")
+    given = {"demos": sources.demos, "tuned": sources.tuned, "show_prompts": how.show_prompts or None, **vars(places)}
+    typed = [name for name, value in given.items() if value is not None]
+    standard = Settings()
+    typed += [
+        name for name, value in vars(settings).items() if name not in IN_LIBRARY and value != getattr(standard, name)
+    ]
+    if typed:
+        words = listed(f"--{name.replace('_', '-')}" for name in typed)
+        raise InputError(f"without a model, sets stay as the library read them: omit {words}, or give --model")
+    if settings.signed or settings.dims == "tuned":
+        raise InputError("profiles have no answers and no model after training: give --model and --sae for those")
+    if len(sources.sae) > 1:
+        raise InputError("a library is read with one SAE at a time: give one --sae")
+    domains = [name.strip() for row in sources.domains for name in row.split(",") if name.strip()]
+    names = [name for of_train in trains.values() for name in of_train]
+    if len(names) > len(trains):
+        raise InputError("sets of a library are not joined: give one --train, or several to sts-fast compare")
+    found = compare_stored(
+        settings.library, names, domains or None,
+        sae=sources.sae[0] if sources.sae else None, estimators=settings.sizes, dims=settings.dims,
+        top_n=settings.top_n, seed=settings.seed, command=settings.command,
+    )  # fmt: skip
+    return {name: found[name] for name in names}
+
+
+def _needed(sources: Sources | Candidates, option: str) -> list[str]:
+    """What was given for an option that a forecast from a model cannot do without."""
+    given: list[str] = getattr(sources, option)
+    if sources.model is not None and not given:
+        raise InputError(f"with --model, give --{option} too")
+    return given
 
 
 def _save_comparison(comparison: Document, folder: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import datetime
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,8 +19,8 @@ from sts_fast.data.columns import RowsBlock
 from sts_fast.data.folders import Origin
 from sts_fast.data.prompts import prompts_sha256, set_warnings
 from sts_fast.errors import listed
-from sts_fast.files import InputFile
-from sts_fast.forecast.blocks import ConcentrationBlock, ProvenanceBlock, SetBlock
+from sts_fast.files import Document, InputFile
+from sts_fast.forecast.blocks import ConcentrationBlock, ModelBlock, ProvenanceBlock, SetBlock
 from sts_fast.forecast.dims import N_REPLICATES, Shift
 from sts_fast.forecast.domains import Use, domain_scores, use_of
 from sts_fast.forecast.estimators import BY_NAME
@@ -32,6 +34,7 @@ from sts_fast.model.log import AnswerLog
 from sts_fast.model.reader import Reader
 from sts_fast.model.sae_check import Fit
 from sts_fast.ops import _cpu
+from sts_fast.profile.identity import sae_document
 from sts_fast.profile.means import FeatureMeans
 from sts_fast.profile.profile import Profile
 from sts_fast.sae import SAE
@@ -46,49 +49,102 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Measurements with one SAE.
+class Basis:
+    """What the forecasts with one SAE rest on, beside profiles.
 
-    fit: whether the SAE belongs to the model; shifts: of each training set; domains: the profile of each
-    signed: by training set; empty where no signed estimator was asked for
+    model:     block of scores.json; tuned: the name of the model after training, or None
+    sae:       an SAE's source, architecture, d_in, d_sae, k and hook_name; neuronpedia: its name there, or None
+    fit:       whether it belongs to the model
+    labels:    of its features, by index
+    tokenizer: that writes out where features fire; None where it is not at hand, and nothing is written
+    promoted:  the output tokens that features promote, of those of which it is known
+    passes:    record of the forward passes
+    warnings, inputs, rows: by training set; inputs: all that its forecast is made of; rows: counts and columns of the
+        rows that were read
     """
 
-    sae: SAE
+    model: ModelBlock
+    tuned: str | None
+    sae: Document
+    neuronpedia: str | None
     fit: Fit
-    shifts: Sequence[Shift]
-    domains: list[Profile]
-    signed: Mapping[str, SignedForecast]
+    labels: Mapping[int, str]
+    tokenizer: PreTrainedTokenizerBase | None
+    promoted: Callable[[list[int]], dict[int, list[str]]]
+    passes: Callable[[], PassRecord]
+    warnings: Mapping[str, list[str]]
+    inputs: Mapping[str, list[InputFile]]
+    rows: Mapping[str, list[RowsBlock]]
+
+    @classmethod
+    def of(cls, plan: Plan, sae: SAE, fit: Fit, trains: Sequence[str]) -> Basis:
+        """The basis of a run of the model."""
+        session, reader, hook = plan.session, plan.session.reader, plan.session.reader.hook(sae)
+        general = [*plan.warnings, *filter(None, (fit.warning, fit.names)), *(f"SAE: {note}" for note in sae.notes)]
+        return cls(
+            model={
+                "name": reader.name,
+                "layer": hook.layer,
+                "module": hook.path,
+                "side": hook.side,
+                "d_in": hook.d_in,
+                "dtype": reader.dtype,
+                "context_length": reader.context_length,
+                "revision": reader.revision,
+                "weights_sha256": reader.weights_sha256(hook),
+            },
+            tuned=None if session.tuned is None else session.tuned.name,
+            sae=sae_document(sae),
+            neuronpedia=sae.metadata.get("neuronpedia_id"),
+            fit=fit,
+            labels=plan.labels.get(sae, {}),
+            tokenizer=session.tokenizer,
+            promoted=lambda features: promoted_tokens(reader, sae, features, session.tokenizer),
+            passes=reader.forward_passes,
+            warnings={name: general + plan.sets.warnings(name) for name in trains},
+            inputs={name: _inputs(plan, sae, name) for name in trains},
+            rows={name: plan.sets.blocks(name) for name in trains},
+        )
 
 
-def assemble(plan: Plan, measured: Measured, answers: Mapping[str, AnswerLog]) -> dict[str, Forecast]:
+def assemble(
+    basis: Basis,
+    shifts: Sequence[Shift],
+    domains: Sequence[Profile],
+    settings: Settings,
+    *,
+    signed: Mapping[str, SignedForecast] = MappingProxyType({}),
+    answers: Mapping[str, AnswerLog] = MappingProxyType({}),
+) -> dict[str, Forecast]:
     """The forecast of each training set.
 
+    shifts:  of each training set; domains: the profile of each
+    signed:  by training set; empty where no signed estimator was asked for
     answers: how well the base model answers each domain, where that was asked for
     """
-    shifts, signed, tokenizer = measured.shifts, measured.signed, plan.session.tokenizer
-    uses = {shift.name: [use_of(domain, shift, plan.settings) for domain in measured.domains] for shift in shifts}
+    uses = {shift.name: [use_of(domain, shift, settings) for domain in domains] for shift in shifts}
     firings = {shift.name: shift.firings() for shift in shifts}
     for name, of_shift in firings.items():
         for use in uses[name]:
             use.add_firings(of_shift)
     explained = [*firings.values(), *(of_train.firings for of_train in signed.values())]
     shown = sorted({int(j) for of_train in explained for j in of_train.features})
-    promoted = promoted_tokens(plan.session.reader, measured.sae, shown, tokenizer)
+    promoted = basis.promoted(shown)
     forecasts = {
         shift.name: _forecast(
-            plan, measured, shift, uses[shift.name], answers, firings[shift.name].table(tokenizer), promoted
+            basis, settings, shift, uses[shift.name], answers, firings[shift.name].table(basis.tokenizer), promoted
         )
         for shift in shifts
     }
     return {
-        name: _with_signed(forecast, signed[name], plan, measured.sae, promoted) if name in signed else forecast
+        name: _with_signed(forecast, signed[name], basis, promoted) if name in signed else forecast
         for name, forecast in forecasts.items()
     }
 
 
 def _forecast(
-    plan: Plan,
-    measured: Measured,
+    basis: Basis,
+    settings: Settings,
     shift: Shift,
     uses: Sequence[Use],
     answers: Mapping[str, AnswerLog],
@@ -97,13 +153,11 @@ def _forecast(
 ) -> Forecast:
     import pyarrow as pa
 
-    reader, settings, labels = plan.session.reader, plan.settings, plan.labels.get(measured.sae, {})
-    sae, fit, profile, tuned = measured.sae, measured.fit, shift.profile, plan.session.tuned
-    top_n, hook, means = settings.top_n, reader.hook(sae), FeatureMeans.of(profile, shift.importance, shift.replicates)
+    profile, top_n, d_in = shift.profile, settings.top_n, basis.model["d_in"]
+    means = FeatureMeans.of(profile, shift.importance, shift.replicates)
     n_moved = int((shift.importance > 0).sum())
-    warnings = [*plan.warnings, *filter(None, (fit.warning, fit.names)), *(f"SAE: {note}" for note in sae.notes)]
     prompt_sets = [profile.prompt_set, *(use.profile.prompt_set for use in uses)]
-    warnings += plan.sets.warnings(shift.name)
+    warnings = [*basis.warnings[shift.name]]
     warnings += [*set_warnings(prompt_sets[:1]), *set_warnings(prompt_sets[1:])]
     untold = [prompt_set.name for prompt_set in prompt_sets if prompt_set.questions is None]
     if untold:
@@ -141,26 +195,16 @@ def _forecast(
         tables.append(use.profile.log.table("score", values))
     tables += [log.table() for log in answers.values()]
     return Forecast(
-        model={
-            "name": reader.name,
-            "layer": hook.layer,
-            "module": hook.path,
-            "side": hook.side,
-            "d_in": hook.d_in,
-            "dtype": reader.dtype,
-            "context_length": reader.context_length,
-            "revision": reader.revision,
-            "weights_sha256": reader.weights_sha256(hook),
-        },
+        model=basis.model,
         sae={
-            "source": sae.source,
-            "architecture": sae.architecture,
-            "d_in": sae.d_in,
-            "d_sae": sae.d_sae,
-            "k": sae.k or None,
-            "hook_name": sae.hook_name,
+            "source": basis.sae["source"],
+            "architecture": basis.sae["architecture"],
+            "d_in": basis.sae["d_in"],
+            "d_sae": basis.sae["d_sae"],
+            "k": basis.sae["k"],
+            "hook_name": basis.sae["hook_name"],
             "mean_l0": float(means.n_fired.sum()) / max(means.n_tokens, 1),
-            "fit": asdict(fit),
+            "fit": asdict(basis.fit),
         },
         train=_train_block(shift),
         settings={
@@ -175,7 +219,7 @@ def _forecast(
             "limit": settings.limit,
             "n_bootstrap": N_BOOTSTRAP,
             "confidence": CONFIDENCE,
-            "tuned": None if tuned is None else tuned.name,
+            "tuned": basis.tuned,
         },
         shift={
             "share_of_top_n": float(shift.importance[shift.top].sum() / total) if total else 0.0,
@@ -197,30 +241,22 @@ def _forecast(
                 share=float(shift.importance[j] / total) if total else 0.0,
                 promoted_tokens=promoted.get(int(j)) if rank < explain.N_FEATURES else None,
                 neuronpedia=link,
-                label=labels.get(int(j)),
+                label=basis.labels.get(int(j)),
             )
             for rank, (j, link) in enumerate(
-                zip(
-                    shift.top,
-                    explain.neuronpedia_links(sae.metadata.get("neuronpedia_id"), shift.top.tolist()),
-                    strict=True,
-                )
+                zip(shift.top, explain.neuronpedia_links(basis.neuronpedia, shift.top.tolist()), strict=True)
             )
         ],
         warnings=warnings,
         provenance=_provenance(
-            _inputs(plan, sae, shift.name),
-            plan.sets.blocks(shift.name),
-            settings,
-            prompts_sha256(prompt_sets),
-            reader.forward_passes(),
+            basis.inputs[shift.name], basis.rows[shift.name], settings, prompts_sha256(prompt_sets), basis.passes()
         ),
         means=means,
         controls={
             **{f"{control}_features": members for control, members in shift.feature_sets.items() if control},
             **{f"{control}_dimensions": dims for control, dims in shift.raw_sets.items()},
             "mean_residual": profile.residuals.mean,
-            "domain_mean_residuals": np.stack([use.profile.residuals.mean for use in uses] or [np.zeros(sae.d_in)]),
+            "domain_mean_residuals": np.stack([use.profile.residuals.mean for use in uses] or [np.zeros(d_in)]),
             "projected_mean": profile.residuals.projected_mean,
             "projected_covariance": profile.residuals.covariance,
             "domain_projected_means": np.stack([use.profile.residuals.projected_mean for use in uses] or [np.zeros(0)]),
@@ -229,7 +265,7 @@ def _forecast(
             ),
             **{
                 f"domain_{name}": np.stack(
-                    [getattr(use.profile.residuals, name).value for use in uses] or [np.zeros(sae.d_in)]
+                    [getattr(use.profile.residuals, name).value for use in uses] or [np.zeros(d_in)]
                 )
                 for name in ("abs_base", "sq_base", "sq_shift")
             },
@@ -274,18 +310,18 @@ def concentration(importance: Doubles) -> list[ConcentrationBlock]:
 
 
 def _with_signed(
-    forecast: Forecast, signed: SignedForecast, plan: Plan, sae: SAE, promoted: Mapping[int, list[str]]
+    forecast: Forecast, signed: SignedForecast, basis: Basis, promoted: Mapping[int, list[str]]
 ) -> Forecast:
     import pyarrow as pa
 
-    top, labels = signed.block["top_features"], plan.labels.get(sae, {})
-    links = explain.neuronpedia_links(sae.metadata.get("neuronpedia_id"), [feature["index"] for feature in top])
+    top = signed.block["top_features"]
+    links = explain.neuronpedia_links(basis.neuronpedia, [feature["index"] for feature in top])
     described: list[CarrierBlock] = [
         {
             **feature,
             "promoted_tokens": promoted.get(feature["index"]) if rank < explain.N_FEATURES else None,
             "neuronpedia": link,
-            "label": labels.get(feature["index"]),
+            "label": basis.labels.get(feature["index"]),
         }
         for rank, (feature, link) in enumerate(zip(top, links, strict=True))
     ]
@@ -299,7 +335,7 @@ def _with_signed(
         warnings=[*forecast.warnings, *signed.warnings, *more],
         # Runs without signed estimators have no columns for their values.
         prompts=pa.concat_tables([forecast.prompts, signed.prompts], promote_options="default"),
-        firings=pa.concat_tables([forecast.firings, signed.firings.table(plan.session.tokenizer)]),
+        firings=pa.concat_tables([forecast.firings, signed.firings.table(basis.tokenizer)]),
     )
 
 
@@ -333,9 +369,6 @@ def _inputs(plan: Plan, sae: SAE, train: str) -> list[InputFile]:
 def _provenance(
     inputs: list[InputFile], rows: list[RowsBlock], settings: Settings, prompts_digest: str, passes: PassRecord
 ) -> ProvenanceBlock:
-    import torch
-    import transformers
-
     return {
         "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": settings.command,
@@ -344,8 +377,7 @@ def _provenance(
             "sts_fast": __version__,
             "python": platform.python_version(),
             "numpy": np.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            **{package: version(package) for package in ("torch", "transformers")},
         },
         "instruction_set": _cpu.instruction_set(),
         "inputs": inputs,

@@ -70,7 +70,7 @@ def cross(
     names, tops, first = [], [], None
     for profile in trains:
         first = first or profile
-        _check_alike(first, profile)
+        check_alike(first, profile)
         if not 1 <= top_n <= profile.rows.d_sae:
             raise InputError(f"--top-n must lie between 1 and {profile.rows.d_sae}, the SAE's features, not {top_n}")
         names.append(profile.name)
@@ -85,7 +85,7 @@ def cross(
     values: dict[str, list[Doubles]] = {name: [] for name in estimators}
     intervals: dict[str, list[Doubles]] = {name: [] for name in estimators}
     for profile in domains:
-        _check_alike(first, profile)
+        check_alike(first, profile)
         asked.append(profile.name)
         draws = resamples(len(profile.rows), seed, profile.name)
         for name in estimators:
@@ -125,7 +125,7 @@ def _top(profile: Profile, dims: str, top_n: int) -> Indices:
     return top_indices(profile.rows.totals("sum_h" if dims == "active" else "sum_sq_shift"), top_n)
 
 
-def _check_alike(one: Profile, other: Profile) -> None:
+def check_alike(one: Profile, other: Profile) -> None:
     """Raises InputError where two profiles cannot be held against each other."""
     for what, a, b in (
         ("SAE", one.identity.sae["fingerprint"], other.identity.sae["fingerprint"]),

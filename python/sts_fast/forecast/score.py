@@ -13,7 +13,7 @@ from sts_fast.data.prompts import PromptSet
 from sts_fast.data.sets import Kind, Sets, Source, Sources
 from sts_fast.errors import InputError
 from sts_fast.forecast import stability
-from sts_fast.forecast.assemble import Measured, assemble
+from sts_fast.forecast.assemble import Basis, assemble
 from sts_fast.forecast.compare import sae_names
 from sts_fast.forecast.cost import Outlook
 from sts_fast.forecast.dims import Shift, measure_shift
@@ -247,8 +247,13 @@ def forecasts_of(
     session.reader.say_passes()
     forecasts = []
     for i, (sae, fit, shifts, of_train) in enumerate(zip(session.saes, fits, shifts_of, signed, strict=True)):
-        measured = Measured(sae, fit, shifts, [of_saes[i] for of_saes in profiles], of_train)
-        forecasts.append(assemble(plan, measured, answers if settings.controls == "all" else {}))
+        basis = Basis.of(plan, sae, fit, [shift.name for shift in shifts])
+        forecasts.append(
+            assemble(
+                basis, shifts, [of_saes[i] for of_saes in profiles], settings,
+                signed=of_train, answers=answers if settings.controls == "all" else {},
+            )
+        )  # fmt: skip
     if len(plan.domains) > 1:
         for by_train, suffix in zip(forecasts, with_sae, strict=True):
             for name, forecast in by_train.items():

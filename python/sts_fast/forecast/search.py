@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from sts_fast.errors import InputError, listed
-from sts_fast.files import Document
+from sts_fast.errors import InputError
 from sts_fast.forecast.cross import cross
 from sts_fast.forecast.estimators import BY_NAME, SizeEstimator
 from sts_fast.profile.library import Library
-from sts_fast.profile.profile import Profile, read_index
+from sts_fast.profile.profile import Profile
 from sts_fast.statistics import Interval
 
 # Tokens of the question in a row that a training example and a domain's prompt must share to be called the same.
@@ -56,23 +55,12 @@ def search(
     A score says how much a domain will move, not in which direction. Raises InputError where the library has no such
     domain or no training set behind demonstrations, or several profiles of one name.
     """
-    indices = {folder: read_index(folder) for folder in Library(Path(library))}
-    if not indices:
-        raise InputError(f"{library} has no profiles: make some with sts-fast profile")
-    sources = sorted({index["sae"]["source"] for index in indices.values()})
-    if sae is None and len(sources) > 1:
-        raise InputError(f"{library} has profiles of several SAEs: choose one of {listed(sources)} with --sae")
-    of_sae = {folder: index for folder, index in indices.items() if sae in (None, index["sae"]["source"])}
-    if not of_sae:
-        raise InputError(f"{library} has no profiles of the SAE {sae}, only of {listed(sources)}")
-    known = _by_name(of_sae, "domain", shown=BY_NAME[estimator].of == "pairs")
-    missing = [name for name in (*up, *keep) if name not in known]
-    if missing:
-        raise InputError(f"{library} has no domain called {listed(missing)}: its domains are {listed(known)}")
     if not up:
-        raise InputError(f"no domain was named: the library's are {listed(known)}")
-    trains = [_only(name, folders) for name, folders in _by_name(of_sae, "train", shown=True).items()]
-    asked = {name: Profile.load(_only(name, known[name])) for name in dict.fromkeys((*up, *keep))}
+        raise InputError("no domain was named: say which ones should move, with --up")
+    shelf = Library(Path(library)).shelf(sae)
+    known = shelf.find("domain", [*up, *keep], shown=BY_NAME[estimator].of == "pairs")
+    trains = list(shelf.find("train", shown=True).values())
+    asked = {name: Profile.load(folder) for name, folder in known.items()}
     found = cross(map(Profile.load, trains), asked.values(), estimators=(estimator,), top_n=top_n, seed=seed)
     values, intervals = found.values[estimator], found.intervals[estimator]
     moved, kept = ([found.domains.index(name) for name in names] for names in (up, keep))
@@ -90,28 +78,6 @@ def search(
         same = {name: ids for name, of_domain in grams.items() if (ids := _same(train, of_domain))}
         candidates.append(Candidate(train.name, scores, float(selectivity[i]), same))
     return candidates
-
-
-def _by_name(indices: Mapping[Path, Document], kind: str, *, shown: bool) -> dict[str, dict[str, Path]]:
-    """By name of a set, and by key of what matters, the profiles that serve.
-
-    shown: whether they must have been read behind demonstrations; otherwise one with them is as good as one without
-    """
-    found: dict[str, dict[str, Path]] = {}
-    for folder, index in sorted(indices.items(), key=lambda item: item[1]["shown_sha256"] is None):
-        if index["kind"] == kind and index["tuned"] is None and not (shown and index["shown_sha256"] is None):
-            found.setdefault(index["set"], {}).setdefault(index["key" if shown else "plain_key"], folder)
-    return found
-
-
-def _only(name: str, folders: Mapping[str, Path]) -> Path:
-    """Raises InputError where profiles of one name differ in their prompts, so that none of them is meant."""
-    if len(folders) > 1:
-        raise InputError(
-            f"the library has several profiles of '{name}', of different prompts: keep one of "
-            f"{listed(folder.name for folder in folders.values())}"
-        )
-    return next(iter(folders.values()))
 
 
 def _grams(profile: Profile) -> set[tuple[int, ...]]:

@@ -68,10 +68,18 @@ class Firings:
                     strongest.setdefault((firing.prompt_set, firing.prompt), firing)
                 best[:] = list(strongest.values())[:N_EXAMPLES]
 
-    def table(self, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
-        """One row per example: feature, rank, value, stage, domain, id, and the text before, at and after the token."""
+    def table(self, tokenizer: PreTrainedTokenizerBase | None) -> pa.Table:
+        """One row per example: feature, rank, value, stage, domain, id, and the text before, at and after the token.
+
+        No rows without a tokenizer, which writes the text.
+        """
         import pyarrow as pa
 
+        kinds = {"feature": pa.int64(), "rank": pa.int64(), "value": pa.float64()}
+        names = ("feature", "rank", "value", "stage", "domain", "id", "before", "token", "after")
+        schema = pa.schema([(name, kinds.get(name, pa.string())) for name in names])
+        if tokenizer is None:
+            return schema.empty_table()
         rows = []
         for feature in map(int, self.features):
             for rank, firing in enumerate(self._best[feature]):
@@ -90,9 +98,7 @@ class Firings:
                         "after": after,
                     }
                 )
-        kinds = {"feature": pa.int64(), "rank": pa.int64(), "value": pa.float64()}
-        names = ("feature", "rank", "value", "stage", "domain", "id", "before", "token", "after")
-        return pa.Table.from_pylist(rows, pa.schema([(name, kinds.get(name, pa.string())) for name in names]))
+        return pa.Table.from_pylist(rows, schema)
 
 
 def _text_around(tokenizer: PreTrainedTokenizerBase, ids: NDArray[np.int32], position: int) -> tuple[str, str, str]:

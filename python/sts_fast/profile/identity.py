@@ -24,7 +24,7 @@ class Identity:
 
     set, kind: the name of the set, and whether it is a training set or a domain
     model:     name, dtype, revision, weights_sha256 (of the weights up to the hook), module and side of the hook
-    sae:       source, fingerprint, architecture, d_in, d_sae, k, hook_name
+    sae:       source, architecture, d_in, d_sae, k, hook_name, fingerprint, and its name at neuronpedia or None
     sampling:  shots, demo_draws, tokens, limit and seed of the prompts
     tuned:     of a model after training that is read beside it, as `model`; None where there is none
     prompts_sha256: of what the prompts send without demonstrations, and of the tokens that are read
@@ -69,15 +69,7 @@ def identity_of(
         kind=kind,
         model=_model(reader, sae),
         tuned=None if tuned is None else _model(tuned, sae),
-        sae={
-            "source": sae.source,
-            "fingerprint": sae.fingerprint,
-            "architecture": sae.architecture,
-            "d_in": sae.d_in,
-            "d_sae": sae.d_sae,
-            "k": sae.k or None,
-            "hook_name": sae.hook_name,
-        },
+        sae=sae_document(sae) | {"fingerprint": sae.fingerprint, "neuronpedia": sae.metadata.get("neuronpedia_id")},
         sampling={
             "shots": sampling.shots if kind == "train" else sampling.domain_shots,
             "demo_draws": sampling.demo_draws,
@@ -90,6 +82,18 @@ def identity_of(
         if any(len(prompt.demos_ids) for prompt in prompt_set.prompts)
         else None,
     )
+
+
+def sae_document(sae: SAE) -> Document:
+    """What is told of an SAE."""
+    return {
+        "source": sae.source,
+        "architecture": sae.architecture,
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "k": sae.k or None,
+        "hook_name": sae.hook_name,
+    }
 
 
 def _model(reader: Reader, sae: SAE) -> Document:

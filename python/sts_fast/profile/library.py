@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sts_fast.data.prompts import PromptSet
-from sts_fast.errors import InputError
+from sts_fast.data.sets import Kind
+from sts_fast.errors import InputError, listed
+from sts_fast.files import Document
 from sts_fast.profile.identity import Identity
 from sts_fast.profile.profile import INDEX_FILE, Profile, read_index
 
@@ -65,3 +67,55 @@ class Library:
     def __iter__(self) -> Iterator[Path]:
         """The folders of all profiles, by name."""
         return (index.parent for index in sorted(self.folder.glob(f"*/{INDEX_FILE}")))
+
+    def shelf(self, sae: str | None = None) -> Shelf:
+        """The profiles with one SAE, named by its source; None where there is only one.
+
+        Raises InputError where there are none, or those of several SAEs.
+        """
+        indices = {folder: read_index(folder) for folder in self}
+        if not indices:
+            raise InputError(f"{self.folder} has no profiles: make some with sts-fast profile")
+        sources = sorted({index["sae"]["source"] for index in indices.values()})
+        if sae is None and len(sources) > 1:
+            raise InputError(f"{self.folder} has profiles of several SAEs: choose one of {listed(sources)} with --sae")
+        of_sae = {folder: index for folder, index in indices.items() if sae in (None, index["sae"]["source"])}
+        if not of_sae:
+            raise InputError(f"{self.folder} has no profiles of the SAE {sae}, only of {listed(sources)}")
+        return Shelf(self.folder, of_sae)
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """A library's profiles with one SAE, of models before training; indices: profile.json by folder."""
+
+    library: Path
+    indices: Mapping[Path, Document]
+
+    def find(self, kind: Kind, names: Sequence[str] | None = None, *, shown: bool) -> dict[str, Path]:
+        """The profiles of sets by name, all of a kind where no names are given.
+
+        shown: whether they must have been read behind demonstrations; otherwise one with them is as good as one without
+
+        Raises InputError where a set is missing, or several profiles of one name differ in their prompts.
+        """
+        known: dict[str, dict[str, Path]] = {}
+        for folder, index in sorted(self.indices.items(), key=lambda item: item[1]["shown_sha256"] is None):
+            if index["kind"] == kind and index["tuned"] is None and not (shown and index["shown_sha256"] is None):
+                known.setdefault(index["set"], {}).setdefault(index["key" if shown else "plain_key"], folder)
+        asked = list(known if names is None else dict.fromkeys(names))
+        called = "domain" if kind == "domain" else "training set"
+        if missing := [name for name in asked if name not in known]:
+            behind = " that was read behind demonstrations" if shown else ""
+            have = f"its {called}s are {listed(known)}" if known else "it has none"
+            raise InputError(f"{self.library} has no {called} called {listed(missing)}{behind}: {have}")
+        return {name: _only(name, known[name]) for name in asked}
+
+
+def _only(name: str, folders: Mapping[str, Path]) -> Path:
+    if len(folders) > 1:
+        raise InputError(
+            f"the library has several profiles of '{name}', of different prompts: keep one of "
+            f"{listed(folder.name for folder in folders.values())}"
+        )
+    return next(iter(folders.values()))

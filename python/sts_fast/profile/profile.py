@@ -69,7 +69,8 @@ class Profile:
             if not path.is_file() or files.sha256(path) != index["files"].get(name):
                 raise InputError(f"{path} is missing or damaged: make the profile again")
         try:
-            table = pq.read_table(folder / ROWS_FILE)
+            with pq.ParquetFile(folder / ROWS_FILE) as file:  # read_table would import pandas
+                table = file.read()
             identity = Identity(**{field.name: index[field.name] for field in fields(Identity)})
             prompt_set, log = _prompts(table, index, identity)
             rows = _rows(table, int(identity.sae["d_sae"]))
