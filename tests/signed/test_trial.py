@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from sts_fast.data.prompts import Prompt, PromptSet, build_prompts
 from sts_fast.data.template import PromptTemplate
 from sts_fast.errors import InputError
 from sts_fast.signed import trial
-from sts_fast.signed.trial import ALPHA, BATCH_ROWS, LEARNING_RATE, RANK, Trial, measure_trial
+from sts_fast.signed.trial import ALPHA, BATCH_ROWS, LEARNING_RATE, RANK, Trial, TrialDesign, measure_trial
 
 Doubles = NDArray[np.float64]
 
@@ -100,7 +101,7 @@ def test_trial_is_the_training_written_by_hand(family: str, tiny: Tiny, sets: di
         model, sets = make_model(family).double().eval(), {name: within(59, of) for name, of in sets.items()}
     domains = [prompt_set for name, prompt_set in sets.items() if name != "train"]
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    found = measure_trial(model, sets["train"], domains, n_steps=N_STEPS, seed=SEED, batch_tokens=150)
+    found = measure_trial(model, sets["train"], domains, TrialDesign(N_STEPS, seed=SEED), batch_tokens=150)
     expected = by_hand(model, sets)
     assert found.n_steps == N_STEPS
     np.testing.assert_allclose(found.nll_after, expected.pop("train"), rtol=2e-5)
@@ -125,7 +126,7 @@ def within(n_ids: int, prompt_set: PromptSet) -> PromptSet:
 def test_the_size_of_passes_does_not_change_a_trial(tiny: Tiny, sets: dict[str, PromptSet]) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float64).eval()
     trials = [
-        measure_trial(model, sets["train"], [sets["days"]], n_steps=2, batch_tokens=batch_tokens)
+        measure_trial(model, sets["train"], [sets["days"]], TrialDesign(2), batch_tokens=batch_tokens)
         for batch_tokens in (1, 100, None)
     ]
     for other in trials[1:]:
@@ -199,8 +200,13 @@ def test_a_few_prompts_are_asked_again(tiny: Tiny, tmp_path: Path) -> None:
             assert some[id]["trial_loss"] == pytest.approx(every[id]["trial_loss"], abs=1e-5)
             assert some[id]["trial"] == pytest.approx(every[id]["trial"], abs=1e-6)
         assert all(some[id]["answer_nll_sum"] == pytest.approx(every[id]["answer_nll_sum"]) for id in every)
-    drawn = trial.asked_again(PromptSet("days", [None] * 12, 0, 0), 5, 0)  # type: ignore[list-item]
-    assert not np.array_equal(drawn, trial.asked_again(PromptSet("other", [None] * 12, 0, 0), 5, 0))  # type: ignore[list-item]
+
+
+def test_each_domain_draws_its_own_prompts(sets: dict[str, PromptSet]) -> None:
+    drawn = [trial.asked_again(replace(sets["days"], name=name), TrialDesign(3, 3)) for name in ("a", "a", "b")]
+    assert np.array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[0], drawn[2])
+    assert list(trial.asked_again(sets["days"], TrialDesign(3))) == list(range(N_PROMPTS))
 
 
 @pytest.mark.parametrize(
@@ -248,22 +254,22 @@ def test_a_loss_that_breaks_is_told(tiny: Tiny, sets: dict[str, PromptSet], monk
     model = AutoModelForCausalLM.from_pretrained(tiny.model).eval()
     monkeypatch.setattr(trial, "LEARNING_RATE", 1e30)
     with pytest.raises(InputError, match="NaN"):
-        measure_trial(model, sets["train"], [sets["days"]], n_steps=3)
+        measure_trial(model, sets["train"], [sets["days"]], TrialDesign(3))
     assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_maps_that_do_not_run_stay_as_they_are(tiny: Tiny, sets: dict[str, PromptSet]) -> None:
     """As experts to which no token goes."""
     model = AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float64).eval()
-    plain = measure_trial(model, sets["train"], [sets["days"]], n_steps=2)
+    plain = measure_trial(model, sets["train"], [sets["days"]], TrialDesign(2))
     model.model.layers[-1].never_run = torch.nn.Linear(8, 8)  # the last one, so that the others start alike
-    found = measure_trial(model, sets["train"], [sets["days"]], n_steps=2)
+    found = measure_trial(model, sets["train"], [sets["days"]], TrialDesign(2))
     np.testing.assert_allclose(found.domains["days"], plain.domains["days"], rtol=1e-12)
 
 
 def test_type_of_a_trial(tiny: Tiny, sets: dict[str, PromptSet]) -> None:
     """In a model of half precision the maps are float32, as trainers keep them."""
     model = AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.bfloat16).eval()
-    found: Trial = measure_trial(model, sets["train"], [sets["days"]], n_steps=2)
+    found: Trial = measure_trial(model, sets["train"], [sets["days"]], TrialDesign(2))
     assert np.isfinite(found.domains["days"]).all()
     assert found.nll_after.mean() < found.nll.mean()

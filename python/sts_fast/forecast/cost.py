@@ -220,17 +220,13 @@ def _signed_flops(plan: Plan, size: ModelSize, hook: int) -> float:
 
 def _trial_flops(plan: Plan, rows: PromptSet, size: ModelSize) -> float:
     """Of a trial's training, forward and back, and of reading some of its own answers and of the domains' again."""
-    settings = plan.settings
+    design = plan.trial_designs[rows.name]
 
     def once(prompts: Sequence[Prompt]) -> float:
         return _answer_flops(prompts, size, size.n_layers)
 
-    n_passes = plan.trial_steps[rows.name] * BATCH_ROWS / len(rows.prompts)
-    asked = [
-        made.prompts[i]
-        for made in plan.domain_answers
-        for i in asked_again(made, settings.trial_prompts, settings.seed)
-    ]
+    n_passes = design.n_steps * BATCH_ROWS / len(rows.prompts)
+    asked = [made.prompts[i] for made in plan.domain_answers for i in asked_again(made, design)]
     return 3 * n_passes * once(rows.prompts) + 2 * once(rows.prompts[:OWN_ROWS]) + once(asked)
 
 

@@ -15,7 +15,7 @@ from sts_fast.model.labels import Labels
 from sts_fast.model.session import Session
 from sts_fast.sae import SAE
 from sts_fast.signed.signed import hook_layer
-from sts_fast.signed.trial import BATCH_ROWS
+from sts_fast.signed.trial import BATCH_ROWS, TrialDesign
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Plan:
     trains:  those that D_N is taken from, by training set; domains: those that are scored
     train_answers, domain_answers: those that read their answers in the whole model: of training sets, for signed
         estimators at the hook; of domains that have enough answers, for signed estimators and for --controls all
-    trial_rows: those that trials train on; trial_steps: by training set
+    trial_rows: those that trials train on; trial_designs: by training set
     labels:  by SAE, the labels of its features by index; none of an SAE that the labels are not of
     sources: what else the forecast is made from, by role, for the provenance
     sets:    the examples that the prompts are made of
@@ -42,7 +42,7 @@ class Plan:
     trains: list[PromptSet] = field(default_factory=list)
     train_answers: list[PromptSet] = field(default_factory=list)
     trial_rows: list[PromptSet] = field(default_factory=list)
-    trial_steps: Mapping[str, int] = field(default_factory=dict)
+    trial_designs: Mapping[str, TrialDesign] = field(default_factory=dict)
     warnings: Sequence[str] = ()
 
     @classmethod
@@ -95,11 +95,13 @@ class Plan:
             )
         train_answers = [prompts("train", name, show=False, tokens="answer") for name in sets.trains if at_the_hook]
         trials = {
-            name: settings.steps_of_trial(len(examples)) for name, examples in sets.trains.items() if "trial" in signed
+            name: TrialDesign(settings.steps_of_trial(len(examples)), settings.trial_prompts, settings.seed)
+            for name, examples in sets.trains.items()
+            if "trial" in signed
         }
         trial_rows = [
-            prompts("train", name, show=False, tokens="answer", limit=n_steps * BATCH_ROWS)
-            for name, n_steps in trials.items()
+            prompts("train", name, show=False, tokens="answer", limit=design.n_steps * BATCH_ROWS)
+            for name, design in trials.items()
         ]
         for answers in (*train_answers, *trial_rows):
             check_enough(answers, session.context_length, "train")

@@ -307,9 +307,8 @@ def _with_trials(
     session, settings, found = plan.session, plan.settings, [dict(of_train) for of_train in pushed]
     for rows in plan.trial_rows:
         trial = measure_trial(
-            session.whole, rows, plan.domain_answers, n_steps=plan.trial_steps[rows.name],
-            n_prompts=settings.trial_prompts, seed=settings.seed, batch_tokens=settings.batch_tokens,
-            name=session.reader.name, say=settings.tell_line,
+            session.whole, rows, plan.domain_answers, plan.trial_designs[rows.name],
+            batch_tokens=settings.batch_tokens, name=session.reader.name, say=settings.tell_line,
             tell=partial(settings.tell, f"trial of {rows.name}"),
         )  # fmt: skip
         for of_train in found:

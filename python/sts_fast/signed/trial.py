@@ -46,6 +46,15 @@ LEARNING_RATE = 1e-3
 
 
 @dataclass(frozen=True)
+class TrialDesign:
+    """n_steps: steps of training; n_prompts: most of a domain that are asked again, 0 for all; seed: of all draws"""
+
+    n_steps: int
+    n_prompts: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Trial:
     """One training set's trial.
 
@@ -72,19 +81,17 @@ def measure_trial(
     model: Any,
     train: PromptSet,
     domains: Sequence[PromptSet],
+    design: TrialDesign,
     *,
-    n_steps: int,
-    n_prompts: int = 0,
-    seed: int = 0,
     batch_tokens: int | None = None,
     name: str = "the model",
     say: Callable[[str], None] | None = None,
     tell: Tell | None = None,
 ) -> Trial:
-    """Trains a model on `train` for n_steps, reads the domains' answers, and leaves the model as it was.
+    """Trains a model on `train` for a few steps, reads the domains' answers, and leaves the model as it was.
 
     model:  a causal language model with its head; name: its name in errors
-    train, domains: prompts that read their answers; n_prompts: most of a domain that are asked, 0 for all
+    train, domains: prompts that read their answers
     batch_tokens: most tokens of one pass; say: is told where that did not fit into memory
     tell:   is told of each step and each domain
 
@@ -92,7 +99,7 @@ def measure_trial(
     """
     import torch
 
-    done, n_done = 0, n_steps + len(domains)
+    done, n_done = 0, design.n_steps + len(domains)
 
     def step_done() -> None:
         nonlocal done
@@ -112,9 +119,9 @@ def measure_trial(
     most = min(batch_tokens or most, most)
     own = np.arange(min(OWN_ROWS, len(train.prompts)))
     before = losses(train.prompts, own)
-    with frozen(model), low_rank_maps(model, seed=seed, name=name) as maps:
+    with frozen(model), low_rank_maps(model, seed=design.seed, name=name) as maps:
         optimizer = torch.optim.Adam(maps, lr=LEARNING_RATE)
-        for rows in _steps(len(train.prompts), n_steps, seed):
+        for rows in _steps(len(train.prompts), design.n_steps, design.seed):
             prompts = [train.prompts[i] for i in rows]
             for weight, gradient in zip(maps, _gradients(model, maps, prompts, most, memory), strict=True):
                 weight.grad = gradient
@@ -123,20 +130,20 @@ def measure_trial(
         after = losses(train.prompts, own)
         moved = {}
         for domain in domains:
-            moved[domain.name] = losses(domain.prompts, asked_again(domain, n_prompts, seed))
+            moved[domain.name] = losses(domain.prompts, asked_again(domain, design))
             step_done()
     if any(np.isinf(nll).any() for nll in (after, *moved.values())):
         raise InputError(f"the trial of '{train.name}' made the loss NaN or infinite: try --dtype float32")
-    return Trial(train, n_steps, before, after, moved)
+    return Trial(train, design.n_steps, before, after, moved)
 
 
-def asked_again(domain: PromptSet, n_prompts: int, seed: int) -> Indices:
+def asked_again(domain: PromptSet, design: TrialDesign) -> Indices:
     """Which of a domain's prompts a trial asks, in their order; drawn by its name, so the same in every run of it."""
     n = len(domain.prompts)
-    if not 0 < n_prompts < n:
+    if not 0 < design.n_prompts < n:
         return np.arange(n)
-    drawn = np.random.default_rng([seed, zlib.crc32(domain.name.encode())]).choice(n, n_prompts, replace=False)
-    return np.sort(drawn)
+    rng = np.random.default_rng([design.seed, zlib.crc32(domain.name.encode())])
+    return np.sort(rng.choice(n, design.n_prompts, replace=False))
 
 
 def _steps(n_rows: int, n_steps: int, seed: int) -> Iterator[list[int]]:
