@@ -19,7 +19,8 @@ from sts_fast.forecast.estimators import BY_NAME
 from sts_fast.outcomes.calibration import fit_calibration
 from sts_fast.outcomes.calibration.calibration import CALIBRATION_FILE
 from sts_fast.outcomes.validate import validate as run_validate
-from sts_fast.report import build_report
+from sts_fast.profile.library import Library
+from sts_fast.report import build_library_report, build_report
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,9 @@ def _fit(runs: list[Path], estimator: str | None, output: Path, *, as_json: bool
     err.print(f"{output}: give it to sts-fast score --calibration", highlight=False, markup=False, soft_wrap=True)
 
 
-def report(run: Annotated[Path, typer.Argument(help="Folder that sts-fast score wrote.")]) -> None:
-    """Write report.html of a run again, with the outcome if it has been validated."""
-    out.print(str(build_report(run)), highlight=False, markup=False)
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder that sts-fast score wrote, or a library of sts-fast profile.")],
+) -> None:
+    """Write report.html of a run again, with the outcome if it has been validated; or that of a library."""
+    written = build_library_report(run) if any(Library(run)) else build_report(run)
+    out.print(str(written), highlight=False, markup=False)

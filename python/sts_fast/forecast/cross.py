@@ -27,12 +27,14 @@ class Cross:
     trains, domains: their names
     values:    by estimator, [n_trains, n_domains]; NaN where a domain has no token for it
     intervals: by estimator, [2, n_trains, n_domains] the 95% interval, low and high
+    tops:      [n_trains, top_n] D_N of each training set, most shifted first
     """
 
     trains: list[str]
     domains: list[str]
     values: dict[str, Doubles]
     intervals: dict[str, Doubles]
+    tops: Indices
 
     def to_pandas(self) -> pd.DataFrame:
         """One row for each training set and domain."""
@@ -107,6 +109,7 @@ def cross(
         asked,
         {name: np.stack(columns, axis=1) for name, columns in values.items()},
         {name: np.stack(columns, axis=2) for name, columns in intervals.items()},
+        np.stack(tops),
     )
 
 

@@ -67,7 +67,7 @@ def search(
     wanted = values[:, moved].mean(axis=1)
     unwanted = values[:, kept].mean(axis=1) if kept else np.ones(len(trains))
     selectivity = np.divide(wanted, unwanted, out=np.full(len(trains), np.inf), where=unwanted > 0)
-    grams = {name: _grams(profile) for name, profile in asked.items()}
+    grams = {name: grams_of(profile) for name, profile in asked.items()}
     candidates = []
     for i in np.argsort(-selectivity, kind="stable"):
         train = Profile.load(trains[i])
@@ -75,17 +75,17 @@ def search(
             name: (float(values[i, k]), (float(intervals[0, i, k]), float(intervals[1, i, k])))
             for k, name in enumerate(found.domains)
         }
-        same = {name: ids for name, of_domain in grams.items() if (ids := _same(train, of_domain))}
+        same = {name: ids for name, of_domain in grams.items() if (ids := same_examples(train, of_domain))}
         candidates.append(Candidate(train.name, scores, float(selectivity[i]), same))
     return candidates
 
 
-def _grams(profile: Profile) -> set[tuple[int, ...]]:
+def grams_of(profile: Profile) -> set[tuple[int, ...]]:
     """Runs of SAME_TOKENS tokens of each question; the whole of a shorter one."""
     return {gram for _, tokens in _questions(profile) for gram in _runs(tokens)}
 
 
-def _same(train: Profile, grams: set[tuple[int, ...]]) -> list[str]:
+def same_examples(train: Profile, grams: set[tuple[int, ...]]) -> list[str]:
     """Ids of the training examples that have such a run."""
     return [name for name, tokens in _questions(train) if any(gram in grams for gram in _runs(tokens))]
 
