@@ -16,6 +16,7 @@ from study.real.sets import DEMONSTRATIONS, N_DOMAIN, own_domains, read_rows
 # By forecast, the estimators that are calibrated.
 CALIBRATED = {
     "trial": ("trial_loss",),
+    "trial, 8 steps and prompts": ("trial_loss",),
     "ntk": ("ntk_loss",),
     "step": ("step_loss",),
     "adapter": ("adapter_loss",),

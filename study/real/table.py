@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from study.real import runs
+from study.real import curve, runs
 from study.real.agreement import KINDS, Number, agreement, ceilings, costs, counted, frozen, numbers_of
 from study.real.changes import LEAST_RELIABLE, Doubles, Training, ceiling, trainings
+from study.real.decisions import decisions
 from study.real.design import N_QUESTIONS, looked_at
 from study.real.forecasts import PARTS
 from study.real.sets import own_domains
@@ -18,6 +19,7 @@ from study.real.training import WAYS
 
 PAGE = runs.RESULTS / "outcomes.md"
 FORECASTS_PAGE = runs.RESULTS / "forecasts.md"
+DECIDING = ("trial_loss", "step_loss", "ntk_loss")
 LEAST_EXACT = 0.1  # exact answers are reported where their share is at least so much, before or after
 
 
@@ -65,8 +67,12 @@ def forecasts_page(done: list[Training]) -> str:
         control = next((number for number in numbers if chosen is not None and number.key == chosen["control"]), None)
         for way in WAYS:
             some = counted(done, part, way)
+            if numbers and some and chosen is not None and (part, way) == ("judged", "light"):
+                found = [agreement(number, some) for number in numbers]
+                curve.draw(found, some, part, float(ceilings(some, "signed").mean()))
             if numbers and some:
                 parts += [f"## {part.capitalize()} part, {way} training", *agreement_part(numbers, some, control)]
+                parts += decisions_part([number for number in numbers if number.name in DECIDING], some)
         cost = costs(counted(done, part), part)
         if cost:
             rows = [
@@ -110,6 +116,26 @@ def agreement_part(numbers: list[Number], some: list[Training], control: Number 
     return [
         f"{len(some)} trainings: {', '.join(training.record['train'] for training in some)}.",
         markdown(head, [ceiling_row, *rows]),
+    ]
+
+
+def decisions_part(numbers: list[Number], some: list[Training]) -> list[str]:
+    """Go or no-go by each number; nothing without two trainings, from which a scale is learned."""
+    if not numbers or len(some) < 2:
+        return []
+    rows = [
+        [
+            f"{number.forecast}, {number.name}", f"{of.limit:g}", f"{of.n_bad} of {of.n}",
+            "" if of.auc is None else f"{of.auc:.2f}", *(f"{share:.0%}" for share in (of.stopped, of.wrong, of.missed)),
+        ]
+        for number in numbers
+        for of in decisions(number, some)
+    ]  # fmt: skip
+    head = ["forecast", "limit, nats", "loss rises by more", "AUC", "stopped", "of these wrongly", "bad ones missed"]
+    return [
+        "Go or no-go: whoever watches one domain stops where its loss is forecast to rise by more than the limit. Of "
+        "the trainings stopped, the whole cost is saved but for the forecast.",
+        markdown(head, rows),
     ]
 
 
