@@ -25,7 +25,7 @@ CALIBRATED = {
 
 
 def points(work: Path, part: str, way: str, tell: Tell) -> None:
-    """Writes results/points/PART WAY.json: by estimator, what `validate --fit` says of it, one training set held out.
+    """Writes results/points/PART WAY.json: by forecast, what `validate --fit` says of it, one training set held out.
 
     Domains of a training set's own kind are left out of its outcomes.
     """
@@ -43,7 +43,7 @@ def points(work: Path, part: str, way: str, tell: Tell) -> None:
                 run = [path.parent for path in sorted(made.rglob("scores.json")) if path.parent.name == train]
                 if record is None or not run:
                     continue
-                folder = work / "points" / part / way / estimator / train
+                folder = work / "points" / part / way / f"{asked.name} {estimator}" / train
                 shutil.rmtree(folder, ignore_errors=True)
                 shutil.copytree(run[len(run) // 2], folder)  # of several SAEs, the one in the middle
                 others = [domain for domain in sets["domains"] if domain not in own_domains(train)]
@@ -60,8 +60,9 @@ def points(work: Path, part: str, way: str, tell: Tell) -> None:
                 folders.append(folder)
             if len(folders) >= 9:
                 calibration = sts_fast.fit_calibration(folders, estimator=estimator)
-                found[estimator] = calibration.to_dict()["assessment"]
-                tell(f"{part} {way}: {estimator} {found[estimator]}")
+                name = f"{asked.name}, {estimator}"
+                found[name] = calibration.to_dict()["assessment"]
+                tell(f"{part} {way}: {name} {found[name]}")
     runs.write_json(runs.RESULTS / "points" / f"{part} {way}.json", found)
 
 
