@@ -47,7 +47,7 @@ MACHINE_PATH = re.compile("(?<![\\w.])/" + "(root|home/[a-z]|work|Users/[a-z])" 
 # machine code, of load_sae, and of the report in a browser.
 OF_THE_REPOSITORY = {"layout", "benchmarks", "paper"}
 OF_NO_MODULE = {
-    "study": {"real", "world", "agreement"},
+    "study": {"real", "world", "agreement", "decisions"},
     "ops": {"core"},
     "sae": {"hostile_checkpoints"},
     "report": {"report_browser"},

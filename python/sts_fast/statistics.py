@@ -70,11 +70,6 @@ def mean_interval(values: Doubles, shares: Doubles) -> Interval:
     return percentile_interval(np.einsum("rp,p->r", shares, values))
 
 
-def normal_interval(value: float, stderr: float) -> Interval:
-    """95% interval of a value whose error is normal."""
-    return float(value - Z_95 * stderr), float(value + Z_95 * stderr)
-
-
 def ratio_interval(numerator: Doubles, denominator: Doubles, resamples: Doubles) -> Interval:
     """95% interval of sum(numerator) / sum(denominator).
 

@@ -13,7 +13,6 @@ from study.real import runs
 from study.real.agreement import Agreement, costs
 from study.real.changes import Doubles, Training
 
-PICTURE = runs.RESULTS / "cost.svg"
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 420, 60, 230, 30, 50
 TICKS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 LOWEST, HIGHEST = -0.6, 1.0
@@ -36,7 +35,8 @@ def draw(found: Sequence[Agreement], some: Sequence[Training], part: str, ceilin
         for of in found
         if of.number.forecast in of_forecast and not np.isnan(of.r["signed"]).all()
     ]
-    PICTURE.write_text(svg(sorted(points, key=lambda point: -np.nanmean(point.r)), ceiling), encoding="utf-8")
+    path = runs.RESULTS / "cost.svg"
+    path.write_text(svg(sorted(points, key=lambda point: -np.nanmean(point.r)), ceiling), encoding="utf-8")
 
 
 def label(of: Agreement) -> str:

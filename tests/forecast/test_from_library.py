@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,11 @@ def test_neither_torch_nor_a_model_is_loaded(library: Path, tmp_path: Path) -> N
         (["--train", "sums", "--shots", "5"], "omit --shots, or give --model"),
         (["--train", "sums", "--controls", "all"], "omit --controls"),
         (["--train", "sums", "--layer", "2"], "omit --layer"),
+        (
+            ["--train", "sums", "--domain-shots", "5", "--tokens", "query"],
+            "omit --domain-shots, --tokens, or give --model",
+        ),
+        (["--train", "sums", "--calibration", "c.json"], "omit --calibration"),
         (["--train", "sums", "--estimators", "act,ntk"], "profiles have no answers"),
         (["--train", "sums", "--sae", "other"], "has no profiles of the SAE other"),
         (["--train", "sums", "--top-n", "999"], "--top-n is 999, but the SAE has"),
@@ -114,6 +120,46 @@ def test_what_is_refused(
         run(monkeypatch, ["score", "--library", str(library), "--output", str(tmp_path / "run"), *words])
     assert stopped.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_sets_without_demonstrations_are_named(tiny: Tiny, library: Path, tmp_path: Path) -> None:
+    mixed = tmp_path / "mixed"
+    shutil.copytree(library, mixed)
+    sts_fast.profile(
+        model=tiny.model, sae=tiny.saes["topk"], library=mixed, domains={"more": tiny.domains["days"]},
+        trains={"more": tiny.train}, shown=False, **OPTIONS | {"limit": 11},
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"the domains more of .* were not read behind demonstrations"):
+        sts_fast.compare_stored(mixed, ["sums"], top_n=5)
+    assert len(sts_fast.compare_stored(mixed, ["sums"], list(tiny.domains), top_n=5)["sums"].domains) == 2
+    assert len(sts_fast.compare_stored(mixed, ["sums"], estimators=("act",), top_n=5)["sums"].domains) == 3
+    with pytest.raises(InputError, match=r"the training sets more of .* were not read behind demonstrations"):
+        sts_fast.search(mixed, ["days"], top_n=5)
+
+
+def test_estimators_that_need_the_model(library: Path) -> None:
+    for options in ({"estimators": ("trial",)}, {"estimators": ("act", "ntk")}, {"dims": "tuned"}):
+        with pytest.raises(InputError, match="need the model"):
+            sts_fast.compare_stored(library, ["sums"], **options)  # type: ignore[arg-type]
+
+
+def test_names_that_would_leave_the_folder(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sts_fast.profile(
+        model=tiny.model, sae=tiny.saes["topk"], library=tmp_path / "lib", trains={"../up": tiny.train},
+        domains=tiny.domains, **OPTIONS,
+    )  # fmt: skip
+    with pytest.raises(SystemExit):
+        run(
+            monkeypatch,
+            ["compare", "--library", str(tmp_path / "lib"), "--train", "../up", "--output", str(tmp_path / "run")],
+        )
+    assert not (tmp_path / "up").exists()
+
+
+def test_a_shift_needs_the_model(library: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    with pytest.raises(SystemExit):
+        run(monkeypatch, ["shift", "--library", str(library), "--train", "sums"])
+    assert "--model" in capsys.readouterr().err
 
 
 def test_without_library_or_model(

@@ -48,8 +48,9 @@ def test_signed_section_in_plain_words(full: Report) -> None:
     for name in (best, worst):
         low, high = scores_by(scores, "adapter")[name]["ci"]
         shown[name] += " points" + (", with zero inside its interval" if low <= 0 <= high else "")
-    lead = plain(page.all("p", class_="lead")[1].text())
-    assert lead == f"By adapter training improves {best} most ({shown[best]}) and harms {worst} most ({shown[worst]})."
+    lead = plain(page.all("p", class_="lead")[0].text())
+    improved, harmed = f"improve {best} most ({shown[best]})", f"harm {worst} most ({shown[worst]})"
+    assert lead == f"Training is forecast to {improved} and to {harmed}, by adapter."
     assert "the accuracy does not come from it" in text
     assert "adapter leaves 4.0%" in text
     headings = [heading.text() for heading in section.all("h3")]

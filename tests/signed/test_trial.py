@@ -103,7 +103,7 @@ def test_trial_is_the_training_written_by_hand(family: str, tiny: Tiny, sets: di
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     found = measure_trial(model, sets["train"], domains, TrialDesign(N_STEPS, seed=SEED), batch_tokens=150)
     expected = by_hand(model, sets)
-    assert found.n_steps == N_STEPS
+    assert found.design.n_steps == N_STEPS
     np.testing.assert_allclose(found.nll_after, expected.pop("train"), rtol=2e-5)
     for name, nll in expected.items():
         np.testing.assert_allclose(found.domains[name], nll, rtol=2e-5)
@@ -219,6 +219,7 @@ def test_each_domain_draws_its_own_prompts(sets: dict[str, PromptSet]) -> None:
         ({"trial_steps": 1}, "--trial-steps must be at least 2"),
         ({"trial_steps": 3, "estimators": ("act",)}, "add trial to --estimators"),
         ({"trial_prompts": 1}, "--trial-prompts must be 2 or more"),
+        ({"trial_prompts": 4, "estimators": ("act",)}, "--trial-prompts is of the estimator trial"),
     ],
 )
 def test_lengths_that_are_refused(tiny: Tiny, options: dict[str, Any], message: str) -> None:

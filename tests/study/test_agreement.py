@@ -108,6 +108,7 @@ def test_judged_part_needs_what_is_frozen(results: Path, tmp_path: Path, monkeyp
         results / "frozen.json", {"forecasts": ["paper"], "numbers": [["paper", "15", "act"], text], "control": text}
     )
     page = table.forecasts_page([training()])
+    assert "act, layer 15" in (results / "cost.svg").read_text()
     assert "## Judged part, light training" in page
     assert "r given text_digits share" in page
     assert "| paper, layer 15 | act |" in page

@@ -135,6 +135,12 @@ def set_threads(threads: int | None) -> None:
     _cpu.set_num_threads(threads)
 
 
+def typed_options() -> list[str]:
+    """The options that were typed, as against those that have their default, each once."""
+    words = (word.partition("=")[0] for word in sys.argv[2:])
+    return list(dict.fromkeys(word for word in words if word.startswith("--")))
+
+
 def typed_command() -> str:
     """The command as typed, without the options that do not change the results: --output, --threads, --json."""
     kept: list[str] = []

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from sts_fast import files
-from sts_fast.cli.arguments import Core, Places, named_trains, typed_command
+from sts_fast.cli.arguments import Core, Places, named_trains, typed_command, typed_options
 from sts_fast.cli.calibration import (
     calibrated,
     print_change_comparison,
@@ -17,7 +17,7 @@ from sts_fast.cli.calibration import (
     read_calibration,
 )
 from sts_fast.cli.console import progress, say, show
-from sts_fast.cli.options import AsJson, Demos, Domains, Fixed, Output, SAEs, ShowPrompts, Train
+from sts_fast.cli.options import AsJson, Demos, Domains, Fixed, Model, Output, SAEs, ShowPrompts, Train
 from sts_fast.cli.tables import (
     by_sae,
     print_agreement,
@@ -51,8 +51,11 @@ OrLibrary = Annotated[
 ]
 
 
-# Settings of a forecast from a library alone; the others decide how sets are read, or need the model.
-IN_LIBRARY = ("dims", "estimators", "top_n", "library", "seed", "command", "say")
+# Options of a forecast from a library alone; the others decide how sets are read, or need the model.
+WITH_LIBRARY = (
+    "--library", "--train", "--domains", "--sae", "--dims", "--estimators", "--top-n", "--seed", "--output", "--json",
+    "--threads",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +82,24 @@ class Candidates:
     tuned: None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shifting:
+    """Model, SAEs and training set of a shift."""
+
+    model: Model
+    sae: SAEs
+    train: Train
+    domains: Domains = field(default_factory=list)
+    demos: Demos = None
+    tuned: Annotated[str | None, Option("The model after training, for --dims tuned.")] = None
+
+
 @dataclass(frozen=True)
 class ComparedSettings(Settings):
     dims: Annotated[Dims, Option("icl or active.")] = "icl"
+
+
+AnySources = Sources | Candidates | Shifting
 
 
 @dataclass(frozen=True)
@@ -116,9 +134,9 @@ def score(
     for forecast in forecasts:
         print_sae(forecast, forecasts)
         print_shift(forecast, n_features=5)
-        print_scores(forecast)
-        print_signed(forecast)
         print_changes(forecast)
+        print_signed(forecast)
+        print_scores(forecast)
     print_agreement(forecasts)
     print_end(forecasts, output)
 
@@ -144,14 +162,14 @@ def compare(
     for of_sae in by_sae(forecasts):
         print_sae(of_sae[0], forecasts)
         compared = comparison(of_sae)
-        print_comparison(compared)
         print_change_comparison(compared)
+        print_comparison(compared)
     print_agreement(forecasts)
     print_end(forecasts, output)
 
 
 def shift(
-    sources: Annotated[Sources, Fixed(domains=[])],
+    sources: Annotated[Shifting, Fixed(domains=[])],
     settings: Annotated[
         Settings,
         Fixed(
@@ -160,7 +178,7 @@ def shift(
             signed_features="sae",
             trial_steps=None,
             trial_cost=None,
-            trial_prompts=0,
+            trial_prompts=None,
             controls="features",
             labels=None,
         ),
@@ -185,7 +203,7 @@ def shift(
 
 
 def _outlook(
-    sources: Sources | Candidates, trains: dict[str, list[str]], settings: Settings, places: Places, how: How
+    sources: AnySources, trains: dict[str, list[str]], settings: Settings, places: Places, how: How
 ) -> Outlook:
     """The prompts that forecasts of some training sets will read, and their cost."""
     if sources.model is None:
@@ -206,7 +224,7 @@ def _outlook(
 
 
 def _forecasts(
-    sources: Sources | Candidates,
+    sources: AnySources,
     trains: dict[str, list[str]],
     settings: Settings,
     places: Places,
@@ -220,14 +238,16 @@ def _forecasts(
     The folder is `output` itself; with several SAEs, one below it for each, and `by_train` one more level for each
     training set.
     """
+    if sources.model is None:
+        _library_of(settings)
     calibration = None
     if how.calibration is not None:
-        calibration = read_calibration(how.calibration, settings, max(len(sources.sae), 1))
+        calibration = read_calibration(how.calibration, settings, len(sources.sae))
     files.prepare_folder(output)
     how.apply()
     settings = replace(settings, command=typed_command(), say=say)
     if sources.model is None:
-        names, of_saes = [""], [_from_library(sources, trains, settings, places, how)]
+        names, of_saes = [""], [_from_library(sources, trains, settings)]
     else:
         check_places([place for places in trains.values() for place in places])
         loaded = places.load(_needed(sources, "sae"), settings.sae_dtype)
@@ -267,38 +287,36 @@ def _forecasts(
     return everything
 
 
-def _from_library(
-    sources: Sources | Candidates, trains: dict[str, list[str]], settings: Settings, places: Places, how: How
-) -> dict[str, Forecast]:
+def _from_library(sources: AnySources, trains: dict[str, list[str]], settings: Settings) -> dict[str, Forecast]:
     """The forecasts of sets that a library has, by their names."""
-    if settings.library is None:
-        raise InputError("give the model with --model, or --library with the profiles of these sets")
-    given = {"demos": sources.demos, "tuned": sources.tuned, "show_prompts": how.show_prompts or None, **vars(places)}
-    typed = [name for name, value in given.items() if value is not None]
-    standard = Settings()
-    typed += [
-        name for name, value in vars(settings).items() if name not in IN_LIBRARY and value != getattr(standard, name)
-    ]
-    if typed:
-        words = listed(f"--{name.replace('_', '-')}" for name in typed)
-        raise InputError(f"without a model, sets stay as the library read them: omit {words}, or give --model")
-    if settings.signed or settings.dims == "tuned":
-        raise InputError("profiles have no answers and no model after training: give --model and --sae for those")
     if len(sources.sae) > 1:
         raise InputError("a library is read with one SAE at a time: give one --sae")
     domains = [name.strip() for row in sources.domains for name in row.split(",") if name.strip()]
     names = [name for of_train in trains.values() for name in of_train]
+    if unusable := [name for name in names if "/" in name or name in (".", "..")]:
+        raise InputError(f"a run's folder cannot be called {listed(unusable)}: make the profile under another name")
     if len(names) > len(trains):
         raise InputError("sets of a library are not joined: give one --train, or several to sts-fast compare")
     found = compare_stored(
-        settings.library, names, domains or None,
-        sae=sources.sae[0] if sources.sae else None, estimators=settings.sizes, dims=settings.dims,
+        _library_of(settings), names, domains or None,
+        sae=sources.sae[0] if sources.sae else None, estimators=settings.estimators, dims=settings.dims,
         top_n=settings.top_n, seed=settings.seed, command=settings.command,
     )  # fmt: skip
     return {name: found[name] for name in names}
 
 
-def _needed(sources: Sources | Candidates, option: str) -> list[str]:
+def _library_of(settings: Settings) -> Path:
+    """Raises InputError where no library was given, or options were typed that a library cannot serve."""
+    if settings.library is None:
+        raise InputError("give the model with --model, or --library with the profiles of these sets")
+    if typed := [option for option in typed_options() if option not in WITH_LIBRARY]:
+        raise InputError(
+            f"without a model, sets stay as the library read them: omit {listed(typed)}, or give --model and --sae"
+        )
+    return settings.library
+
+
+def _needed(sources: AnySources, option: str) -> list[str]:
     """What was given for an option that a forecast from a model cannot do without."""
     given: list[str] = getattr(sources, option)
     if sources.model is not None and not given:

@@ -55,7 +55,7 @@ def rollouts(
     columns: Columns,
     completing: Completing,
     settings: Annotated[
-        RolloutSettings, Fixed(dims="icl", signed_features="sae", trial_steps=None, trial_cost=None, trial_prompts=0)
+        RolloutSettings, Fixed(dims="icl", signed_features="sae", trial_steps=None, trial_cost=None, trial_prompts=None)
     ],
     places: Places,
     core: Core,

@@ -14,7 +14,7 @@ from sts_fast.data.columns import ReadColumns
 from sts_fast.files import Document
 from sts_fast.forecast.compare import sae_comparison
 from sts_fast.forecast.cost import Outlook
-from sts_fast.forecast.estimators import BY_NAME, SIGNED, SIZES, Estimator
+from sts_fast.forecast.estimators import BY_NAME, IN_ORDER, SIZES, Estimator
 from sts_fast.forecast.run import Forecast, Score
 
 
@@ -72,7 +72,7 @@ def _title(estimator: Estimator) -> str:
 
 
 def print_signed(forecast: Forecast) -> None:
-    for estimator in (BY_NAME[name] for name in SIGNED):
+    for estimator in (BY_NAME[name] for name in IN_ORDER if BY_NAME[name].signed):
         rows: list[tuple[Score, str]] = [
             (domain.scores[estimator.name], domain.name)
             for domain in forecast.domains
@@ -94,16 +94,13 @@ def print_signed(forecast: Forecast) -> None:
 
 
 def print_comparison(comparison: Document) -> None:
-    for names in (SIZES, SIGNED):
-        for estimator in (BY_NAME[name] for name in names if name in comparison["scores"]):
-            out.print(_comparison_table(comparison, estimator))
-        if names == SIZES:
-            out.print(
-                "Read down a column to see which domains a training set moves most. Scores along a row can be compared "
-                "where the training sets shift the same kind of features. Scores forecast the size of a change, not "
-                "its direction.",
-                highlight=False,
-            )
+    for estimator in (BY_NAME[name] for name in IN_ORDER if name in comparison["scores"]):
+        out.print(_comparison_table(comparison, estimator))
+    out.print(
+        "Read down a column to see which domains a training set moves most. Scores along a row can be compared where "
+        "the training sets shift the same kind of features. STS forecasts the size of a change, not its direction.",
+        highlight=False,
+    )
 
 
 def _comparison_table(comparison: Document, estimator: Estimator) -> Table:

@@ -104,7 +104,8 @@ def _fit(runs: list[Path], estimator: str | None, output: Path, *, as_json: bool
 
 def report(
     run: Annotated[Path, typer.Argument(help="Folder that sts-fast score wrote, or a library of sts-fast profile.")],
+    sae: Annotated[str | None, Option("Of several SAEs in a library, the source of the one.")] = None,
 ) -> None:
     """Write report.html of a run again, with the outcome if it has been validated; or that of a library."""
-    written = build_library_report(run) if any(Library(run)) else build_report(run)
+    written = build_library_report(run, sae=sae) if any(Library(run)) else build_report(run)
     out.print(str(written), highlight=False, markup=False)

@@ -112,8 +112,20 @@ ESTIMATORS = (
 BY_NAME = {estimator.name: estimator for estimator in ESTIMATORS}
 SIZES = tuple(estimator.name for estimator in ESTIMATORS if not estimator.signed)
 SIGNED = tuple(estimator.name for estimator in ESTIMATORS if estimator.signed)
-# The names that can be asked for.
+# The names that can be asked for, and those with a sign, first the one that has agreed best with real trainings
+# (study/real).
 ESTIMATOR_OPTIONS = tuple(dict.fromkeys(estimator.option for estimator in ESTIMATORS))
+SIGNED_OPTIONS = tuple(name for name in reversed(ESTIMATOR_OPTIONS) if name in SIGNED)
+
+
+def signed_fields(option: str) -> tuple[str, str]:
+    """The two numbers of an estimator with a sign, the one to read first before the other."""
+    of_p, of_loss = option, f"{option}_loss"
+    return (of_loss, of_p) if option == "trial" else (of_p, of_loss)
+
+
+# All numbers, those with a sign first.
+IN_ORDER = (*(field for option in SIGNED_OPTIONS for field in signed_fields(option)), *SIZES)
 
 
 def label_of(estimator: str) -> str:

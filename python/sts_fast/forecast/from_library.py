@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from sts_fast import files
 from sts_fast.errors import InputError
@@ -13,13 +12,14 @@ from sts_fast.forecast.assemble import Basis, assemble
 from sts_fast.forecast.cross import check_alike
 from sts_fast.forecast.dims import measure_shift
 from sts_fast.forecast.estimators import BY_NAME, SizeEstimator
-from sts_fast.forecast.options import Settings
+from sts_fast.forecast.options import Dims, Settings
 from sts_fast.forecast.run import Forecast
 from sts_fast.model.forward import PassRecord
 from sts_fast.model.sae_check import Fit
 from sts_fast.places import split_name
 from sts_fast.profile.library import Library
 from sts_fast.profile.profile import INDEX_FILE, Profile
+from sts_fast.signed.signed import SignedEstimator
 
 NO_PASSES: PassRecord = {
     "strategy": None, "why": "profiles were read from files", "batch_tokens": None, "n_passes": 0, "n_tokens": 0,
@@ -33,8 +33,8 @@ def compare_stored(
     domains: Sequence[str] | None = None,
     *,
     sae: str | None = None,
-    estimators: Sequence[SizeEstimator] = ("act", "icl"),
-    dims: Literal["icl", "active"] = "icl",
+    estimators: Sequence[SizeEstimator | SignedEstimator] = ("act", "icl"),
+    dims: Dims = "icl",
     top_n: int = 100,
     seed: int = 0,
     command: str | None = None,
@@ -43,13 +43,18 @@ def compare_stored(
 
     trains, domains: names of sets in the library; None for all of its domains
     sae:     source of the SAE whose profiles are used, where the library has those of several
-    estimators, dims, top_n: as for `compare`; seed: of the intervals; command: see Reading
+    estimators: without a sign; dims: 'icl' or 'active'; top_n: as for `compare`
+    seed:    of the intervals; command: see Reading
 
     Returns a forecast by training set, its numbers the same as those of `compare`. Without a model it says neither
     which tokens a feature promotes nor in which texts it fires, and the fit of the SAE is not measured. Raises
     InputError where a set is not in the library, or profiles cannot be held against each other.
     """
     settings = Settings(dims=dims, estimators=estimators, top_n=top_n, seed=seed, command=command)
+    if settings.signed or dims == "tuned":
+        raise InputError(
+            "profiles have no answers and no model after training: estimators with a sign and dims tuned need the model"
+        )
     shelf = Library(Path(library)).shelf(sae)
     pairs = any(BY_NAME[name].of == "pairs" for name in settings.sizes)
     of_trains = shelf.find("train", trains, shown=dims == "icl")

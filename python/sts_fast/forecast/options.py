@@ -15,7 +15,7 @@ from sts_fast.model.session import Reading, ReadingOptions
 from sts_fast.profile.library import Library
 from sts_fast.signed.push import FeatureKind
 from sts_fast.signed.signed import AT_THE_HOOK, SignedEstimator
-from sts_fast.signed.trial import BATCH_ROWS
+from sts_fast.signed.trial import BATCH_ROWS, TrialDesign
 
 # Of a trial, where nothing else is asked for; and the fewest, which see as many examples as a set must have.
 TRIAL_STEPS, LEAST_STEPS = 16, MIN_PROMPTS // BATCH_ROWS
@@ -62,8 +62,9 @@ class Settings(Sampling, Fields, Reading):
         str | None, Option("Instead of --trial-steps: the share of one pass over the training set, as 2%.")
     ] = None
     trial_prompts: Annotated[
-        int, Option("Most prompts of a domain that are asked again after a trial; 0 for all.", least=0)
-    ] = TRIAL_PROMPTS
+        int | None,
+        Option(f"Most prompts of a domain that a trial asks again, 0 for all; default: {TRIAL_PROMPTS}.", least=0),
+    ] = None
     controls: Annotated[
         Controls, Option("features, or all: also the base model's loss and accuracy (needs answers).")
     ] = "features"
@@ -78,16 +79,22 @@ class Settings(Sampling, Fields, Reading):
         super().__post_init__()
         if self.trial_steps is not None and self.trial_cost is not None:
             raise InputError("--trial-steps and --trial-cost say the same thing: give one of them")
-        for option, value in (("--trial-steps", self.trial_steps), ("--trial-cost", self.trial_cost)):
+        of_trials = ("trial_steps", "trial_cost", "trial_prompts")
+        for option, value in ((f"--{name.replace('_', '-')}", getattr(self, name)) for name in of_trials):
             if value is not None and "trial" not in self.estimators:
                 raise InputError(f"{option} is of the estimator trial: add trial to --estimators")
         if self.trial_prompts == 1:
             raise InputError("--trial-prompts must be 2 or more, or 0 for all: one prompt says nothing of its error")
         if self.trial_cost is not None:
-            self.steps_of_trial(1)
+            self._steps_of_trial(1)
 
-    def steps_of_trial(self, n_examples: int) -> int:
-        """Steps of a trial of a training set of so many examples; raises InputError for a cost that is no share."""
+    def trial_design(self, n_examples: int) -> TrialDesign:
+        """The trial of a training set of so many examples."""
+        n_prompts = TRIAL_PROMPTS if self.trial_prompts is None else self.trial_prompts
+        return TrialDesign(self._steps_of_trial(n_examples), n_prompts, self.seed)
+
+    def _steps_of_trial(self, n_examples: int) -> int:
+        """Raises InputError for a cost that is no share."""
         if self.trial_cost is None:
             return self.trial_steps or TRIAL_STEPS
         number, percent, rest = self.trial_cost.strip().partition("%")
@@ -127,7 +134,7 @@ class Options(SamplingOptions, FieldsOptions, ReadingOptions, total=False):
     signed_features: FeatureKind
     trial_steps: int | None
     trial_cost: str | None
-    trial_prompts: int
+    trial_prompts: int | None
     controls: Controls
     top_n: int
     labels: str | Path | None

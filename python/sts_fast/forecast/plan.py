@@ -95,9 +95,7 @@ class Plan:
             )
         train_answers = [prompts("train", name, show=False, tokens="answer") for name in sets.trains if at_the_hook]
         trials = {
-            name: TrialDesign(settings.steps_of_trial(len(examples)), settings.trial_prompts, settings.seed)
-            for name, examples in sets.trains.items()
-            if "trial" in signed
+            name: settings.trial_design(len(examples)) for name, examples in sets.trains.items() if "trial" in signed
         }
         trial_rows = [
             prompts("train", name, show=False, tokens="answer", limit=design.n_steps * BATCH_ROWS)

@@ -97,7 +97,8 @@ class Shelf:
 
         shown: whether they must have been read behind demonstrations; otherwise one with them is as good as one without
 
-        Raises InputError where a set is missing, or several profiles of one name differ in their prompts.
+        Raises InputError where a set is missing, several profiles of one name differ in their prompts, or all sets of a
+        kind are asked for, and some were not read behind demonstrations.
         """
         known: dict[str, dict[str, Path]] = {}
         for folder, index in sorted(self.indices.items(), key=lambda item: item[1]["shown_sha256"] is None):
@@ -105,6 +106,13 @@ class Shelf:
                 known.setdefault(index["set"], {}).setdefault(index["key" if shown else "plain_key"], folder)
         asked = list(known if names is None else dict.fromkeys(names))
         called = "domain" if kind == "domain" else "training set"
+        untuned = [index for index in self.indices.values() if index["kind"] == kind and index["tuned"] is None]
+        every = dict.fromkeys(index["set"] for index in untuned)
+        if names is None and (alone := [name for name in every if name not in known]):
+            raise InputError(
+                f"the {called}s {listed(alone)} of {self.library} were not read behind demonstrations: make their "
+                "profiles with them, or say which sets to use"
+            )
         if missing := [name for name in asked if name not in known]:
             behind = " that was read behind demonstrations" if shown else ""
             have = f"its {called}s are {listed(known)}" if known else "it has none"

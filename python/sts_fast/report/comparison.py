@@ -10,12 +10,12 @@ from urllib.parse import quote
 from sts_fast import files
 from sts_fast.errors import InputError
 from sts_fast.files import Document
-from sts_fast.forecast.estimators import BY_NAME, SIZES, Estimator
+from sts_fast.forecast.estimators import BY_NAME, IN_ORDER, Estimator
 from sts_fast.forecast.run import COMPARISON_FILE, REPORT_FILE
 from sts_fast.outcomes.calibration.change_text import shown_change, shown_interval, unit_name
 from sts_fast.report.numbers import counted, percent, significant
 from sts_fast.report.page import render
-from sts_fast.report.signed import PREFERRED, number_text
+from sts_fast.report.signed import number_text
 
 TEMPLATE = "comparison.html.j2"
 N_SHADES = 3
@@ -108,8 +108,7 @@ def _shade(value: float, largest: float, kind: str = "size") -> str:
 
 
 def _score_grids(compared: Document, trains: list[str]) -> list[Grid]:
-    names = (*(f"{name}{of}" for name in PREFERRED for of in ("", "_loss")), *SIZES)
-    return [_grid(compared, trains, BY_NAME[name]) for name in names if name in compared["scores"]]
+    return [_grid(compared, trains, BY_NAME[name]) for name in IN_ORDER if name in compared["scores"]]
 
 
 def _grid(compared: Document, trains: list[str], estimator: Estimator) -> Grid:

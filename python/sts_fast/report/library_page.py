@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sts_fast.statistics import Doubles, Indices
 
 TEMPLATE = "library.html.j2"
+ESTIMATOR: SizeEstimator = "act"
 N_SHADES = 3
 N_CARRIERS = 5
 
@@ -54,36 +55,33 @@ class TrainRow:
     cells: list[LibraryCell]
 
 
-def build_library_report(
-    folder: str | Path, *, estimator: SizeEstimator = "act", top_n: int = 100, sae: str | None = None
-) -> Path:
+def build_library_report(folder: str | Path, *, top_n: int = 100, sae: str | None = None) -> Path:
     """Writes report.html into a library, of its training sets on its domains, and returns its path.
 
-    estimator: whose scores; top_n: size of D_N, at most the features of the SAE; sae: source of the SAE, where the
-        library has profiles of several
+    top_n: size of D_N, at most the features of the SAE; sae: source of the SAE, where the library has profiles of
+        several
 
     Raises InputError where the library has no training set behind demonstrations or no domain, several profiles of one
     name, or nothing can be written.
     """
     shelf = Library(Path(folder)).shelf(sae)
-    of = BY_NAME[estimator]
+    of = BY_NAME[ESTIMATOR]
     trains, domains = (
-        [Profile.load(path) for path in shelf.find(kind, shown=kind == "train" or of.of == "pairs").values()]
+        [Profile.load(path) for path in shelf.find(kind, shown=kind == "train").values()]
         for kind in ("train", "domain")
     )
     if not trains or not domains:
         missing = "domain" if trains else "training set that was read behind demonstrations"
         raise InputError(f"{folder} has no {missing}: add some with sts-fast profile")
     top_n = min(top_n, *(profile.rows.d_sae for profile in trains))
-    found = cross(trains, domains, estimators=(estimator,), top_n=top_n)
+    found = cross(trains, domains, estimators=(ESTIMATOR,), top_n=top_n)
     parts = np.stack([profile.rows.totals(of.sums) for profile in domains])
-    grams = [grams_of(domain) for domain in domains]
     grams = [grams_of(domain) for domain in domains]
     rows = []
     for i, train in enumerate(trains):
         cells = [
             LibraryCell(
-                *_number(found, estimator, i, k),
+                *_number(found, i, k),
                 carriers=_carriers(parts[k], found.tops[i]),
                 same=same_examples(train, grams[k]),
             )
@@ -109,9 +107,9 @@ def build_library_report(
     return path
 
 
-def _number(found: Cross, estimator: SizeEstimator, i: int, k: int) -> tuple[str, str, int, str]:
+def _number(found: Cross, i: int, k: int) -> tuple[str, str, int, str]:
     """Text, interval, order and shade of a cell."""
-    of_domain, (low, high) = found.values[estimator][:, k], found.intervals[estimator][:, i, k]
+    of_domain, (low, high) = found.values[ESTIMATOR][:, k], found.intervals[ESTIMATOR][:, i, k]
     value = of_domain[i]
     if np.isnan(value):
         return "no tokens", "", len(of_domain), ""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from sts_fast.forecast.blocks import ScoreBlock, Scores
-from sts_fast.forecast.estimators import BY_NAME, ESTIMATOR_OPTIONS, SIGNED
+from sts_fast.forecast.estimators import BY_NAME, SIGNED_OPTIONS, signed_fields
 from sts_fast.report import figures
 from sts_fast.report.features import FIRST_FEATURES, Feature, FeatureSection, feature_of, section_of
 from sts_fast.report.numbers import counted, isolated, joined, percent, significant, with_sign
@@ -16,10 +16,10 @@ from sts_fast.report.ranking import FIRST_BARS, MOST_BARS
 from sts_fast.report.run import Material
 from sts_fast.signed.push import SMALLEST_P, SOLVED_LOSS
 from sts_fast.signed.signed import SignedBlock, SignedDomainBlock, TrialBlock
+from sts_fast.signed.trial import OWN_ROWS
 from sts_fast.statistics import Interval
 
 # The estimator that came closest to real training (docs/signed.md) is first.
-PREFERRED = tuple(name for name in reversed(ESTIMATOR_OPTIONS) if name in SIGNED)
 MOST_PARTS = 5
 MOST_DOMAINS = 3
 
@@ -118,16 +118,16 @@ def signed_section(run: Material) -> SignedSection | None:
         return None
     domains = signed["domains"]
     scores = {domain["name"]: domain["scores"] for domain in run.scores["domains"] if domain["name"] in domains}
-    known = [name for name in PREFERRED if all(name in of_domain for of_domain in scores.values())]
+    known = [name for name in SIGNED_OPTIONS if all(name in of_domain for of_domain in scores.values())]
     if not known:
         return None
     # Where most answers are too long, a change of their probability is shown after that of their loss.
     unlikely = sum(entry["p_answer"] < SMALLEST_P for entry in domains.values()) > len(domains) / 2
     estimators = []
     for name in known:
-        of_p, of_loss = _ranking(scores, domains, name), _ranking(scores, domains, f"{name}_loss")
-        main, other = (of_loss, of_p) if unlikely else (of_p, of_loss)
-        estimators.append(Estimated(name, BY_NAME[name].meaning, main, other))
+        main, other = (f"{name}_loss", name) if unlikely else signed_fields(name)
+        rankings = [_ranking(scores, domains, field) for field in (main, other)]
+        estimators.append(Estimated(name, BY_NAME[name].meaning, *rankings))
     carriers, carried = _carriers(run, signed)
     return SignedSection(
         summary=_summary(estimators[0]),
@@ -230,12 +230,12 @@ def _summary(estimated: Estimated) -> Markup:
             unit,
             ", with zero inside its interval" if row.direction == "open" else "",
         )
-        for row, verb, is_so in ((best, "improves", best.value > 0), (worst, "harms", worst.value < 0))
+        for row, verb, is_so in ((best, "improve", best.value > 0), (worst, "harm", worst.value < 0))
         if is_so
     ]
     if not parts:
         return Markup("By {} no domain moves.").format(ranking.field)
-    return Markup("By {} training {}.").format(ranking.field, Markup(" and ").join(parts))
+    return Markup("Training is forecast to {}, by {}.").format(Markup(" and to ").join(parts), ranking.field)
 
 
 def _sentences(scores: Scores, signed: SignedBlock) -> list[str]:
@@ -247,7 +247,8 @@ def _sentences(scores: Scores, signed: SignedBlock) -> list[str]:
         )
     else:
         sentences.append(
-            f"Before training the model's loss on the training set's answers is {significant(signed['train_loss'])} "
+            f"Before training the model's loss on {'the first of ' if signed['features'] is None else ''}the training "
+            f"set's answers is {significant(signed['train_loss'])} "
             "nats per token."
         )
     left = ", ".join(f"{name} leaves {percent(share)}" for name, share in sorted(signed["loss_left"].items()))
@@ -255,8 +256,9 @@ def _sentences(scores: Scores, signed: SignedBlock) -> list[str]:
         sentences[-1] = sentences[-1].rstrip(".") + f"; of it {left}."
     if (trial := signed["trial"]) is not None:
         sentences.append(
-            f"The trial took {counted(trial['n_steps'], 'step')} on {counted(trial['n_rows'], 'example')}, whose loss "
-            f"went from {significant(trial['loss_before'])} to {significant(trial['loss_after'])} nats per token."
+            f"The trial took {counted(trial['n_steps'], 'step')} on {counted(trial['n_rows'], 'example')}; the loss of "
+            f"the first {min(trial['n_rows'], OWN_ROWS)} went from {significant(trial['loss_before'])} to "
+            f"{significant(trial['loss_after'])} nats per token."
         )
         sentences += _trial_sentences(trial)
     unlikely = [name for name, entry in signed["domains"].items() if entry["p_answer"] < SMALLEST_P]

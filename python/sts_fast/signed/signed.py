@@ -31,7 +31,7 @@ from sts_fast.signed.push import (
 from sts_fast.signed.small_areas import Domain, domain_means
 from sts_fast.signed.trial import Trial
 from sts_fast.signed.trial import values as trial_values
-from sts_fast.statistics import mean_interval, normal_interval, resamples
+from sts_fast.statistics import mean_interval, resamples
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -92,9 +92,13 @@ class TrialDomainBlock(TypedDict):
 
 
 class TrialBlock(TypedDict):
-    """A trial: its steps, the rows it was trained on, and the loss of the first of their answers before and after."""
+    """A trial: its steps, the rows it was trained on, and the loss of the first of their answers before and after.
+
+    n_prompts: most of a domain that are asked again; 0 for all
+    """
 
     n_steps: int
+    n_prompts: int
     n_rows: int
     loss_before: float
     loss_after: float
@@ -105,6 +109,7 @@ class SignedBlock(TypedDict):
     """`signed` in scores.json.
 
     features:  what maps at the hook are written in; None where there is only a trial
+    train_loss: of the training set's answers before training, in nats per token; with a trial alone, of its first rows
     loss_left: share of the training set's loss, by kind of map; trial: None where there was none
     """
 
@@ -261,12 +266,13 @@ def with_trial(
     }
     scores = {
         domain.name: forecast.scores.get(domain.name, {})
-        | {field: (float(of.values[i]), normal_interval(of.values[i], of.stderr[i])) for field, of in means.items()}
+        | {field: (float(of.values[i]), of.interval(i)) for field, of in means.items()}
         for i, domain in enumerate(domains)
     }
     falls = {name: of["trial_loss"][~np.isnan(of["trial_loss"])] for name, of in changes.items()}
     of_trial: TrialBlock = {
-        "n_steps": trial.n_steps,
+        "n_steps": trial.design.n_steps,
+        "n_prompts": trial.design.n_prompts,
         "n_rows": len(trial.train.prompts),
         "loss_before": float(np.nanmean(trial.nll)),
         "loss_after": float(np.nanmean(trial.nll_after)),

@@ -58,14 +58,14 @@ class TrialDesign:
 class Trial:
     """One training set's trial.
 
-    train:   the prompts that the model was trained on, in order; n_steps: steps of BATCH_ROWS of them
+    train:   the prompts that the model was trained on, in order; design: steps of BATCH_ROWS of them, and the rest
     nll:     [n_train] loss per token of their answers before training, in nats; nll_after: after it; NaN of those that
              were not read
     domains: by domain, [n_prompts] the same loss after training; NaN of prompts that were not asked again
     """
 
     train: PromptSet
-    n_steps: int
+    design: TrialDesign
     nll: Doubles
     nll_after: Doubles
     domains: dict[str, Doubles]
@@ -134,7 +134,7 @@ def measure_trial(
             step_done()
     if any(np.isinf(nll).any() for nll in (after, *moved.values())):
         raise InputError(f"the trial of '{train.name}' made the loss NaN or infinite: try --dtype float32")
-    return Trial(train, design.n_steps, before, after, moved)
+    return Trial(train, design, before, after, moved)
 
 
 def asked_again(domain: PromptSet, design: TrialDesign) -> Indices:

@@ -14,7 +14,7 @@ import numpy as np
 from sts_fast import files
 from sts_fast.errors import InputError, listed
 from sts_fast.forecast.blocks import Scores
-from sts_fast.forecast.estimators import BY_NAME, ESTIMATOR_OPTIONS, SIGNED, SIZES
+from sts_fast.forecast.estimators import BY_NAME, SIGNED, SIGNED_OPTIONS, SIZES
 from sts_fast.forecast.run import SCORES_FILE, VALIDATION_FILE, Run
 from sts_fast.outcomes import metrics
 from sts_fast.outcomes.calibration.conformal import Points
@@ -22,7 +22,7 @@ from sts_fast.outcomes.outcomes import Outcome
 from sts_fast.outcomes.validate import load_outcomes
 
 # Estimators to learn from where none is named: the first of these that all runs have.
-PREFERRED = (*(name for name in reversed(ESTIMATOR_OPTIONS) if name in SIGNED), *SIZES)
+PREFERRED = (*SIGNED_OPTIONS, *SIZES)
 # Suffixes of the hashed files that identify a local model or SAE.
 WEIGHTS = (".safetensors", ".npz", ".pt", ".bin")
 SHOWN_DIGITS = 12
@@ -165,7 +165,8 @@ def conditions(scores: Scores, estimator: str) -> Conditions:
         signed = scores["signed"]
         if BY_NAME[estimator].option == "trial":
             trial = None if signed is None else signed["trial"]
-            return shared | {"--trial-steps": None if trial is None else trial["n_steps"]}
+            n_steps, n_prompts = (None, None) if trial is None else (trial["n_steps"], trial["n_prompts"])
+            return shared | {"--trial-steps": n_steps, "--trial-prompts": n_prompts}
         return shared | {"--signed-features": None if signed is None else signed["features"]}
     shared |= {"--dims": settings["dims"], "--top-n": settings["top_n"], "--tokens": settings["tokens"]}
     if settings["dims"] in ("icl", "verified"):
