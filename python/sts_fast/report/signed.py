@@ -234,8 +234,8 @@ def _summary(estimated: Estimated) -> Markup:
         if is_so
     ]
     if not parts:
-        return Markup("By {} no domain moves.").format(ranking.field)
-    return Markup("Training is forecast to {}, by {}.").format(Markup(" and to ").join(parts), ranking.field)
+        return Markup("By {} no domain moves.").format(estimated.name)
+    return Markup("Training is forecast to {}, by {}.").format(Markup(" and to ").join(parts), estimated.name)
 
 
 def _sentences(scores: Scores, signed: SignedBlock) -> list[str]:
