@@ -154,6 +154,8 @@ def test_scores_of_a_trial_are_means_over_prompts(tiny: Tiny, tmp_path: Path) ->
             assert domain["scores"][field]["value"] == pytest.approx(np.mean([row[field] for row in of_domain]))
             low, high = domain["scores"][field]["ci"]
             assert low <= domain["scores"][field]["value"] <= high
+        p, (low, high) = signed["domains"][domain["name"]]["p_answer"], domain["scores"]["trial"]["ci"]
+        assert -p <= low <= high <= 1 - p
         assert domain["change"] is None
     for name, of in signed["trial"]["domains"].items():
         assert of == {"n_prompts": 12, "mean_fall": pytest.approx(scores_of(scores, name)["value"]), "own_share": 1}

@@ -269,6 +269,10 @@ def with_trial(
         | {field: (float(of.values[i]), of.interval(i)) for field, of in means.items()}
         for i, domain in enumerate(domains)
     }
+    for name, of_domain in scores.items():
+        p = float(answers[name].p_answer.mean())  # which can neither fall below 0 nor rise above 1
+        value, low, high = np.clip([of_domain["trial"][0], *of_domain["trial"][1]], -p, 1 - p).tolist()
+        of_domain["trial"] = value, (low, high)
     falls = {name: of["trial_loss"][~np.isnan(of["trial_loss"])] for name, of in changes.items()}
     of_trial: TrialBlock = {
         "n_steps": trial.design.n_steps,
