@@ -16,7 +16,7 @@ from sts_fast.cli.calibration import (
     print_warnings,
     read_calibration,
 )
-from sts_fast.cli.console import progress, say, show
+from sts_fast.cli.console import out, progress, say, show
 from sts_fast.cli.options import AsJson, Demos, Domains, Fixed, Model, Output, SAEs, ShowPrompts, Train
 from sts_fast.cli.tables import (
     by_sae,
@@ -137,6 +137,10 @@ def score(
         print_changes(forecast)
         print_signed(forecast)
         print_scores(forecast)
+    if sources.model is not None and "trial" not in settings.estimators:
+        out.print(
+            "On a real model these scores said little of what moved, but a short trial did: add trial to --estimators."
+        )
     print_agreement(forecasts)
     print_end(forecasts, output)
 

@@ -64,11 +64,6 @@ def print_scores(forecast: Forecast) -> None:
         "A score forecasts how much a domain will move, not in which direction.\n"
         "Compare domains with each other, and each score with that of random features beside it."
     )
-    if not any(name.startswith("trial") for domain in forecast.domains for name in domain.scores):
-        out.print(
-            "On a real model these scores said little of what moved; a short trial did: --estimators act,icl,trial.",
-            highlight=False,
-        )
 
 
 def _title(estimator: Estimator) -> str:
