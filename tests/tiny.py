@@ -11,6 +11,7 @@ import random
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ARCHITECTURES = ("standard", "jumprelu", "topk", "gated")
 LAYER = 2
@@ -19,6 +20,10 @@ K = 16
 SINK = "~"
 BOS, EOS = "<s>", "</s>"
 N_QUESTIONS, N_TOO_LONG, N_UNANSWERED = 24, 2, 3
+
+
+# Of the profiles in the library of tests/forecast.
+LIBRARY_OPTIONS: dict[str, Any] = {"shots": 1, "domain_shots": 2, "limit": 12, "demo_draws": 2}
 
 
 @dataclass(frozen=True)

@@ -10,28 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import Tiny
+from tiny import LIBRARY_OPTIONS, Tiny
 
 import sts_fast
 from sts_fast.cli import main
 from sts_fast.errors import InputError
 
-OPTIONS: dict[str, Any] = {"shots": 1, "domain_shots": 2, "limit": 12, "demo_draws": 2}
-
 
 def run(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["sts-fast", *words])
     main()
-
-
-@pytest.fixture(scope="module")
-def library(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("stored") / "lib"
-    sts_fast.profile(
-        model=tiny.model, sae=tiny.saes["topk"], library=folder, trains={"sums": tiny.train, **tiny.domains},
-        domains=tiny.domains, **OPTIONS,
-    )  # fmt: skip
-    return folder
 
 
 @pytest.mark.parametrize("dims", ["icl", "active"])
@@ -41,7 +29,7 @@ def test_numbers_are_those_of_the_model(dims: Any, tiny: Tiny, library: Path) ->
     assert list(stored) == ["days", "sums"]
     of_model = sts_fast.compare(
         model=tiny.model, sae=tiny.saes["topk"], trains={"days": tiny.domains["days"], "sums": tiny.train},
-        domains=tiny.domains, library=library, **asked | OPTIONS,
+        domains=tiny.domains, library=library, **asked | LIBRARY_OPTIONS,
     )  # fmt: skip
     for name, forecast in stored.items():
         found, expected = forecast.to_dict(), of_model[name].to_dict()
@@ -127,7 +115,7 @@ def test_sets_without_demonstrations_are_named(tiny: Tiny, library: Path, tmp_pa
     shutil.copytree(library, mixed)
     sts_fast.profile(
         model=tiny.model, sae=tiny.saes["topk"], library=mixed, domains={"more": tiny.domains["days"]},
-        trains={"more": tiny.train}, shown=False, **OPTIONS | {"limit": 11},
+        trains={"more": tiny.train}, shown=False, **LIBRARY_OPTIONS | {"limit": 11},
     )  # fmt: skip
     with pytest.raises(InputError, match=r"the domains more of .* were not read behind demonstrations"):
         sts_fast.compare_stored(mixed, ["sums"], top_n=5)
@@ -146,7 +134,7 @@ def test_estimators_that_need_the_model(library: Path) -> None:
 def test_names_that_would_leave_the_folder(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sts_fast.profile(
         model=tiny.model, sae=tiny.saes["topk"], library=tmp_path / "lib", trains={"../up": tiny.train},
-        domains=tiny.domains, **OPTIONS,
+        domains=tiny.domains, **LIBRARY_OPTIONS,
     )  # fmt: skip
     with pytest.raises(SystemExit):
         run(
@@ -183,7 +171,7 @@ def test_profiles_that_do_not_go_together(tiny: Tiny, library: Path, tmp_path: P
     for n, name in enumerate(tiny.domains, start=1):
         sts_fast.profile(
             model=tiny.model, sae=tiny.saes["topk"], library=mixed, trains={"sums": tiny.train},
-            domains={name: tiny.domains[name]}, **OPTIONS | {"domain_shots": n},
+            domains={name: tiny.domains[name]}, **LIBRARY_OPTIONS | {"domain_shots": n},
         )  # fmt: skip
     with pytest.raises(InputError, match="different numbers of demonstrations"):
         sts_fast.compare_stored(mixed, ["sums"])

@@ -9,23 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import Tiny
+from tiny import LIBRARY_OPTIONS, Tiny
 
 import sts_fast
 from sts_fast.cli import main
 from sts_fast.errors import InputError
-
-OPTIONS: dict[str, Any] = {"shots": 1, "domain_shots": 2, "limit": 12, "demo_draws": 2}
-
-
-@pytest.fixture(scope="module")
-def library(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("search") / "lib"
-    sts_fast.profile(
-        model=tiny.model, sae=tiny.saes["topk"], library=folder, trains={"sums": tiny.train, **tiny.domains},
-        domains=tiny.domains, **OPTIONS,
-    )  # fmt: skip
-    return folder
 
 
 def test_order_is_that_of_the_scores(tiny: Tiny, library: Path) -> None:
@@ -33,7 +21,7 @@ def test_order_is_that_of_the_scores(tiny: Tiny, library: Path) -> None:
     found = sts_fast.search(library, [up], [keep], top_n=8)
     forecasts = sts_fast.compare(
         model=tiny.model, sae=tiny.saes["topk"], trains={"sums": tiny.train, **tiny.domains}, domains=tiny.domains,
-        estimators=("act", "icl"), top_n=8, library=library, **OPTIONS,
+        estimators=("act", "icl"), top_n=8, library=library, **LIBRARY_OPTIONS,
     )  # fmt: skip
     for candidate in found:
         scores = {domain.name: domain.scores["act"] for domain in forecasts[candidate.name].domains}
@@ -66,16 +54,23 @@ def test_profiles_of_one_name_must_be_of_the_same_prompts(tiny: Tiny, library: P
     given: dict[str, Any] = {"model": tiny.model, "sae": tiny.saes["topk"], "library": folder}
     before = sts_fast.search(folder, [up], top_n=8)
     # The same prompts without demonstrations, or those of a model after training, do not count.
-    sts_fast.profile(**given, **OPTIONS, trains={"sums": tiny.train}, domains=tiny.domains, shown=False)
+    sts_fast.profile(**given, **LIBRARY_OPTIONS, trains={"sums": tiny.train}, domains=tiny.domains, shown=False)
     sts_fast.score(
-        **given, **OPTIONS, train=tiny.train, domains={}, dims="tuned", tuned=tiny.tuned, top_n=8, estimators=("act",)
+        **given,
+        **LIBRARY_OPTIONS,
+        train=tiny.train,
+        domains={},
+        dims="tuned",
+        tuned=tiny.tuned,
+        top_n=8,
+        estimators=("act",),
     )
     assert sts_fast.search(folder, [up], top_n=8) == before
-    sts_fast.profile(**given, **{**OPTIONS, "domain_shots": 1}, domains=tiny.domains)
+    sts_fast.profile(**given, **{**LIBRARY_OPTIONS, "domain_shots": 1}, domains=tiny.domains)
     assert sts_fast.search(folder, [up], top_n=8) == before  # for act, demonstrations of a domain do not matter
     with pytest.raises(InputError, match=f"several profiles of '{up}', of different prompts: keep one of {up}-domain-"):
         sts_fast.search(folder, [up], top_n=8, estimator="icl")
-    sts_fast.profile(**given, **{**OPTIONS, "limit": 10}, trains={"sums": tiny.train})
+    sts_fast.profile(**given, **{**LIBRARY_OPTIONS, "limit": 10}, trains={"sums": tiny.train})
     with pytest.raises(InputError, match="several profiles of 'sums'"):
         sts_fast.search(folder, [up], top_n=8)
 
@@ -90,7 +85,7 @@ def test_what_is_not_there_is_said(tiny: Tiny, library: Path, tmp_path: Path) ->
     folder = tmp_path / "two"
     shutil.copytree(library, folder)
     sts_fast.profile(
-        model=tiny.model, sae=tiny.saes["jumprelu"], library=folder, trains={"sums": tiny.train}, **OPTIONS
+        model=tiny.model, sae=tiny.saes["jumprelu"], library=folder, trains={"sums": tiny.train}, **LIBRARY_OPTIONS
     )
     with pytest.raises(InputError, match=r"several SAEs: choose one of .* with --sae"):
         sts_fast.search(folder, list(tiny.domains))

@@ -136,7 +136,7 @@ def set_threads(threads: int | None) -> None:
 
 
 def typed_options() -> list[str]:
-    """The options that were typed, as against those that have their default, each once."""
+    """Returns the options of the command line in their order, each once; defaults are not among them."""
     words = (word.partition("=")[0] for word in sys.argv[2:])
     return list(dict.fromkeys(word for word in words if word.startswith("--")))
 

@@ -42,6 +42,7 @@ from sts_fast.forecast.score import compare as run_compare
 from sts_fast.forecast.score import plan
 from sts_fast.report import build_comparison_report, build_report
 
+Tuned = Annotated[str | None, Option("The model after training, for --dims tuned.")]
 OrLibrary = Annotated[
     str | None,
     Option(
@@ -49,7 +50,6 @@ OrLibrary = Annotated[
         "--library."
     ),
 ]
-
 
 # Options of a forecast from a library alone; the others decide how sets are read, or need the model.
 WITH_LIBRARY = (
@@ -67,7 +67,7 @@ class Sources:
     train: Train
     domains: Domains = field(default_factory=list)
     demos: Demos = None
-    tuned: Annotated[str | None, Option("The model after training, for --dims tuned.")] = None
+    tuned: Tuned = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class Shifting:
     train: Train
     domains: Domains = field(default_factory=list)
     demos: Demos = None
-    tuned: Annotated[str | None, Option("The model after training, for --dims tuned.")] = None
+    tuned: Tuned = None
 
 
 @dataclass(frozen=True)
@@ -310,7 +310,7 @@ def _from_library(sources: AnySources, trains: dict[str, list[str]], settings: S
 
 
 def _library_of(settings: Settings) -> Path:
-    """Raises InputError where no library was given, or options were typed that a library cannot serve."""
+    """Returns the library's folder. Raises InputError without one, or for typed options that it cannot serve."""
     if settings.library is None:
         raise InputError("give the model with --model, or --library with the profiles of these sets")
     if typed := [option for option in typed_options() if option not in WITH_LIBRARY]:
@@ -321,7 +321,7 @@ def _library_of(settings: Settings) -> Path:
 
 
 def _needed(sources: AnySources, option: str) -> list[str]:
-    """What was given for an option that a forecast from a model cannot do without."""
+    """Returns the values of an option. Raises InputError where a model was given and they were not."""
     given: list[str] = getattr(sources, option)
     if sources.model is not None and not given:
         raise InputError(f"with --model, give --{option} too")

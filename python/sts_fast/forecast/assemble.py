@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Basis:
-    """What the forecasts with one SAE rest on, beside profiles.
+    """Facts about model, SAE and inputs that forecasts with one SAE record beside the profiles' numbers.
 
     model:     block of scores.json; tuned: the name of the model after training, or None
     sae:       an SAE's source, architecture, d_in, d_sae, k and hook_name; neuronpedia: its name there, or None

@@ -112,8 +112,8 @@ ESTIMATORS = (
 BY_NAME = {estimator.name: estimator for estimator in ESTIMATORS}
 SIZES = tuple(estimator.name for estimator in ESTIMATORS if not estimator.signed)
 SIGNED = tuple(estimator.name for estimator in ESTIMATORS if estimator.signed)
-# The names that can be asked for, and those with a sign, first the one that has agreed best with real trainings
-# (study/real).
+# The names that can be asked for, and those with a sign, those first that train most; trial has agreed best with real
+# trainings (study/real).
 ESTIMATOR_OPTIONS = tuple(dict.fromkeys(estimator.option for estimator in ESTIMATORS))
 SIGNED_OPTIONS = tuple(name for name in reversed(ESTIMATOR_OPTIONS) if name in SIGNED)
 

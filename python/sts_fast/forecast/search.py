@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,8 +75,7 @@ def search(
             name: (float(values[i, k]), (float(intervals[0, i, k]), float(intervals[1, i, k])))
             for k, name in enumerate(found.domains)
         }
-        same = {name: ids for name, of_domain in grams.items() if (ids := same_examples(train, of_domain))}
-        candidates.append(Candidate(train.name, scores, float(selectivity[i]), same))
+        candidates.append(Candidate(train.name, scores, float(selectivity[i]), same_examples(train, grams)))
     return candidates
 
 
@@ -85,9 +84,18 @@ def grams_of(profile: Profile) -> set[tuple[int, ...]]:
     return {gram for _, tokens in _questions(profile) for gram in _runs(tokens)}
 
 
-def same_examples(train: Profile, grams: set[tuple[int, ...]]) -> list[str]:
-    """Ids of the training examples that have such a run."""
-    return [name for name, tokens in _questions(train) if any(gram in grams for gram in _runs(tokens))]
+def same_examples(train: Profile, grams: Mapping[str, set[tuple[int, ...]]]) -> dict[str, list[str]]:
+    """Ids of the training examples that have a run of a domain's questions, by domain; none of one without.
+
+    grams: by domain, `grams_of` it
+    """
+    found: dict[str, list[str]] = {}
+    for name, tokens in _questions(train):
+        runs = _runs(tokens)
+        for domain, of_domain in grams.items():
+            if not of_domain.isdisjoint(runs):
+                found.setdefault(domain, []).append(name)
+    return found
 
 
 def _questions(profile: Profile) -> list[tuple[str, tuple[int, ...]]]:

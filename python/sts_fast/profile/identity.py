@@ -85,7 +85,7 @@ def identity_of(
 
 
 def sae_document(sae: SAE) -> Document:
-    """What is told of an SAE."""
+    """Describes an SAE: its source, architecture, sizes and hook."""
     return {
         "source": sae.source,
         "architecture": sae.architecture,

@@ -111,7 +111,7 @@ class Shelf:
         if names is None and (alone := [name for name in every if name not in known]):
             raise InputError(
                 f"the {called}s {listed(alone)} of {self.library} were not read behind demonstrations: make their "
-                "profiles with them, or say which sets to use"
+                "profiles with them, name the sets to use, or move these profiles elsewhere"
             )
         if missing := [name for name in asked if name not in known]:
             behind = " that was read behind demonstrations" if shown else ""

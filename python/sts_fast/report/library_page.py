@@ -66,33 +66,30 @@ def build_library_report(folder: str | Path, *, top_n: int = 100, sae: str | Non
     """
     shelf = Library(Path(folder)).shelf(sae)
     of = BY_NAME[ESTIMATOR]
-    trains, domains = (
-        [Profile.load(path) for path in shelf.find(kind, shown=kind == "train").values()]
-        for kind in ("train", "domain")
-    )
+    trains, domains = (list(shelf.find(kind, shown=kind == "train").values()) for kind in ("train", "domain"))
     if not trains or not domains:
         missing = "domain" if trains else "training set that was read behind demonstrations"
         raise InputError(f"{folder} has no {missing}: add some with sts-fast profile")
-    top_n = min(top_n, *(profile.rows.d_sae for profile in trains))
-    found = cross(trains, domains, estimators=(ESTIMATOR,), top_n=top_n)
-    parts = np.stack([profile.rows.totals(of.sums) for profile in domains])
-    grams = [grams_of(domain) for domain in domains]
+    identity = Profile.load(trains[0]).identity
+    top_n = min(top_n, identity.sae["d_sae"])
+    # One profile is in memory at a time.
+    found = cross(map(Profile.load, trains), map(Profile.load, domains), estimators=(ESTIMATOR,), top_n=top_n)
+    parts, grams = [], {}
+    for domain in map(Profile.load, domains):
+        parts.append(domain.rows.totals(of.sums))
+        grams[domain.name] = grams_of(domain)
     rows = []
-    for i, train in enumerate(trains):
+    for i, train in enumerate(map(Profile.load, trains)):
+        same = same_examples(train, grams)
         cells = [
-            LibraryCell(
-                *_number(found, i, k),
-                carriers=_carriers(parts[k], found.tops[i]),
-                same=same_examples(train, grams[k]),
-            )
-            for k in range(len(domains))
+            LibraryCell(*_number(found, i, k), carriers=_carriers(parts[k], found.tops[i]), same=same.get(name, []))
+            for k, name in enumerate(found.domains)
         ]
         rows.append(TrainRow(train.name, len(train.rows), cells))
-    identity = trains[0].identity
     page = render(
         TEMPLATE,
         rows=rows,
-        domains=[domain.name for domain in domains],
+        domains=found.domains,
         sentence=f"{counted(len(trains), 'training set')} over {counted(len(domains), 'domain')}",
         label=of.label,
         meaning=of.meaning,

@@ -307,7 +307,7 @@ def _carriers(run: Material, signed: SignedBlock) -> tuple[FeatureSection | None
 
 
 def _trial_sentences(trial: TrialBlock) -> list[str]:
-    """How many prompts were asked again, and how far the values lean on other domains."""
+    """Sentences on the number of prompts asked again, and on the weight of each domain's own prompts."""
     asked = [of["n_prompts"] for of in trial["domains"].values()]
     shares = [of["own_share"] for of in trial["domains"].values()]
     count = str(max(asked)) if len(set(asked)) == 1 else f"{min(asked)} to {max(asked)}"

@@ -85,9 +85,9 @@ def direct_means(domains: Sequence[Domain]) -> tuple[Doubles, Doubles, Doubles]:
     x_apart = [domain.x - domain.x.mean() for domain in domains]
     y_apart = [domain.y - domain.y.mean() for domain in domains]
     n_read = np.asarray([len(domain.y) for domain in domains])
-    size, within = sum(float(x @ x) for x in x_apart), int((n_read - 1).sum())
+    size, within = sum(_dot(x, x) for x in x_apart), int((n_read - 1).sum())
     has_slope = size > 0 and within >= LEAST_FOR_SLOPE
-    slope = sum(float(x @ y) for x, y in zip(x_apart, y_apart, strict=True)) / size if has_slope else 0.0
+    slope = sum(_dot(x, y) for x, y in zip(x_apart, y_apart, strict=True)) / size if has_slope else 0.0
     squares = np.asarray([float(((y - slope * x) ** 2).sum()) for x, y in zip(x_apart, y_apart, strict=True)])
     squares *= within / (within - has_slope)  # the slope has taken one
     common = float((squares / (n_read - 1)).mean())
@@ -115,7 +115,7 @@ def _drawn_to_the_line(direct: Doubles, variance: Doubles, X: Doubles) -> tuple[
     normal = np.einsum("kd,dp,dq->kpq", precision, Z, Z)
     inverse = np.linalg.inv(normal)
     beta = np.einsum("kpq,kd,dq,d->kp", inverse, precision, Z, direct)
-    line = beta @ Z.T
+    line = np.einsum("kp,dp->kd", beta, Z)
     log_density = (
         0.5 * np.log(precision).sum(axis=1)
         - 0.5 * np.linalg.slogdet(normal)[1]
@@ -127,5 +127,11 @@ def _drawn_to_the_line(direct: Doubles, variance: Doubles, X: Doubles) -> tuple[
     own = A * precision
     drawn = own * direct + (1 - own) * line
     spread = own * variance + (1 - own) ** 2 * np.einsum("dp,kpq,dq->kd", Z, inverse, Z)
-    values = density @ drawn
-    return values, np.sqrt(density @ (spread + (drawn - values) ** 2)), density @ own
+    values = np.einsum("k,kd->d", density, drawn)
+    squares = np.einsum("k,kd->d", density, spread + (drawn - values) ** 2)
+    return values, np.sqrt(squares), np.einsum("k,kd->d", density, own)
+
+
+def _dot(one: Doubles, other: Doubles) -> float:
+    # einsum adds in one order; a BLAS product would depend on the number of threads.
+    return float(np.einsum("i,i->", one, other))

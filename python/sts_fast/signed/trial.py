@@ -138,7 +138,7 @@ def measure_trial(
 
 
 def asked_again(domain: PromptSet, design: TrialDesign) -> Indices:
-    """Which of a domain's prompts a trial asks, in their order; drawn by its name, so the same in every run of it."""
+    """Ascending indices of the prompts that a trial asks again, drawn from a domain by the seed and its name."""
     n = len(domain.prompts)
     if not 0 < design.n_prompts < n:
         return np.arange(n)
