@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ from tiny import D_IN, LAYER
 from sts_fast.data.prompts import Prompt
 
 Doubles = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Material:
+    """A model in float64 and prompts that read their answers, by set."""
+
+    model: Any
+    prompts: dict[str, list[Prompt]]
 
 
 class Literal:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from families import FAMILIES, make_model
-from literal_push import Literal, sae_features
+from literal_push import Literal, Material, sae_features
 from numpy.typing import NDArray
 from tiny import D_IN, LAYER, Tiny
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from sts_fast.data.examples import Example, load_examples
-from sts_fast.data.prompts import Prompt, build_prompts
-from sts_fast.data.template import PromptTemplate
+from sts_fast.data.prompts import Prompt
 from sts_fast.errors import InputError
 from sts_fast.profile.projection import projection
 from sts_fast.sae import load_sae
@@ -36,35 +33,8 @@ from sts_fast.signed.push import (
 
 Doubles = NDArray[np.float64]
 
-N_PROMPTS = 10
 TOLERANCE = 1e-5  # of a sum, relative to the largest: features and residuals reach the core as float32
 BATCH_TOKENS = 300
-
-
-@dataclass(frozen=True)
-class Material:
-    """A model in float64 and prompts that read their answers, by set."""
-
-    model: Any
-    prompts: dict[str, list[Prompt]]
-
-
-@pytest.fixture(scope="module")
-def material(tiny: Tiny) -> Material:
-    template = PromptTemplate(AutoTokenizer.from_pretrained(tiny.model), prepend_bos=True)
-    model = AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float64).eval()
-    prompts = {}
-    for name, path in {"train": tiny.train, **tiny.domains}.items():
-        # Answers of several lengths, some of them likely enough for their probability to count.
-        asked = [
-            Example(example.id, example.question, "apple river"[: 5 + 6 * (i % 2)])
-            for i, example in enumerate(load_examples(path))
-            if example.answer is not None
-        ]
-        prompts[name] = build_prompts(
-            name, asked, template, tokens="answer", context_length=200, limit=N_PROMPTS
-        ).prompts
-    return Material(model, prompts)
 
 
 def test_answers_and_gradients_that_do_not_fit_are_run_in_halves(material: Material) -> None:
