@@ -19,7 +19,7 @@ BATCH_ROWS, LONGEST = 32, 256  # tokens; the encoder was trained on 128
 def forecast(work: Path, trains: list[str], domains: list[str]) -> dict[str, dict[str, dict[str, float]]]:
     """Training set -> domain -> 'mean': cosine of the sets' mean rows; 'nearest': of a domain's row and the nearest of
     the training set's, mean over the domain's rows."""
-    tokenizer, model = _load(work / "encoder")
+    tokenizer, model = load_encoder(work / "encoder")
     of_trains = {name: embedded(model, tokenizer, read_rows(work / "train" / f"{name}.jsonl")) for name in trains}
     of_domains = {name: embedded(model, tokenizer, read_rows(work / "domains" / f"{name}.jsonl")) for name in domains}
     return {
@@ -35,8 +35,12 @@ def forecast(work: Path, trains: list[str], domains: list[str]) -> dict[str, dic
 
 
 def embedded(model: Any, tokenizer: Any, rows: list[Row]) -> np.ndarray:
-    """[n_rows, 384] unit vectors of questions with their answers: the mean over tokens, as the encoder is used."""
-    texts = [f"{asked(row)}\n{row['answer']}" for row in rows]
+    """[n_rows, 384] unit vectors of questions with their answers."""
+    return sentence_vectors(tokenizer, model, [f"{asked(row)}\n{row['answer']}" for row in rows])
+
+
+def sentence_vectors(tokenizer: Any, model: Any, texts: list[str]) -> np.ndarray:
+    """[n_texts, 384] unit vectors: the mean over tokens, as the encoder is used."""
     found = []
     with torch.inference_mode():
         for start in range(0, len(texts), BATCH_ROWS):
@@ -57,7 +61,7 @@ def _cosine(one: np.ndarray, other: np.ndarray) -> float:
     return round(float(one @ other / np.linalg.norm(one) / np.linalg.norm(other)), 6)
 
 
-def _load(folder: Path) -> tuple[Any, Any]:
+def load_encoder(folder: Path) -> tuple[Any, Any]:
     """The encoder of the package, unpacked once."""
     from transformers import AutoModel, AutoTokenizer
 

@@ -13,6 +13,8 @@ python -m study.world rl                            # its tables
 
 python -m study.world mix base-3                    # data mixing: really trained with, after `run` of the same
 python -m study.world mix                           # its tables
+
+python -m study.world trace                         # single training examples: harmful ones named, subsets foretold
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from sts_fast.demo import organism
-from study.world import mixing, rl, rl_table
+from study.world import mixing, rl, rl_table, tracing
 from study.world.analyses import analyse, analyse_saes
 from study.world.analyses_table import analyses_table, write
 from study.world.calibrate import TABLES, calibrate
@@ -41,7 +43,7 @@ WORK = Path("build") / "study"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "again", "table", "calibrate", "rl", "analyses", "mix"))
+    parser.add_argument("what", choices=("run", "again", "table", "calibrate", "rl", "analyses", "mix", "trace"))
     parser.add_argument("base", nargs="?")
     parser.add_argument("--train-seed", type=int, help="train this base model first")
     arguments = parser.parse_args()
@@ -62,6 +64,10 @@ def main() -> None:
             tell = teller(arguments.base)
             mixing.run(arguments.base, base_folder(arguments.base, arguments.train_seed, tell), WORK, tell)
         sys.stdout.write(mixing.table(mixing.results()))
+        return
+    if arguments.what == "trace":
+        tracing.run(base_folder("package", None, teller("package")), teller("package"))
+        sys.stdout.write(tracing.TABLES.read_text(encoding="utf-8"))
         return
     if arguments.what == "run":
         run(arguments.base or "package", arguments.train_seed)
