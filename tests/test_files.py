@@ -131,6 +131,7 @@ def test_sha256(tmp_path: Path) -> None:
     "place",
     [
         "forecast/scores.schema.json",
+        "forecast/trace.schema.json",
         "mix/mix.schema.json",
         "ablate/ablation.schema.json",
         "outcomes/calibration/calibration.schema.json",

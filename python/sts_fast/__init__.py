@@ -14,6 +14,7 @@ from sts_fast.forecast.overlap import Overlap, overlap
 from sts_fast.forecast.run import Forecast
 from sts_fast.forecast.score import compare, plan, score
 from sts_fast.forecast.search import Candidate, search
+from sts_fast.forecast.trace import Trace, trace
 from sts_fast.mix.mix import Mixture, mix
 from sts_fast.model.stored import Activations
 from sts_fast.model.stored.writing import capture_activations
@@ -50,6 +51,7 @@ __all__ = [
     "ShiftStats",
     "SparseFeatures",
     "ToolCall",
+    "Trace",
     "Turn",
     "__version__",
     "ablate",
@@ -76,5 +78,6 @@ __all__ = [
     "set_num_threads",
     "set_precision",
     "torch_handle",
+    "trace",
     "validate",
 ]

@@ -15,6 +15,7 @@ from sts_fast.data.options import Checked, Option, annotations_of, element_choic
 from sts_fast.errors import InputError
 from sts_fast.forecast.estimators import ESTIMATOR_OPTIONS
 from sts_fast.forecast.options import Options, Settings
+from sts_fast.forecast.tracing import Tracing, TracingOptions
 from sts_fast.mix.mix import Mixing, MixingOptions
 from sts_fast.model.stored.writing import Capturing, CapturingOptions
 from sts_fast.profile.make import Profiling, ProfilingOptions
@@ -29,6 +30,7 @@ KEYWORDS = {
     CompletingOptions: Completing,
     RolloutOptions: RolloutSettings,
     ProfilingOptions: Profiling,
+    TracingOptions: Tracing,
 }
 
 

@@ -18,10 +18,9 @@ Cost, for a hook at layer 25 of 32: one forward pass of each set, and a fifth of
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Unpack
+from typing import TYPE_CHECKING, Annotated, Unpack
 
 import numpy as np
 
@@ -30,12 +29,13 @@ from sts_fast.ablate.measure import draw_features, measure
 from sts_fast.ablate.record import SCHEMA_VERSION, Ablation, answers_table, outcome_of
 from sts_fast.data.examples import Example
 from sts_fast.data.options import Option
-from sts_fast.data.prompts import Prompt, PromptSet
+from sts_fast.data.prompts import PromptSet
 from sts_fast.data.sets import Fields, FieldsOptions, Kind, Sampling, Seed, Sets, Source, Sources, check_enough
 from sts_fast.data.template import PromptTemplate
 from sts_fast.errors import InputError
 from sts_fast.forecast.blocks import Scores
 from sts_fast.forecast.run import Forecast
+from sts_fast.forecast.stored_prompts import answered_sets
 from sts_fast.model.session import Purpose, Reading, ReadingOptions, SAESource, Session, open_sae
 from sts_fast.profile.means import FeatureMeans
 from sts_fast.sae import SAE
@@ -115,7 +115,10 @@ def ablate(
     hooked = HookedModel(session.whole, hook_layer(loaded), name=reader.name, batch_tokens=zeroing.batch_tokens)
 
     if train is None or domains is None:
-        sets = _stored_sets(forecast.prompts.to_pylist())
+        of_train, of_domains = answered_sets(forecast.prompts)
+        if not of_train:
+            raise InputError("this run contains no answers (it has no signed forecast): give --train and --domains")
+        sets = [*of_train, *of_domains]
     else:
         examples = Sets.read({scores["train"]["name"]: train}, domains, demos, zeroing)
         for line in examples.told():
@@ -161,22 +164,6 @@ def _check_sae(sae: SAE, means: FeatureMeans) -> None:
             f"{sae.source} is a transcoder, whose features are not written where it reads: give an SAE of a resid_post "
             "hook"
         )
-
-
-def _stored_sets(rows: Sequence[Mapping[str, Any]]) -> list[PromptSet]:
-    """The answered prompts that a run with signed forecasts sent, the training set first."""
-    empty = np.empty(0, np.int32)
-    prompts_of: dict[tuple[str, str], list[Prompt]] = {}
-    at_the_hook, of_trials = ("signed_train", "signed"), ("trial_train", "trial")
-    stages = at_the_hook if any(row["stage"] in at_the_hook for row in rows) else of_trials
-    for row in rows:
-        if row["stage"] in stages:
-            ids, positions = (np.asarray(row[name], np.int32) for name in ("base_ids", "positions"))
-            prompts = prompts_of.setdefault((row["stage"], row["domain"]), [])
-            prompts.append(Prompt(row["id"], ids, empty, positions, empty, empty, 0))
-    if not prompts_of:
-        raise InputError("this run contains no answers (it has no signed forecast): give --train and --domains")
-    return [PromptSet(name, prompts, 0, 0) for (_, name), prompts in prompts_of.items()]
 
 
 def _asked_sets(

@@ -20,6 +20,7 @@ from sts_fast.cli.overlap import overlap
 from sts_fast.cli.profile import profile
 from sts_fast.cli.rollouts import rollouts
 from sts_fast.cli.search import search
+from sts_fast.cli.trace import trace
 from sts_fast.cli.validate import report, validate
 from sts_fast.errors import InputError
 
@@ -58,6 +59,7 @@ for command in (
     mix,
     validate,
     ablate,
+    trace,
     overlap,
     report,
     demo,

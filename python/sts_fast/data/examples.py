@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeGuard
 
 from sts_fast.data.choices import Numbered, answers_of
@@ -27,6 +27,7 @@ class Example:
     context:  earlier turns, usually empty; (role, content) is taken for a turn
     steps:    turns between question and reply: tool calls and their results, usually none
     reasoning, tool_calls: what the assistant thinks before the answer's text, and calls behind it
+    row:      number of its row in the set, from 1; 0 where it was made otherwise
     """
 
     id: str
@@ -36,6 +37,7 @@ class Example:
     steps: tuple[Turn, ...] = ()
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
+    row: int = field(default=0, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         turns = (turn if isinstance(turn, Turn) else Turn(*turn) for turn in self.context)
@@ -63,16 +65,17 @@ def _with_truths(rows: list[tuple[str | None, Example]]) -> list[tuple[str | Non
     return [(category, replace(example, answer=truths[example.answer])) for category, example in rows]
 
 
-def _example(exchange: Exchange, default_id: str) -> Example:
+def _example(exchange: Exchange, key: str | None, row: int) -> Example:
     reply = exchange.reply
     return Example(
-        id=default_id if exchange.id is None else exchange.id,
+        id=key or str(row) if exchange.id is None else exchange.id,
         question=exchange.question,
         answer=None if reply is None else without_margin(reply.content if reply.content.strip() else reply.text),
         context=tuple(exchange.context),
         steps=tuple(exchange.steps),
         reasoning="" if reply is None else reply.reasoning.strip(),
         tool_calls=() if reply is None else reply.tool_calls,
+        row=row,
     )
 
 
@@ -203,7 +206,7 @@ def _read(
                 continue
             if exchange.number is not None:
                 numbers[len(rows)] = exchange.number
-            rows.append((exchange.category, _example(exchange, key or str(n_before + number))))
+            rows.append((exchange.category, _example(exchange, key, n_before + number)))
         reader.check_answer_field()
         reader.add_to(read)
         n_before += number

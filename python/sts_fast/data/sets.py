@@ -241,14 +241,18 @@ def distinct(examples: Sequence[Example], *, with_answers: bool) -> list[Example
     with_answers: only those whose answer is the same too repeat another one. Otherwise, of examples that ask the same,
         the first with an answer is kept, in the place of the first.
     """
-    kept: dict[tuple[str, ...], Example] = {}
+    groups = repeats_of(examples, with_answers=with_answers)
+    return [next((example for example in group if example.answer is not None), group[0]) for group in groups]
+
+
+def repeats_of(examples: Sequence[Example], *, with_answers: bool) -> list[list[Example]]:
+    """The examples in groups that ask the same, in the order of the first ones; see distinct."""
+    groups: dict[tuple[str, ...], list[Example]] = {}
     for example in examples:
         answer = [str(example.answer), example.reasoning, str(example.tool_calls)] if with_answers else []
         texts = (str(example.context), example.question, str(example.steps), *answer)
-        key = tuple(" ".join(text.split()) for text in texts)
-        if key not in kept or (kept[key].answer is None and example.answer is not None):
-            kept[key] = example
-    return list(kept.values())
+        groups.setdefault(tuple(" ".join(text.split()) for text in texts), []).append(example)
+    return list(groups.values())
 
 
 def _losses(prompt_set: PromptSet, n_examples: int, n_repeated: int, context_length: int | None) -> list[SetWarning]:

@@ -51,7 +51,7 @@ COMPARISON_FILE = "compare.json"
 REPORT_FILE = "report.html"
 RUN_FILES = (
     *(SCORES_FILE, SHIFT_FILE, PROMPTS_FILE, FEATURES_FILE, VALIDATION_FILE, TRAINING_FILE, REPORT_FILE),
-    *("ablation.json", "ablation.parquet"),
+    *("ablation.json", "ablation.parquet", "trace.json", "trace.parquet", "selected.jsonl"),
 )
 
 VALUE_COLUMNS = [

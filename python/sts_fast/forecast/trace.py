@@ -1,0 +1,169 @@
+"""Training examples that carry a forecast, told and kept; the training set without, or with, some of them."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
+
+from sts_fast import files
+from sts_fast._version import __version__
+from sts_fast.data.sets import Source
+from sts_fast.data.tables import Table
+from sts_fast.errors import InputError, listed
+from sts_fast.files import Document
+from sts_fast.forecast.run import Run
+from sts_fast.forecast.tracing import Influences, Parts, Tracing, TracingOptions, number_of
+from sts_fast.model.session import Purpose, SAESource, Session, open_sae
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SCHEMA_VERSION = "1.0"
+TRACE_FILE, EXAMPLES_FILE, SELECTED_FILE = "trace.json", "trace.parquet", "selected.jsonl"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Training examples that carry a forecast.
+
+    document: content of trace.json
+    examples: rows of trace.parquet, one for each example: its row of the training set (from 1; null where not known),
+        id, question, answer, loss before training (nats per token), and its part in each domain's forecast
+    named:    rows of the training set that --drop leaves out or --keep keeps, from 1; None without these
+    tables:   the training set
+    """
+
+    document: Document
+    examples: pa.Table
+    named: frozenset[int] | None
+    tables: Sequence[Table]
+
+    def to_dict(self) -> Document:
+        return self.document
+
+    def save(self, folder: str | Path) -> None:
+        """Writes selected.jsonl where rows were named, trace.parquet and, last, trace.json, each whole or not at all.
+
+        Raises InputError where the folder cannot be written to.
+        """
+        import pyarrow.parquet as pq
+
+        folder = Path(folder)
+        files.prepare_folder(folder)
+        files.check_document(self.document, trace_schema())
+        if self.named is not None:
+            with files.atomic_path(folder / SELECTED_FILE) as path, path.open("w", encoding="utf-8") as lines:
+                for row in self._selected(self.named):
+                    lines.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+        with files.atomic_path(folder / EXAMPLES_FILE) as path:
+            pq.write_table(self.examples, path, compression="zstd")
+        with files.atomic_path(folder / TRACE_FILE) as path:
+            path.write_text(files.to_json(self.document), encoding="utf-8")
+
+    def _selected(self, named: frozenset[int]) -> Iterator[Mapping[str, Any]]:
+        keeps, n_before = self.document["selection"]["how"] == "keep", 0
+        for table in self.tables:
+            number = 0
+            for number, _, row in table.read():
+                if (n_before + number in named) == keeps and isinstance(row, Mapping):
+                    yield row
+            n_before += number
+
+
+def trace_schema() -> Document:
+    """The JSON schema of trace.json."""
+    return files.load_schema("forecast/trace.schema.json")
+
+
+def trace(
+    run: str | Path,
+    *,
+    train: Source | None = None,
+    model: str | Path | PreTrainedModel | None = None,
+    sae: SAESource | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **options: Unpack[TracingOptions],
+) -> Trace:
+    """Which training examples carry a run's forecast; see the module's equations.
+
+    run:   folder of `score`
+    train: the examples to trace, as for `score`: by default the run's training set, all of it. Another set may be
+           given, such as candidates of which some are to be added
+    model, sae: by default the run's; needed where these have moved
+    options: see Tracing
+
+    Raises InputError where the run, the model, the SAE and the training set cannot be used together, or lack answers.
+    """
+    tracing, opened = Tracing(**options), Run.load(run)
+    scores = opened.scores
+    if tracing.layer is not None or tracing.hook is not None:
+        raise InputError("--layer and --hook are taken from the run: leave them out, or make the run again with them")
+    if scores["rollouts"] is not None:
+        raise InputError(f"{run} is a forecast of RL, whose completions are not traced: give a run of sts-fast score")
+    share = _share_of(tracing)
+    names = _chosen([domain["name"] for domain in scores["domains"]], tracing.domain)
+    tracing = replace(tracing, hook=scores["sae"]["hook_name"])
+    loaded = open_sae(scores["sae"]["source"] if sae is None else sae, tracing)
+    if loaded.fingerprint != opened.means()[0].sae_fingerprint:
+        raise InputError(f"{loaded.source or 'the SAE'} is not the SAE of this run: give that one with --sae")
+    session = Session.open(
+        scores["model"]["name"] if model is None else model, [loaded], tracing,
+        tokenizer=tokenizer,
+        purpose=Purpose(
+            whole=tracing.by == "ntk",
+            texts=tracing.by == "ntk",
+            needs=[("--by ntk", "the whole model, and its gradients")] if tracing.by == "ntk" else [],
+        ),
+    )  # fmt: skip
+    way = Influences if tracing.by == "ntk" else Parts
+    traced = way(opened, session, tracing, train, names)
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "model": session.reader.name,
+        "sae": loaded.source,
+        "hook_name": loaded.hook_name,
+        "train": scores["train"]["name"],
+        "by": tracing.by,
+        "n_examples": len(traced.prompts),
+        "left_out": traced.left_out,
+        "domains": [traced.domain_block(i, tracing.n_shown) for i in range(len(names))],
+        "selection": None,
+        "provenance": {
+            "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": tracing.command,
+            "seed": scores["provenance"]["seed"],
+            "version": __version__,
+        },
+    }
+    named = None
+    if share is not None:
+        named, n_chosen = traced.select(share, keep=tracing.keep is not None)
+        document["selection"] = {
+            "how": "drop" if tracing.keep is None else "keep",
+            "n_examples": n_chosen,
+            "n_rows": len(named),
+            "file": SELECTED_FILE,
+        }
+    return Trace(document, traced.table(), named, traced.tables)
+
+
+def _chosen(every: Sequence[str], names: Sequence[str]) -> list[str]:
+    if unknown := [name for name in names if name not in every]:
+        raise InputError(f"the run has no domain called {listed(unknown)}: its domains are {listed(every)}")
+    if not every:
+        raise InputError("the run has no domains, only the shift of its training set: make it again with --domains")
+    return list(dict.fromkeys(names or every))
+
+
+def _share_of(tracing: Tracing) -> str | None:
+    if tracing.drop is not None and tracing.keep is not None:
+        raise InputError("--drop and --keep exclude each other: give one of them")
+    given = tracing.drop or tracing.keep
+    if given is not None:
+        number_of(given, 100)
+    return given
