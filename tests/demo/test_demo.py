@@ -20,6 +20,7 @@ from html_tree import read_page
 from made_up_demo import made_up
 from scipy.stats import pearsonr
 
+import sts_fast
 from sts_fast import InputError, cli
 from sts_fast.demo import demo, organism
 from sts_fast.demo.demo import FEW_SHOT, OUTCOMES, PREDICTORS, PRIMARY, SIGNED
@@ -30,8 +31,13 @@ TRAINS = ("T0.reverse.a", "T5.sort.d")
 
 
 @pytest.fixture(scope="module")
-def done() -> demo.Demo:
-    return demo.run_demo(trains=TRAINS)
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("demo") / "library"
+
+
+@pytest.fixture(scope="module")
+def done(library: Path) -> demo.Demo:
+    return demo.run_demo(trains=TRAINS, library=library)
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +135,20 @@ def test_outcomes_are_those_of_a_model_really_trained(done: demo.Demo, saved: Pa
 def test_the_same_seed_gives_the_same_demo(done: demo.Demo) -> None:
     again = demo.run_demo(trains=TRAINS[1:])
     assert again.to_dict()["trials"] == done.to_dict()["trials"][1:]
+
+
+def test_the_library_holds_every_set(done: demo.Demo, library: Path) -> None:
+    cross = sts_fast.cross(
+        *([sts_fast.Profile.load(path) for path in sts_fast.Library(library) if f"-{kind}-" in path.name]
+          for kind in ("train", "domain")),
+        top_n=demo.TOP_N,
+    )  # fmt: skip
+    assert (len(cross.trains), len(cross.domains)) == (2, 72)
+    for i, train in enumerate(cross.trains):
+        scores = {
+            domain.name: domain.scores["act"].value for domain in done.forecasts[train[len("train on ") :]].domains
+        }
+        assert cross.values["act"][i].tolist() == pytest.approx([scores[name] for name in cross.domains], rel=1e-10)
 
 
 # ---- words

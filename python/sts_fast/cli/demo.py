@@ -24,6 +24,9 @@ def demo(
     seed: Annotated[int, Option("Seed of the first fine-tuning, and of --retrain.", least=0)] = 0,
     heavy: Annotated[bool, Option("Train five times as long at a higher rate.")] = False,
     retrain: Annotated[bool, Option("First train the model and SAE again; takes minutes.")] = False,
+    library: Annotated[
+        Path | None, Option("Keep the profiles of all 80 sets in this folder, for sts-fast search and report.")
+    ] = None,
     output: Output = Path("sts-fast-demo"),
     as_json: AsJson = False,
 ) -> None:
@@ -33,7 +36,7 @@ def demo(
     with progress("steps") as tell:
         if folder is not None:
             organism.train(seed, folder, tell)
-        result = run_demo(n_seeds=seeds, seed=seed, heavy=heavy, folder=folder, progress=tell)
+        result = run_demo(n_seeds=seeds, seed=seed, heavy=heavy, folder=folder, library=library, progress=tell)
     result.save(output)
     if as_json:
         sys.stdout.write(files.to_json(result.to_dict()))
