@@ -48,7 +48,8 @@ from transformers.cache_utils import DynamicLayer
 import sts_fast
 from benchmarks.timing import synchronize
 from sts_fast.data.examples import Example
-from sts_fast.data.prompts import Prompt, build_prompts, choose_demos
+from sts_fast.data.prompts import Prompt
+from sts_fast.data.sets import Kind, Sampling
 from sts_fast.data.template import PromptTemplate
 from sts_fast.model.language_model import LanguageModel
 from sts_fast.sae import SAE
@@ -178,11 +179,10 @@ class World:
     @cached_property
     def prompts(self) -> dict[str, list[Prompt]]:
         """As a forecast sends them, by set."""
-        template = PromptTemplate(self.tokenizer)
-        made = {}
+        template, sampling, made = PromptTemplate(self.tokenizer), Sampling(limit=None), {}
         for name, examples in {"train": self.train, **self.domains}.items():
-            demos, queries = choose_demos(name, examples, 2 if name == "train" else 5)
-            made[name] = build_prompts(name, queries, template, demos=demos).prompts
+            kind: Kind = "train" if name == "train" else "domain"
+            made[name] = sampling.prompts(name, examples, None, template, None, kind=kind, show=True).prompts
         return made
 
     def forecast(self, **options: Any) -> Any:

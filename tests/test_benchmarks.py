@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import warnings
 from collections.abc import Callable
@@ -38,6 +39,11 @@ def bench(request: pytest.FixtureRequest) -> Bench:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", lambda function, **_: function)
         return make_bench(request.param, SIZE, "cpu")
+
+
+@pytest.mark.parametrize("program", sorted(path.stem for path in Path(memory.__file__).parent.glob("bench_*.py")))
+def test_every_program_finds_what_it_imports(program: str) -> None:
+    importlib.import_module(f"benchmarks.{program}")
 
 
 def changed(result: Any, change: Callable[[np.ndarray[Any, Any]], object]) -> Any:
