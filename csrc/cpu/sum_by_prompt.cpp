@@ -2,6 +2,7 @@
 #include <sts/sae_ops.h>
 
 #include <algorithm>
+#include <numeric>
 
 #include "cpu/parallel.h"
 
@@ -14,6 +15,7 @@ struct Sums {
     std::vector<int32_t> features, n_fired, strongest_at;
     std::vector<double> sum_h, sum_sq_h, sum_shift, sum_sq_shift;
     std::vector<float> strongest;
+    std::vector<int32_t> order;  ///< entries by feature, once all are there
 };
 
 /// Finds the entry of a feature in a prompt's sums. One worker's; where[feature] is -1 between prompts.
@@ -84,12 +86,14 @@ void check_sparse(const SparseView& rows, int64_t d_sae, const std::string& name
     check_size(rows.values.size, rows.indices.size, (name + "_values").c_str());
     for (int64_t row = 0; row + 1 < rows.indptr.size; ++row) {
         int64_t last = -1;
+        bool ascends = true;
         for (int64_t i = rows.indptr.data[row]; i < rows.indptr.data[row + 1]; ++i) {
-            check(rows.indices.data[i] > last && rows.indices.data[i] < d_sae,
-                  name + "_indices must ascend within a row and lie below d_sae, " + std::to_string(d_sae) +
-                      ", which row " + std::to_string(row) + " does not");
+            ascends &= rows.indices.data[i] > last;
             last = rows.indices.data[i];
         }
+        if (!ascends || last >= d_sae)
+            check(false, name + "_indices must ascend within a row and lie below d_sae, " + std::to_string(d_sae) +
+                             ", which row " + std::to_string(row) + " does not");
     }
 }
 
@@ -110,8 +114,9 @@ PromptRows sum_by_prompt(const SparseView& base, Span<const int64_t> base_starts
     const int64_t n_prompts = base_starts.size - 1;
     for (int64_t p = 0; p < n_prompts; ++p)
         for (int64_t t = other_starts.data[p]; t < other_starts.data[p + 1]; ++t)
-            check(pair_at.data[t] >= base_starts.data[p] && pair_at.data[t] < base_starts.data[p + 1],
-                  "pair_at must name a row of the same prompt, which pair " + std::to_string(t) + " does not");
+            if (pair_at.data[t] < base_starts.data[p] || pair_at.data[t] >= base_starts.data[p + 1])
+                check(false, "pair_at must name a row of the same prompt, which pair " + std::to_string(t) +
+                                 " does not");
 
     std::vector<Sums> of_prompts(static_cast<size_t>(n_prompts));
     const int n_workers = static_cast<int>(std::min<int64_t>(get_num_threads(), std::max<int64_t>(n_prompts, 1)));
@@ -129,30 +134,37 @@ PromptRows sum_by_prompt(const SparseView& base, Span<const int64_t> base_starts
             add_pair(base, pair_at.data[t], other, t, *own, sums);
         }
         own->forget(sums);
+        sums.order.resize(sums.features.size());
+        std::iota(sums.order.begin(), sums.order.end(), 0);
+        std::sort(sums.order.begin(), sums.order.end(), [&](int32_t a, int32_t b) {
+            return sums.features[static_cast<size_t>(a)] < sums.features[static_cast<size_t>(b)];
+        });
     });
 
     PromptRows rows;
     rows.indptr.push_back(0);
-    for (const Sums& sums : of_prompts) {
+    for (const Sums& sums : of_prompts)
+        rows.indptr.push_back(rows.indptr.back() + static_cast<int64_t>(sums.features.size()));
+    const auto n_entries = static_cast<size_t>(rows.indptr.back());
+    for (auto* numbers : {&rows.indices, &rows.n_fired, &rows.strongest_at}) numbers->resize(n_entries);
+    for (auto* sum : {&rows.sum_h, &rows.sum_sq_h, &rows.sum_shift, &rows.sum_sq_shift}) sum->resize(n_entries);
+    rows.strongest.resize(n_entries);
+    parallel_for(n_workers, n_prompts, [&](int, int64_t p) {
         poll();
-        std::vector<int32_t> order(sums.features.size());
-        for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int32_t>(i);
-        std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
-            return sums.features[static_cast<size_t>(a)] < sums.features[static_cast<size_t>(b)];
-        });
-        for (const int32_t i : order) {
+        const Sums& sums = of_prompts[static_cast<size_t>(p)];
+        auto at = static_cast<size_t>(rows.indptr[static_cast<size_t>(p)]);
+        for (const int32_t i : sums.order) {
             const auto entry = static_cast<size_t>(i);
-            rows.indices.push_back(sums.features[entry]);
-            rows.n_fired.push_back(sums.n_fired[entry]);
-            rows.sum_h.push_back(sums.sum_h[entry]);
-            rows.sum_sq_h.push_back(sums.sum_sq_h[entry]);
-            rows.sum_shift.push_back(sums.sum_shift[entry]);
-            rows.sum_sq_shift.push_back(sums.sum_sq_shift[entry]);
-            rows.strongest.push_back(sums.strongest[entry]);
-            rows.strongest_at.push_back(sums.strongest_at[entry]);
+            rows.indices[at] = sums.features[entry];
+            rows.n_fired[at] = sums.n_fired[entry];
+            rows.sum_h[at] = sums.sum_h[entry];
+            rows.sum_sq_h[at] = sums.sum_sq_h[entry];
+            rows.sum_shift[at] = sums.sum_shift[entry];
+            rows.sum_sq_shift[at] = sums.sum_sq_shift[entry];
+            rows.strongest[at] = sums.strongest[entry];
+            rows.strongest_at[at++] = sums.strongest_at[entry];
         }
-        rows.indptr.push_back(static_cast<int64_t>(rows.indices.size()));
-    }
+    });
     return rows;
 }
 
