@@ -115,8 +115,8 @@ PromptRows sum_by_prompt(const SparseView& base, Span<const int64_t> base_starts
     for (int64_t p = 0; p < n_prompts; ++p)
         for (int64_t t = other_starts.data[p]; t < other_starts.data[p + 1]; ++t)
             if (pair_at.data[t] < base_starts.data[p] || pair_at.data[t] >= base_starts.data[p + 1])
-                check(false, "pair_at must name a row of the same prompt, which pair " + std::to_string(t) +
-                                 " does not");
+                check(false,
+                      "pair_at must name a row of the same prompt, which pair " + std::to_string(t) + " does not");
 
     std::vector<Sums> of_prompts(static_cast<size_t>(n_prompts));
     const int n_workers = static_cast<int>(std::min<int64_t>(get_num_threads(), std::max<int64_t>(n_prompts, 1)));
