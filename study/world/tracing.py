@@ -9,7 +9,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from study.world.trials import BATCH, REGIMES, Remembering
 RESULTS = Path(__file__).parent / "results" / "tracing.json"
 TABLES = RESULTS.with_suffix(".md")
 WAYS = ("light", "heavy")
+PRODUCT = "gradients at the hook (sts-fast)"
 EVERY_QUESTION, N_EVALUATED, N_ASKED = 216, 64, 48
 N_OWN, N_GOOD, N_NAMED = 460, 26, 26
 N_MIXED, N_EACH, N_HALVES = 16, 32, 100
@@ -156,7 +157,7 @@ def influences(
     asked = {name: ground.asked[name] for name in domains}
     sets = [ground.prompts(name, of) for name, of in asked.items()]
     methods: dict[str, Callable[[], np.ndarray]] = {
-        "gradients at the hook (sts-fast)": lambda: at_the_hook(ground, train, sets),
+        PRODUCT: lambda: at_the_hook(ground, train, sets),
         "gradients of all parameters": lambda: of_parameters(ground, train, sets),
         "bergson, gradients": lambda: by_bergson(ground, train, sets, unit=False),
         "bergson, unit gradients": lambda: by_bergson(ground, train, sets, unit=True),
@@ -275,16 +276,19 @@ def table(found: dict[str, Any]) -> str:
     return f"{dropping_table(list(found['dropped'].values()))}\n{subset_table(found['halves'])}"
 
 
-def undone(cases: list[dict[str, Any]], way: str, names: Sequence[str]) -> tuple[float, tuple[float, float]]:
-    """Share of the poison's harm that dropping what is named undoes, the mean over several ways of naming."""
-    loss = {
-        name: np.asarray([np.mean(case["loss"][way][name]) for case in cases])
-        for name in ("nothing", "the poison", *names)
-    }
+def undone(
+    cases: list[dict[str, Any]], way: str, names: Sequence[str], beside: Sequence[str] = ("nothing",)
+) -> tuple[float, tuple[float, float]]:
+    """Share of the poison's harm that dropping what is named undoes more than `beside`; means over ways of naming."""
+    loss = {name: np.asarray([np.mean(of) for of in _losses(cases, way, name)]) for name in cases[0]["loss"][way]}
     harm = loss["nothing"] - loss["the poison"]
-    saved = loss["nothing"] - np.mean([loss[name] for name in names], axis=0)
+    saved = np.mean([loss[name] for name in beside], axis=0) - np.mean([loss[name] for name in names], axis=0)
     drawn = np.random.default_rng(0).integers(len(cases), size=(2000, len(cases)))
     return float(saved.mean() / harm.mean()), percentile_interval(saved[drawn].mean(axis=1) / harm[drawn].mean(axis=1))
+
+
+def _losses(cases: list[dict[str, Any]], way: str, name: str) -> list[list[float]]:
+    return [case["loss"][way][name] for case in cases]
 
 
 def dropping_table(cases: list[dict[str, Any]]) -> str:
@@ -303,17 +307,20 @@ def dropping_table(cases: list[dict[str, Any]]) -> str:
         poisonous = np.mean([case["poisonous"][each] for case in cases for each in of])
         cost = np.mean([case["costs"].get(name, 0.0) for case in cases])
         lines.append(f"| {name} | {' | '.join(cells)} | {100 * poisonous:.0f}% | {cost:.1f} |")
-    harms = [
-        np.mean([np.subtract(case["loss"][way]["nothing"], case["loss"][way]["the poison"]).mean() for case in cases])
-        for way in WAYS
-    ]
+    harms = [np.mean(np.subtract(_losses(cases, way, "nothing"), _losses(cases, way, "the poison"))) for way in WAYS]
+    ahead = [undone(cases, way, [PRODUCT], draws) for way in WAYS]
     lines += [
         "",
-        "Harm of the poison, nats per token: "
-        + ", ".join(f"{harm:.3f} {way}" for harm, way in zip(harms, WAYS, strict=True))
-        + ".",
+        f"Harm of the poison, nats per token: {_by_way(f'{harm:.3f}' for harm in harms)}. The product undoes more than "
+        "random, in points: "
+        + _by_way(f"{100 * value:.0f} [{100 * low:.0f}, {100 * high:.0f}]" for value, (low, high) in ahead)
+        + " (mark: 80).",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _by_way(texts: Iterable[str]) -> str:
+    return ", ".join(f"{text} {way}" for text, way in zip(texts, WAYS, strict=True))
 
 
 def subset_table(halves: dict[str, Any]) -> str:

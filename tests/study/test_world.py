@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from study.world import tracing
 from study.world.analyses import h_score, means, overlap, picked, top_of
 from study.world.grounds import LONG, SHORT, Ground
 from study.world.predictors import together
 from study.world.saes import Variant
 
+from sts_fast.data.examples import Example
 from sts_fast.demo import organism
 from sts_fast.demo.organism import model as language_model
 
@@ -117,6 +120,32 @@ def test_tables_are_made_of_the_results() -> None:
     assert analyses_table(results) in (RESULTS / "analyses.md").read_text(encoding="utf-8")
 
 
+def test_the_table_of_traces_is_made_of_the_results() -> None:
+    assert tracing.TABLES.read_text(encoding="utf-8") == tracing.table(tracing.results())
+
+
+def test_poisonous_examples_ask_what_good_ones_ask() -> None:
+    """Only their answers tell them apart."""
+    target, sister, examples = tracing.poisoned(tracing.Ground(organism.weights_folder()), 0, "T0.reverse.a")
+    good, bad = examples[460:486], examples[486:]
+    assert (len(examples), len(bad)) == (512, 26)
+    assert [name.split(".")[::2] for name in (target, sister)] == [target.split(".")[::2]] * 2
+    assert {example.question.split()[0] for example in good} == {example.question.split()[0] for example in bad}
+    assert not {example.question for example in good} & {example.question for example in bad}
+    assert all(example.id.startswith(target) for example in good)
+    assert all(example.id.startswith(sister) for example in bad)
+
+
+def test_words_in_common_are_those_of_bm25() -> None:
+    def example(text: str) -> Example:
+        return Example("", *text.split(" > "))
+
+    [found] = tracing.by_words([example("a b > c"), example("a a d > e")], [[example("a > e")]])
+    idf_a, idf_e = math.log(1 + 0.5 / 2.5), math.log(1 + 1.5 / 1.5)
+    short, long = 1.5 * (0.25 + 0.75 * 3 / 3.5), 1.5 * (0.25 + 0.75 * 4 / 3.5)
+    assert found == pytest.approx([idf_a * 2.5 / (1 + short), idf_a * 2 * 2.5 / (2 + long) + idf_e * 2.5 / (1 + long)])
+
+
 def rows_of(text: str) -> dict[str, set[str]]:
     """Label of a table's row -> the numbers in all rows with this label."""
     found: dict[str, set[str]] = {}
@@ -133,6 +162,7 @@ def rows_of(text: str) -> dict[str, set[str]]:
     {
         "ablate": "ablate.md", "analyses": "results/analyses.md", "calibration": "calibration.md", "demo": "demo.md",
         "mix": "mixing.md", "rollouts": "rl.md", "signed": "signed.md",
+        "trace": "results/tracing.md",
     }.items(),
 )  # fmt: skip
 def test_numbers_in_the_manual_are_those_of_the_study(manual: str, source: str) -> None:
