@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import signal
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import jsonschema
@@ -77,6 +79,162 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
             temporary.write_text("x")
     assert names(tmp_path) == ["file", "folder"]
     assert (tmp_path / "file").read_text() == "x"
+
+
+def killed_while(write: Callable[[], None]) -> None:
+    """Runs it in a process of its own, which kills itself on the way."""
+    child = os.fork()
+    if child == 0:
+        write()
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+def kill_while_writing(path: Path) -> None:
+    with files.atomic_path(path) as temporary:
+        temporary.write_text("half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_while_writing_a_folder(path: Path) -> None:
+    with files.results(path, overwrite=True) as results:
+        (results.folder / "a").write_text("half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    for _ in range(3):
+        killed_while(lambda: kill_while_writing(tmp_path / "r.txt"))
+        killed_while(lambda: kill_while_writing_a_folder(tmp_path / "run"))
+        assert len(names(tmp_path)) == 2  # one of each: the one before is gone
+    with files.atomic_path(tmp_path / "r.txt") as temporary:
+        with files.atomic_path(tmp_path / "r.txt") as second:  # of a process that lives, though
+            second.write_text("second")
+        temporary.write_text("first")
+    with files.atomic_folder(tmp_path / "run") as folder:
+        (folder / "a").write_text("whole")
+    assert names(tmp_path) == ["r.txt", "run"]
+    assert (tmp_path / "r.txt").read_text() == "first"
+
+
+def test_links_that_others_planted_are_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "victim").write_text("mine")
+    drawn = iter(["0" * 16, "1" * 16])
+    monkeypatch.setattr(files.secrets, "token_hex", lambda n: next(drawn))
+    (tmp_path / f".r.txt.{'0' * 16}.tmp").symlink_to(tmp_path / "victim")
+    with pytest.raises(InputError, match="File exists"), files.atomic_path(tmp_path / "r.txt") as temporary:
+        temporary.write_text("theirs")
+    assert (tmp_path / "victim").read_text() == "mine"
+
+
+def whole(results: files.Results, text: str) -> None:
+    (results.folder / files.RESULTS_FILE).write_text("")
+    (results.folder / "a").write_text(text)
+
+
+def test_results_lie_under_the_next_free_name_or_replace_earlier_ones(tmp_path: Path) -> None:
+    for name, text in (("run", "first"), ("run-2", "second"), ("run-3", "third")):
+        with files.results(tmp_path / "run") as results:
+            assert results.path == tmp_path / name
+            assert not results.path.exists()
+            whole(results, text)
+        assert (results.path / "a").read_text() == text
+    (tmp_path / "run" / "validation.json").write_text("of the first")
+    with files.results(tmp_path / "run", overwrite=True) as results:
+        whole(results, "fourth")
+        assert (tmp_path / "run" / "a").read_text() == "first"
+    assert names(tmp_path / "run") == ["a", files.RESULTS_FILE]
+    assert (tmp_path / "run" / "a").read_text() == "fourth"
+    assert names(tmp_path) == ["run", "run-2", "run-3"]
+
+
+def test_two_at_once_do_not_mix(tmp_path: Path) -> None:
+    with files.results(tmp_path / "run") as first, files.results(tmp_path / "run") as second:
+        whole(first, "first")
+        whole(second, "second")
+        assert (first.path, second.path) == (tmp_path / "run", tmp_path / "run")
+    assert (first.path, second.path) == (tmp_path / "run-2", tmp_path / "run")
+    assert [(tmp_path / name / "a").read_text() for name in ("run", "run-2")] == ["second", "first"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_results_that_fail_leave_the_earlier_ones_whole(error: type[BaseException], tmp_path: Path) -> None:
+    with files.results(tmp_path / "run") as results:
+        whole(results, "first")
+
+    def fail() -> None:
+        with files.results(tmp_path / "run", overwrite=True) as results:
+            whole(results, "half")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert names(tmp_path) == ["run"]
+    assert (tmp_path / "run" / "a").read_text() == "first"
+
+
+def test_a_killed_overwrite_leaves_the_earlier_results_whole(tmp_path: Path) -> None:
+    with files.results(tmp_path / "run") as results:
+        whole(results, "first")
+    killed_while(lambda: kill_while_writing_a_folder(tmp_path / "run"))
+    assert (tmp_path / "run" / "a").read_text() == "first"
+    with files.results(tmp_path / "run", overwrite=True) as results:
+        whole(results, "second")
+    assert names(tmp_path) == ["run"]
+
+
+def test_where_two_names_cannot_be_exchanged_they_are_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with files.results(tmp_path / "run") as results:
+        whole(results, "first")
+    monkeypatch.setattr(files, "_exchanged", lambda first, second: False)
+    with files.results(tmp_path / "run", overwrite=True) as results:
+        whole(results, "second")
+    assert (tmp_path / "run" / "a").read_text() == "second"
+    assert names(tmp_path) == ["run"]
+
+
+def test_a_mounted_folder_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a volume in a container, which can be neither renamed nor replaced."""
+    mounted = tmp_path / "run"
+    mounted.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == mounted)
+    for text in ("first", "second"):
+        with files.results(mounted, overwrite=True) as results:
+            whole(results, text)
+            assert results.folder.parent == mounted
+        assert (mounted / "a").read_text() == text
+        assert names(mounted) == ["a", files.RESULTS_FILE]
+
+
+def test_what_others_wrote_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for place in ("run", "file"):
+        with (
+            pytest.raises(InputError, match="holds something that sts-fast did not write"),
+            files.results(tmp_path / place, overwrite=True),
+        ):
+            pass
+    with pytest.raises(InputError, match="their own folder"), files.results(""):
+        pass
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_what_is_kept_stays_after_an_error_and_goes_after_success(tmp_path: Path) -> None:
+    def read(*, fails: bool, name: str) -> None:
+        with files.kept(tmp_path / "kept") as folder:
+            (folder / name).write_text("read")
+            if fails:
+                raise ValueError
+
+    with pytest.raises(ValueError):  # noqa: PT011
+        read(fails=True, name="a")
+    assert names(tmp_path / "kept") == ["a"]
+    with files.kept(tmp_path / "kept"):
+        read(fails=False, name="b")  # one of two that use it
+        assert names(tmp_path / "kept") == ["a", "b"]
+    assert names(tmp_path) == []
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to the superuser")

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import glob
 import hashlib
+import itertools
 import json
 import os
+import secrets
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import resources
@@ -13,6 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from sts_fast.errors import InputError, one_line
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,6 +33,7 @@ if TYPE_CHECKING:
 Document = dict[str, Any]
 
 METADATA_KEY = "sts_fast"
+RESULTS_FILE = "run.yaml"  # what a folder of results was made with
 LARGEST = 1e100  # no score or count is larger; squares and plots would overflow
 
 
@@ -32,35 +44,199 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     Raises InputError where the file cannot be written (no such folder, no permission, disk full).
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with _claimed(path, path.parent) as temporary:
+            yield temporary
+            os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):  # it does not exist, or its parent is no folder
-            temporary.unlink()
 
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """A new, empty folder beside `path` to write to; replaces `path` after success, is removed after an error.
+    """A new, empty folder beside `path` to write to; takes its place after success, is removed after an error.
 
     Raises InputError where it cannot be written (no such folder, no permission, disk full).
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _claimed(path, path.parent, folder=True) as temporary:
+            yield temporary
+            _put_in_place(temporary, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+class Results:
+    """A folder of results while it is written: `folder` to write to, and `path`, its place once it is whole."""
+
+    def __init__(self, folder: Path, path: Path) -> None:
+        self.folder, self.path = folder, path
+
+
+@contextmanager
+def results(output: str | Path, *, overwrite: bool = False) -> Iterator[Results]:
+    """A new folder of results, put in place as a whole after success, and removed after an error.
+
+    Its place is `output`, unless results lie there already: then the next free name, `output-2`, or with `overwrite`
+    `output`, whose results are then gone. Whoever writes to the folder puts a RESULTS_FILE into it, to know it by.
+
+    Raises InputError where `output` holds anything else, or cannot be written.
+    """
+    output = Path(output)
+    _check_place(output)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        mounted = output.is_dir() and os.path.ismount(output)
+        with _claimed(output, output if mounted else output.parent, folder=True) as temporary:
+            found = Results(temporary, output if overwrite or not _is_taken(output) else _next_free(output))
+            yield found
+            while True:
+                if mounted and found.path == output:
+                    _empty(output, but=temporary)
+                    for child in sorted(temporary.iterdir()):
+                        os.replace(child, output / child.name)
+                elif overwrite and found.path == output:
+                    _put_in_place(temporary, output)
+                else:
+                    try:
+                        os.rename(temporary, found.path)
+                    except OSError as error:
+                        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                            raise
+                        found.path = _next_free(output)  # another process was faster
+                        continue
+                return
+    except OSError as error:
+        raise InputError(f"cannot write {output}: {error.strerror or error}") from error
+
+
+@contextmanager
+def kept(folder: Path) -> Iterator[Path]:
+    """A folder for what a run has read so far: left after an error, removed after success unless another run uses it.
+
+    Raises InputError where it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW) if fcntl is not None else -1
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
+    try:
+        if fcntl is not None:
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield folder
+        if fcntl is not None:
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            folder.rmdir()  # of a run that read nothing
+        if fcntl is not None:
+            os.close(descriptor)
+
+
+def _check_place(output: Path) -> None:
+    if output == Path():
+        raise InputError("results need their own folder: give one with --output")
+    if _is_taken(output) and not (output / RESULTS_FILE).is_file():
+        raise InputError(f"{output} holds something that sts-fast did not write: give another --output")
+
+
+def _is_taken(path: Path) -> bool:
+    return any(path.iterdir()) if path.is_dir() else os.path.lexists(path)
+
+
+def _next_free(output: Path) -> Path:
+    names = (output.with_name(f"{output.name}-{number}") for number in itertools.count(2))
+    return next(path for path in names if not _is_taken(path))
+
+
+def _empty(folder: Path, *, but: Path) -> None:
+    for child in folder.iterdir():
+        if child != but:
+            _remove(child)
+
+
+@contextmanager
+def _claimed(path: Path, home: Path, *, folder: bool = False) -> Iterator[Path]:
+    """A new file or folder in `home` to become `path`, under a name that cannot be foretold, and not a link.
+
+    It is locked while its process lives, so that what killed processes left behind is known, and removed first.
+    """
+    with suppress(OSError):
+        for left in home.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 16}.tmp"):
+            _remove_if_left(left)
+    while True:
+        temporary = home / f".{path.name}.{secrets.token_hex(8)}.tmp"
+        if folder:
+            temporary.mkdir()
+        descriptor = os.open(temporary, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        if _locks(descriptor) and temporary.exists():
+            break
+        os.close(descriptor)  # another process took it for one that was left behind
+    try:
+        if fcntl is None:
+            os.close(descriptor)
+        yield temporary
+    finally:
+        _remove(temporary)
+        if fcntl is not None:
+            os.close(descriptor)
+
+
+def _locks(descriptor: int) -> bool:
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # a file system without locks
+    return True
+
+
+def _remove_if_left(temporary: Path) -> None:
+    if fcntl is None:
+        return
+    with suppress(OSError):
+        descriptor = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(temporary)
+        finally:
+            os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    """Renames a folder to `path`; one that is there lies under the temporary name then."""
+    if not path.is_dir() or not any(path.iterdir()):
+        os.replace(temporary, path)
+    elif not _exchanged(temporary, path):
+        aside = temporary.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+        os.replace(path, aside)
+        os.replace(temporary, path)
+        _remove(aside)
+
+
+def _exchanged(first: Path, second: Path) -> bool:
+    """Exchanges two names in one step, where the system can."""
+    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+    rename: Any = getattr(libc, "renameat2", None)
+    if rename is None:
+        return False
+    here = -100  # AT_FDCWD
+    return bool(rename(here, os.fsencode(first), here, os.fsencode(second), 2) == 0)  # RENAME_EXCHANGE
 
 
 def save_arrays(path: str | Path, arrays: dict[str, NDArray[np.generic]], metadata: dict[str, str]) -> None:

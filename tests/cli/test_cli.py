@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import errno
 import json
 import os
 import re
@@ -21,6 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
+import yaml
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -41,7 +44,8 @@ SAID = re.compile(
     r"forward passes of .*: (packed|cached|copied|plain) .*|[\d,]+ forward passes of .* tokens/s|"
     r".*: resampling its \d+ prompts keeps .*|.* of the pairs of domains are apart; .*)$"
 )
-FILES = ["features.parquet", "prompts.parquet", "report.html", "scores.json", "shift.safetensors"]
+FILES = ["features.parquet", "prompts.parquet", "report.html", "run.yaml", "scores.json", "shift.safetensors"]
+BELOW = [name for name in FILES if name != "run.yaml"]
 
 
 @dataclass(frozen=True)
@@ -339,12 +343,14 @@ def test_compare_puts_training_sets_side_by_side(score: Options, run: Callable[.
     both = replace(score.with_(train=candidates, domains=f"blue={folder}/blue.jsonl"), command="compare")
     ran = run(both)
     assert ran.code == 0
-    assert sorted(path.name for path in both.output.iterdir()) == ["compare.json", "first", "red", "report.html"]
+    assert sorted(path.name for path in both.output.iterdir()) == [
+        "compare.json", "first", "red", "report.html", "run.yaml",
+    ]  # fmt: skip
     comparison = json.loads((both.output / "compare.json").read_text())
     assert [train["name"] for train in comparison["trains"]] == ["first", "red"]
     assert comparison["domains"] == ["blue"]
     for name in ("first", "red"):
-        assert sorted(contents(both.output / name)) == FILES
+        assert sorted(contents(both.output / name)) == BELOW
         alone = json.loads((both.output / name / "scores.json").read_text())["domains"][0]
         act = alone["scores"]["act"]
         assert comparison["scores"]["act"][name] == {"value": [act["value"]], "ci": [act["ci"]]}
@@ -356,21 +362,98 @@ def test_compare_puts_training_sets_side_by_side(score: Options, run: Callable[.
     }
 
 
-def test_the_same_output_again_holds_the_new_results_alone(
+def test_earlier_results_stay_unless_they_are_to_be_replaced(
     score: Options, run: Callable[..., Ran], tmp_path: Path
 ) -> None:
-    """Folders of candidates that are no longer compared go, files that others put there stay."""
+    """And nothing of them is left among the new ones; what others put there is never touched."""
     [folder] = score.values["domains"]
     first = [f"first={score.values['train']}", f"second={folder}/red.jsonl"]
     options = score.with_(domains=f"blue={folder}/blue.jsonl", output=tmp_path / "out")
-    assert run(replace(options.with_(train=first), command="compare")).code == 0
-    (tmp_path / "out" / "second" / "notes.txt").write_text("mine")
-    assert run(replace(options.with_(train=[first[0], f"third={folder}/red.jsonl"]), command="compare")).code == 0
-    assert sorted(contents(tmp_path / "out" / "second")) == ["notes.txt"]
-    held = ["compare.json", "first", "report.html", "second", "third"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == held
-    assert run(options).code == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*FILES, "second"])
+    both = replace(options.with_(train=first), command="compare")
+    assert run(both).code == 0
+    held = contents(tmp_path / "out")
+    ran = run(options)
+    assert ran.err.splitlines()[-1] == f"Results are in {tmp_path / 'out-2'}"
+    assert sorted(contents(tmp_path / "out-2")) == FILES
+    assert contents(tmp_path / "out") == held
+    (tmp_path / "out-2" / "validation.json").write_text("{}")
+    assert run(options.with_(output=tmp_path / "out-2", overwrite=True)).code == 0
+    assert sorted(contents(tmp_path / "out-2")) == FILES
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-2"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "scores.json").write_text("mine")
+    message = assert_refused(run(options.with_(output=tmp_path / "mine", overwrite=True)))
+    assert "holds something that sts-fast did not write" in message
+    assert contents(tmp_path / "mine") == {"scores.json": b"mine"}
+
+
+def test_results_carry_the_day_in_their_name(
+    score: Options, run: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = run(score.with_(output=None))
+    name = f"sts-fast-score-{datetime.date.today().isoformat()}"
+    assert ran.err.splitlines()[-1] == f"Results are in {name}"
+    assert sorted(contents(tmp_path / name)) == FILES
+
+
+def test_options_come_from_a_file_and_are_written_to_one(
+    score: Options, run: Callable[..., Ran], tmp_path: Path
+) -> None:
+    [folder] = score.values["domains"]
+    domains = [f"{name}={folder}/{name}.jsonl" for name in ("red", "blue")]
+    assert run(score.with_(domains=domains, threads=1)).code == 0
+    written = score.output / "run.yaml"
+    options = yaml.safe_load(written.read_text(encoding="utf-8"))
+    assert options["domains"] == domains
+    assert options["top-n"] == "5"
+    assert not {"output", "threads", "json", "overwrite", "config"} & {*options}
+    ran = run("score", "--config", written, "--output", tmp_path / "again")
+    assert ran.code == 0, ran.err
+    again, first = (json.loads((place / "scores.json").read_text()) for place in (tmp_path / "again", score.output))
+    assert again["domains"] == first["domains"]
+    assert again["provenance"]["command"] == first["provenance"]["command"].replace(" --threads 1", "")
+    fewer = run("score", f"--config={written}", "--top-n", "3", "--json", "--output", tmp_path / "fewer")
+    assert json.loads(fewer.out)["settings"]["top_n"] == 3
+    config = tmp_path / "config.yaml"
+    for text, message in (
+        ("- a\n", "is no file of options: give names and values"),
+        ("top-n: {a: 1}\n", "top-n must be a value, or a list of some"),
+        ("top-n: [\n", "cannot be read as a file of options"),
+        ("colour: red\n", "No such option: --colour"),
+    ):
+        config.write_text(text, encoding="utf-8")
+        assert message in assert_refused(run("score", "--config", config))
+    assert "cannot be read" in assert_refused(run("score", "--config", tmp_path / "none.yaml"))
+
+
+def test_a_run_that_fails_keeps_what_it_has_read(
+    score: Options, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def counted(reader: Any, kind: Any, prompt_set: Any, tuned: Any = None) -> Any:
+        calls.append(prompt_set.name)
+        if prompt_set.name == "red" and calls.count("red") == 1:
+            raise KeyboardInterrupt
+        return rows(reader, kind, prompt_set, tuned)
+
+    rows = LanguageModel.rows
+    monkeypatch.setattr(LanguageModel, "rows", counted)
+    ran = run(score)
+    kept = score.output.with_name(f".{score.output.name}.kept")
+    assert f"kept in {kept}: the same command goes on from there" in " ".join(ran.err.split())
+    assert ran.err.splitlines()[-1] == "error: interrupted: no result was written"
+    assert not score.output.exists()
+    assert [path.name for path in score.output.parent.glob(".*.tmp")] == []
+    assert run(score).code == 0
+    assert calls == ["train", "blue", "red", "red"]
+    assert not kept.exists()
+    assert sorted(contents(score.output)) == FILES
+    assert run(score.with_(output=score.output.with_name("undisturbed"))).code == 0
+    first, second = contents(score.output), contents(score.output.with_name("undisturbed"))
+    for name in ("features.parquet", "prompts.parquet", "shift.safetensors", "run.yaml"):
+        assert first[name] == second[name]
 
 
 def test_several_files_are_one_training_set(score: Options, run: Callable[..., Ran], material: Path) -> None:
@@ -564,11 +647,11 @@ def test_several_saes_side_by_side(score: Options, run: Callable[..., Ran], tmp_
     ran = run(both)
     assert ran.code == 0, ran.err
     names = ["sae@blocks.0.hook_mlp_out", "sae@blocks.1.hook_resid_mid"]
-    assert sorted(path.name for path in both.output.iterdir()) == ["compare.json", *names]
+    assert sorted(path.name for path in both.output.iterdir()) == ["compare.json", "run.yaml", *names]
     comparison = json.loads((both.output / "compare.json").read_text())
     assert [one["name"] for one in comparison["saes"]] == names
     scores = [json.loads((both.output / name / "scores.json").read_text()) for name in names]
-    assert all(sorted(contents(both.output / name)) == FILES for name in names)
+    assert all(sorted(contents(both.output / name)) == BELOW for name in names)
     assert [one["model"]["layer"] for one in scores] == [0, 1]
     for name, one in zip(names, scores, strict=True):
         values = [domain["scores"]["act"]["value"] for domain in one["domains"]]
@@ -883,17 +966,22 @@ def test_words_that_are_no_command(words: list[str], run: Callable[..., Ran]) ->
 def test_output_where_a_file_stands(score: Options, run: Callable[..., Ran], tmp_path: Path) -> None:
     (tmp_path / "run").write_text("mine")
     message = assert_refused(run(score))
-    assert f"cannot make the output folder {tmp_path / 'run'}" in message
+    assert f"{tmp_path / 'run'} holds something that sts-fast did not write" in message
     message = assert_refused(run(score.with_(output=tmp_path / "run" / "inner")))
-    assert "cannot make the output folder" in message
+    assert f"cannot write {tmp_path / 'run' / 'inner'}" in message
     assert (tmp_path / "run").read_text() == "mine"
 
 
-def test_output_that_cannot_be_written_in_the_end(score: Options, run: Callable[..., Ran]) -> None:
-    (score.output / "shift.safetensors").mkdir(parents=True)
+def test_output_that_cannot_be_written_in_the_end(
+    score: Options, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("pyarrow.parquet.write_table", full)
     message = assert_refused(run(score))
-    assert f"cannot write {score.output / 'shift.safetensors'}" in message
-    assert set(contents(score.output)) <= {"features.parquet", "prompts.parquet"}  # whole, and no scores.json beside it
+    assert message.endswith("No space left on device")
+    assert not score.output.exists()
 
 
 def test_out_of_memory(score: Options, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:

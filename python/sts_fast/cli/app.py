@@ -16,6 +16,7 @@ from sts_fast.cli.doctor import doctor
 from sts_fast.cli.forecast import compare, score, shift
 from sts_fast.cli.mix import mix
 from sts_fast.cli.options import with_options
+from sts_fast.cli.output import expand_config
 from sts_fast.cli.overlap import overlap
 from sts_fast.cli.profile import profile
 from sts_fast.cli.rollouts import rollouts
@@ -71,6 +72,7 @@ for command in (
 def main() -> None:
     """Entry point: exit code 0, or 2 with one line `error: ...` on standard error."""
     try:
+        expand_config()
         if app(prog_name="sts-fast", standalone_mode=False) == INTERRUPTED:
             raise KeyboardInterrupt
     except (InputError, OSError) as error:  # OSError: names that are too long, folders that may not be listed

@@ -142,12 +142,12 @@ def typed_options() -> list[str]:
 
 
 def typed_command() -> str:
-    """The command as typed, without the options that do not change the results: --output, --threads, --json."""
+    """The command as typed, without options that change no result: --output, --overwrite, --threads, --json."""
     kept: list[str] = []
     words = iter(sys.argv[1:])
     for word in words:
         if word in ("--output", "--threads"):
             next(words, None)
-        elif not word.startswith(("--output=", "--threads=")) and word != "--json":
+        elif not word.startswith(("--output=", "--threads=")) and word not in ("--json", "--overwrite"):
             kept.append(word)
     return shlex.join(["sts-fast", *kept])

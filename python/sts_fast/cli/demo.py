@@ -11,7 +11,8 @@ from rich.table import Table
 
 from sts_fast import files
 from sts_fast.cli.console import err, out, progress
-from sts_fast.cli.options import AsJson, Output
+from sts_fast.cli.options import AsJson
+from sts_fast.cli.output import Output
 from sts_fast.data.options import Option
 from sts_fast.demo import organism
 from sts_fast.demo.demo import PREDICTORS, PRIMARY, SCORE, Demo, run_demo
@@ -20,6 +21,7 @@ from sts_fast.statistics import Z_95
 
 
 def demo(
+    output: Output,
     seeds: Annotated[int, Option("Fine-tunings on each training set.", least=1)] = 1,
     seed: Annotated[int, Option("Seed of the first fine-tuning, and of --retrain.", least=0)] = 0,
     heavy: Annotated[bool, Option("Train five times as long at a higher rate.")] = False,
@@ -27,22 +29,21 @@ def demo(
     library: Annotated[
         Path | None, Option("Keep the profiles of all 80 sets in this folder, for sts-fast search and report.")
     ] = None,
-    output: Output = Path("sts-fast-demo"),
     as_json: AsJson = False,
 ) -> None:
     """Forecast, fine-tune and compare, on a small model that comes with the package."""
-    files.prepare_folder(output)
-    folder = output / "organism" if retrain else None
-    with progress("steps") as tell:
-        if folder is not None:
-            organism.train(seed, folder, tell)
-        result = run_demo(n_seeds=seeds, seed=seed, heavy=heavy, folder=folder, library=library, progress=tell)
-    result.save(output)
+    with output.folder() as results:
+        folder = results.folder / "organism" if retrain else None
+        with progress("steps") as tell:
+            if folder is not None:
+                organism.train(seed, folder, tell)
+            result = run_demo(n_seeds=seeds, seed=seed, heavy=heavy, folder=folder, library=library, progress=tell)
+        result.save(results.folder)
     if as_json:
         sys.stdout.write(files.to_json(result.to_dict()))
     else:
         _print_demo(result)
-    err.print(f"Open {output / REPORT_FILE}", highlight=False, markup=False, soft_wrap=True)
+    err.print(f"Open {results.path / REPORT_FILE}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _print_demo(demo: Demo) -> None:

@@ -17,7 +17,8 @@ from sts_fast.cli.calibration import (
     read_calibration,
 )
 from sts_fast.cli.console import out, progress, say, show
-from sts_fast.cli.options import AsJson, Demos, Domains, Fixed, Model, Output, SAEs, ShowPrompts, Train
+from sts_fast.cli.options import AsJson, Demos, Domains, Fixed, Model, SAEs, ShowPrompts, Train
+from sts_fast.cli.output import Output
 from sts_fast.cli.tables import (
     by_sae,
     print_agreement,
@@ -37,9 +38,10 @@ from sts_fast.forecast.compare import comparison, sae_comparison, sae_names
 from sts_fast.forecast.cost import Outlook
 from sts_fast.forecast.from_library import compare_stored
 from sts_fast.forecast.options import Dims, Settings
-from sts_fast.forecast.run import COMPARISON_FILE, Forecast, clear_earlier
+from sts_fast.forecast.run import COMPARISON_FILE, Forecast
 from sts_fast.forecast.score import compare as run_compare
 from sts_fast.forecast.score import plan
+from sts_fast.model.stored import is_activations
 from sts_fast.report import build_comparison_report, build_report
 
 Tuned = Annotated[str | None, Option("The model after training, for --dims tuned.")]
@@ -119,7 +121,7 @@ def score(
     settings: Settings,
     places: Places,
     how: How,
-    output: Output = Path("sts-fast-run"),
+    output: Output,
     as_json: AsJson = False,
 ) -> None:
     """Forecast how strongly training on a set will move each domain."""
@@ -127,9 +129,9 @@ def score(
     if how.dry_run:
         print_outlook(_outlook(sources, {"train": sources.train}, settings, places, how), as_json=as_json)
         return
-    forecasts = _forecasts(sources, {"train": sources.train}, settings, places, how, output)
+    forecasts, folder = _forecasts(sources, {"train": sources.train}, settings, places, how, output)
     if as_json:
-        _write_json(forecasts, output, compared=len(forecasts) > 1)
+        _write_json(forecasts, folder, compared=len(forecasts) > 1)
         return
     for forecast in forecasts:
         print_sae(forecast, forecasts)
@@ -142,7 +144,7 @@ def score(
             "On a real model these scores said little of what moved, but a short trial did: add trial to --estimators."
         )
     print_agreement(forecasts)
-    print_end(forecasts, output)
+    print_end(forecasts, folder)
 
 
 def compare(
@@ -150,7 +152,7 @@ def compare(
     settings: ComparedSettings,
     places: Places,
     how: How,
-    output: Output = Path("sts-fast-compare"),
+    output: Output,
     as_json: AsJson = False,
 ) -> None:
     """Forecast several candidate training sets side by side, each domain passed through the model once."""
@@ -159,9 +161,9 @@ def compare(
     if how.dry_run:
         print_outlook(_outlook(sources, trains, settings, places, how), as_json=as_json)
         return
-    forecasts = _forecasts(sources, trains, settings, places, how, output, by_train=True)
+    forecasts, folder = _forecasts(sources, trains, settings, places, how, output, by_train=True)
     if as_json:
-        _write_json(forecasts, output, compared=True)
+        _write_json(forecasts, folder, compared=True)
         return
     for of_sae in by_sae(forecasts):
         print_sae(of_sae[0], forecasts)
@@ -169,7 +171,7 @@ def compare(
         print_change_comparison(compared)
         print_comparison(compared)
     print_agreement(forecasts)
-    print_end(forecasts, output)
+    print_end(forecasts, folder)
 
 
 def shift(
@@ -189,21 +191,21 @@ def shift(
     ],
     places: Places,
     how: Annotated[How, Fixed(calibration=None)],
-    output: Output = Path("sts-fast-run"),
+    output: Output,
     as_json: AsJson = False,
 ) -> None:
     """Measure which features a training set shifts, without scoring any domain."""
     if how.dry_run:
         print_outlook(_outlook(sources, {"train": sources.train}, settings, places, how), as_json=as_json)
         return
-    forecasts = _forecasts(sources, {"train": sources.train}, settings, places, how, output)
+    forecasts, folder = _forecasts(sources, {"train": sources.train}, settings, places, how, output)
     if as_json:
-        _write_json(forecasts, output, compared=len(forecasts) > 1)
+        _write_json(forecasts, folder, compared=len(forecasts) > 1)
         return
     for forecast in forecasts:
         print_sae(forecast, forecasts)
         print_shift(forecast, n_features=20)
-    print_end(forecasts, output)
+    print_end(forecasts, folder)
 
 
 def _outlook(
@@ -233,62 +235,71 @@ def _forecasts(
     settings: Settings,
     places: Places,
     how: How,
-    output: Path,
+    output: Output,
     *,
     by_train: bool = False,
-) -> list[Forecast]:
+) -> tuple[list[Forecast], Path]:
     """Runs the forecasts of one or more training sets with one or more SAEs, and saves each in its folder.
 
-    The folder is `output` itself; with several SAEs, one below it for each, and `by_train` one more level for each
-    training set.
+    The folder is that of the results, which is returned; with several SAEs, one below it for each, and `by_train` one
+    more level for each training set.
     """
     if sources.model is None:
         _library_of(settings)
     calibration = None
     if how.calibration is not None:
         calibration = read_calibration(how.calibration, settings, len(sources.sae))
-    files.prepare_folder(output)
-    how.apply()
-    settings = replace(settings, command=typed_command(), say=say)
-    if sources.model is None:
-        names, of_saes = [""], [_from_library(sources, trains, settings)]
-    else:
-        check_places([place for places in trains.values() for place in places])
-        loaded = places.load(_needed(sources, "sae"), settings.sae_dtype)
-        with progress() as tell:
-            of_saes = run_compare(
-                model=sources.model,
-                sae=loaded,
-                trains=trains,
-                domains=sources.domains,
-                demos=sources.demos,
-                tuned=sources.tuned,
-                **vars(replace(settings, progress=tell, show=show if how.show_prompts else None)),
-            )
-        names = sae_names([(sae.source, sae.hook_name) for sae in loaded])
     refused: str | None = None
-    folders = [output / name if len(names) > 1 else output for name in names]
-    clear_earlier(output, [folder / name if by_train else folder for folder in folders for name in trains])
-    for of_sae, forecasts in zip(folders, of_saes, strict=True):
-        for name, forecast in forecasts.items():
-            folder = of_sae / name if by_train else of_sae
-            if calibration is not None and how.calibration is not None:
-                try:
-                    forecasts[name] = forecast = calibrated(forecast, calibration, how.calibration)
-                except InputError as error:  # the scores are still valid
-                    refused = f"{error}; the scores without changes are in {output}"
-            forecast.save(folder)
-            build_report(folder)
-        if by_train:
-            _save_comparison(comparison(list(forecasts.values())), of_sae)
-            build_comparison_report(of_sae)
-    everything = [forecast for forecasts in of_saes for forecast in forecasts.values()]
-    if len(names) > 1:
-        _save_comparison(sae_comparison(everything), output)
+    with output.folder() as results, output.kept() as kept:
+        how.apply()
+        if settings.library is None and sources.model is not None and not is_activations(sources.model):
+            settings = replace(settings, library=kept)
+        settings = replace(settings, command=typed_command(), say=say)
+        if sources.model is None:
+            names, of_saes = [""], [_from_library(sources, trains, settings)]
+        else:
+            names, of_saes = _from_model(sources, trains, settings, places, how)
+        folders = [results.folder / name if len(names) > 1 else results.folder for name in names]
+        for of_sae, forecasts in zip(folders, of_saes, strict=True):
+            for name, forecast in forecasts.items():
+                folder = of_sae / name if by_train else of_sae
+                if calibration is not None and how.calibration is not None:
+                    try:
+                        forecasts[name] = forecast = calibrated(forecast, calibration, how.calibration)
+                    except InputError as error:  # the scores are still valid
+                        refused = str(error)
+                folder.mkdir(parents=True, exist_ok=True)
+                forecast.write(folder)
+                build_report(folder)
+            if by_train:
+                _save_comparison(comparison(list(forecasts.values())), of_sae)
+                build_comparison_report(of_sae)
+        everything = [forecast for forecasts in of_saes for forecast in forecasts.values()]
+        if len(names) > 1:
+            _save_comparison(sae_comparison(everything), results.folder)
     if refused is not None:
-        raise InputError(refused)
+        raise InputError(f"{refused}; the scores without changes are in {results.path}")
     print_warnings(everything)
-    return everything
+    return everything, results.path
+
+
+def _from_model(
+    sources: AnySources, trains: dict[str, list[str]], settings: Settings, places: Places, how: How
+) -> tuple[list[str], list[dict[str, Forecast]]]:
+    """Names of the SAEs, and the forecasts with each by training set."""
+    check_places([place for places in trains.values() for place in places])
+    loaded = places.load(_needed(sources, "sae"), settings.sae_dtype)
+    with progress() as tell:
+        of_saes = run_compare(
+            model=sources.model or "",
+            sae=loaded,
+            trains=trains,
+            domains=sources.domains,
+            demos=sources.demos,
+            tuned=sources.tuned,
+            **vars(replace(settings, progress=tell, show=show if how.show_prompts else None)),
+        )
+    return sae_names([(sae.source, sae.hook_name) for sae in loaded]), of_saes
 
 
 def _from_library(sources: AnySources, trains: dict[str, list[str]], settings: Settings) -> dict[str, Forecast]:

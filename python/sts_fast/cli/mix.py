@@ -14,6 +14,7 @@ from sts_fast import files
 from sts_fast.cli.arguments import Places, Threads, set_threads, typed_command
 from sts_fast.cli.console import err, out, progress, say
 from sts_fast.cli.options import AsJson, Domains, Train
+from sts_fast.cli.output import Output
 from sts_fast.data.options import Option
 from sts_fast.mix.mix import MIXED_FILE, MixedSet, Mixing, Mixture
 from sts_fast.mix.mix import mix as run_mix
@@ -37,31 +38,31 @@ def mix(
     sources: Sources,
     mixing: Mixing,
     places: Places,
+    output: Output,
     threads: Threads = None,
-    output: Annotated[Path, Option("Folder for mix.json and the mixed training set.")] = Path("sts-fast-mix"),
     as_json: AsJson = False,
 ) -> None:
     """Choose examples to mix into a training set so that other abilities are kept, and write the mixed set."""
     set_threads(threads)
-    files.prepare_folder(output)
-    loaded = None if sources.sae is None else places.load([sources.sae], mixing.sae_dtype)[0]
-    with progress() as tell:
-        mixing = replace(mixing, command=typed_command(), progress=tell, say=say)
-        mixture = run_mix(
-            train=sources.train,
-            domains=sources.domains,
-            budget=sources.budget,
-            model=sources.model,
-            sae=loaded,
-            scores=sources.run,
-            **vars(mixing),
-        )
-    mixture.save(output)
+    with output.folder() as results:
+        loaded = None if sources.sae is None else places.load([sources.sae], mixing.sae_dtype)[0]
+        with progress() as tell:
+            mixing = replace(mixing, command=typed_command(), progress=tell, say=say)
+            mixture = run_mix(
+                train=sources.train,
+                domains=sources.domains,
+                budget=sources.budget,
+                model=sources.model,
+                sae=loaded,
+                scores=sources.run,
+                **vars(mixing),
+            )
+        mixture.save(results.folder)
     if as_json:
         sys.stdout.write(files.to_json(mixture.to_dict()))
     else:
         _print_mixture(mixture)
-    err.print(f"Train on {output / MIXED_FILE}", highlight=False, markup=False, soft_wrap=True)
+    err.print(f"Train on {results.path / MIXED_FILE}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _print_mixture(mixture: Mixture) -> None:

@@ -36,7 +36,6 @@ Domains = Annotated[
 ]
 Demos = Annotated[list[str] | None, Option("Demonstrations: name=path (train=path for the training set); repeatable.")]
 ShowPrompts = Annotated[bool, Option("Print the first prompt of each set as it is sent, to standard error.")]
-Output = Annotated[Path, Option("Folder for the results.")]
 AsJson = Annotated[bool, Option("Print the results as JSON instead of tables.", "--json")]
 
 

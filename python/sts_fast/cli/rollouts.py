@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,13 +15,14 @@ from rich.table import Table
 from sts_fast import files
 from sts_fast.cli.arguments import Core, Places, typed_command
 from sts_fast.cli.console import out, progress, say, show
-from sts_fast.cli.options import AsJson, Demos, Domains, Fixed, Model, Output, ShowPrompts
+from sts_fast.cli.options import AsJson, Demos, Domains, Fixed, Model, ShowPrompts
+from sts_fast.cli.output import Output
 from sts_fast.cli.tables import print_comparison, print_end, print_signed
-from sts_fast.data.options import Option
+from sts_fast.data.options import Option, part
 from sts_fast.errors import InputError
 from sts_fast.forecast.compare import comparison
 from sts_fast.forecast.estimators import SIZES
-from sts_fast.forecast.run import COMPARISON_FILE, Forecast, clear_earlier
+from sts_fast.forecast.run import COMPARISON_FILE, Forecast
 from sts_fast.report import build_comparison_report, build_report
 from sts_fast.rollouts import Columns, sample_rollouts
 from sts_fast.rollouts import rollouts as forecast_rollouts
@@ -59,8 +62,8 @@ def rollouts(
     ],
     places: Places,
     core: Core,
+    output: Output,
     show_prompts: ShowPrompts = False,
-    output: Output = Path("sts-fast-rollouts"),
     as_json: AsJson = False,
 ) -> None:
     """Forecast how strongly RL will move each domain, from the model's own completions and their rewards."""
@@ -73,40 +76,34 @@ def rollouts(
         )
     if train is None and check is not None:
         raise InputError("--check is for completions sampled for --train; --rollouts has rewards: leave --check out")
-    files.prepare_folder(output)
-    core.apply()
-    [loaded] = places.load([sources.sae], settings.sae_dtype)
-    rollouts: Path | None = sources.rollouts
-    if train is not None and check is not None:
-        question_fields, answer_fields = dict(settings.question_fields), dict(settings.answer_fields)
-        with progress("questions") as tell:
-            sampled = sample_rollouts(
-                model=sources.model, questions=train, check=check,
-                question_field=question_fields.pop("train", question_fields.get("")),
-                answer_field=answer_fields.pop("train", answer_fields.get("")),
-                progress=lambda done, total: tell("sampling completions", done, total), **vars(completing),
+    with output.folder() as results, output.kept() as kept:
+        core.apply()
+        [loaded] = places.load([sources.sae], settings.sae_dtype)
+        rollouts: Path | None = sources.rollouts
+        if train is not None and check is not None:
+            rollouts, columns = kept / f"rollouts-{_digest(sources, completing, settings)}.jsonl", Columns()
+            settings = _sampled(sources, completing, settings, train, check, rollouts)
+        with progress() as tell:
+            settings = replace(
+                settings, command=typed_command(), progress=tell, say=say, show=show if show_prompts else None
+            )
+            forecasts = forecast_rollouts(
+                model=sources.model, sae=loaded, rollouts=rollouts or "", columns=columns, domains=sources.domains,
+                demos=sources.demos, tuned=sources.tuned,
+                **{name: value for name, value in vars(settings).items() if name != "dims"},
             )  # fmt: skip
-        rollouts, columns = output / ROLLOUTS_FILE, Columns()
-        settings = replace(settings, question_fields=question_fields, answer_fields=answer_fields)
-        sampled.save(rollouts)
-        say(f"Completions are in {rollouts}: give them as --rollouts to try other options")
-    with progress() as tell:
-        settings = replace(
-            settings, command=typed_command(), progress=tell, say=say, show=show if show_prompts else None
-        )
-        forecasts = forecast_rollouts(
-            model=sources.model, sae=loaded, rollouts=rollouts or "", columns=columns, domains=sources.domains,
-            demos=sources.demos, tuned=sources.tuned,
-            **{name: value for name, value in vars(settings).items() if name != "dims"},
-        )  # fmt: skip
-    clear_earlier(output, [output / way for way in forecasts])
-    for way, forecast in forecasts.items():
-        forecast.save(output / way)
-        build_report(output / way)
-    compared = comparison(list(forecasts.values()))
-    with files.atomic_path(output / COMPARISON_FILE) as path:
-        path.write_text(files.to_json(compared), encoding="utf-8")
-    build_comparison_report(output)
+        if rollouts is not None and rollouts.parent == kept:
+            shutil.copyfile(rollouts, results.folder / ROLLOUTS_FILE)
+            for entry in next(iter(forecasts.values())).provenance["inputs"]:
+                if entry["path"] == str(rollouts):
+                    entry["path"] = str(results.path / ROLLOUTS_FILE)
+        for way, forecast in forecasts.items():
+            forecast.save(results.folder / way)
+            build_report(results.folder / way)
+        compared = comparison(list(forecasts.values()))
+        with files.atomic_path(results.folder / COMPARISON_FILE) as path:
+            path.write_text(files.to_json(compared), encoding="utf-8")
+        build_comparison_report(results.folder)
     if as_json:
         sys.stdout.write(files.to_json(compared))
         return
@@ -115,7 +112,32 @@ def rollouts(
     print_comparison({**compared, "scores": {name: of for name, of in compared["scores"].items() if name in SIZES}})
     _print_overlaps(forecasts)
     print_signed(first)  # the same whatever the way
-    print_end(list(forecasts.values()), output)
+    print_end(list(forecasts.values()), results.path)
+
+
+def _digest(sources: Sources, completing: Completing, settings: RolloutSettings) -> str:
+    """Of everything that decides which completions are sampled."""
+    texts = [path if not Path(path).is_file() else files.sha256(path) for path in sources.train or ()]
+    decisive = (sources.model, texts, sources.check, vars(part(Completing, completing)))
+    fields = settings.question_fields, settings.answer_fields
+    return hashlib.sha256(repr((decisive, fields)).encode()).hexdigest()[:16]
+
+
+def _sampled(
+    sources: Sources, completing: Completing, settings: RolloutSettings, train: list[str], check: str, rollouts: Path
+) -> RolloutSettings:
+    """Samples completions into a file; returns the settings without the fields of the questions."""
+    question_fields, answer_fields = dict(settings.question_fields), dict(settings.answer_fields)
+    question_field = question_fields.pop("train", question_fields.get(""))
+    answer_field = answer_fields.pop("train", answer_fields.get(""))
+    if not rollouts.is_file():
+        with progress("questions") as tell:
+            sample_rollouts(
+                model=sources.model, questions=train, check=check, question_field=question_field,
+                answer_field=answer_field,
+                progress=lambda done, total: tell("sampling completions", done, total), **vars(completing),
+            ).save(rollouts)  # fmt: skip
+    return replace(settings, question_fields=question_fields, answer_fields=answer_fields)
 
 
 def _print_overlaps(forecasts: dict[str, Forecast]) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -49,10 +48,6 @@ VALIDATION_FILE = "validation.json"
 TRAINING_FILE = "training.json"
 COMPARISON_FILE = "compare.json"
 REPORT_FILE = "report.html"
-RUN_FILES = (
-    *(SCORES_FILE, SHIFT_FILE, PROMPTS_FILE, FEATURES_FILE, VALIDATION_FILE, TRAINING_FILE, REPORT_FILE),
-    *("ablation.json", "ablation.parquet", "trace.json", "trace.parquet", "selected.jsonl"),
-)
 
 VALUE_COLUMNS = [
     f"{control}_{estimator}_sum".removeprefix("_")
@@ -240,24 +235,27 @@ class Forecast:
         )
 
     def save(self, folder: str | Path) -> None:
-        """Writes prompts.parquet, features.parquet, shift.safetensors and, last, scores.json, each whole or not at all.
+        """Writes the run as a folder, whole or not at all; one of an earlier run, and all that it holds, is replaced.
 
-        Raises InputError where the folder cannot be written to.
+        Raises InputError where the folder holds anything else, or cannot be written to.
         """
+        folder = Path(folder)
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / SCORES_FILE).is_file():
+            raise InputError(f"{folder} holds something else than a run: give another folder")
+        with files.atomic_folder(folder) as temporary:
+            self.write(temporary)
+
+    def write(self, folder: Path) -> None:
+        """Writes prompts.parquet, features.parquet, shift.safetensors and scores.json into an empty folder."""
         import pyarrow.parquet as pq
 
-        folder = Path(folder)
-        files.prepare_folder(folder)
         scores = self.to_dict()
         validate_scores(scores)
-        with files.atomic_path(folder / PROMPTS_FILE) as path:
-            pq.write_table(self.prompts, path, compression="zstd")
-        with files.atomic_path(folder / FEATURES_FILE) as path:
-            pq.write_table(self.firings, path, compression="zstd")
+        pq.write_table(self.prompts, folder / PROMPTS_FILE, compression="zstd")
+        pq.write_table(self.firings, folder / FEATURES_FILE, compression="zstd")
         shifted = np.asarray([feature.index for feature in self.shifted_features])
         self.means.save(folder / SHIFT_FILE, {"shifted_features": shifted, **self.controls})
-        with files.atomic_path(folder / SCORES_FILE) as path:
-            path.write_text(files.to_json(scores), encoding="utf-8")
+        (folder / SCORES_FILE).write_text(files.to_json(scores), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -312,33 +310,6 @@ def scores_schema() -> Document:
 def validate_scores(scores: Mapping[str, Any]) -> None:
     """Raises jsonschema.ValidationError where a document is not a valid scores.json."""
     files.check_document(scores, scores_schema())
-
-
-def clear_earlier(folder: Path, written: Collection[Path]) -> None:
-    """Removes what an earlier command with the same --output wrote below it, or in it, and the new one does not.
-
-    folder: the --output; written: the folders that get a scores.json now
-
-    Only folders that an earlier comparison lists are looked into, and only files of a run's names are removed.
-    """
-    comparison = folder / COMPARISON_FILE
-    if comparison.is_file():
-        try:
-            document = json.loads(comparison.read_text(encoding="utf-8"))
-            names = [str(entry["name"]) for entry in document.get("saes", document.get("trains", []))]
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            names = []  # another program's file: it is written over, as ever
-        for name in names:
-            if name not in ("", ".", "..") and "/" not in name:
-                clear_earlier(folder / name, written)
-        comparison.unlink()
-        if names:  # the page over their reports
-            (folder / REPORT_FILE).unlink(missing_ok=True)
-    if folder not in written and folder.is_dir():
-        for name in RUN_FILES if (folder / SCORES_FILE).is_file() else ():
-            (folder / name).unlink(missing_ok=True)
-        if not any(folder.iterdir()):
-            folder.rmdir()
 
 
 def _check_has_scores(folder: Path) -> None:

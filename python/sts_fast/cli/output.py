@@ -1,0 +1,110 @@
+"""Folders of results: their names, the file of options beside them, and commands from such a file."""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+
+from sts_fast import files
+from sts_fast._version import __version__
+from sts_fast.cli.console import say
+from sts_fast.data.options import Option
+from sts_fast.errors import InputError, one_line
+
+# Options that say where results go and how they are shown; they are not written beside them.
+NOT_KEPT = ("output", "overwrite", "config", "json", "threads")
+CONFIG = "--config"
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where the results of a command go."""
+
+    output: Annotated[Path | None, Option("Folder for the results; default: sts-fast-COMMAND-DATE.")] = None
+    overwrite: Annotated[bool, Option("Replace the results that --output holds; default: the next free name.")] = False
+    config: Annotated[
+        Path | None, Option("File of options, such as run.yaml of earlier results; typed ones come first.")
+    ] = None  # read by with_config, before the options are
+
+    @contextmanager
+    def folder(self) -> Iterator[files.Results]:
+        """The folder of a command's results, put in place when it is whole; see files.results."""
+        place = self.output or Path(f"{_default_name()}-{datetime.date.today().isoformat()}")
+        with files.results(place, overwrite=self.overwrite) as results:
+            yield results
+            (results.folder / files.RESULTS_FILE).write_text(typed_config(), encoding="utf-8")
+
+    @contextmanager
+    def kept(self) -> Iterator[Path]:
+        """A folder beside the results for what the command has read, until they are whole; see files.kept."""
+        place = self.output or Path(_default_name())
+        with files.kept(place.with_name(f".{place.name}.kept")) as folder:
+            try:
+                yield folder
+            except BaseException:
+                if any(folder.iterdir()):
+                    say(f"What was read so far is kept in {folder}: the same command goes on from there")
+                raise
+
+
+def _default_name() -> str:
+    return f"sts-fast-{sys.argv[1]}"
+
+
+def typed_config() -> str:
+    """The options of the command line, as YAML that --config reads."""
+    options: dict[str, list[Any]] = {}
+    words = sys.argv[2:]
+    for i, word in enumerate(words):
+        if word.startswith("--"):
+            name, equals, value = word.removeprefix("--").partition("=")
+            after = words[i + 1 : i + 2]
+            of_word: Any = value if equals else True if not after or after[0].startswith("--") else after[0]
+            options.setdefault(name, []).append(of_word)
+    plain = {name: of if len(of) > 1 else of[0] for name, of in options.items() if name not in NOT_KEPT}
+    head = f"# sts-fast {__version__}: sts-fast {sys.argv[1]} --config {files.RESULTS_FILE} makes it again\n"
+    return head + (yaml.safe_dump(plain, sort_keys=False, allow_unicode=True) if plain else "")
+
+
+def with_config(words: list[str]) -> list[str]:
+    """A command line with the options of its --config typed out, but those that it types itself.
+
+    Raises InputError where the file cannot be read, or does not hold options by name.
+    """
+    at = next((i for i, word in enumerate(words) if word == CONFIG or word.startswith(f"{CONFIG}=")), None)
+    if at is None:
+        return words
+    alone = words[at] == CONFIG
+    if alone and at + 1 == len(words):
+        return words  # the parser says what is missing
+    path = Path(words[at + 1] if alone else words[at].partition("=")[2])
+    typed = [*words[:at], *words[at + 1 + alone :]]
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as a file of options: {one_line(error)}") from error
+    if not isinstance(options, dict):
+        raise InputError(f"{path} is no file of options: give names and values, as 'top-n: 50'")
+    given = {word.partition("=")[0] for word in typed}
+    more: list[str] = []
+    for name, value in options.items():
+        word = f"--{name}"
+        if word in given or value is None or value is False:
+            continue
+        for element in value if isinstance(value, list) else [value]:
+            if isinstance(element, (dict, list)):
+                raise InputError(f"{path}: {name} must be a value, or a list of some")
+            more += [word] if element is True else [word, str(element)]
+    return [*typed, *more]
+
+
+def expand_config() -> None:
+    """Puts the options of --config in the place of it, for the parser and for whoever asks what was typed."""
+    sys.argv[1:] = with_config(sys.argv[1:])
