@@ -17,6 +17,7 @@ from sts_fast.forecast.run import (
     SCORES_FILE,
     SHIFT_FILE,
     VALIDATION_FILE,
+    save_beside,
 )
 from sts_fast.outcomes.outcomes import Outcome
 from sts_fast.outcomes.validate import validate
@@ -265,7 +266,7 @@ def write_validation(folder: Path, scores: dict[str, Any]) -> dict[str, Any]:
     rng = np.random.default_rng(5)
     changes = {d["name"]: Outcome(float(rng.normal(0, 0.05)), 0.4, 0.45, 0.01, 700) for d in scores["domains"]}
     document = validate(scores, changes).to_dict()
-    (folder / VALIDATION_FILE).write_text(json.dumps(document), encoding="utf-8")
+    save_beside(folder, VALIDATION_FILE, document)
     return document
 
 
@@ -282,7 +283,7 @@ def write_full_run(folder: Path, scores: dict[str, Any] | None = None) -> dict[s
     write_shift(folder, scores)
     write_firings(folder, scores)
     write_validation(folder, scores)
-    (folder / "ablation.json").write_text(json.dumps(make_ablation(scores)), encoding="utf-8")
+    save_beside(folder, "ablation.json", make_ablation(scores))
     return scores
 
 

@@ -102,6 +102,7 @@ class TransferMonitor(TrainerCallback):
         self.every, self.stop_when = every, dict(stop_when or {})
         self.history: list[Measurement] = []
         run = Run.load(self.folder)
+        self._run = files.sha256(run.folder / SCORES_FILE)
         self.scores = run.scores
         names = [domain["name"] for domain in self.scores["domains"]]
         self.domains = list(names if domains is None else domains)
@@ -303,6 +304,7 @@ class TransferMonitor(TrainerCallback):
     def _write(self) -> None:
         record = {
             "schema_version": SCHEMA_VERSION,
+            "run": self._run,
             "forecast": str(self.folder),
             "every": self.every,
             "n_probes": len(self.probes.ids),

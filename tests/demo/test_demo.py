@@ -250,7 +250,7 @@ def test_command_prints_forecast_outcome_and_controls(
     assert f"{trial.validation.size.pearson.value:.2f} [" in out
     assert all(" ".join(finding.split())[:60] in " ".join(out.split()) for finding in done.findings())
     assert err.strip() == f"Open {tmp_path / 'run' / 'report.html'}"
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"demo.json", "report.html", *TRAINS}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"demo.json", "report.html", "run.yaml", *TRAINS}
 
 
 def test_command_gives_json(
@@ -262,7 +262,7 @@ def test_command_gives_json(
     assert json.loads(out) == written(tmp_path / "run" / "demo.json")
 
 
-def test_retrain_makes_the_organism_in_the_output_and_uses_it(
+def test_retrain_makes_the_organism_beside_the_output_and_uses_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], done: demo.Demo, tmp_path: Path
 ) -> None:
     seen: list[Any] = []
@@ -270,9 +270,9 @@ def test_retrain_makes_the_organism_in_the_output_and_uses_it(
     monkeypatch.setattr(sys.modules["sts_fast.cli.demo"], "run_demo", lambda **options: seen.append(options) or done)
     code, _, _ = command(monkeypatch, capsys, "--retrain", "--seed", "3", "--heavy", "--output", str(tmp_path / "run"))
     assert code == 0
-    assert seen[0] == (3, tmp_path / "run" / "organism")
+    assert seen[0] == (3, tmp_path / "run-organism")
     assert {name: seen[1][name] for name in ("seed", "heavy", "folder")} == {
-        "seed": 3, "heavy": True, "folder": tmp_path / "run" / "organism",
+        "seed": 3, "heavy": True, "folder": tmp_path / "run-organism",
     }  # fmt: skip
 
 
@@ -286,13 +286,13 @@ def test_an_organism_that_has_not_learnt_is_refused(
     assert err.startswith("error: the model of seed 0 answers ")
     assert "take another seed" in err
     assert err.count("\n") == 1
-    assert not (tmp_path / "run" / "organism").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("words", "message"), [
     (("--seeds", "0"), "--seeds"),
     (("--output", "."), "results need their own folder"),
-    (("--output", "/proc/none/run"), "cannot make the output folder"),
+    (("--output", "/proc/none/run"), "cannot write /proc/none/run"),
 ])  # fmt: skip
 def test_wrong_options_are_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str

@@ -34,6 +34,8 @@ from sts_fast.forecast.run import (
     SCORES_FILE,
     SHIFT_FILE,
     Score,
+    belongs,
+    save_beside,
     scores_schema,
     validate_scores,
 )
@@ -258,7 +260,7 @@ def test_a_forecast_is_loaded_as_it_was_saved(forecast: sts_fast.Forecast, tmp_p
 def test_a_file_in_the_place_of_the_folder(forecast: sts_fast.Forecast, tmp_path: Path, below: tuple[str, ...]) -> None:
     occupied = tmp_path / "occupied"
     occupied.write_text("mine")
-    with pytest.raises(sts_fast.InputError, match="output folder"):
+    with pytest.raises(sts_fast.InputError, match="cannot write"):
         forecast.save(occupied.joinpath(*below))
     assert occupied.read_text() == "mine"
     assert list(tmp_path.iterdir()) == [occupied]
@@ -317,21 +319,36 @@ def test_nothing_half_written_where_writing_fails(
         monkeypatch.setattr(pq, "write_table", write_table)
     else:
         limit = {PROMPTS_FILE: 1000, SHIFT_FILE: (whole / SHIFT_FILE).stat().st_size - 1}[failing]
-    with no_file_over(limit), pytest.raises(sts_fast.InputError, match=f"cannot write .*{failing}"):
+    with no_file_over(limit), pytest.raises(sts_fast.InputError, match="cannot write "):
         forecast.save(folder)
     monkeypatch.undo()
+    assert {path.name: path.read_text() for path in folder.iterdir()} == older
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "whole"]
 
-    # scores.json comes last, so none is there of a run that could not be saved; what is there is whole.
-    readers: dict[str, Callable[[Path], object]] = {
-        PROMPTS_FILE: pq.read_table,
-        FEATURES_FILE: pq.read_table,
-        SHIFT_FILE: load_file,
-    }
-    for path in folder.iterdir():
-        assert path.name in FILES
-        if path.read_bytes() != b"an older run":
-            readers[path.name](path)
-    assert {path.name for path in folder.iterdir()} >= set(older)
+
+def test_an_earlier_run_is_replaced_with_all_that_it_holds(forecast: sts_fast.Forecast, tmp_path: Path) -> None:
+    forecast.save(tmp_path / "run")
+    (tmp_path / "run" / "validation.json").write_text("of the earlier run")
+    forecast.save(tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == sorted(FILES)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(sts_fast.InputError, match="mine holds something else than a run"):
+        forecast.save(tmp_path / "mine")
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+
+
+def test_a_further_file_belongs_to_the_run_that_it_was_written_beside(
+    forecast: sts_fast.Forecast, tmp_path: Path
+) -> None:
+    forecast.save(tmp_path)
+    save_beside(tmp_path, "further.json", {"a": 1})
+    document = json.loads((tmp_path / "further.json").read_text(encoding="utf-8"))
+    assert document["run"] == hashlib.sha256((tmp_path / SCORES_FILE).read_bytes()).hexdigest()
+    assert belongs(tmp_path, document)
+    (tmp_path / SCORES_FILE).write_text((tmp_path / SCORES_FILE).read_text() + "\n")
+    assert not belongs(tmp_path, document)
+    assert not belongs(tmp_path, {"a": 1})
 
 
 def test_every_score_follows_from_the_prompts(forecast: sts_fast.Forecast) -> None:

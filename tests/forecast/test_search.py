@@ -104,7 +104,7 @@ def test_command_prints_a_table(
     printed = capsys.readouterr()
     assert "STS_act of 3 training sets" in printed.out
     assert "up / keep" in printed.out
-    assert f"12 examples of '{up}' share 13 tokens in a row with questions of '{up}'" in printed.err
+    assert f"12 examples of '{up}' ask the same as questions of '{up}' (13 words in a row" in printed.err
     monkeypatch.setattr("sys.argv", [*words, "--json"])
     main()
     document = json.loads(capsys.readouterr().out)

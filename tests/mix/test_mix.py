@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tiny import N_QUESTIONS, N_TOO_LONG, Tiny
 from written_run import make_scores, write_scores
@@ -20,12 +22,12 @@ from sts_fast.errors import InputError
 from sts_fast.mix.mix import RULES, mix_schema, validate_mix
 from sts_fast.model.stored.index import INDEX_FILE
 
-BUDGET, LIMIT = 20, 10
+BUDGET, LIMIT, N_ASKED = 20, 10, 3
 N_ANSWERED = N_QUESTIONS + N_TOO_LONG  # what is too long to be measured can be trained on
 
 
 def mixed(tiny: Tiny, **options: Any) -> sts_fast.Mixture:
-    given = {"train": tiny.train, "domains": tiny.domains, "budget": BUDGET, "limit": LIMIT, **options}
+    given = {"train": tiny.train, "pool": tiny.domains, "budget": BUDGET, "limit": LIMIT, **options}
     return sts_fast.mix(**given)
 
 
@@ -43,13 +45,37 @@ def best(tiny: Tiny) -> sts_fast.Mixture:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scores made up, and a domain that asks three questions of the pool."""
     scores = make_scores(3)
     values = (("spelling", 3.0, 1.0), ("days", 1.0, 4.0), ("sums", 7.0, 7.0))
     for domain, (name, act, icl) in zip(scores["domains"], values, strict=True):
         domain["name"] = name
         domain["scores"] = {key: {"value": value, "ci": [0.0, 9.0]} for key, value in (("act", act), ("icl", icl))}
-    return write_scores(tmp_path_factory.mktemp("run"), scores)
+    folder = write_scores(tmp_path_factory.mktemp("run"), scores)
+    asked = [example.question for example in load_examples(tiny.domains["days"])[:N_ASKED]]
+    rows = [{"stage": "score", "domain": "days", "question": question} for question in asked]
+    rows += [{"stage": "score", "domain": "sums", "question": None}]
+    rows += [{"stage": "shift", "domain": "train", "question": load_examples(tiny.domains["days"])[9].question}]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "prompts.parquet")
+    return folder
+
+
+def test_questions_of_a_runs_domains_are_not_added(tiny: Tiny, run: Path) -> None:
+    said: list[str] = []
+    found = mixed(tiny, rule="uniform", run=run, budget=2 * N_ANSWERED - N_ASKED, say=said.append)
+    assert {domain.name: domain.n_available for domain in found.domains} == {
+        "spelling": N_ANSWERED, "days": N_ANSWERED - N_ASKED,
+    }  # fmt: skip
+    [refused] = [warning for warning in found.warnings if "are not added" in warning]
+    assert refused.startswith(
+        f"{N_ASKED} of the {N_ANSWERED} examples of 'days' ask the same as questions of the run's"
+    )
+    assert f"warning: {refused}" in said
+    asked = {example.question for example in load_examples(tiny.domains["days"])[:N_ASKED]}
+    assert not asked & {example.question for name, example in found.examples if name == "days"}
+    with pytest.raises(InputError, match=r"the pool has .* answered examples in all.*; 3 of the "):
+        mixed(tiny, rule="uniform", run=run, budget=2 * N_ANSWERED)
 
 
 def test_forecast_rule_has_the_least_forecast_loss(tiny: Tiny, best: sts_fast.Mixture) -> None:
@@ -81,17 +107,17 @@ def test_weights_say_whose_loss_counts(tiny: Tiny) -> None:
 def test_rows_that_repeat_others_are_no_further_examples(tiny: Tiny) -> None:
     rows = sts_fast.load_examples(tiny.domains["days"])
     domains = {**tiny.domains, "days": [*rows, *rows]}
-    found = mixed(tiny, domains=domains, rule="uniform", budget=36)
+    found = mixed(tiny, pool=domains, rule="uniform", budget=36)
     assert {domain.name: domain.n_available for domain in found.domains}["days"] == N_ANSWERED
     assert len({(name, example.question) for name, example in found.examples}) == len(found.examples)
 
 
 def test_proportional_follows_a_run(tiny: Tiny, run: Path) -> None:
-    assert counts(mixed(tiny, rule="proportional", scores=run)) == {"spelling": 15, "days": 5}
-    assert counts(mixed(tiny, rule="proportional", scores=run, estimator="icl")) == {"spelling": 4, "days": 16}
-    capped = mixed(tiny, rule="proportional", scores=run / "scores.json", budget=36)
+    assert counts(mixed(tiny, rule="proportional", run=run)) == {"spelling": 15, "days": 5}
+    assert counts(mixed(tiny, rule="proportional", run=run, estimator="icl")) == {"spelling": 4, "days": 16}
+    capped = mixed(tiny, rule="proportional", run=run / "scores.json", budget=36)
     assert counts(capped) == {"spelling": N_ANSWERED, "days": 36 - N_ANSWERED}
-    assert [warning.split()[0] for warning in capped.warnings] == ["'spelling'"]
+    assert [warning.split()[0] for warning in capped.warnings] == ["3", "'spelling'"]
     assert capped.train.loss is None
     assert capped.mean_change is None
 
@@ -106,7 +132,7 @@ def test_command_writes_a_valid_file_and_the_mixed_set(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     words = ["mix", "--train", tiny.train, "--budget", "12", "--limit", "8", "--rule", rule]
-    words += [word for name, path in tiny.domains.items() for word in ("--domains", f"{name}={path}")]
+    words += [word for name, path in tiny.domains.items() for word in ("--pool", f"{name}={path}")]
     words += ["--from", run] if rule == "proportional" else ["--model", tiny.model, "--sae", tiny.saes["topk"]]
     written = []
     for folder in (tmp_path / "one", tmp_path / "two"):
@@ -154,7 +180,7 @@ def test_wrong_option_is_told_in_a_line(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    given = ["mix", "--train", tiny.train, "--domains", f"days={tiny.domains['days']}", "--budget", 5]
+    given = ["mix", "--train", tiny.train, "--pool", f"days={tiny.domains['days']}", "--budget", 5]
     given += ["--rule", "uniform", "--output", tmp_path, *words]
     monkeypatch.setattr("sys.argv", ["sts-fast", *map(str, given)])
     with pytest.raises(SystemExit) as ended:
@@ -166,8 +192,8 @@ def test_wrong_option_is_told_in_a_line(
 def test_json_is_what_the_file_holds(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["mix", "--train", tiny.train, "--domains", f"days={tiny.domains['days']}", "--budget", 30, "--rule"]
-    words += ["uniform", "--output", tmp_path, "--json"]
+    words = ["mix", "--train", tiny.train, "--pool", f"days={tiny.domains['days']}", "--budget", 30, "--rule"]
+    words += ["uniform", "--output", tmp_path / "mix", "--json"]
     monkeypatch.setattr("sys.argv", ["sts-fast", *map(str, words)])
     with pytest.raises(SystemExit) as ended:
         main()
@@ -175,13 +201,13 @@ def test_json_is_what_the_file_holds(
     assert ended.value.code == 2
     assert told.err == (
         "train, days: id from id, question from question, answer from answer; 58 rows\n"
-        f"error: the domains have {N_ANSWERED} answered examples in all, fewer than the budget of 30: "
+        f"error: the pool has {N_ANSWERED} answered examples in all, fewer than the budget of 30: "
         "lower --budget, or add examples\n"
     )
     words[words.index(30)] = N_ANSWERED
     monkeypatch.setattr("sys.argv", ["sts-fast", *map(str, words)])
     main()
-    assert capsys.readouterr().out == (tmp_path / "mix.json").read_text()
+    assert capsys.readouterr().out == (tmp_path / "mix" / "mix.json").read_text()
 
 
 @pytest.mark.parametrize(
@@ -191,16 +217,16 @@ def test_json_is_what_the_file_holds(
         ({"budget": 1000}, "answered examples in all, fewer than the budget of 1000"),
         ({"rule": "best"}, "rule must be one of forecast, proportional, uniform"),
         ({"rule": "forecast"}, "needs both --model and --sae"),
-        ({"rule": "proportional"}, "--from RUN .scores. go together"),
-        ({"scores": "elsewhere"}, "--from RUN .scores. go together"),
-        ({"rule": "proportional", "scores": "elsewhere"}, "there is no folder elsewhere"),
+        ({"rule": "proportional"}, "--rule proportional needs --from RUN"),
+        ({"run": "elsewhere"}, "there is no folder elsewhere"),
+        ({"rule": "proportional", "run": "elsewhere"}, "there is no folder elsewhere"),
         ({"loss_left": 1.0}, "--loss-left must lie between 0 and 1"),
         ({"weights": {"law": 1.0}}, "a weight is given for 'law', but the domains are spelling, days"),
         ({"protect": ["train"]}, "a weight is given for 'train'"),
         ({"weights": {"days": -1.0}}, "the weight of 'days' must be a number of at least 0"),
         ({"weights": {"days": float("nan")}}, "the weight of 'days' must be a number"),
         ({"weights": {"days": 0.0, "spelling": 0.0}}, "no domain counts"),
-        ({"domains": {}}, "there is no domain to take examples from"),
+        ({"pool": {}}, "there is no domain to take examples from"),
         ({"estimator": "act"}, "--estimator chooses among the scores of a run"),
     ],
 )
@@ -211,12 +237,12 @@ def test_what_cannot_be_used_is_told_in_a_sentence(tiny: Tiny, options: dict[str
 
 def test_scores_of_other_domains_or_of_another_kind_are_refused(tiny: Tiny, run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no scores by 'act_sq', only by act, icl"):
-        mixed(tiny, rule="proportional", scores=run, estimator="act_sq")
+        mixed(tiny, rule="proportional", run=run, estimator="act_sq")
     write_scores(tmp_path, make_scores() | {"domains": [{"name": "law"}]})
     with pytest.raises(InputError, match=r"is not a scores\.json: \$\.domains\[0\]"):
-        mixed(tiny, rule="proportional", scores=tmp_path)
+        mixed(tiny, rule="proportional", run=tmp_path)
     with pytest.raises(InputError, match="has no score of 'law'"):
-        mixed(tiny, rule="proportional", scores=run, domains={"law": tiny.domains["days"]})
+        mixed(tiny, rule="proportional", run=run, pool={"law": tiny.domains["days"]})
 
 
 def test_activations_are_not_enough(tiny: Tiny, tmp_path: Path) -> None:
@@ -253,7 +279,7 @@ def test_command_reads_model_and_sae_as_asked(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    given = ["mix", "--train", tiny.train, "--domains", f"days={tiny.domains['days']}", "--budget", 5]
+    given = ["mix", "--train", tiny.train, "--pool", f"days={tiny.domains['days']}", "--budget", 5]
     given += ["--model", tiny.model, "--sae", tiny.saes["topk"], "--limit", 8, "--output", tmp_path, *words]
     monkeypatch.setattr("sys.argv", ["sts-fast", *map(str, given)])
     with pytest.raises(SystemExit) as ended:

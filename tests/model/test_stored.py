@@ -389,8 +389,9 @@ def test_a_folder_without_questions_is_read_with_a_warning(tiny: Tiny, captured:
         assert set(domain.controls) == set(other.controls) - named
 
 
-def test_command_line(tiny: Tiny, tmp_path: Path) -> None:
+def test_command_line(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = CliRunner()
+    monkeypatch.setattr("sys.argv", ["sts-fast", "score"])
     sets = ["--train", str(tiny.train), *(f"--domains={name}={path}" for name, path in tiny.domains.items())]
     sets += ["--shots", "1", "--domain-shots", "2"]
     model = shutil.copytree(tiny.model, tmp_path / "model")
@@ -408,5 +409,7 @@ def test_command_line(tiny: Tiny, tmp_path: Path) -> None:
     assert scores["model"]["name"] == str(model)
     assert np.isfinite([domain["scores"]["icl"]["value"] for domain in scores["domains"]]).all()
     assert (tmp_path / "run" / "report.html").is_file()
-    ran = runner.invoke(app, ["shift", "--model", folder, *sae, *sets[:2], "--shots", "1", "--output", str(tmp_path)])
+    ran = runner.invoke(
+        app, ["shift", "--model", folder, *sae, *sets[:2], "--shots", "1", "--output", str(tmp_path / "shift")]
+    )
     assert ran.exit_code == 0, ran.output

@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import math
+import re
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from written_run import make_scores, make_signed
 
 from sts_fast import Calibration, InputError, fit_calibration
 from sts_fast.cli import main
-from sts_fast.forecast.run import DomainScore, Forecast, ShiftedFeature, validate_scores
+from sts_fast.forecast.run import DomainScore, Forecast, ShiftedFeature, save_beside, validate_scores
 from sts_fast.outcomes.calibration.conformal import (
     Points,
     assess,
@@ -184,7 +185,7 @@ def put_run(folder: Path, number: int, *, slope: float = 0.05, edit: Any = None,
             }
             for domain in scores["domains"]
         ]
-        (folder / "validation.json").write_text(json.dumps({"domains": domains}))
+        save_beside(folder, "validation.json", {"domains": domains})
     return folder
 
 
@@ -257,6 +258,7 @@ def test_signed_scores_give_changes_with_a_sign(tmp_path: Path) -> None:
         scores = json.loads((folder / "scores.json").read_text())
         repaired(scores)
         (folder / "scores.json").write_text(json.dumps(scores))
+        save_beside(folder, "validation.json", json.loads((folder / "validation.json").read_text()))
     calibration = fit_calibration(tmp_path / "past")
     assert (calibration.estimator, calibration.signed) == ("adapter", True)
     assert calibration.line.intercept == 0
@@ -365,9 +367,9 @@ def test_a_forecast_without_the_estimator_is_refused(past: Path) -> None:
         (lambda past: (past / "run-0" / "validation.json").write_text('{"domains": [{"name": "a"}]}'), "validate the"),
         (
             lambda past: (past / "run-0" / "validation.json").write_text(
-                '{"domains": [{"name": "a", "outcome": {"change": NaN, "metric": "acc"}}]}'
+                re.sub('"change": [^,]*', '"change": NaN', (past / "run-0" / "validation.json").read_text(), count=1)
             ),
-            "the change of 'a' in .* is nan",
+            "the change of '.*' in .* is nan",
         ),
         (lambda past: (past / "run-0" / "scores.json").write_text('{"domains": []}'), "without a schema version"),
         (
@@ -385,6 +387,12 @@ def test_a_forecast_without_the_estimator_is_refused(past: Path) -> None:
 def test_damaged_runs_are_told_by_name(past: Path, damage: Any, message: str) -> None:
     damage(past)
     with pytest.raises(InputError, match=message):
+        fit_calibration(past)
+
+
+def test_an_outcome_of_another_run_teaches_nothing(past: Path) -> None:
+    (past / "run-0" / "scores.json").write_bytes((past / "run-1" / "scores.json").read_bytes())
+    with pytest.raises(InputError, match=r"run-0/validation\.json belongs to another run than scores\.json beside it"):
         fit_calibration(past)
 
 
@@ -503,7 +511,7 @@ def learned_for(tiny: Tiny, run: Path, tmp_path: Path, edit: Any = None) -> Path
             }
             for d in one["domains"]
         ]
-        (folder / "validation.json").write_text(json.dumps({"domains": domains}))
+        save_beside(folder, "validation.json", {"domains": domains})
     fit_calibration(tmp_path / "past").save(tmp_path / "cal.json")
     return tmp_path / "cal.json"
 
@@ -521,7 +529,7 @@ def test_score_and_compare_apply_it(
     calibration = Calibration.load(file)
     words += ["--calibration", file]
     capsys.readouterr()
-    assert run_main(monkeypatch, "score", *words, "--train", tiny.train, "--output", run) == 0
+    assert run_main(monkeypatch, "score", *words, "--train", tiny.train, "--output", run, "--overwrite") == 0
     printed = capsys.readouterr().out
     assert "Forecast size of change (its direction is not known), in points of accuracy" in printed
     scores = json.loads((run / "scores.json").read_text())

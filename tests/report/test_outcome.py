@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 from html_tree import Node, read_page
 from written_run import make_scores, write_scores
 
-from sts_fast.forecast.run import VALIDATION_FILE
+from sts_fast.forecast.run import VALIDATION_FILE, save_beside
 from sts_fast.outcomes.outcomes import Outcome
 from sts_fast.outcomes.validate import validate
 from sts_fast.report import build_report
@@ -40,7 +39,7 @@ def test_partial_correlations_given_the_text_are_shown(scores: dict[str, Any], t
     rng = np.random.default_rng(1)
     outcomes = {domain["name"]: Outcome(float(rng.normal(0, 0.1)), stderr=0.02) for domain in scores["domains"]}
     document = validate(folder, outcomes).to_dict()
-    (folder / VALIDATION_FILE).write_text(json.dumps(document))
+    save_beside(folder, VALIDATION_FILE, document)
     page = read_page(build_report(folder))
     table = page.one("table", id="table-outcome").one("tbody")
     rows = {
@@ -81,7 +80,7 @@ def test_a_run_without_text_controls_shows_none(tmp_path: Path) -> None:
     document = make_scores(6)
     folder = write_scores(tmp_path / "run", document)
     outcomes = {domain["name"]: Outcome(0.1 * i, stderr=0.02) for i, domain in enumerate(document["domains"])}
-    (folder / VALIDATION_FILE).write_text(json.dumps(validate(folder, outcomes).to_dict()))
+    save_beside(folder, VALIDATION_FILE, validate(folder, outcomes).to_dict())
     text = read_page(build_report(folder)).text()
     assert "Forecast against outcome" in text
     assert "partial Pearson" not in text.lower()

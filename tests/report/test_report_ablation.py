@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 from html_tree import plain, read_page, rows_of, values_of
-from written_run import D_SAE, TOP_N, Report, make_ablation, make_scores, write_full_run
+from written_run import TOP_N, Report, make_ablation, make_scores, write_full_run
 
 from sts_fast import InputError
+from sts_fast.forecast.run import save_beside
 from sts_fast.report import build_report
 
 
@@ -32,14 +33,13 @@ def test_features_zeroed_beside_random_ones(full: Report, tmp_path: Path) -> Non
     assert f"Zeroing the {TOP_N} features of D_N changes P(answer) on the training set by {own:+.1f}".replace(
         "-", "−"
     ) in plain(section.text())
-    # An ablation of other features is none of this run, and one that is not whole is told.
+    # That of another run is left out, and one that is not whole is told.
     write_full_run(tmp_path, make_scores())
-    document["features"]["top"] = [[D_SAE + 1]]
     (tmp_path / "ablation.json").write_text(json.dumps(document))
     page = read_page(build_report(tmp_path))
     assert "ablation.json belongs to another run" in page.one("section", class_="warnings").text()
     assert not page.all("section", **{"aria-labelledby": "ablation"})
     del document["sets"][0]["before"]["loss"]
-    (tmp_path / "ablation.json").write_text(json.dumps(document))
+    save_beside(tmp_path, "ablation.json", document)
     with pytest.raises(InputError, match=r"ablation\.json is not an ablation\.json"):
         build_report(tmp_path)

@@ -10,7 +10,7 @@ import pytest
 from html_tree import plain, read_page, rows_of, values_of
 from written_run import Report, make_scores, write_scores, write_validation
 
-from sts_fast.forecast.run import VALIDATION_FILE
+from sts_fast.forecast.run import VALIDATION_FILE, save_beside
 from sts_fast.report import build_report
 from sts_fast.report.outcome import outcome_section, outcome_warnings
 
@@ -82,7 +82,7 @@ def test_outcome_with_anything_missing_or_of_another_type(tmp_path: Path) -> Non
         outcome_section(broken)
         outcome_warnings(broken)
         if number % 12 == 0 or len(path) == 1:
-            (tmp_path / VALIDATION_FILE).write_text(json.dumps(broken))
+            save_beside(tmp_path, VALIDATION_FILE, broken)
             assert "Forecast against outcome" in read_page(build_report(tmp_path)).text()
-    (tmp_path / VALIDATION_FILE).write_text("{}")
+    save_beside(tmp_path, VALIDATION_FILE, {})
     assert "validation.json contains no comparison" in read_page(build_report(tmp_path)).text()

@@ -87,7 +87,8 @@ def test_files_of_another_run_are_named(tmp_path: Path) -> None:
     scores["domains"][2]["scores"]["act"]["value"] += 0.01
     scores["shifted_features"].reverse()
     text = plain(page_of(tmp_path, scores).one("section", class_="warnings").text())
-    assert "validation.json contains other scores than scores.json" in text
+    assert "validation.json belongs to another run than scores.json" in text
+    assert "ablation.json belongs to another run than scores.json" in text
     assert "shift.safetensors belongs to another run than scores.json" in text
 
 

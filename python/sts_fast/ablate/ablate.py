@@ -56,6 +56,8 @@ class Zeroing(Fields, Reading):
     seed:     seed of the draws and the intervals
     """
 
+    TITLE = "Ablation"
+
     few_shot: Annotated[bool, Option("Ask after the run's number of demonstrations.")] = False
     top_n: Annotated[int | None, Option("Number of the most shifted features; default: all of D_N.", least=1)] = None
     n_draws: Annotated[int, Option("Sets of features of each control.", "--draws", least=1)] = 5

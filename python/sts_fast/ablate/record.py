@@ -11,6 +11,7 @@ from sts_fast import files
 from sts_fast.ablate.findings import findings
 from sts_fast.ablate.measure import CONTROLS, OUTCOMES, TOP, Measured
 from sts_fast.files import Document
+from sts_fast.forecast.run import save_beside
 from sts_fast.statistics import mean_interval, resamples
 
 if TYPE_CHECKING:
@@ -51,8 +52,7 @@ class Ablation:
         validate_ablation(self.document)
         with files.atomic_path(folder / ANSWERS_FILE) as path:
             pq.write_table(self.answers, path, compression="zstd")
-        with files.atomic_path(folder / ABLATION_FILE) as path:
-            path.write_text(files.to_json(self.document), encoding="utf-8")
+        save_beside(folder, ABLATION_FILE, self.document)
 
 
 def outcome_of(measured: Measured, kind: str, seed: int) -> Document:

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from sts_fast import files
 from sts_fast.ablate import Ablation
@@ -17,7 +16,7 @@ from sts_fast.ablate import ablate as run_ablate
 from sts_fast.ablate.ablate import Zeroing
 from sts_fast.ablate.findings import WORDS, main_outcome, short_amount
 from sts_fast.cli.arguments import Places, Threads, set_threads, typed_command
-from sts_fast.cli.console import err, out, progress, say
+from sts_fast.cli.console import Table, err, out, progress, say
 from sts_fast.cli.options import AsJson, Demos
 from sts_fast.data.options import Option, part
 from sts_fast.data.sets import Fields

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -26,9 +27,8 @@ from sts_fast.cli.validate import report, validate
 from sts_fast.errors import InputError
 
 app = typer.Typer(
-    add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
     help="Forecast which abilities fine-tuning will move, before any training.",
 )
 
@@ -49,24 +49,26 @@ def start(
         sys.stdout.write(context.get_help() + "\n")
 
 
-for command in (
-    score,
-    compare,
-    shift,
-    rollouts,
-    profile,
-    search,
-    capture,
-    mix,
-    validate,
-    ablate,
-    trace,
-    overlap,
-    report,
-    demo,
-    doctor,
-):
-    app.command()(with_options(command))
+# Each command with an example of it.
+COMMANDS: dict[Callable[..., None], str] = {
+    score: "sts-fast score --model M --sae S --train train.jsonl --domains evals/ --estimators act,trial",
+    compare: "sts-fast compare --model M --sae S --train a=a.jsonl --train b=b.jsonl --domains evals/",
+    shift: "sts-fast shift --model M --sae S --train train.jsonl",
+    rollouts: "sts-fast rollouts --model M --sae S --train questions.jsonl --check math --domains evals/",
+    profile: "sts-fast profile --model M --sae S --train a=a.jsonl --domains evals/ --library library",
+    search: "sts-fast search --library library --up law --keep math,code",
+    capture: "sts-fast capture --model M --sae S --train train.jsonl --domains evals/ --output activations",
+    mix: "sts-fast mix --model M --sae S --train train.jsonl --pool pool/ --from RUN --budget 2000",
+    validate: "sts-fast validate RUN --before eval-before/ --after eval-after/",
+    ablate: "sts-fast ablate RUN",
+    trace: "sts-fast trace RUN --domain law --drop 5%",
+    overlap: "sts-fast overlap TRUE-RUN RUN",
+    report: "sts-fast report RUN",
+    demo: "sts-fast demo",
+    doctor: "sts-fast doctor --sae S",
+}
+for command, example in COMMANDS.items():
+    app.command(epilog=f"Example: {example}")(with_options(command))
 
 
 def main() -> None:

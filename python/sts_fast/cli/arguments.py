@@ -39,6 +39,8 @@ def named_trains(values: list[str]) -> dict[str, list[str]]:
 class Places:
     """Places where SAEs are read; each option is given once for all SAEs, or once for each."""
 
+    TITLE = "SAE"
+
     hook: Annotated[
         list[str] | None,
         Option(
@@ -89,6 +91,8 @@ class Places:
 @dataclass(frozen=True)
 class Core:
     """Options of the native core."""
+
+    TITLE = "Computation"
 
     precision: Annotated[
         str | None, Option("Precision on CUDA: bf16, bf16x2 or fp32; default: by the SAE's weights.")

@@ -7,10 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.markup import escape
-from rich.table import Table
 
 from sts_fast import files
-from sts_fast.cli.console import SIDE_WIDTH, err, out
+from sts_fast.cli.console import SIDE_WIDTH, Table, err, out
 from sts_fast.errors import InputError
 from sts_fast.files import Document
 from sts_fast.forecast.estimators import BY_NAME

@@ -7,10 +7,8 @@ import textwrap
 from pathlib import Path
 from typing import Annotated
 
-from rich.table import Table
-
 from sts_fast import files
-from sts_fast.cli.console import err, out, progress
+from sts_fast.cli.console import Table, err, out, progress
 from sts_fast.cli.options import AsJson
 from sts_fast.cli.output import Output
 from sts_fast.data.options import Option
@@ -33,7 +31,8 @@ def demo(
 ) -> None:
     """Forecast, fine-tune and compare, on a small model that comes with the package."""
     with output.folder() as results:
-        folder = results.folder / "organism" if retrain else None
+        # Beside the results, which name its place.
+        folder = results.path.with_name(f"{results.path.name}-organism") if retrain else None
         with progress("steps") as tell:
             if folder is not None:
                 organism.train(seed, folder, tell)

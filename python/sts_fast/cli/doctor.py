@@ -9,10 +9,9 @@ from typing import Annotated, Any
 
 import numpy as np
 from rich.markup import escape
-from rich.table import Table
 
 from sts_fast._version import __version__
-from sts_fast.cli.console import out
+from sts_fast.cli.console import Table, out
 from sts_fast.cli.options import AsJson
 from sts_fast.data.options import Option
 from sts_fast.errors import InputError

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Annotated
 
 from rich.markup import escape
-from rich.table import Table
 
 from sts_fast import files
 from sts_fast.cli.arguments import Places, Threads, set_threads, typed_command
-from sts_fast.cli.console import err, out, progress, say
-from sts_fast.cli.options import AsJson, Domains, Train
+from sts_fast.cli.console import Table, err, out, progress, say
+from sts_fast.cli.options import AsJson, Train
 from sts_fast.cli.output import Output
 from sts_fast.data.options import Option
 from sts_fast.mix.mix import MIXED_FILE, MixedSet, Mixing, Mixture
@@ -25,12 +24,16 @@ class Sources:
     """The sets that are mixed, and the model or run that the rule uses."""
 
     train: Train
-    domains: Domains
+    pool: Annotated[
+        list[str],
+        Option("Examples to choose from, by domain: name=path, a folder of files, or a file with a category column."),
+    ]
     budget: Annotated[int, Option("Number of examples to add to the training set.")]
     model: Annotated[str | None, Option("Model: folder or hub id; for a forecast.")] = None
     sae: Annotated[str | None, Option("SAE of the model, as for score; for a forecast.")] = None
     run: Annotated[
-        Path | None, Option("Run of sts-fast score over these domains, for --rule proportional.", "--from")
+        Path | None,
+        Option("Run of sts-fast score: its domains' questions are not added; its scores, for proportional.", "--from"),
     ] = None
 
 
@@ -50,11 +53,11 @@ def mix(
             mixing = replace(mixing, command=typed_command(), progress=tell, say=say)
             mixture = run_mix(
                 train=sources.train,
-                domains=sources.domains,
+                pool=sources.pool,
                 budget=sources.budget,
                 model=sources.model,
                 sae=loaded,
-                scores=sources.run,
+                run=sources.run,
                 **vars(mixing),
             )
         mixture.save(results.folder)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import typer
 
 from sts_fast.cli.arguments import or_none, values_by_set
-from sts_fast.data.options import Option, annotations_of, check, element_choices_of, option_of, type_of
+from sts_fast.data.options import Option, annotations_of, check, element_choices_of, option_of, title_of, type_of
 
 Model = Annotated[str, Option("Model: folder or hub id; or a folder of sts-fast capture.")]
 SAEs = Annotated[
@@ -97,7 +97,7 @@ def _flags_of(kind: Any, fixed: Mapping[str, Any]) -> dict[str, Flag]:
         for field in fields(kind)
     }
     return {
-        name: _flag(name, annotation, defaults[name])
+        name: _flag(name, annotation, defaults[name], title_of(kind, name))
         for name, annotation in annotations_of(kind).items()
         if option_of(annotation) is not None and name not in fixed
     }
@@ -107,7 +107,7 @@ def _make(kind: Any, fixed: Mapping[str, Any], offered: Sequence[str], values: d
     return kind(**fixed, **{name: values[name] for name in offered})
 
 
-def _flag(name: str, annotation: Any, default: Any) -> Flag:
+def _flag(name: str, annotation: Any, default: Any, title: str | None = None) -> Flag:
     option = option_of(annotation)
     assert option is not None
     word = option.on_command_line(name)
@@ -115,7 +115,7 @@ def _flag(name: str, annotation: Any, default: Any) -> Flag:
     parameter = inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
-        annotation=Annotated[kind, typer.Option(word, help=option.help)],
+        annotation=Annotated[kind, typer.Option(word, help=option.help, rich_help_panel=title)],
         default=inspect.Parameter.empty if default is MISSING else default,
     )
 

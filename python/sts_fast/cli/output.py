@@ -27,6 +27,8 @@ CONFIG = "--config"
 class Output:
     """Where the results of a command go."""
 
+    TITLE = "Results"
+
     output: Annotated[Path | None, Option("Folder for the results; default: sts-fast-COMMAND-DATE.")] = None
     overwrite: Annotated[bool, Option("Replace the results that --output holds; default: the next free name.")] = False
     config: Annotated[

@@ -8,10 +8,9 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from sts_fast import files
-from sts_fast.cli.console import out
+from sts_fast.cli.console import Table, out
 from sts_fast.cli.options import AsJson
 from sts_fast.forecast.overlap import overlap as find_overlap
 

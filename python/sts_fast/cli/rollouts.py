@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Annotated
 
 from rich.markup import escape
-from rich.table import Table
 
 from sts_fast import files
 from sts_fast.cli.arguments import Core, Places, typed_command
-from sts_fast.cli.console import out, progress, say, show
+from sts_fast.cli.console import Table, out, progress, say, show
 from sts_fast.cli.options import AsJson, Demos, Domains, Fixed, Model, ShowPrompts
 from sts_fast.cli.output import Output
 from sts_fast.cli.tables import print_comparison, print_end, print_signed

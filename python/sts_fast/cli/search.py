@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Annotated
 
 from rich.markup import escape
-from rich.table import Table
 
 from sts_fast import files
-from sts_fast.cli.console import err, out
+from sts_fast.cli.console import Table, err, out
 from sts_fast.cli.options import AsJson
 from sts_fast.data.options import Option
 from sts_fast.data.sets import Seed
+from sts_fast.data.wording import SAME
 from sts_fast.forecast.estimators import BY_NAME, SizeEstimator
-from sts_fast.forecast.search import SAME_TOKENS
 from sts_fast.forecast.search import search as run_search
 
 
@@ -53,7 +52,7 @@ def search(
     for candidate in found[:rows]:
         for domain, ids in candidate.same.items():
             err.print(
-                f"warning: {len(ids)} examples of '{candidate.name}' share {SAME_TOKENS} tokens in a row with "
-                f"questions of '{domain}', or all of a shorter one, such as {ids[0]}",
+                f"warning: {len(ids)} examples of '{candidate.name}' ask the same as questions of '{domain}' ({SAME}), "
+                f"such as {ids[0]}",
                 style="yellow", highlight=False, markup=False, soft_wrap=True,
             )  # fmt: skip

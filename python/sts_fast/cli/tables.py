@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 
 from rich.markup import escape
-from rich.table import Table
 
 from sts_fast import files
-from sts_fast.cli.console import BAR_WIDTH, SIDE_WIDTH, err, out
+from sts_fast.cli.console import BAR_WIDTH, SIDE_WIDTH, Table, err, out
 from sts_fast.data.columns import ReadColumns
 from sts_fast.files import Document
 from sts_fast.forecast.compare import sae_comparison

@@ -9,11 +9,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from sts_fast import files
 from sts_fast.cli.arguments import Threads, set_threads, typed_command
-from sts_fast.cli.console import err, out, progress, say
+from sts_fast.cli.console import Table, err, out, progress, say
 from sts_fast.cli.options import AsJson
 from sts_fast.data.options import Option
 from sts_fast.forecast.trace import SELECTED_FILE, Trace

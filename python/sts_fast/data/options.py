@@ -38,7 +38,10 @@ class Option:
 
 
 class Checked:
-    """Base of the dataclasses of options: raises InputError for a value that its field's annotation rules out."""
+    """Base of the dataclasses of options: raises InputError for a value that its field's annotation rules out.
+
+    A dataclass says with `TITLE` under which heading of --help its own options stand.
+    """
 
     def __post_init__(self) -> None:
         options: Any = type(self)
@@ -51,6 +54,13 @@ def annotations_of(options: Any) -> dict[str, Any]:
     """By field the annotation of a dataclass: its own fields first, then those of its bases from left to right."""
     hints = get_type_hints(options, include_extras=True)
     return {name: hints[name] for base in options.__mro__ for name in get_annotations(base)}
+
+
+def title_of(options: Any, field: str) -> str | None:
+    """The heading of --help for one of a dataclass's fields: the TITLE of the class that it comes from."""
+    owner = next(base for base in options.__mro__ if field in get_annotations(base))
+    title: str | None = vars(owner).get("TITLE")
+    return title
 
 
 def option_of(annotation: Any) -> Option | None:

@@ -42,6 +42,8 @@ class Fields(Checked):
     strict: raises InputError for the first row without an example, instead of leaving it out with a count
     """
 
+    TITLE = "Data"
+
     question_fields: Annotated[
         Mapping[str, str],
         Option("Column of the questions: FIELD, or SET=FIELD for one set; repeatable.", "--question-field"),
@@ -157,6 +159,8 @@ class Drawing(Checked):
     seed:  of everything that is drawn, bootstraps too
     """
 
+    TITLE = "Data"
+
     limit: Limit = 256
     seed: Seed = 0
 
@@ -176,6 +180,8 @@ class Sampling(Drawing):
     demo_draws: times that demonstrations are drawn, of a set that has enough; its prompts are dealt out over them
     tokens: which tokens are read; see build_prompts
     """
+
+    TITLE = "Data"
 
     shots: Annotated[int, Option("Demonstrations of the training set.", least=1)] = 2
     domain_shots: Annotated[int, Option("Demonstrations of each domain, for icl.", least=1)] = 5

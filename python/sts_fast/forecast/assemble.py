@@ -101,7 +101,7 @@ class Basis:
             tokenizer=session.tokenizer,
             promoted=lambda features: promoted_tokens(reader, sae, features, session.tokenizer),
             passes=reader.forward_passes,
-            warnings={name: general + plan.sets.warnings(name) for name in trains},
+            warnings={name: [*general, *plan.sets.warnings(name), *plan.shared.get(name, ())] for name in trains},
             inputs={name: _inputs(plan, sae, name) for name in trains},
             rows={name: plan.sets.blocks(name) for name in trains},
         )

@@ -93,7 +93,8 @@ class Outlook:
     def of(cls, plan: Plan) -> Outlook:
         planned = planned_sets(plan)
         prompt_sets = [*plan.trains, *plan.domains, *plan.train_answers, *plan.trial_rows, *plan.domain_answers]
-        return cls(planned, estimated_cost(plan, planned), set_warnings(prompt_sets))
+        shared = [warning for of_train in plan.shared.values() for warning in of_train]
+        return cls(planned, estimated_cost(plan, planned), [*set_warnings(prompt_sets), *shared])
 
     def to_dict(self) -> Document:
         return asdict(self)

@@ -44,6 +44,8 @@ class Settings(Sampling, Fields, Reading):
     show:      called with the first prompt of each set as it is sent, before any pass
     """
 
+    TITLE = "Forecast"
+
     dims: Annotated[Dims, Option("What the shifted features are taken from.")] = "icl"
     estimators: Annotated[
         Sequence[SizeEstimator | SignedEstimator],

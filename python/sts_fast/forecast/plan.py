@@ -8,6 +8,7 @@ from typing import Any
 
 from sts_fast.data.prompts import PromptSet, show_prompt
 from sts_fast.data.sets import MIN_PROMPTS, Kind, Sets, check_enough
+from sts_fast.data.wording import SAME, Wording
 from sts_fast.errors import InputError, SetTooSmall
 from sts_fast.forecast.estimators import BY_NAME
 from sts_fast.forecast.options import Settings
@@ -30,6 +31,7 @@ class Plan:
     sources: what else the forecast is made from, by role, for the provenance
     sets:    the examples that the prompts are made of
     warnings: about domains that are left out
+    shared:  by training set, warnings about its examples that ask what a domain asks
     """
 
     session: Session
@@ -44,6 +46,7 @@ class Plan:
     trial_rows: list[PromptSet] = field(default_factory=list)
     trial_designs: Mapping[str, TrialDesign] = field(default_factory=dict)
     warnings: Sequence[str] = ()
+    shared: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @classmethod
     def make(cls, session: Session, settings: Settings, sets: Sets, sources: Mapping[str, object]) -> Plan:
@@ -106,7 +109,7 @@ class Plan:
         labels = {} if settings.labels is None else _labels(Labels.read(settings.labels), session)
         return cls(
             session, settings, domains, domain_answers, labels, sources, sets, trains, train_answers, trial_rows,
-            trials, warnings,
+            trials, warnings, _shared(sets, [domain.name for domain in domains]),
         )  # fmt: skip
 
     def show(self) -> None:
@@ -114,6 +117,20 @@ class Plan:
         if self.settings.show is not None:
             for prompt_set in (*self.trains, *self.domains):
                 self.settings.show(show_prompt(prompt_set, self.session.tokenizer))
+
+
+def _shared(sets: Sets, domains: Sequence[str]) -> dict[str, list[str]]:
+    """By training set, a warning for each domain that it shares questions with, of all examples, read or not."""
+    wording = Wording.of({name: [example.question for example in sets.domains[name]] for name in domains})
+    found: dict[str, list[str]] = {}
+    for train, examples in sets.trains.items():
+        same = wording.shared(example.question for example in examples)
+        found[train] = [
+            f"{len(places)} of the {len(examples)} examples of '{train}' ask the same as questions of '{name}' "
+            f"({SAME}), such as {examples[places[0]].id}: an evaluation on them would measure what was learnt by heart"
+            for name, places in same.items()
+        ]
+    return found
 
 
 def _labels(labels: Labels, session: Session) -> dict[SAE, Mapping[int, str]]:

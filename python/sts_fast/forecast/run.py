@@ -296,6 +296,22 @@ class Run:
             raise InputError(f"{self.folder / name} cannot be read ({one_line(error)}): make the run again") from error
 
 
+def save_beside(folder: Path, name: str, document: Document) -> None:
+    """Writes a further file of a run, which names the run's scores.json by its digest.
+
+    Raises InputError where it cannot be written.
+    """
+    scores = folder / SCORES_FILE
+    of_run = {"run": files.sha256(scores)} if scores.is_file() else {}
+    with files.atomic_path(folder / name) as path:
+        path.write_text(files.to_json({**document, **of_run}), encoding="utf-8")
+
+
+def belongs(folder: Path, document: Document) -> bool:
+    """True for what `save_beside` wrote beside the scores.json that the folder has now."""
+    return document.get("run") == files.sha256(folder / SCORES_FILE)
+
+
 def scores_schema() -> Document:
     """The JSON schema of scores.json: that of the package, with the names of estimators and of controls' numbers."""
     schema = files.load_schema("forecast/scores.schema.json")

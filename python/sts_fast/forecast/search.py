@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from sts_fast.data.wording import Wording
 from sts_fast.errors import InputError
 from sts_fast.forecast.cross import cross
 from sts_fast.forecast.estimators import BY_NAME, SizeEstimator
 from sts_fast.profile.library import Library
 from sts_fast.profile.profile import Profile
 from sts_fast.statistics import Interval
-
-# Tokens of the question in a row that a training example and a domain's prompt must share to be called the same.
-SAME_TOKENS = 13
 
 
 @dataclass(frozen=True)
@@ -25,8 +23,7 @@ class Candidate:
 
     scores:    by domain that was asked for, its score and 95% interval
     selectivity: mean score of the domains to move, over that of those to keep; of no domain to keep, the former
-    same:      by domain, the ids of the training examples that share SAME_TOKENS tokens in a row with one of its
-        questions, or all of a shorter one
+    same:      by domain, the ids of the training examples that ask the same as one of its questions; see Wording
     """
 
     name: str
@@ -67,7 +64,7 @@ def search(
     wanted = values[:, moved].mean(axis=1)
     unwanted = values[:, kept].mean(axis=1) if kept else np.ones(len(trains))
     selectivity = np.divide(wanted, unwanted, out=np.full(len(trains), np.inf), where=unwanted > 0)
-    grams = {name: grams_of(profile) for name, profile in asked.items()}
+    wording = Wording.of({name: list(questions_of(profile).values()) for name, profile in asked.items()})
     candidates = []
     for i in np.argsort(-selectivity, kind="stable"):
         train = Profile.load(trains[i])
@@ -75,34 +72,16 @@ def search(
             name: (float(values[i, k]), (float(intervals[0, i, k]), float(intervals[1, i, k])))
             for k, name in enumerate(found.domains)
         }
-        candidates.append(Candidate(train.name, scores, float(selectivity[i]), same_examples(train, grams)))
+        candidates.append(Candidate(train.name, scores, float(selectivity[i]), same_questions(train, wording)))
     return candidates
 
 
-def grams_of(profile: Profile) -> set[tuple[int, ...]]:
-    """Runs of SAME_TOKENS tokens of each question; the whole of a shorter one."""
-    return {gram for _, tokens in _questions(profile) for gram in _runs(tokens)}
+def same_questions(train: Profile, wording: Wording) -> dict[str, list[str]]:
+    """Ids of the training examples that ask the same as a domain's questions, by domain; none of one without."""
+    ids, questions = list(questions_of(train)), questions_of(train).values()
+    return {name: [ids[at] for at in places] for name, places in wording.shared(questions).items()}
 
 
-def same_examples(train: Profile, grams: Mapping[str, set[tuple[int, ...]]]) -> dict[str, list[str]]:
-    """Ids of the training examples that have a run of a domain's questions, by domain; none of one without.
-
-    grams: by domain, `grams_of` it
-    """
-    found: dict[str, list[str]] = {}
-    for name, tokens in _questions(train):
-        runs = _runs(tokens)
-        for domain, of_domain in grams.items():
-            if not of_domain.isdisjoint(runs):
-                found.setdefault(domain, []).append(name)
-    return found
-
-
-def _questions(profile: Profile) -> list[tuple[str, tuple[int, ...]]]:
-    """Of each prompt its id, and the tokens of its question that were read."""
-    return [(prompt.id, tuple(prompt.base_ids[prompt.positions].tolist())) for prompt in profile.prompt_set.prompts]
-
-
-def _runs(tokens: tuple[int, ...]) -> list[tuple[int, ...]]:
-    n = len(tokens) - SAME_TOKENS
-    return [tokens[i : i + SAME_TOKENS] for i in range(n + 1)] if n > 0 else [tokens] if tokens else []
+def questions_of(profile: Profile) -> dict[str, str]:
+    """By id, the questions whose text is known."""
+    return {prompt.id: prompt.question for prompt in profile.prompt_set.prompts if prompt.question is not None}

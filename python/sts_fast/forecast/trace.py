@@ -15,7 +15,7 @@ from sts_fast.data.sets import Source
 from sts_fast.data.tables import Table
 from sts_fast.errors import InputError, listed
 from sts_fast.files import Document
-from sts_fast.forecast.run import Run
+from sts_fast.forecast.run import Run, save_beside
 from sts_fast.forecast.tracing import Influences, Parts, Tracing, TracingOptions, number_of
 from sts_fast.model.session import Purpose, SAESource, Session, open_sae
 
@@ -62,8 +62,7 @@ class Trace:
                     lines.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
         with files.atomic_path(folder / EXAMPLES_FILE) as path:
             pq.write_table(self.examples, path, compression="zstd")
-        with files.atomic_path(folder / TRACE_FILE) as path:
-            path.write_text(files.to_json(self.document), encoding="utf-8")
+        save_beside(folder, TRACE_FILE, self.document)
 
     def _selected(self, named: frozenset[int]) -> Iterator[Mapping[str, Any]]:
         keeps, n_before = self.document["selection"]["how"] == "keep", 0

@@ -60,6 +60,8 @@ class Tracing(Fields, Reading):
     drop, keep: share ('5%') or number of examples; see Trace.named
     """
 
+    TITLE = "Trace"
+
     domain: Annotated[Sequence[str], Option("Domain of the run; repeatable; default: all of them.")] = ()
     by: Annotated[By, Option("ntk: which examples lower or raise the loss of the domain's answers; act: STS_act.")] = (
         "ntk"

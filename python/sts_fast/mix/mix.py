@@ -27,10 +27,11 @@ from sts_fast.data.sets import (
     distinct,
 )
 from sts_fast.data.turns import messages_of
+from sts_fast.data.wording import SAME, Wording
 from sts_fast.errors import InputError
 from sts_fast.files import Document
 from sts_fast.forecast.estimators import SIZES
-from sts_fast.forecast.run import Run
+from sts_fast.forecast.run import PROMPTS_FILE, Run
 from sts_fast.mix.allot import fill, least_loss, whole_examples
 from sts_fast.mix.flow import Flow
 from sts_fast.mix.kernel import Kernel, measure_kernel
@@ -67,6 +68,8 @@ class Mixing(Drawing, Fields, Reading):
     protect:   the only domains that count; examples may still come from all
     loss_left: length of the training: the share of the training set's own loss that it would leave without mixing
     """
+
+    TITLE = "Mixture"
 
     rule: Annotated[Rule, Option("Least forecast loss; in proportion to STS (--from); or evenly.")] = "forecast"
     estimator: Annotated[str | None, Option(f"Scores of that run to use: {', '.join(SIZES)}.")] = None
@@ -172,12 +175,12 @@ class Mixture:
 def mix(
     *,
     train: Source,
-    domains: Sources,
+    pool: Sources,
     budget: int,
     model: str | Path | PreTrainedModel | None = None,
     sae: SAESource | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    scores: str | Path | None = None,
+    run: str | Path | None = None,
     **options: Unpack[MixingOptions],
 ) -> Mixture:
     """Allots `budget` further examples over domains, to be trained on together with the training set.
@@ -188,14 +191,14 @@ def mix(
                   other half such that the shares w of the whole minimise the forecast loss after training,
                       v_train L_train(w) + sum_T v_T L_T(w) / sum_T v_T,
                   with v the weights; see flow for L(w), and kernel for the passes over model and data
-    proportional  w_T in proportion to STS, as in the paper: from the run `scores`
+    proportional  w_T in proportion to STS, as in the paper: from `run`
     uniform       the same from every domain
 
     No domain gives more answered examples than it has; the other domains make up the shortfall.
 
-    train, domains: as for `score`; examples are taken from the domains, so they must not be the evaluation itself
+    train: as for `score`; pool: the examples to choose from, by domain, in the forms of the domains of `score`
     model, sae:    as for `score`; needed by `forecast`. With them the result of every rule is forecast
-    scores:        folder of a run of `score` over the same domains, or its scores.json
+    run:           folder of a run of `score`: no example that asks the same as its domains' questions is added
     options:       see Mixing
 
     Raises InputError, in one sentence with the remedy, for input that cannot be used.
@@ -206,14 +209,14 @@ def mix(
         raise InputError(f"--budget must be at least 1 example, not {budget}")
     if (model is None) != (sae is None) or (rule == "forecast" and model is None):
         raise InputError("a forecast needs both --model and --sae: give them, or mix by --rule proportional or uniform")
-    if (scores is not None) != (rule == "proportional"):
+    if rule == "proportional" and run is None:
         raise InputError(
-            "--rule proportional and --from RUN (scores) go together: shares in proportion to STS come from a run of "
-            "sts-fast score over the same domains"
+            "--rule proportional needs --from RUN (run): shares in proportion to STS come from a run of sts-fast score "
+            "over the same domains"
         )
-    if mixing.estimator is not None and scores is None:
-        raise InputError("--estimator chooses among the scores of a run: give it with --from (scores)")
-    sets = Sets.read({TRAIN: train}, domains, None, mixing, "train")
+    if mixing.estimator is not None and rule != "proportional":
+        raise InputError("--estimator chooses among the scores of a run: give it with --rule proportional")
+    sets = Sets.read({TRAIN: train}, pool, None, mixing, "train")
     for line in sets.told():
         mixing.tell_line(line)
     pools = {
@@ -222,18 +225,29 @@ def mix(
     }
     # A row that repeats another one is no further example to add; the training set is trained on as it is.
     pools |= {name: distinct(pools[name], with_answers=True) for name in sets.domains}
+    refused: list[str] = []
+    if run is not None:
+        wording = _asked_in(run)
+        for name in sets.domains:
+            left = [example for example in pools[name] if not wording.sets_with(example.question)]
+            if len(left) < len(pools[name]):
+                refused.append(
+                    f"{len(pools[name]) - len(left)} of the {len(pools[name])} examples of '{name}' ask the same as "
+                    f"questions of the run's domains ({SAME}), and are not added"
+                )
+            pools[name] = left
     names = [name for name in pools if name != TRAIN]
     if same := [name for name in names if pools[name] and pools[name] == pools[TRAIN]]:
-        raise InputError(f"domain '{same[0]}' is the training set itself: leave it out of --domains")
+        raise InputError(f"domain '{same[0]}' is the training set itself: leave it out of --pool")
     if not names:
-        raise InputError("there is no domain to take examples from: give one or more with --domains")
+        raise InputError("there is no domain to take examples from: give one or more with --pool")
     available = np.asarray([len(pool) for pool in pools.values()])
     if available[0] == 0:
         raise InputError("the training set has no answered example: add answers, or name their column")
     if available[1:].sum() < budget:
         raise InputError(
-            f"the domains have {available[1:].sum()} answered examples in all, fewer than the budget of {budget}: "
-            "lower --budget, or add examples"
+            f"the pool has {available[1:].sum()} answered examples in all, fewer than the budget of {budget}: lower "
+            "--budget, or add examples" + (f"; {refused[0]}" if refused else "")
         )
     counted = _weights(names, mixing.weights, mixing.protect)
     most = np.where(np.arange(len(pools)) == 0, 0, available / budget)
@@ -246,7 +260,8 @@ def mix(
     if rule == "forecast" and flow is not None:
         shares = least_loss(flow, 0, train_share, counted, most)
     else:
-        wanted = _scores(scores, names, mixing.estimator) if scores is not None else np.ones(len(names))
+        by_scores = run if rule == "proportional" else None
+        wanted = np.ones(len(names)) if by_scores is None else _scores(by_scores, names, mixing.estimator)
         shares = fill(np.concatenate([[0.0], wanted]), most)
     counts = whole_examples(shares, budget, np.where(np.arange(len(pools)) == 0, 0, available))
     mixed_sets = [
@@ -259,7 +274,7 @@ def mix(
         for mixed_set in mixed_sets[1:]
         if mixed_set.n_examples == mixed_set.n_available < budget and mixed_set.n_examples > 0
     ]
-    for warning in used_up:
+    for warning in (*refused, *used_up):
         mixing.tell_line(f"warning: {warning}")
     mean_change = None
     if kernel is not None and flow is not None:
@@ -279,9 +294,19 @@ def mix(
             "confidence": CONFIDENCE,
             "command": mixing.command,
         },
-        warnings=[*(kernel.warnings if kernel is not None else []), *used_up],
+        warnings=[*(kernel.warnings if kernel is not None else []), *refused, *used_up],
         examples=_drawn(pools, [mixed_set.n_examples for mixed_set in mixed_sets], seed),
     )
+
+
+def _asked_in(run: str | Path) -> Wording:
+    """The questions of a run's domains."""
+    table = Run.load(run).table(PROMPTS_FILE, ["stage", "domain", "question"])
+    asked: dict[str, list[str]] = {}
+    for row in table.to_pylist():
+        if row["stage"] == "score" and row["question"] is not None:
+            asked.setdefault(row["domain"], []).append(row["question"])
+    return Wording.of(asked)
 
 
 def _weights(names: Sequence[str], weights: Mapping[str, float], protect: Sequence[str]) -> Doubles:

@@ -43,6 +43,8 @@ class Loading(Checked):
     trust_remote_code: see Checkpoint
     """
 
+    TITLE = "Model"
+
     dtype: Annotated[Dtype, Option("Of the model; auto is float32 on the CPU.")] = "auto"
     device: Annotated[str, Option("cpu, cuda, cuda:1, ...; auto takes CUDA if present.")] = "auto"
     device_map: Annotated[
@@ -75,6 +77,8 @@ class Running(Loading):
     say:       called with a line about how the run goes: how the model is run, what went wrong and was put right, or
                a warning that should not wait for its end
     """
+
+    TITLE = "Model"
 
     batch_tokens: Annotated[
         int | None, Option("Most tokens of one forward pass; default: what memory allows.", least=1)
@@ -109,6 +113,8 @@ class Reading(Running):
     strict:    raises InputError at a bad row, a domain that cannot be used, or an SAE that does not seem to fit
     command:   recorded in the provenance
     """
+
+    TITLE = "Model"
 
     layer: int | None = None
     hook: str | None = None

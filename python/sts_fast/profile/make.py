@@ -39,6 +39,8 @@ class Profiling(Sampling, Fields, Reading):
     shown: whether sets are read behind demonstrations too, for D_N from demonstrations and for the estimator icl
     """
 
+    TITLE = "Data"
+
     shown: Annotated[bool, Option("Read sets behind demonstrations too, as for the shift and icl.")] = True
 
 

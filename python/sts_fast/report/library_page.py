@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sts_fast import files
+from sts_fast.data.wording import SAME, Wording
 from sts_fast.errors import InputError
 from sts_fast.forecast.cross import Cross, cross
 from sts_fast.forecast.estimators import BY_NAME, SizeEstimator
 from sts_fast.forecast.run import REPORT_FILE
-from sts_fast.forecast.search import SAME_TOKENS, grams_of, same_examples
+from sts_fast.forecast.search import questions_of, same_questions
 from sts_fast.profile.library import Library
 from sts_fast.profile.profile import Profile
 from sts_fast.report.numbers import counted, percent, significant
@@ -74,13 +75,13 @@ def build_library_report(folder: str | Path, *, top_n: int = 100, sae: str | Non
     top_n = min(top_n, identity.sae["d_sae"])
     # One profile is in memory at a time.
     found = cross(map(Profile.load, trains), map(Profile.load, domains), estimators=(ESTIMATOR,), top_n=top_n)
-    parts, grams = [], {}
+    parts, asked = [], {}
     for domain in map(Profile.load, domains):
         parts.append(domain.rows.totals(of.sums))
-        grams[domain.name] = grams_of(domain)
-    rows = []
+        asked[domain.name] = list(questions_of(domain).values())
+    rows, wording = [], Wording.of(asked)
     for i, train in enumerate(map(Profile.load, trains)):
-        same = same_examples(train, grams)
+        same = same_questions(train, wording)
         cells = [
             LibraryCell(*_number(found, i, k), carriers=_carriers(parts[k], found.tops[i]), same=same.get(name, []))
             for k, name in enumerate(found.domains)
@@ -94,7 +95,7 @@ def build_library_report(folder: str | Path, *, top_n: int = 100, sae: str | Non
         label=of.label,
         meaning=of.meaning,
         top_n=top_n,
-        same_tokens=SAME_TOKENS,
+        same=SAME,
         model=identity.model["name"],
         sae=identity.sae["source"],
     )

@@ -13,7 +13,6 @@ from sts_fast.ablate.record import ABLATION_FILE, ablation_schema
 from sts_fast.errors import InputError, one_line
 from sts_fast.files import Document
 from sts_fast.forecast.blocks import Scores
-from sts_fast.forecast.estimators import BY_NAME
 from sts_fast.forecast.run import (
     FEATURES_FILE,
     SCORES_FILE,
@@ -21,6 +20,7 @@ from sts_fast.forecast.run import (
     TRAINING_FILE,
     VALIDATION_FILE,
     Run,
+    belongs,
 )
 from sts_fast.profile.means import FeatureMeans
 
@@ -75,30 +75,31 @@ def read_material(folder: Path) -> Material:
     importance = _read_importance(folder / SHIFT_FILE, top, warnings)
     carriers = [feature["index"] for feature in (scores["signed"]["top_features"] if scores["signed"] else [])]
     firings = _read_firings(folder / FEATURES_FILE, {"score": top, "signed": carriers})
-    validation = None
-    if (folder / VALIDATION_FILE).is_file():
-        validation = _clean(files.read_json(folder / VALIDATION_FILE))
-        if _is_stale(validation, scores):
-            warnings.append(
-                f"{VALIDATION_FILE} contains other scores than {SCORES_FILE}, so it was made from an earlier forecast: "
-                "run sts-fast validate again"
-            )
-    training = _clean(files.read_json(folder / TRAINING_FILE)) if (folder / TRAINING_FILE).is_file() else None
-    ablation = _read_ablation(folder / ABLATION_FILE, top, warnings)
+    validation = _beside(folder, VALIDATION_FILE, warnings)
+    training = _beside(folder, TRAINING_FILE, warnings)
+    ablation = _read_ablation(folder, warnings)
     return Material(scores, importance, firings["score"], firings["signed"], validation, training, ablation, warnings)
 
 
-def _read_ablation(path: Path, top: list[int], warnings: list[str]) -> Document | None:
+def _beside(folder: Path, name: str, warnings: list[str]) -> Document | None:
+    """A further file of the run; None where there is none, or that of another run, which a warning tells."""
+    if not (folder / name).is_file():
+        return None
+    document: Document = files.read_json(folder / name)
+    if not belongs(folder, document):
+        warnings.append(f"{name} belongs to another run than {SCORES_FILE}, and is left out: make it again")
+        return None
+    cleaned: Document = _clean(document)
+    return cleaned
+
+
+def _read_ablation(folder: Path, warnings: list[str]) -> Document | None:
     import jsonschema
 
-    if not path.is_file():
-        return None
-    ablation: Document = _clean(files.read_json(path))
-    for error in jsonschema.Draft202012Validator(ablation_schema()).iter_errors(ablation):
-        raise InputError(f"{path} is not an {ABLATION_FILE}: {one_line(error.json_path)}: {one_line(error.message)}")
-    if not set(ablation["features"]["top"][0]) <= set(top):
-        warnings.append(f"{path.name} belongs to another run than {SCORES_FILE}, and is left out")
-        return None
+    ablation = _beside(folder, ABLATION_FILE, warnings)
+    for error in () if ablation is None else jsonschema.Draft202012Validator(ablation_schema()).iter_errors(ablation):
+        where = one_line(error.json_path)
+        raise InputError(f"{folder / ABLATION_FILE} is not an {ABLATION_FILE}: {where}: {one_line(error.message)}")
     return ablation
 
 
@@ -164,20 +165,3 @@ def _read_firings(path: Path, wanted: dict[str, list[int]]) -> dict[str, dict[in
         }
         for stage, features in firings_of.items()
     }
-
-
-def _is_stale(validation: Document, scores: Scores) -> bool:
-    """True if a domain that both name has another score in validation.json."""
-    estimator = str(validation.get("estimator"))
-    known = {
-        domain["name"]: domain["scores"][estimator]["value"]
-        for domain in scores["domains"]
-        if estimator in BY_NAME and estimator in domain["scores"]
-    }
-    domains = validation.get("domains")
-    for domain in domains if isinstance(domains, list) else []:
-        if isinstance(domain, dict) and isinstance(domain.get("name"), str) and domain["name"] in known:
-            value, here = domain.get("score"), known[domain["name"]]
-            if isinstance(value, (int, float)) and not math.isclose(value, here, rel_tol=1e-9):
-                return True
-    return False

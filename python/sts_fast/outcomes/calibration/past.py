@@ -77,11 +77,9 @@ def read_past(sources: Iterable[str | Path]) -> tuple[list[PastRun], list[Path]]
             f"none of {len(folders)} past runs has an outcome: first compare each with its evaluations, with "
             f"sts-fast validate {folders[0]} --before ... --after ..."
         )
+    scores = {folder: Run.load(folder).scores for folder in having}
     measured = {folder: load_outcomes(folder) for folder in having}
-    runs = [
-        PastRun(folder, Run.load(folder).scores, of_run.domains, of_run.mismatches)
-        for folder, of_run in measured.items()
-    ]
+    runs = [PastRun(folder, scores[folder], of_run.domains, of_run.mismatches) for folder, of_run in measured.items()]
     return runs, [folder for folder in folders if folder not in having]
 
 

@@ -9,11 +9,10 @@ import textwrap
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from sts_fast import files
 from sts_fast.errors import InputError
 from sts_fast.files import Document
 from sts_fast.forecast.estimators import SIGNED, label_of
-from sts_fast.forecast.run import VALIDATION_FILE
+from sts_fast.forecast.run import SCORES_FILE, VALIDATION_FILE, belongs, save_beside
 from sts_fast.outcomes.outcomes import Outcome, Outcomes
 from sts_fast.outcomes.validate.reading import finite
 from sts_fast.outcomes.validate.record import Association, DomainResult, GivenText, Limits, Partial
@@ -67,14 +66,13 @@ class Validation:
 
     def save(self, folder: str | Path) -> None:
         """Writes validation.json into a run's folder. Raises InputError where it cannot be written."""
-        with files.atomic_path(Path(folder) / VALIDATION_FILE) as path:
-            path.write_text(files.to_json(self.to_dict()), encoding="utf-8")
+        save_beside(Path(folder), VALIDATION_FILE, self.to_dict())
 
 
 def load_outcomes(folder: str | Path) -> Outcomes:
     """Outcome by domain, and mismatches, as `Validation.save` wrote them into a run's folder.
 
-    Raises InputError where validation.json is missing or damaged, or a change is no number.
+    Raises InputError where validation.json is missing, damaged or that of another run, or a change is no number.
     """
     path = Path(folder) / VALIDATION_FILE
     try:
@@ -86,6 +84,8 @@ def load_outcomes(folder: str | Path) -> Outcomes:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is not a result of sts-fast validate: validate the run again") from error
+    if not belongs(Path(folder), document):
+        raise InputError(f"{path} belongs to another run than {SCORES_FILE} beside it: validate the run again")
     for name, outcome in outcomes.items():
         finite(f"the change of '{name}' in {path}", outcome.change)
     return Outcomes(outcomes, mismatches=mismatches)
