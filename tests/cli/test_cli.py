@@ -42,6 +42,7 @@ N_ROWS = 14
 SAID = re.compile(
     r"(warning: .*|.*: .*question from .*; [\d,]+ rows?\b.*|"
     r"forward passes of .*: (packed|cached|copied|plain) .*|[\d,]+ forward passes of .* tokens/s|"
+    r".*: [\d,]+ of [\d,]+ (prompts|examples)(, .* a second, .* s left)?|"
     r".*: resampling its \d+ prompts keeps .*|.* of the pairs of domains are apart; .*)$"
 )
 FILES = ["features.parquet", "prompts.parquet", "report.html", "run.yaml", "scores.json", "shift.safetensors"]
@@ -512,7 +513,8 @@ def test_validate_and_report(score: Options, run: Callable[..., Ran], tmp_path: 
     assert "Pearson" in ran.out
     validation = json.loads((score.output / "validation.json").read_text())
     assert [domain["name"] for domain in validation["domains"]] == ["a", "b", "c", "d"]
-    assert json.loads(run("validate", score.output, "--before", table, "--json").out) == validation
+    printed = json.loads(run("validate", score.output, "--before", table, "--json").out)
+    assert printed | {"run": validation["run"]} == validation
     after_validation = (score.output / "report.html").read_text()
     assert validation["verdict"].split()[0] in after_validation
     assert after_validation != before_validation
@@ -1057,7 +1059,7 @@ def test_interrupted_as_a_process(score: Options, tmp_path: Path) -> None:
     many = write_rows(tmp_path / "many.jsonl", 20_000)
     process = start(*score.with_(train=many, limit=0, batch_tokens=1).words())
     deadline = time.monotonic() + 60
-    while not score.output.exists() and time.monotonic() < deadline:
+    while not any(tmp_path.glob(".run.*.tmp")) and time.monotonic() < deadline:
         time.sleep(0.02)
     time.sleep(2)
     assert process.poll() is None
