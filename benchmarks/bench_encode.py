@@ -199,7 +199,7 @@ def sampled(
         block = result.features[torch.from_numpy(rows - result.rows.start)][:, torch.from_numpy(place[columns])]
         return block.cpu().double().numpy()
     if isinstance(result, SparseFeatures):
-        indptr, indices, values = (np.asarray(part) for part in result)
+        indptr, indices, values = (np.asarray(part) for part in result.parts)
         entries = np.repeat(np.arange(n_tokens), np.diff(indptr)), indices, values
     else:
         entries = tuple(part.cpu().numpy() for part in result)

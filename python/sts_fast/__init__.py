@@ -12,7 +12,7 @@ from sts_fast.forecast.cross import Cross, cross
 from sts_fast.forecast.from_library import compare_stored
 from sts_fast.forecast.overlap import Overlap, overlap
 from sts_fast.forecast.run import Forecast
-from sts_fast.forecast.score import compare, plan, score
+from sts_fast.forecast.score import compare, plan, score, shift
 from sts_fast.forecast.search import Candidate, search
 from sts_fast.forecast.trace import Trace, trace
 from sts_fast.mix.mix import Mixture, mix
@@ -77,7 +77,12 @@ __all__ = [
     "search",
     "set_num_threads",
     "set_precision",
+    "shift",
     "torch_handle",
     "trace",
     "validate",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

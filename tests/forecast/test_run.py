@@ -466,3 +466,18 @@ def test_files_below_a_folder_of_examples_are_hashed_too(tmp_path: Path) -> None
     assert {entry["path"] for entry in files.hashed_inputs("model", [tmp_path])} == {
         str(tmp_path / "dataset_dict.json")
     }
+
+
+def test_a_forecast_shows_itself(forecast: sts_fast.Forecast) -> None:
+    shown = repr(forecast)
+    assert shown.startswith(f"Forecast('{forecast.train['name']}' on {len(forecast.domains)} domains by ")
+    assert "\n" not in shown
+    named = replace(forecast, domains=[replace(forecast.domains[0], name="<b>law")])
+    page = named._repr_html_()
+    assert "&lt;b&gt;law" in page
+    assert f"{forecast.domains[0].scores['act'].value:.3g} [" in page
+    assert "<td>" in page
+
+
+def test_the_package_lists_its_public_names() -> None:
+    assert dir(sts_fast) == sorted(sts_fast.__all__)

@@ -382,6 +382,17 @@ def test_seed_and_limit_choose_the_prompts(
     assert_as_expected(tmp_path, oracle.expect(tmp_path, tiny.model, tiny.saes["jumprelu"]), request)
 
 
+def test_a_shift_is_a_forecast_without_domains(tiny: Tiny) -> None:
+    options: Any = {"shots": 1, "top_n": 12, "limit": 8}
+    shifted = sts_fast.shift(model=tiny.model, sae=tiny.saes["topk"], train=tiny.train, **options)
+    scored = sts_fast.score(
+        model=tiny.model, sae=tiny.saes["topk"], train=tiny.train, domains=tiny.domains, domain_shots=1, **options
+    )
+    assert shifted.domains == []
+    assert shifted.settings["estimators"] == ["act"]
+    assert shifted.shifted_features == scored.shifted_features
+
+
 def test_a_model_in_memory_forecasts_like_its_folder(tiny: Tiny) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -310,7 +310,7 @@ def test_statistics_stay_where_the_rows_are_and_save_the_same_file(rows_on: Any,
 
     found = encode(sae, rows_on(base), np.array([1, 5, 6]))
     assert isinstance(found.values, torch.Tensor)
-    for got, wanted in zip(found, encode(sae, base, np.array([1, 5, 6])), strict=True):
+    for got, wanted in zip(found.parts, encode(sae, base, np.array([1, 5, 6])).parts, strict=True):
         np.testing.assert_array_equal(got.cpu().numpy(), wanted)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -100,7 +101,7 @@ def test_no_rows(kind: str) -> None:
 def test_heads_of_hook_z_are_joined(form: Any) -> None:
     sae, acts = make_sae(), make_acts(10)
     heads = encode(sae, form(acts.reshape(10, 4, 6)))
-    assert all(np.array_equal(one, other) for one, other in zip(heads, encode(sae, acts), strict=True))
+    assert all(np.array_equal(one, other) for one, other in zip(heads.parts, encode(sae, acts).parts, strict=True))
     assert encode(sae, form(acts[:0].reshape(0, 4, 6))).indptr.tolist() == [0]
 
 
@@ -155,3 +156,18 @@ def test_bad_activations_are_named() -> None:
 def test_bad_columns_are_named(columns: Any) -> None:
     with pytest.raises(ValueError, match="columns"):
         encode(make_sae(), make_acts(4), np.array(columns))
+
+
+@pytest.mark.parametrize("kind", ["standard", "abstopk"])
+def test_features_become_matrices_of_other_libraries(kind: str) -> None:
+    sae, acts = make_sae(kind), make_acts(20)
+    expected, found = features(sae, acts), encode(sae, acts)
+    assert len(found) == 20
+    assert np.array_equal(found.to_dense(), expected)
+    assert np.array_equal(found.to_scipy().toarray(), expected)
+    assert np.shares_memory(found.to_scipy().data, found.values)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls its CSR tensors a beta
+        assert np.array_equal(found.to_torch().to_dense().numpy(), expected)
+    assert repr(found).startswith("SparseFeatures(20 rows of 70 features, ")
+    assert encode(sae, acts[:0]).to_dense().shape == (0, 70)

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -268,3 +269,17 @@ def test_ctrl_c_stops_a_long_call_and_adds_nothing(op: str, architecture: str, n
             process.kill()
     assert out == "2 True\n2 True\n", errors
     assert process.returncode == 0
+
+
+def test_sums_add_up_and_say_what_they_are() -> None:
+    sae, acts = replace(make_sae(), source="a/b"), make_acts(10)
+    parts = [ShiftStats(sae) for _ in range(3)]
+    for part in parts:
+        part.update(acts, acts + 1)
+    total = sum(parts)
+    assert total.n_tokens == 30
+    np.testing.assert_allclose(total.sum_sq_shift, 3 * parts[0].sum_sq_shift)
+    assert repr(total) == "ShiftStats(30 rows of a/b)"
+    assert total._repr_html_() == "<code>ShiftStats(30 rows of a/b)</code>"
+    with pytest.raises(TypeError):
+        1 + parts[0]

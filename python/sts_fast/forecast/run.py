@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -125,7 +126,7 @@ class ShiftedFeature:
     label: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Forecast:
     """A whole forecast: numbers, the statistics they come from, and every prompt that was sent.
 
@@ -156,6 +157,22 @@ class Forecast:
     signed: SignedBlock | None = None
     rollouts: Document | None = None
     calibration: CalibrationBlock | None = None
+
+    def __repr__(self) -> str:
+        model, names = self.model["name"], ", ".join(self.settings["estimators"])
+        return f"Forecast('{self.train['name']}' on {len(self.domains)} domains by {names}, {model})"
+
+    def _repr_html_(self) -> str:
+        """A table of the scores, for notebooks."""
+        columns = [name for name in BY_NAME if any(name in domain.scores for domain in self.domains)]
+        head = "".join(f"<th>{html.escape(BY_NAME[name].label)}</th>" for name in columns)
+        rows = []
+        for domain in self.domains:
+            found = [(BY_NAME[name], domain.scores.get(name)) for name in columns]
+            texts = ["" if score is None else of.text(score.value, score.ci) for of, score in found]
+            cells = "".join(f"<td>{text}</td>" for text in texts)
+            rows.append(f"<tr><th>{html.escape(domain.name)}</th>{cells}</tr>")
+        return f"<p>{html.escape(repr(self))}</p><table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
 
     @classmethod
     def load(cls, folder: str | Path) -> Forecast:

@@ -107,6 +107,26 @@ def score(
     return of_saes[0] if isinstance(sae, (str, Path, SAE)) else of_saes
 
 
+def shift(
+    *,
+    model: str | Path | PreTrainedModel,
+    sae: SAESource,
+    train: Source,
+    demos: Sources | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    tuned: str | Path | PreTrainedModel | None = None,
+    **options: Unpack[Options],
+) -> Forecast:
+    """Measures which features a training set shifts, without scoring any domain; arguments as for `score`.
+
+    Returns a forecast without domains. Raises InputError as `score` does.
+    """
+    options.setdefault("estimators", ("act",))
+    return score(
+        model=model, sae=sae, train=train, domains={}, demos=demos, tokenizer=tokenizer, tuned=tuned, **options
+    )  # fmt: skip
+
+
 @overload
 def compare(  # type: ignore[overload-overlap]
     *,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable
 from dataclasses import dataclass
 from threading import Lock
@@ -82,6 +83,17 @@ class Statistics:
     def n_tokens(self) -> int:
         """Rows seen."""
         return self._sums.n_tokens
+
+    def __radd__(self, other: Any) -> Any:
+        """sum(several) begins with 0."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def __repr__(self) -> str:
+        of = f" of {self.sae_source}" if self.sae_source else ""
+        return f"{type(self).__name__}({self.n_tokens:,} rows{of})"
+
+    def _repr_html_(self) -> str:
+        return f"<code>{html.escape(repr(self))}</code>"
 
     def __getattr__(self, name: str) -> Any:
         if name in self._NAMES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
@@ -37,7 +38,7 @@ ENCODINGS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Profile:
     """One set as one SAE sees it: a sparse row a prompt, and sums over the residual stream itself.
 
@@ -125,6 +126,13 @@ class Profile:
     @property
     def name(self) -> str:
         return self.prompt_set.name
+
+    def __repr__(self) -> str:
+        kind, n = self.identity.kind, len(self.prompt_set.prompts)
+        return f"Profile('{self.name}', {kind}, {n:,} prompts, {self.n_tokens:,} tokens, {self.identity.sae['source']})"
+
+    def _repr_html_(self) -> str:
+        return f"<code>{html.escape(repr(self))}</code>"
 
     def named(self, name: str, kind: str) -> Profile:
         """The same under another name of the set, or as another kind of set."""

@@ -59,9 +59,9 @@ class PromptRows:
     def of(cls, sae: SAE, rows: PairedRows) -> PromptRows:
         """Of a batch of tokens at the SAE's hook, in the order of `rows.prompts`."""
         sums = _cpu.sum_by_prompt(
-            encode(sae, rows.base).on_cpu(),
+            encode(sae, rows.base).on_cpu().parts,
             _starts([int(kept.sum()) for kept in rows.kept]),
-            encode(sae, rows.demos).on_cpu(),
+            encode(sae, rows.demos).on_cpu().parts,
             _starts([int(kept.sum()) for kept in rows.kept_paired]),
             rows.pair_at,
             d_sae=sae.d_sae,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -89,6 +90,14 @@ class SAE:
     notes: tuple[str, ...] = ()
     metadata: Document = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        place = f", read at {self.hook_name}" if self.hook_name else ""
+        source = f", from {self.source}" if self.source else ""
+        return f"SAE({self.architecture}, {self.d_in:,} -> {self.d_sae:,} features{place}{source})"
+
+    def _repr_html_(self) -> str:
+        return f"<code>{html.escape(repr(self))}</code>"
 
     def __post_init__(self) -> None:
         needed = {
