@@ -14,7 +14,7 @@ import numpy as np
 from sts_fast.data import fitting
 from sts_fast.data.fitting import Fit
 from sts_fast.data.turns import REASONING_KEYS, Turn, messages_of
-from sts_fast.errors import InputError, listed
+from sts_fast.errors import InputError, listed, one_line
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -158,7 +158,12 @@ class PromptTemplate:
         not tell them.
         """
         is_fast = self.tokenizer.is_fast
-        read = self.tokenizer(text, add_special_tokens=not self.is_chat, verbose=False, return_offsets_mapping=is_fast)
+        try:
+            read = self.tokenizer(
+                text, add_special_tokens=not self.is_chat, verbose=False, return_offsets_mapping=is_fast
+            )
+        except Exception as error:  # of tokenizers, which has no class of its own
+            raise InputError(f"the model's tokenizer cannot read a prompt ({one_line(error)}): get it again") from error
         ids = np.asarray(read.input_ids, np.int32)
         offsets = np.asarray(read.offset_mapping if is_fast else np.zeros((len(ids), 2)), np.int32).reshape(-1, 2)
         if self.is_chat:

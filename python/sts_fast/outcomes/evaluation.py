@@ -123,9 +123,14 @@ def read_json(path: Path) -> Any:
 
 def parse_json(where: object, text: str | bytes) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, parse_int=whole_number)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not readable JSON: {error}") from error
+
+
+def whole_number(text: str) -> int | float:
+    """A JSON integer; infinity for one that no float can hold, and that no result has."""
+    return int(text) if abs(float(text)) != math.inf else float(text)
 
 
 def finite(value: Any) -> float | None:

@@ -18,7 +18,7 @@ from sts_fast.data.prompts import Prompt, PromptSet, SetWarning, prompts_sha256
 from sts_fast.data.sets import Kind
 from sts_fast.data.template import PromptTemplate
 from sts_fast.data.turns import Turn
-from sts_fast.errors import InputError
+from sts_fast.errors import InputError, one_line
 from sts_fast.model.hooks import Hook
 from sts_fast.places import split_name
 
@@ -115,7 +115,9 @@ class Index:
         except KeyError as error:
             raise InputError(f"{path} lacks {error}: see docs/activations.md, or capture again") from error
         except (ValueError, TypeError, AttributeError) as error:
-            raise InputError(f"{path} is damaged ({error}): see docs/activations.md, or capture again") from error
+            raise InputError(
+                f"{path} is damaged ({one_line(error)}): see docs/activations.md, or capture again"
+            ) from error
         if written != (FORMAT, VERSION):
             raise InputError(f"{path} is {written[0]} {written[1]}, but this reads {FORMAT} {VERSION}: capture again")
         return index
@@ -201,7 +203,7 @@ def read_prompts(path: Path, stored_set: StoredSet) -> list[Prompt]:
     except KeyError as error:
         raise InputError(f"{path} has no column {error}: see docs/activations.md") from error
     except (pa.ArrowException, OSError, TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{path} is damaged ({error}): capture again") from error
+        raise InputError(f"{path} is damaged ({one_line(error)}): capture again") from error
     digest = prompts_sha256([PromptSet(stored_set.name, prompts, 0, 0)])
     if len(prompts) != stored_set.n_prompts or (stored_set.prompts_sha256 or digest) != digest:
         raise InputError(f"{path} does not contain the prompts that {INDEX_FILE} describes: capture again")

@@ -13,7 +13,16 @@ from typing import Any
 
 from sts_fast.errors import InputError, listed
 from sts_fast.files import Document
-from sts_fast.outcomes.evaluation import EvaluatedModel, Evaluation, Result, Task, count, finite, setting_text
+from sts_fast.outcomes.evaluation import (
+    EvaluatedModel,
+    Evaluation,
+    Result,
+    Task,
+    count,
+    finite,
+    setting_text,
+    whole_number,
+)
 from sts_fast.outcomes.metrics import is_accuracy
 
 # The time in the name of a results file, which its samples files repeat.
@@ -163,7 +172,7 @@ def _read_samples(results: Path, task: str) -> Iterator[Document]:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    sample = json.loads(line)
+                    sample = json.loads(line, parse_int=whole_number)
                     if not isinstance(sample, dict) or "doc_id" not in sample:
                         raise InputError(f"{path}, line {number}: not a sample of lm-evaluation-harness")
                     # The prompts are most of the file, and their hash is enough.

@@ -13,6 +13,7 @@ from sts_fast.errors import InputError
 from sts_fast.files import Document
 from sts_fast.forecast.estimators import SIGNED, label_of
 from sts_fast.forecast.run import SCORES_FILE, VALIDATION_FILE, belongs, save_beside
+from sts_fast.outcomes.evaluation import whole_number
 from sts_fast.outcomes.outcomes import Outcome, Outcomes
 from sts_fast.outcomes.validate.reading import finite
 from sts_fast.outcomes.validate.record import Association, DomainResult, GivenText, Limits, Partial
@@ -76,7 +77,7 @@ def load_outcomes(folder: str | Path) -> Outcomes:
     """
     path = Path(folder) / VALIDATION_FILE
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8"), parse_int=whole_number)
         mismatches = [str(mismatch) for mismatch in document.get("mismatches", ())]
         outcomes = {
             str(domain["name"]): Outcome(**domain["outcome"] | {"metric": str(domain["outcome"]["metric"])})
