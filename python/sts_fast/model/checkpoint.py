@@ -97,6 +97,7 @@ class Checkpoint:
                 template = json.loads(beside.read_text(encoding="utf-8")).get("chat_template")
                 is_several = isinstance(template, list)
                 tokenizer.chat_template = {of["name"]: of["template"] for of in template} if is_several else template
+            tokenizer.convert_ids_to_tokens(tokenizer.all_special_ids)  # damaged ones are told as damage of the model
             if not isinstance(tokenizer.model_max_length, (int, float)):
                 raise ValueError("model_max_length of tokenizer_config.json is no number")
             return tokenizer
