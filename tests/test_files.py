@@ -193,17 +193,45 @@ def test_where_two_names_cannot_be_exchanged_they_are_renamed(tmp_path: Path, mo
     assert names(tmp_path) == ["run"]
 
 
-def test_a_mounted_folder_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a volume in a container, which can be neither renamed nor replaced."""
+@pytest.mark.parametrize("reason", [errno.EBUSY, errno.EXDEV])
+def test_a_folder_that_cannot_be_renamed_is_filled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: int
+) -> None:
+    """As a volume in a container."""
     mounted = tmp_path / "run"
     mounted.mkdir()
-    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == mounted)
-    for text in ("first", "second"):
-        with files.results(mounted, overwrite=True) as results:
+
+    def refuses(change: Callable[..., None]) -> Callable[..., None]:
+        def changed(first: Path, second: Path) -> None:
+            if mounted in (Path(first), Path(second)):
+                raise OSError(reason, os.strerror(reason))
+            change(first, second)
+
+        return changed
+
+    monkeypatch.setattr(files, "_exchanged", lambda first, second: False)
+    monkeypatch.setattr(os, "rename", refuses(os.rename))
+    monkeypatch.setattr(os, "replace", refuses(os.replace))
+    for text, overwrite in (("first", False), ("second", True)):
+        with files.results(mounted, overwrite=overwrite) as results:
             whole(results, text)
-            assert results.folder.parent == mounted
         assert (mounted / "a").read_text() == text
         assert names(mounted) == ["a", files.RESULTS_FILE]
+        assert names(tmp_path) == ["run"]
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == mounted)
+    with pytest.raises(InputError, match="a mounted folder that holds results"), files.results(mounted):
+        pass
+
+
+def test_a_link_to_a_folder_leads_there(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    for text in ("first", "second"):
+        with files.results(tmp_path / "link", overwrite=True) as results:
+            whole(results, text)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "disk" / "a").read_text() == text
+    assert names(tmp_path) == ["disk", "link"]
 
 
 def test_what_others_wrote_is_never_replaced(tmp_path: Path) -> None:

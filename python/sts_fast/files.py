@@ -84,32 +84,48 @@ def results(output: str | Path, *, overwrite: bool = False) -> Iterator[Results]
 
     Raises InputError where `output` holds anything else, or cannot be written.
     """
-    output = Path(output)
-    _check_place(output)
+    given, output = output, Path(os.path.realpath(output))
+    if Path(given) == Path():
+        raise InputError("results need their own folder: give one with --output")
+    if taken := _is_taken(output):
+        if not (output / RESULTS_FILE).is_file():
+            raise InputError(f"{given} holds something that sts-fast did not write: give another --output")
+        if not overwrite and os.path.ismount(output):
+            raise InputError(f"{given} is a mounted folder that holds results: give --overwrite, or a folder below it")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        mounted = output.is_dir() and os.path.ismount(output)
-        with _claimed(output, output if mounted else output.parent, folder=True) as temporary:
-            found = Results(temporary, output if overwrite or not _is_taken(output) else _next_free(output))
+        # A folder that is there may be one that can be filled, but not renamed, as a volume in a container.
+        inside = output.is_dir() and not os.access(output.parent, os.W_OK)
+        with _claimed(output, output if inside else output.parent, folder=True) as temporary:
+            found = Results(temporary, _next_free(output) if taken and not overwrite else output)
             yield found
-            while True:
-                if mounted and found.path == output:
-                    _empty(output, but=temporary)
-                    for child in sorted(temporary.iterdir()):
-                        os.replace(child, output / child.name)
-                elif overwrite and found.path == output:
-                    _put_in_place(temporary, output)
-                else:
-                    try:
-                        os.rename(temporary, found.path)
-                    except OSError as error:
-                        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                            raise
-                        found.path = _next_free(output)  # another process was faster
-                        continue
-                return
+            while not _took_place(temporary, found.path, overwrite=overwrite):
+                found.path = _next_free(output)  # another process was faster
+            found.path = Path(given).with_name(found.path.name) if Path(given).name == output.name else found.path
     except OSError as error:
-        raise InputError(f"cannot write {output}: {error.strerror or error}") from error
+        raise InputError(f"cannot write {given}: {error.strerror or error}") from error
+
+
+def _took_place(temporary: Path, path: Path, *, overwrite: bool) -> bool:
+    """False where something else lies there now, which is not to be replaced."""
+    try:
+        if overwrite:
+            _put_in_place(temporary, path)
+        else:
+            os.rename(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and temporary.parent != path:
+            return False
+        if error.errno not in (errno.EBUSY, errno.EXDEV, errno.EINVAL, errno.EACCES, errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        if not path.is_dir():
+            raise
+        for child in path.iterdir():  # only results of ours, or nothing, as was checked
+            if child != temporary:
+                _remove(child)
+        for child in sorted(temporary.iterdir()):
+            shutil.move(child, path / child.name)
+    return True
 
 
 @contextmanager
@@ -119,14 +135,20 @@ def kept(folder: Path) -> Iterator[Path]:
     Raises InputError where it cannot be made.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW) if fcntl is not None else -1
+        while True:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW) if fcntl is not None else -1
+            if fcntl is None:
+                break
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
+            with suppress(FileNotFoundError):
+                if os.stat(folder).st_ino == os.fstat(descriptor).st_ino:
+                    break
+            os.close(descriptor)  # another run was done with it in between
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
     try:
-        if fcntl is not None:
-            with suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_SH)
         yield folder
         if fcntl is not None:
             with suppress(OSError):
@@ -139,13 +161,6 @@ def kept(folder: Path) -> Iterator[Path]:
             os.close(descriptor)
 
 
-def _check_place(output: Path) -> None:
-    if output == Path():
-        raise InputError("results need their own folder: give one with --output")
-    if _is_taken(output) and not (output / RESULTS_FILE).is_file():
-        raise InputError(f"{output} holds something that sts-fast did not write: give another --output")
-
-
 def _is_taken(path: Path) -> bool:
     return any(path.iterdir()) if path.is_dir() else os.path.lexists(path)
 
@@ -153,12 +168,6 @@ def _is_taken(path: Path) -> bool:
 def _next_free(output: Path) -> Path:
     names = (output.with_name(f"{output.name}-{number}") for number in itertools.count(2))
     return next(path for path in names if not _is_taken(path))
-
-
-def _empty(folder: Path, *, but: Path) -> None:
-    for child in folder.iterdir():
-        if child != but:
-            _remove(child)
 
 
 @contextmanager
@@ -174,13 +183,15 @@ def _claimed(path: Path, home: Path, *, folder: bool = False) -> Iterator[Path]:
         temporary = home / f".{path.name}.{secrets.token_hex(8)}.tmp"
         if folder:
             temporary.mkdir()
+        if fcntl is None:
+            if not folder:
+                temporary.touch(exist_ok=False)
+            break
         descriptor = os.open(temporary, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         if _locks(descriptor) and temporary.exists():
             break
         os.close(descriptor)  # another process took it for one that was left behind
     try:
-        if fcntl is None:
-            os.close(descriptor)
         yield temporary
     finally:
         _remove(temporary)
@@ -189,8 +200,6 @@ def _claimed(path: Path, home: Path, *, folder: bool = False) -> Iterator[Path]:
 
 
 def _locks(descriptor: int) -> bool:
-    if fcntl is None:
-        return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

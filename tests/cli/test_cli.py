@@ -381,6 +381,10 @@ def test_earlier_results_stay_unless_they_are_to_be_replaced(
     assert run(options.with_(output=tmp_path / "out-2", overwrite=True)).code == 0
     assert sorted(contents(tmp_path / "out-2")) == FILES
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-2"]
+    shutil.copy(score.values["train"], tmp_path / "out-2" / "selected.jsonl")
+    inside = options.with_(train=tmp_path / "out-2" / "selected.jsonl", output=tmp_path / "out-2", overwrite=True)
+    assert "out-2/selected.jsonl, which the command reads" in assert_refused(run(inside))
+    assert (tmp_path / "out-2" / "selected.jsonl").is_file()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "scores.json").write_text("mine")
     message = assert_refused(run(options.with_(output=tmp_path / "mine", overwrite=True)))
@@ -426,6 +430,7 @@ def test_options_come_from_a_file_and_are_written_to_one(
         config.write_text(text, encoding="utf-8")
         assert message in assert_refused(run("score", "--config", config))
     assert "cannot be read" in assert_refused(run("score", "--config", tmp_path / "none.yaml"))
+    assert "--config is given twice" in assert_refused(run("score", "--config", written, "--config", written))
 
 
 def test_a_run_that_fails_keeps_what_it_has_read(
@@ -447,8 +452,10 @@ def test_a_run_that_fails_keeps_what_it_has_read(
     assert ran.err.splitlines()[-1] == "error: interrupted: no result was written"
     assert not score.output.exists()
     assert [path.name for path in score.output.parent.glob(".*.tmp")] == []
+    [damaged] = kept.glob("blue-*/residuals.safetensors")
+    damaged.write_bytes(b"")
     assert run(score).code == 0
-    assert calls == ["train", "blue", "red", "red"]
+    assert calls == ["train", "blue", "red", "blue", "red"]
     assert not kept.exists()
     assert sorted(contents(score.output)) == FILES
     assert run(score.with_(output=score.output.with_name("undisturbed"))).code == 0
@@ -970,7 +977,7 @@ def test_output_where_a_file_stands(score: Options, run: Callable[..., Ran], tmp
     message = assert_refused(run(score))
     assert f"{tmp_path / 'run'} holds something that sts-fast did not write" in message
     message = assert_refused(run(score.with_(output=tmp_path / "run" / "inner")))
-    assert f"cannot write {tmp_path / 'run' / 'inner'}" in message
+    assert f"cannot write {tmp_path / 'run' / '.inner.kept'}: Not a directory" in message
     assert (tmp_path / "run").read_text() == "mine"
 
 

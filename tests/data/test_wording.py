@@ -22,4 +22,5 @@ def test_an_instruction_that_comes_with_every_question_is_none() -> None:
     asked = [f"{LONG}: question number {i} is about {i}" for i in range(20)]
     wording = Wording.of({"law": asked})
     assert wording.shared([f"{LONG}: question number 99 is about something", asked[3]]) == {"law": [1]}
+    assert Wording.of({"law": ["Who?", "Who?", "Why?"]}).sets_with("who") == {"law"}
     assert Wording.of({"law": asked[:1]}).shared([LONG]) == {"law": [0]}  # of one question, nothing tells

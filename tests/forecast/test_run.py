@@ -333,9 +333,12 @@ def test_an_earlier_run_is_replaced_with_all_that_it_holds(forecast: sts_fast.Fo
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == sorted(FILES)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    with pytest.raises(sts_fast.InputError, match="mine holds something else than a run"):
+    with pytest.raises(sts_fast.InputError, match=r"mine holds notes\.txt, which a run does not have"):
         forecast.save(tmp_path / "mine")
     assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(sts_fast.InputError, match=r"run holds notes\.txt"):
+        forecast.save(tmp_path / "run")
 
 
 def test_a_further_file_belongs_to_the_run_that_it_was_written_beside(

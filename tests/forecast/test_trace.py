@@ -21,6 +21,7 @@ from sts_fast.data.examples import load_examples
 from sts_fast.data.prompts import build_prompts
 from sts_fast.data.template import PromptTemplate
 from sts_fast.errors import InputError
+from sts_fast.forecast.run import belongs
 from sts_fast.forecast.stored_prompts import answered_sets, sets_of_stage
 from sts_fast.profile.projection import projection
 
@@ -154,6 +155,7 @@ def test_command_line(
         ({"domain": ["law"]}, "the run has no domain called law: its domains are spelling, days"),
         ({"drop": "0%"}, "as in 5%, or a number of examples, not '0%'"),
         ({"drop": "100%"}, "not '100%'"),
+        ({"drop": "nan%"}, "not 'nan%'"),
         ({"keep": "half"}, "not 'half'"),
         ({"drop": "1", "keep": "1"}, "exclude each other"),
         ({"by": "act", "keep": "1"}, "need a sign"),
@@ -211,3 +213,32 @@ def test_prompts_of_a_run_are_those_it_sent(run: Path) -> None:
             assert getattr(prompt, name).tolist() == row[name]
         assert (prompt.id, prompt.question, prompt.draw) == (row["id"], row["question"], row["draw"])
     assert answered_sets(table.filter([stage == "score" for stage in table["stage"].to_pylist()])) == ([], [])
+
+
+def test_examples_have_no_rows_to_write(tiny: Tiny, run: Path, tmp_path: Path) -> None:
+    examples = load_examples(tiny.train)
+    traced = sts_fast.trace(run, train=[*examples[:9], *load_examples(tiny.domains["days"])[:9]], drop=2)
+    assert traced.named is not None
+    assert traced.named <= set(range(1, 19))
+    with pytest.raises(InputError, match=r"have no rows to write: see Trace\.named"):
+        traced.save(tmp_path)
+
+
+def test_rows_that_no_text_file_can_hold_are_written_escaped(tiny: Tiny, run: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) | {"note": "\ud83d", "é": "é"} for line in tiny.train.read_text().splitlines()]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sts_fast.trace(run, train=tmp_path / "train.jsonl", domain=["days"], keep="3").save(tmp_path / "out")
+    written = (tmp_path / "out" / "selected.jsonl").read_text().splitlines()
+    assert [json.loads(line)["note"] for line in written] == ["\ud83d"] * 3
+    sts_fast.trace(run, domain=["days"]).save(tmp_path / "out")
+    assert not (tmp_path / "out" / "selected.jsonl").exists()  # of the earlier trace
+
+
+def test_a_trace_names_the_run_that_it_is_of(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    (other / "scores.json").write_text((run / "scores.json").read_text() + "\n")
+    sts_fast.trace(run, domain=["days"]).save(other)
+    assert not belongs(other, json.loads((other / "trace.json").read_text()))
+    sts_fast.trace(run, domain=["days"]).save(run)
+    assert belongs(run, json.loads((run / "trace.json").read_text()))

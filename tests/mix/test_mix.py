@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,7 @@ def run(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for domain, (name, act, icl) in zip(scores["domains"], values, strict=True):
         domain["name"] = name
         domain["scores"] = {key: {"value": value, "ci": [0.0, 9.0]} for key, value in (("act", act), ("icl", icl))}
+    scores["provenance"]["inputs"] = []
     folder = write_scores(tmp_path_factory.mktemp("run"), scores)
     asked, _ = asked_of(tiny)
     rows = [{"stage": "score", "domain": "days", "question": question} for question in asked]
@@ -89,6 +92,22 @@ def test_questions_of_a_runs_domains_are_not_added(tiny: Tiny, run: Path) -> Non
     assert not {*asked} & {example.question for name, example in found.examples if name == "days"}
     with pytest.raises(InputError, match=r"the pool has .* answered examples in all.*; \d of the "):
         mixed(tiny, rule="uniform", run=run, budget=2 * N_ANSWERED)
+
+
+def test_questions_that_the_run_left_undrawn_are_not_added_either(tiny: Tiny, run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    scores = json.loads((run / "scores.json").read_text())
+    asked = tmp_path / "asked.jsonl"
+    asked.write_bytes(tiny.domains["days"].read_bytes())
+    entry = {"role": "domains", "path": str(asked), "sha256": hashlib.sha256(asked.read_bytes()).hexdigest()}
+    scores["provenance"]["inputs"] = [entry]
+    (tmp_path / "run" / "scores.json").write_text(json.dumps(scores))
+    found = mixed(tiny, rule="uniform", run=tmp_path / "run")
+    assert counts(found) == {"spelling": BUDGET, "days": 0}
+    asked.write_text(asked.read_text() + "\n")
+    changed = mixed(tiny, rule="uniform", run=tmp_path / "run")
+    assert counts(changed)["days"] > 0
+    assert any(f"of {asked} only the questions that the run read are known" in text for text in changed.warnings)
 
 
 def test_forecast_rule_has_the_least_forecast_loss(tiny: Tiny, best: sts_fast.Mixture) -> None:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Unpack
 
 import numpy as np
 
+from sts_fast import files
 from sts_fast._version import __version__
 from sts_fast.ablate.measure import draw_features, measure
 from sts_fast.ablate.record import SCHEMA_VERSION, Ablation, answers_table, outcome_of
@@ -34,7 +35,7 @@ from sts_fast.data.sets import Fields, FieldsOptions, Kind, Sampling, Seed, Sets
 from sts_fast.data.template import PromptTemplate
 from sts_fast.errors import InputError
 from sts_fast.forecast.blocks import Scores
-from sts_fast.forecast.run import Forecast
+from sts_fast.forecast.run import SCORES_FILE, Forecast, Run
 from sts_fast.forecast.stored_prompts import answered_sets
 from sts_fast.model.session import Purpose, Reading, ReadingOptions, SAESource, Session, open_sae
 from sts_fast.profile.means import FeatureMeans
@@ -135,7 +136,9 @@ def ablate(
         measured.append(measure(hooked, loaded, prompt_set, drawn))
         zeroing.tell("answers with features zeroed", n_done + 1, len(sets))
     kinds = ["domain" if i else "train" for i in range(len(measured))]
+    folder = None if isinstance(run, Forecast) else Run.load(run).folder
     document = {
+        **({} if folder is None else {"run": files.sha256(folder / SCORES_FILE)}),
         "schema_version": SCHEMA_VERSION,
         "model": reader.name,
         "forecast_of": scores["model"]["name"],

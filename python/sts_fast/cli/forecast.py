@@ -56,7 +56,7 @@ OrLibrary = Annotated[
 # Options of a forecast from a library alone; the others decide how sets are read, or need the model.
 WITH_LIBRARY = (
     "--library", "--train", "--domains", "--sae", "--dims", "--estimators", "--top-n", "--seed", "--output", "--json",
-    "--threads",
+    "--threads", "--overwrite", "--config",
 )  # fmt: skip
 
 
@@ -250,7 +250,7 @@ def _forecasts(
     if how.calibration is not None:
         calibration = read_calibration(how.calibration, settings, len(sources.sae))
     refused: str | None = None
-    with output.folder() as results, output.kept() as kept:
+    with output.kept() as kept, output.folder() as results:
         how.apply()
         if settings.library is None and sources.model is not None and not is_activations(sources.model):
             settings = replace(settings, library=kept)

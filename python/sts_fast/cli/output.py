@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
+import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +20,8 @@ from sts_fast._version import __version__
 from sts_fast.cli.console import say
 from sts_fast.data.options import Option
 from sts_fast.errors import InputError, one_line
+from sts_fast.profile.library import Library
+from sts_fast.profile.profile import Profile
 
 # Options that say where results go and how they are shown; they are not written beside them.
 NOT_KEPT = ("output", "overwrite", "config", "json", "threads")
@@ -39,6 +44,8 @@ class Output:
     def folder(self) -> Iterator[files.Results]:
         """The folder of a command's results, put in place when it is whole; see files.results."""
         place = self.output or Path(f"{_default_name()}-{datetime.date.today().isoformat()}")
+        if self.overwrite:
+            _check_inputs(place)
         with files.results(place, overwrite=self.overwrite) as results:
             yield results
             (results.folder / files.RESULTS_FILE).write_text(typed_config(), encoding="utf-8")
@@ -46,14 +53,28 @@ class Output:
     @contextmanager
     def kept(self) -> Iterator[Path]:
         """A folder beside the results for what the command has read, until they are whole; see files.kept."""
-        place = self.output or Path(_default_name())
+        place = self.output or Path(f"{_default_name()}-{hashlib.sha256(typed_config().encode()).hexdigest()[:8]}")
         with files.kept(place.with_name(f".{place.name}.kept")) as folder:
+            for profile in Library(folder):
+                try:
+                    Profile.load(profile)
+                except InputError:  # half written when the disk was full: it is read again
+                    shutil.rmtree(profile)
             try:
                 yield folder
             except BaseException:
                 if any(folder.iterdir()):
                     say(f"What was read so far is kept in {folder}: the same command goes on from there")
                 raise
+
+
+def _check_inputs(place: Path) -> None:
+    """Raises InputError where something that was typed lies in the folder that is to be replaced."""
+    folder = os.path.realpath(place)
+    for word in sys.argv[2:]:
+        path = word.rpartition("=")[2]
+        if os.path.exists(path) and os.path.realpath(path).startswith(folder + os.sep):
+            raise InputError(f"--overwrite would delete {path}, which the command reads: give another --output")
 
 
 def _default_name() -> str:
@@ -83,6 +104,8 @@ def with_config(words: list[str]) -> list[str]:
     at = next((i for i, word in enumerate(words) if word == CONFIG or word.startswith(f"{CONFIG}=")), None)
     if at is None:
         return words
+    if sum(word == CONFIG or word.startswith(f"{CONFIG}=") for word in words) > 1:
+        raise InputError(f"{CONFIG} is given twice: give one file of options")
     alone = words[at] == CONFIG
     if alone and at + 1 == len(words):
         return words  # the parser says what is missing

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import sys
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from sts_fast.cli.console import Table, out, progress, say, show
 from sts_fast.cli.options import AsJson, Demos, Domains, Fixed, Model, ShowPrompts
 from sts_fast.cli.output import Output
 from sts_fast.cli.tables import print_comparison, print_end, print_signed
-from sts_fast.data.options import Option, part
+from sts_fast.data.options import Option
 from sts_fast.errors import InputError
 from sts_fast.forecast.compare import comparison
 from sts_fast.forecast.estimators import SIZES
@@ -75,12 +74,12 @@ def rollouts(
         )
     if train is None and check is not None:
         raise InputError("--check is for completions sampled for --train; --rollouts has rewards: leave --check out")
-    with output.folder() as results, output.kept() as kept:
+    with output.kept() as kept, output.folder() as results:
         core.apply()
         [loaded] = places.load([sources.sae], settings.sae_dtype)
         rollouts: Path | None = sources.rollouts
         if train is not None and check is not None:
-            rollouts, columns = kept / f"rollouts-{_digest(sources, completing, settings)}.jsonl", Columns()
+            rollouts, columns = kept / ROLLOUTS_FILE, Columns()
             settings = _sampled(sources, completing, settings, train, check, rollouts)
         with progress() as tell:
             settings = replace(
@@ -114,14 +113,6 @@ def rollouts(
     print_end(list(forecasts.values()), results.path)
 
 
-def _digest(sources: Sources, completing: Completing, settings: RolloutSettings) -> str:
-    """Of everything that decides which completions are sampled."""
-    texts = [path if not Path(path).is_file() else files.sha256(path) for path in sources.train or ()]
-    decisive = (sources.model, texts, sources.check, vars(part(Completing, completing)))
-    fields = settings.question_fields, settings.answer_fields
-    return hashlib.sha256(repr((decisive, fields)).encode()).hexdigest()[:16]
-
-
 def _sampled(
     sources: Sources, completing: Completing, settings: RolloutSettings, train: list[str], check: str, rollouts: Path
 ) -> RolloutSettings:
@@ -129,13 +120,13 @@ def _sampled(
     question_fields, answer_fields = dict(settings.question_fields), dict(settings.answer_fields)
     question_field = question_fields.pop("train", question_fields.get(""))
     answer_field = answer_fields.pop("train", answer_fields.get(""))
-    if not rollouts.is_file():
-        with progress("questions") as tell:
-            sample_rollouts(
-                model=sources.model, questions=train, check=check, question_field=question_field,
-                answer_field=answer_field,
-                progress=lambda done, total: tell("sampling completions", done, total), **vars(completing),
-            ).save(rollouts)  # fmt: skip
+    with progress("questions") as tell:
+        sample_rollouts(
+            model=sources.model, questions=train, check=check, question_field=question_field,
+            answer_field=answer_field,
+            progress=lambda done, total: tell("sampling completions", done, total), **vars(completing),
+        ).save(rollouts)  # fmt: skip
+    say(f"Completions are in {rollouts} until the run is whole: give them as --rollouts to go on from them")
     return replace(settings, question_fields=question_fields, answer_fields=answer_fields)
 
 

@@ -15,6 +15,7 @@ from sts_fast.cli.arguments import Threads, set_threads, typed_command
 from sts_fast.cli.console import Table, err, out, progress, say
 from sts_fast.cli.options import AsJson
 from sts_fast.data.options import Option
+from sts_fast.forecast.run import Run
 from sts_fast.forecast.trace import SELECTED_FILE, Trace
 from sts_fast.forecast.trace import trace as run_trace
 from sts_fast.forecast.tracing import WORST, Tracing
@@ -37,7 +38,7 @@ def trace(
 ) -> None:
     """Show which training examples carry a forecast, and write the training set without or with some of them."""
     set_threads(threads)
-    folder = output or run
+    folder = output or Run.load(run).folder
     files.prepare_folder(folder)
     with progress("examples") as tell:
         tracing = replace(tracing, command=typed_command(), progress=tell, say=say)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 # Words in a row that two questions must share to be called the same, as the decontamination of GPT-3's data had it.
 SAME_WORDS = 13
-# Runs that stand in a larger share of a set's questions are an instruction that comes with each of them.
-INSTRUCTION = 0.1
+# Runs that stand in more than a few, and a larger share, of a set's questions are an instruction that comes with each.
+INSTRUCTION, FEW = 0.1, 3
 SAME = f"{SAME_WORDS} words in a row, or all of a shorter one"
 _WORD = re.compile(r"\w+")
 
@@ -29,7 +29,7 @@ class Wording:
         sets_of: dict[Run, list[str]] = {}
         for name, of_set in questions.items():
             counts = Counter(run for question in of_set for run in set(_runs(question)))
-            most = max(1, INSTRUCTION * len(of_set))
+            most = max(FEW, INSTRUCTION * len(of_set))
             for run, n in counts.items():
                 if n <= most:
                     sets_of.setdefault(run, []).append(name)

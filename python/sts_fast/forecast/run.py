@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from sts_fast import files
-from sts_fast.errors import InputError, one_line
+from sts_fast.errors import InputError, listed, one_line
 from sts_fast.files import Document
 from sts_fast.forecast import stability
 from sts_fast.forecast.blocks import (
@@ -49,6 +49,12 @@ VALIDATION_FILE = "validation.json"
 TRAINING_FILE = "training.json"
 COMPARISON_FILE = "compare.json"
 REPORT_FILE = "report.html"
+
+# All that is written into the folder of a run.
+RUN_FILES = (
+    *(SCORES_FILE, SHIFT_FILE, PROMPTS_FILE, FEATURES_FILE, VALIDATION_FILE, TRAINING_FILE, REPORT_FILE),
+    *("ablation.json", "ablation.parquet", "trace.json", "trace.parquet", "selected.jsonl", files.RESULTS_FILE),
+)
 
 VALUE_COLUMNS = [
     f"{control}_{estimator}_sum".removeprefix("_")
@@ -257,8 +263,9 @@ class Forecast:
         Raises InputError where the folder holds anything else, or cannot be written to.
         """
         folder = Path(folder)
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / SCORES_FILE).is_file():
-            raise InputError(f"{folder} holds something else than a run: give another folder")
+        held = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        if other := [name for name in held if name not in RUN_FILES] or ([] if SCORES_FILE in held else held):
+            raise InputError(f"{folder} holds {listed(other)}, which a run does not have: give another folder")
         with files.atomic_folder(folder) as temporary:
             self.write(temporary)
 
@@ -316,12 +323,14 @@ class Run:
 def save_beside(folder: Path, name: str, document: Document) -> None:
     """Writes a further file of a run, which names the run's scores.json by its digest.
 
+    document: names that of its own run, where it was made of one, as `run`
+
     Raises InputError where it cannot be written.
     """
     scores = folder / SCORES_FILE
     of_run = {"run": files.sha256(scores)} if scores.is_file() else {}
     with files.atomic_path(folder / name) as path:
-        path.write_text(files.to_json({**document, **of_run}), encoding="utf-8")
+        path.write_text(files.to_json({**of_run, **document}), encoding="utf-8")
 
 
 def belongs(folder: Path, document: Document) -> bool:

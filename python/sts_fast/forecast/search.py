@@ -64,7 +64,7 @@ def search(
     wanted = values[:, moved].mean(axis=1)
     unwanted = values[:, kept].mean(axis=1) if kept else np.ones(len(trains))
     selectivity = np.divide(wanted, unwanted, out=np.full(len(trains), np.inf), where=unwanted > 0)
-    wording = Wording.of({name: list(questions_of(profile).values()) for name, profile in asked.items()})
+    wording = Wording.of({name: [question for _, question in questions_of(profile)] for name, profile in asked.items()})
     candidates = []
     for i in np.argsort(-selectivity, kind="stable"):
         train = Profile.load(trains[i])
@@ -78,10 +78,11 @@ def search(
 
 def same_questions(train: Profile, wording: Wording) -> dict[str, list[str]]:
     """Ids of the training examples that ask the same as a domain's questions, by domain; none of one without."""
-    ids, questions = list(questions_of(train)), questions_of(train).values()
-    return {name: [ids[at] for at in places] for name, places in wording.shared(questions).items()}
+    asked = questions_of(train)
+    shared = wording.shared(question for _, question in asked)
+    return {name: [asked[at][0] for at in places] for name, places in shared.items()}
 
 
-def questions_of(profile: Profile) -> dict[str, str]:
-    """By id, the questions whose text is known."""
-    return {prompt.id: prompt.question for prompt in profile.prompt_set.prompts if prompt.question is not None}
+def questions_of(profile: Profile) -> list[tuple[str, str]]:
+    """(id, question) of the prompts whose text is known."""
+    return [(prompt.id, prompt.question) for prompt in profile.prompt_set.prompts if prompt.question is not None]

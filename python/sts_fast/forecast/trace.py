@@ -15,7 +15,7 @@ from sts_fast.data.sets import Source
 from sts_fast.data.tables import Table
 from sts_fast.errors import InputError, listed
 from sts_fast.files import Document
-from sts_fast.forecast.run import Run, save_beside
+from sts_fast.forecast.run import SCORES_FILE, Run, save_beside
 from sts_fast.forecast.tracing import Influences, Parts, Tracing, TracingOptions, number_of
 from sts_fast.model.session import Purpose, SAESource, Session, open_sae
 
@@ -56,10 +56,14 @@ class Trace:
         folder = Path(folder)
         files.prepare_folder(folder)
         files.check_document(self.document, trace_schema())
-        if self.named is not None:
+        if self.named is None:
+            (folder / SELECTED_FILE).unlink(missing_ok=True)  # of an earlier trace
+        elif not self.tables:
+            raise InputError("the training set was given as examples, which have no rows to write: see Trace.named")
+        else:
             with files.atomic_path(folder / SELECTED_FILE) as path, path.open("w", encoding="utf-8") as lines:
                 for row in self._selected(self.named):
-                    lines.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+                    lines.write(_line(row) + "\n")
         with files.atomic_path(folder / EXAMPLES_FILE) as path:
             pq.write_table(self.examples, path, compression="zstd")
         save_beside(folder, TRACE_FILE, self.document)
@@ -72,6 +76,12 @@ class Trace:
                 if (n_before + number in named) == keeps and isinstance(row, Mapping):
                     yield row
             n_before += number
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    text = json.dumps(row, ensure_ascii=False, default=str)
+    written = text.encode("utf-8", "ignore").decode("utf-8") == text  # half of a surrogate pair cannot be
+    return text if written else json.dumps(row, default=str)
 
 
 def trace_schema() -> Document:
@@ -105,6 +115,12 @@ def trace(
     if scores["rollouts"] is not None:
         raise InputError(f"{run} is a forecast of RL, whose completions are not traced: give a run of sts-fast score")
     share = _share_of(tracing)
+    signed = scores["signed"]
+    if tracing.by == "ntk" and signed is not None and signed["features"] not in (None, "sae"):
+        raise InputError(
+            f"the run's signed forecasts are written in {signed['features']} features, and examples are traced in the "
+            "SAE's: make the run again without --signed-features"
+        )
     names = _chosen([domain["name"] for domain in scores["domains"]], tracing.domain)
     tracing = replace(tracing, hook=scores["sae"]["hook_name"])
     loaded = open_sae(scores["sae"]["source"] if sae is None else sae, tracing)
@@ -122,6 +138,7 @@ def trace(
     way = Influences if tracing.by == "ntk" else Parts
     traced = way(opened, session, tracing, train, names)
     document = {
+        "run": files.sha256(opened.folder / SCORES_FILE),
         "schema_version": SCHEMA_VERSION,
         "model": session.reader.name,
         "sae": loaded.source,

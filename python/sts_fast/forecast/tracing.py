@@ -12,6 +12,7 @@ act  part in STS_act = sum_{j in D_N} a_j, a_j the domain's mean activation: an 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -158,7 +159,9 @@ class Influences(Traced):
         scores = run.scores
         name, seed = scores["train"]["name"], scores["provenance"]["seed"]
         sets = _examples_of(run, tracing, train, name)
-        every = [example if example.row else replace(example, row=i) for i, example in enumerate(sets.trains[name], 1)]
+        every = sets.trains[name]
+        if not sets.tables("train", name):  # examples that were made elsewhere
+            every = [replace(example, row=i) for i, example in enumerate(every, 1)]
         self._repeats = repeats_of(every, with_answers=True)
         once = [of_one[0] for of_one in self._repeats]
         prompt_set = build_prompts(
@@ -286,11 +289,11 @@ def _examples_of(run: Run, tracing: Tracing, train: Source | None, name: str) ->
 
 def number_of(share: str, n: int) -> int:
     """'5%' of n, or a number. Raises InputError for anything else."""
-    number, percent = share.removesuffix("%"), share.endswith("%")
+    number, percent = str(share).removesuffix("%"), str(share).endswith("%")
     try:
         value = float(number) if percent else int(number)
     except ValueError:
         value = -1
-    if value <= 0 or (percent and value >= 100):
+    if not 0 < value < (100 if percent else math.inf):
         raise InputError(f"--drop and --keep take a share, as in 5%, or a number of examples, not '{share}'")
     return max(1, round(n * value / 100)) if percent else min(int(value), n)

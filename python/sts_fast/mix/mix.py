@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Unpack, get_args
 import numpy as np
 
 from sts_fast import files
-from sts_fast.data.examples import Example
+from sts_fast.data.examples import Example, load_examples
 from sts_fast.data.options import Option
 from sts_fast.data.prompts import build_prompts, set_warnings
 from sts_fast.data.sets import (
@@ -28,7 +29,7 @@ from sts_fast.data.sets import (
 )
 from sts_fast.data.turns import messages_of
 from sts_fast.data.wording import SAME, Wording
-from sts_fast.errors import InputError
+from sts_fast.errors import InputError, listed
 from sts_fast.files import Document
 from sts_fast.forecast.estimators import SIZES
 from sts_fast.forecast.run import PROMPTS_FILE, Run
@@ -227,7 +228,9 @@ def mix(
     pools |= {name: distinct(pools[name], with_answers=True) for name in sets.domains}
     refused: list[str] = []
     if run is not None:
-        wording = _asked_in(run)
+        wording, unknown = _asked_in(run)
+        if unknown:
+            refused.append(f"of {listed(unknown)} only the questions that the run read are known, and kept out")
         for name in sets.domains:
             left = [example for example in pools[name] if not wording.sets_with(example.question)]
             if len(left) < len(pools[name]):
@@ -299,14 +302,25 @@ def mix(
     )
 
 
-def _asked_in(run: str | Path) -> Wording:
-    """The questions of a run's domains."""
-    table = Run.load(run).table(PROMPTS_FILE, ["stage", "domain", "question"])
+def _asked_in(run: str | Path) -> tuple[Wording, list[str]]:
+    """The questions of a run's domains, and the files of these that are no longer as they were."""
+    opened = Run.load(run)
     asked: dict[str, list[str]] = {}
-    for row in table.to_pylist():
+    for row in opened.table(PROMPTS_FILE, ["stage", "domain", "question"]).to_pylist():
         if row["stage"] == "score" and row["question"] is not None:
             asked.setdefault(row["domain"], []).append(row["question"])
-    return Wording.of(asked)
+    unknown = []
+    for entry in opened.scores["provenance"]["inputs"]:
+        if entry["role"] == "domains":
+            try:
+                if files.sha256(entry["path"]) != entry["sha256"]:
+                    raise InputError("it has changed")
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    asked[f"file {entry['path']}"] = [example.question for example in load_examples(entry["path"])]
+            except (OSError, InputError):
+                unknown.append(entry["path"])
+    return Wording.of(asked), unknown
 
 
 def _weights(names: Sequence[str], weights: Mapping[str, float], protect: Sequence[str]) -> Doubles:

@@ -149,7 +149,7 @@ def _fit(sae: SAE, acts: torch.Tensor, target: torch.Tensor | None, elsewhere: d
 
 def _explained(sae: SAE, acts: torch.Tensor, target: torch.Tensor | None = None, scale: float = 1.0) -> float | None:
     """Share of the variance that the decoder reconstructs; the SAE reads the rows times `scale`."""
-    decoded = sae.reconstruct(acts * scale, encode(sae, acts * scale).parts)
+    decoded = sae.reconstruct(acts * scale, encode(sae, acts * scale))
     if decoded is None:
         return None
     wanted = (acts if target is None else target).double()

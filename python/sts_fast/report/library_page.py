@@ -78,7 +78,7 @@ def build_library_report(folder: str | Path, *, top_n: int = 100, sae: str | Non
     parts, asked = [], {}
     for domain in map(Profile.load, domains):
         parts.append(domain.rows.totals(of.sums))
-        asked[domain.name] = list(questions_of(domain).values())
+        asked[domain.name] = [question for _, question in questions_of(domain)]
     rows, wording = [], Wording.of(asked)
     for i, train in enumerate(map(Profile.load, trains)):
         same = same_questions(train, wording)

@@ -173,11 +173,11 @@ class SAE:
         """
         return None if self.decoder is None else self.decoder.rows(features)
 
-    def reconstruct(self, acts: Any, features: tuple[Any, Any, Any]) -> torch.Tensor | None:
+    def reconstruct(self, acts: Any, features: Any) -> torch.Tensor | None:
         """[n, d_out] float32: the features decoded, in the units of the model; None without a decoder.
 
         acts:     the encoded rows, in any form that `encode` takes; their norms undo the SAE's normalisation
-        features: (indptr, indices, values) of `encode(sae, acts)`, at most MAX_ROWS rows
+        features: those of `encode(sae, acts)`, or their (indptr, indices, values); at most MAX_ROWS rows
 
         Only the rows of W_dec of active features are read. Raises InputError for too many rows, and as `decoder_rows`.
         """
@@ -186,7 +186,7 @@ class SAE:
         x = self._tensor(acts)
         if len(x) > MAX_ROWS:
             raise InputError(f"at most {MAX_ROWS} rows can be reconstructed at a time, not {len(x)}: give a sample")
-        decoded = self.decoder.decode(*features, divisor=self.W_dec_norm)
+        decoded = self.decoder.decode(*_parts(features), divisor=self.W_dec_norm)
         if self.decoder.W_skip is not None:
             decoded += x @ self.decoder.W_skip.whole("float32")
         if self.target_hook_name or self.decoder.scale != 1:
@@ -194,7 +194,7 @@ class SAE:
         decoded = decoded * self._size(x)
         return decoded + x.mean(dim=1, keepdim=True) if self.input_norm == "layer_norm" else decoded
 
-    def written(self, acts: Any, features: tuple[Any, Any, Any]) -> torch.Tensor:
+    def written(self, acts: Any, features: Any) -> torch.Tensor:
         """[n, d_in] float32: the features' part of the reconstruction, sum_j h_j W_dec[j], in the model's units.
 
         acts, features: as for `reconstruct`, with some or all of the features and any number of rows
@@ -204,7 +204,7 @@ class SAE:
         if self.decoder is None or self.target_hook_name:
             raise ValueError("only an SAE with a decoder writes into what it reads")
         x = self._tensor(acts)
-        decoded = self.decoder.decode(*features, divisor=self.W_dec_norm, bias=False)
+        decoded = self.decoder.decode(*_parts(features), divisor=self.W_dec_norm, bias=False)
         return decoded / self.decoder.scale if self.decoder.scale != 1 else decoded * self._size(x)
 
     def _tensor(self, acts: Any) -> torch.Tensor:
@@ -256,3 +256,8 @@ class SAE:
         if dtype not in ("float32", "bfloat16"):
             raise InputError(f"an SAE's dtype must be float32 or bfloat16, not {dtype}")
         return replace(self, W_enc=torch.as_tensor(self.W_enc).to(getattr(torch, dtype)))
+
+
+def _parts(features: Any) -> tuple[Any, Any, Any]:
+    indptr, indices, values = getattr(features, "parts", features)
+    return indptr, indices, values
