@@ -19,6 +19,8 @@ from benchmarks.benches import OPS, make_bench
 from benchmarks.cases import Bench, Case, Size
 from study.world import grpo, rl, rl_table
 
+from sts_fast import SparseFeatures
+
 SIZE = Size(d_in=40, d_sae=640, rows=30)
 
 
@@ -50,6 +52,8 @@ def changed(result: Any, change: Callable[[np.ndarray[Any, Any]], object]) -> An
     """A copy of any result with every array of numbers changed."""
     if isinstance(result, dict):
         return {key: changed(value, change) for key, value in result.items()}
+    if isinstance(result, SparseFeatures):
+        return SparseFeatures(*(changed(part, change) for part in result.parts), result.d_sae)
     if isinstance(result, tuple):
         return type(result)(*(changed(value, change) for value in result))
     array = result.numpy() if isinstance(result, torch.Tensor) else result
