@@ -85,9 +85,9 @@ else ifdef MODEL
 	$(BIN)/python examples/toy_questions.py $(QUESTIONS)
 	$(BIN)/sts-fast score --model '$(MODEL)' --sae '$(SAE)' \
 	  --train '$(or $(TRAIN),$(QUESTIONS)/addition.jsonl)' \
-	  $(foreach domain,$(or $(DOMAINS),$(QUESTIONS)),--domains '$(domain)') --shots 1 --domain-shots 1 --output demo-run
+	  $(foreach domain,$(or $(DOMAINS),$(QUESTIONS)),--domains '$(domain)') --shots 1 --domain-shots 1 --output demo-run --overwrite
 else
-	$(BIN)/sts-fast demo --output demo-run
+	$(BIN)/sts-fast demo --output demo-run --overwrite
 endif
 
 # The package that carries the real model's weights lists a runtime that is not needed to read them.

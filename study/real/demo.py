@@ -47,7 +47,7 @@ def demo(work: Path, messages: Path | None, output: Path, tell: Tell) -> None:
         *("score", "--model", str(work / "model"), "--sae", str(work / "sae" / str(LAYERS[1]))),
         *("--train", str(messages)),
         *(word for name in DOMAINS for word in ("--domains", f"{name}={work}/domains/{name}.jsonl")),
-        *("--estimators", "act,icl,trial", "--limit", str(N_QUESTIONS), "--output", str(output)),
+        *("--estimators", "act,icl,trial", "--limit", str(N_QUESTIONS), "--output", str(output), "--overwrite"),
     ]
     _run(score)
     tell(f"forecast made, {time.monotonic() - start:.0f} s since the start")

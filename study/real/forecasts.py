@@ -110,7 +110,7 @@ def run(work: Path, asked: Asked, part: dict[str, list[str]], output: Path) -> d
     """By layer, the numbers of the product's command."""
     from sts_fast.cli import main
 
-    sys.argv = ["sts-fast", *command(work, asked, part), "--output", str(output)]
+    sys.argv = ["sts-fast", *command(work, asked, part), "--output", str(output), "--overwrite"]
     main()
     made = [runs.read_json(scores) for scores in sorted(output.rglob("scores.json"))]
     signed_alone = asked.options is not None and asked.options[: len(SHORT)] == SHORT
