@@ -18,6 +18,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,16 @@ def _lines(folder: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def _questions() -> list[dict[str, Any]]:
+def _rows() -> dict[str, dict[str, Any]]:
+    """A row of each shape of training data."""
     chat = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}]
-    return [
-        {"id": "a", "question": "What is 1 + 1?", "answer": "2", "subject": "sums"},
-        {"id": "b", "messages": chat},
-        {"id": "c", "question": "Which?", "choices": ["yes", "no"], "answer": 1},
-        {"id": "d", "instruction": "Add", "input": "1 and 2", "output": "3"},
-    ] * 3
+    return {
+        "questions": {"id": "a", "question": "What is 1 + 1?", "answer": "2", "context": "Sums."},
+        "messages": {"id": "b", "messages": chat},
+        "choices": {"id": "c", "question": "Which?", "choices": ["yes", "no"], "answer": 1},
+        "instructions": {"id": "d", "instruction": "Add", "input": "1 and 2", "output": "3"},
+        "preferences": {"prompt": chat[:1], "chosen": chat[1:], "rejected": [{"role": "assistant", "content": "5"}]},
+    }
 
 
 def _csv(folder: Path) -> Path:
@@ -114,9 +117,9 @@ def _run(folder: Path) -> Path:
     from sts_fast.demo import organism
 
     examples = organism.examples("T1.swap.a", 16, seed=1)
-    place = _RUNS.get("run")
+    place = _MADE.get("run")
     if place is None:
-        place = _RUNS["run"] = Path(tempfile.mkdtemp()) / "run"
+        place = _MADE["run"] = Path(tempfile.mkdtemp()) / "run"
         sts_fast.score(
             model=organism.model_folder(), sae=organism.sae_folder(), train=examples, domains={"law": examples},
             shots=1, domain_shots=1, top_n=8, limit=8, estimators=("act", "ntk"), library=place.parent / "library",
@@ -127,7 +130,7 @@ def _run(folder: Path) -> Path:
 
 def _library(folder: Path) -> Path:
     _run(folder)
-    shutil.copytree(_RUNS["run"].parent / "library", folder / "library")
+    shutil.copytree(_MADE["run"].parent / "library", folder / "library")
     return folder / "library"
 
 
@@ -135,9 +138,9 @@ def _activations(folder: Path) -> Path:
     import sts_fast
     from sts_fast.demo import organism
 
-    place = _RUNS.get("activations")
+    place = _MADE.get("activations")
     if place is None:
-        place = _RUNS["activations"] = Path(tempfile.mkdtemp()) / "activations"
+        place = _MADE["activations"] = Path(tempfile.mkdtemp()) / "activations"
         examples = organism.examples("T1.swap.a", 12, seed=1)
         sts_fast.capture_activations(
             model=organism.model_folder(), saes=[sts_fast.load_sae(organism.sae_folder())], trains={"train": examples},
@@ -153,11 +156,28 @@ def _labels(folder: Path) -> Path:
 
 
 def _calibration(folder: Path) -> Path:
-    document = {
-        "schema_version": "1.0", "estimator": "act", "unit": "accuracy", "signed": False, "level": 0.9, "n_trains": 3,
-    }  # fmt: skip
-    (folder / "calibration.json").write_text(json.dumps(document), encoding="utf-8")
-    return folder / "calibration.json"
+    from written_run import make_scores, write_scores
+
+    import sts_fast
+    from sts_fast.forecast.run import save_beside
+
+    place = _MADE.get("calibration")
+    if place is None:
+        place = _MADE["calibration"] = Path(tempfile.mkdtemp()) / "calibration.json"
+        for number in range(10):
+            scores = make_scores(6, seed=number)
+            scores["provenance"]["inputs"][0]["sha256"] = f"{number:064x}"
+            run = place.parent / f"run-{number}"
+            run.mkdir()
+            write_scores(run, scores)
+            changes = [
+                {"name": of["name"], "outcome": {"change": 0.05 * of["scores"]["act"]["value"], "metric": "acc"}}
+                for of in scores["domains"]
+            ]
+            save_beside(run, "validation.json", {"domains": changes})
+        sts_fast.fit_calibration(place.parent).save(place)
+    shutil.copy(place, folder)
+    return folder / place.name
 
 
 def _config(folder: Path) -> Path:
@@ -165,7 +185,7 @@ def _config(folder: Path) -> Path:
     return folder / "run.yaml"
 
 
-_RUNS: dict[str, Path] = {}
+_MADE: dict[str, Path] = {}
 
 
 def kinds() -> dict[str, Kind]:
@@ -186,7 +206,7 @@ def kinds() -> dict[str, Kind]:
     def read_library(folder: Path) -> None:
         for place in sts_fast.Library(folder):
             repr(sts_fast.Profile.load(place))
-        sts_fast.compare_stored(folder, ["train"], top_n=4)
+        sts_fast.compare_stored(folder, ["train"], estimators=("act",), top_n=4)
 
     def read_activations(folder: Path) -> None:
         from sts_fast.demo import organism
@@ -209,8 +229,11 @@ def kinds() -> dict[str, Kind]:
         build_prompts("law", organism.examples("T1.swap.a", 3, seed=1), template, tokens="all")
 
     return {
-        "lines of JSON": Kind(lambda folder: _lines(folder, _questions()), sts_fast.load_examples),
-        "domains": Kind(lambda folder: _lines(folder, _questions()), lambda path: sts_fast.load_domains([str(path)])),
+        **{name: Kind(partial(_lines, rows=[row] * 6), sts_fast.load_examples) for name, row in _rows().items()},
+        "domains": Kind(
+            partial(_lines, rows=[{"subject": name, "question": "Who?", "answer": "He"} for name in "aabb"]),
+            lambda path: sts_fast.load_domains([str(path)]),
+        ),
         "csv": Kind(_csv, sts_fast.load_examples),
         "parquet": Kind(_parquet, sts_fast.load_examples),
         "rollouts": Kind(_rollouts, sts_fast.load_rollouts),

@@ -193,6 +193,41 @@ def test_where_two_names_cannot_be_exchanged_they_are_renamed(tmp_path: Path, mo
     assert names(tmp_path) == ["run"]
 
 
+def test_a_kill_between_two_renames_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_exchanged", lambda first, second: False)
+    replace = os.replace
+    for n_renames, left in ((1, "first"), (2, "second")):
+        with files.results(tmp_path / "run", overwrite=True) as results:
+            whole(results, "first")
+
+        def kill_after(first: Path, second: Path, n: int = n_renames, done: list[int] = []) -> None:  # noqa: B006
+            replace(first, second)
+            done.append(1)
+            if len(done) == n:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def overwrite(kill: Callable[..., None] = kill_after) -> None:
+            with files.results(tmp_path / "run", overwrite=True) as results:
+                whole(results, "second")
+                os.replace = kill
+
+        killed_while(overwrite)
+        with files.results(tmp_path / "run") as results:
+            assert (tmp_path / "run" / "a").read_text() == left
+            whole(results, "third")
+        assert results.path == tmp_path / f"run-{n_renames + 1}"
+    assert names(tmp_path) == ["run", "run-2", "run-3"]
+
+
+def test_what_another_program_put_there_meanwhile_stays(tmp_path: Path) -> None:
+    with files.results(tmp_path / "run", overwrite=True) as results:
+        whole(results, "mine")
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "notes.txt").write_text("theirs")
+    assert results.path == tmp_path / "run-2"
+    assert (tmp_path / "run" / "notes.txt").read_text() == "theirs"
+
+
 @pytest.mark.parametrize("reason", [errno.EBUSY, errno.EXDEV])
 def test_a_folder_that_cannot_be_renamed_is_filled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: int

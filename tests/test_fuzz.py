@@ -17,6 +17,12 @@ def test_damaged_files_are_read_or_refused_in_one_sentence(
     assert fuzz.fuzz(60, seed=part) == []
 
 
+@pytest.mark.parametrize("name", fuzz.kinds())
+def test_material_that_is_not_damaged_is_read(name: str, tmp_path: Path) -> None:
+    kind = fuzz.kinds()[name]
+    kind.read(kind.make(tmp_path))
+
+
 def test_what_is_wrong_is_found_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def read(path: Path) -> None:
         if not path.read_bytes():

@@ -14,6 +14,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -61,6 +62,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _recover(path)
         with _claimed(path, path.parent, folder=True) as temporary:
             yield temporary
             _put_in_place(temporary, path)
@@ -68,11 +70,12 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+@dataclass
 class Results:
     """A folder of results while it is written: `folder` to write to, and `path`, its place once it is whole."""
 
-    def __init__(self, folder: Path, path: Path) -> None:
-        self.folder, self.path = folder, path
+    folder: Path
+    path: Path
 
 
 @contextmanager
@@ -84,47 +87,50 @@ def results(output: str | Path, *, overwrite: bool = False) -> Iterator[Results]
 
     Raises InputError where `output` holds anything else, or cannot be written.
     """
-    given, output = output, Path(os.path.realpath(output))
-    if Path(given) == Path():
+    output = Path(output)
+    if output.is_symlink():
+        output = Path(os.path.realpath(output))
+    if output == Path():
         raise InputError("results need their own folder: give one with --output")
-    if taken := _is_taken(output):
-        if not (output / RESULTS_FILE).is_file():
-            raise InputError(f"{given} holds something that sts-fast did not write: give another --output")
-        if not overwrite and os.path.ismount(output):
-            raise InputError(f"{given} is a mounted folder that holds results: give --overwrite, or a folder below it")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        # A folder that is there may be one that can be filled, but not renamed, as a volume in a container.
-        inside = output.is_dir() and not os.access(output.parent, os.W_OK)
-        with _claimed(output, output if inside else output.parent, folder=True) as temporary:
+        _recover(output)
+        if taken := _is_taken(output):
+            if not (output / RESULTS_FILE).is_file():
+                raise InputError(f"{output} holds something that sts-fast did not write: give another --output")
+            if not overwrite and os.path.ismount(output):
+                raise InputError(
+                    f"{output} is a mounted folder that holds results: give --overwrite, or a folder below it"
+                )
+        # Where the parent may not be written to, as above a container's volume, the folder is filled from within.
+        home = output if output.is_dir() and not os.access(output.parent, os.W_OK) else output.parent
+        with _claimed(output, home, folder=True) as temporary:
             found = Results(temporary, _next_free(output) if taken and not overwrite else output)
             yield found
             while not _took_place(temporary, found.path, overwrite=overwrite):
-                found.path = _next_free(output)  # another process was faster
-            found.path = Path(given).with_name(found.path.name) if Path(given).name == output.name else found.path
+                found.path = _next_free(output)
     except OSError as error:
-        raise InputError(f"cannot write {given}: {error.strerror or error}") from error
+        raise InputError(f"cannot write {output}: {error.strerror or error}") from error
 
 
 def _took_place(temporary: Path, path: Path, *, overwrite: bool) -> bool:
-    """False where something else lies there now, which is not to be replaced."""
+    """Puts a folder in place; returns False where something lies there that is not to be replaced."""
+    there = [child for child in path.iterdir() if child != temporary] if path.is_dir() else []
+    is_file = os.path.lexists(path) and not path.is_dir()
+    if is_file or (there and not (overwrite and (path / RESULTS_FILE).is_file())):
+        return False  # another process was faster
     try:
-        if overwrite:
+        if temporary.parent != path:
             _put_in_place(temporary, path)
-        else:
-            os.rename(temporary, path)
+            return True
     except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and temporary.parent != path:
-            return False
-        if error.errno not in (errno.EBUSY, errno.EXDEV, errno.EINVAL, errno.EACCES, errno.ENOTEMPTY, errno.EEXIST):
+        if not path.is_dir() or error.errno not in (errno.EBUSY, errno.EXDEV, errno.EINVAL):
             raise
-        if not path.is_dir():
-            raise
-        for child in path.iterdir():  # only results of ours, or nothing, as was checked
-            if child != temporary:
-                _remove(child)
-        for child in sorted(temporary.iterdir()):
-            shutil.move(child, path / child.name)
+    # A mounted folder can be neither renamed nor replaced: it is filled.
+    for child in there:
+        _remove(child)
+    for child in sorted(temporary.iterdir()):
+        shutil.move(child, path / child.name)
     return True
 
 
@@ -150,10 +156,10 @@ def kept(folder: Path) -> Iterator[Path]:
         raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
     try:
         yield folder
-        if fcntl is not None:
-            with suppress(OSError):
+        with suppress(OSError):
+            if fcntl is not None:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _remove(folder)
+            _remove(folder)
     finally:
         with suppress(OSError):
             folder.rmdir()  # of a run that read nothing
@@ -228,24 +234,40 @@ def _remove(path: Path) -> None:
 
 
 def _put_in_place(temporary: Path, path: Path) -> None:
-    """Renames a folder to `path`; one that is there lies under the temporary name then."""
+    """Renames a folder to `path`; one that is there lies under the temporary name then, or is gone."""
     if not path.is_dir() or not any(path.iterdir()):
         os.replace(temporary, path)
     elif not _exchanged(temporary, path):
-        aside = temporary.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+        aside = _aside(path)
         os.replace(path, aside)
         os.replace(temporary, path)
         _remove(aside)
 
 
+def _aside(path: Path) -> Path:
+    """The name of a folder while another one takes its place, where the system cannot exchange two names."""
+    return path.with_name(f".{path.name}.earlier")
+
+
+def _recover(path: Path) -> None:
+    """Puts a folder back whose process was killed while another one took its place."""
+    if not os.path.lexists(_aside(path)):
+        return
+    if os.path.lexists(path):
+        _remove(_aside(path))
+    else:
+        os.replace(_aside(path), path)
+
+
 def _exchanged(first: Path, second: Path) -> bool:
-    """Exchanges two names in one step, where the system can."""
-    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-    rename: Any = getattr(libc, "renameat2", None)
-    if rename is None:
-        return False
-    here = -100  # AT_FDCWD
-    return bool(rename(here, os.fsencode(first), here, os.fsencode(second), 2) == 0)  # RENAME_EXCHANGE
+    """Exchanges two names in one step; False where the system, or the file system, cannot."""
+    libc = None if sys.platform == "win32" else ctypes.CDLL(None)
+    names = os.fsencode(first), os.fsencode(second)
+    if (renameat2 := getattr(libc, "renameat2", None)) is not None:  # Linux; -100 is AT_FDCWD, 2 RENAME_EXCHANGE
+        return bool(renameat2(-100, names[0], -100, names[1], 2) == 0)
+    if (renamex_np := getattr(libc, "renamex_np", None)) is not None:  # macOS; 2 is RENAME_SWAP
+        return bool(renamex_np(*names, 2) == 0)
+    return False
 
 
 def save_arrays(path: str | Path, arrays: dict[str, NDArray[np.generic]], metadata: dict[str, str]) -> None:

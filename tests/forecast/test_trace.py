@@ -113,7 +113,7 @@ def test_rows_without_and_with_only_the_named_ones(tiny: Tiny, run: Path, tmp_pa
         said: list[str] = []
         traced = sts_fast.trace(run, train=train, domain=["days"], say=said.append, **option)
         warned = "drop" in option and values.min() >= 0
-        assert any(line.startswith("warning: 1 of the 1 dropped lower the loss") for line in said) == warned
+        assert any(line.startswith("warning: 1 of the 1 examples dropped lower the loss") for line in said) == warned
         traced.save(tmp_path / "out")
         written = (tmp_path / "out" / "selected.jsonl").read_text(encoding="utf-8").splitlines()
         assert [json.loads(line) for line in written] == [json.loads(line) for line in kept]
@@ -156,6 +156,8 @@ def test_command_line(
         ({"drop": "0%"}, "as in 5%, or a number of examples, not '0%'"),
         ({"drop": "100%"}, "not '100%'"),
         ({"drop": "nan%"}, "not 'nan%'"),
+        ({"drop": ""}, "not ''"),
+        ({"domain": "law"}, "no domain called law: its"),
         ({"keep": "half"}, "not 'half'"),
         ({"drop": "1", "keep": "1"}, "exclude each other"),
         ({"by": "act", "keep": "1"}, "need a sign"),
@@ -232,6 +234,19 @@ def test_rows_that_no_text_file_can_hold_are_written_escaped(tiny: Tiny, run: Pa
     assert [json.loads(line)["note"] for line in written] == ["\ud83d"] * 3
     sts_fast.trace(run, domain=["days"]).save(tmp_path / "out")
     assert not (tmp_path / "out" / "selected.jsonl").exists()  # of the earlier trace
+
+
+def test_another_model_is_named(tiny: Tiny, run: Path) -> None:
+    said: list[str] = []
+    sts_fast.trace(run, model=tiny.tuned, domain="days", say=said.append)
+    assert any(
+        line.startswith("warning: the model's weights, or their dtype, are not those of the run") for line in said
+    )
+    with pytest.raises(InputError, match=r"of another model \(--strict\)"):
+        sts_fast.trace(run, model=tiny.tuned, strict=True)
+    said.clear()
+    sts_fast.trace(run, domain="days", say=said.append)
+    assert not any("weights" in line for line in said)
 
 
 def test_a_trace_names_the_run_that_it_is_of(run: Path, tmp_path: Path) -> None:

@@ -33,7 +33,10 @@ class VisibleConsole(Console):
 
 
 class Table(rich.table.Table):
-    """A table whose cells show control characters likewise."""
+    """A table whose title and cells show control characters likewise."""
+
+    def __init__(self, *, title: str | None = None, **options: Any) -> None:
+        super().__init__(title=None if title is None else printable(title), **options)
 
     def add_row(self, *cells: Any, **options: Any) -> None:
         super().add_row(*(printable(cell) if isinstance(cell, str) else cell for cell in cells), **options)
@@ -91,7 +94,7 @@ class Lines:
     """Progress as lines: one for a stage that is not done after LINE_SECONDS, and one for every LINE_SECONDS more."""
 
     def __init__(self, unit: str) -> None:
-        self.unit, self.stage, self.began, self.told = unit, "", 0.0, time.monotonic()
+        self.unit, self.stage, self.began, self.first, self.told = unit, "", 0.0, 0, time.monotonic()
 
     def tell(self, stage: str, done: int, total: int) -> None:
         now = time.monotonic()

@@ -250,9 +250,10 @@ def _forecasts(
     if how.calibration is not None:
         calibration = read_calibration(how.calibration, settings, len(sources.sae))
     refused: str | None = None
-    with output.kept() as kept, output.folder() as results:
+    with output.kept("the same command goes on from there") as kept, output.folder() as results:
         how.apply()
-        if settings.library is None and sources.model is not None and not is_activations(sources.model):
+        # Weights that stay on the disk are not told apart, and activations are read fast.
+        if settings.library is None and settings.device_map is None and not is_activations(sources.model):
             settings = replace(settings, library=kept)
         settings = replace(settings, command=typed_command(), say=say)
         if sources.model is None:

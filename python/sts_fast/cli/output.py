@@ -30,7 +30,7 @@ CONFIG = "--config"
 
 @dataclass(frozen=True)
 class Output:
-    """Where the results of a command go."""
+    """Options of the results: their folder, and the file that options are read from."""
 
     TITLE = "Results"
 
@@ -51,8 +51,11 @@ class Output:
             (results.folder / files.RESULTS_FILE).write_text(typed_config(), encoding="utf-8")
 
     @contextmanager
-    def kept(self) -> Iterator[Path]:
-        """A folder beside the results for what the command has read, until they are whole; see files.kept."""
+    def kept(self, remedy: str) -> Iterator[Path]:
+        """A folder beside the results for what the command has read, until they are whole; see files.kept.
+
+        remedy: what to do with it after a failure
+        """
         place = self.output or Path(f"{_default_name()}-{hashlib.sha256(typed_config().encode()).hexdigest()[:8]}")
         with files.kept(place.with_name(f".{place.name}.kept")) as folder:
             for profile in Library(folder):
@@ -64,7 +67,7 @@ class Output:
                 yield folder
             except BaseException:
                 if any(folder.iterdir()):
-                    say(f"What was read so far is kept in {folder}: the same command goes on from there")
+                    say(f"What was done so far is kept in {folder}: {remedy}")
                 raise
 
 
@@ -131,5 +134,5 @@ def with_config(words: list[str]) -> list[str]:
 
 
 def expand_config() -> None:
-    """Puts the options of --config in the place of it, for the parser and for whoever asks what was typed."""
+    """Replaces --config on this process's command line by the options of its file."""
     sys.argv[1:] = with_config(sys.argv[1:])

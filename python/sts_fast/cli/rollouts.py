@@ -74,7 +74,8 @@ def rollouts(
         )
     if train is None and check is not None:
         raise InputError("--check is for completions sampled for --train; --rollouts has rewards: leave --check out")
-    with output.kept() as kept, output.folder() as results:
+    remedy = f"give its {ROLLOUTS_FILE} as --rollouts to go on from its completions"
+    with output.kept(remedy) as kept, output.folder() as results:
         core.apply()
         [loaded] = places.load([sources.sae], settings.sae_dtype)
         rollouts: Path | None = sources.rollouts
@@ -92,7 +93,7 @@ def rollouts(
             )  # fmt: skip
         if rollouts is not None and rollouts.parent == kept:
             shutil.copyfile(rollouts, results.folder / ROLLOUTS_FILE)
-            for entry in next(iter(forecasts.values())).provenance["inputs"]:
+            for entry in (entry for forecast in forecasts.values() for entry in forecast.provenance["inputs"]):
                 if entry["path"] == str(rollouts):
                     entry["path"] = str(results.path / ROLLOUTS_FILE)
         for way, forecast in forecasts.items():
@@ -126,7 +127,6 @@ def _sampled(
             answer_field=answer_field,
             progress=lambda done, total: tell("sampling completions", done, total), **vars(completing),
         ).save(rollouts)  # fmt: skip
-    say(f"Completions are in {rollouts} until the run is whole: give them as --rollouts to go on from them")
     return replace(settings, question_fields=question_fields, answer_fields=answer_fields)
 
 

@@ -12,9 +12,9 @@ from rich.markup import escape
 from sts_fast import files
 from sts_fast.cli.console import Table, err, out
 from sts_fast.cli.options import AsJson
+from sts_fast.data.contamination import SAME
 from sts_fast.data.options import Option
 from sts_fast.data.sets import Seed
-from sts_fast.data.wording import SAME
 from sts_fast.forecast.estimators import BY_NAME, SizeEstimator
 from sts_fast.forecast.search import search as run_search
 

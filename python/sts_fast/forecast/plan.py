@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from sts_fast.data.contamination import SAME, NgramIndex
 from sts_fast.data.prompts import PromptSet, show_prompt
 from sts_fast.data.sets import MIN_PROMPTS, Kind, Sets, check_enough
-from sts_fast.data.wording import SAME, Wording
 from sts_fast.errors import InputError, SetTooSmall
 from sts_fast.forecast.estimators import BY_NAME
 from sts_fast.forecast.options import Settings
@@ -109,7 +109,7 @@ class Plan:
         labels = {} if settings.labels is None else _labels(Labels.read(settings.labels), session)
         return cls(
             session, settings, domains, domain_answers, labels, sources, sets, trains, train_answers, trial_rows,
-            trials, warnings, _shared(sets, [domain.name for domain in domains]),
+            trials, warnings, _contaminated(sets, [domain.name for domain in domains]),
         )  # fmt: skip
 
     def show(self) -> None:
@@ -119,12 +119,12 @@ class Plan:
                 self.settings.show(show_prompt(prompt_set, self.session.tokenizer))
 
 
-def _shared(sets: Sets, domains: Sequence[str]) -> dict[str, list[str]]:
+def _contaminated(sets: Sets, domains: Sequence[str]) -> dict[str, list[str]]:
     """By training set, a warning for each domain that it shares questions with, of all examples, read or not."""
-    wording = Wording.of({name: [example.question for example in sets.domains[name]] for name in domains})
+    ngrams = NgramIndex.of({name: [example.question for example in sets.domains[name]] for name in domains})
     found: dict[str, list[str]] = {}
     for train, examples in sets.trains.items():
-        same = wording.shared(example.question for example in examples)
+        same = ngrams.shared(example.question for example in examples)
         found[train] = [
             f"{len(places)} of the {len(examples)} examples of '{train}' ask the same as questions of '{name}' "
             f"({SAME}), such as {examples[places[0]].id}: an evaluation on them would measure what was learnt by heart"

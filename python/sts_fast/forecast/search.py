@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sts_fast.data.wording import Wording
+from sts_fast.data.contamination import NgramIndex
 from sts_fast.errors import InputError
 from sts_fast.forecast.cross import cross
 from sts_fast.forecast.estimators import BY_NAME, SizeEstimator
@@ -23,7 +23,7 @@ class Candidate:
 
     scores:    by domain that was asked for, its score and 95% interval
     selectivity: mean score of the domains to move, over that of those to keep; of no domain to keep, the former
-    same:      by domain, the ids of the training examples that ask the same as one of its questions; see Wording
+    same:      by domain, the ids of the training examples that ask the same as one of its questions; see NgramIndex
     """
 
     name: str
@@ -64,7 +64,9 @@ def search(
     wanted = values[:, moved].mean(axis=1)
     unwanted = values[:, kept].mean(axis=1) if kept else np.ones(len(trains))
     selectivity = np.divide(wanted, unwanted, out=np.full(len(trains), np.inf), where=unwanted > 0)
-    wording = Wording.of({name: [question for _, question in questions_of(profile)] for name, profile in asked.items()})
+    ngrams = NgramIndex.of(
+        {name: [question for _, question in questions_of(profile)] for name, profile in asked.items()}
+    )
     candidates = []
     for i in np.argsort(-selectivity, kind="stable"):
         train = Profile.load(trains[i])
@@ -72,14 +74,14 @@ def search(
             name: (float(values[i, k]), (float(intervals[0, i, k]), float(intervals[1, i, k])))
             for k, name in enumerate(found.domains)
         }
-        candidates.append(Candidate(train.name, scores, float(selectivity[i]), same_questions(train, wording)))
+        candidates.append(Candidate(train.name, scores, float(selectivity[i]), same_questions(train, ngrams)))
     return candidates
 
 
-def same_questions(train: Profile, wording: Wording) -> dict[str, list[str]]:
+def same_questions(train: Profile, ngrams: NgramIndex) -> dict[str, list[str]]:
     """Ids of the training examples that ask the same as a domain's questions, by domain; none of one without."""
     asked = questions_of(train)
-    shared = wording.shared(question for _, question in asked)
+    shared = ngrams.shared(question for _, question in asked)
     return {name: [asked[at][0] for at in places] for name, places in shared.items()}
 
 

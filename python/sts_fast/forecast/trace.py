@@ -6,6 +6,7 @@ import datetime
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -15,8 +16,9 @@ from sts_fast.data.sets import Source
 from sts_fast.data.tables import Table
 from sts_fast.errors import InputError, listed
 from sts_fast.files import Document
+from sts_fast.forecast.assemble import promoted_tokens
 from sts_fast.forecast.run import SCORES_FILE, Run, save_beside
-from sts_fast.forecast.tracing import Influences, Parts, Tracing, TracingOptions, number_of
+from sts_fast.forecast.tracing import Tracing, TracingOptions, by_influence, by_score, number_of
 from sts_fast.model.session import Purpose, SAESource, Session, open_sae
 
 if TYPE_CHECKING:
@@ -98,7 +100,7 @@ def trace(
     tokenizer: PreTrainedTokenizerBase | None = None,
     **options: Unpack[TracingOptions],
 ) -> Trace:
-    """Which training examples carry a run's forecast; see the module's equations.
+    """Finds the training examples that carry a run's forecast, by the equations of the module `tracing`.
 
     run:   folder of `score`
     train: the examples to trace, as for `score`: by default the run's training set, all of it. Another set may be
@@ -106,7 +108,9 @@ def trace(
     model, sae: by default the run's; needed where these have moved
     options: see Tracing
 
-    Raises InputError where the run, the model, the SAE and the training set cannot be used together, or lack answers.
+    Returns each example's part in each domain's ntk_loss (fall of the loss per unit of a step, as in signed.push) or
+    STS_act. Raises InputError where the run, the model, the SAE and the training set cannot be used together, or lack
+    answers.
     """
     tracing, opened = Tracing(**options), Run.load(run)
     scores = opened.scores
@@ -115,13 +119,18 @@ def trace(
     if scores["rollouts"] is not None:
         raise InputError(f"{run} is a forecast of RL, whose completions are not traced: give a run of sts-fast score")
     share = _share_of(tracing)
+    if tracing.by == "act" and train is not None:
+        raise InputError("--train is for ntk: by act, the prompts of the run itself are traced")
+    if tracing.by == "act" and share is not None:
+        raise InputError("--drop and --keep need a sign, which --by act has not: leave it out, for ntk")
     signed = scores["signed"]
     if tracing.by == "ntk" and signed is not None and signed["features"] not in (None, "sae"):
         raise InputError(
             f"the run's signed forecasts are written in {signed['features']} features, and examples are traced in the "
             "SAE's: make the run again without --signed-features"
         )
-    names = _chosen([domain["name"] for domain in scores["domains"]], tracing.domain)
+    wanted = [tracing.domain] if isinstance(tracing.domain, str) else tracing.domain
+    names = _chosen([domain["name"] for domain in scores["domains"]], wanted)
     tracing = replace(tracing, hook=scores["sae"]["hook_name"])
     loaded = open_sae(scores["sae"]["source"] if sae is None else sae, tracing)
     if loaded.fingerprint != opened.means()[0].sae_fingerprint:
@@ -135,8 +144,13 @@ def trace(
             needs=[("--by ntk", "the whole model, and its gradients")] if tracing.by == "ntk" else [],
         ),
     )  # fmt: skip
-    way = Influences if tracing.by == "ntk" else Parts
-    traced = way(opened, session, tracing, train, names)
+    if scores["model"]["weights_sha256"] not in (None, session.reader.weights_sha256(session.reader.hook(loaded))):
+        tracing.warn("the model's weights, or their dtype, are not those of the run: its forecast is of another model")
+    if tracing.by == "ntk":
+        traced = by_influence(opened, session, tracing, train, names)
+    else:
+        traced = by_score(opened, session, tracing, names)
+    promoted = partial(_promoted, session)
     document = {
         "run": files.sha256(opened.folder / SCORES_FILE),
         "schema_version": SCHEMA_VERSION,
@@ -145,9 +159,9 @@ def trace(
         "hook_name": loaded.hook_name,
         "train": scores["train"]["name"],
         "by": tracing.by,
-        "n_examples": len(traced.prompts),
+        "n_examples": len(traced.rows),
         "left_out": traced.left_out,
-        "domains": [traced.domain_block(i, tracing.n_shown) for i in range(len(names))],
+        "domains": [traced.domain_block(i, tracing.n_shown, promoted) for i in range(len(names))],
         "selection": None,
         "provenance": {
             "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -158,14 +172,22 @@ def trace(
     }
     named = None
     if share is not None:
-        named, n_chosen = traced.select(share, keep=tracing.keep is not None)
+        keeps, n = tracing.keep is not None, number_of(share, len(traced.rows))
+        named, n_other = traced.extreme(n, highest=keeps)
+        if n_other:
+            which = "kept raise" if keeps else "dropped lower"
+            tracing.tell_line(f"warning: {n_other} of the {n} examples {which} the loss: give a smaller number")
         document["selection"] = {
-            "how": "drop" if tracing.keep is None else "keep",
-            "n_examples": n_chosen,
+            "how": "keep" if keeps else "drop",
+            "n_examples": n,
             "n_rows": len(named),
             "file": SELECTED_FILE,
         }
     return Trace(document, traced.table(), named, traced.tables)
+
+
+def _promoted(session: Session, features: list[int]) -> Mapping[int, list[str]]:
+    return promoted_tokens(session.reader, session.saes[0], features, session.tokenizer)
 
 
 def _chosen(every: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -179,7 +201,7 @@ def _chosen(every: Sequence[str], names: Sequence[str]) -> list[str]:
 def _share_of(tracing: Tracing) -> str | None:
     if tracing.drop is not None and tracing.keep is not None:
         raise InputError("--drop and --keep exclude each other: give one of them")
-    given = tracing.drop or tracing.keep
+    given = tracing.keep if tracing.drop is None else tracing.drop
     if given is not None:
         number_of(given, 100)
     return given

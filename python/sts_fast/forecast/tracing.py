@@ -13,8 +13,8 @@ act  part in STS_act = sum_{j in D_N} a_j, a_j the domain's mean activation: an 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -24,12 +24,11 @@ import numpy as np
 from sts_fast import files
 from sts_fast.data.examples import Example
 from sts_fast.data.options import Option
-from sts_fast.data.prompts import Prompt, build_prompts
+from sts_fast.data.prompts import build_prompts
 from sts_fast.data.sets import Fields, FieldsOptions, Sampling, Sets, Source, check_enough, repeats_of
 from sts_fast.data.tables import Table
 from sts_fast.errors import InputError, listed
 from sts_fast.files import Document
-from sts_fast.forecast.assemble import promoted_tokens
 from sts_fast.forecast.run import PROMPTS_FILE, Run
 from sts_fast.forecast.stored_prompts import answered_sets, sets_of_stage
 from sts_fast.model.session import Reading, ReadingOptions, Session
@@ -86,27 +85,35 @@ class TracingOptions(FieldsOptions, ReadingOptions, total=False):
     keep: str | None
 
 
+@dataclass(frozen=True)
 class Traced:
-    """What both ways have in common. values: [n_domains, n_prompts], whose mean over prompts is the domain's number."""
+    """Training examples with their parts in the forecasts of some domains.
+
+    names:    of the domains; values: [n_domains, n_examples] parts, whose mean over examples is the domain's number
+    rows:     of each example, `row` of the training set (from 1; None where not known), id, question and answer
+    loss:     [n_examples] nats per token of the answer, before training; None where none was read
+    reliability: by domain, see Influence; None where there is none
+    left_out: number of examples that were not traced, by reason
+    features: of some examples, by index, each feature's part in their part in one domain
+    repeats:  rows of the training set that are each example, itself and those that repeat it
+    tables:   the training set; empty where it was given as examples
+    """
 
     names: list[str]
-    prompts: list[Prompt]
     values: Doubles
+    rows: list[Document]
+    loss: Doubles | None
     reliability: list[float | None]
     left_out: dict[str, int]
-    examples: list[Example] | None = None
-    loss: Doubles | None = None
+    features: Callable[[int, Indices], list[dict[int, float]]]
+    repeats: list[list[int]] = field(default_factory=list)
     tables: Sequence[Table] = ()
 
-    def features(self, i: int, chosen: Indices) -> list[list[Document]]:
-        """Of a few prompts, the features with the largest parts in their number."""
-        raise NotImplementedError
-
-    def domain_block(self, i: int, n_shown: int) -> Document:
+    def domain_block(self, i: int, n_shown: int, promoted: Callable[[list[int]], Mapping[int, list[str]]]) -> Document:
+        """A domain of trace.json, with n_shown examples of each side; promoted: output tokens that features promote."""
         values = self.values[i]
         order = np.argsort(-values, kind="stable")
         n_shown = min(n_shown, len(values) // 2)
-        ends = {"highest": order[:n_shown], "lowest": order[::-1][:n_shown]}
         harm = np.sort(np.minimum(values, 0.0))
         worst = max(1, round(WORST * len(values)))
         return {
@@ -115,149 +122,137 @@ class Traced:
             "reliability": self.reliability[i],
             "share_below_zero": float((values < 0).mean()),
             "share_of_harm_in_worst": float(harm[:worst].sum() / harm.sum()) if harm.sum() else None,
-            **{end: self._shown(i, chosen) for end, chosen in ends.items()},
+            "highest": self._shown(i, order[:n_shown], promoted),
+            "lowest": self._shown(i, order[::-1][:n_shown], promoted),
         }
 
-    def _shown(self, i: int, chosen: Indices) -> list[Document]:
-        features = self.features(i, chosen)
+    def _shown(
+        self, i: int, chosen: Indices, promoted: Callable[[list[int]], Mapping[int, list[str]]]
+    ) -> list[Document]:
+        largest = [
+            sorted(parts.items(), key=lambda part: (-abs(part[1]), part[0]))[:N_FEATURES]
+            for parts in self.features(i, chosen)
+        ]
+        tokens = promoted(sorted({j for parts in largest for j, _ in parts}))
         return [
-            {**self._row(int(p)), "part": float(self.values[i, p]), "features": of_prompt}
-            for p, of_prompt in zip(chosen, features, strict=True)
+            {
+                **self.rows[p],
+                "part": float(self.values[i, p]),
+                "features": [{"index": j, "part": part, "promoted_tokens": tokens.get(j)} for j, part in parts],
+            }
+            for p, parts in zip(chosen.tolist(), largest, strict=True)
         ]
 
-    def _row(self, p: int) -> Document:
-        if self.examples is None:
-            prompt = self.prompts[p]
-            return {"row": None, "id": prompt.id, "question": prompt.question, "answer": None}
-        example = self.examples[p]
-        return {"row": example.row, "id": example.id, "question": example.question, "answer": example.answer}
-
     def table(self) -> pa.Table:
+        """One row an example, as in trace.parquet."""
         import pyarrow as pa
 
-        rows = [self._row(p) for p in range(len(self.prompts))]
-        columns = {name: pa.array([row[name] for row in rows]) for name in ("row", "id", "question", "answer")}
-        columns["loss"] = pa.nulls(len(rows), pa.float64()) if self.loss is None else pa.array(self.loss)
-        return pa.table(
-            {**columns, **{f"part_in_{name}": of for name, of in zip(self.names, self.values, strict=True)}}
+        types = {"row": pa.int64(), "id": pa.string(), "question": pa.string(), "answer": pa.string()}
+        columns = {name: pa.array([row[name] for row in self.rows], kind) for name, kind in types.items()}
+        columns["loss"] = pa.nulls(len(self.rows), pa.float64()) if self.loss is None else pa.array(self.loss)
+        parts = {f"part_in_{name}": of for name, of in zip(self.names, self.values, strict=True)}
+        return pa.table({**columns, **parts})
+
+    def extreme(self, n: int, *, highest: bool) -> tuple[frozenset[int], int]:
+        """Rows of the n examples with the lowest mean part over the domains, or the highest; and how many of the n have
+        another sign than was asked for."""
+        means = self.values.mean(axis=0)
+        order = np.argsort(means, kind="stable")
+        chosen = order[-n:] if highest else order[:n]
+        n_other = int((means[chosen] < 0).sum() if highest else (means[chosen] >= 0).sum())
+        return frozenset(row for p in chosen for row in self.repeats[p]), n_other
+
+
+def by_influence(run: Run, session: Session, tracing: Tracing, train: Source | None, names: list[str]) -> Traced:
+    """Traces the influence of the training set's answers on those of some domains of a run.
+
+    train: as for `trace`; names: of the domains. Raises InputError where answers are missing.
+    """
+    _, answered = answered_sets(run.table(PROMPTS_FILE))
+    by_name = {domain.name: domain for domain in answered}
+    if missing := [name for name in names if name not in by_name]:
+        raise InputError(
+            f"the run read no answers of {listed(missing)}: make it again with --estimators ntk, or trace by act"
         )
-
-    def select(self, share: str, *, keep: bool) -> tuple[frozenset[int], int]:
-        raise InputError("--drop and --keep need a sign, which --by act has not: leave it out, for ntk")
-
-
-class Influences(Traced):
-    """By ntk: answers of the run's domains, and those of the examples."""
-
-    def __init__(self, run: Run, session: Session, tracing: Tracing, train: Source | None, names: list[str]) -> None:
-        _, answered = answered_sets(run.table(PROMPTS_FILE))
-        by_name = {domain.name: domain for domain in answered}
-        if missing := [name for name in names if name not in by_name]:
-            raise InputError(
-                f"the run read no answers of {listed(missing)}: make it again with --estimators ntk, or trace by act"
-            )
-        scores = run.scores
-        name, seed = scores["train"]["name"], scores["provenance"]["seed"]
-        sets = _examples_of(run, tracing, train, name)
-        every = sets.trains[name]
-        if not sets.tables("train", name):  # examples that were made elsewhere
-            every = [replace(example, row=i) for i, example in enumerate(every, 1)]
-        self._repeats = repeats_of(every, with_answers=True)
-        once = [of_one[0] for of_one in self._repeats]
-        prompt_set = build_prompts(
-            name, [replace(example, id=str(i)) for i, example in enumerate(once)], session.template,
-            tokens="answer", context_length=session.reader.context_length, limit=tracing.limit, seed=seed,
-        )  # fmt: skip
-        check_enough(prompt_set, session.reader.context_length, "train")
-        self.at = [int(prompt.id) for prompt in prompt_set.prompts]
-        self.names, self.prompts, self.tables = names, prompt_set.prompts, sets.tables("train", name)
-        self.examples = [once[i] for i in self.at]
-        self.left_out = {
+    name, seed = run.scores["train"]["name"], run.scores["provenance"]["seed"]
+    sets = _examples_of(run, tracing, train, name)
+    every, tables = sets.trains[name], sets.tables("train", name)
+    if not tables:
+        every = [replace(example, row=i) for i, example in enumerate(every, 1)]
+    repeats = repeats_of(every, with_answers=True)
+    # Ids need not be unique: a prompt is known by its place.
+    once = [replace(group[0], id=str(i)) for i, group in enumerate(repeats)]
+    prompt_set = build_prompts(
+        name, once, session.template, tokens="answer", context_length=session.reader.context_length,
+        limit=tracing.limit, seed=seed,
+    )  # fmt: skip
+    check_enough(prompt_set, session.reader.context_length, "train")
+    traced = [repeats[int(prompt.id)] for prompt in prompt_set.prompts]
+    [sae] = session.saes
+    hooked = HookedModel(
+        session.whole, hook_layer(sae), name=session.reader.name, batch_tokens=tracing.batch_tokens,
+        say=tracing.tell_line,
+    )  # fmt: skip
+    features, Q = Features(sae), projection(sae.d_in, seed=seed)
+    influence = measure_influence(
+        hooked, features, Q, prompt_set, [by_name[domain] for domain in names], tell=tracing.tell
+    )
+    n_left_out = len(once) - len(traced)
+    return Traced(
+        names=names,
+        values=influence.values,
+        rows=[_row(group[0]) for group in traced],
+        loss=influence.nll,
+        reliability=influence.reliability(),
+        left_out={
             "repeated": len(every) - len(once),
             "unanswered": prompt_set.n_unanswered,
             "too_long": prompt_set.n_too_long,
-            "not_drawn": len(once) - len(self.at) - prompt_set.n_unanswered - prompt_set.n_too_long,
-        }
-        [sae] = session.saes
-        self.hooked = HookedModel(
-            session.whole, hook_layer(sae), name=session.reader.name, batch_tokens=tracing.batch_tokens,
-            say=tracing.tell_line,
-        )  # fmt: skip
-        self.features_of, self.Q, self.session = Features(sae), projection(sae.d_in, seed=seed), session
-        self.influence = measure_influence(
-            self.hooked, self.features_of, self.Q, prompt_set, [by_name[name] for name in names], tell=tracing.tell
-        )
-        self.values, self.loss = self.influence.values, self.influence.nll
-        self.reliability = self.influence.reliability()
-
-    def features(self, i: int, chosen: Indices) -> list[list[Document]]:
-        prompts = [self.prompts[p] for p in chosen]
-        parts = carriers(self.hooked, self.features_of, self.Q, prompts, self.influence, i)
-        return _described(parts, self.session)
-
-    def select(self, share: str, *, keep: bool) -> tuple[frozenset[int], int]:
-        """The rows of the most harmful examples, or with `keep` of the most helpful, repeats with their first, and the
-        number of these examples."""
-        n = number_of(share, len(self.prompts))
-        order = np.argsort(self.values.mean(axis=0), kind="stable")
-        chosen = order[-n:] if keep else order[:n]
-        harmful = int((self.values.mean(axis=0)[chosen] < 0).sum())
-        if harmful != (0 if keep else n):
-            which = f"{harmful} of the {n} examples kept raise" if keep else f"{n - harmful} of the {n} dropped lower"
-            self.session.reading.tell_line(f"warning: {which} the loss: give a smaller number")
-        return frozenset(example.row for p in chosen for example in self._repeats[self.at[p]]), n
+            "not_drawn": n_left_out - prompt_set.n_unanswered - prompt_set.n_too_long,
+        },
+        features=lambda i, chosen: carriers(hooked, features, Q, [prompt_set.prompts[p] for p in chosen], influence, i),
+        repeats=[[example.row for example in group] for group in traced],
+        tables=tables,
+    )
 
 
-class Parts(Traced):
-    """By act: the run's own prompts of the training set, read once more."""
+def by_score(run: Run, session: Session, tracing: Tracing, names: list[str]) -> Traced:
+    """Traces the parts of the run's own prompts of the training set in STS_act; these are read once more."""
+    settings = run.scores["settings"]
+    if settings["dims"] == "tuned":
+        raise InputError("this run's D_N is that of a model after training, which is not traced by act: use ntk")
+    [prompt_set] = sets_of_stage(run.table(PROMPTS_FILE), "shift")
+    sampling = Sampling(shots=settings["shots"], tokens=settings["tokens"], limit=settings["limit"])  # type: ignore[arg-type]
+    [profile] = read_profiles(
+        session.reader, session.saes, "train", prompt_set, sampling, tell=partial(tracing.tell, prompt_set.name)
+    )
+    _, arrays = run.means()
+    top, every = arrays["shifted_features"], [domain["name"] for domain in run.scores["domains"]]
+    activations = arrays["domain_mean_activations"][[every.index(name) for name in names]]  # [n_domains, N]
+    sums = profile.rows.matrix("sum_h" if settings["dims"] == "active" else "sum_sq_shift").tocsc()[:, top]
+    totals = np.asarray(sums.sum(axis=0)).ravel()
+    shares = (sums * len(prompt_set.prompts)).multiply(1 / np.where(totals, totals, 1.0)).tocsr()
 
-    def __init__(self, run: Run, session: Session, tracing: Tracing, train: Source | None, names: list[str]) -> None:
-        scores = run.scores
-        settings = scores["settings"]
-        if train is not None:
-            raise InputError("--train is for ntk: by act, the prompts of the run itself are traced")
-        if tracing.drop is not None or tracing.keep is not None:
-            self.select("", keep=False)
-        if settings["dims"] == "tuned":
-            raise InputError("this run's D_N is that of a model after training, which is not traced by act: use ntk")
-        [prompt_set] = sets_of_stage(run.table(PROMPTS_FILE), "shift")
-        sampling = Sampling(shots=settings["shots"], tokens=settings["tokens"], limit=settings["limit"])  # type: ignore[arg-type]
-        [profile] = read_profiles(
-            session.reader, session.saes, "train", prompt_set, sampling,
-            tell=lambda done, total: tracing.tell(prompt_set.name, done, total),
-        )  # fmt: skip
-        _, arrays = run.means()
-        self.top, of_domains = arrays["shifted_features"], arrays["domain_mean_activations"]
-        rows = [domain["name"] for domain in scores["domains"]]
-        activations = of_domains[[rows.index(name) for name in names]]  # [n_domains, N]
-        sums = profile.rows.matrix("sum_h" if settings["dims"] == "active" else "sum_sq_shift").tocsc()[:, self.top]
-        totals = np.asarray(sums.sum(axis=0)).ravel()
-        self.shares = (sums * len(prompt_set.prompts)).multiply(1 / np.where(totals, totals, 1.0)).tocsr()
-        self.activations = activations * (totals > 0)
-        self.values = np.asarray((self.shares @ self.activations.T).T)
-        self.names, self.prompts, self.session = names, prompt_set.prompts, session
-        self.reliability, self.left_out = [None] * len(names), {}
+    def features(i: int, chosen: Indices) -> list[dict[int, float]]:
+        of_prompts = (shares[[p]] for p in chosen)
+        return [
+            {int(top[k]): float(share * activations[i, k]) for k, share in zip(of.indices, of.data, strict=True)}
+            for of in of_prompts
+        ]
 
-    def features(self, i: int, chosen: Indices) -> list[list[Document]]:
-        parts = []
-        for p in chosen:
-            of_prompt = self.shares[[p]].toarray().ravel() * self.activations[i]
-            parts.append({int(j): float(part) for j, part in zip(self.top, of_prompt, strict=True) if part})
-        return _described(parts, self.session)
+    return Traced(
+        names=names,
+        values=np.asarray((shares @ activations.T).T),
+        rows=[{"row": None, "id": of.id, "question": of.question, "answer": None} for of in prompt_set.prompts],
+        loss=None,
+        reliability=[None] * len(names),
+        left_out={},
+        features=features,
+    )
 
 
-def _by_size(parts: Mapping[int, float], feature: int) -> tuple[float, int]:
-    return -abs(parts[feature]), feature
-
-
-def _described(parts: Sequence[Mapping[int, float]], session: Session) -> list[list[Document]]:
-    largest = [sorted(of, key=partial(_by_size, of))[:N_FEATURES] for of in parts]
-    shown = sorted({j for of in largest for j in of})
-    promoted = promoted_tokens(session.reader, session.saes[0], shown, session.tokenizer)
-    return [
-        [{"index": j, "part": of[j], "promoted_tokens": promoted.get(j)} for j in top]
-        for of, top in zip(parts, largest, strict=True)
-    ]
+def _row(example: Example) -> Document:
+    return {"row": example.row, "id": example.id, "question": example.question, "answer": example.answer}
 
 
 def _examples_of(run: Run, tracing: Tracing, train: Source | None, name: str) -> Sets:

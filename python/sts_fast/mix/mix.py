@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, Unpack, get_args
 import numpy as np
 
 from sts_fast import files
-from sts_fast.data.examples import Example, load_examples
+from sts_fast.data.contamination import SAME, NgramIndex
+from sts_fast.data.examples import Example, read_examples
 from sts_fast.data.options import Option
 from sts_fast.data.prompts import build_prompts, set_warnings
 from sts_fast.data.sets import (
@@ -27,8 +27,8 @@ from sts_fast.data.sets import (
     check_enough,
     distinct,
 )
+from sts_fast.data.sources import origin_of
 from sts_fast.data.turns import messages_of
-from sts_fast.data.wording import SAME, Wording
 from sts_fast.errors import InputError, listed
 from sts_fast.files import Document
 from sts_fast.forecast.estimators import SIZES
@@ -228,11 +228,11 @@ def mix(
     pools |= {name: distinct(pools[name], with_answers=True) for name in sets.domains}
     refused: list[str] = []
     if run is not None:
-        wording, unknown = _asked_in(run)
+        ngrams, unknown = _asked_in(run)
         if unknown:
             refused.append(f"of {listed(unknown)} only the questions that the run read are known, and kept out")
         for name in sets.domains:
-            left = [example for example in pools[name] if not wording.sets_with(example.question)]
+            left = [example for example in pools[name] if not ngrams.sets_with(example.question)]
             if len(left) < len(pools[name]):
                 refused.append(
                     f"{len(pools[name]) - len(left)} of the {len(pools[name])} examples of '{name}' ask the same as "
@@ -302,7 +302,7 @@ def mix(
     )
 
 
-def _asked_in(run: str | Path) -> tuple[Wording, list[str]]:
+def _asked_in(run: str | Path) -> tuple[NgramIndex, list[str]]:
     """The questions of a run's domains, and the files of these that are no longer as they were."""
     opened = Run.load(run)
     asked: dict[str, list[str]] = {}
@@ -315,12 +315,11 @@ def _asked_in(run: str | Path) -> tuple[Wording, list[str]]:
             try:
                 if files.sha256(entry["path"]) != entry["sha256"]:
                     raise InputError("it has changed")
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    asked[f"file {entry['path']}"] = [example.question for example in load_examples(entry["path"])]
+                examples, _ = read_examples(origin_of(entry["path"], "domain", "domain"))
+                asked[f"file {entry['path']}"] = [example.question for example in examples]
             except (OSError, InputError):
                 unknown.append(entry["path"])
-    return Wording.of(asked), unknown
+    return NgramIndex.of(asked), unknown
 
 
 def _weights(names: Sequence[str], weights: Mapping[str, float], protect: Sequence[str]) -> Doubles:

@@ -51,7 +51,9 @@ class Library:
                 return profile
         for folder in self if identity.key == identity.plain_key else ():
             if read_index(folder).get("plain_key") == identity.key:
-                return Profile.load(folder).plain().named(prompt_set.name, identity.kind)
+                profile = Profile.load(folder).plain().named(prompt_set.name, identity.kind)
+                self.add(profile)
+                return profile
         return None
 
     def add(self, profile: Profile) -> Path:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sts_fast import files
-from sts_fast.data.wording import SAME, Wording
+from sts_fast.data.contamination import SAME, NgramIndex
 from sts_fast.errors import InputError
 from sts_fast.forecast.cross import Cross, cross
 from sts_fast.forecast.estimators import BY_NAME, SizeEstimator
@@ -79,9 +79,9 @@ def build_library_report(folder: str | Path, *, top_n: int = 100, sae: str | Non
     for domain in map(Profile.load, domains):
         parts.append(domain.rows.totals(of.sums))
         asked[domain.name] = [question for _, question in questions_of(domain)]
-    rows, wording = [], Wording.of(asked)
+    rows, ngrams = [], NgramIndex.of(asked)
     for i, train in enumerate(map(Profile.load, trains)):
-        same = same_questions(train, wording)
+        same = same_questions(train, ngrams)
         cells = [
             LibraryCell(*_number(found, i, k), carriers=_carriers(parts[k], found.tops[i]), same=same.get(name, []))
             for k, name in enumerate(found.domains)

@@ -5,7 +5,8 @@ Its first-order effect on the loss of a domain T is therefore a mean over exampl
 
     ntk_loss = <M_S, M_T> / ||M_S|| = mean_i  <m_i, M_T> / ||M_S||,
 
-whose terms are the influence of each example: above zero it lowers T's loss, below zero it raises it.
+whose terms are the influence of each example: above zero it lowers T's loss, below zero it raises it. (TracIn, Pruthi
+et al. 2020, with one checkpoint, the base model, and the parameters of that map.)
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ class Influence:
     values:  [n_domains, n_prompts] fall of the domain's loss per unit of η, as `ntk_loss`, which is the mean of a row
     halves:  [n_domains, HALVES, n_prompts] the same by every other prompt of the domain alone
     nll:     [n_prompts] loss per token of each answer before training, in nats
-    pulls:   [n_domains, n_features, r] M_T, gradients projected
+    pulls:   of each domain [HALVES, n_features, r], whose sum is M_T, gradients projected
     norm:    ||M_S||
     """
 
     values: Doubles
     halves: Doubles
     nll: Doubles
-    pulls: Doubles
+    pulls: list[Doubles]
     norm: float
 
     def reliability(self) -> list[float | None]:
@@ -79,15 +80,15 @@ def measure_influence(
     def tell_of(prompt_set: PromptSet) -> Tell:
         return lambda done, total: None if tell is None else tell(f"gradients of {prompt_set.name}", done, total)
 
-    pushes = [
-        measure_push(model, features, Q, domain.name, domain.prompts, n_folds=HALVES, tell=tell_of(domain))
-        for domain in domains
-    ]
-    # [n_domains, HALVES, n_features, r]; those of a domain add up to M_T.
-    of_halves: Doubles = np.stack([push.folds for push in pushes if push.folds is not None])
-    halves, nll, M, done = np.zeros((len(domains), HALVES, n)), np.zeros(n), np.zeros(of_halves.shape[2:]), 0
+    pulls: list[Doubles] = []
+    for domain in domains:
+        push = measure_push(model, features, Q, domain.name, domain.prompts, n_folds=HALVES, tell=tell_of(domain))
+        assert push.folds is not None
+        pulls.append(push.folds)
+    halves, nll, done = np.zeros((len(domains), HALVES, n)), np.zeros(n), 0
+    M = np.zeros((features.n, Q.shape[1]))
     for rows in model.answer_rows(prompts, Q):
-        along = features.times(rows.x, *of_halves.reshape(-1, *M.shape))
+        along = features.times(rows.x, *(half for of_domain in pulls for half in of_domain))
         for product, values in zip(along, halves.reshape(-1, n), strict=True):
             per_token = np.einsum("tr,tr->t", product, rows.g)
             values[rows.prompts] = np.bincount(rows.prompt_of, per_token, minlength=len(rows.prompts))
@@ -104,15 +105,18 @@ def measure_influence(
     halves /= norm
     of_domains = [domain.prompts for domain in domains]
     shares = [[len(of_domain[half::HALVES]) / len(of_domain) for half in range(HALVES)] for of_domain in of_domains]
-    return Influence(halves.sum(axis=1), halves / np.asarray(shares)[:, :, None], nll, of_halves.sum(axis=1), norm)
+    return Influence(halves.sum(axis=1), halves / np.asarray(shares)[:, :, None], nll, pulls, norm)
 
 
 def carriers(
     model: HookedModel, features: Features, Q: Doubles, prompts: Sequence[Prompt], influence: Influence, domain: int
 ) -> list[dict[int, float]]:
-    """Of a few prompts, each feature's part in the influence on one domain; the parts of a prompt add up to it."""
+    """Of a few prompts, each feature's part in the influence on one domain; the parts of a prompt add up to it.
+
+    domain: its index in `influence`; the rest as for `measure_influence`
+    """
     found: list[dict[int, float]] = [{} for _ in prompts]
-    pull = influence.pulls[domain] / influence.norm
+    pull = influence.pulls[domain].sum(axis=0) / influence.norm
     for rows in model.answer_rows(prompts, Q):
         active = encode(features.sae, rows.x).on_cpu()
         token_of = np.repeat(np.arange(len(rows.x)), np.diff(active.indptr))
