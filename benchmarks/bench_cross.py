@@ -72,8 +72,16 @@ def made_up(name: str, kind: str, width: int, seed: int) -> Profile:
         "module": "m",
         "side": "output",
     }
-    sae = {"source": "made up", "fingerprint": "0", "d_in": D_IN, "d_sae": width}
-    identity = Identity(name, kind, model, sae, {"tokens": "query"}, None, name, name)
+    sae = {
+        "source": "made up",
+        "fingerprint": "0",
+        "architecture": "relu",
+        "d_in": D_IN,
+        "d_sae": width,
+        "hook_name": "m",
+    }
+    sampling = {"shots": 2, "demo_draws": N_DRAWS, "tokens": "query", "limit": N_PROMPTS, "seed": 0}
+    identity = Identity(name, kind, model, sae, sampling, None, name, name)
     return Profile(identity, prompt_set, log, rows, residuals)
 
 

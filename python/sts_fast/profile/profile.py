@@ -28,6 +28,25 @@ if TYPE_CHECKING:
 FORMAT, VERSION = "sts-fast profile", 1
 INDEX_FILE, ROWS_FILE, RESIDUALS_FILE = "profile.json", "rows.parquet", "residuals.safetensors"
 ROW_GROUP = 256  # prompts
+# Types of what profile.json must hold, and of what its blocks must.
+INDEX_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("set", "kind", "key", "plain_key", "prompts_sha256"), str),
+    **dict.fromkeys(("model", "sae", "sampling", "files"), dict),
+    **dict.fromkeys(("n_prompts", "n_tokens", "n_pairs", "n_too_long", "n_unanswered"), int),
+    "tuned": dict | None,
+    "shown_sha256": str | None,
+}
+BLOCK_KINDS: dict[str, dict[str, Any]] = {
+    "model": {
+        **dict.fromkeys(("name", "dtype", "module", "side"), str),
+        **dict.fromkeys(("revision", "weights_sha256"), str | None),
+    },
+    "sae": {
+        **dict.fromkeys(("source", "architecture", "hook_name", "fingerprint"), str),
+        **dict.fromkeys(("d_in", "d_sae"), int),
+    },
+    "sampling": {**dict.fromkeys(("shots", "demo_draws", "seed"), int), "tokens": str, "limit": int | None},
+}
 # Sums of few float32 end in zeros, which take no space byte by byte; together a third less than without.
 ENCODINGS = {
     **{
@@ -187,14 +206,10 @@ def read_index(folder: Path) -> Document:
         raise InputError(
             f"{path} is of version {index.get('version')}, and this sts-fast reads {VERSION}: make the profile again"
         )
-    kinds = {
-        **dict.fromkeys(("set", "kind", "key", "plain_key", "prompts_sha256"), str),
-        **dict.fromkeys(("model", "sae", "sampling", "files"), dict),
-        **dict.fromkeys(("tuned", "shown_sha256"), object),
-    }
-    damaged = [name for name, kind in kinds.items() if name not in index or not isinstance(index[name], kind)]
-    if not damaged and not isinstance(index["sae"].get("source"), str):
-        damaged = ["sae"]
+    damaged = [name for name, kind in INDEX_KINDS.items() if not isinstance(index.get(name, ...), kind)]
+    for block, kinds in () if damaged else BLOCK_KINDS.items():
+        values = index[block]
+        damaged += [f"{block}.{name}" for name, kind in kinds.items() if not isinstance(values.get(name, ...), kind)]
     if damaged:
         raise InputError(f"{path} is damaged ({', '.join(damaged)}): make the profile again")
     return index
