@@ -11,9 +11,12 @@ import numpy as np
 import oracle
 import torch
 from numpy.typing import NDArray
-from tiny import D_IN, LAYER
+from tiny import D_IN, LAYER, Tiny
+from transformers import AutoTokenizer
 
-from sts_fast.data.prompts import Prompt
+from sts_fast.data.examples import Example, load_examples
+from sts_fast.data.prompts import Prompt, PromptSet, build_prompts
+from sts_fast.data.template import PromptTemplate
 
 Doubles = NDArray[np.float64]
 
@@ -24,6 +27,20 @@ class Material:
 
     model: Any
     prompts: dict[str, list[Prompt]]
+
+
+def answered_prompts(tiny: Tiny, answers: Sequence[str], limit: int) -> dict[str, PromptSet]:
+    """Prompts that read their answers, by set; the answers take turns."""
+    template = PromptTemplate(AutoTokenizer.from_pretrained(tiny.model), prepend_bos=True)
+    made = {}
+    for name, path in {"train": tiny.train, **tiny.domains}.items():
+        asked = [
+            Example(example.id, example.question, answers[i % len(answers)])
+            for i, example in enumerate(load_examples(path))
+            if example.answer is not None
+        ]
+        made[name] = build_prompts(name, asked, template, tokens="answer", context_length=200, limit=limit)
+    return made
 
 
 class Literal:

@@ -164,6 +164,11 @@ def test_one_set_may_have_several_names_and_uses(tiny: Tiny, tmp_path: Path, mon
     found = [sts_fast.Profile.load(folder) for folder in sts_fast.Library(tmp_path)]
     assert {(one.name, one.identity.kind) for one in found} == {("sums", "train"), ("numbers", "domain")}
     assert len({one.identity.key for one in found}) == 1
+    # Also where it was read behind demonstrations, which are not asked for now.
+    for name, n in (("numbers", 2), ("without", 3)):
+        [plain] = sts_fast.profile(**given, domains={name: tiny.train}, shown=False)
+        assert (plain.name, plain.n_pairs) == (name, 0)
+        assert len([*sts_fast.Library(tmp_path)]) == n
 
 
 def test_a_set_that_is_too_small_is_left_out(tiny: Tiny, tmp_path: Path) -> None:

@@ -155,7 +155,8 @@ def test_the_command_samples_forecasts_and_writes_every_way(
         scores = json.loads((output / way / "scores.json").read_text())
         assert scores["rollouts"]["n_completions"] == 40
         assert scores["signed"] is not None
-        assert [entry["role"] for entry in scores["provenance"]["inputs"]].count("train") == 1
+        [entry] = [entry for entry in scores["provenance"]["inputs"] if entry["role"] == "train"]
+        assert entry["path"] == str(output / "rollouts.jsonl")
         assert (output / way / "report.html").is_file()
     assert (output / "report.html").is_file()
     assert len(load_rollouts(output / "rollouts.jsonl").rows) == 40

@@ -12,15 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from families import make_model
+from literal_push import answered_prompts
 from numpy.typing import NDArray
 from tiny import Tiny
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import sts_fast
-from sts_fast.data.examples import Example, load_examples
-from sts_fast.data.prompts import Prompt, PromptSet, build_prompts
-from sts_fast.data.template import PromptTemplate
+from sts_fast.data.prompts import Prompt, PromptSet
 from sts_fast.errors import InputError
 from sts_fast.signed import trial
 from sts_fast.signed.trial import ALPHA, BATCH_ROWS, LEARNING_RATE, RANK, Trial, TrialDesign, measure_trial
@@ -32,17 +31,8 @@ N_PROMPTS, N_STEPS, SEED = 6, 4, 3
 
 @pytest.fixture(scope="module")
 def sets(tiny: Tiny) -> dict[str, PromptSet]:
-    template = PromptTemplate(AutoTokenizer.from_pretrained(tiny.model), prepend_bos=True)
-    made = {}
-    for name, path in {"train": tiny.train, **tiny.domains}.items():
-        # Answers of several lengths, so that a mean over tokens is none over prompts.
-        asked = [
-            Example(example.id, example.question, "apple river stone"[: 5 + 6 * (i % 3)])
-            for i, example in enumerate(load_examples(path))
-            if example.answer is not None
-        ]
-        made[name] = build_prompts(name, asked, template, tokens="answer", context_length=200, limit=N_PROMPTS)
-    return made
+    """Answers of several lengths, so that a mean over tokens is none over prompts."""
+    return answered_prompts(tiny, ("apple", "apple river", "apple river stone"), N_PROMPTS)
 
 
 def by_hand(model: Any, sets: dict[str, PromptSet]) -> dict[str, Doubles]:

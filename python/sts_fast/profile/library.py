@@ -49,11 +49,13 @@ class Library:
                 if not self.path_of(identity).exists():
                     self.add(profile)
                 return profile
-        for folder in self if identity.key == identity.plain_key else ():
-            if read_index(folder).get("plain_key") == identity.key:
-                profile = Profile.load(folder).plain().named(prompt_set.name, identity.kind)
+        indices = {folder: read_index(folder) for folder in self} if identity.key == identity.plain_key else {}
+        serving = {folder: index for folder, index in indices.items() if index["plain_key"] == identity.key}
+        for folder in serving:
+            profile = Profile.load(folder).plain().named(prompt_set.name, identity.kind)
+            if (identity.set, identity.kind) not in ((index["set"], index["kind"]) for index in serving.values()):
                 self.add(profile)
-                return profile
+            return profile
         return None
 
     def add(self, profile: Profile) -> Path:
