@@ -17,12 +17,12 @@ def test_control_characters_are_shown_and_not_sent(capsys: pytest.CaptureFixture
     assert printable(f"{name}\t\n") == f"{shown}\t\n"
     written = io.StringIO()
     out = VisibleConsole(file=written, width=60)
-    table = Table(title="sets")
+    table = Table(title=name)
     table.add_column(name)
     table.add_row(name)
     out.print(table)
     out.print(f"a {name}", markup=False, highlight=False)
-    assert written.getvalue().count(shown) == 3
+    assert written.getvalue().count(shown) == 4
     assert "\x1b" not in written.getvalue()
     show(name)
     with pytest.raises(SystemExit):
