@@ -28,8 +28,9 @@ from sts_fast.outcomes.calibration import Calibration, fit_calibration
 from sts_fast.outcomes.outcomes import read_outcomes
 from sts_fast.outcomes.validate import validate
 from sts_fast.profile.library import Library
-from sts_fast.profile.make import profile
+from sts_fast.profile.make import plan_profiles, profile
 from sts_fast.profile.profile import Profile
+from sts_fast.profile.work import ProfilePlan, run_local, run_rank
 from sts_fast.rollouts import load_rollouts, rollouts, sample_rollouts
 from sts_fast.sae import SAE, load_sae
 
@@ -48,6 +49,7 @@ __all__ = [
     "Mixture",
     "Overlap",
     "Profile",
+    "ProfilePlan",
     "ShiftStats",
     "SparseFeatures",
     "ToolCall",
@@ -69,9 +71,12 @@ __all__ = [
     "mix",
     "overlap",
     "plan",
+    "plan_profiles",
     "profile",
     "read_outcomes",
     "rollouts",
+    "run_local",
+    "run_rank",
     "sample_rollouts",
     "score",
     "search",

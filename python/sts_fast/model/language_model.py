@@ -83,6 +83,16 @@ class LanguageModel(Reader):
             raise TypeError("the model after training is read by a LanguageModel")
         return capture(self, prompt_set.prompts, other=other)
 
+    def settle(self, sets: Sequence[PromptSet]) -> None:
+        """Chooses how prompts are run by the longest of several sets, whichever of them is read first."""
+        for side in ("base", "demos"):
+            longest = max(sets, key=lambda of: max((len(getattr(p, f"{side}_ids")) for p in of.prompts), default=0))
+            draw = max(longest.prompts, key=lambda prompt: len(getattr(prompt, f"{side}_ids"))).draw
+            prompts = [prompt for prompt in longest.prompts if prompt.draw == draw]
+            read = [prompt.positions if side == "base" else prompt.paired_demos for prompt in prompts]
+            if any(map(len, read)):
+                self.passes.prepare([getattr(prompt, f"{side}_ids") for prompt in prompts], read)
+
     def sample(self, prompt_set: PromptSet, beside: Sequence[str], n_tokens: int) -> dict[str, torch.Tensor]:
         import torch
 

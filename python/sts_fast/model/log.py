@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,27 @@ class PromptLog:
         self.n_read = np.zeros(n, np.int64)
         self.n_pairs = np.zeros(n, np.int64)
         self.n_sinks = np.zeros(n, np.int64)
+
+    @classmethod
+    def of_all(cls, prompt_set: PromptSet) -> PromptLog:
+        """The log of a set whose positions are all read."""
+        log = cls(prompt_set)
+        log.kept = [np.ones(len(prompt.positions), bool) for prompt in prompt_set.prompts]
+        log.kept_paired = [np.ones(len(prompt.paired), bool) for prompt in prompt_set.prompts]
+        log.n_read = np.asarray([len(prompt.positions) for prompt in prompt_set.prompts], np.int64)
+        log.n_pairs = np.asarray([len(prompt.paired) for prompt in prompt_set.prompts], np.int64)
+        return log
+
+    @classmethod
+    def joined(cls, parts: Sequence[PromptLog], whole: PromptSet) -> PromptLog:
+        """The log of a set, from those of consecutive parts of its prompts."""
+        log = cls(whole)
+        log.kept = [kept for part in parts for kept in part.kept]
+        log.kept_paired = [kept for part in parts for kept in part.kept_paired]
+        log.n_read, log.n_pairs, log.n_sinks = (
+            np.concatenate([getattr(part, name) for part in parts]) for name in ("n_read", "n_pairs", "n_sinks")
+        )
+        return log
 
     def record(self, rows: PairedRows) -> None:
         for index, kept, kept_paired in zip(rows.prompts, rows.kept, rows.kept_paired, strict=True):
@@ -73,6 +94,25 @@ class PromptLog:
         return pa.table(columns | {column: pa.array(of) for column, of in values.items()})
 
 
+def prompts_of(table: pa.Table) -> list[Prompt]:
+    """The prompts of a `PromptLog.table`, whose positions are those that were read.
+
+    Raises KeyError where a column is missing, TypeError or ValueError where a value is of another type.
+    """
+    columns = ("id", "question", "base_ids", "demos_ids", "positions", "paired", "paired_demos", "draw")
+    prompts = []
+    for row in table.select([*columns, "n_special", "n_straddling"]).to_pylist():
+        ids = {name: np.asarray(row[name], np.int32) for name in ("base_ids", "demos_ids", "positions", "paired")}
+        prompts.append(
+            Prompt(
+                row["id"], ids["base_ids"], ids["demos_ids"], ids["positions"], ids["paired"],
+                np.asarray(row["paired_demos"], np.int32), row["n_special"], row["n_straddling"], row["question"],
+                row["draw"],
+            )
+        )  # fmt: skip
+    return prompts
+
+
 @dataclass(frozen=True)
 class AnswerLog:
     """Record of how well the base model predicted each answer; see answers.answer_outcomes.
@@ -97,7 +137,7 @@ class AnswerLog:
 
     def table(self) -> pa.Table:
         log = PromptLog(self.prompt_set)
-        log.kept = [np.ones(len(prompt.positions), bool) for prompt in self.prompt_set.prompts]
+        log.kept = PromptLog.of_all(self.prompt_set).kept
         return log.table("answer", {"answer_nll_sum": self.nll, "answer_exact": self.exact.astype(np.float64)})
 
 

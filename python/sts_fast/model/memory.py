@@ -31,6 +31,7 @@ class TokenBudget:
     device:   device of the model's inputs
     name:     the model's name in errors
     n_tokens: the budget; None before the free memory was measured
+    fixed:    a batch that does not fit is an error, because smaller ones would round otherwise
     say:      receives a line where a pass did not fit and smaller ones follow
     """
 
@@ -42,7 +43,7 @@ class TokenBudget:
         n_tokens: int | None = None,
         say: Callable[[str], None] | None = None,
     ) -> None:
-        self.device, self.name, self.n_tokens = device, name, n_tokens
+        self.device, self.name, self.n_tokens, self.fixed = device, name, n_tokens, False
         self.say = say or (lambda line: None)
 
     def tokens(self, bytes_per_token: int) -> int:
@@ -67,6 +68,11 @@ class TokenBudget:
             raise InputError(
                 f"a prompt of {n_tokens} tokens does not fit into the memory of {self.device} beside {self.name}: "
                 "show fewer demonstrations, or give --dtype bfloat16"
+            )
+        if self.fixed:
+            raise InputError(
+                f"{n_tokens} tokens in a pass do not fit into the memory of {self.device} beside {self.name}: plan "
+                f"again with --batch-tokens {max(1, n_tokens // 2)}"
             )
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -104,6 +110,14 @@ def most_tokens(device: torch.device, *, gradient: bool = False) -> int:
     """Most tokens of a pass on a device, where memory allows it; gradient: whether a backward pass follows."""
     most = MOST_ON_CPU if device.type == "cpu" else MOST_BATCH_TOKENS
     return int(most * GRADIENT_SHARE) if gradient else most
+
+
+def usual_batch_tokens(device: str) -> int:
+    """Most tokens of a forward pass on a device by its name, whatever its memory; auto is CUDA where there is some."""
+    import torch
+
+    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    return MOST_ON_CPU if on_cpu else MOST_BATCH_TOKENS
 
 
 def take(order: list[int], lengths: NDArray[np.int64], batch_tokens: int) -> list[int]:

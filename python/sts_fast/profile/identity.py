@@ -64,6 +64,7 @@ def identity_of(
     reader: Reader, tuned: Reader | None, sae: SAE, kind: Kind, prompt_set: PromptSet, sampling: Sampling
 ) -> Identity:
     """The identity of a profile that is still to be made."""
+    prompts_sha256, shown_sha256 = digests_of(prompt_set)
     return Identity(
         set=prompt_set.name,
         kind=kind,
@@ -77,10 +78,18 @@ def identity_of(
             "limit": sampling.limit,
             "seed": sampling.seed,
         },
-        prompts_sha256=_sha256([(p.base_ids, p.positions) for p in prompt_set.prompts]),
-        shown_sha256=_sha256([(p.demos_ids, p.paired, p.paired_demos) for p in prompt_set.prompts])
-        if any(len(prompt.demos_ids) for prompt in prompt_set.prompts)
-        else None,
+        prompts_sha256=prompts_sha256,
+        shown_sha256=shown_sha256,
+    )
+
+
+def digests_of(prompt_set: PromptSet) -> tuple[str, str | None]:
+    """Of what the prompts send and read without demonstrations, and with them; None where there are none."""
+    prompts = prompt_set.prompts
+    shown = any(len(prompt.demos_ids) for prompt in prompts)
+    return (
+        _sha256([(prompt.base_ids, prompt.positions) for prompt in prompts]),
+        _sha256([(prompt.demos_ids, prompt.paired, prompt.paired_demos) for prompt in prompts]) if shown else None,
     )
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Unpack
+from typing import TYPE_CHECKING, Annotated, Unpack, get_args
 
 from sts_fast.data.examples import Example
-from sts_fast.data.options import Option
+from sts_fast.data.folders import Use
+from sts_fast.data.options import Option, part
+from sts_fast.data.prompts import PromptSet
 from sts_fast.data.sets import (
     Fields,
     FieldsOptions,
@@ -22,10 +25,16 @@ from sts_fast.data.sets import (
     check_enough,
 )
 from sts_fast.errors import InputError, SetTooSmall
-from sts_fast.model.session import Reading, ReadingOptions, SAESource, Session
+from sts_fast.files import hashed_inputs
+from sts_fast.model.language_model import LanguageModel
+from sts_fast.model.memory import usual_batch_tokens
+from sts_fast.model.session import Loading, Purpose, Reading, ReadingOptions, SAESource, Session
+from sts_fast.model.stored import is_activations
 from sts_fast.profile.library import Library
+from sts_fast.profile.pieces import cut
 from sts_fast.profile.profile import Profile
-from sts_fast.profile.read import read_profiles
+from sts_fast.profile.read import read_set
+from sts_fast.profile.work.plan import PlannedModel, PlannedSAE, ProfilePlan, Work
 from sts_fast.sae import SAE
 
 if TYPE_CHECKING:
@@ -37,17 +46,22 @@ class Profiling(Sampling, Fields, Reading):
     """Options of making profiles; see Sampling, Fields and Reading.
 
     shown: whether sets are read behind demonstrations too, for D_N from demonstrations and for the estimator icl
+    shard_tokens: most tokens that are read at once; larger sets are cut, and read piece by piece
     """
 
     TITLE = "Data"
 
     shown: Annotated[bool, Option("Read sets behind demonstrations too, as for the shift and icl.")] = True
+    shard_tokens: Annotated[
+        int, Option("Most tokens of a shard, which one worker reads and keeps; larger sets are cut.", least=1)
+    ] = 500_000
 
 
 class ProfilingOptions(SamplingOptions, FieldsOptions, ReadingOptions, total=False):
     """`Profiling` as keywords."""
 
     shown: bool
+    shard_tokens: int
 
 
 def profile(
@@ -71,35 +85,101 @@ def profile(
     InputError for unusable input.
     """
     profiling = Profiling(**options)
-    sets = Sets.read(trains or {}, domains, demos, profiling)
-    for line in sets.told():
-        profiling.tell_line(line)
-    saes = [sae] if isinstance(sae, (str, Path, SAE)) else list(sae)
-    session = Session.open(model, saes, profiling, tokenizer=tokenizer)
-    kinds: tuple[tuple[Kind, Mapping[str, list[Example]]], ...] = (("train", sets.trains), ("domain", sets.domains))
-    prompt_sets = []
-    left_out: list[str] = []
-    for kind, of_kind in kinds:
-        for name, examples in of_kind.items():
-            demonstrations = sets.demos.get(name)
-            try:
-                prompt_set = session.prompts(kind, name, examples, demonstrations, profiling, show=profiling.shown)
-                check_enough(prompt_set, session.context_length, kind)
-                prompt_sets.append((kind, prompt_set))
-            except SetTooSmall as error:
-                left_out.append(str(error))
-    if not prompt_sets:
-        raise InputError(left_out[0] + ("" if len(left_out) == 1 else "; and no other set can be used either"))
-    profiling.warn(*(f"a set is left out: {why}" for why in left_out))
-    session.check_fit(prompt_sets[0][1])
+    sets = _read(trains, domains, demos, profiling)
+    session = Session.open(model, _several(sae), profiling, tokenizer=tokenizer)
+    kinds, prompt_sets = _prompts(session, sets, profiling)
+    session.check_fit(prompt_sets[0])
+    if isinstance(session.reader, LanguageModel):
+        session.reader.settle(prompt_sets)
     made: list[Profile] = []
-    for kind, prompt_set in prompt_sets:
-        made += read_profiles(
+    for kind, prompt_set in zip(kinds, prompt_sets, strict=True):
+        made += read_set(
             session.reader, session.saes, kind, prompt_set, profiling,
-            library=Library(Path(library)), tell=partial(profiling.tell, prompt_set.name),
+            library=Library(Path(library)), most_tokens=None if session.activations else profiling.shard_tokens,
+            tell=partial(profiling.tell, prompt_set.name),
         )  # fmt: skip
     session.reader.say_passes()
     profiling.warn(
         *(f"no token of '{found.name}' is read, so that its profile is empty" for found in made if not found.n_tokens)
     )
     return made
+
+
+def plan_profiles(
+    *,
+    model: str | Path,
+    sae: SAESource | Sequence[SAESource],
+    library: str | Path,
+    trains: Mapping[str, Source] | None = None,
+    domains: Sources = (),
+    demos: Sources | None = None,
+    threads: int | None = None,
+    precision: str | None = None,
+    **options: Unpack[ProfilingOptions],
+) -> ProfilePlan:
+    """Plans what `profile` does, for several processes or machines to do it, and writes the plan into the library.
+
+    model:   a folder or hub id, of which only config and tokenizer are opened
+    threads: of each process that reads; None for one a core. precision: of products on CUDA
+    the rest: as for `profile`
+
+    Raises InputError for unusable input, or for what workers could not open.
+    """
+    profiling = Profiling(**options)
+    if is_activations(model):
+        raise InputError(f"{model} holds activations, which are read fast without a plan: leave out --executor")
+    sets = _read(trains, domains, demos, profiling)
+    session = Session.open(model, _several(sae), profiling, purpose=Purpose(run=False))
+    assert session.checkpoint is not None
+    kinds, prompt_sets = _prompts(session, sets, profiling)
+    read = [(use, table.path) for use in get_args(Use) for table in sets.tables(use) if table.path is not None]
+    return ProfilePlan(
+        folder=Path(library),
+        model=PlannedModel.of(session.checkpoint),
+        saes=tuple(PlannedSAE.of(of, profiling.sae_dtype) for of in session.saes),
+        loading=part(Loading, profiling),
+        sampling=part(Sampling, profiling),
+        work=Work(
+            batch_tokens=profiling.batch_tokens or usual_batch_tokens(profiling.device),
+            threads=threads or os.cpu_count() or 1,
+            precision=precision,
+            sae_dtype=profiling.sae_dtype,
+        ),
+        kinds=tuple(kinds),
+        sets=tuple(prompt_sets),
+        shards=tuple(cut(prompt_sets, profiling.shard_tokens)),
+        inputs=tuple(entry for use, path in read for entry in hashed_inputs(use, [path])),
+    ).saved(Path(library))
+
+
+def _read(trains: Mapping[str, Source] | None, domains: Sources, demos: Sources | None, profiling: Profiling) -> Sets:
+    sets = Sets.read(trains or {}, domains, demos, profiling)
+    for line in sets.told():
+        profiling.tell_line(line)
+    return sets
+
+
+def _several(sae: SAESource | Sequence[SAESource]) -> list[SAESource]:
+    return [sae] if isinstance(sae, (str, Path, SAE)) else list(sae)
+
+
+def _prompts(session: Session, sets: Sets, profiling: Profiling) -> tuple[list[Kind], list[PromptSet]]:
+    """The sets that have prompts enough, with their kinds; the others are left out with a warning."""
+    of_kinds: tuple[tuple[Kind, Mapping[str, list[Example]]], ...] = (("train", sets.trains), ("domain", sets.domains))
+    kinds: list[Kind] = []
+    prompt_sets: list[PromptSet] = []
+    left_out: list[str] = []
+    for kind, of_kind in of_kinds:
+        for name, examples in of_kind.items():
+            demonstrations = sets.demos.get(name)
+            try:
+                prompt_set = session.prompts(kind, name, examples, demonstrations, profiling, show=profiling.shown)
+                check_enough(prompt_set, session.context_length, kind)
+                kinds.append(kind)
+                prompt_sets.append(prompt_set)
+            except SetTooSmall as error:
+                left_out.append(str(error))
+    if not prompt_sets:
+        raise InputError(left_out[0] + ("" if len(left_out) == 1 else "; and no other set can be used either"))
+    profiling.warn(*(f"a set is left out: {why}" for why in left_out))
+    return kinds, prompt_sets

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sts_fast import files
-from sts_fast.data.prompts import Prompt, PromptSet, SetWarning
+from sts_fast.data.prompts import PromptSet, SetWarning
 from sts_fast.errors import InputError, one_line
 from sts_fast.files import Document
-from sts_fast.model.log import PromptLog
-from sts_fast.profile.identity import Identity
+from sts_fast.model.log import PromptLog, prompts_of
+from sts_fast.profile.identity import Identity, digests_of
 from sts_fast.profile.residuals import SUMS, ResidualSums
 from sts_fast.profile.rows import ENTRIES, PromptRows
 
@@ -57,6 +57,14 @@ ENCODINGS = {
 }
 
 
+class DamagedProfile(InputError):
+    """Raised for a profile in `folder` that is not as it was written; made again, it is whole."""
+
+    def __init__(self, message: str, folder: Path) -> None:
+        super().__init__(message)
+        self.folder = folder
+
+
 @dataclass(frozen=True, repr=False)
 class Profile:
     """One set as one SAE sees it: a sparse row a prompt, and sums over the residual stream itself.
@@ -84,10 +92,7 @@ class Profile:
 
         folder = Path(folder)
         index = read_index(folder)
-        for name in (ROWS_FILE, RESIDUALS_FILE):
-            path = folder / name
-            if not path.is_file() or files.sha256(path) != index["files"].get(name):
-                raise InputError(f"{path} is missing or damaged: make the profile again")
+        check_files(folder, index)
         try:
             with pq.ParquetFile(folder / ROWS_FILE) as file:  # read_table would import pandas
                 table = file.read()
@@ -109,7 +114,7 @@ class Profile:
             if identity.key != index["key"]:
                 raise ValueError("its key is not that of what it was made of")
         except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
-            raise InputError(f"{folder} is no whole profile ({one_line(error)}): make it again") from error
+            raise DamagedProfile(f"{folder} is no whole profile ({one_line(error)}): make it again", folder) from error
         return cls(identity, prompt_set, log, rows, residuals)
 
     def save(self, folder: str | Path) -> None:
@@ -141,6 +146,27 @@ class Profile:
                 "files": {name: files.sha256(temporary / name) for name in (ROWS_FILE, RESIDUALS_FILE)},
             }
             (temporary / INDEX_FILE).write_text(files.to_json(index), encoding="utf-8")
+
+    @classmethod
+    def joined(cls, parts: Sequence[Profile], whole: PromptSet) -> Profile:
+        """The profile of a set, from those of consecutive parts of its prompts; one reading would give the same rows.
+
+        Raises InputError where parts were read with different models or SAEs.
+        """
+        for part in parts[1:]:
+            if (part.identity.model, part.identity.sae) != (parts[0].identity.model, parts[0].identity.sae):
+                raise InputError(
+                    f"parts of '{whole.name}' were read with different weights, or at different places: "
+                    f"{_difference(parts[0].identity, part.identity)}"
+                )
+        prompts_sha256, shown_sha256 = digests_of(whole)
+        identity = replace(parts[0].identity, prompts_sha256=prompts_sha256, shown_sha256=shown_sha256)
+        prompt_set = replace(whole, prompts=[prompt for part in parts for prompt in part.prompt_set.prompts])
+        log = PromptLog.joined([part.log for part in parts], prompt_set)
+        residuals = ResidualSums.zero(int(identity.sae["d_in"]))
+        for part in parts:
+            residuals.merge(part.residuals)
+        return cls(identity, prompt_set, log, PromptRows.joined([part.rows for part in parts]), residuals)
 
     @property
     def name(self) -> str:
@@ -187,11 +213,30 @@ class Profile:
         return self.rows.totals("sum_sq_shift") / max(self.n_pairs, 1)
 
 
+def _difference(one: Identity, other: Identity) -> str:
+    """The entries in which model and SAE of two profiles differ."""
+    pairs = ((block, getattr(one, block), getattr(other, block)) for block in ("model", "sae"))
+    return ", ".join(
+        f"{block}.{name} is {mine[name]} and {theirs[name]}"
+        for block, mine, theirs in pairs
+        for name in mine
+        if mine[name] != theirs[name]
+    )
+
+
 def without_demonstrations(prompt_set: PromptSet) -> PromptSet:
     """The same prompts, asked alone."""
     none = np.zeros(0, np.int32)
     prompts = [replace(prompt, demos_ids=none, paired=none, paired_demos=none, draw=0) for prompt in prompt_set.prompts]
     return replace(prompt_set, prompts=prompts, shown=())
+
+
+def check_files(folder: Path, index: Document) -> None:
+    """Raises DamagedProfile where a file of a profile is not the one that its index names."""
+    for name in (ROWS_FILE, RESIDUALS_FILE):
+        path = folder / name
+        if not path.is_file() or files.sha256(path) != index["files"].get(name):
+            raise DamagedProfile(f"{path} is missing or damaged: make the profile again", folder)
 
 
 def read_index(folder: Path) -> Document:
@@ -211,7 +256,7 @@ def read_index(folder: Path) -> Document:
         values = index[block]
         damaged += [f"{block}.{name}" for name, kind in kinds.items() if not isinstance(values.get(name, ...), kind)]
     if damaged:
-        raise InputError(f"{path} is damaged ({', '.join(damaged)}): make the profile again")
+        raise DamagedProfile(f"{path} is damaged ({', '.join(damaged)}): make the profile again", folder)
     return index
 
 
@@ -255,24 +300,10 @@ def _rows(table: pa.Table, d_sae: int) -> PromptRows:
 
 def _prompts(table: pa.Table, index: Mapping[str, Any], identity: Identity) -> tuple[PromptSet, PromptLog]:
     """The prompts with the tokens that were read as their positions, and the log that says so."""
-    prompts = []
-    for row in table.select([name for name in table.column_names if name not in ("features", *ENTRIES)]).to_pylist():
-        ids = {name: np.asarray(row[name], np.int32) for name in ("base_ids", "demos_ids", "positions", "paired")}
-        prompts.append(
-            Prompt(
-                row["id"], ids["base_ids"], ids["demos_ids"], ids["positions"], ids["paired"],
-                np.asarray(row["paired_demos"], np.int32), row["n_special"], row["n_straddling"], row["question"],
-                row["draw"],
-            )
-        )  # fmt: skip
     prompt_set = PromptSet(
-        identity.set, prompts, index["n_too_long"], index["n_unanswered"],
+        identity.set, prompts_of(table), index["n_too_long"], index["n_unanswered"],
         tuple(SetWarning(**warning) for warning in index["warnings"]), tuple(map(tuple, index["shown"])),
     )  # fmt: skip
-    log = PromptLog(prompt_set)
-    log.kept = [np.ones(len(prompt.positions), bool) for prompt in prompts]
-    log.kept_paired = [np.ones(len(prompt.paired), bool) for prompt in prompts]
-    log.n_read = np.asarray([len(prompt.positions) for prompt in prompts], np.int64)
-    log.n_pairs = np.asarray([len(prompt.paired) for prompt in prompts], np.int64)
+    log = PromptLog.of_all(prompt_set)
     log.n_sinks = np.asarray(table.column("n_sinks"), np.int64)
     return prompt_set, log

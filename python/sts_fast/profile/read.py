@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ from sts_fast.model.log import PromptLog
 from sts_fast.model.reader import PairedRows, Reader
 from sts_fast.profile.identity import Identity, identity_of
 from sts_fast.profile.library import Library
+from sts_fast.profile.pieces import PIECES_FOLDER, cut
 from sts_fast.profile.profile import Profile
 from sts_fast.profile.residuals import ResidualSums
 from sts_fast.profile.rows import PromptRows
@@ -56,6 +58,40 @@ def read_profiles(
         for profile in made.values():
             library.add(profile)
     return [made[i] if profile is None else profile for i, profile in enumerate(found)]
+
+
+def read_set(
+    reader: Reader,
+    saes: Sequence[SAE],
+    kind: Kind,
+    prompt_set: PromptSet,
+    sampling: Sampling,
+    *,
+    library: Library,
+    most_tokens: int | None,
+    tell: Tell,
+) -> list[Profile]:
+    """`read_profiles` of a set in the pieces that a plan would cut it into, each kept until all are read.
+
+    most_tokens: of a piece; None: the set is read as a whole
+    """
+    pieces = [] if most_tokens is None else [piece for shard in cut([prompt_set], most_tokens) for piece in shard]
+    if len(pieces) < 2:
+        return read_profiles(reader, saes, kind, prompt_set, sampling, library=library, tell=tell)
+    identities = [identity_of(reader, None, sae, kind, prompt_set, sampling) for sae in saes]
+    found = [library.get(identity, prompt_set) for identity in identities]
+    if wholes := [profile for profile in found if profile is not None] if None not in found else []:
+        return wholes
+    kept, parts = Library(library.folder / PIECES_FOLDER), []
+    for piece in pieces:
+        parts.append(read_profiles(reader, saes, kind, piece.of([prompt_set]), sampling, library=kept))
+        tell(piece.stop, len(prompt_set.prompts))
+    made = [Profile.joined(of_sae, prompt_set) for of_sae in zip(*parts, strict=True)]
+    for profile in made:
+        library.add(profile)
+    for part in (part for of_piece in parts for part in of_piece):
+        shutil.rmtree(kept.path_of(part.identity), ignore_errors=True)
+    return made
 
 
 class _Making:

@@ -1,0 +1,219 @@
+"""Plans of profiles: cut, read by workers in any order and by any of them, killed, and put together the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import Tiny
+
+import sts_fast
+from sts_fast.data.prompts import Prompt, PromptSet
+from sts_fast.errors import InputError
+from sts_fast.profile.pieces import Piece, cut
+from sts_fast.profile.profile import ROWS_FILE
+from sts_fast.profile.work import local
+from sts_fast.profile.work.plan import DONE_FOLDER, MERGED_FILE, ProfilePlan
+from sts_fast.profile.work.worker import Worker
+
+OPTIONS: dict[str, Any] = {"shots": 1, "domain_shots": 2, "limit": 12, "demo_draws": 2, "shard_tokens": 900}
+
+
+def digests(library: Path) -> dict[str, str]:
+    """SHA-256 of every file of every profile in a library."""
+    return {
+        str(path.relative_to(library)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for folder in sts_fast.Library(library)
+        for path in sorted(folder.iterdir())
+    }
+
+
+def sources(tiny: Tiny) -> dict[str, Any]:
+    saes = [tiny.saes["topk"], tiny.saes["jumprelu"]]
+    return {"model": tiny.model, "sae": saes, "trains": {"sums": tiny.train}, "domains": tiny.domains, **OPTIONS}
+
+
+def plan_of(tiny: Tiny, library: Path) -> ProfilePlan:
+    return sts_fast.plan_profiles(**sources(tiny), library=library, threads=1)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What one process makes without a plan."""
+    library = tmp_path_factory.mktemp("expected") / "lib"
+    sts_fast.profile(**sources(tiny), library=library)
+    return digests(library)
+
+
+def made_up(lengths: list[int], *, shown: bool = False) -> PromptSet:
+    some = np.zeros(3 if shown else 0, np.int32)
+    prompts = [Prompt(str(n), np.zeros(n, np.int32), some, some, some, some, 0) for n in lengths]
+    return PromptSet("set", prompts, 0, 0)
+
+
+def test_sets_are_cut_into_shards_of_whole_prompts() -> None:
+    sets = [made_up([10, 10]), made_up([10]), made_up([40, 40, 40, 40]), made_up([500]), made_up([5], shown=True)]
+    shards = cut(sets, 100)
+    assert shards == [
+        (Piece(0, 0, 2), Piece(1, 0, 1)),
+        (Piece(2, 0, 2),),
+        (Piece(2, 2, 4),),
+        (Piece(3, 0, 1),),
+        (Piece(4, 0, 1),),
+    ]
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        drawn = [made_up(rng.integers(1, 60, rng.integers(1, 30)).tolist()) for _ in range(rng.integers(1, 6))]
+        most = int(rng.integers(20, 400))
+        pieces = [piece for shard in cut(drawn, most) for piece in shard]
+        for index, prompt_set in enumerate(drawn):
+            read = [i for piece in pieces if piece.set == index for i in range(piece.start, piece.stop)]
+            assert read == [*range(len(prompt_set.prompts))]
+        for shard in cut(drawn, most):
+            sizes = [len(prompt.base_ids) for piece in shard for prompt in piece.of(drawn).prompts]
+            assert sum(sizes) <= most + max(sizes)
+
+
+def test_a_plan_is_the_same_each_time_and_can_be_read_again(tiny: Tiny, tmp_path: Path) -> None:
+    one, other = plan_of(tiny, tmp_path / "one"), plan_of(tiny, tmp_path / "other")
+    assert one.key == other.key
+    for name in ("plan.json", "prompts.parquet"):
+        assert (one.folder / name).read_bytes() == (other.folder / name).read_bytes()
+    again = ProfilePlan.load(one.folder / "plan.json")
+    assert again.key == one.key
+    assert again.missing() == [*range(len(one.shards))]
+    assert len(one.shards) > 3
+    assert any(not piece.is_whole(one.sets) for shard in one.shards for piece in shard)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_any_ranks_in_any_order_make_the_same_bytes(
+    tiny: Tiny, tmp_path: Path, expected: dict[str, str], world: int
+) -> None:
+    plan = plan_of(tiny, tmp_path / "lib")
+    for rank in reversed(range(world)):
+        assert not (plan.folder / MERGED_FILE).exists()
+        partial(sts_fast.run_rank, plan.folder / "plan.json")(None, rank, world)
+    assert digests(tmp_path / "lib") == expected
+    assert plan.missing() == []
+    assert not list((tmp_path / "lib" / "pieces").iterdir())
+    sts_fast.run_rank(plan)  # there is nothing left to do
+
+
+def test_processes_make_the_same_bytes(tiny: Tiny, tmp_path: Path, expected: dict[str, str]) -> None:
+    plan = plan_of(tiny, tmp_path / "lib")
+    told: list[tuple[int, int]] = []
+    sts_fast.run_local(plan, 2, tell=lambda done, total: told.append((done, total)))
+    assert digests(tmp_path / "lib") == expected
+    assert told[-1] == (len(plan.shards), len(plan.shards))
+
+
+def test_paths_may_differ_where_the_plan_is_worked_on(tiny: Tiny, tmp_path: Path, expected: dict[str, str]) -> None:
+    plan = plan_of(tiny, tmp_path / "lib")
+    there = tmp_path / "there"
+    there.mkdir()
+    shutil.move(tmp_path / "lib", there / "lib")
+    shutil.copytree(tiny.model, there / "model")
+    plan = ProfilePlan.load(there / "lib" / "plans" / plan.folder.name)
+    sts_fast.run_rank(plan, roots={str(tiny.model): str(there / "model")})
+    assert digests(there / "lib") == expected
+
+
+def test_what_is_damaged_is_read_again(tiny: Tiny, tmp_path: Path, expected: dict[str, str]) -> None:
+    library = tmp_path / "lib"
+    plan = plan_of(tiny, library)
+    worker = Worker(plan)
+    for shard in range(len(plan.shards)):
+        worker.read(shard)
+    files = sorted([*library.glob(f"pieces/*/{ROWS_FILE}")])[:2] + sorted(library.glob(f"*/{ROWS_FILE}"))[:1]
+    files[0].write_bytes(files[0].read_bytes()[:-9])
+    flipped = bytearray(files[1].read_bytes())
+    flipped[100] ^= 1
+    files[1].write_bytes(flipped)
+    shutil.rmtree(files[2].parent)
+    assert 1 <= len(plan.missing()) <= 3
+    sts_fast.run_rank(plan)
+    assert digests(library) == expected
+
+
+def test_a_shard_that_cannot_be_read_is_named_and_the_others_are_kept(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(tiny, tmp_path / "lib")
+    read = Worker.read
+
+    def reads(self: Worker, shard: int, **options: Any) -> None:
+        if shard == 1:
+            raise InputError("this one cannot be read")
+        read(self, shard, **options)
+
+    monkeypatch.setattr(Worker, "read", reads)
+    with pytest.raises(InputError, match=r"shard 1 \(of .*\) could not be read: this one cannot"):
+        sts_fast.run_rank(plan)
+    assert plan.missing() == [1]
+
+
+def deadly(shard: int) -> list[str]:
+    """Kills the worker of the second shard."""
+    if shard == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return local._read(shard)
+
+
+def test_a_shard_that_kills_its_worker_is_left_out_and_said(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(tiny, tmp_path / "lib")
+    said: list[str] = []
+    with monkeypatch.context() as patched, pytest.raises(InputError, match="its worker was killed 3 times"):
+        patched.setattr(local, "_read", deadly)
+        sts_fast.run_local(plan, 1, say=said.append)
+    assert said.count("the worker of shard 1 was killed: it is read again") == 2
+    assert plan.missing() == [1]
+
+
+def test_another_model_or_plan_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    plan = plan_of(tiny, tmp_path / "lib")
+    with pytest.raises(InputError, match="not the model that the plan was made with: config.json"):
+        other = tmp_path / "model"
+        shutil.copytree(tiny.model, other)
+        config = json.loads((other / "config.json").read_text())
+        (other / "config.json").write_text(json.dumps(config | {"rope_theta": 77.0}))
+        sts_fast.run_rank(plan, roots={str(tiny.model): str(other)})
+    with pytest.raises(InputError, match="is another SAE than the plan was made with"):
+        sts_fast.run_rank(plan, roots={str(tiny.saes["topk"]): str(tiny.saes["jumprelu"])})
+    file = plan.folder / "plan.json"
+    document = json.loads(file.read_text())
+    for change, error in (
+        ({"sts_fast": "9.9"}, "made by sts-fast 9.9"),
+        ({"shards": document["shards"][:-1]}, "changed by hand"),
+        ({"sets": 3}, "is damaged"),
+        ({"format": "other"}, "is no plan"),
+    ):
+        file.write_text(json.dumps(document | change))
+        with pytest.raises(InputError, match=error):
+            ProfilePlan.load(file)
+    file.write_text(json.dumps(document))
+    (plan.folder / "prompts.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match="missing or damaged"):
+        ProfilePlan.load(file)
+
+
+def test_different_weights_are_not_put_together(tiny: Tiny, tmp_path: Path) -> None:
+    """The tuned model has the files and sizes of the other."""
+    plan = plan_of(tiny, tmp_path / "lib")
+    half = len(plan.shards) // 2
+    worker, other = Worker(plan), Worker(plan, {str(tiny.model): str(tiny.tuned)})
+    for shard in range(len(plan.shards)):
+        (worker if shard < half else other).read(shard)
+    with pytest.raises(InputError, match="were read with different models"):
+        sts_fast.run_rank(plan)
+    assert (plan.folder / DONE_FOLDER).is_dir()
