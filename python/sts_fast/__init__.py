@@ -30,7 +30,7 @@ from sts_fast.outcomes.validate import validate
 from sts_fast.profile.library import Library
 from sts_fast.profile.make import plan_profiles, profile
 from sts_fast.profile.profile import Profile
-from sts_fast.profile.work import ProfilePlan, run_local, run_rank
+from sts_fast.profile.work import ProfilePlan, RayCluster, run_local, run_rank, run_ray
 from sts_fast.rollouts import load_rollouts, rollouts, sample_rollouts
 from sts_fast.sae import SAE, load_sae
 
@@ -50,6 +50,7 @@ __all__ = [
     "Overlap",
     "Profile",
     "ProfilePlan",
+    "RayCluster",
     "ShiftStats",
     "SparseFeatures",
     "ToolCall",
@@ -77,6 +78,7 @@ __all__ = [
     "rollouts",
     "run_local",
     "run_rank",
+    "run_ray",
     "sample_rollouts",
     "score",
     "search",

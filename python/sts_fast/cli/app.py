@@ -19,7 +19,7 @@ from sts_fast.cli.mix import mix
 from sts_fast.cli.options import with_options
 from sts_fast.cli.output import expand_config
 from sts_fast.cli.overlap import overlap
-from sts_fast.cli.profile import profile
+from sts_fast.cli.profile import merge, profile, work
 from sts_fast.cli.rollouts import rollouts
 from sts_fast.cli.search import search
 from sts_fast.cli.trace import trace
@@ -56,6 +56,8 @@ COMMANDS: dict[Callable[..., None], str] = {
     shift: "sts-fast shift --model M --sae S --train train.jsonl",
     rollouts: "sts-fast rollouts --model M --sae S --train questions.jsonl --check math --domains evals/",
     profile: "sts-fast profile --model M --sae S --train a=a.jsonl --domains evals/ --library library",
+    work: "sts-fast work library/plans/0f3a91c2b7de/plan.json --rank 0 --world 8",
+    merge: "sts-fast merge library/plans/0f3a91c2b7de/plan.json",
     search: "sts-fast search --library library --up law --keep math,code",
     capture: "sts-fast capture --model M --sae S --train train.jsonl --domains evals/ --output activations",
     mix: "sts-fast mix --model M --sae S --train train.jsonl --pool pool/ --from RUN --budget 2000",

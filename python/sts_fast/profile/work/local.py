@@ -24,9 +24,16 @@ GPUS = "CUDA_VISIBLE_DEVICES"
 
 
 def run_local(
-    plan: ProfilePlan, n_workers: int, *, roots: Roots | None = None, say: Say | None = None, tell: Tell | None = None
+    plan: ProfilePlan,
+    n_workers: int | None = None,
+    *,
+    roots: Roots | None = None,
+    say: Say | None = None,
+    tell: Tell | None = None,
 ) -> None:
-    """Reads the missing shards with so many processes, one GPU each where there are GPUs, and merges.
+    """Reads the missing shards with processes, one GPU each where there are GPUs, and merges.
+
+    n_workers: None: one a GPU, or one
 
     tell: is told how many shards are read, and of how many
 
@@ -40,7 +47,7 @@ def run_local(
     gpus = _gpus()
     threads = [
         threading.Thread(target=driver.serve, args=(gpus[i % len(gpus)] if gpus else None,), daemon=True)
-        for i in range(min(n_workers, len(missing)))
+        for i in range(min(n_workers or len(gpus) or 1, len(missing)))
     ]
     for thread in threads:
         thread.start()

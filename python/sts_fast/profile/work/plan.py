@@ -160,6 +160,11 @@ class ProfilePlan:
                     digest.update(f"{len(ids)} ".encode() + ids.astype("<i4").tobytes())
         return digest.hexdigest()
 
+    @property
+    def n_tokens(self) -> list[int]:
+        """Of each set, the tokens that reading it runs, but for demonstrations."""
+        return [sum(map(n_tokens, prompt_set.prompts)) for prompt_set in self.sets]
+
     def saved(self, library: Path) -> ProfilePlan:
         """The plan with its folder in a library, written there unless it is there already."""
         plan = replace(self, folder=library / PLANS_FOLDER / self.key[:SHOWN_DIGITS])
@@ -242,13 +247,13 @@ class ProfilePlan:
                     "kind": kind,
                     "name": prompt_set.name,
                     "n_prompts": len(prompt_set.prompts),
-                    "n_tokens": sum(map(n_tokens, prompt_set.prompts)),
+                    "n_tokens": n,
                     "n_too_long": prompt_set.n_too_long,
                     "n_unanswered": prompt_set.n_unanswered,
                     "warnings": [asdict(warning) for warning in prompt_set.warnings],
                     "shown": [list(draw) for draw in prompt_set.shown],
                 }
-                for kind, prompt_set in zip(self.kinds, self.sets, strict=True)
+                for kind, prompt_set, n in zip(self.kinds, self.sets, self.n_tokens, strict=True)
             ],
             "shards": [[[piece.set, piece.start, piece.stop] for piece in shard] for shard in self.shards],
             "inputs": list(self.inputs),

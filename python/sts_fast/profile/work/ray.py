@@ -1,0 +1,131 @@
+"""A Ray cluster that reads a plan's shards: Ray places, retries and watches tasks, on one machine or many."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from sts_fast.data.prompts import Tell
+from sts_fast.errors import InputError, one_line
+from sts_fast.profile.work.local import MOST_KILLS
+from sts_fast.profile.work.merge import merge
+from sts_fast.profile.work.plan import ProfilePlan
+from sts_fast.profile.work.worker import Roots, Say, Worker, raise_failed
+
+
+@dataclass(frozen=True)
+class RayCluster:
+    """Where tasks run, and what each takes of it.
+
+    address: of a cluster that runs already, as in `ray.init`; None starts one on this machine, for this plan alone
+    n_workers: tasks at a time; None: as many as the cluster has room for
+    gpus:    of one task; a share of one lets several tasks use it
+    """
+
+    address: str | None = None
+    n_workers: int | None = None
+    gpus: float = 0.0
+
+
+def run_ray(
+    plan: ProfilePlan,
+    cluster: RayCluster = RayCluster(),
+    *,
+    roots: Roots | None = None,
+    say: Say | None = None,
+    tell: Tell | None = None,
+) -> None:
+    """Reads the missing shards as tasks of Ray, and merges. Every node must see the plan's library, and has sts_fast.
+
+    tell: is told how many shards are read, and of how many
+
+    Raises InputError without the package ray, where no cluster answers, or where a shard cannot be read or killed its
+    worker three times; the others are kept.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise InputError("--executor ray needs the package ray: pip install 'sts-fast[ray]'") from error
+    started = not ray.is_initialized()
+    if started:
+        _start(cluster, plan.work.threads)
+    try:
+        failed = _run(plan, cluster, dict(roots or {}), say or (lambda line: None), tell or (lambda done, total: None))
+    finally:
+        if started:
+            ray.shutdown()
+    raise_failed(plan, failed)
+    merge(plan)
+
+
+def _start(cluster: RayCluster, threads: int) -> None:
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        if cluster.address is not None:
+            ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            n_cpus = None if cluster.n_workers is None else cluster.n_workers * threads
+            ray.init(num_cpus=n_cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = "on this machine" if cluster.address is None else f"at {cluster.address}"
+        raise InputError(f"no Ray cluster answers {where} ({one_line(error)}): start one, or omit --address") from error
+
+
+def _run(plan: ProfilePlan, cluster: RayCluster, roots: dict[str, str], say: Say, tell: Tell) -> dict[int, str]:
+    """Returns by shard why it could not be read."""
+    import ray
+
+    # A worker keeps its model for the next task, which Ray would not do by itself on a GPU.
+    resources: Any = {"num_cpus": plan.work.threads, "num_gpus": cluster.gpus}
+    task: Any = ray.remote(**resources, max_retries=MOST_KILLS - 1, max_calls=0)(_read)
+    waiting = plan.missing()
+    running: dict[Any, int] = {}
+    failed: dict[int, str] = {}
+    done = len(plan.shards) - len(waiting)
+    tell(done, len(plan.shards))
+    while waiting or running:
+        while waiting and len(running) < (cluster.n_workers or len(plan.shards)):
+            shard = waiting.pop(0)
+            running[task.remote(str(plan.folder), roots, shard)] = shard
+        [ready], _ = ray.wait([*running], num_returns=1)
+        shard = running.pop(ready)
+        try:
+            lines, error, hopeless = ray.get(ready)
+        except ray.exceptions.RayError as lost:
+            lines, error, hopeless = [], f"its worker was lost {MOST_KILLS} times ({one_line(lost)})", False
+        for line in lines:
+            say(line)
+        if hopeless:
+            for other in running:
+                ray.cancel(other, force=True)
+            raise InputError(error)
+        if error is not None:
+            failed[shard] = error
+        done += 1
+        tell(done, len(plan.shards))
+    return failed
+
+
+_workers: dict[str, Worker] = {}
+_lines: list[str] = []
+
+
+def _read(plan: str, roots: dict[str, str], shard: int) -> tuple[list[str], str | None, bool]:
+    """Reads a shard in a worker of Ray: what it said, why it failed, and whether every other shard would, too."""
+    error, hopeless = None, True
+    try:
+        if plan not in _workers:
+            _workers.clear()  # of an earlier plan
+            _workers[plan] = Worker(ProfilePlan.load(plan), roots, _lines.append)
+        worker = _workers[plan]
+        worker.session  # noqa: B018
+        hopeless = False
+        worker.read(shard, check_fit=shard == 0)
+    except InputError as raised:
+        error = str(raised)
+    said, _lines[:] = [*_lines], []
+    return said, error, hopeless and error is not None
