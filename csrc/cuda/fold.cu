@@ -1,15 +1,10 @@
 #include "cuda/epilogue.cuh"
 #include "cuda/fold.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/status.cuh"
 
 namespace sts::cuda {
 namespace {
-
-__device__ bool all_fine(const int64_t* status, int n_status) {
-    for (int i = 0; i < n_status; ++i)
-        if (status[i] != kFine) return false;
-    return true;
-}
 
 __device__ void add_to(const SumTargets& targets, int s, int64_t column, double sum) {
     if (!targets.data[s]) return;

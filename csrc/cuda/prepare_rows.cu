@@ -1,6 +1,7 @@
 #include "cuda/bfloat16.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ops.h"
+#include "cuda/status.cuh"
 
 namespace sts::cuda {
 namespace {
@@ -96,8 +97,7 @@ __global__ void __launch_bounds__(kThreads)
         *reinterpret_cast<uint4*>(hi + at) = {high[0], high[1], high[2], high[3]};
         if (lo) *reinterpret_cast<uint4*>(lo + at) = {low[0], low[1], low[2], low[3]};
     }
-    if (faulty)
-        atomicMin(reinterpret_cast<unsigned long long*>(status), static_cast<unsigned long long>(first_row + row));
+    if (faulty) report(status, first_row + row);
 }
 
 }  // namespace
