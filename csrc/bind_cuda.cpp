@@ -84,6 +84,15 @@ int64_t* int64s(const py::object& tensor) {
 double* doubles(const py::object& tensor) {
     return data<double>(tensor, "float64");
 }
+int32_t* int32s(const py::object& tensor) {
+    return data<int32_t>(tensor, "int32");
+}
+
+template <class T>
+sts::Span<const T> span(const py::object& tensor, const char* dtype) {
+    const Tensor given(tensor, dtype);
+    return {static_cast<const T*>(given.data), given.shape[0]};
+}
 
 Device make_device(int index, uintptr_t stream, const std::string& loop) {
     Device device{4, 8, 0, Loop::automatic, reinterpret_cast<cudaStream_t>(stream)};
@@ -164,7 +173,7 @@ RowLists make_lists(const py::object& lists) {
     if (lists.is_none()) return {};
     const auto given = lists.cast<py::tuple>();
     const Tensor columns(given[0], "int32");
-    return {static_cast<int32_t*>(columns.data), floats(given[1]), data<int>(given[2], "int32"), columns.shape[1]};
+    return {static_cast<int32_t*>(columns.data), floats(given[1]), int32s(given[2]), columns.shape[1]};
 }
 
 void prepare(const Device& device, const py::object& acts, const std::string& input_norm, const py::object& hi,
@@ -182,6 +191,19 @@ void prepare(const Device& device, const py::object& acts, const std::string& in
     const bool as_float = !hi.is_none() && text(hi.attr("dtype")) == "torch.float32";
     launched(prepare_rows(device, rows, norm, as_float ? nullptr : bfloat16s(hi), bfloat16s(lo),
                           as_float ? floats(hi) : nullptr, depth, first_row, int64s(status) + word));
+}
+
+/// (indptr, indices, values)
+sts::SparseView make_rows(const py::tuple& given) {
+    return {span<int64_t>(given[0], "int64"), span<int32_t>(given[1], "int32"), span<float>(given[2], "float32")};
+}
+
+PromptTokens make_tokens(const py::tuple& base, const py::object& base_starts, const py::tuple& other,
+                         const py::object& other_starts, const py::object& pair_at, int64_t d_sae, int window) {
+    const auto starts = span<int64_t>(base_starts, "int64");
+    if (window <= 0 || window % 32) throw std::invalid_argument("a window must be a multiple of 32 features");
+    return {make_rows(base), make_rows(other), starts.data, int64s(other_starts),
+            int64s(pair_at), starts.size - 1,  d_sae,       window};
 }
 
 py::tuple as_tuple(const SlabShape& shape) {
@@ -289,4 +311,28 @@ PYBIND11_MODULE(STS_CUDA_MODULE, m) {
         },
         py::arg("device"), py::arg("paired"), py::arg("keys"), py::arg("values"), py::arg("starts"), py::arg("rows"),
         py::arg("weighted"), py::arg("targets"), py::arg("status"));
+    py::class_<PromptTokens>(m, "PromptTokens", py::module_local())
+        .def(py::init(&make_tokens), py::arg("base"), py::arg("base_starts"), py::arg("other"), py::arg("other_starts"),
+             py::arg("pair_at"), py::arg("d_sae"), py::arg("window"))
+        .def_property_readonly("n_windows", &PromptTokens::n_windows);
+    m.def(
+        "check_sparse",
+        [](const Device& device, const py::tuple& rows, int64_t d_sae, const py::object& status, int64_t word) {
+            launched(check_sparse(device, make_rows(rows), d_sae, int64s(status) + word));
+        },
+        py::arg("device"), py::arg("rows"), py::arg("d_sae"), py::arg("status"), py::arg("word"));
+    m.def(
+        "count_by_prompt",
+        [](const Device& device, const PromptTokens& tokens, const py::object& counts, const py::object& status) {
+            launched(count_by_prompt(device, tokens, int64s(counts), int64s(status), count_of(status)));
+        },
+        py::arg("device"), py::arg("tokens"), py::arg("counts"), py::arg("status"));
+    m.def(
+        "sum_by_prompt",
+        [](const Device& device, const PromptTokens& tokens, const py::object& first_entries, const py::tuple& sums) {
+            const PromptSums to{int32s(sums[0]),  int32s(sums[1]),  doubles(sums[2]), doubles(sums[3]),
+                                doubles(sums[4]), doubles(sums[5]), floats(sums[6]),  int32s(sums[7])};
+            launched(sum_by_prompt(device, tokens, int64s(first_entries), to));
+        },
+        py::arg("device"), py::arg("tokens"), py::arg("first_entries"), py::arg("sums"));
 }

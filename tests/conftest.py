@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import emulator
@@ -48,6 +48,19 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
         pytest.skip("no C++ compiler to build the emulator with")
     monkeypatch.setattr(cuda_kernels, "kernels", module)
     yield torch.device("cpu")
+
+
+@pytest.fixture
+def rows_on(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Any]:
+    """A function that puts rows on the GPU; the emulated one takes the CPU's tensors for its own."""
+    import torch
+
+    from sts_fast.ops import backend
+
+    if gpu.type == "cpu":
+        is_tensor = lambda acts: torch.device("cpu") if isinstance(acts, torch.Tensor) else None  # noqa: E731
+        monkeypatch.setattr(backend, "cuda_device_of", is_tensor)
+    return lambda acts: torch.as_tensor(acts).to(gpu)
 
 
 @pytest.fixture(scope="session")

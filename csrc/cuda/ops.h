@@ -98,4 +98,35 @@ cudaError_t fold_entries(const Device& device, bool paired, const int64_t* keys,
                          const int64_t* starts, int64_t n_columns, const double* rows, int64_t n_weights,
                          double* weighted, const SumTargets& targets, const int64_t* status, int n_status);
 
+/// Lowers status[0] to the first row whose indptr does not ascend from 0 to the number of entries, and status[1] to the
+/// first whose indices do not ascend below d_sae.
+cudaError_t check_sparse(const Device& device, const SparseView& rows, int64_t d_sae, int64_t* status);
+
+/// What sts::sum_by_prompt takes; each prompt's features are summed a window of them at a time.
+struct PromptTokens {
+    SparseView base, other;
+    const int64_t *base_starts, *other_starts;  ///< [n_prompts + 1]
+    const int64_t* pair_at;
+    int64_t n_prompts, d_sae;
+    int window;  ///< features, a multiple of 32; a block keeps two bits for each
+
+    int64_t n_windows() const { return (d_sae + window - 1) / window; }
+};
+
+/// counts [n_prompts, n_windows] features that fire; untouched where status has a fault.
+cudaError_t count_by_prompt(const Device& device, const PromptTokens& tokens, int64_t* counts, const int64_t* status,
+                            int n_status);
+
+/// Entries of sts::PromptRows, which need not be zeroed.
+struct PromptSums {
+    int32_t *indices, *n_fired;
+    double *sum_h, *sum_sq_h, *sum_shift, *sum_sq_shift;
+    float* strongest;
+    int32_t* strongest_at;
+};
+
+/// The sums of the CPU op, bit for bit. first_entries [n_prompts, n_windows] are running totals of the counts.
+cudaError_t sum_by_prompt(const Device& device, const PromptTokens& tokens, const int64_t* first_entries,
+                          const PromptSums& sums);
+
 }  // namespace sts::cuda

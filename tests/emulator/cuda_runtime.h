@@ -81,8 +81,23 @@ T atomicMin(T* address, T value) {
     *address = std::min(old, value);
     return old;
 }
+template <class T>
+T atomicOr(T* address, T value) {
+    const T old = *address;
+    *address = old | value;
+    return old;
+}
 inline int __popc(uint32_t bits) {
     return __builtin_popcount(bits);
+}
+inline int __ffs(uint32_t bits) {
+    return __builtin_ffs(static_cast<int>(bits));
+}
+inline double __dmul_rn(double a, double b) {
+    return a * b;
+}
+inline double __dadd_rn(double a, double b) {
+    return a + b;
 }
 inline uint32_t __float_as_uint(float value) {
     uint32_t bits;

@@ -272,15 +272,6 @@ def test_the_argument_at_fault_is_named(gpu: Any, changed: dict[str, Any], messa
         cuda.accumulate_shift(encoder_of(problem, gpu), **arguments)
 
 
-@pytest.fixture
-def rows_on(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A function that puts rows on the GPU; the emulated one takes the CPU's tensors for its own."""
-    if gpu.type == "cpu":
-        is_tensor = lambda acts: torch.device("cpu") if isinstance(acts, torch.Tensor) else None  # noqa: E731
-        monkeypatch.setattr(backend, "cuda_device_of", is_tensor)
-    return lambda acts: on(gpu, acts)
-
-
 @pytest.mark.parametrize("kind", ["standard", "jumprelu", "gated", "topk, rescaled"])
 def test_statistics_stay_where_the_rows_are_and_save_the_same_file(rows_on: Any, kind: str, tmp_path: Path) -> None:
     sae, base, other = make_sae(kind), make_acts(60), make_acts(60, seed=1)

@@ -18,6 +18,7 @@ from sts_fast.data.sets import Sampling, Sets, Source
 from sts_fast.errors import InputError
 from sts_fast.forecast.options import Settings
 from sts_fast.model.session import Session
+from sts_fast.ops import _cpu
 from sts_fast.ops.encode import encode
 from sts_fast.profile import read as read_module
 from sts_fast.profile import rows as rows_module
@@ -75,6 +76,18 @@ def test_rows_are_the_sums_of_each_prompts_tokens(tiny: Tiny, profile: Profile) 
         np.testing.assert_allclose(profile.rows.totals(quantity), expected.sum(axis=0), rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(profile.mean_activation(), dense[0].sum(axis=0) / profile.n_tokens, rtol=1e-12)
     np.testing.assert_allclose(profile.mean_squared_shift(), dense[3].sum(axis=0) / profile.n_pairs, rtol=1e-12)
+
+
+def test_rows_on_a_gpu_give_the_sums_of_their_features(tiny: Tiny, profile: Profile, rows_on: Any) -> None:
+    session = session_of(tiny, "topk")
+    [sae] = session.saes
+    [rows] = next(iter(session.reader.rows("train", profile.prompt_set)))
+    rows = replace(rows, base=rows_on(rows.base), demos=rows_on(rows.demos))
+    base, demos = (encode(sae, acts).on_cpu().parts for acts in (rows.base, rows.demos))
+    of_base, of_demos = (np.cumsum([0, *map(np.sum, kept)]) for kept in (rows.kept, rows.kept_paired))
+    sums = _cpu.sum_by_prompt(base, of_base, demos, of_demos, rows.pair_at, d_sae=sae.d_sae)
+    assert len(sums[1])
+    assert_same(PromptRows.of(sae, rows), PromptRows(sae.d_sae, *sums))
 
 
 def test_several_saes_share_a_reading(tiny: Tiny, profile: Profile) -> None:

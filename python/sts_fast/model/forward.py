@@ -31,12 +31,12 @@ from sts_fast.model.packing import (
     check_vocabulary,
     lay_out,
     layer_sizes,
-    moved,
     row_norms,
     shared_cache,
     shared_length,
     short_windows,
 )
+from sts_fast.ops.cuda import moved
 
 if TYPE_CHECKING:
     import torch

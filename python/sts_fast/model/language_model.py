@@ -22,10 +22,11 @@ from sts_fast.model.layer_trace import input_device
 from sts_fast.model.lengths import forget_lengths, length_rule
 from sts_fast.model.loading import Request, absent_text, load
 from sts_fast.model.memory import running
-from sts_fast.model.packing import check_vocabulary, moved
+from sts_fast.model.packing import check_vocabulary
 from sts_fast.model.reader import PairedRows, Reader
 from sts_fast.model.weights import DeviceMap
 from sts_fast.ops import cuda_kernels
+from sts_fast.ops.cuda import moved
 from sts_fast.places import layer_of, split_name
 
 if TYPE_CHECKING:

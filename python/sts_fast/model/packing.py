@@ -129,11 +129,6 @@ def check_vocabulary(model: torch.nn.Module, ids: Sequence[IntArray], *, name: s
         )
 
 
-def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Moves a tensor to a device; to a GPU asynchronously."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
 def layer_sizes(model: torch.nn.Module, config: Any) -> tuple[float, int, int]:
     """(number of weights, width of the queries, width of the keys) of one layer."""
     n_heads = getattr(config, "num_attention_heads", 1)

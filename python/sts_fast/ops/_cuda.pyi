@@ -82,3 +82,22 @@ def fold_entries(
     targets: tuple[Any, ...],
     status: Any,
 ) -> None: ...
+
+class PromptTokens:
+    def __init__(
+        self,
+        base: tuple[Any, Any, Any],
+        base_starts: Any,
+        other: tuple[Any, Any, Any],
+        other_starts: Any,
+        pair_at: Any,
+        d_sae: int,
+        window: int,
+    ) -> None:
+        """base, other: (indptr, indices, values). The tensors must outlive it."""
+    @property
+    def n_windows(self) -> int: ...
+
+def check_sparse(device: Device, rows: tuple[Any, Any, Any], d_sae: int, status: Any, word: int) -> None: ...
+def count_by_prompt(device: Device, tokens: PromptTokens, counts: Any, status: Any) -> None: ...
+def sum_by_prompt(device: Device, tokens: PromptTokens, first_entries: Any, sums: tuple[Any, ...]) -> None: ...

@@ -7,7 +7,7 @@ same, bit for bit; unlike the CPU's they depend on how rows are split into calls
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -26,6 +26,7 @@ MOST_ROWS = 1 << 16  # of one launch
 MOST_ROWS_OF_A_CALL = 1 << 31  # a row's number is the upper half of a key
 FIRST_STRIP = 8192  # features whose k largest values bound the row's, at least an eighth of all
 MOST_DENSE_WEIGHTS = 64  # more weights or targets than that are applied to the active features one by one
+PROMPT_WINDOW = 1 << 16  # features of a prompt that one block sums
 MAIN_LOOP = "automatic"  # or "sm80", which runs on every GPU, or "sm90"
 
 _SUMS = ("sum_sq_shift", "sum_base", "sum_other", "sum_sq_base", "sum_sq_other", "n_fired_base", "n_fired_other")
@@ -34,14 +35,30 @@ _NO_KEY = (1 << 63) - 1
 Op = TypeVar("Op", bound=Callable[..., Any])
 
 
-def _on_its_device(op: Op) -> Op:
-    """Kernels start on torch's current device, which need not be that of the tensors."""
+def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Moves a tensor to a device; to a GPU asynchronously."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Kernels start on torch's current device, which need not be that of the tensors."""
+    import torch
+
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _launcher(device: torch.device) -> Any:
+    """Starts kernels on torch's current stream of a device."""
+    import torch
+
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return load().Device(device.index or 0, stream, MAIN_LOOP)
+
+
+def _on_its_device(op: Op) -> Op:
     @wraps(op)
     def run(encoder: Encoder, *args: Any, **kwargs: Any) -> Any:
-        import torch
-
-        with torch.cuda.device(encoder.device) if encoder.device.type == "cuda" else nullcontext():
+        with _current(encoder.device):
             return op(encoder, *args, **kwargs)
 
     return cast(Op, run)
@@ -118,6 +135,53 @@ def encode_sparse(
     return torch.searchsorted(all_keys, edges), indices, torch.cat(values)
 
 
+def sum_by_prompt(
+    base: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    base_starts: NDArray[np.int64],
+    other: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    other_starts: NDArray[np.int64],
+    pair_at: NDArray[np.int64],
+    *,
+    d_sae: int,
+) -> tuple[torch.Tensor, ...]:
+    """As _cpu.sum_by_prompt, and the same bit for bit; base and other, and the sums, are tensors on one device.
+
+    base_starts, other_starts and pair_at are numpy arrays. Fewer than 2^31 rows of each and prompts; any number of
+    entries. Waits for the device once, since the size of the sums is part of the result.
+    """
+    import torch
+
+    if not 0 < d_sae <= np.iinfo(np.int32).max:
+        raise ValueError(f"d_sae must lie between 1 and 2^31 - 1, got {d_sae}")
+    device = _check_sparse(base, None, "base")
+    _check_sparse(other, device, "other")
+    _check_starts(base_starts, len(base[0]) - 1, "base_starts")
+    _check_starts(other_starts, len(other[0]) - 1, "other_starts")
+    _check_pairs(base_starts, other_starts, pair_at)
+    n_prompts = len(base_starts) - 1
+    with _current(device):
+        on_host = [base_starts, other_starts, pair_at]
+        numbers = moved(torch.from_numpy(np.concatenate(on_host)), device)
+        of_base, of_other, pairs = torch.split(numbers, [len(part) for part in on_host])
+        launcher = _launcher(device)
+        tokens = load().PromptTokens(base, of_base, other, of_other, pairs, d_sae, PROMPT_WINDOW)
+        status = torch.full((4,), load().fine, dtype=torch.int64, device=device)
+        load().check_sparse(launcher, base, d_sae, status, 0)
+        load().check_sparse(launcher, other, d_sae, status, 2)
+        counts = torch.zeros(n_prompts * tokens.n_windows + 1, dtype=torch.int64, device=device)
+        if n_prompts:
+            load().count_by_prompt(launcher, tokens, counts[1:], status)
+        first_entries = counts.cumsum(0)
+        *faults, n_entries = torch.cat([status, first_entries[-1:]]).tolist()
+        _raise_faults_of_sparse(faults, d_sae)
+        ints, doubles, floats = torch.int32, torch.float64, torch.float32
+        dtypes = (ints, ints, doubles, doubles, doubles, doubles, floats, ints)
+        sums = tuple(torch.empty(n_entries, dtype=dtype, device=device) for dtype in dtypes)
+        if n_entries:
+            load().sum_by_prompt(launcher, tokens, first_entries, sums)
+        return first_entries[:: tokens.n_windows].contiguous(), *sums
+
+
 def top_indices(values: torch.Tensor, n: int) -> torch.Tensor:
     """[n] int64 positions of the n largest values, largest first; among equals the lower position."""
     import torch
@@ -145,9 +209,7 @@ class _Call:
         self.n_columns = encoder.d_sae if columns is None else len(columns)
         # One word per member for its first bad row, one for rows with too many candidates.
         self.status = torch.full((len(members) + 1,), load().fine, dtype=torch.int64, device=encoder.device)
-        index = encoder.device.index or 0
-        stream = torch.cuda.current_stream(encoder.device).cuda_stream if encoder.device.type == "cuda" else 0
-        self.device = load().Device(index, stream, MAIN_LOOP)
+        self.device = _launcher(encoder.device)
 
     @cached_property
     def columns_tensor(self) -> torch.Tensor:
@@ -460,6 +522,78 @@ def _check_acts(encoder: Encoder, acts: Any, name: str) -> None:
             f"{name} must be contiguous within a row (any stride between rows will do), "
             f"got an element stride of {acts.stride(1)}"
         )
+
+
+def _check_sparse(rows: Any, device: torch.device | None, name: str) -> torch.device:
+    """The device of compressed sparse rows, the given one if any; their numbers are checked by a kernel."""
+    import torch
+
+    if len(rows) != 3:
+        raise ValueError(f"{name} must be (indptr, indices, values)")
+    dtypes = {"indptr": torch.int64, "indices": torch.int32, "values": torch.float32}
+    for part, (kind, dtype) in zip(rows, dtypes.items(), strict=True):
+        if not isinstance(part, torch.Tensor) or part.dtype != dtype or device not in (None, part.device):
+            place = "" if device is None else f" on {device}"
+            raise ValueError(f"{name}_{kind} must be a tensor of {dtype}{place}, got {_described(part)}")
+        device = part.device
+        if part.ndim != 1:
+            raise ValueError(f"{name}_{kind} must have 1 dimension, got {part.ndim}")
+        if kind == "indptr" and len(part) > MOST_ROWS_OF_A_CALL:
+            raise ValueError(
+                f"{name} must have fewer than 2^31 rows in one call, got {len(part) - 1}: pass it in parts"
+            )
+        if not part.is_contiguous():
+            raise ValueError(f"{name}_{kind} must be C-contiguous")
+    assert device is not None
+    if not len(rows[0]):
+        raise ValueError(f"{name}_indptr must have an entry for each row and one more, got none")
+    if len(rows[1]) != len(rows[2]):
+        raise ValueError(f"{name}_values must have {len(rows[1])} entries, got {len(rows[2])}")
+    return device
+
+
+def _check_starts(starts: Any, n_rows: int, name: str) -> None:
+    _check_numbers(starts, name)
+    if not len(starts):
+        raise ValueError(f"{name} must have an entry for each prompt and one more, got none")
+    if len(starts) > MOST_ROWS_OF_A_CALL:
+        raise ValueError(f"{name} must be those of fewer than 2^31 prompts, got {len(starts) - 1}: pass them in parts")
+    if starts[0] != 0 or starts[-1] != n_rows or (np.diff(starts) < 0).any():
+        raise ValueError(f"{name} must ascend from 0 to the number of rows, {n_rows}")
+
+
+def _check_pairs(base_starts: Any, other_starts: Any, pair_at: Any) -> None:
+    _check_numbers(pair_at, "pair_at")
+    if len(other_starts) != len(base_starts):
+        raise ValueError(f"other_starts must have {len(base_starts)} entries, got {len(other_starts)}")
+    if len(pair_at) != other_starts[-1]:
+        raise ValueError(f"pair_at must have {other_starts[-1]} entries, got {len(pair_at)}")
+    begin, end = (np.repeat(edges, np.diff(other_starts)) for edges in (base_starts[:-1], base_starts[1:]))
+    outside = (pair_at < begin) | (pair_at >= end)
+    if outside.any():
+        raise ValueError(f"pair_at must name a row of the same prompt, which pair {int(outside.argmax())} does not")
+
+
+def _check_numbers(values: Any, name: str) -> None:
+    if not isinstance(values, np.ndarray) or values.dtype != np.int64:
+        described = values.dtype if isinstance(values, np.ndarray) else type(values).__name__
+        raise ValueError(f"{name} must be a numpy array of int64, got {described}")
+    check_array(values, name)
+    if values.ndim != 1:
+        raise ValueError(f"{name} must have 1 dimension, got {values.ndim}")
+
+
+def _raise_faults_of_sparse(faults: list[int], d_sae: int) -> None:
+    """Raises ValueError where check_sparse found a fault: (base_indptr, base_indices, other_indptr, other_indices)."""
+    for name, (in_indptr, in_indices) in (("base", faults[:2]), ("other", faults[2:])):
+        if in_indptr != load().fine:
+            raise ValueError(
+                f"{name}_indptr must ascend from 0 to the number of entries, which row {in_indptr} does not"
+            )
+        if in_indices != load().fine:
+            raise ValueError(
+                f"{name}_indices must ascend within a row and lie below d_sae, {d_sae}, which row {in_indices} does not"
+            )
 
 
 def _checked_columns(columns: Any, d_sae: int) -> NDArray[np.int64]:

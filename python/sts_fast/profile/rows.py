@@ -12,8 +12,8 @@ import numpy as np
 
 from sts_fast.errors import InputError
 from sts_fast.model.reader import PairedRows
-from sts_fast.ops import _cpu
 from sts_fast.ops.encode import encode
+from sts_fast.ops.sum_by_prompt import sum_by_prompt
 from sts_fast.sae import SAE
 
 if TYPE_CHECKING:
@@ -58,13 +58,12 @@ class PromptRows:
     @classmethod
     def of(cls, sae: SAE, rows: PairedRows) -> PromptRows:
         """Of a batch of tokens at the SAE's hook, in the order of `rows.prompts`."""
-        sums = _cpu.sum_by_prompt(
-            encode(sae, rows.base).on_cpu().parts,
+        sums = sum_by_prompt(
+            encode(sae, rows.base),
             _starts([int(kept.sum()) for kept in rows.kept]),
-            encode(sae, rows.demos).on_cpu().parts,
+            encode(sae, rows.demos),
             _starts([int(kept.sum()) for kept in rows.kept_paired]),
             rows.pair_at,
-            d_sae=sae.d_sae,
         )
         return cls(sae.d_sae, *sums)
 
