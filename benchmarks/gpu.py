@@ -131,7 +131,7 @@ def stage_build() -> Record:
 def stage_check() -> Record:
     environment = os.environ | {"PYTHONPATH": str(BUILT)}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-o", "filterwarnings=default", "-p", "no:cacheprovider"]
-    command += ["tests/ops/test_cuda.py", "-k", "not emulator"]
+    command += ["tests/ops/test_cuda.py", "tests/ops/test_sum_by_prompt.py", "-k", "not emulator"]
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     print(ran.stdout[-1500:])
     if ran.returncode:
@@ -140,7 +140,7 @@ def stage_check() -> Record:
 
     torch.use_deterministic_algorithms(True, warn_only=True)  # then torch.empty is filled with not-a-numbers
     errors = {f"{loop} {what}": error for loop in main_loops() for what, error in random_problems(loop)}
-    allowed = {"fp32": 1e-5, "bf16x2": 1e-4, "graph": 1e-4}
+    allowed = {"fp32": 1e-5, "bf16x2": 1e-4, "graph": 1e-4, "float64": 1e-12}
     wrong = {what: error for what, error in errors.items() if not error <= allowed[what.split()[1]]}
     found: Record = {"tests": ran.stdout.strip().split("\n")[-1], "relative_errors": errors}
     return found | ({"error": f"wrong results: {wrong}"} if wrong else {})
@@ -168,6 +168,7 @@ def random_problems(loop: str) -> Iterator[tuple[str, float]]:
             yield f"{precision} moments {d_in}x{d_sae}", problem.moments_error()
             top = Problem(d_in, d_sae, rows, "topk", precision, seed)
             yield f"{precision} topk {d_in}x{d_sae}", top.top_k_error()
+            yield f"float64 prompts' sums {d_in}x{d_sae}, {precision}", problem.by_prompt_error()
     problem = Problem(768, 5_000, 3_001, "jumprelu", "bf16x2", seed)
     sums = problem.new_sums()
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
@@ -209,6 +210,7 @@ def stage_small() -> Record:
                 problem.shift()
                 problem.moments()
                 problem.sparse()
+                problem.by_prompt()
     return {}
 
 

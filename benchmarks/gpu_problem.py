@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
 from collections.abc import Iterator
 from typing import Any
@@ -76,6 +78,27 @@ class Problem:
 
         return cuda.encode_sparse(self.encoder, self.base)
 
+    def prompts(self) -> dict[str, Any]:
+        """What sum_by_prompt takes: prompts of 0 to 99 tokens, and pairs of every other token, the last one first."""
+        import numpy as np
+
+        from sts_fast.ops import cuda
+
+        n = len(self.base)
+        starts = np.minimum(np.cumsum([0, *(np.arange(n) * 37 % 100)]), n)
+        pair_at = [np.arange(begin, end)[::-2] for begin, end in itertools.pairwise(starts)]
+        return {
+            "base": cuda.encode_sparse(self.encoder, self.base), "base_starts": starts,
+            "other": cuda.encode_sparse(self.encoder, self.other[np.concatenate(pair_at)]),
+            "other_starts": np.cumsum([0, *map(len, pair_at)]), "pair_at": np.concatenate(pair_at),
+            "d_sae": self.d_sae,
+        }  # fmt: skip
+
+    def by_prompt(self) -> Any:
+        from sts_fast.ops import cuda
+
+        return cuda.sum_by_prompt(**self.prompts())
+
     def features(self, acts: Any, columns: Any) -> tuple[Any, Any]:
         """(features, distance of each from its threshold) in float64; of jumprelu."""
         pre = acts.double() @ self.W_enc[:, columns].double() + self.bias[columns].double()
@@ -104,6 +127,32 @@ class Problem:
         size = h.abs().T @ self.targets.abs() + 1e-3
         off = (sums["sum_hy"][columns] - h.T @ self.targets).abs() / size
         return max(found, float(off[firm].max()))
+
+    def by_prompt_error(self) -> float:
+        """Against the features as they were encoded; infinite where the CPU's sums differ in a bit."""
+        import torch
+
+        from sts_fast.ops import _cpu, cuda
+        from sts_fast.ops.encode import SparseFeatures
+
+        given = self.prompts()
+        found = cuda.sum_by_prompt(**given)
+        of_cpu = {name: tuple(part.cpu().numpy() for part in given[name]) for name in ("base", "other")}
+        on_cpu = _cpu.sum_by_prompt(**{**given, **of_cpu})
+        if any(got.cpu().numpy().tobytes() != wanted.tobytes() for got, wanted in zip(found, on_cpu, strict=True)):
+            return math.inf
+        base, other = (SparseFeatures(*given[name], self.d_sae).to_dense().double() for name in ("base", "other"))
+        pairs = []
+        for p in range(len(given["base_starts"]) - 1):
+            rows, paired = (slice(*given[name][p : p + 2]) for name in ("base_starts", "other_starts"))
+            h, shift = base[rows], other[paired] - base[given["pair_at"][paired]]
+            here = torch.cat([h, other[paired]]).ne(0).any(0).nonzero()[:, 0]
+            part = slice(*found[0][p : p + 2].tolist())
+            if not torch.equal(found[1][part].long(), here):
+                return math.inf
+            sums = (h != 0, h, h.square(), shift, shift.square())
+            pairs += [(got[part], values.double().sum(0)[here]) for got, values in zip(found[2:7], sums, strict=True)]
+        return worst((got, wanted) for got, wanted in pairs if len(got))
 
     def margin(self) -> float:
         """What products may be off by; weights of "bf16" are bfloat16 here, so that nothing is rounded."""
