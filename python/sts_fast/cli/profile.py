@@ -57,7 +57,7 @@ class Machines(Checked):
     ] = None
     plan_only: Annotated[bool, Option("Write the plan and read nothing; sts-fast work reads its shards.")] = False
     address: Annotated[str | None, Option("Of a Ray cluster that runs already; default: one on this machine.")] = None
-    gpus: Annotated[float, Option("GPUs of one Ray worker.")] = 0.0
+    gpus: Annotated[float | None, Option("GPUs of one Ray worker; default: one where there are some.")] = None
     sbatch: Annotated[str, Option("Options of sbatch, as in '--partition=gpu --gres=gpu:1 --time=1:00:00'.")] = ""
     print_only: Annotated[bool, Option("Show the SLURM job, and submit nothing.", "--print")] = False
 
@@ -65,7 +65,7 @@ class Machines(Checked):
         """Raises InputError for an option of another executor."""
         given = {
             "--address": (self.address is not None, "ray"),
-            "--gpus": (bool(self.gpus), "ray"),
+            "--gpus": (self.gpus is not None, "ray"),
             "--sbatch": (bool(self.sbatch), "slurm"),
             "--print": (self.print_only, "slurm"),
         }

@@ -17,7 +17,7 @@ from sts_fast.data.prompts import Tell
 from sts_fast.errors import InputError
 from sts_fast.profile.work.merge import merge
 from sts_fast.profile.work.plan import ProfilePlan
-from sts_fast.profile.work.worker import Roots, Say, Worker, raise_failed
+from sts_fast.profile.work.worker import Roots, Say, Worker, once, raise_failed
 
 MOST_KILLS = 3  # of workers by one shard, before it is left out
 GPUS = "CUDA_VISIBLE_DEVICES"
@@ -33,6 +33,8 @@ def run_local(
 ) -> None:
     """Reads the missing shards with processes, one GPU each where there are GPUs, and merges.
 
+    A program that calls this must be safe to import, under `if __name__ == "__main__":`, as for every process pool.
+
     n_workers: None: one a GPU, or one
 
     tell: is told how many shards are read, and of how many
@@ -40,7 +42,7 @@ def run_local(
     Raises InputError where a shard cannot be read, or killed its worker three times; the others are kept.
     """
     missing = plan.missing()
-    driver = _Driver(plan, roots or {}, say or (lambda line: None), tell or (lambda done, total: None))
+    driver = _Driver(plan, roots or {}, once(say), tell or (lambda done, total: None))
     for shard in missing:
         driver.queue.put(shard)
     driver.tell(len(plan.shards) - len(missing), len(plan.shards))

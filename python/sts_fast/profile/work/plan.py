@@ -189,6 +189,8 @@ class ProfilePlan:
         """The plan of a plan.json, or of its folder. Raises InputError where it is damaged, or of another version."""
         path = Path(path)
         folder = path if path.is_dir() else path.parent
+        if not (folder / PLAN_FILE).is_file():
+            raise InputError(f"there is no plan at {path}: give the {PLAN_FILE} of sts-fast profile --plan-only")
         document = files.read_json(folder / PLAN_FILE)
         if document.get("format") != FORMAT:
             raise InputError(f"{folder / PLAN_FILE} is no plan: give one of sts-fast profile --plan-only")

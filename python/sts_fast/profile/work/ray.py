@@ -12,7 +12,7 @@ from sts_fast.errors import InputError, one_line
 from sts_fast.profile.work.local import MOST_KILLS
 from sts_fast.profile.work.merge import merge
 from sts_fast.profile.work.plan import ProfilePlan
-from sts_fast.profile.work.worker import Roots, Say, Worker, raise_failed
+from sts_fast.profile.work.worker import Roots, Say, Worker, once, raise_failed
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class RayCluster:
 
     address: of a cluster that runs already, as in `ray.init`; None starts one on this machine, for this plan alone
     n_workers: tasks at a time; None: as many as the cluster has room for
-    gpus:    of one task; a share of one lets several tasks use it
+    gpus:    of one task, where a share of one lets several tasks use it; None: one where the cluster has some
     """
 
     address: str | None = None
     n_workers: int | None = None
-    gpus: float = 0.0
+    gpus: float | None = None
 
 
 def run_ray(
@@ -52,7 +52,7 @@ def run_ray(
     if started:
         _start(cluster, plan.work.threads)
     try:
-        failed = _run(plan, cluster, dict(roots or {}), say or (lambda line: None), tell or (lambda done, total: None))
+        failed = _run(plan, cluster, dict(roots or {}), once(say), tell or (lambda done, total: None))
     finally:
         if started:
             ray.shutdown()
@@ -64,6 +64,7 @@ def _start(cluster: RayCluster, threads: int) -> None:
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default, of which it warns
     try:
         if cluster.address is not None:
             ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
@@ -80,7 +81,10 @@ def _run(plan: ProfilePlan, cluster: RayCluster, roots: dict[str, str], say: Say
     import ray
 
     # A worker keeps its model for the next task, which Ray would not do by itself on a GPU.
-    resources: Any = {"num_cpus": plan.work.threads, "num_gpus": cluster.gpus}
+    gpus = cluster.gpus
+    if gpus is None:
+        gpus = 1 if plan.loading.device != "cpu" and ray.cluster_resources().get("GPU") else 0  # type: ignore[no-untyped-call]
+    resources: Any = {"num_cpus": plan.work.threads, "num_gpus": gpus}
     task: Any = ray.remote(**resources, max_retries=MOST_KILLS - 1, max_calls=0)(_read)
     waiting = plan.missing()
     running: dict[Any, int] = {}

@@ -146,6 +146,18 @@ def run_rank(
         merge(plan)
 
 
+def once(say: Say | None) -> Say:
+    """Says each line once, however many workers say it."""
+    said: set[str] = set()
+
+    def say_new(line: str) -> None:
+        if line not in said and say is not None:
+            said.add(line)
+            say(line)
+
+    return say_new
+
+
 def raise_failed(plan: ProfilePlan, failed: Mapping[int, str]) -> None:
     """Raises InputError that says which shards could not be read, and why."""
     if not failed:
