@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
-import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from planned import digests, plan_of, sources
 from tiny import Tiny
 
 import sts_fast
@@ -20,29 +18,8 @@ from sts_fast.data.prompts import Prompt, PromptSet
 from sts_fast.errors import InputError
 from sts_fast.profile.pieces import Piece, cut
 from sts_fast.profile.profile import ROWS_FILE
-from sts_fast.profile.work import local
 from sts_fast.profile.work.plan import DONE_FOLDER, MERGED_FILE, ProfilePlan
 from sts_fast.profile.work.worker import Worker
-
-OPTIONS: dict[str, Any] = {"shots": 1, "domain_shots": 2, "limit": 12, "demo_draws": 2, "shard_tokens": 900}
-
-
-def digests(library: Path) -> dict[str, str]:
-    """SHA-256 of every file of every profile in a library."""
-    return {
-        str(path.relative_to(library)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for folder in sts_fast.Library(library)
-        for path in sorted(folder.iterdir())
-    }
-
-
-def sources(tiny: Tiny) -> dict[str, Any]:
-    saes = [tiny.saes["topk"], tiny.saes["jumprelu"]]
-    return {"model": tiny.model, "sae": saes, "trains": {"sums": tiny.train}, "domains": tiny.domains, **OPTIONS}
-
-
-def plan_of(tiny: Tiny, library: Path) -> ProfilePlan:
-    return sts_fast.plan_profiles(**sources(tiny), library=library, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -108,14 +85,6 @@ def test_any_ranks_in_any_order_make_the_same_bytes(
     sts_fast.run_rank(plan)  # there is nothing left to do
 
 
-def test_processes_make_the_same_bytes(tiny: Tiny, tmp_path: Path, expected: dict[str, str]) -> None:
-    plan = plan_of(tiny, tmp_path / "lib")
-    told: list[tuple[int, int]] = []
-    sts_fast.run_local(plan, 2, tell=lambda done, total: told.append((done, total)))
-    assert digests(tmp_path / "lib") == expected
-    assert told[-1] == (len(plan.shards), len(plan.shards))
-
-
 def test_paths_may_differ_where_the_plan_is_worked_on(tiny: Tiny, tmp_path: Path, expected: dict[str, str]) -> None:
     plan = plan_of(tiny, tmp_path / "lib")
     there = tmp_path / "there"
@@ -158,25 +127,6 @@ def test_a_shard_that_cannot_be_read_is_named_and_the_others_are_kept(
     monkeypatch.setattr(Worker, "read", reads)
     with pytest.raises(InputError, match=r"shard 1 \(of .*\) could not be read: this one cannot"):
         sts_fast.run_rank(plan)
-    assert plan.missing() == [1]
-
-
-def deadly(shard: int) -> list[str]:
-    """Kills the worker of the second shard."""
-    if shard == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return local._read(shard)  # in the worker, where it is what it was
-
-
-def test_a_shard_that_kills_its_worker_is_left_out_and_said(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = plan_of(tiny, tmp_path / "lib")
-    said: list[str] = []
-    monkeypatch.setattr(local, "_read", deadly)
-    with pytest.raises(InputError, match="its worker was killed 3 times"):
-        sts_fast.run_local(plan, 1, say=said.append)
-    assert said.count("the worker of shard 1 was killed: it is read again") == 2
     assert plan.missing() == [1]
 
 

@@ -119,7 +119,9 @@ class _Driver:
             return
         self.kills[shard] += 1
         if self.kills[shard] < MOST_KILLS:
-            self.say(f"the worker of shard {shard} was killed: it is read again")
+            self.say(
+                f"the worker of shard {shard} was killed ({self.kills[shard]} of {MOST_KILLS} times): it is read again"
+            )
             self.queue.put(shard)
         else:
             self.failed[shard] = (
