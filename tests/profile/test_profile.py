@@ -25,7 +25,7 @@ from sts_fast.profile import rows as rows_module
 from sts_fast.profile.profile import INDEX_FILE, RESIDUALS_FILE, ROWS_FILE, Profile
 from sts_fast.profile.read import read_profiles
 from sts_fast.profile.residuals import SUMS
-from sts_fast.profile.rows import ENTRIES, QUANTITIES, PromptRows
+from sts_fast.profile.rows import ENTRIES, QUANTITIES, PromptRows, rounded
 
 SAMPLING = Settings(shots=1, domain_shots=2, limit=12, demo_draws=2)
 
@@ -87,7 +87,18 @@ def test_rows_on_a_gpu_give_the_sums_of_their_features(tiny: Tiny, profile: Prof
     of_base, of_demos = (np.cumsum([0, *map(np.sum, kept)]) for kept in (rows.kept, rows.kept_paired))
     sums = _cpu.sum_by_prompt(base, of_base, demos, of_demos, rows.pair_at, d_sae=sae.d_sae)
     assert len(sums[1])
-    assert_same(PromptRows.of(sae, rows), PromptRows(sae.d_sae, *sums))
+    exact = PromptRows(sae.d_sae, *sums)
+    squares = {name: rounded(getattr(exact, name)) for name in ("sum_sq_h", "sum_sq_shift")}
+    assert_same(PromptRows.of(sae, rows), replace(exact, **squares))
+
+
+def test_sums_of_squares_have_40_bits_behind_the_first() -> None:
+    exact = np.random.default_rng(0).exponential(size=1000) ** 8
+    kept = rounded(exact)
+    mantissas = np.frexp(kept)[0] * 2**41
+    assert (mantissas == np.rint(mantissas)).all()
+    assert np.abs(kept / exact - 1).max() <= 2.0**-41
+    assert rounded(np.array([0.0, 3.0, 2 - 2**-52, np.inf])).tolist() == [0, 3, 2, np.inf]
 
 
 def test_several_saes_share_a_reading(tiny: Tiny, profile: Profile) -> None:
@@ -193,8 +204,8 @@ def test_rows_that_another_tool_wrote_wrong_are_named(
     table = pq.read_table(folder / ROWS_FILE)
     lists = table.column(column).to_pylist()
     lists[1] = spoil(lists[1])
-    at = table.column_names.index(column)
-    pq.write_table(table.set_column(at, column, pa.array(lists, table.schema.field(column).type)), folder / ROWS_FILE)
+    at, kind = table.column_names.index(column), pa.list_(table.schema.field(column).type.value_type)
+    pq.write_table(table.set_column(at, column, pa.array(lists, kind)), folder / ROWS_FILE)
     index = json.loads((folder / INDEX_FILE).read_text())
     index["files"][ROWS_FILE] = files.sha256(folder / ROWS_FILE)
     (folder / INDEX_FILE).write_text(json.dumps(index))

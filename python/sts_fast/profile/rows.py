@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -38,6 +38,7 @@ class PromptRows:
     n_fired:      [n_entries] int32, tokens read without demonstrations on which it fires
     sum_h, sum_sq_h: [n_entries] float64, over these, of its activation h and of h^2
     sum_shift, sum_sq_shift: [n_entries] float64, over pairs of tokens, of h(demos, x) - h(x) and its square
+                  (sums of squares are rounded to 40 bits, a relative error below 5e-13)
     strongest:    [n_entries] float32, its largest h without demonstrations; 0 where it fires with them alone
     strongest_at: [n_entries] int32, the first of the tokens read with it, counted from 0; -1 where there is none
 
@@ -65,7 +66,8 @@ class PromptRows:
             _starts([int(kept.sum()) for kept in rows.kept_paired]),
             rows.pair_at,
         )
-        return cls(sae.d_sae, *sums)
+        exact = cls(sae.d_sae, *sums)
+        return replace(exact, sum_sq_h=rounded(exact.sum_sq_h), sum_sq_shift=rounded(exact.sum_sq_shift))
 
     @classmethod
     def joined(cls, parts: Sequence[PromptRows]) -> PromptRows:
@@ -123,6 +125,13 @@ class PromptRows:
 
         values: Any = getattr(self, quantity)
         return csr_array((values, self.indices, self.indptr), shape=(len(self), self.d_sae))
+
+
+def rounded(sums: Doubles) -> Doubles:
+    """Sums that are not below zero, to 40 bits behind the first one; the other 12 would be noise that files keep."""
+    bits = sums.view(np.int64)
+    rounded: Doubles = ((bits + 2**11) & -(2**12)).view(np.float64)
+    return rounded
 
 
 def _room(n: int, dtype: Any) -> Any:
