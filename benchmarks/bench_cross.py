@@ -2,8 +2,9 @@
 
     python -m benchmarks.bench_cross [--trains 1000] [--domains 1000] [--width 65536] [--json results/cross.json]
 
-Profiles are made up: 64 prompts of 100 tokens, 64 features a token drawn by a Zipf law over the width, so that a prompt
-has some 2,000 of them. A pair of scores, and its interval, is checked against a loop over prompts first.
+Profiles are made up: 64 prompts of 100 tokens, with float32 activations of features that a Zipf law draws. Of 64 draws
+a token 37 are different features, some 1,500 a prompt; of 124 it is 64, and 2,500 a prompt. Their size on disk is told
+of both. A pair of scores, and its interval, is checked against a loop over prompts first.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import sts_fast
 from benchmarks.records import machine
@@ -26,36 +28,20 @@ from sts_fast.model.log import PromptLog
 from sts_fast.profile.identity import Identity
 from sts_fast.profile.profile import Profile
 from sts_fast.profile.residuals import ResidualSums
-from sts_fast.profile.rows import PromptRows
+from sts_fast.profile.rows import PromptRows, rounded
 from sts_fast.statistics import grouped_ratio_interval, resamples
 
-N_PROMPTS, N_TOKENS, L0, N_DRAWS, D_IN = 64, 100, 64, 5, 64
+N_PROMPTS, N_TOKENS, N_DRAWS, D_IN = 64, 100, 5, 64
+DRAWN, DRAWN_FOR_64 = 64, 124  # features a token, the same ones perhaps twice
 POOL = 16  # profiles that are really different
 
 
-def made_up(name: str, kind: str, width: int, seed: int) -> Profile:
+def made_up(name: str, kind: str, width: int, seed: int, n_drawn: int = DRAWN) -> Profile:
     rng = np.random.default_rng(seed)
     order = rng.permutation(width)
-    parts: dict[str, list[Any]] = {field: [] for field in ("n_fired", "sum_h", "sum_sq_h", "sum_shift", "sum_sq_shift")}
-    indptr, indices, strongest, at = [0], [], [], []
-    for _ in range(N_PROMPTS):
-        drawn = order[np.minimum(rng.zipf(1.15, N_TOKENS * L0), width) - 1]
-        features, n_fired = np.unique(drawn, return_counts=True)
-        n = len(features)
-        h = rng.exponential(1.0, n).astype(np.float32).astype(np.float64)
-        shift = rng.normal(0, 0.3, n)
-        for field, values in zip(parts, (n_fired, h * n_fired, h**2 * n_fired, shift, shift**2), strict=True):
-            parts[field].append(values)
-        indices.append(features)
-        indptr.append(indptr[-1] + n)
-        strongest.append(h)
-        at.append(rng.integers(0, N_TOKENS, n))
-    joined = {field: np.concatenate(values) for field, values in parts.items()}
-    rows = PromptRows(
-        width, np.asarray(indptr, np.int64), np.concatenate(indices).astype(np.int32),
-        joined["n_fired"].astype(np.int32), joined["sum_h"], joined["sum_sq_h"], joined["sum_shift"],
-        joined["sum_sq_shift"], np.concatenate(strongest).astype(np.float32), np.concatenate(at).astype(np.int32),
-    )  # fmt: skip
+    parts = [_prompt(rng, order, n_drawn) for _ in range(N_PROMPTS)]
+    indptr = np.cumsum([0, *(len(part[0]) for part in parts)], dtype=np.int64)
+    rows = PromptRows(width, indptr, *(np.concatenate(of) for of in zip(*parts, strict=True)))
     ids, every = np.zeros(N_TOKENS, np.int32), np.arange(N_TOKENS, dtype=np.int32)
     prompts = [Prompt(str(i), ids, ids, every, every, every, 0, 0, "?", i % N_DRAWS) for i in range(N_PROMPTS)]
     prompt_set = PromptSet(name, prompts, 0, 0)
@@ -83,6 +69,26 @@ def made_up(name: str, kind: str, width: int, seed: int) -> Profile:
     sampling = {"shots": 2, "demo_draws": N_DRAWS, "tokens": "query", "limit": N_PROMPTS, "seed": 0}
     identity = Identity(name, kind, model, sae, sampling, None, name, name)
     return Profile(identity, prompt_set, log, rows, residuals)
+
+
+def _prompt(rng: np.random.Generator, order: NDArray[np.int64], n_drawn: int) -> tuple[Any, ...]:
+    """A prompt's entries: sums of float32 activations, as a model's are."""
+    drawn = order[np.minimum(rng.zipf(1.15, (N_TOKENS, n_drawn)), len(order)) - 1]
+    firings = np.unique(drawn * N_TOKENS + np.arange(N_TOKENS)[:, None])  # by feature, then by token
+    features, first, of, n_fired = np.unique(
+        firings // N_TOKENS, return_index=True, return_inverse=True, return_counts=True
+    )
+    h, shown = (rng.exponential(1.0, len(firings)).astype(np.float32) for _ in range(2))
+    shift = shown.astype(np.float64) - h
+    sums = (np.bincount(of, values) for values in (h, h.astype(np.float64) ** 2, shift, shift**2))
+    sum_h, sum_sq_h, sum_shift, sum_sq_shift = sums
+    strongest = np.maximum.reduceat(h, first)
+    tokens = np.where(h == strongest[of], firings % N_TOKENS, N_TOKENS)
+    at = np.minimum.reduceat(tokens, first)
+    return (
+        features.astype(np.int32), n_fired.astype(np.int32), sum_h, rounded(sum_sq_h), sum_shift, rounded(sum_sq_shift),
+        strongest, at.astype(np.int32),
+    )  # fmt: skip
 
 
 def named(pool: list[Profile], n: int, kind: str) -> Iterator[Profile]:
@@ -118,6 +124,16 @@ def timed(run: Any) -> tuple[float, float]:
     return round(time.perf_counter() - clock, 2), round(time.process_time() - processor, 2)
 
 
+def on_disk(profile: Profile, folder: Path) -> dict[str, float]:
+    profile.save(folder)
+    return {
+        "features_per_token": round(float(profile.rows.n_fired.sum()) / profile.n_tokens, 1),
+        "features_per_prompt": round(len(profile.rows.indices) / N_PROMPTS),
+        "kilobytes_per_prompt": round(sum(path.stat().st_size for path in folder.iterdir()) / N_PROMPTS / 1000, 1),
+        "load_seconds": timed(lambda: Profile.load(folder))[0],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trains", type=int, default=1000)
@@ -129,7 +145,7 @@ def main() -> None:
     check(pool[:3], pool[3:6], 100)
     record: dict[str, Any] = {
         "machine": machine("cpu"), "trains": options.trains, "domains": options.domains, "width": options.width,
-        "prompts": N_PROMPTS, "features_per_prompt": round(len(pool[0].rows.indices) / N_PROMPTS),
+        "prompts": N_PROMPTS,
     }  # fmt: skip
     everything = timed(
         lambda: sts_fast.cross(named(pool, options.trains, "train"), named(pool, options.domains, "domain"))
@@ -138,10 +154,10 @@ def main() -> None:
     one = timed(lambda: sts_fast.cross(named(pool, 1, "train"), named(pool, options.domains, "domain")))
     record["one_train_seconds"], record["one_train_processor_seconds"] = one
     with tempfile.TemporaryDirectory() as folder:
-        pool[0].save(Path(folder) / "set")
-        size = sum(path.stat().st_size for path in (Path(folder) / "set").iterdir())
-        record["kilobytes_per_prompt"] = round(size / N_PROMPTS / 1000, 1)
-        record["load_seconds"] = timed(lambda: Profile.load(Path(folder) / "set"))[0]
+        record["on_disk"] = [
+            on_disk(made_up("set", "train", options.width, 0, n_drawn), Path(folder) / str(n_drawn))
+            for n_drawn in (DRAWN, DRAWN_FOR_64)
+        ]
     record["peak_megabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     print(json.dumps(record, indent=1))
     if options.json:
