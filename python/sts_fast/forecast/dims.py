@@ -65,13 +65,17 @@ class Shift:
         return np.asarray(kept) / top_n
 
 
+def ranked_by(dims: str) -> Quantity:
+    """The sums that rank features for D_N."""
+    return "sum_h" if dims == "active" else "sum_sq_shift"
+
+
 def measure_shift(profile: Profile, settings: Settings) -> Shift:
     """The shift of a training set: by what demonstrations (or training) change, or, for dims 'active', by activity.
 
     Raises InputError where the set has no token to measure it on, or features are too large for their sums.
     """
-    of_change = settings.dims != "active"
-    quantity: Quantity = "sum_sq_shift" if of_change else "sum_h"
+    of_change, quantity = settings.dims != "active", ranked_by(settings.dims)
     n = profile.n_pairs if of_change else profile.n_tokens
     if n == 0:
         raise InputError(

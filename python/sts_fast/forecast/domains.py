@@ -50,10 +50,10 @@ class Use:
         positions = np.asarray([read[p][i] for p, i in zip(prompt_of, at, strict=True)], np.int64)
         firings.add(prompt_set, rows.indices[entries].astype(np.int64), prompt_of, positions, rows.strongest[entries])
 
-    def n_terms(self, estimator: str) -> Doubles:
-        """[n_prompts] tokens, or pairs of tokens, of each prompt."""
+    def n_terms(self, estimator: str, n_features: int = 1) -> Doubles:
+        """[n_prompts] see Estimator."""
         log = self.profile.log
-        return (log.n_pairs if BY_NAME[estimator].of == "pairs" else log.n_read).astype(np.float64)
+        return BY_NAME[estimator].n_terms(log.n_read, log.n_pairs, n_features)
 
 
 def use_of(profile: Profile, shift: Shift, settings: Settings) -> Use:
@@ -106,7 +106,7 @@ def _domain_score(
     for control, members in {**shift.feature_sets, **shift.raw_sets}.items():
         size = max(members.shape[-1], 1)
         for estimator in settings.sizes:
-            n_terms = use.n_terms(estimator) * (size if BY_NAME[estimator].per_feature else 1)
+            n_terms = use.n_terms(estimator, size)
             if n_terms.sum() == 0:
                 raise InputError(
                     f"domain '{use.name}' has no token to read for the estimator '{estimator}': its prompts without "
@@ -119,8 +119,8 @@ def _domain_score(
             if control:
                 control_scores.setdefault(control, {})[estimator] = ratio
                 continue
-            draw_of = prompt_set.draw_of if BY_NAME[estimator].of == "pairs" else np.zeros(n_prompts, np.int32)
-            interval = grouped_ratio_interval(use.sums[control, estimator], n_terms, drawn, draw_of)
+            groups = BY_NAME[estimator].groups(prompt_set.draw_of)
+            interval = grouped_ratio_interval(use.sums[control, estimator], n_terms, drawn, groups)
             scores[estimator] = Score(ratio, interval)
     for compared_control, value in compared.items():
         if value is not None:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
 
 from sts_fast.profile.rows import Quantity
 from sts_fast.statistics import Interval
+
+if TYPE_CHECKING:
+    from sts_fast.statistics import Counts, Doubles, IntArray
 
 SizeEstimator = Literal["act", "icl", "act_sq"]
 
@@ -46,6 +51,15 @@ class Estimator:
     def factor(self) -> float:
         """Units in a score of 1."""
         return 100.0 if self.unit == "points" else 1.0
+
+    def n_terms(self, n_read: Counts, n_pairs: Counts, n_features: int) -> Doubles:
+        """[n_prompts] terms of each prompt's sum, of its tokens read and pairs, and of n_features features."""
+        of_tokens = (n_pairs if self.of == "pairs" else n_read).astype(np.float64)
+        return of_tokens * (n_features if self.per_feature else 1)
+
+    def groups(self, draw_of: IntArray) -> IntArray:
+        """[n_prompts] prompts whose sums depend on one draw of demonstrations; draw_of: the draw of each."""
+        return draw_of if self.of == "pairs" else np.zeros_like(draw_of)
 
     @property
     def title(self) -> str:

@@ -29,6 +29,7 @@ from sts_fast.data.sets import Fields, FieldsOptions, Sampling, Sets, Source, ch
 from sts_fast.data.tables import Table
 from sts_fast.errors import InputError, listed
 from sts_fast.files import Document
+from sts_fast.forecast.dims import ranked_by
 from sts_fast.forecast.run import PROMPTS_FILE, Run
 from sts_fast.forecast.stored_prompts import answered_sets, sets_of_stage
 from sts_fast.model.session import Reading, ReadingOptions, Session
@@ -229,7 +230,7 @@ def by_score(run: Run, session: Session, tracing: Tracing, names: list[str]) -> 
     _, arrays = run.means()
     top, every = arrays["shifted_features"], [domain["name"] for domain in run.scores["domains"]]
     activations = arrays["domain_mean_activations"][[every.index(name) for name in names]]  # [n_domains, N]
-    sums = profile.rows.matrix("sum_h" if settings["dims"] == "active" else "sum_sq_shift").tocsc()[:, top]
+    sums = profile.rows.matrix(ranked_by(settings["dims"])).tocsc()[:, top]
     totals = np.asarray(sums.sum(axis=0)).ravel()
     shares = (sums * len(prompt_set.prompts)).multiply(1 / np.where(totals, totals, 1.0)).tocsr()
 
