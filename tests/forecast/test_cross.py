@@ -65,6 +65,24 @@ def test_intervals_are_those_of_score(tiny: Tiny, library: Path) -> None:
     assert len(table) == len(trains) * len(domains)
 
 
+def test_folders_give_what_their_profiles_give(library: Path) -> None:
+    trains, domains = profiles(library, "train"), profiles(library, "domain")
+    by_path = [[sts_fast.Library(library).path_of(of.identity) for of in of_kind] for of_kind in (trains, domains)]
+    before = sts_fast.get_num_threads()
+    try:
+        for n_threads in (1, 3):
+            sts_fast.set_num_threads(n_threads)
+            one = sts_fast.cross(trains, domains, estimators=ESTIMATORS, top_n=8)
+            other = sts_fast.cross(*by_path, estimators=ESTIMATORS, top_n=8)
+            assert (one.trains, one.domains) == (other.trains, other.domains)
+            assert np.array_equal(one.tops, other.tops)
+            for name in ESTIMATORS:
+                assert np.array_equal(one.values[name], other.values[name])
+                assert np.array_equal(one.intervals[name], other.intervals[name])
+    finally:
+        sts_fast.set_num_threads(before)
+
+
 def test_profiles_that_cannot_be_compared_are_refused(library: Path) -> None:
     trains, domains = profiles(library, "train"), profiles(library, "domain")
     sae = {**domains[0].identity.sae, "fingerprint": "0"}

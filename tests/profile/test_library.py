@@ -38,7 +38,7 @@ def scores_of(forecast: sts_fast.Forecast) -> dict[str, Any]:
 
 
 def test_each_profile_has_a_folder_of_its_own(tiny: Tiny, library: Path) -> None:
-    folders = list(sts_fast.Library(library))
+    folders = list(sts_fast.Library(str(library)))
     assert len(folders) == 2 * (1 + len(tiny.domains))
     profiles = [sts_fast.Profile.load(folder) for folder in folders]
     assert all(profile.identity.key[:12] in folder.name for profile, folder in zip(profiles, folders, strict=True))

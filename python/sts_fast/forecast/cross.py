@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 
 from sts_fast.errors import InputError
-from sts_fast.forecast.estimators import BY_NAME, SizeEstimator
+from sts_fast.forecast.dims import ranked_by
+from sts_fast.forecast.estimators import BY_NAME, Estimator, SizeEstimator
+from sts_fast.forecast.options import Dims
+from sts_fast.ops._cpu import get_num_threads
 from sts_fast.ops.shift import top_indices
+from sts_fast.profile.identity import Identity
 from sts_fast.profile.profile import Profile
+from sts_fast.profile.prompt_sums import PromptSums
 from sts_fast.statistics import grouped_ratio_intervals, resamples
 
 if TYPE_CHECKING:
     import pandas as pd
+    from scipy.sparse import csr_array
 
     from sts_fast.statistics import Doubles, Indices
+
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -49,8 +61,8 @@ class Cross:
 
 
 def cross(
-    trains: Iterable[Profile],
-    domains: Iterable[Profile],
+    trains: Iterable[Profile | Path],
+    domains: Iterable[Profile | Path],
     *,
     estimators: Sequence[SizeEstimator] = ("act", "icl"),
     dims: Literal["icl", "active"] = "icl",
@@ -59,87 +71,109 @@ def cross(
 ) -> Cross:
     """Scores every training set on every domain as `score` does, from profiles with one SAE; no model is run.
 
-    trains, domains: profiles, gone through once, one in memory at a time
+    trains, domains: profiles, gone through once, or their folders, of which only the columns that scores need are read;
+        a few are in memory at a time, one for each thread
     estimators: see DomainScore for their equations
     dims:       D_N from demonstrations of the training set ('icl'), or its most active features ('active')
     top_n:      size of D_N; seed: of the resamplings behind the intervals
 
     Raises InputError where profiles are of different SAEs or models or of other tokens, a training set has nothing to
-    rank features by, or the SAE has no top_n features.
+    rank features by, the SAE has no top_n features, or a file is damaged.
     """
     from scipy.sparse import csc_array
 
-    names, tops, first = [], [], None
-    for profile in trains:
-        first = first or profile
-        check_alike(first, profile)
-        if not 1 <= top_n <= profile.rows.d_sae:
-            raise InputError(f"--top-n must lie between 1 and {profile.rows.d_sae}, the SAE's features, not {top_n}")
-        names.append(profile.name)
-        tops.append(_top(profile, dims, top_n))
-    if first is None:
+    found = list(_in_threads(lambda train: _top(train, dims, top_n), trains))
+    if not found:
         raise InputError("there is no training set to compare: give the profile of one")
+    first = found[0][0]
+    for identity, _ in found:
+        check_alike(first, identity)
+    tops = np.stack([top for _, top in found])
     starts = np.arange(len(tops) + 1) * top_n
-    members = csc_array(
-        (np.ones(starts[-1]), np.concatenate(tops), starts), shape=(first.rows.d_sae, len(tops))
-    ).tocsr()
-    asked: list[str] = []
-    values: dict[str, list[Doubles]] = {name: [] for name in estimators}
-    intervals: dict[str, list[Doubles]] = {name: [] for name in estimators}
-    for profile in domains:
-        check_alike(first, profile)
-        asked.append(profile.name)
-        draws = resamples(len(profile.rows), seed, profile.name)
-        for name in estimators:
-            of, log = BY_NAME[name], profile.log
-            n_terms = (log.n_pairs if of.of == "pairs" else log.n_read).astype(np.float64)
-            n_terms *= top_n if of.per_feature else 1
-            sums = (profile.rows.matrix(of.sums) @ members).toarray()
-            groups = profile.prompt_set.draw_of if of.of == "pairs" else np.zeros(len(n_terms), np.int32)
-            if n_terms.sum() == 0:
-                values[name].append(np.full(len(names), np.nan))
-                intervals[name].append(np.full((2, len(names)), np.nan))
-                continue
-            values[name].append(sums.sum(axis=0) / n_terms.sum())
-            intervals[name].append(grouped_ratio_intervals(sums, n_terms, draws, groups))
+    members = csc_array((np.ones(tops.size), tops.ravel(), starts), shape=(int(first.sae["d_sae"]), len(tops))).tocsr()
+    wanted = np.diff(members.indptr) > 0
+
+    def scores(domain: Profile | Path) -> tuple[str, list[tuple[Doubles, Doubles]]]:
+        whole = PromptSums.of(domain, [BY_NAME[name].sums for name in estimators])
+        check_alike(first, whole.identity)
+        of_prompts = replace(whole, sums=whole.sums.of_features(wanted))
+        draws = resamples(len(whole.n_read), seed, whole.identity.set)
+        return whole.identity.set, [_scores(BY_NAME[name], of_prompts, members, draws) for name in estimators]
+
+    asked, of_domains = [], []
+    for domain, of_domain in _in_threads(scores, domains):
+        asked.append(domain)
+        of_domains.append(of_domain)
     if not asked:
         raise InputError("there is no domain to score: give the profile of one")
+    of_estimators = dict(zip(estimators, zip(*of_domains, strict=True), strict=True))
     return Cross(
-        names,
+        [identity.set for identity, _ in found],
         asked,
-        {name: np.stack(columns, axis=1) for name, columns in values.items()},
-        {name: np.stack(columns, axis=2) for name, columns in intervals.items()},
-        np.stack(tops),
+        {name: np.stack([values for values, _ in of], axis=1) for name, of in of_estimators.items()},
+        {name: np.stack([intervals for _, intervals in of], axis=2) for name, of in of_estimators.items()},
+        tops,
     )
 
 
-def _top(profile: Profile, dims: str, top_n: int) -> Indices:
-    if dims == "icl" and profile.identity.tuned is not None:
+def _in_threads(work: Callable[[Given], Made], given: Iterable[Given]) -> Iterator[Made]:
+    """Works on a few at a time, one for each thread; in their order."""
+    n_threads = get_num_threads()
+    waiting: deque[Future[Made]] = deque()
+    with ThreadPoolExecutor(n_threads) as pool:
+        for one in given:
+            waiting.append(pool.submit(work, one))
+            if len(waiting) > n_threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _scores(of: Estimator, domain: PromptSums, members: csr_array, draws: Doubles) -> tuple[Doubles, Doubles]:
+    """[n_trains] scores of a domain by one estimator, and [2, n_trains] their intervals.
+
+    members: [d_sae, n_trains] 1 where a feature is in D_N; draws: see `resamples`
+    """
+    n_trains = members.shape[1]
+    n_terms = of.n_terms(domain.n_read, domain.n_pairs, members.nnz // n_trains)
+    if n_terms.sum() == 0:
+        return np.full(n_trains, np.nan), np.full((2, n_trains), np.nan)
+    sums = (domain.sums.matrix(of.sums) @ members).toarray()
+    return sums.sum(axis=0) / n_terms.sum(), grouped_ratio_intervals(sums, n_terms, draws, of.groups(domain.draw_of))
+
+
+def _top(train: Profile | Path, dims: Dims, top_n: int) -> tuple[Identity, Indices]:
+    """The identity of a training set, and its D_N."""
+    quantity = ranked_by(dims)
+    of_prompts = PromptSums.of(train, [quantity])
+    identity, d_sae = of_prompts.identity, of_prompts.sums.d_sae
+    if not 1 <= top_n <= d_sae:
+        raise InputError(f"--top-n must lie between 1 and {d_sae}, the SAE's features, not {top_n}")
+    if dims == "icl" and identity.tuned is not None:
         raise InputError(
-            f"the profile of '{profile.name}' is of a model before and after training, not of demonstrations: give one "
+            f"the profile of '{identity.set}' is of a model before and after training, not of demonstrations: give one "
             "that sts-fast profile makes"
         )
-    n = profile.n_tokens if dims == "active" else profile.n_pairs
-    if n == 0:
+    if (of_prompts.n_read if dims == "active" else of_prompts.n_pairs).sum() == 0:
         raise InputError(
-            f"the profile of '{profile.name}' was made without demonstrations: make it again with them, or take the "
+            f"the profile of '{identity.set}' was made without demonstrations: make it again with them, or take the "
             "most active features"
         )
-    return top_indices(profile.rows.totals("sum_h" if dims == "active" else "sum_sq_shift"), top_n)
+    return identity, top_indices(of_prompts.sums.totals(quantity), top_n)
 
 
-def check_alike(one: Profile, other: Profile) -> None:
+def check_alike(one: Identity, other: Identity) -> None:
     """Raises InputError where two profiles cannot be held against each other."""
     for what, a, b in (
-        ("SAE", one.identity.sae["fingerprint"], other.identity.sae["fingerprint"]),
-        ("model", one.identity.model["weights_sha256"], other.identity.model["weights_sha256"]),
-        ("dtype", one.identity.model["dtype"], other.identity.model["dtype"]),
-        ("place", one.identity.model["module"], other.identity.model["module"]),
-        ("side", one.identity.model["side"], other.identity.model["side"]),
-        ("choice of tokens", one.identity.sampling["tokens"], other.identity.sampling["tokens"]),
+        ("SAE", one.sae["fingerprint"], other.sae["fingerprint"]),
+        ("model", one.model["weights_sha256"], other.model["weights_sha256"]),
+        ("dtype", one.model["dtype"], other.model["dtype"]),
+        ("place", one.model["module"], other.model["module"]),
+        ("side", one.model["side"], other.model["side"]),
+        ("choice of tokens", one.sampling["tokens"], other.sampling["tokens"]),
     ):
         if a != b:
             raise InputError(
-                f"the profiles of '{one.name}' and '{other.name}' were made with another {what} each: give profiles "
+                f"the profiles of '{one.set}' and '{other.set}' were made with another {what} each: give profiles "
                 "of one model and one SAE"
             )

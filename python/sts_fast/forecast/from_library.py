@@ -55,7 +55,7 @@ def compare_stored(
         raise InputError(
             "profiles have no answers and no model after training: estimators with a sign and dims tuned need the model"
         )
-    shelf = Library(Path(library)).shelf(sae)
+    shelf = Library(library).shelf(sae)
     pairs = any(BY_NAME[name].of == "pairs" for name in settings.sizes)
     of_trains = shelf.find("train", trains, shown=dims == "icl")
     of_domains = shelf.find("domain", domains, shown=pairs)
@@ -67,7 +67,7 @@ def compare_stored(
     for folder in of_trains.values():
         train = _plain(Profile.load(folder), keep=dims == "icl")
         for profile in scored:
-            check_alike(train, profile)
+            check_alike(train.identity, profile.identity)
         read_with = _as_read(settings, train, scored)
         shift = measure_shift(train, read_with)
         forecasts |= assemble(_basis(train, [folder, *of_domains.values()]), [shift], scored, read_with)

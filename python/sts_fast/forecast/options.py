@@ -110,7 +110,7 @@ class Settings(Sampling, Fields, Reading):
 
     @property
     def profiles(self) -> Library | None:
-        return None if self.library is None else Library(Path(self.library))
+        return None if self.library is None else Library(self.library)
 
     @property
     def signed(self) -> list[SignedEstimator]:

@@ -13,7 +13,7 @@ from sts_fast.errors import InputError
 from sts_fast.forecast.cross import cross
 from sts_fast.forecast.estimators import BY_NAME, SizeEstimator
 from sts_fast.profile.library import Library
-from sts_fast.profile.profile import Profile
+from sts_fast.profile.prompt_sums import questions_of
 from sts_fast.statistics import Interval
 
 
@@ -54,37 +54,31 @@ def search(
     """
     if not up:
         raise InputError("no domain was named: say which ones should move, with --up")
-    shelf = Library(Path(library)).shelf(sae)
+    shelf = Library(library).shelf(sae)
     known = shelf.find("domain", [*up, *keep], shown=BY_NAME[estimator].of == "pairs")
     trains = list(shelf.find("train", shown=True).values())
-    asked = {name: Profile.load(folder) for name, folder in known.items()}
-    found = cross(map(Profile.load, trains), asked.values(), estimators=(estimator,), top_n=top_n, seed=seed)
+    found = cross(trains, known.values(), estimators=(estimator,), top_n=top_n, seed=seed)
     values, intervals = found.values[estimator], found.intervals[estimator]
     moved, kept = ([found.domains.index(name) for name in names] for names in (up, keep))
     wanted = values[:, moved].mean(axis=1)
     unwanted = values[:, kept].mean(axis=1) if kept else np.ones(len(trains))
     selectivity = np.divide(wanted, unwanted, out=np.full(len(trains), np.inf), where=unwanted > 0)
-    ngrams = NgramIndex.of(
-        {name: [question for _, question in questions_of(profile)] for name, profile in asked.items()}
-    )
+    ngrams = NgramIndex.of({name: [question for _, question in questions_of(folder)] for name, folder in known.items()})
     candidates = []
     for i in np.argsort(-selectivity, kind="stable"):
-        train = Profile.load(trains[i])
         scores = {
             name: (float(values[i, k]), (float(intervals[0, i, k]), float(intervals[1, i, k])))
             for k, name in enumerate(found.domains)
         }
-        candidates.append(Candidate(train.name, scores, float(selectivity[i]), same_questions(train, ngrams)))
+        candidates.append(Candidate(found.trains[i], scores, float(selectivity[i]), same_questions(trains[i], ngrams)))
     return candidates
 
 
-def same_questions(train: Profile, ngrams: NgramIndex) -> dict[str, list[str]]:
-    """Ids of the training examples that ask the same as a domain's questions, by domain; none of one without."""
+def same_questions(train: Path, ngrams: NgramIndex) -> dict[str, list[str]]:
+    """Ids of the training examples that ask the same as a domain's questions, by domain; none of one without.
+
+    train: the folder of the training set's profile
+    """
     asked = questions_of(train)
     shared = ngrams.shared(question for _, question in asked)
     return {name: [asked[at][0] for at in places] for name, places in shared.items()}
-
-
-def questions_of(profile: Profile) -> list[tuple[str, str]]:
-    """(id, question) of the prompts whose text is known."""
-    return [(prompt.id, prompt.question) for prompt in profile.prompt_set.prompts if prompt.question is not None]

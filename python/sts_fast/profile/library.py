@@ -24,6 +24,9 @@ class Library:
 
     folder: Path
 
+    def __init__(self, folder: str | Path) -> None:
+        object.__setattr__(self, "folder", Path(folder))
+
     def path_of(self, identity: Identity) -> Path:
         """The place of a profile: named after its set and its key, so that no two sets share one."""
         name = NOT_IN_NAMES.sub("-", identity.set).strip("-.") or "set"

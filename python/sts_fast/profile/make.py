@@ -95,7 +95,7 @@ def profile(
     for kind, prompt_set in zip(kinds, prompt_sets, strict=True):
         made += read_set(
             session.reader, session.saes, kind, prompt_set, profiling,
-            library=Library(Path(library)), most_tokens=None if session.activations else profiling.shard_tokens,
+            library=Library(library), most_tokens=None if session.activations else profiling.shard_tokens,
             tell=partial(profiling.tell, prompt_set.name),
         )  # fmt: skip
     session.reader.say_passes()

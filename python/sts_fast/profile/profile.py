@@ -22,8 +22,9 @@ from sts_fast.profile.rows import ENTRIES, PromptRows
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from numpy.typing import NDArray
 
-    from sts_fast.statistics import Doubles
+    from sts_fast.statistics import Doubles, Indices
 
 FORMAT, VERSION = "sts-fast profile", 1
 INDEX_FILE, ROWS_FILE, RESIDUALS_FILE = "profile.json", "rows.parquet", "residuals.safetensors"
@@ -95,9 +96,11 @@ class Profile:
         try:
             with pq.ParquetFile(folder / ROWS_FILE) as file:  # read_table would import pandas
                 table = file.read()
-            identity = Identity(**{field.name: index[field.name] for field in fields(Identity)})
+            identity = identity_in(index)
             prompt_set, log = _prompts(table, index, identity)
-            rows = _rows(table, int(identity.sae["d_sae"]))
+            d_sae = int(identity.sae["d_sae"])
+            indptr, entries = read_entries(table, tuple(ENTRIES), d_sae)
+            rows = PromptRows(d_sae, indptr, **entries)
             if (rows.strongest_at >= log.n_read[rows.prompt_of]).any():
                 raise ValueError("strongest_at lies beyond the tokens that were read")
             arrays, _ = files.load_arrays(folder / RESIDUALS_FILE, "residuals")
@@ -235,7 +238,7 @@ def check_files(folder: Path, index: Document) -> None:
     """Raises DamagedProfile where a file of a profile is not the one that its index names."""
     for name in (ROWS_FILE, RESIDUALS_FILE):
         path = folder / name
-        if not path.is_file() or files.sha256(path) != index["files"].get(name):
+        if not is_whole(path, index):
             raise DamagedProfile(f"{path} is missing or damaged: make the profile again", folder)
 
 
@@ -260,6 +263,16 @@ def read_index(folder: Path) -> Document:
     return index
 
 
+def identity_in(index: Document) -> Identity:
+    """The identity that profile.json tells; raises TypeError or KeyError where it is damaged."""
+    return Identity(**{field.name: index[field.name] for field in fields(Identity)})
+
+
+def is_whole(path: Path, index: Document) -> bool:
+    """Whether a file of a profile is the one that profile.json names, by its SHA-256."""
+    return path.is_file() and files.sha256(path) == index["files"].get(path.name)
+
+
 def _table(profile: Profile) -> pa.Table:
     """One row a prompt: what was sent and read, and its features as lists."""
     import pyarrow as pa
@@ -277,28 +290,31 @@ def _table(profile: Profile) -> pa.Table:
     return table.replace_schema_metadata({KEY: profile.identity.key})
 
 
-def _rows(table: pa.Table, d_sae: int) -> PromptRows:
-    """The lists of all prompts; raises ValueError where they are not rows of an SAE so wide."""
+def read_entries(table: pa.Table, names: Sequence[str], d_sae: int) -> tuple[Indices, dict[str, NDArray[Any]]]:
+    """indptr of the lists of all prompts, and the entries of some of them, `indices` among these.
+
+    Raises ValueError where they are not rows of an SAE so wide.
+    """
     import pyarrow.compute as pc
 
     sizes, entries = [], {}
-    for name, dtype in ENTRIES.items():
+    for name in names:
         column = table.column("features" if name == "indices" else name).combine_chunks()
         values = column.flatten()
         if column.null_count or values.null_count:
             raise ValueError(f"{name} has a null")
         sizes.append(pc.list_value_length(column).to_numpy(zero_copy_only=False).astype(np.int64))
-        entries[name] = values.to_numpy(zero_copy_only=False).astype(dtype, copy=False)
+        entries[name] = values.to_numpy(zero_copy_only=False).astype(ENTRIES[name], copy=False)
     if any(not np.array_equal(of_list, sizes[0]) for of_list in sizes):
         raise ValueError("the lists of a prompt differ in length")
-    rows = PromptRows(d_sae, np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[0])]), **entries)
-    ascends = np.diff(rows.indices) > 0
-    ascends[rows.indptr[1:-1][(rows.indptr[1:-1] > 0) & (rows.indptr[1:-1] < len(rows.indices))] - 1] = True
-    if len(rows.indices) and not (ascends.all() and rows.indices.min() >= 0 and rows.indices.max() < d_sae):
+    indptr, features = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[0])]), entries["indices"]
+    ascends = np.diff(features) > 0
+    ascends[indptr[1:-1][(indptr[1:-1] > 0) & (indptr[1:-1] < len(features))] - 1] = True
+    if len(features) and not (ascends.all() and features.min() >= 0 and features.max() < d_sae):
         raise ValueError(f"features do not ascend within a prompt, below {d_sae}")
     if not all(np.isfinite(values).all() for values in entries.values()):
         raise ValueError("a sum is not finite")
-    return rows
+    return indptr, entries
 
 
 def _prompts(table: pa.Table, index: Mapping[str, Any], identity: Identity) -> tuple[PromptSet, PromptLog]:

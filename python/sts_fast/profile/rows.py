@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -19,12 +19,46 @@ from sts_fast.sae import SAE
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
-    from sts_fast.statistics import Counts, Doubles, Floats, Indices, IntArray
+    from sts_fast.statistics import Bools, Counts, Doubles, Floats, Indices, IntArray
 
 Quantity = Literal["n_fired", "sum_h", "sum_sq_h", "sum_shift", "sum_sq_shift"]
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
 # An array of more bytes lies in a file. Prompts, and entries, that are worked on at a time.
 MOST_BYTES, BLOCK_PROMPTS, BLOCK_ENTRIES = 2**27, 4096, 2**22
+
+
+@dataclass(frozen=True)
+class SparseSums:
+    """Some quantities of n prompts by feature, in compressed sparse row form; see PromptRows.
+
+    values: by quantity, [n_entries]
+    """
+
+    d_sae: int
+    indptr: Indices
+    indices: IntArray
+    values: Mapping[Quantity, Doubles]
+
+    def totals(self, quantity: Quantity) -> Doubles:
+        """[d_sae] float64 sum over all prompts, in their order."""
+        totals, values = np.zeros(self.d_sae), self.values[quantity]
+        for start in range(0, len(values), BLOCK_ENTRIES):
+            block = slice(start, start + BLOCK_ENTRIES)
+            totals += np.bincount(self.indices[block], values[block], minlength=self.d_sae)
+        return totals
+
+    def matrix(self, quantity: Quantity) -> csr_array:
+        """[n, d_sae] one quantity as a matrix of scipy, which shares the memory of these rows."""
+        from scipy.sparse import csr_array
+
+        values: Any = self.values[quantity]
+        return csr_array((values, self.indices, self.indptr), shape=(len(self.indptr) - 1, self.d_sae))
+
+    def of_features(self, wanted: Bools) -> SparseSums:
+        """The entries of some features, wanted: [d_sae]."""
+        entries = np.flatnonzero(wanted[self.indices])
+        values = {quantity: of[entries] for quantity, of in self.values.items()}
+        return SparseSums(self.d_sae, np.searchsorted(entries, self.indptr), self.indices[entries], values)
 
 
 @dataclass(frozen=True)
@@ -111,20 +145,18 @@ class PromptRows:
         """[n_entries] the prompt of each entry."""
         return np.repeat(np.arange(len(self)), np.diff(self.indptr))
 
+    @property
+    def sums(self) -> SparseSums:
+        """All quantities, which share the memory of these rows."""
+        return SparseSums(self.d_sae, self.indptr, self.indices, {name: getattr(self, name) for name in QUANTITIES})
+
     def totals(self, quantity: Quantity) -> Doubles:
-        """[d_sae] float64 sum over all prompts, in their order."""
-        totals, values = np.zeros(self.d_sae), getattr(self, quantity)
-        for start in range(0, len(values), BLOCK_ENTRIES):
-            block = slice(start, start + BLOCK_ENTRIES)
-            totals += np.bincount(self.indices[block], values[block], minlength=self.d_sae)
-        return totals
+        """See SparseSums."""
+        return self.sums.totals(quantity)
 
     def matrix(self, quantity: Quantity) -> csr_array:
-        """[n, d_sae] one quantity as a matrix of scipy, which shares the memory of these rows."""
-        from scipy.sparse import csr_array
-
-        values: Any = getattr(self, quantity)
-        return csr_array((values, self.indices, self.indptr), shape=(len(self), self.d_sae))
+        """See SparseSums."""
+        return self.sums.matrix(quantity)
 
 
 def rounded(sums: Doubles) -> Doubles:

@@ -14,9 +14,9 @@ from sts_fast.errors import InputError
 from sts_fast.forecast.cross import Cross, cross
 from sts_fast.forecast.estimators import BY_NAME, SizeEstimator
 from sts_fast.forecast.run import REPORT_FILE
-from sts_fast.forecast.search import questions_of, same_questions
+from sts_fast.forecast.search import same_questions
 from sts_fast.profile.library import Library
-from sts_fast.profile.profile import Profile
+from sts_fast.profile.prompt_sums import PromptSums, questions_of
 from sts_fast.report.numbers import counted, percent, significant
 from sts_fast.report.page import render
 
@@ -65,28 +65,27 @@ def build_library_report(folder: str | Path, *, top_n: int = 100, sae: str | Non
     Raises InputError where the library has no training set behind demonstrations or no domain, several profiles of one
     name, or nothing can be written.
     """
-    shelf = Library(Path(folder)).shelf(sae)
+    shelf = Library(folder).shelf(sae)
     of = BY_NAME[ESTIMATOR]
     trains, domains = (list(shelf.find(kind, shown=kind == "train").values()) for kind in ("train", "domain"))
     if not trains or not domains:
         missing = "domain" if trains else "training set that was read behind demonstrations"
         raise InputError(f"{folder} has no {missing}: add some with sts-fast profile")
-    identity = Profile.load(trains[0]).identity
-    top_n = min(top_n, identity.sae["d_sae"])
-    # One profile is in memory at a time.
-    found = cross(map(Profile.load, trains), map(Profile.load, domains), estimators=(ESTIMATOR,), top_n=top_n)
+    index = shelf.indices[trains[0]]
+    top_n = min(top_n, index["sae"]["d_sae"])
+    found = cross(trains, domains, estimators=(ESTIMATOR,), top_n=top_n)
     parts, asked = [], {}
-    for domain in map(Profile.load, domains):
-        parts.append(domain.rows.totals(of.sums))
-        asked[domain.name] = [question for _, question in questions_of(domain)]
+    for name, domain in zip(found.domains, domains, strict=True):
+        parts.append(PromptSums.of(domain, [of.sums]).sums.totals(of.sums))
+        asked[name] = [question for _, question in questions_of(domain)]
     rows, ngrams = [], NgramIndex.of(asked)
-    for i, train in enumerate(map(Profile.load, trains)):
+    for i, train in enumerate(trains):
         same = same_questions(train, ngrams)
         cells = [
             LibraryCell(*_number(found, i, k), carriers=_carriers(parts[k], found.tops[i]), same=same.get(name, []))
             for k, name in enumerate(found.domains)
         ]
-        rows.append(TrainRow(train.name, len(train.rows), cells))
+        rows.append(TrainRow(found.trains[i], shelf.indices[train]["n_prompts"], cells))
     page = render(
         TEMPLATE,
         rows=rows,
@@ -96,8 +95,8 @@ def build_library_report(folder: str | Path, *, top_n: int = 100, sae: str | Non
         meaning=of.meaning,
         top_n=top_n,
         same=SAME,
-        model=identity.model["name"],
-        sae=identity.sae["source"],
+        model=index["model"]["name"],
+        sae=index["sae"]["source"],
     )
     path = Path(folder) / REPORT_FILE
     with files.atomic_path(path) as written:
