@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from sts_fast.data.examples import Example
 from sts_fast.data.prompts import PromptSet, TokenClass, set_warnings
-from sts_fast.data.sets import Fields, Sampling, Sets, distinct
+from sts_fast.data.sets import Fields, Sampling, Sets, distinct, large_enough
 from sts_fast.data.template import PromptTemplate
-from sts_fast.errors import InputError
+from sts_fast.errors import InputError, SetTooSmall
 
 REPEATS = "examples that repeat another one are left out"
 WORDS = ["<unk>", "Question:", "Answer:", *(f"w{i}" for i in range(40))]
@@ -119,3 +120,20 @@ def test_rows_of_training_sets_and_domains_are_told_apart(tmp_path: Path) -> Non
     assert [block["sets"] for block in shown.blocks("train")] == [["train"], ["law"], ["demonstrations of law"]]
     with pytest.raises(InputError, match=r"train\.jsonl: row 2 has no question in 'question'"):
         Sets.read({"train": train}, [str(law)], None, Fields(strict=True))
+
+
+def test_sets_that_are_too_small_are_left_out() -> None:
+    def made(name: str) -> str:
+        if name in ("few", "none"):
+            raise SetTooSmall(f"{name} keeps 3 prompts")
+        return name
+
+    def found(*names: str) -> tuple[list[str], list[str]]:
+        return large_enough("domain", [partial(made, name) for name in names])
+
+    assert found("law", "few", "art") == (["law", "art"], ["a domain is left out: few keeps 3 prompts"])
+    assert found() == ([], [])
+    with pytest.raises(InputError, match=r"^few keeps 3 prompts$"):
+        found("few")
+    with pytest.raises(InputError, match="few keeps 3 prompts; and no other domain can be used either"):
+        found("few", "none")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypedDict, cast
+from typing import TYPE_CHECKING, Annotated, Literal, TypedDict, TypeVar, cast
 
 from sts_fast.data.columns import UNREMARKABLE, ReadRows, RowsBlock, reading_lines, row_blocks, row_warnings
 from sts_fast.data.demonstrations import choose_demos, room_for_demos
@@ -27,6 +27,7 @@ Source = Places | Sequence[Example]
 Sources = Mapping[str, Source] | Sequence[Place] | Place
 ReadSet = tuple[list[Example], ReadRows | None]
 Kind = Literal["train", "domain"]
+Made = TypeVar("Made")
 
 Limit = Annotated[int | None, Option("Most prompts of a set, drawn at random; 0 for all.", least=1)]
 Seed = Annotated[int, Option("Of the sample of prompts and the intervals.", least=0)]
@@ -363,3 +364,22 @@ def check_enough(prompt_set: PromptSet, context_length: int | None, kind: Kind) 
     name = f"{'training set' if kind == 'train' else 'domain'} '{prompt_set.name}'"
     name = "the training set" if prompt_set.name == "train" else name
     raise SetTooSmall(f"{name} keeps {n} prompts, but at least {MIN_PROMPTS} are needed ({reason})")
+
+
+def large_enough(what: str, making: Iterable[Callable[[], Made]]) -> tuple[list[Made], list[str]]:
+    """What can be made of sets, and a warning about each that has too few examples or prompts and is left out.
+
+    what: 'domain', or 'set'; making: of each set, makes it, or raises SetTooSmall
+
+    Raises InputError where none can be made.
+    """
+    made: list[Made] = []
+    too_small: list[str] = []
+    for make in making:
+        try:
+            made.append(make())
+        except SetTooSmall as error:
+            too_small.append(str(error))
+    if too_small and not made:
+        raise InputError(too_small[0] + ("" if len(too_small) == 1 else f"; and no other {what} can be used either"))
+    return made, [f"a {what} is left out: {why}" for why in too_small]

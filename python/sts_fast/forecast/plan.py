@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from sts_fast.data.contamination import SAME, NgramIndex
 from sts_fast.data.prompts import PromptSet, show_prompt
-from sts_fast.data.sets import MIN_PROMPTS, Kind, Sets, check_enough
-from sts_fast.errors import InputError, SetTooSmall
+from sts_fast.data.sets import MIN_PROMPTS, Kind, Sets, large_enough
+from sts_fast.errors import InputError
 from sts_fast.forecast.estimators import BY_NAME
 from sts_fast.forecast.options import Settings
 from sts_fast.model.labels import Labels
@@ -65,31 +66,22 @@ class Plan:
         for sae in session.saes if at_the_hook else ():
             hook_layer(sae)
 
-        def prompts(kind: Kind, name: str, *, show: bool, **sampling: Any) -> PromptSet:
-            examples = (sets.trains if kind == "train" else sets.domains)[name]
-            return session.prompts(kind, name, examples, sets.demos.get(name), replace(settings, **sampling), show=show)
+        def prompts(kind: Kind, name: str, *, show: bool, enough: bool = True, **sampling: Any) -> PromptSet:
+            examples, demos = (sets.trains if kind == "train" else sets.domains)[name], sets.demos.get(name)
+            return session.prompts(kind, name, examples, demos, replace(settings, **sampling), show=show, enough=enough)
 
         trains = [prompts("train", name, show=settings.dims == "icl") for name in sets.trains]
         pairs = any(BY_NAME[estimator].of == "pairs" for estimator in sizes)
-        for prompt_set in trains:
-            check_enough(prompt_set, session.context_length, "train")
-        domains: list[PromptSet] = []
-        left_out: list[str] = []
-        for name in sets.domains:
-            try:
-                prompt_set = prompts("domain", name, show=pairs)
-                check_enough(prompt_set, session.context_length, "domain")
-                domains.append(prompt_set)
-            except SetTooSmall as error:
-                left_out.append(str(error))
-        if left_out and not domains:
-            raise InputError(left_out[0] + ("" if len(left_out) == 1 else "; and no other domain can be used either"))
-        warnings = [f"a domain is left out: {why}" for why in left_out]
+        domains, warnings = large_enough(
+            "domain", (partial(prompts, "domain", name, show=pairs) for name in sets.domains)
+        )
         if warnings and settings.strict:
             raise InputError(f"{warnings[0]} (--strict)")
         # Without demonstrations, and of domains with answers enough.
         with_answers = domains if signed or settings.controls == "all" else ()
-        domain_answers = [prompts("domain", domain.name, show=False, tokens="answer") for domain in with_answers]
+        domain_answers = [
+            prompts("domain", domain.name, show=False, enough=False, tokens="answer") for domain in with_answers
+        ]
         domain_answers = [answers for answers in domain_answers if len(answers.prompts) >= MIN_PROMPTS]
         if signed and not domain_answers:
             raise InputError(
@@ -104,8 +96,6 @@ class Plan:
             prompts("train", name, show=False, tokens="answer", limit=design.n_steps * BATCH_ROWS)
             for name, design in trials.items()
         ]
-        for answers in (*train_answers, *trial_rows):
-            check_enough(answers, session.context_length, "train")
         labels = {} if settings.labels is None else _labels(Labels.read(settings.labels), session)
         return cls(
             session, settings, domains, domain_answers, labels, sources, sets, trains, train_answers, trial_rows,

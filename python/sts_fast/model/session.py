@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 from sts_fast.data.examples import Example
 from sts_fast.data.options import Checked, Option
 from sts_fast.data.prompts import Progress, PromptSet
-from sts_fast.data.sets import Kind, Sampling, Strict, common_template
+from sts_fast.data.sets import Kind, Sampling, Strict, check_enough, common_template
 from sts_fast.data.template import PromptTemplate
 from sts_fast.errors import InputError
 from sts_fast.model.checkpoint import Checkpoint
@@ -374,14 +374,20 @@ class Session:
         sampling: Sampling,
         *,
         show: bool,
+        enough: bool = True,
     ) -> PromptSet:
-        """Prompts of a training set or domain. show: with demonstrations.
+        """Prompts of a training set or domain. show: with demonstrations; enough: whether there must be enough of them.
 
-        Raises InputError where prompts cannot be made of the set, or were not captured in this way.
+        Raises InputError where prompts cannot be made of the set, or were not captured in this way; SetTooSmall where
+        there are too few.
         """
         if self.activations is not None:
-            return self.activations.prompts(kind, name, examples, demos, sampling, show=show)
-        return sampling.prompts(name, examples, demos, self.template, self.context_length, kind=kind, show=show)
+            made = self.activations.prompts(kind, name, examples, demos, sampling, show=show)
+        else:
+            made = sampling.prompts(name, examples, demos, self.template, self.context_length, kind=kind, show=show)
+        if enough:
+            check_enough(made, self.context_length, kind)
+        return made
 
     def check_fit(self, prompt_set: PromptSet) -> list[Fit]:
         """Judges each SAE by the first tokens of a training set; see sae_check.Fit.

@@ -22,9 +22,9 @@ from sts_fast.data.sets import (
     Sets,
     Source,
     Sources,
-    check_enough,
+    large_enough,
 )
-from sts_fast.errors import InputError, SetTooSmall
+from sts_fast.errors import InputError
 from sts_fast.files import hashed_inputs
 from sts_fast.model.language_model import LanguageModel
 from sts_fast.model.memory import usual_batch_tokens
@@ -166,20 +166,12 @@ def _several(sae: SAESource | Sequence[SAESource]) -> list[SAESource]:
 def _prompts(session: Session, sets: Sets, profiling: Profiling) -> tuple[list[Kind], list[PromptSet]]:
     """The sets that have prompts enough, with their kinds; the others are left out with a warning."""
     of_kinds: tuple[tuple[Kind, Mapping[str, list[Example]]], ...] = (("train", sets.trains), ("domain", sets.domains))
-    kinds: list[Kind] = []
-    prompt_sets: list[PromptSet] = []
-    left_out: list[str] = []
-    for kind, of_kind in of_kinds:
-        for name, examples in of_kind.items():
-            demonstrations = sets.demos.get(name)
-            try:
-                prompt_set = session.prompts(kind, name, examples, demonstrations, profiling, show=profiling.shown)
-                check_enough(prompt_set, session.context_length, kind)
-                kinds.append(kind)
-                prompt_sets.append(prompt_set)
-            except SetTooSmall as error:
-                left_out.append(str(error))
-    if not prompt_sets:
-        raise InputError(left_out[0] + ("" if len(left_out) == 1 else "; and no other set can be used either"))
-    profiling.warn(*(f"a set is left out: {why}" for why in left_out))
-    return kinds, prompt_sets
+
+    def prompts(kind: Kind, name: str, examples: list[Example]) -> tuple[Kind, PromptSet]:
+        return kind, session.prompts(kind, name, examples, sets.demos.get(name), profiling, show=profiling.shown)
+
+    found, warnings = large_enough(
+        "set", (partial(prompts, kind, *given) for kind, of_kind in of_kinds for given in of_kind.items())
+    )
+    profiling.warn(*warnings)
+    return [kind for kind, _ in found], [prompt_set for _, prompt_set in found]

@@ -295,15 +295,13 @@ def read_entries(table: pa.Table, names: Sequence[str], d_sae: int) -> tuple[Ind
 
     Raises ValueError where they are not rows of an SAE so wide.
     """
-    import pyarrow.compute as pc
-
     sizes, entries = [], {}
     for name in names:
         column = table.column("features" if name == "indices" else name).combine_chunks()
         values = column.flatten()
         if column.null_count or values.null_count:
             raise ValueError(f"{name} has a null")
-        sizes.append(pc.list_value_length(column).to_numpy(zero_copy_only=False).astype(np.int64))
+        sizes.append(np.diff(np.asarray(column.offsets, np.int64)))
         entries[name] = values.to_numpy(zero_copy_only=False).astype(ENTRIES[name], copy=False)
     if any(not np.array_equal(of_list, sizes[0]) for of_list in sizes):
         raise ValueError("the lists of a prompt differ in length")

@@ -20,7 +20,6 @@ from sts_fast.data.sets import (
     Sets,
     Source,
     Sources,
-    check_enough,
 )
 from sts_fast.errors import InputError
 from sts_fast.model.language_model import LanguageModel, capture
@@ -121,7 +120,6 @@ def capture_activations(
         for name, examples in of_kind.items():
             own_demos = sets.demos.get(name)
             prompt_set = session.prompts(kind, name, examples, own_demos, capturing, show=show)
-            check_enough(prompt_set, session.context_length, kind)
             described.append(
                 StoredSet(
                     name=name,
