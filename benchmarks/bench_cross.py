@@ -154,6 +154,14 @@ def main() -> None:
     one = timed(lambda: sts_fast.cross(named(pool, 1, "train"), named(pool, options.domains, "domain")))
     record["one_train_seconds"], record["one_train_processor_seconds"] = one
     with tempfile.TemporaryDirectory() as folder:
+        saved = [Path(folder) / f"set {i}" for i in range(POOL)]
+        for profile, path in zip(pool, saved, strict=True):
+            profile.save(path)
+        cycled = [saved[i % POOL] for i in range(max(options.trains, options.domains))]
+        of_domains = timed(lambda: sts_fast.cross(saved[:1], cycled[: options.domains]))
+        record["one_train_from_files_seconds"], record["one_train_from_files_processor_seconds"] = of_domains
+        of_trains = timed(lambda: sts_fast.cross(cycled[: options.trains], saved[:2], estimators=("act",)))
+        record["two_domains_from_files_seconds"], record["two_domains_from_files_processor_seconds"] = of_trains
         record["on_disk"] = [
             on_disk(made_up("set", "train", options.width, 0, n_drawn), Path(folder) / str(n_drawn))
             for n_drawn in (DRAWN, DRAWN_FOR_64)
