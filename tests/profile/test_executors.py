@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +19,6 @@ import sts_fast
 from sts_fast.cli import main
 from sts_fast.errors import InputError
 from sts_fast.profile.work import local
-from sts_fast.profile.work import ray as on_ray
 
 # Stands in for SLURM: sbatch runs the array's ranks at once, one after the other, and any other script.
 SBATCH = """#!{python}
@@ -37,6 +39,21 @@ def expected(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     library = tmp_path_factory.mktemp("expected") / "lib"
     sts_fast.profile(**sources(tiny), library=library)
     return digests(library)
+
+
+def typed(tiny: Tiny, library: Path) -> list[str]:
+    """The command line of the plan of `planned`."""
+    given = sources(tiny)
+    command = ["profile", "--model", str(given["model"]), "--threads", "1", "--library", str(library)]
+    for option, values in (
+        ("--sae", given["sae"]),
+        ("--train", [f"{name}={path}" for name, path in given["trains"].items()]),
+        ("--domains", [f"{name}={path}" for name, path in given["domains"].items()]),
+    ):
+        command += [word for value in values for word in (option, str(value))]
+    for option in ("shots", "domain_shots", "limit", "demo_draws", "shard_tokens"):
+        command += [f"--{option.replace('_', '-')}", str(given[option])]
+    return command
 
 
 def test_processes_make_the_same_bytes(tiny: Tiny, tmp_path: Path, expected: dict[str, str]) -> None:
@@ -68,24 +85,26 @@ def test_a_shard_that_kills_its_worker_is_left_out_and_said(
     assert plan.missing() == [1]
 
 
-def test_ray_makes_the_same_bytes_though_a_worker_is_lost(
-    tiny: Tiny, tmp_path: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ray_makes_the_same_bytes_though_a_worker_is_lost(tiny: Tiny, tmp_path: Path, expected: dict[str, str]) -> None:
     pytest.importorskip("ray")
-    plan = plan_of(tiny, tmp_path / "lib")
-    (tmp_path / "to_kill").touch()
-    monkeypatch.setattr(on_ray, "_read", partial(read_or_die, str(tmp_path / "to_kill")))
-    sts_fast.run_ray(plan, sts_fast.RayCluster(n_workers=2))
-    assert not (tmp_path / "to_kill").exists()
+    command = [sys.executable, "-m", "sts_fast.cli", *typed(tiny, tmp_path / "lib"), "--executor", "ray"]
+    with subprocess.Popen([*command, "--workers", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as driver:
+        while driver.poll() is None and not (reading := processes_called("ray::_read")):
+            time.sleep(0.05)
+        os.kill(reading[0], signal.SIGKILL)
+        out, err = driver.communicate()
+    assert driver.returncode == 0, err.decode()
+    assert b"3 sets are in" in out
     assert digests(tmp_path / "lib") == expected
 
 
-def read_or_die(file: str, plan: str, roots: dict[str, str], shard: int) -> tuple[list[str], str | None, bool]:
-    """Kills the first worker that reads the third shard."""
-    if shard == 2 and os.path.exists(file):
-        os.remove(file)
-        os.kill(os.getpid(), signal.SIGKILL)
-    return on_ray._read(plan, roots, shard)
+def processes_called(title: str) -> list[int]:
+    """Of all processes of this machine."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found += [int(path.parent.name)] if path.read_bytes().startswith(title.encode()) else []
+    return found
 
 
 def test_a_cluster_that_does_not_answer_is_told(tiny: Tiny, tmp_path: Path) -> None:
@@ -105,17 +124,8 @@ def test_slurm_gets_the_ranks_that_are_missing(
     (bin_folder / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", f"{bin_folder}:{os.environ['PATH']}")
     sts_fast.run_rank(plan, None, 1, 3)
-    given = sources(tiny)
-    command = ["profile", "--model", str(given["model"]), "--threads", "1", "--library", str(tmp_path / "lib")]
-    for option, values in (
-        ("--sae", given["sae"]),
-        ("--train", [f"{name}={path}" for name, path in given["trains"].items()]),
-        ("--domains", [f"{name}={path}" for name, path in given["domains"].items()]),
-    ):
-        command += [word for value in values for word in (option, str(value))]
-    for option in ("shots", "domain_shots", "limit", "demo_draws", "shard_tokens"):
-        command += [f"--{option.replace('_', '-')}", str(given[option])]
-    monkeypatch.setattr(sys, "argv", ["sts-fast", *command, "--executor", "slurm", "--workers", "3"])
+    command = ["sts-fast", *typed(tiny, tmp_path / "lib"), "--executor", "slurm", "--workers", "3"]
+    monkeypatch.setattr(sys, "argv", command)
     main()
     assert "Submitted: array 17 of 2 ranks" in capsys.readouterr().out
     assert "#SBATCH --array=0,2\n" in (plan.folder / "read.sh").read_text()
@@ -126,7 +136,9 @@ def test_slurm_gets_the_ranks_that_are_missing(
 def test_datatrove_runs_ranks(tiny: Tiny, tmp_path: Path, expected: dict[str, str]) -> None:
     executor = pytest.importorskip("datatrove.executor").LocalPipelineExecutor
     plan = plan_of(tiny, tmp_path / "lib")
-    executor([partial(sts_fast.run_rank, str(plan.folder))], tasks=2, logging_dir=str(tmp_path / "logs")).run()
+    executor(
+        [partial(sts_fast.run_rank, str(plan.folder))], tasks=2, workers=1, logging_dir=str(tmp_path / "logs")
+    ).run()
     assert digests(tmp_path / "lib") == expected
 
 
@@ -136,7 +148,7 @@ def test_datatrove_runs_ranks(tiny: Tiny, tmp_path: Path, expected: dict[str, st
         (["--workers", "2"], "--workers is for an executor"),
         (["--executor", "local", "--address", "auto"], "--address is for --executor ray"),
         (["--print"], "--print is for --executor slurm"),
-        (["--executor", "mpi"], "--executor must be one of local, ray, slurm"),
+        (["--executor", "mpi"], "'mpi' is not one of 'local', 'ray', 'slurm'"),
     ],
 )
 def test_an_option_of_another_executor_is_refused(

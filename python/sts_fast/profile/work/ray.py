@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import socket
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,8 @@ from sts_fast.profile.work.local import MOST_KILLS
 from sts_fast.profile.work.merge import merge
 from sts_fast.profile.work.plan import ProfilePlan
 from sts_fast.profile.work.worker import Roots, Say, Worker, once, raise_failed
+
+CONNECT_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -65,15 +69,26 @@ def _start(cluster: RayCluster, threads: int) -> None:
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default, of which it warns
+    ends_by = signal.getsignal(signal.SIGTERM)
     try:
         if cluster.address is not None:
+            _reach(cluster.address)
             ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             n_cpus = None if cluster.n_workers is None else cluster.n_workers * threads
             ray.init(num_cpus=n_cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         where = "on this machine" if cluster.address is None else f"at {cluster.address}"
         raise InputError(f"no Ray cluster answers {where} ({one_line(error)}): start one, or omit --address") from error
+    finally:
+        signal.signal(signal.SIGTERM, ends_by)  # Ray puts its own in place
+
+
+def _reach(address: str) -> None:
+    """Raises OSError where nothing listens at host:port, for which Ray itself looks for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
 
 
 def _run(plan: ProfilePlan, cluster: RayCluster, roots: dict[str, str], say: Say, tell: Tell) -> dict[int, str]:
