@@ -30,3 +30,18 @@ def sources(tiny: Tiny) -> dict[str, Any]:
 
 def plan_of(tiny: Tiny, library: Path) -> ProfilePlan:
     return sts_fast.plan_profiles(**sources(tiny), library=library, threads=1)
+
+
+def typed(tiny: Tiny, library: Path) -> list[str]:
+    """The command line of the plan of `planned`."""
+    given = sources(tiny)
+    command = ["profile", "--model", str(given["model"]), "--threads", "1", "--library", str(library)]
+    for option, values in (
+        ("--sae", given["sae"]),
+        ("--train", [f"{name}={path}" for name, path in given["trains"].items()]),
+        ("--domains", [f"{name}={path}" for name, path in given["domains"].items()]),
+    ):
+        command += [word for value in values for word in (option, str(value))]
+    for option in ("shots", "domain_shots", "limit", "demo_draws", "shard_tokens"):
+        command += [f"--{option.replace('_', '-')}", str(given[option])]
+    return command

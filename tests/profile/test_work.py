@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from planned import digests, plan_of, sources
+from planned import digests, plan_of
 from tiny import Tiny
 
 import sts_fast
@@ -20,14 +20,6 @@ from sts_fast.profile.pieces import Piece, cut
 from sts_fast.profile.profile import ROWS_FILE
 from sts_fast.profile.work.plan import DONE_FOLDER, MERGED_FILE, ProfilePlan
 from sts_fast.profile.work.worker import Worker
-
-
-@pytest.fixture(scope="module")
-def expected(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What one process makes without a plan."""
-    library = tmp_path_factory.mktemp("expected") / "lib"
-    sts_fast.profile(**sources(tiny), library=library)
-    return digests(library)
 
 
 def made_up(lengths: list[int], *, shown: bool = False) -> PromptSet:
@@ -167,3 +159,17 @@ def test_different_weights_are_not_put_together(tiny: Tiny, tmp_path: Path) -> N
     with pytest.raises(InputError, match="were read with different models"):
         sts_fast.run_rank(plan)
     assert (plan.folder / DONE_FOLDER).is_dir()
+
+
+def test_datatrove_runs_ranks(tiny: Tiny, tmp_path: Path, expected: dict[str, str]) -> None:
+    executor = pytest.importorskip("datatrove.executor").LocalPipelineExecutor
+    plan = plan_of(tiny, tmp_path / "lib")
+    executor(
+        [partial(sts_fast.run_rank, str(plan.folder))], tasks=2, workers=1, logging_dir=str(tmp_path / "logs")
+    ).run()
+    assert digests(tmp_path / "lib") == expected
+
+
+def test_rank_below_world(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--rank must lie between 0 and 1"):
+        sts_fast.run_rank(plan_of(tiny, tmp_path / "lib"), None, 2, 2)
