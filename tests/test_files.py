@@ -8,7 +8,9 @@ import os
 import signal
 import stat
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import numpy as np
@@ -17,6 +19,13 @@ from safetensors.numpy import save_file
 
 from sts_fast import files
 from sts_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class Design:
+    n: int
+    shares: tuple[float, ...]
+
 
 KIND = {"kind": "Test", "note": "é"}
 ARRAYS = {
@@ -298,6 +307,81 @@ def test_what_is_kept_stays_after_an_error_and_goes_after_success(tmp_path: Path
         read(fails=False, name="b")  # one of two that use it
         assert names(tmp_path / "kept") == ["a", "b"]
     assert names(tmp_path) == []
+
+
+def test_what_was_computed_is_kept_by_all_that_it_was_computed_from(tmp_path: Path) -> None:
+    made: list[str] = []
+
+    def make() -> dict[str, Any]:
+        made.append("made")
+        return {**ARRAYS, "flags": np.array([True, False]), "number": np.asarray(1 / 3)}
+
+    rows = np.arange(4.0)
+    kept = files.Kept(tmp_path).of("model", 3)
+    first = kept.arrays("answers", [rows, Design(2, (0.5,)), {"a": None}], make)
+    again = files.Kept(tmp_path).of("model", 3).arrays("answers", [rows.copy(), Design(2, (0.5,)), {"a": None}], make)
+    assert made == ["made"]
+    assert first.keys() == again.keys()
+    for name, array in first.items():
+        assert (array.dtype, array.shape, array.tobytes()) == (
+            again[name].dtype,
+            again[name].shape,
+            again[name].tobytes(),
+        )
+    for name, parts in (
+        ("answers", [rows + 1e-16 * (rows == 1), Design(2, (0.5,)), {"a": None}]),
+        ("answers", [rows.astype(np.float32), Design(2, (0.5,)), {"a": None}]),
+        ("answers", [rows[:, None], Design(2, (0.5,)), {"a": None}]),
+        ("answers", [rows, Design(2, (0.5000001,)), {"a": None}]),
+        ("answers", [rows, Design(3, (0.5,)), {"a": None}]),
+        ("answers", [rows, Design(2, (0.5,)), {"b": None}]),
+        ("answers", [rows, Design(2, (0.5,)), {"a": "None"}]),
+        ("answers", [rows, Design(2, (0.5,)), {"a": None}, None]),
+        ("trials", [rows, Design(2, (0.5,)), {"a": None}]),
+    ):
+        kept.arrays(name, parts, make)
+    for other in (kept.of(None), files.Kept(tmp_path).of("model", 4), files.Kept(tmp_path)):
+        other.arrays("answers", [rows, Design(2, (0.5,)), {"a": None}], make)
+    assert len(made) == 12  # rows + 1e-16 are the same rows
+    assert kept.counts() == {"answers": 11, "trials": 1}
+    assert files.Kept().arrays("answers", [], make)["number"] == 1 / 3
+    assert files.Kept().counts() == {}
+    with pytest.raises(TypeError, match="object has no digest"):
+        files.digest(object())
+
+
+def damaged(path: Path, change: str) -> None:
+    content = path.read_bytes()
+    match change:
+        case "cut off":
+            path.write_bytes(content[:-3])
+        case "a bit":
+            path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+        case "another's":
+            files.save_arrays(path, {"x": np.ones(2)}, {"kind": files.KEPT, "key": "", "sha256": ""})
+        case "nothing":
+            path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("change", ["cut off", "a bit", "another's", "nothing"])
+def test_what_was_kept_and_is_damaged_is_made_again(change: str, tmp_path: Path) -> None:
+    said: list[str] = []
+    kept = files.Kept(tmp_path, said.append)
+    kept.arrays("answers", [1], lambda: {"x": np.zeros(2)})
+    [path] = tmp_path.iterdir()
+    damaged(path, change)
+    assert kept.arrays("answers", [1], lambda: {"x": np.ones(2)})["x"].tolist() == [1, 1]
+    assert said == [f"{path} is damaged: it is made again"]
+    assert kept.arrays("answers", [1], lambda: {"x": np.zeros(2)})["x"].tolist() == [1, 1]
+    assert len(said) == 1
+
+
+def test_a_run_goes_on_where_nothing_can_be_kept(tmp_path: Path) -> None:
+    said: list[str] = []
+    kept = files.Kept(tmp_path / "none" / "such", said.append)
+    assert kept.arrays("answers", [], lambda: {"x": np.ones(1)})["x"] == 1
+    assert len(said) == 1
+    assert "so that it is not kept" in said[0]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to the superuser")

@@ -12,9 +12,10 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 Document = dict[str, Any]
 
 METADATA_KEY = "sts_fast"
+KEPT, KEY_DIGITS = "kept", 16  # kind of a kept file, and digits of its key in its name
 RESULTS_FILE = "run.yaml"  # what a folder of results was made with
 LARGEST = 1e100  # no score or count is larger; squares and plots would overflow
 
@@ -276,7 +278,7 @@ def save_arrays(path: str | Path, arrays: dict[str, NDArray[np.generic]], metada
     from safetensors.numpy import save
 
     # safetensors writes the memory as it is, regardless of the strides.
-    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     with atomic_path(path) as temporary:
         # One entry, because safetensors writes several in an order that changes from run to run.
         temporary.write_bytes(save(arrays, metadata={METADATA_KEY: json.dumps(metadata, sort_keys=True)}))
@@ -292,13 +294,96 @@ def load_arrays(path: str | Path, kind: str) -> tuple[dict[str, NDArray[np.gener
     try:
         with safe_open(path, framework="np") as file:
             metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-            if metadata.get("kind") != kind:
+            if not isinstance(metadata, dict) or metadata.get("kind") != kind:
                 raise InputError(f"{path} does not contain {kind}: give a file that it saved")
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
     except FileNotFoundError as error:
         raise InputError(f"there is no file {path}") from error
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Arrays that a run has computed, a file each, so that it goes on from them after an interruption.
+
+    folder: where they lie, see `kept`; None keeps nothing
+    say:    receives a line where a file is damaged, or cannot be written
+    origin: digest of what everything here was computed from
+    """
+
+    folder: Path | None = None
+    say: Callable[[str], None] | None = None
+    origin: str = ""
+
+    def of(self, *parts: Any) -> Kept:
+        """The same for what is computed from some `parts` too; see digest."""
+        return self if self.folder is None else replace(self, origin=digest(self.origin, *parts))
+
+    def arrays(
+        self, name: str, parts: Sequence[Any], make: Callable[[], dict[str, NDArray[Any]]]
+    ) -> dict[str, NDArray[Any]]:
+        """What `make` returns: as it was kept, if it was made of the same parts here before, and else made and kept.
+
+        name: what it is, in the plural
+        """
+        if self.folder is None:
+            return make()
+        key = digest(self.origin, name, *parts)
+        path = self.folder / f"{name}-{key[:KEY_DIGITS]}.safetensors"
+        if path.exists():
+            with suppress(InputError):
+                arrays, metadata = load_arrays(path, KEPT)
+                if (metadata.get("key"), metadata.get("sha256")) == (key, digest(arrays)):
+                    return arrays
+            self._tell(f"{path} is damaged: it is made again")
+        arrays = make()
+        try:
+            save_arrays(path, arrays, {"kind": KEPT, "key": key, "sha256": digest(arrays)})
+        except InputError as error:
+            self._tell(f"warning: {error}, so that it is not kept")
+        return arrays
+
+    def counts(self) -> dict[str, int]:
+        """Number of files by the name of what they are."""
+        paths = [] if self.folder is None else sorted(self.folder.glob(f"*-{'[0-9a-f]' * KEY_DIGITS}.safetensors"))
+        return dict(Counter(path.name.rpartition("-")[0] for path in paths))
+
+    def _tell(self, line: str) -> None:
+        if self.say is not None:
+            self.say(line)
+
+
+NOTHING_KEPT = Kept()
+
+
+def digest(*parts: Any) -> str:
+    """SHA-256, in hexadecimal, of values, numpy arrays and dataclasses, and of sequences and mappings of these."""
+    sha256 = hashlib.sha256()
+    _digest(sha256, parts)
+    return sha256.hexdigest()
+
+
+def _digest(sha256: hashlib._Hash, part: Any) -> None:
+    import numpy as np
+
+    if isinstance(part, np.ndarray):
+        sha256.update(f"array {part.dtype.str} {part.shape}\n".encode())
+        sha256.update(np.ascontiguousarray(part).data)
+        return
+    if is_dataclass(part):
+        part = type(part).__name__, {field.name: getattr(part, field.name) for field in fields(part)}
+    if isinstance(part, Mapping):
+        part = sorted(part.items())
+    if isinstance(part, (list, tuple)):
+        sha256.update(f"{len(part)} parts\n".encode())
+        for element in part:
+            _digest(sha256, element)
+    elif part is None or isinstance(part, (str, int, float)):
+        value = repr(part).encode()
+        sha256.update(f"value of {len(value)} bytes\n".encode() + value)
+    else:
+        raise TypeError(f"{type(part).__name__} has no digest")
 
 
 def read_json(path: Path) -> Document:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import sts_fast
 from sts_fast.errors import InputError
 from sts_fast.model.language_model import LanguageModel, load_decoder
-from sts_fast.model.weights import weights_sha256
+from sts_fast.model.weights import model_sha256, weights_sha256
 
 TOP_N = 24
 
@@ -65,3 +65,22 @@ def test_the_digest_tells_weights_apart(tiny: Tiny) -> None:
         with torch.no_grad():
             changed.model.layers[layer].mlp.down_proj.weight.mul_(1.01)
         assert (weights_sha256(changed, LAYER) == expected) == same
+
+
+def test_the_digest_of_a_whole_model_tells_apart_what_computes_otherwise(tiny: Tiny) -> None:
+    def digest(dtype: torch.dtype = torch.float32) -> tuple[Any, str | None]:
+        model = AutoModelForCausalLM.from_pretrained(tiny.model, dtype=dtype)
+        return model, model_sha256(model)
+
+    model, first = digest()
+    assert first == digest()[1]
+    found = {first, digest(torch.bfloat16)[1]}
+    with torch.no_grad():
+        for weight in (model.lm_head.weight, model.model.norm.weight, model.model.layers[-1].mlp.up_proj.weight):
+            weight.flatten()[0] += 1
+            found.add(model_sha256(model))
+    for name, value in (("rms_norm_eps", 1e-3), ("_attn_implementation", "eager")):
+        setattr(model.config, name, value)
+        found.add(model_sha256(model))
+    assert len(found) == 7
+    assert model_sha256(model.to("meta")) is None

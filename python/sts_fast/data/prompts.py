@@ -62,6 +62,11 @@ class Prompt:
     question: str | None = None
     draw: int = 0
 
+    @property
+    def read_plain(self) -> tuple[IntArray, IntArray]:
+        """What is sent without demonstrations, and the positions of it that are read."""
+        return self.base_ids, self.positions
+
 
 @dataclass(frozen=True)
 class SetWarning:

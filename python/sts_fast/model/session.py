@@ -14,13 +14,14 @@ from sts_fast.data.prompts import Progress, PromptSet
 from sts_fast.data.sets import Kind, Sampling, Strict, check_enough, common_template
 from sts_fast.data.template import PromptTemplate
 from sts_fast.errors import InputError
+from sts_fast.files import NOTHING_KEPT, Kept
 from sts_fast.model.checkpoint import Checkpoint
 from sts_fast.model.hooks import Hook
 from sts_fast.model.language_model import LanguageModel, load_decoder, load_language_model
 from sts_fast.model.reader import Reader
 from sts_fast.model.sae_check import Fit, check_names, check_width, measure_fit
 from sts_fast.model.stored import MODEL_FOLDER, Activations, is_activations
-from sts_fast.model.weights import DeviceMap, check_placement
+from sts_fast.model.weights import DeviceMap, check_placement, model_sha256
 from sts_fast.ops import cuda_kernels
 from sts_fast.places import layer_of, place_name, split_name
 from sts_fast.sae import SAE, load_sae
@@ -76,6 +77,7 @@ class Running(Loading):
     progress:  called with (stage, prompts done, prompts in all)
     say:       called with a line about how the run goes: how the model is run, what went wrong and was put right, or
                a warning that should not wait for its end
+    kept:      what has been computed, from which an interrupted run goes on
     """
 
     TITLE = "Model"
@@ -85,6 +87,7 @@ class Running(Loading):
     ] = None
     progress: Progress | None = None
     say: Callable[[str], None] | None = None
+    kept: Kept = NOTHING_KEPT
 
     def tell(self, stage: str, done: int, total: int) -> None:
         if self.progress is not None:
@@ -101,6 +104,7 @@ class RunningOptions(LoadingOptions, total=False):
     batch_tokens: int | None
     progress: Progress | None
     say: Callable[[str], None] | None
+    kept: Kept
 
 
 @dataclass(frozen=True)
@@ -345,6 +349,13 @@ class Session:
         return load_language_model(
             self.checkpoint, dtype=reading.dtype, device=reading.device, device_map=reading.device_map
         )
+
+    @cached_property
+    def kept(self) -> Kept:
+        """What has been computed with the whole model; nothing where its weights are on disk, and not told apart."""
+        if self.reading.kept.folder is None or (of_model := model_sha256(self.whole)) is None:
+            return NOTHING_KEPT
+        return self.reading.kept.of(of_model)
 
     @cached_property
     def outline(self) -> torch.nn.Module:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sts_fast._version import __version__
 from sts_fast.errors import InputError
 from sts_fast.model.hooks import decoder_layers
 
@@ -115,6 +116,32 @@ def weights_sha256(model: torch.nn.Module, last_layer: int | None) -> str:
         for name, tensor in sorted(module.state_dict().items()):
             digest.update(f"{part}.{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
             digest.update(_sampled(tensor))
+    return digest.hexdigest()
+
+
+def model_sha256(model: Any) -> str | None:
+    """SHA-256 of what decides a whole model's numbers: weights, config, device, and the versions of what runs it.
+
+    The weights count as for `weights_sha256`. None where some are left on disk, and so are not told apart.
+    """
+    import torch
+    import transformers
+
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return None
+    config, device = model.config, next(model.parameters()).device
+    settings = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
+    described = (
+        f"{type(model).__module__}.{type(model).__qualname__}",
+        json.dumps(settings, sort_keys=True, default=str),
+        str(getattr(config, "_attn_implementation", None)),
+        torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        __version__, torch.__version__, transformers.__version__,
+    )  # fmt: skip
+    digest = hashlib.sha256("\n".join(described).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(_sampled(tensor))
     return digest.hexdigest()
 
 

@@ -88,7 +88,7 @@ def digests_of(prompt_set: PromptSet) -> tuple[str, str | None]:
     prompts = prompt_set.prompts
     shown = any(len(prompt.demos_ids) for prompt in prompts)
     return (
-        _sha256([(prompt.base_ids, prompt.positions) for prompt in prompts]),
+        _sha256(prompt.read_plain for prompt in prompts),
         _sha256([(prompt.demos_ids, prompt.paired, prompt.paired_demos) for prompt in prompts]) if shown else None,
     )
 
