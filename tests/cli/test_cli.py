@@ -448,13 +448,18 @@ def test_a_run_that_fails_keeps_what_it_has_read(
     monkeypatch.setattr(LanguageModel, "rows", counted)
     ran = run(score)
     kept = score.output.with_name(f".{score.output.name}.kept")
-    assert f"kept in {kept}: the same command goes on from there" in " ".join(ran.err.split())
+    assert (
+        f"What was done so far (2 profiles) is kept in {kept}: the same command goes on from there"
+        in ran.err.splitlines()
+    )
     assert ran.err.splitlines()[-1] == "error: interrupted: no result was written"
     assert not score.output.exists()
     assert [path.name for path in score.output.parent.glob(".*.tmp")] == []
     [damaged] = kept.glob("blue-*/residuals.safetensors")
     damaged.write_bytes(b"")
-    assert run(score).code == 0
+    ran = run(score)
+    assert ran.code == 0
+    assert f"{damaged.parent} is damaged: it is made again" in ran.err.splitlines()
     assert calls == ["train", "blue", "red", "blue", "red"]
     assert not kept.exists()
     assert sorted(contents(score.output)) == FILES

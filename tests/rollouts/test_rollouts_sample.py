@@ -21,6 +21,7 @@ from sts_fast.data.examples import Example, load_examples
 from sts_fast.data.template import PromptTemplate
 from sts_fast.data.turns import Turn
 from sts_fast.errors import InputError
+from sts_fast.files import Kept
 from sts_fast.rollouts import Rollout, load_checker, load_rollouts, sample_rollouts
 
 QUESTIONS = [Example(str(i), f"What is {i} + {i}?", str(2 * i)) for i in range(3)]
@@ -70,6 +71,34 @@ def test_a_questions_completions_depend_on_it_and_the_seed_alone(tiny: Tiny, tmp
     assert sampled(QUESTIONS[1:2]) == all_three[3:6]
     assert sampled(QUESTIONS, seed=1) != all_three
     assert any(truncated for _, _, truncated in all_three)
+
+
+def test_sampling_goes_on_from_what_was_kept(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny.model), AutoTokenizer.from_pretrained(tiny.model)
+    given = {"model": model, "tokenizer": tokenizer, "check": by_length, "n_samples": 2, "max_new_tokens": 3}
+    kept = Kept(tmp_path)
+    first = sample_rollouts(questions=QUESTIONS[:2], kept=kept, **given).rows
+    assert kept.counts() == {"completions": 2}
+    every = sample_rollouts(questions=QUESTIONS, kept=kept, **given).rows
+    assert kept.counts() == {"completions": 3}
+    assert every[:4] == first
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "generate", None)  # nothing is sampled; rewards are given anew
+        again = sample_rollouts(questions=QUESTIONS, kept=kept, **{**given, "check": lambda *of: 7.0}).rows
+    assert [(row.completion, row.truncated, row.reward) for row in again] == [
+        (row.completion, row.truncated, 7.0) for row in every
+    ]
+    assert every == sample_rollouts(questions=QUESTIONS, **given).rows
+    for n, other in enumerate(({"seed": 1}, {"temperature": 0.9}, {"n_samples": 3}, {"max_new_tokens": 2}), 4):
+        sample_rollouts(questions=QUESTIONS[:1], kept=kept, **{**given, **other})
+        assert kept.counts() == {"completions": n}
+    model.generation_config.repetition_penalty = 1.5
+    sample_rollouts(questions=QUESTIONS[:1], kept=kept, **given)
+    assert kept.counts() == {"completions": 8}
+    with torch.no_grad():
+        model.lm_head.weight += 1
+    sample_rollouts(questions=QUESTIONS[:1], kept=kept, **given)
+    assert kept.counts() == {"completions": 9}
 
 
 def test_completions_end_with_the_context(tiny: Tiny) -> None:

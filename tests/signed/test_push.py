@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ from numpy.typing import NDArray
 from tiny import D_IN, LAYER, Tiny
 from transformers import AutoModelForCausalLM
 
+from sts_fast import files
 from sts_fast.data.prompts import Prompt
 from sts_fast.errors import InputError
+from sts_fast.files import Kept
 from sts_fast.profile.projection import projection
 from sts_fast.sae import load_sae
 from sts_fast.signed.gradients import HookedModel
@@ -64,6 +67,45 @@ def test_answers_and_gradients_that_do_not_fit_are_run_in_halves(material: Mater
     for index, (nll, g) in expected.items():
         assert found[index][0] == pytest.approx(nll, rel=1e-9)
         np.testing.assert_allclose(found[index][1], g, rtol=0, atol=1e-9 * np.abs(g).max())
+
+
+def test_signed_passes_go_on_from_what_was_kept(
+    material: Material, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sae, prompts = load_sae(tiny.saes["topk"]), material.prompts
+    kept = Kept(tmp_path)
+
+    def measured(
+        features: Features, Q: Doubles, train: list[Prompt], *, batch_tokens: int = BATCH_TOKENS, layer: int = LAYER
+    ) -> tuple[Push, Pull]:
+        hooked = HookedModel(material.model, layer, batch_tokens=batch_tokens, kept=kept)
+        push = measure_push(hooked, features, Q, "train", train, maps=("step",))
+        return push, measure_pull(hooked, features, Q, "spelling", prompts["spelling"], [push])
+
+    first = measured(Features(sae), projection(D_IN), prompts["train"])
+    assert kept.counts() == {"gradients": 1, "maps": 1, "responses": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(material.model, "forward", None)  # nothing is run
+        again = measured(Features(sae), projection(D_IN), prompts["train"])
+    assert files.digest(first) == files.digest(again)
+    assert [*first[1].values] == [*again[1].values]
+    # Without the map what else was computed is of use; of anything else nothing is.
+    hooked = HookedModel(material.model, LAYER, batch_tokens=BATCH_TOKENS, kept=kept)
+    measure_push(hooked, Features(sae), projection(D_IN), "train", prompts["train"])
+    assert kept.counts() == {"gradients": 1, "maps": 1, "responses": 1}
+    for n, given in enumerate(
+        (
+            {"features": Features(sae, "fired")},
+            {"features": Features(load_sae(tiny.saes["jumprelu"]))},
+            {"Q": projection(D_IN)[:, ::-1]},
+            {"train": prompts["train"][::-1]},
+            {"batch_tokens": BATCH_TOKENS + 1},
+            {"layer": LAYER + 1},
+        ),
+        2,
+    ):
+        measured(**{"features": Features(sae), "Q": projection(D_IN), "train": prompts["train"], **given})  # type: ignore[arg-type]
+        assert kept.counts() == dict.fromkeys(("gradients", "maps", "responses"), n)
 
 
 def literal_features(tiny: Tiny, kind: str, centre: Doubles) -> Callable[[Doubles], Doubles]:

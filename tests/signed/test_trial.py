@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from transformers import AutoModelForCausalLM
 import sts_fast
 from sts_fast.data.prompts import Prompt, PromptSet
 from sts_fast.errors import InputError
+from sts_fast.files import Kept
 from sts_fast.signed import trial
 from sts_fast.signed.trial import ALPHA, BATCH_ROWS, LEARNING_RATE, RANK, Trial, TrialDesign, measure_trial
 
@@ -258,6 +261,57 @@ def test_maps_that_do_not_run_stay_as_they_are(tiny: Tiny, sets: dict[str, Promp
     model.model.layers[-1].never_run = torch.nn.Linear(8, 8)  # the last one, so that the others start alike
     found = measure_trial(model, sets["train"], [sets["days"]], TrialDesign(2))
     np.testing.assert_allclose(found.domains["days"], plain.domains["days"], rtol=1e-12)
+
+
+def test_a_trial_goes_on_from_what_was_kept(tiny: Tiny, sets: dict[str, PromptSet], tmp_path: Path) -> None:
+    model, steps = AutoModelForCausalLM.from_pretrained(tiny.model).eval(), []
+    domains = [sets["days"], sets["spelling"]]
+
+    def measured(design: TrialDesign, train: PromptSet = sets["train"], of: str = "model") -> Trial:
+        kept = Kept(tmp_path).of(of)
+        return measure_trial(
+            model, train, domains, design, kept=kept, tell=lambda done, total: steps.append((done, total))
+        )
+
+    def counts() -> tuple[int, ...]:
+        return tuple(Kept(tmp_path).counts()[name] for name in ("trials", "answers"))
+
+    first = measured(TrialDesign(2, 3))
+    assert counts() == (1, 4)  # before training, after it, and of two domains
+    assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    steps.clear()
+    with monkeypatched(model, "forward", None):  # nothing is run
+        again = measured(TrialDesign(2, 3))
+    assert steps == [(3, 4), (4, 4)]
+    for name in ("days", "spelling"):
+        np.testing.assert_array_equal(again.domains[name], first.domains[name])
+    np.testing.assert_array_equal([again.nll, again.nll_after], [first.nll, first.nll_after])
+    # The same training, of which other prompts are asked; another domain's answers; and other trainings.
+    measured(TrialDesign(2, 4))
+    assert counts() == (1, 6)
+    for design, train, of in (
+        (TrialDesign(3, 3), sets["train"], "model"),
+        (TrialDesign(2, 3, seed=1), sets["train"], "model"),
+        (TrialDesign(2, 3), replace(sets["train"], prompts=sets["train"].prompts[::-1]), "model"),
+        (TrialDesign(2, 3), sets["train"], "another"),
+    ):
+        before = counts()
+        measured(design, train, of)
+        assert counts()[0] == before[0] + 1
+        assert counts()[1] >= before[1] + 3
+    # What was trained is read as it was, bit for bit, and not made again from half of it.
+    for path in tmp_path.glob("answers-*"):
+        path.unlink()
+    alone = measured(TrialDesign(2, 3))
+    for name in ("days", "spelling"):
+        np.testing.assert_array_equal(alone.domains[name], first.domains[name])
+
+
+@contextmanager
+def monkeypatched(owner: Any, name: str, value: Any) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, value)
+        yield
 
 
 def test_type_of_a_trial(tiny: Tiny, sets: dict[str, PromptSet]) -> None:

@@ -250,11 +250,10 @@ def _forecasts(
     if how.calibration is not None:
         calibration = read_calibration(how.calibration, settings, len(sources.sae))
     refused: str | None = None
-    with output.kept("the same command goes on from there") as kept, output.folder() as results:
+    with output.kept() as kept, output.folder() as results:
         how.apply()
-        # Weights that stay on the disk are not told apart, and activations are read fast.
-        if settings.library is None and settings.device_map is None and not is_activations(sources.model):
-            settings = replace(settings, library=kept)
+        if not is_activations(sources.model):  # these are read fast
+            settings = replace(settings, kept=kept)
         settings = replace(settings, command=typed_command(), say=say)
         if sources.model is None:
             names, of_saes = [""], [_from_library(sources, trains, settings)]

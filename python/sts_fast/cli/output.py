@@ -51,24 +51,31 @@ class Output:
             (results.folder / files.RESULTS_FILE).write_text(typed_config(), encoding="utf-8")
 
     @contextmanager
-    def kept(self, remedy: str) -> Iterator[Path]:
-        """A folder beside the results for what the command has read, until they are whole; see files.kept.
-
-        remedy: what to do with it after a failure
-        """
+    def kept(self) -> Iterator[files.Kept]:
+        """What the command computes, kept in a folder beside the results until they are whole."""
         place = self.output or Path(f"{_default_name()}-{hashlib.sha256(typed_config().encode()).hexdigest()[:8]}")
-        with files.kept(place.with_name(f".{place.name}.kept")) as folder:
-            for profile in Library(folder):
-                try:
-                    Profile.load(profile)
-                except InputError:  # half written when the disk was full: it is read again
-                    shutil.rmtree(profile)
+        with kept_in(place.with_name(f".{place.name}.kept")) as kept:
+            yield kept
+
+
+@contextmanager
+def kept_in(folder: Path) -> Iterator[files.Kept]:
+    """What a command computes, kept in a folder until it has ended well; see files.kept."""
+    with files.kept(folder):
+        for profile in Library(folder):
             try:
-                yield folder
-            except BaseException:
-                if any(folder.iterdir()):
-                    say(f"What was done so far is kept in {folder}: {remedy}")
-                raise
+                Profile.load(profile)
+            except InputError:  # as after a power cut
+                say(f"{profile} is damaged: it is made again")
+                shutil.rmtree(profile)
+        kept = files.Kept(folder, say)
+        try:
+            yield kept
+        except BaseException:
+            counts = {"profiles": len([*Library(folder)]), **kept.counts()}
+            if done := ", ".join(f"{n} {name}" for name, n in counts.items() if n):
+                say(f"What was done so far ({done}) is kept in {folder}: the same command goes on from there")
+            raise
 
 
 def _check_inputs(place: Path) -> None:

@@ -74,24 +74,25 @@ def rollouts(
         )
     if train is None and check is not None:
         raise InputError("--check is for completions sampled for --train; --rollouts has rewards: leave --check out")
-    remedy = f"give its {ROLLOUTS_FILE} as --rollouts to go on from its completions"
-    with output.kept(remedy) as kept, output.folder() as results:
+    with output.kept() as kept, output.folder() as results:
         core.apply()
         [loaded] = places.load([sources.sae], settings.sae_dtype)
         rollouts: Path | None = sources.rollouts
         if train is not None and check is not None:
-            rollouts, columns = kept / ROLLOUTS_FILE, Columns()
-            settings = _sampled(sources, completing, settings, train, check, rollouts)
+            assert kept.folder is not None
+            rollouts, columns = kept.folder / ROLLOUTS_FILE, Columns()
+            settings = _sampled(sources, completing, settings, check, rollouts, kept)
         with progress() as tell:
             settings = replace(
-                settings, command=typed_command(), progress=tell, say=say, show=show if show_prompts else None
-            )
+                settings, command=typed_command(), progress=tell, say=say, show=show if show_prompts else None,
+                kept=kept,
+            )  # fmt: skip
             forecasts = forecast_rollouts(
                 model=sources.model, sae=loaded, rollouts=rollouts or "", columns=columns, domains=sources.domains,
                 demos=sources.demos, tuned=sources.tuned,
                 **{name: value for name, value in vars(settings).items() if name != "dims"},
             )  # fmt: skip
-        if rollouts is not None and rollouts.parent == kept:
+        if rollouts is not None and sources.rollouts is None:
             shutil.copyfile(rollouts, results.folder / ROLLOUTS_FILE)
             for entry in (entry for forecast in forecasts.values() for entry in forecast.provenance["inputs"]):
                 if entry["path"] == str(rollouts):
@@ -115,7 +116,12 @@ def rollouts(
 
 
 def _sampled(
-    sources: Sources, completing: Completing, settings: RolloutSettings, train: list[str], check: str, rollouts: Path
+    sources: Sources,
+    completing: Completing,
+    settings: RolloutSettings,
+    check: str,
+    rollouts: Path,
+    kept: files.Kept,
 ) -> RolloutSettings:
     """Samples completions into a file; returns the settings without the fields of the questions."""
     question_fields, answer_fields = dict(settings.question_fields), dict(settings.answer_fields)
@@ -123,8 +129,8 @@ def _sampled(
     answer_field = answer_fields.pop("train", answer_fields.get(""))
     with progress("questions") as tell:
         sample_rollouts(
-            model=sources.model, questions=train, check=check, question_field=question_field,
-            answer_field=answer_field,
+            model=sources.model, questions=sources.train or [], check=check, question_field=question_field,
+            answer_field=answer_field, kept=kept,
             progress=lambda done, total: tell("sampling completions", done, total), **vars(completing),
         ).save(rollouts)  # fmt: skip
     return replace(settings, question_fields=question_fields, answer_fields=answer_fields)

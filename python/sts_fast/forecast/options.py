@@ -110,7 +110,12 @@ class Settings(Sampling, Fields, Reading):
 
     @property
     def profiles(self) -> Library | None:
-        return None if self.library is None else Library(self.library)
+        return self.kept_profiles if self.library is None else Library(self.library)
+
+    @property
+    def kept_profiles(self) -> Library | None:
+        """Profiles of the run alone; None where none are kept, or weights stay on disk, and so are not told apart."""
+        return None if self.kept.folder is None or self.device_map is not None else Library(self.kept.folder)
 
     @property
     def signed(self) -> list[SignedEstimator]:

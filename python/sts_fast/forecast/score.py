@@ -306,7 +306,7 @@ def _pushed(plan: Plan) -> list[dict[str, SignedForecast]]:
         measure_signed(
             HookedModel(
                 session.whole, hook_layer(sae), name=session.reader.name, batch_tokens=settings.batch_tokens,
-                say=settings.tell_line,
+                say=settings.tell_line, kept=session.kept,
             ),
             sae,
             plan.train_answers,
@@ -329,7 +329,7 @@ def _with_trials(
         trial = measure_trial(
             session.whole, rows, plan.domain_answers, plan.trial_designs[rows.name],
             batch_tokens=settings.batch_tokens, name=session.reader.name, say=settings.tell_line,
-            tell=partial(settings.tell, f"trial of {rows.name}"),
+            tell=partial(settings.tell, f"trial of {rows.name}"), kept=session.kept,
         )  # fmt: skip
         for of_train in found:
             of_train[rows.name] = with_trial(of_train.get(rows.name), trial, plan.domain_answers, answers)
@@ -357,8 +357,9 @@ def read_answers(plan: Plan, signed: Sequence[Mapping[str, SignedForecast]]) -> 
     settings, reads = plan.settings, {}
     for done, answers in enumerate(plan.domain_answers):
         outcomes = answer_outcomes(
-            plan.session.whole, answers.prompts, batch_tokens=settings.batch_tokens, say=settings.tell_line
-        )
+            plan.session.whole, answers.prompts, batch_tokens=settings.batch_tokens, say=settings.tell_line,
+            kept=plan.session.kept,
+        )  # fmt: skip
         reads[answers.name] = AnswerLog(answers, *outcomes)
         settings.tell("base loss and accuracy", done + 1, len(plan.domain_answers))
     return reads

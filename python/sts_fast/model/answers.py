@@ -10,6 +10,7 @@ import numpy as np
 
 from sts_fast.data.prompts import Prompt
 from sts_fast.errors import InputError
+from sts_fast.files import NOTHING_KEPT, Kept
 from sts_fast.model.language_model import padded_ids
 from sts_fast.model.layer_trace import input_device
 from sts_fast.model.lengths import ANY_LENGTH, forget_lengths, length_rule
@@ -139,12 +140,14 @@ def answer_outcomes(
     *,
     batch_tokens: int | None = None,
     say: Callable[[str], None] | None = None,
+    kept: Kept = NOTHING_KEPT,
 ) -> tuple[Doubles, NDArray[np.int64], NDArray[np.bool_]]:
     """Measures how well a language model predicts the answers, at the positions `prompts` read (tokens='answer').
 
     model: with its head: what it returns has `logits` [batch, n_tokens, vocabulary]
     batch_tokens: most tokens of a pass, by default `most_tokens` of the device; say: is told where that did not fit
         into memory, and half of it follows
+    kept: what has been computed with this model
 
     Returns, per prompt: [n_prompts] summed negative log-likelihood of the answer's tokens (nats), [n_prompts] their
     number, [n_prompts] whether each of them is the model's first choice (then greedy decoding gives this answer).
@@ -153,17 +156,22 @@ def answer_outcomes(
     import torch
 
     n_tokens = np.asarray([len(prompt.positions) for prompt in prompts], np.int64)
-    nll, exact = np.zeros(len(prompts)), np.zeros(len(prompts), bool)
-
-    def read(batch: list[int], ids: torch.Tensor) -> None:
-        with torch.inference_mode():
-            scored = read_answers(model, ids, [prompts[i] for i in batch])
-        nll[batch], exact[batch] = (part.cpu().numpy() for part in scored)
-        if np.isnan(nll[batch]).any():
-            raise InputError("the model gives NaN for the answers' likelihood: try --dtype float32")
-
     memory = TokenBudget(input_device(model), "the model", say=say)
     most = batch_tokens or most_tokens(memory.device)
-    for _ in in_batches(model, prompts, read, batch_tokens=most, memory=memory):
-        pass
-    return nll * n_tokens, n_tokens, exact
+
+    def outcomes() -> dict[str, NDArray[Any]]:
+        nll, exact = np.zeros(len(prompts)), np.zeros(len(prompts), bool)
+
+        def read(batch: list[int], ids: torch.Tensor) -> None:
+            with torch.inference_mode():
+                scored = read_answers(model, ids, [prompts[i] for i in batch])
+            nll[batch], exact[batch] = (part.cpu().numpy() for part in scored)
+            if np.isnan(nll[batch]).any():
+                raise InputError("the model gives NaN for the answers' likelihood: try --dtype float32")
+
+        for _ in in_batches(model, prompts, read, batch_tokens=most, memory=memory):
+            pass
+        return {"nll": nll, "exact": exact}
+
+    of = kept.arrays("answers", [[prompt.read_plain for prompt in prompts], most], outcomes)
+    return of["nll"] * n_tokens, n_tokens, of["exact"]

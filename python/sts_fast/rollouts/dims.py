@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,6 +30,8 @@ from sts_fast.signed.push import Features, Push
 from sts_fast.statistics import resamples
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from sts_fast.statistics import Doubles, Indices
 
 # Parts in which the policy gradient is kept, to estimate how stable its D_N is.
@@ -66,7 +68,7 @@ def correlation_shifts(
     r is Pearson's correlation of h_j(x_t) with A_i, over the tokens t of all completions i.
     """
     profiles = read_profiles(
-        reader, saes, "train", completions.prompt_set, settings,
+        reader, saes, "train", completions.prompt_set, settings, library=settings.kept_profiles,
         tell=partial(settings.tell, f"features of {completions.prompt_set.name}"),
     )  # fmt: skip
     everyone = np.ones((len(completions.advantages), 1))
@@ -142,21 +144,27 @@ def step_shift(
     x runs over the tokens of prompts and completions, except BOS and attention sinks. Q: the projection of the push;
     read: the result of `correlation_shifts` for the same completions
     """
-    import torch
+    features, W, draws = Features(sae), push.maps["step"].W, completions.draws(settings.seed)
+    prompts = completions.prompt_set.prompts
 
-    features, W = Features(sae), push.maps["step"].W
-    stats, draws = ShiftStats(sae, n_replicates=N_REPLICATES), completions.draws(settings.seed)
-    prompts, done = completions.prompt_set.prompts, 0
-    for rows in model.hook_rows(prompts):
-        moved = torch.from_numpy(features.times(rows.x, W)[0]) @ torch.from_numpy(Q).T
-        prompt_of = np.asarray(rows.prompts)[rows.prompt_of]
-        stats.update(rows.x, (rows.x.double() + moved).to(rows.x.dtype), draws[prompt_of])
-        done += len(rows.prompts)
-        settings.tell("shift by a virtual step", done, len(prompts))
+    def shift() -> dict[str, NDArray[Any]]:
+        import torch
+
+        stats, done = ShiftStats(sae, n_replicates=N_REPLICATES), 0
+        for rows in model.hook_rows(prompts):
+            moved = torch.from_numpy(features.times(rows.x, W)[0]) @ torch.from_numpy(Q).T
+            prompt_of = np.asarray(rows.prompts)[rows.prompt_of]
+            stats.update(rows.x, (rows.x.double() + moved).to(rows.x.dtype), draws[prompt_of])
+            done += len(rows.prompts)
+            settings.tell("shift by a virtual step", done, len(prompts))
+        return {"importance": stats.sum_sq_shift / stats.n_tokens, "resampled": stats.weighted_sq_shift}
+
+    of_prompts = [prompt.read_plain for prompt in prompts]
+    of = model.kept.arrays("shifts", [features.sha256, Q, W, of_prompts, draws], shift)
     return shift_of(
         read.profile,
-        stats.sum_sq_shift / stats.n_tokens,
-        stats.weighted_sq_shift,
+        of["importance"],
+        of["resampled"],
         settings,
         of_change=True,
         name="step",

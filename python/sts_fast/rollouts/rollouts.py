@@ -222,7 +222,10 @@ def _read_completions(
     ]
     if not (maps or settings.signed or "gradient" in ways):
         return shifts, None
-    hooked = HookedModel(plan.session.whole, hook_layer(sae), name=reader.name, batch_tokens=settings.batch_tokens)
+    hooked = HookedModel(
+        plan.session.whole, hook_layer(sae), name=reader.name, batch_tokens=settings.batch_tokens,
+        kept=plan.session.kept,
+    )  # fmt: skip
     features, Q = Features(sae), projection(sae.d_in, seed=settings.seed)
     push = measure_push(
         hooked, features, Q, "rollouts", completions.prompt_set.prompts,
@@ -247,7 +250,10 @@ def _shift(session: Session, prompt_set: PromptSet, settings: Settings) -> Shift
     """The shift of prompts that are asked behind demonstrations, or of both models."""
     tuned = session.tuned if settings.dims == "tuned" else None
     tell = partial(settings.tell, f"shift of {prompt_set.name}")
-    [profile] = read_profiles(session.reader, session.saes, "train", prompt_set, settings, tuned=tuned, tell=tell)
+    [profile] = read_profiles(
+        session.reader, session.saes, "train", prompt_set, settings,
+        tuned=tuned, library=settings.kept_profiles, tell=tell,
+    )  # fmt: skip
     return measure_shift(profile, settings)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import os
 import sys
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack, cast
 
@@ -19,12 +20,16 @@ from sts_fast.data.sets import Drawing, DrawingOptions, Source
 from sts_fast.data.sources import Places
 from sts_fast.data.template import PromptTemplate
 from sts_fast.errors import InputError
+from sts_fast.files import NOTHING_KEPT, Kept
+from sts_fast.model.lengths import forget_lengths
 from sts_fast.model.memory import running
 from sts_fast.model.packing import check_vocabulary
 from sts_fast.model.session import Loading, LoadingOptions, Purpose, Reading, Session
 from sts_fast.rollouts.read import Rollout, Rollouts
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from sts_fast.statistics import IntArray
@@ -73,11 +78,13 @@ def sample_rollouts(
     question_field: str | None = None,
     answer_field: str | None = None,
     progress: Tell | None = None,
+    kept: Kept = NOTHING_KEPT,
     **options: Unpack[CompletingOptions],
 ) -> Rollouts:
     """Samples completions of questions and rewards them.
 
     questions: as the training set of `score`; check: see load_checker, or a function of (question, completion, answer)
+    kept:      what has been computed, from which an interrupted run goes on; rewards are computed again
     options:   see Completing
 
     The completions of a question depend only on `seed` and the question, not on the other questions.
@@ -85,8 +92,6 @@ def sample_rollouts(
     Raises InputError for a checker that cannot be used, for questions that lack the answers it needs or are as long
     as the model's context, and for a tokenizer of another model.
     """
-    import torch
-
     completing = Completing(**options)
     checker = load_checker(check) if isinstance(check, str) else check
     if are_examples(questions):
@@ -100,7 +105,7 @@ def sample_rollouts(
             "column with --answer-field, or give a checker of your own"
         )
     session = Session.open(
-        model, [], part(Reading, completing),
+        model, [], replace(part(Reading, completing), kept=kept),
         tokenizer=tokenizer, purpose=Purpose(whole=True, needs=[("sampling", "a model")]),
     )  # fmt: skip
     template, whole = PromptTemplate(session.tokenizer), session.whole
@@ -110,11 +115,10 @@ def sample_rollouts(
     room = _room(whole, examples, [len(prompt_ids) for prompt_ids in ids])
     rows: list[Rollout] = []
     for group, (example, turns) in enumerate(zip(examples, conversations, strict=True)):
-        with torch.random.fork_rng():
-            said = tuple((turn.role, turn.text) for turn in turns)
-            torch.manual_seed(zlib.crc32(f"{completing.seed} {said}".encode()))
-            sampled = _sample(whole, template, ids[group], completing, room[group])
-        for text, truncated in sampled:
+        said = tuple((turn.role, turn.text) for turn in turns)
+        seed = zlib.crc32(f"{completing.seed} {said}".encode())
+        sampled = _sampled_ids(session, ids[group], completing, room[group], seed)
+        for text, truncated in _completions(sampled, template, _end_ids(whole, template.tokenizer)):
             reward = _checked(checker, example, text)
             rows.append(Rollout(turns, text, reward, group, None, truncated))
         if progress is not None:
@@ -136,25 +140,37 @@ def _room(model: Any, examples: Sequence[Example], lengths: Sequence[int]) -> li
     return [context - length for length in lengths]
 
 
-def _sample(
-    model: Any, template: PromptTemplate, prompt_ids: IntArray, completing: Completing, room: int
-) -> list[tuple[str, bool]]:
-    """(text, whether it was cut off) of the completions of a prompt [n_tokens]; room: tokens left in the context."""
-    import torch
+def _sampled_ids(
+    session: Session, prompt_ids: IntArray, completing: Completing, room: int, seed: int
+) -> NDArray[np.int64]:
+    """[n_samples, longest] token ids of the completions of a prompt [n_tokens]; room: tokens left in the context."""
+    model, ends = session.whole, _end_ids(session.whole, session.tokenizer)
+    options: dict[str, Any] = {
+        "do_sample": True, "temperature": completing.temperature, "top_k": 0, "top_p": 1.0,
+        "num_return_sequences": completing.n_samples, "max_new_tokens": min(completing.max_new_tokens, room),
+        "eos_token_id": ends or None, "pad_token_id": ends[0] if ends else 0,
+    }  # fmt: skip
 
+    def sample() -> dict[str, NDArray[Any]]:
+        import torch
+
+        ids = torch.from_numpy(prompt_ids.astype("int64"))[None].to(next(model.parameters()).device)
+        forget_lengths(model)
+        with torch.random.fork_rng(), running("the model"), torch.inference_mode():
+            torch.manual_seed(seed)
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        return {"ids": out[:, ids.shape[1] :].cpu().numpy()}
+
+    config = getattr(model, "generation_config", None)  # which may have further options, as a penalty for repetition
+    defaults = None if config is None else json.dumps(config.to_dict(), sort_keys=True, default=str)
+    return session.kept.arrays("completions", [prompt_ids, seed, options, defaults], sample)["ids"]
+
+
+def _completions(sampled: NDArray[np.int64], template: PromptTemplate, ends: Sequence[int]) -> list[tuple[str, bool]]:
+    """(text, whether it was cut off) of each completion of some token ids [n_samples, longest]."""
     tokenizer = template.tokenizer
-    device = next(model.parameters()).device
-    ids = torch.from_numpy(prompt_ids.astype("int64"))[None].to(device)
-    ends = _end_ids(model, tokenizer)
-    with running("the model"), torch.inference_mode():
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=completing.temperature, top_k=0,
-            top_p=1.0, num_return_sequences=completing.n_samples,
-            max_new_tokens=min(completing.max_new_tokens, room), eos_token_id=ends or None,
-            pad_token_id=ends[0] if ends else 0,
-        )  # fmt: skip
     completions = []
-    for row in out[:, ids.shape[1] :].tolist():
+    for row in sampled.tolist():
         at = next((i for i, token in enumerate(row) if token in ends), None)
         text = str(tokenizer.decode(row[:at], skip_special_tokens=True))
         text, _, more = text.partition(NEXT_QUESTION) if not template.is_chat else (text, "", "")

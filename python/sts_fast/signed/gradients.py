@@ -11,6 +11,7 @@ import numpy as np
 
 from sts_fast.data.prompts import Prompt
 from sts_fast.errors import InputError
+from sts_fast.files import NOTHING_KEPT, Kept
 from sts_fast.model.answers import in_batches, read_answers
 from sts_fast.model.hooks import decoder_layers
 from sts_fast.model.language_model import attention_sinks
@@ -69,6 +70,7 @@ class HookedModel:
     model: a Hugging Face decoder in memory; layer: the layer whose output is the hook, the residual stream
     name:  its name in errors; say: called where a batch did not fit into memory and smaller ones follow
     batch_tokens: most tokens of one pass, if fewer than `most_tokens` of the device
+    kept:  what has been computed with this model
 
     Raises InputError where the model has no such layer or no head.
     """
@@ -81,6 +83,7 @@ class HookedModel:
         name: str = "the model",
         batch_tokens: int | None = None,
         say: Callable[[str], None] | None = None,
+        kept: Kept = NOTHING_KEPT,
     ) -> None:
         config = model.config.get_text_config()
         layers = model.get_submodule(decoder_layers(model, config.num_hidden_layers))
@@ -91,6 +94,7 @@ class HookedModel:
         self.device = input_device(model)
         self._batch_tokens = batch_tokens
         self.memory = TokenBudget(self.device, name, say=say)
+        self.kept = kept.of("at the hook", layer, batch_tokens)
         self.d_in: int = config.hidden_size
         self._below, self._block = list(layers)[: layer + 1], layers[layer]
         self._bos = config.bos_token_id

@@ -28,14 +28,16 @@ another 0.2 forward passes for each pair of sets, and 10 to 30 times 0.6 for 64 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from sts_fast.data.prompts import Prompt, Tell
 from sts_fast.errors import InputError
+from sts_fast.files import Kept, digest
 from sts_fast.ops import _cpu, backend
 from sts_fast.ops.encode import encode
 from sts_fast.sae import SAE
@@ -82,6 +84,10 @@ class Features:
     @property
     def n(self) -> int:
         return self.sae.d_in if self.kind == "raw" else self.sae.d_sae
+
+    @cached_property
+    def sha256(self) -> str:
+        return digest(self.sae.fingerprint, self.kind, self.centre)
 
     def accumulate(self, M: Doubles, x: torch.Tensor, g: Doubles) -> None:
         """M += sum_t h(x_t) g_t^T, for M [n_features, r], x [n_tokens, d_in] float32 or bfloat16, g [n_tokens, r]."""
@@ -163,6 +169,11 @@ class Push:
     maps: dict[MapKind, LinearMap]
     folds: Doubles | None = None
 
+    @cached_property
+    def sha256(self) -> str:
+        """Digest of its direction and its maps, which a domain answers to."""
+        return digest(self.direction, self.maps)
+
 
 @dataclass(frozen=True)
 class Pull:
@@ -211,7 +222,35 @@ def measure_push(
 
     Raises InputError where the loss has no gradient at the hook.
     """
-    n, objective = len(prompts), objective or AnswerLoss()
+    objective = objective or AnswerLoss()
+    kept = model.kept.of(features.sha256, Q, [prompt.read_plain for prompt in prompts], objective)
+    of = kept.arrays(
+        "gradients", [n_folds], lambda: _gradients(model, features, Q, prompts, objective, n_folds=n_folds, tell=tell)
+    )
+    direction, nll, folds = of["direction"], of["nll"], of.get("folds")
+    norm, loss = float(of["norm"]), objective.loss(nll, nll)
+    if norm == 0:
+        raise InputError(
+            f"the answers of '{name}' have no gradient at the SAE's features: none of these fires, or the loss is "
+            "exactly zero; leave the set out, or give the SAE of this model"
+        )
+    map_prompts = cache(lambda: _MapPrompts.of(model, features, Q, prompts, objective))
+    fitted = {kind: _fitted(kind, kept, map_prompts, direction, loss / norm) for kind in maps}
+    return Push(name, direction, norm, loss, nll, fitted, folds)
+
+
+def _gradients(
+    model: HookedModel,
+    features: Features,
+    Q: Doubles,
+    prompts: Sequence[Prompt],
+    objective: AnswerLoss | PolicyLoss,
+    *,
+    n_folds: int,
+    tell: Tell | None,
+) -> dict[str, NDArray[Any]]:
+    """Parts of a Push, by name, that one pass over all prompts gives; `direction` is zero where M_S is."""
+    n = len(prompts)
     slopes = objective.slopes(np.zeros(n), np.zeros(n))  # at the base model they do not depend on the likelihoods
     folds = np.zeros((max(n_folds, 1), features.n, Q.shape[1]))
     fold_of = np.zeros(n, np.int64)
@@ -231,16 +270,23 @@ def measure_push(
         if tell is not None:
             tell(done, n)
     M: Doubles = folds.sum(axis=0) if n_folds else folds[0]
-    norm, loss = _norm(M), objective.loss(nll, nll)
-    if norm == 0:
-        raise InputError(
-            f"the answers of '{name}' have no gradient at the SAE's features: none of these fires, or the loss is "
-            "exactly zero; leave the set out, or give the SAE of this model"
-        )
-    seek = {"step": _seek_step, "adapter": _train_adapter}
-    map_prompts = _MapPrompts.of(model, features, Q, prompts, objective) if maps else None
-    fitted = {kind: seek[kind](map_prompts, M / norm, loss / norm) for kind in maps if map_prompts is not None}
-    return Push(name, M / norm, norm, loss, nll, fitted, folds if n_folds else None)
+    norm = _norm(M)
+    of = {"direction": M / (norm or 1.0), "norm": np.asarray(norm), "nll": nll}
+    return {**of, "folds": folds} if n_folds else of
+
+
+def _fitted(
+    kind: MapKind, kept: Kept, prompts: Callable[[], _MapPrompts], direction: Doubles, full_step: float
+) -> LinearMap:
+    """The map of a kind; see _seek_step and _train_adapter. kept: what has been computed of the same prompts."""
+
+    def fit() -> dict[str, NDArray[Any]]:
+        linear_map = seek(prompts(), direction, full_step)
+        return {"W": linear_map.W, "loss_left": np.asarray(linear_map.loss_left)}
+
+    seek, aim = {"step": (_seek_step, STEP_LOSS), "adapter": (_train_adapter, ADAPTER_LOSS)}[kind]
+    of = kept.arrays("maps", [kind], fit)
+    return LinearMap(of["W"], float(of["loss_left"]), aim)
 
 
 @dataclass(frozen=True)
@@ -339,6 +385,26 @@ def measure_pull(
 
     All pushes must have the same maps.
     """
+    of = model.kept.arrays(
+        "responses",
+        [features.sha256, Q, [prompt.read_plain for prompt in prompts], [push.sha256 for push in pushes]],
+        lambda: _responses(model, features, Q, prompts, pushes, tell=tell),
+    )
+    fields = [f"{estimator}{what}" for estimator in ("ntk", *pushes[0].maps) for what in ("", "_loss")]
+    values = {field: of[field] for field in fields}
+    return Pull(name, values, of["contributions"], of["nll"], of["n_answer"], of["exact"], float(of["norm"]))
+
+
+def _responses(
+    model: HookedModel,
+    features: Features,
+    Q: Doubles,
+    prompts: Sequence[Prompt],
+    pushes: Sequence[Push],
+    *,
+    tell: Tell | None,
+) -> dict[str, NDArray[Any]]:
+    """Parts of a Pull, by name."""
     n = len(prompts)
     M = np.zeros((features.n, Q.shape[1]))
     aligned = np.zeros((len(pushes), n))
@@ -362,8 +428,14 @@ def measure_pull(
     values = {"ntk": aligned * n_answer * p_answer, "ntk_loss": aligned}
     for kind, after in moved_nll.items():
         values |= {kind: np.exp(-after * n_answer) - p_answer, f"{kind}_loss": nll - after}
-    contributions = np.stack([np.einsum("jr,jr->j", push.direction, M) for push in pushes])
-    return Pull(name, values, contributions, nll, n_answer, exact, _norm(M))
+    return {
+        "contributions": np.stack([np.einsum("jr,jr->j", push.direction, M) for push in pushes]),
+        "nll": nll,
+        "n_answer": n_answer,
+        "exact": exact,
+        "norm": np.asarray(_norm(M)),
+        **values,
+    }
 
 
 def push_warnings(push: Push) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 import numpy as np
 
@@ -49,6 +49,8 @@ SIGNED_FIELDS = tuple(f"{name}{of}" for name in SIGNED_ESTIMATORS for of in ("",
 N_TOP_FEATURES = 20
 # Prompts of each domain in which the features that carry a forecast are looked for.
 EXAMPLE_PROMPTS = 64
+# What is kept of each firing: its feature, the prompt and the position of its token, and its size.
+FIRING_PARTS = ("features", "prompts", "positions", "values")
 
 
 class ContributionBlock(TypedDict):
@@ -231,13 +233,24 @@ def _find_firings(model: HookedModel, sae: SAE, domain: PromptSet, firings: Sequ
     columns = np.unique(np.concatenate([train_firings.features for train_firings in firings]))
     if not len(columns):
         return
-    for rows in model.hook_rows(domain.prompts[:EXAMPLE_PROMPTS]):
-        active = encode(sae, rows.x, columns)
-        prompt_of = np.asarray(rows.prompts)[rows.prompt_of]
-        positions = rows.at.cpu().numpy() % rows.ids.shape[1]
-        row_of = np.repeat(np.arange(len(positions)), np.diff(active.indptr))
-        for train_firings in firings:
-            train_firings.add(domain, active.indices, prompt_of[row_of], positions[row_of], active.values)
+    prompts = domain.prompts[:EXAMPLE_PROMPTS]
+
+    def find() -> dict[str, NDArray[Any]]:
+        parts: list[tuple[NDArray[Any], ...]] = []
+        for rows in model.hook_rows(prompts):
+            active = encode(sae, rows.x, columns)
+            prompt_of = np.asarray(rows.prompts)[rows.prompt_of]
+            positions = rows.at.cpu().numpy() % rows.ids.shape[1]
+            row_of = np.repeat(np.arange(len(positions)), np.diff(active.indptr))
+            parts.append((active.indices, prompt_of[row_of], positions[row_of], active.values))
+        found = [np.concatenate(part) for part in zip(*parts, strict=True)]
+        order = np.lexsort((found[2], found[1]))
+        return {name: part[order] for name, part in zip(FIRING_PARTS, found, strict=True)}
+
+    of_prompts = [prompt.read_plain for prompt in prompts]
+    found = model.kept.arrays("firings", [sae.fingerprint, columns, of_prompts], find)
+    for train_firings in firings:
+        train_firings.add(domain, *(found[part] for part in FIRING_PARTS))
 
 
 def _asked(i: int, pull: Pull, estimators: Sequence[SignedEstimator]) -> dict[str, Doubles]:
@@ -363,14 +376,18 @@ def _tell_for(tell: Progress | None, name: str) -> Tell | None:
 def _centre(model: HookedModel, domains: Sequence[PromptSet]) -> Doubles:
     """[d_in] mean over domains of their mean residual."""
 
-    def mean(prompts: Sequence[Prompt]) -> Doubles:
+    def mean(prompts: Sequence[Prompt]) -> dict[str, NDArray[Any]]:
         total, n = np.zeros(model.d_in), 0
         for rows in model.hook_rows(prompts):
             total += rows.x.double().sum(dim=0).numpy()
             n += len(rows.x)
-        return total / n
+        return {"mean": total / n}
 
-    centre: Doubles = np.mean([mean(domain.prompts) for domain in domains], axis=0)
+    def kept_mean(prompts: Sequence[Prompt]) -> Doubles:
+        of_prompts = [prompt.read_plain for prompt in prompts]
+        return model.kept.arrays("means", [of_prompts], lambda: mean(prompts))["mean"]
+
+    centre: Doubles = np.mean([kept_mean(domain.prompts) for domain in domains], axis=0)
     return centre
 
 

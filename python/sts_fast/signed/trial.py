@@ -26,6 +26,7 @@ import numpy as np
 
 from sts_fast.data.prompts import Prompt, PromptSet, Tell
 from sts_fast.errors import InputError
+from sts_fast.files import NOTHING_KEPT, Kept
 from sts_fast.model.answers import answer_outcomes, in_batches, read_answers
 from sts_fast.model.hooks import decoder_layers
 from sts_fast.model.layer_trace import input_device
@@ -35,6 +36,7 @@ from sts_fast.signed.gradients import frozen
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
     from sts_fast.statistics import Doubles, Indices
 
@@ -87,13 +89,14 @@ def measure_trial(
     name: str = "the model",
     say: Callable[[str], None] | None = None,
     tell: Tell | None = None,
+    kept: Kept = NOTHING_KEPT,
 ) -> Trial:
     """Trains a model on `train` for a few steps, reads the domains' answers, and leaves the model as it was.
 
     model:  a causal language model with its head; name: its name in errors
     train, domains: prompts that read their answers
     batch_tokens: most tokens of one pass; say: is told where that did not fit into memory
-    tell:   is told of each step and each domain
+    tell:   is told of each step and each domain; kept: what has been computed with this model
 
     Raises InputError where the weights are not in memory, the loss becomes NaN or infinite, or a prompt does not fit.
     """
@@ -107,9 +110,9 @@ def measure_trial(
         if tell is not None:
             tell(done, n_done)
 
-    def losses(prompts: Sequence[Prompt], rows: Indices) -> Doubles:
+    def losses(prompts: Sequence[Prompt], rows: Indices, kept: Kept) -> Doubles:
         asked = [prompts[i] for i in rows]
-        total, n_tokens, _ = answer_outcomes(model, asked, batch_tokens=batch_tokens, say=say)
+        total, n_tokens, _ = answer_outcomes(model, asked, batch_tokens=batch_tokens, say=say, kept=kept)
         nll = np.full(len(prompts), np.nan)
         nll[rows] = total / n_tokens
         return nll
@@ -118,19 +121,29 @@ def measure_trial(
     most = most_tokens(memory.device, gradient=True)
     most = min(batch_tokens or most, most)
     own = np.arange(min(OWN_ROWS, len(train.prompts)))
-    before = losses(train.prompts, own)
+    before = losses(train.prompts, own, kept)
     with frozen(model), low_rank_maps(model, seed=design.seed, name=name) as maps:
-        optimizer = torch.optim.Adam(maps, lr=LEARNING_RATE)
-        for rows in _steps(len(train.prompts), design.n_steps, design.seed):
-            prompts = [train.prompts[i] for i in rows]
-            for weight, gradient in zip(maps, _gradients(model, maps, prompts, most, memory), strict=True):
-                weight.grad = gradient
-            optimizer.step()
-            step_done()
-        after = losses(train.prompts, own)
+
+        def trained() -> dict[str, NDArray[Any]]:
+            optimizer = torch.optim.Adam(maps, lr=LEARNING_RATE)
+            for rows in _steps(len(train.prompts), design.n_steps, design.seed):
+                prompts = [train.prompts[i] for i in rows]
+                for weight, gradient in zip(maps, _gradients(model, maps, prompts, most, memory), strict=True):
+                    weight.grad = gradient
+                optimizer.step()
+                step_done()
+            return {f"{'AB'[i % 2]}.{i // 2}": weight.detach().cpu().numpy() for i, weight in enumerate(maps)}
+
+        of_train = [prompt.read_plain for prompt in train.prompts]
+        weights = kept.arrays("trials", [of_train, design.n_steps, design.seed, most], trained)
+        with torch.no_grad():
+            for i, weight in enumerate(maps):
+                weight.copy_(torch.from_numpy(weights[f"{'AB'[i % 2]}.{i // 2}"]))
+        done, kept = design.n_steps, kept.of(weights)
+        after = losses(train.prompts, own, kept)
         moved = {}
         for domain in domains:
-            moved[domain.name] = losses(domain.prompts, asked_again(domain, design))
+            moved[domain.name] = losses(domain.prompts, asked_again(domain, design), kept)
             step_done()
     if any(np.isinf(nll).any() for nll in (after, *moved.values())):
         raise InputError(f"the trial of '{train.name}' made the loss NaN or infinite: try --dtype float32")
