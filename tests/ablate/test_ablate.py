@@ -21,7 +21,9 @@ from sts_fast.ablate.record import ablation_schema, validate_ablation
 from sts_fast.cli import main
 from sts_fast.demo import organism
 from sts_fast.errors import InputError
+from sts_fast.files import Kept
 from sts_fast.forecast.controls import like_activity
+from sts_fast.signed.gradients import HookedModel
 
 LIMIT, TOP_N, DRAWS = 8, 12, 2
 CONDITIONS = ("top", "random", "like_activity", "low_shift")
@@ -322,3 +324,21 @@ def test_command_line_without_a_run(tiny: Tiny, tmp_path: Path, monkeypatch: pyt
     assert document["features"]["top"] == [sorted(feature["index"] for feature in scores["shifted_features"])]
     assert [one["n_prompts"] for one in document["sets"]] == [8, 8, 8]
     assert document["hook_name"] == scores["sae"]["hook_name"] == f"blocks.{LAYER - 1}.hook_resid_post"
+
+
+def test_an_ablation_goes_on_from_what_was_kept(
+    run: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folder = run
+    kept, given = Kept(tmp_path), {"n_draws": DRAWS, "batch_tokens": 300, "seed": 3}
+    first = sts_fast.ablate(folder, kept=kept, **given)
+    n_sets = len(first.to_dict()["sets"])
+    assert kept.counts() == {"ablations": n_sets}
+    assert first.to_dict()["sets"] == document_of(folder)["sets"]
+    with monkeypatch.context() as patch:
+        patch.setattr(HookedModel, "answer_rows", None)  # nothing is asked
+        again = sts_fast.ablate(folder, kept=kept, **given)
+    assert again.to_dict()["sets"] == first.to_dict()["sets"]
+    assert again.answers.equals(first.answers)
+    sts_fast.ablate(folder, kept=kept, **{**given, "seed": 4})
+    assert kept.counts() == {"ablations": 2 * n_sets}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from tiny import D_IN, LAYER, Tiny
 
 from sts_fast.data.prompts import PromptSet
 from sts_fast.errors import InputError
+from sts_fast.files import Kept
 from sts_fast.profile.projection import projection
 from sts_fast.sae import load_sae
 from sts_fast.signed.gradients import HookedModel
@@ -68,3 +71,19 @@ def test_a_training_set_without_gradient_is_named(material: Material, tiny: Tiny
     sets = {name: PromptSet(name, of, 0, 0) for name, of in material.prompts.items()}
     with pytest.raises(InputError, match="the answers of 'spelling' have no gradient"):
         measure_influence(hooked, features, Q, sets["train"], [sets["spelling"]])
+
+
+def test_influences_go_on_from_what_was_kept(
+    material: Material, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features, Q, kept = Features(load_sae(tiny.saes["topk"])), projection(D_IN), Kept(tmp_path)
+    sets = {name: PromptSet(name, of, 0, 0) for name, of in material.prompts.items()}
+    hooked = HookedModel(material.model, LAYER, kept=kept)
+    first = measure_influence(hooked, features, Q, sets["train"], [sets["spelling"]])
+    assert kept.counts() == {"gradients": 1, "influences": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(material.model, "forward", None)  # nothing is run
+        again = measure_influence(hooked, features, Q, sets["train"], [sets["spelling"]])
+    np.testing.assert_array_equal(again.values, first.values)
+    measure_influence(hooked, features, Q, sets["train"], [sets["days"]])
+    assert kept.counts() == {"gradients": 2, "influences": 2}

@@ -115,7 +115,9 @@ def ablate(
         purpose=Purpose(whole=True, texts=train is not None, needs=[("ablate", "the whole model")]),
     )  # fmt: skip
     reader = session.reader
-    hooked = HookedModel(session.whole, hook_layer(loaded), name=reader.name, batch_tokens=zeroing.batch_tokens)
+    hooked = HookedModel(
+        session.whole, hook_layer(loaded), name=reader.name, batch_tokens=zeroing.batch_tokens, kept=session.kept
+    )
 
     if train is None or domains is None:
         of_train, of_domains = answered_sets(forecast.prompts)

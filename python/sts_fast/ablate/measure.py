@@ -85,12 +85,29 @@ def measure(model: HookedModel, sae: SAE, prompt_set: PromptSet, drawn: Mapping[
 
     prompt_set: prompts that read their answers; drawn: by condition, n_draws sets of features [n], as of draw_features
     """
+    columns = np.unique(np.concatenate([features for draws in drawn.values() for features in draws]))
+    written, of_prompts = sae.decoder_rows(columns.tolist()), [prompt.read_plain for prompt in prompt_set.prompts]
+    of = model.kept.arrays(
+        "ablations",
+        [sae.fingerprint, None if written is None else written.numpy(), of_prompts, drawn],
+        lambda: _measured(model, sae, prompt_set, drawn, columns),
+    )
+    parts = {
+        what: {name: of[f"{what}.{name}"] for name in (NOTHING, *drawn) if f"{what}.{name}" in of}
+        for what in ("nll", "exact", "removed")
+    }
+    return Measured(prompt_set, of["n_answer"], **parts)
+
+
+def _measured(
+    model: HookedModel, sae: SAE, prompt_set: PromptSet, drawn: Mapping[str, list[Indices]], columns: Indices
+) -> dict[str, NDArray[Any]]:
+    """Parts of Measured, and of these by condition, such as 'nll.top'; columns: all features that are zeroed."""
     prompts = prompt_set.prompts
     conditions = {NOTHING: [np.empty(0, np.int64)], **drawn}
     nll = {name: np.zeros((len(draws), len(prompts))) for name, draws in conditions.items()}
     exact = {name: np.zeros((len(draws), len(prompts))) for name, draws in conditions.items()}
     removed = {name: np.zeros(len(draws)) for name, draws in drawn.items()}
-    columns = np.unique(np.concatenate([features for draws in drawn.values() for features in draws]))
     n_answer, total = np.zeros(len(prompts), np.int64), 0.0
     for rows in model.answer_rows(prompts):
         active = encode(sae, rows.x, columns)
@@ -104,7 +121,11 @@ def measure(model: HookedModel, sae: SAE, prompt_set: PromptSet, drawn: Mapping[
                 if name in removed:
                     removed[name][i] += float((written**2).sum())
     removed = {name: sums / total if total else sums for name, sums in removed.items()}
-    return Measured(prompt_set, n_answer, nll, exact, removed)
+    parts: dict[str, dict[str, Doubles]] = {"nll": nll, "exact": exact, "removed": removed}
+    return {
+        "n_answer": n_answer,
+        **{f"{what}.{name}": values for what, of in parts.items() for name, values in of.items()},
+    }
 
 
 def _written(sae: SAE, rows: AnswerRows, active: SparseFeatures, features: Indices) -> Any:

@@ -18,6 +18,7 @@ from sts_fast.ablate.findings import WORDS, main_outcome, short_amount
 from sts_fast.cli.arguments import Places, Threads, set_threads, typed_command
 from sts_fast.cli.console import Table, err, out, progress, say
 from sts_fast.cli.options import AsJson, Demos
+from sts_fast.cli.output import kept_beside
 from sts_fast.data.options import Option, part
 from sts_fast.data.sets import Fields
 from sts_fast.errors import InputError
@@ -73,17 +74,18 @@ def ablate(
     set_threads(threads)
     files.prepare_folder(folder)
     [loaded] = places.load([sae], zeroing.sae_dtype)
-    with progress("sets") as tell:
-        zeroing = replace(zeroing, command=typed_command())
-        forecast: Forecast | Path = _forecast(sources, zeroing, loaded) if run is None else run
-        if isinstance(forecast, Forecast):
-            forecast.save(folder)
-        zeroing = replace(zeroing, progress=tell, say=None if run is None else say)
-        ablation = run_ablate(
-            forecast, model=sources.tuned or sources.model, sae=loaded, train=sources.train, domains=sources.domains,
-            demos=sources.demos, **vars(zeroing),
-        )  # fmt: skip
-    ablation.save(folder)
+    with kept_beside(folder) as kept:
+        with progress("sets") as tell:
+            zeroing = replace(zeroing, command=typed_command(), kept=kept)
+            forecast: Forecast | Path = _forecast(sources, zeroing, loaded) if run is None else run
+            if isinstance(forecast, Forecast):
+                forecast.save(folder)
+            zeroing = replace(zeroing, progress=tell, say=None if run is None else say)
+            ablation = run_ablate(
+                forecast, model=sources.tuned or sources.model, sae=loaded, train=sources.train,
+                domains=sources.domains, demos=sources.demos, **vars(zeroing),
+            )  # fmt: skip
+        ablation.save(folder)
     if as_json:
         sys.stdout.write(files.to_json(ablation.to_dict()))
     else:

@@ -47,10 +47,10 @@ def mix(
 ) -> None:
     """Choose examples to mix into a training set so that other abilities are kept, and write the mixed set."""
     set_threads(threads)
-    with output.folder() as results:
+    with output.kept() as kept, output.folder() as results:
         loaded = None if sources.sae is None else places.load([sources.sae], mixing.sae_dtype)[0]
         with progress() as tell:
-            mixing = replace(mixing, command=typed_command(), progress=tell, say=say)
+            mixing = replace(mixing, command=typed_command(), progress=tell, say=say, kept=kept)
             mixture = run_mix(
                 train=sources.train,
                 pool=sources.pool,

@@ -14,6 +14,7 @@ from sts_fast import files
 from sts_fast.cli.arguments import Threads, set_threads, typed_command
 from sts_fast.cli.console import Table, err, out, progress, say
 from sts_fast.cli.options import AsJson
+from sts_fast.cli.output import kept_beside
 from sts_fast.data.options import Option
 from sts_fast.forecast.run import Run
 from sts_fast.forecast.trace import SELECTED_FILE, Trace
@@ -40,10 +41,11 @@ def trace(
     set_threads(threads)
     folder = output or Run.load(run).folder
     files.prepare_folder(folder)
-    with progress("examples") as tell:
-        tracing = replace(tracing, command=typed_command(), progress=tell, say=say)
-        traced = run_trace(run, train=train, model=model, sae=sae, **vars(tracing))
-    traced.save(folder)
+    with kept_beside(folder) as kept:
+        with progress("examples") as tell:
+            tracing = replace(tracing, command=typed_command(), progress=tell, say=say, kept=kept)
+            traced = run_trace(run, train=train, model=model, sae=sae, **vars(tracing))
+        traced.save(folder)
     if as_json:
         sys.stdout.write(files.to_json(traced.to_dict()))
     else:

@@ -192,7 +192,7 @@ def by_influence(run: Run, session: Session, tracing: Tracing, train: Source | N
     [sae] = session.saes
     hooked = HookedModel(
         session.whole, hook_layer(sae), name=session.reader.name, batch_tokens=tracing.batch_tokens,
-        say=tracing.tell_line,
+        say=tracing.tell_line, kept=session.kept,
     )  # fmt: skip
     features, Q = Features(sae), projection(sae.d_in, seed=seed)
     influence = measure_influence(

@@ -347,7 +347,9 @@ def _measure(
     limit, seed = mixing.limit, mixing.seed
     session = Session.open(model, [sae], mixing, tokenizer=tokenizer, purpose=purpose)
     reader, [loaded_sae] = session.reader, session.saes
-    hooked = HookedModel(session.whole, hook_layer(loaded_sae), name=reader.name, batch_tokens=mixing.batch_tokens)
+    hooked = HookedModel(
+        session.whole, hook_layer(loaded_sae), name=reader.name, batch_tokens=mixing.batch_tokens, kept=session.kept
+    )
     template, context_length = session.template, reader.context_length
     prompt_sets = [
         build_prompts(name, pool, template, tokens="answer", context_length=context_length, limit=limit, seed=seed)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +25,8 @@ from sts_fast.signed.push import Features, measure_push
 from sts_fast.statistics import pearson
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from sts_fast.statistics import Doubles
 
 # Parts of a domain's prompts whose influences are compared.
@@ -85,24 +87,30 @@ def measure_influence(
         push = measure_push(model, features, Q, domain.name, domain.prompts, n_folds=HALVES, tell=tell_of(domain))
         assert push.folds is not None
         pulls.append(push.folds)
-    halves, nll, done = np.zeros((len(domains), HALVES, n)), np.zeros(n), 0
-    M = np.zeros((features.n, Q.shape[1]))
-    for rows in model.answer_rows(prompts, Q):
-        along = features.times(rows.x, *(half for of_domain in pulls for half in of_domain))
-        for product, values in zip(along, halves.reshape(-1, n), strict=True):
-            per_token = np.einsum("tr,tr->t", product, rows.g)
-            values[rows.prompts] = np.bincount(rows.prompt_of, per_token, minlength=len(rows.prompts))
-        features.accumulate(M, rows.x, rows.g / n)
-        nll[rows.prompts] = rows.nll
-        done += len(rows.prompts)
-        tell_of(train)(done, n)
-    norm = float(np.linalg.norm(M))
+
+    def measure() -> dict[str, NDArray[Any]]:
+        halves, nll, done = np.zeros((len(domains), HALVES, n)), np.zeros(n), 0
+        M = np.zeros((features.n, Q.shape[1]))
+        for rows in model.answer_rows(prompts, Q):
+            along = features.times(rows.x, *(half for of_domain in pulls for half in of_domain))
+            for product, values in zip(along, halves.reshape(-1, n), strict=True):
+                per_token = np.einsum("tr,tr->t", product, rows.g)
+                values[rows.prompts] = np.bincount(rows.prompt_of, per_token, minlength=len(rows.prompts))
+            features.accumulate(M, rows.x, rows.g / n)
+            nll[rows.prompts] = rows.nll
+            done += len(rows.prompts)
+            tell_of(train)(done, n)
+        return {"halves": halves, "nll": nll, "norm": np.asarray(np.linalg.norm(M))}
+
+    of_prompts = [prompt.read_plain for prompt in prompts]
+    of = model.kept.arrays("influences", [features.sha256, Q, of_prompts, pulls], measure)
+    halves, nll, norm = of["halves"], of["nll"], float(of["norm"])
     if norm == 0:
         raise InputError(
             f"the answers of '{train.name}' have no gradient at the SAE's features: none of these fires, or the loss "
             "is exactly zero; give another training set, or the SAE of this model"
         )
-    halves /= norm
+    halves = halves / norm
     of_domains = [domain.prompts for domain in domains]
     shares = [[len(of_domain[half::HALVES]) / len(of_domain) for half in range(HALVES)] for of_domain in of_domains]
     return Influence(halves.sum(axis=1), halves / np.asarray(shares)[:, :, None], nll, pulls, norm)
