@@ -79,8 +79,7 @@ def rollouts(
         [loaded] = places.load([sources.sae], settings.sae_dtype)
         rollouts: Path | None = sources.rollouts
         if train is not None and check is not None:
-            assert kept.folder is not None
-            rollouts, columns = kept.folder / ROLLOUTS_FILE, Columns()
+            rollouts, columns = (kept.folder or results.folder) / ROLLOUTS_FILE, Columns()
             settings = _sampled(sources, completing, settings, check, rollouts, kept)
         with progress() as tell:
             settings = replace(
@@ -93,7 +92,8 @@ def rollouts(
                 **{name: value for name, value in vars(settings).items() if name != "dims"},
             )  # fmt: skip
         if rollouts is not None and sources.rollouts is None:
-            shutil.copyfile(rollouts, results.folder / ROLLOUTS_FILE)
+            if rollouts.parent != results.folder:
+                shutil.copyfile(rollouts, results.folder / ROLLOUTS_FILE)
             for entry in (entry for forecast in forecasts.values() for entry in forecast.provenance["inputs"]):
                 if entry["path"] == str(rollouts):
                     entry["path"] = str(results.path / ROLLOUTS_FILE)
