@@ -19,7 +19,7 @@ import os, re, subprocess, sys
 script = sys.argv[-1]
 array = re.search(r"#SBATCH --array=(.*)", open(script).read())
 for rank in array[1].split(",") if array else ["0"]:
-    subprocess.run(["bash", script], env={{**os.environ, "SLURM_ARRAY_TASK_ID": rank}}, check=True)
+    subprocess.run(["bash", script], env={{**os.environ, "SLURM_ARRAY_TASK_ID": rank}}, check=True, stdout=2)
 with open(script + ".submitted", "a") as file:
     file.write(" ".join(sys.argv[1:-1]) + "\\n")
 print("17;cluster")
