@@ -17,7 +17,7 @@ from sts_fast.forecast.search import Candidate, search
 from sts_fast.forecast.trace import Trace, trace
 from sts_fast.mix.mix import Mixture, mix
 from sts_fast.model.stored import Activations
-from sts_fast.model.stored.writing import capture_activations
+from sts_fast.model.stored.writing import capture_activations, export_requests
 from sts_fast.ops._cpu import get_num_threads, set_num_threads
 from sts_fast.ops.backend import set_precision
 from sts_fast.ops.correlate import CorrelationStats
@@ -63,6 +63,7 @@ __all__ = [
     "compare_stored",
     "cross",
     "encode",
+    "export_requests",
     "fit_calibration",
     "get_num_threads",
     "load_domains",

@@ -11,9 +11,11 @@ from sts_fast.cli.console import err, progress, say
 from sts_fast.cli.options import Demos
 from sts_fast.data.options import Option
 from sts_fast.data.sources import named_place
-from sts_fast.errors import InputError
+from sts_fast.errors import InputError, listed
+from sts_fast.files import prepare_folder
 from sts_fast.forecast.options import Dims
-from sts_fast.model.stored.writing import Capturing, capture_activations
+from sts_fast.model.stored.exported import REQUESTS_FILE
+from sts_fast.model.stored.writing import Capturing, capture_activations, export_requests
 from sts_fast.places import place_name
 from sts_fast.sae import load_sae
 
@@ -30,6 +32,9 @@ class Sources:
     layer: Annotated[list[int] | None, Option("Read after this layer; repeatable.")] = None
     domains: Annotated[list[str] | None, Option("As for score; repeatable.")] = None
     demos: Demos = None
+    prompts_only: Annotated[
+        bool, Option(f"Write only the prompts, as OUTPUT/{REQUESTS_FILE}, for an inference server; run no model.")
+    ] = False
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ def capture(sources: Sources, demonstrated: Demonstrated, capturing: Capturing) 
     """Write the activations that a forecast reads to files, for other SAEs and settings without the model."""
     if demonstrated.dims == "tuned":
         raise InputError("--dims tuned needs the model after training, whose activations are not captured")
+    if sources.prompts_only and capturing.export is not None:
+        raise InputError("--prompts-only comes before --from-export: give one of them")
     trains = named_trains(sources.train)
     if len(trains) == 1 and named_place(sources.train[0])[0] is None:
         trains = {"train": sources.train}
@@ -55,17 +62,22 @@ def capture(sources: Sources, demonstrated: Demonstrated, capturing: Capturing) 
             progress=tell,
             say=say,
         )
-        captured = capture_activations(
-            model=sources.model,
-            output=sources.output,
-            trains=trains,
-            domains=sources.domains or [],
-            demos=sources.demos,
-            saes=[load_sae(source) for source in sources.sae or []],
-            hooks=[*(sources.hook or []), *(place_name("resid_post", layer) for layer in sources.layer or [])],
+        given = {
+            "model": sources.model,
+            "trains": trains,
+            "domains": sources.domains or [],
+            "demos": sources.demos,
+            "saes": [load_sae(source) for source in sources.sae or []],
+            "hooks": [*(sources.hook or []), *(place_name("resid_post", layer) for layer in sources.layer or [])],
             **vars(capturing),
-        )
-    err.print(
-        f"{sources.output} contains {captured.summary()}: give it as --model to shift, score or compare",
-        highlight=False, markup=False, soft_wrap=True,
-    )  # fmt: skip
+        }
+        if sources.prompts_only:
+            requests, path = export_requests(**given), sources.output / REQUESTS_FILE
+            prepare_folder(sources.output)
+            requests.save(path)
+            told = f"{path} contains {requests.summary()}: have layers {listed(requests.layers)} exported, and give "
+            told += "the folder with --from-export"
+        else:
+            captured = capture_activations(output=sources.output, **given)
+            told = f"{sources.output} contains {captured.summary()}: give it as --model to shift, score or compare"
+    err.print(told, highlight=False, markup=False, soft_wrap=True)

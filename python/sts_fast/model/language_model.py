@@ -242,7 +242,7 @@ def _capture_draw(
     for batch, reads in run_batches(*sides, n_done=n_done):
         for side, of_side in zip(sides, reads, strict=True):
             _mend(side, batch, of_side, prompts)
-        yield [_rows_read(hook, batch, prompts, partners, reads) for hook in range(len(decoder.hooks))]
+        yield [rows_read(hook, batch, prompts, partners, reads) for hook in range(len(decoder.hooks))]
 
 
 def _mend(side: Sequences, batch: list[int], reads: list[Read], prompts: Sequence[Prompt]) -> None:
@@ -266,7 +266,7 @@ def _mend(side: Sequences, batch: list[int], reads: list[Read], prompts: Sequenc
         )
 
 
-def _rows_read(
+def rows_read(
     hook: int,
     batch: list[int],
     prompts: Sequence[Prompt],

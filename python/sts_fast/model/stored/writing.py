@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Unpack
+from typing import TYPE_CHECKING, Annotated, Unpack
 
 from sts_fast import files
 from sts_fast.data.examples import Example
@@ -22,9 +22,12 @@ from sts_fast.data.sets import (
     Sources,
 )
 from sts_fast.errors import InputError
+from sts_fast.model.hooks import find_hooks
 from sts_fast.model.language_model import LanguageModel, capture
+from sts_fast.model.lengths import ANY_LENGTH, length_rule
 from sts_fast.model.reader import PairedRows
 from sts_fast.model.session import Purpose, Reading, Running, RunningOptions, Session
+from sts_fast.model.stored.exported import EMBEDDING, Export, Request, Requests, layer_number
 from sts_fast.model.stored.folder import Activations
 from sts_fast.model.stored.index import (
     MODEL_FOLDER,
@@ -40,6 +43,7 @@ from sts_fast.model.stored.index import (
     write_prompts,
 )
 from sts_fast.model.stored.shards import load_tensors, write_shard
+from sts_fast.places import layer_of
 from sts_fast.sae import SAE
 
 if TYPE_CHECKING:
@@ -55,11 +59,29 @@ class Capturing(Sampling, Fields, Running):
 
     train_demos, domain_demos: also with demonstrations (what dims='icl', and the estimator 'icl', read)
     activation_dtype: 'bfloat16', or 'float32' for twice the size and no rounding
+    export:       folder of hidden states that vLLM wrote of the requests of `export_requests`; no model is run then
+    export_layers: its layers as vLLM numbers them, ascending; None: those that `export_requests` asks for
     """
 
     train_demos: bool = True
     domain_demos: bool = True
     activation_dtype: Annotated[StoredDtype, Option("Of the files; float32 rounds nothing.")] = "bfloat16"
+    export: Annotated[
+        str | Path | None,
+        Option(
+            "Read the hidden states that vLLM wrote to this folder, of the requests of --prompts-only, and run no "
+            "model.",
+            "--from-export",
+        ),
+    ] = None
+    export_layers: Annotated[
+        list[int] | None,
+        Option(
+            "A layer in the export, as vLLM numbers it (0: the embedding); repeatable; default: those that "
+            "--prompts-only asks for.",
+            "--export-layer",
+        ),
+    ] = None
 
 
 class CapturingOptions(SamplingOptions, FieldsOptions, RunningOptions, total=False):
@@ -68,6 +90,8 @@ class CapturingOptions(SamplingOptions, FieldsOptions, RunningOptions, total=Fal
     train_demos: bool
     domain_demos: bool
     activation_dtype: StoredDtype
+    export: str | Path | None
+    export_layers: list[int] | None
     strict: bool
 
 
@@ -90,74 +114,159 @@ def capture_activations(
     saes, hooks: the SAEs whose hooks are read, and the names of further hooks
     options: see Capturing
 
-    Raises InputError for unusable input, and where `output` contains other activations.
+    Raises InputError for unusable input, where `output` contains other activations, and where an export is not whole or
+    not of these prompts.
     """
     capturing, output = Capturing(**options), Path(output)
-    places = list(dict.fromkeys([*(sae.hook_name for sae in saes), *hooks]))
-    if not places or not all(places):
-        raise InputError("no place of the model was given to read: name one or more with --hook, --layer or --sae")
-    sets = Sets.read(trains, domains, demos, capturing)
-    for line in sets.told():
-        capturing.tell_line(line)
-    session = Session.open(
-        model,
-        saes,
-        part(Reading, capturing),
-        tokenizer=tokenizer,
-        places=hooks,
-        purpose=Purpose(needs=[("capture", "a model")]),
+    plan = _Plan.make(
+        capturing, model=model, trains=trains, domains=domains, demos=demos, saes=saes, hooks=hooks, tokenizer=tokenizer
     )
-    decoder, template = session.reader, session.template
-    assert isinstance(decoder, LanguageModel)
-
-    prompt_sets: list[PromptSet] = []
-    described: list[StoredSet] = []
-    kinds: tuple[tuple[Kind, dict[str, list[Example]], bool], ...] = (
-        ("train", sets.trains, capturing.train_demos),
-        ("domain", sets.domains, capturing.domain_demos),
-    )
-    for kind, of_kind, show in kinds:
-        for name, examples in of_kind.items():
-            own_demos = sets.demos.get(name)
-            prompt_set = session.prompts(kind, name, examples, own_demos, capturing, show=show)
-            described.append(
-                StoredSet(
-                    name=name,
-                    kind=kind,
-                    folder=f"{SETS_FOLDER}/{len(described)}",
-                    n_prompts=len(prompt_set.prompts),
-                    n_too_long=prompt_set.n_too_long,
-                    n_unanswered=prompt_set.n_unanswered,
-                    warnings=prompt_set.warnings,
-                    shown=prompt_set.shown,
-                    examples_sha256=examples_sha256(examples),
-                    demos_sha256="own" if own_demos is None else examples_sha256(own_demos),
-                    prompts_sha256=prompts_sha256([prompt_set]),
-                    shards=[],
-                )
-            )
-            prompt_sets.append(prompt_set)
+    session = plan.session
+    source = plan.decoder() if capturing.export is None else plan.export()
     index = Index(
         model={
-            **{"name": decoder.name, "dtype": decoder.dtype, "revision": decoder.revision},
-            "weights_sha256": decoder.weights_sha256(),
+            **{"name": session.name, "dtype": source.dtype},
+            "revision": getattr(session.config, "_commit_hash", None),
+            "weights_sha256": source.weights_sha256(),
         },
-        hooks=decoder.hooks,
+        hooks=source.hooks,
         dtype=capturing.activation_dtype,
-        settings={**vars(part(Sampling, capturing)), "starts_with_bos": starts_with_bos(template)},
-        sets=described,
+        settings={**vars(part(Sampling, capturing)), "starts_with_bos": starts_with_bos(session.template)},
+        sets=plan.sets,
     )
-    _begin(output, index, prompt_sets, session.config, session.tokenizer)
-    for stored_set, prompt_set in zip(index.sets, prompt_sets, strict=True):
-        _capture_set(output, index, stored_set, prompt_set, decoder, capturing.tell)
-    decoder.say_passes()
+    # No part is kept of an export: it may have been of another one, and to read the files again is cheap.
+    _begin(output, index, plan.prompt_sets, session, resume=capturing.export is None)
+    for stored_set, prompt_set in zip(index.sets, plan.prompt_sets, strict=True):
+        prompts = prompt_set.prompts
+        if isinstance(source, Export):
+            batches = source.rows(prompts)
+        else:
+            batches = capture(source, prompts, n_done=stored_set.n_captured)
+        _write_set(output, index, stored_set, len(prompts), batches, capturing.tell)
+    if isinstance(source, LanguageModel):
+        source.say_passes()
     return Activations(output, device=capturing.device, trust_remote_code=capturing.trust_remote_code)
 
 
-def _begin(
-    output: Path, index: Index, prompt_sets: Sequence[PromptSet], config: Any, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Writes everything but the rows, and reuses the intact shards of an earlier run with the same settings.
+def export_requests(
+    *,
+    model: str | Path | PreTrainedModel,
+    trains: Mapping[str, Source],
+    domains: Sources,
+    demos: Sources | None = None,
+    saes: Sequence[SAE] = (),
+    hooks: Sequence[str] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **options: Unpack[CapturingOptions],
+) -> Requests:
+    """The requests to an inference server whose hidden states `capture_activations` reads with `export`.
+
+    The arguments are those of `capture_activations`. Of the model only the config and the tokenizer are read.
+    Raises InputError for unusable input, and for hooks that inference servers do not export.
+    """
+    plan = _Plan.make(
+        Capturing(**options), model=model, trains=trains, domains=domains, demos=demos, saes=saes, hooks=hooks,
+        tokenizer=tokenizer,
+    )  # fmt: skip
+    return plan.requests()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The places that are captured, and the prompts of each set."""
+
+    capturing: Capturing
+    session: Session
+    places: list[str]
+    sets: list[StoredSet]
+    prompt_sets: list[PromptSet]
+
+    @classmethod
+    def make(
+        cls,
+        capturing: Capturing,
+        *,
+        model: str | Path | PreTrainedModel,
+        trains: Mapping[str, Source],
+        domains: Sources,
+        demos: Sources | None,
+        saes: Sequence[SAE],
+        hooks: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> _Plan:
+        places = list(dict.fromkeys([*(sae.hook_name for sae in saes), *hooks]))
+        if not places or not all(places):
+            raise InputError("no place of the model was given to read: name one or more with --hook, --layer or --sae")
+        if capturing.export is None and capturing.export_layers:
+            raise InputError("--export-layer is of no use without --from-export: give both")
+        sets = Sets.read(trains, domains, demos, capturing)
+        for line in sets.told():
+            capturing.tell_line(line)
+        purpose = Purpose(run=False, needs=[("capture", "a model")])
+        session = Session.open(
+            model, saes, part(Reading, capturing), tokenizer=tokenizer, places=hooks, purpose=purpose
+        )
+        prompt_sets: list[PromptSet] = []
+        described: list[StoredSet] = []
+        kinds: tuple[tuple[Kind, dict[str, list[Example]], bool], ...] = (
+            ("train", sets.trains, capturing.train_demos),
+            ("domain", sets.domains, capturing.domain_demos),
+        )
+        for kind, of_kind, show in kinds:
+            for name, examples in of_kind.items():
+                own_demos = sets.demos.get(name)
+                prompt_set = session.prompts(kind, name, examples, own_demos, capturing, show=show)
+                described.append(
+                    StoredSet(
+                        name=name,
+                        kind=kind,
+                        folder=f"{SETS_FOLDER}/{len(described)}",
+                        n_prompts=len(prompt_set.prompts),
+                        n_too_long=prompt_set.n_too_long,
+                        n_unanswered=prompt_set.n_unanswered,
+                        warnings=prompt_set.warnings,
+                        shown=prompt_set.shown,
+                        examples_sha256=examples_sha256(examples),
+                        demos_sha256="own" if own_demos is None else examples_sha256(own_demos),
+                        prompts_sha256=prompts_sha256([prompt_set]),
+                        shards=[],
+                    )
+                )
+                prompt_sets.append(prompt_set)
+        return cls(capturing, session, places, described, prompt_sets)
+
+    def decoder(self) -> LanguageModel:
+        reader = self.session.reader
+        assert isinstance(reader, LanguageModel)
+        return reader
+
+    def requests(self) -> Requests:
+        n_layers = self.session.config.get_text_config().num_hidden_layers
+        for place in self.places:
+            layer_of(place, n_layers, name=self.session.name)
+        layers = sorted({EMBEDDING, *map(layer_number, self.places)})
+        kinds = [stored_set.kind for stored_set in self.sets]
+        return Requests(Request.of(zip(kinds, self.prompt_sets, strict=True)), layers)
+
+    def export(self) -> Export:
+        """The export, checked against the requests; tells what is worth knowing of it."""
+        requests, session, capturing = self.requests(), self.session, self.capturing
+        folder = Path(capturing.export or "")
+        hooks = find_hooks(session.outline, self.places, name=session.name)
+        export = Export(folder, hooks, requests.requests, capturing.export_layers or requests.layers)
+        capturing.tell_line(f"{folder} has the {requests.summary()} in {export.dtype}")
+        lengths = length_rule(session.config.get_text_config())
+        if lengths != ANY_LENGTH:
+            longest = min([*lengths.switches, *filter(None, [lengths.each_above])])
+            session.reading.warn(
+                f"what {session.name} computes depends on the prompt's length, for which inference servers take "
+                f"--max-model-len: give them at most {longest}"
+            )
+        return export
+
+
+def _begin(output: Path, index: Index, prompt_sets: Sequence[PromptSet], session: Session, *, resume: bool) -> None:
+    """Writes everything but the rows; resume: reuses the intact shards of an earlier run with the same settings.
 
     Raises InputError where the folder contains other activations, or other files.
     """
@@ -172,7 +281,7 @@ def _begin(
                 "delete it"
             )
         for stored_set in index.sets:
-            stored_set.shards = list(_whole(output, stored_set.shards or []))
+            stored_set.shards = list(_whole(output, stored_set.shards or [])) if resume else []
     else:
         for name in (MODEL_FOLDER, SETS_FOLDER):
             if (output / name).exists():
@@ -183,8 +292,8 @@ def _begin(
         (output / stored_set.folder).mkdir(parents=True, exist_ok=True)
         write_prompts(output / stored_set.folder / PROMPTS_FILE, prompt_set.prompts)
     with files.atomic_folder(output / MODEL_FOLDER) as folder:
-        config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        session.config.save_pretrained(folder)
+        session.tokenizer.save_pretrained(folder)
 
 
 def _whole(folder: Path, shards: Sequence[Shard]) -> Iterator[Shard]:
@@ -198,21 +307,21 @@ def _whole(folder: Path, shards: Sequence[Shard]) -> Iterator[Shard]:
         yield shard
 
 
-def _capture_set(
+def _write_set(
     output: Path,
     index: Index,
     stored_set: StoredSet,
-    prompt_set: PromptSet,
-    decoder: LanguageModel,
+    n_prompts: int,
+    batches: Iterable[list[PairedRows]],
     progress: Progress,
 ) -> None:
+    """Writes the batches of a set that follow those of its shards."""
     shards = stored_set.shards = stored_set.shards or []
-    n_prompts = len(prompt_set.prompts)
     if stored_set.n_captured == n_prompts:
         return
     pending: list[list[PairedRows]] = []
     n_pending = 0
-    for of_hooks in capture(decoder, prompt_set.prompts, n_done=stored_set.n_captured):
+    for of_hooks in batches:
         pending.append(of_hooks)
         n_pending += len(of_hooks[0].prompts)
         if n_pending >= SHARD_PROMPTS or stored_set.n_captured + n_pending == n_prompts:
@@ -221,4 +330,4 @@ def _capture_set(
             shards.append(Shard(file, [int(i) for batch in pending for i in batch[0].prompts], digest))
             index.save(output)
             pending, n_pending = [], 0
-            progress(prompt_set.name, stored_set.n_captured, n_prompts)
+            progress(stored_set.name, stored_set.n_captured, n_prompts)
