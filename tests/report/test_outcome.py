@@ -82,5 +82,5 @@ def test_a_run_without_text_controls_shows_none(tmp_path: Path) -> None:
     outcomes = {domain["name"]: Outcome(0.1 * i, stderr=0.02) for i, domain in enumerate(document["domains"])}
     save_beside(folder, VALIDATION_FILE, validate(folder, outcomes).to_dict())
     text = read_page(build_report(folder)).text()
-    assert "Forecast against outcome" in text
+    assert "Did the forecast come true?" in text
     assert "partial Pearson" not in text.lower()

@@ -219,7 +219,7 @@ def test_the_keyboard_reaches_and_opens_everything(page: Page, reports: dict[str
         page.press("Tab")
         if page.value("document.activeElement.tagName") == "SUMMARY":
             break
-    assert page.value("document.activeElement.textContent") == "adapter in numbers"
+    assert page.value("document.activeElement.textContent") == "Correlations in numbers"
     assert page.value("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     page.press("Enter")
     assert page.value("document.activeElement.parentElement.open") is True

@@ -28,6 +28,19 @@ def test_names_are_cut_to_their_room() -> None:
     assert len(figures.shortened("数" * 200, 100)) < len(cut)
 
 
+def test_axes_of_dots_are_as_long_as_the_dots_need() -> None:
+    rows = [figures.Dot(str(i), value, (value - 0.1, value + 0.1), "", control=1.2) for i, value in enumerate((5.2, 4))]
+    scale = figures.Scale.of_dots(rows)
+    assert scale.low > 3  # neither from zero nor from controls that are far away
+    assert not scale.contains(1.2)
+    near = figures.Scale.of_dots([*rows, figures.Dot("law", 5.0, (4.9, 5.1), "", control=3.1)])
+    assert near.contains(3.1)
+    # Intervals that are longer than the values' spread are shown whole.
+    alike = figures.Scale.of_dots([figures.Dot("", value, (value - 1, value + 1), "") for value in (5.0, 5.2)])
+    assert alike.low <= 4
+    assert alike.high >= 6.2
+
+
 def test_long_intervals_do_not_squash_the_values() -> None:
     scale = figures.Scale.with_intervals([0.0, 1.0, 2.0], [(0.9, 1.2), (0.01, 300.0)])
     assert (scale.low, scale.high) == (0.0, 4.0)  # as far again as the values reach
@@ -42,9 +55,9 @@ def test_long_intervals_do_not_squash_the_values() -> None:
     ("interval", "turns"), [((0.5, 1.5), []), ((0.5, 99.0), [0]), ((-99.0, 1.5), [180]), ((-99.0, 99.0), [180, 0])]
 )
 def test_whiskers_that_leave_the_axis_end_in_an_arrow(interval: tuple[float, float], turns: list[int]) -> None:
-    rows = [figures.Bar("law", 1.0, interval, None, ""), figures.Bar("math", 2.0, (1.9, 2.1), None, "")]
+    rows = [figures.Dot("law", 1.0, interval, ""), figures.Dot("math", 2.0, (1.9, 2.1), "")]
     scale = figures.Scale.with_intervals([0.0, 1.0, 2.0], [row.interval for row in rows])
-    drawn = figures.bars("x", rows, scale, title="", description="")
+    drawn = figures.dots("x", rows, scale, axis=("", "", ""), title="", description="")
     assert [int(turn) for turn in re.findall(r'rotate\((-?\d+)\)"[^>]*class="whisker"', drawn)] == turns
     # A cap at every other end, and a line for each of the two.
     assert len(re.findall(r'<line [^>]*class="whisker"', drawn)) == 2 + 4 - len(turns)

@@ -83,6 +83,6 @@ def test_outcome_with_anything_missing_or_of_another_type(tmp_path: Path) -> Non
         outcome_warnings(broken)
         if number % 12 == 0 or len(path) == 1:
             save_beside(tmp_path, VALIDATION_FILE, broken)
-            assert "Forecast against outcome" in read_page(build_report(tmp_path)).text()
+            assert "Did the forecast come true?" in read_page(build_report(tmp_path)).text()
     save_beside(tmp_path, VALIDATION_FILE, {})
     assert "validation.json contains no comparison" in read_page(build_report(tmp_path)).text()

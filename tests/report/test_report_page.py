@@ -4,6 +4,7 @@ import itertools
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from html_tree import read_page, rows_of
 from written_run import HOSTILE, Report, make_scores, make_signed, write_firings, write_scores, write_validation
@@ -31,7 +32,7 @@ def test_the_page_is_built_for_everyone(full: Report) -> None:
     ids = [node.attrs["id"] for node in page.walk() if "id" in node.attrs]
     assert len(ids) == len(set(ids))
     by_id = {node.attrs["id"]: node for node in page.walk() if "id" in node.attrs}
-    outer = [node for node in page.all("svg") if "viewbox" not in node.attrs]
+    outer = page.all("svg", role="img")
     assert len(outer) == 12
     for svg in outer:
         assert svg.attrs["role"] == "img"
@@ -57,11 +58,47 @@ def test_the_page_is_built_for_everyone(full: Report) -> None:
         assert by_id[node.attrs["aria-labelledby"]].tag == "h2"
 
 
+# What people see of linear RGB: all of it, or without one kind of cone (Machado, Oliveira and Fernandes 2009).
+SEEN = {
+    "all": np.eye(3),
+    "no red": np.array(
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+    ),
+    "no green": np.array(
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+    ),
+    "no blue": np.array(
+        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]
+    ),
+}
+TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+
+
+def linear(colour: str) -> np.ndarray:
+    channels = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    return np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+
+
+def lab(rgb: np.ndarray) -> np.ndarray:
+    """CIE L*a*b* of linear RGB, where distances are about as large as differences look."""
+    t = TO_XYZ @ np.clip(rgb, 0, 1) / TO_XYZ.sum(axis=1)
+    x, y, z = np.where(t > (6 / 29) ** 3, np.cbrt(t), t / (3 * (6 / 29) ** 2) + 4 / 29)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def shades_of(style: str, colours: dict[str, str], kind: str) -> list[str]:
+    """A grid's three colours of a kind, as color-mix makes them."""
+    found = []
+    for depth in (1, 2, 3):
+        [share] = re.findall(rf"\.{kind}{depth}[^{{}}]*{{ background: color-mix\(in srgb, var\(--shade\) (\d+)%", style)
+        pairs = ((int(colours[name][i : i + 2], 16) for name in (kind, "page")) for i in (1, 3, 5))
+        found.append("#" + "".join(f"{round((int(share) * a + (100 - int(share)) * b) / 100):02x}" for a, b in pairs))
+    return found
+
+
 def luminance(colour: str) -> float:
     """Relative luminance as in WCAG 2.1."""
-    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return float(TO_XYZ[1] @ linear(colour))
 
 
 def contrast(a: str, b: str) -> float:
@@ -85,9 +122,20 @@ def test_contrast(full: Report, scheme: str) -> None:
         assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
     # What is drawn, rather than written, needs 3:1 against what it lies on.
     for drawn, ground in (
-        ("accent", "page"), ("control", "page"), ("text", "bar"), ("muted", "page"),
+        ("accent", "page"), ("control", "page"), ("worse", "page"), ("muted", "page"),
     ):  # fmt: skip
         assert contrast(colours[drawn], colours[ground]) >= 3, (drawn, ground)
+    shades = {kind: shades_of(style, colours, kind) for kind in ("better", "worse", "size")}
+    for shade in itertools.chain(*shades.values()):
+        assert contrast(colours["text"], shade) >= 4.5
+    # Directions and depths are apart for everyone.
+    for seen in SEEN.values():
+        better, worse, size = ([lab(seen @ linear(shade)) for shade in shades[kind]] for kind in shades)
+        for depth, least in enumerate((8, 15, 25)):
+            assert np.linalg.norm(better[depth] - worse[depth]) > least
+        for depths in (better, worse, size):
+            for lighter, deeper in itertools.pairwise([lab(seen @ linear(colours["page"])), *depths]):
+                assert np.linalg.norm(lighter - deeper) > 5
     # Every colour is one of these: no scheme is forgotten anywhere.
     rest = re.sub(r":root \{.*?\}", "", style, flags=re.DOTALL)
     assert not re.findall(r"#[0-9a-fA-F]{3,8}\b|rgba?\(|hsla?\(", rest)

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from html_tree import plain, read_page, rows_of, values_of
 from scipy import stats
-from written_run import D_SAE, Report, make_means, make_scores, page_of, write_scores
+from written_run import D_SAE, Report, make_means, make_scores, page_of, write_full_run, write_scores
 
+from sts_fast.forecast.estimators import BY_NAME
 from sts_fast.forecast.run import SHIFT_FILE
+from sts_fast.forecast.stability import SETTLED, shift_line
 from sts_fast.report import build_report, numbers
 
 
@@ -31,29 +33,63 @@ def test_ranking_holds_the_scores(full: Report, estimator: str) -> None:
 
 
 @pytest.mark.parametrize("estimator", ["act", "icl", "act_sq"])
-def test_bars_are_as_long_as_scores_are_large(full: Report, estimator: str) -> None:
+def test_dots_lie_at_their_scores(full: Report, estimator: str) -> None:
     scores, page, _ = full
     wanted = sorted(scores["domains"], key=lambda domain: -domain["scores"][estimator]["value"])
     svg = next(
-        node for node in page.all("svg") if node.attrs["aria-labelledby"].startswith(f"ranking-{estimator}-0-title")
+        node
+        for node in page.all("svg", role="img")
+        if node.attrs["aria-labelledby"].startswith(f"ranking-{estimator}-0-title")
     )
-    bars = svg.all("rect", class_="bar")
-    widths = np.asarray([float(bar.attrs["width"].rstrip("%")) for bar in bars])
-    assert all(bar.attrs["x"] == "0.00%" for bar in bars)
-    unit = widths[0] / wanted[0]["scores"][estimator]["value"]
-    assert widths == pytest.approx([unit * domain["scores"][estimator]["value"] for domain in wanted], abs=0.02)
+    ticks = {
+        float(text.text().replace("−", "-")): float(text.attrs["x"].rstrip("%")) for text in svg.all(class_="tick")
+    }
+    (first, at_first), *_, (last, at_last) = ticks.items()
+    assert (at_first, at_last) == (0, 100)
+
+    def at(value: float) -> float:
+        return 100 * (value - first) / (last - first)
+
+    assert list(ticks.values()) == pytest.approx([at(tick) for tick in ticks], abs=0.02)
+    dots = [float(dot.attrs["cx"].rstrip("%")) for dot in svg.all("circle")]
+    assert dots == pytest.approx([at(domain["scores"][estimator]["value"]) for domain in wanted], abs=0.02)
     marks = [float(line.attrs["x1"].rstrip("%")) for line in svg.all("line", class_="control")]
-    assert marks == pytest.approx([unit * domain["controls"]["random"][estimator] for domain in wanted], abs=0.02)
+    randoms = [domain["controls"]["random"][estimator] for domain in wanted]
+    assert marks == pytest.approx([at(value) for value in randoms if first <= value <= last], abs=0.02)
     ends = [
         (float(line.attrs["x1"].rstrip("%")), float(line.attrs["x2"].rstrip("%")))
         for line in svg.all("line", class_="whisker")
         if line.attrs["x1"] != line.attrs["x2"]
     ]
     assert np.asarray(ends) == pytest.approx(
-        np.asarray([[unit * bound for bound in domain["scores"][estimator]["ci"]] for domain in wanted]), abs=0.02
+        np.asarray([[at(bound) for bound in domain["scores"][estimator]["ci"]] for domain in wanted]), abs=0.02
     )
-    ticks = {float(text.text().replace("−", "-")): text.attrs["x"] for text in svg.all("text", class_="tick")}
-    assert all(float(x.rstrip("%")) == pytest.approx(unit * tick, abs=0.02) for tick, x in ticks.items())
+    assert [text.text() for text in svg.all("text", class_="axis")] == [f"{BY_NAME[estimator].axis} →"]
+
+
+def test_what_matters_most_is_warned_of_first(tmp_path: Path) -> None:
+    scores = write_full_run(tmp_path)
+    scores["warnings"] = ["a warning of the run", "the SAE is another model's"]
+    scores["sae"]["fit"]["warning"] = "the SAE is another model's"
+    scores["train"]["n_skipped"] = 1000
+    scores["domains"][1]["controls"]["random"]["act"] = 99.0
+    warned = page_of(tmp_path, scores).one("section", class_="warnings").all("li")
+    starts = [
+        "the SAE is another model's", "More than half of the examples", "By STS_act, domain 1 does not stand out",
+        "a warning of the run",
+    ]  # fmt: skip
+    assert [plain(item.text())[:20] for item in warned[:4]] == [start[:20] for start in starts]
+    assert all("belongs to another run" in item.text() for item in warned[4:])
+
+
+@pytest.mark.parametrize(
+    ("kept", "words"), [(SETTLED, "is settled:"), (0.85, "is settled for the most part:"), (0.4, "is not settled:")]
+)
+def test_the_page_calls_features_settled_where_the_terminal_does(tmp_path: Path, kept: float, words: str) -> None:
+    scores = make_scores()
+    scores["shift"]["stability"]["mean_overlap"] = kept
+    assert f"D_N {words}" in plain(page_of(tmp_path, scores).text())
+    assert ("settled (90% kept)" in shift_line("train", 32, 100, kept)) == (words == "is settled:")
 
 
 def test_summary_says_who_is_first_and_how_clearly(tmp_path: Path) -> None:
@@ -107,7 +143,7 @@ def test_numbers_that_warn(tmp_path: Path, change: Any, warning: str) -> None:
 def test_few_domains(tmp_path: Path, n: int) -> None:
     page = page_of(tmp_path, make_scores(n))
     text = plain(page.text())
-    assert len(page.all("svg")) == (3 if n else 0)
+    assert len(page.all("svg", role="img")) == (3 if n else 0)
     if n:
         assert f"STS_act and STS_icl agree cannot be judged: {numbers.counted(n, 'domain')}, and 4 are needed" in text
         assert "too few domains" in page.one("table", id="table-controls").text()
@@ -120,8 +156,8 @@ def test_few_domains(tmp_path: Path, n: int) -> None:
 def test_many_domains_stand_behind_a_click(tmp_path: Path) -> None:
     page = page_of(tmp_path, make_scores(72))
     figure = page.all("figure")[0]
-    assert len(figure.one("details").all("rect", class_="bar")) == 48
-    assert len(figure.all("rect", class_="bar")) == 72
+    assert len(figure.one("details").all("circle")) == 48
+    assert len(figure.all("circle")) == 72
     assert len(rows_of(page.one("table", id="table-act"))) == 72
 
 
@@ -145,6 +181,6 @@ def test_scores_of_zero(tmp_path: Path) -> None:
     top = np.asarray([feature["index"] for feature in scores["shifted_features"]])
     make_means(np.zeros(D_SAE)).save(tmp_path / SHIFT_FILE, {"shifted_features": top})
     page = read_page(build_report(tmp_path))
-    assert {bar.attrs["width"] for bar in page.all("svg")[0].all("rect", class_="bar")} == {"0.00%"}
+    assert {dot.attrs["cx"] for dot in page.all("svg", role="img")[0].all("circle")} == {"50.00%"}
     assert "agree cannot be judged: one of them is the same for all domains" in page.text()
     assert not page.all("polyline")

@@ -13,7 +13,7 @@ def scores_by(scores: dict[str, Any], estimator: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("field", ["adapter", "adapter_loss", "ntk", "ntk_loss"])
-def test_signed_bars_lie_on_their_side_of_zero(full: Report, field: str) -> None:
+def test_signed_dots_lie_on_their_side_of_zero(full: Report, field: str) -> None:
     scores, page, _ = full
     factor = 100 if field == "adapter" else 1  # points
     found = scores_by(scores, field)
@@ -30,11 +30,11 @@ def test_signed_bars_lie_on_their_side_of_zero(full: Report, field: str) -> None
     ticks = {float(text.text().replace("−", "-")): text.attrs["x"] for text in svg.all("text", class_="tick")}
     low, high = min(ticks), max(ticks)
     zero, unit = -100 * low / (high - low), 100 / (high - low)
-    for bar, name in zip(svg.all("rect", class_="bar"), wanted, strict=True):
-        left, width = (float(bar.attrs[key].rstrip("%")) for key in ("x", "width"))
-        value = factor * found[name]["value"]
-        assert ("falling" in bar.attrs["class"]) == (value < 0)
-        assert [left, left + width] == pytest.approx(sorted([zero, zero + unit * value]), abs=0.02)
+    for dot, name in zip(svg.all("circle"), wanted, strict=True):
+        value, (low, high) = factor * found[name]["value"], found[name]["ci"]
+        assert ("worse" in dot.attrs["class"]) == (value < 0)
+        assert ("other" in dot.attrs["class"]) == (low <= 0 <= high)
+        assert float(dot.attrs["cx"].rstrip("%")) == pytest.approx(zero + unit * value, abs=0.02)
     assert [text.text() for text in svg.all("text", class_="axis")][::2] == ["← worse", "better →"]
 
 

@@ -24,6 +24,7 @@ class Estimator:
     meaning:  how a score is made, for people
     signed:   whether a score above zero is a change for the better; without a sign it is the size of a change
     quantity: what a score forecasts; unit: 'points' or 'nats per token', '' for scores that only compare domains
+    axis:     what a score without sign is, for an axis
     of:       of one without sign, whether it is a mean over tokens, or over pairs of tokens with and without
         demonstrations
     sums:     the sums over a prompt's tokens, by feature, that it adds up (see PromptRows); raw_sums: the same of the
@@ -37,6 +38,7 @@ class Estimator:
     signed: bool = False
     quantity: str = "size of change"
     unit: str = ""
+    axis: str = ""
     of: Literal["tokens", "pairs"] = "tokens"
     sums: Quantity = "sum_h"
     raw_sums: str = "abs_base"
@@ -83,11 +85,13 @@ ESTIMATORS = (
     Estimator(
         *("act", "STS_act"),
         "how active the shifted features are on the domain's own questions: their activations summed, per token",
+        axis="activations of D_N, summed per token",
     ),
     Estimator(
         *("icl", "STS_icl"),
         "how far the shifted features move on the domain's questions when demonstrations of the domain are shown: "
         "their squared changes summed, per token",
+        axis="squared changes of D_N, summed per token",
         of="pairs",
         sums="sum_sq_shift",
         raw_sums="sq_shift",
@@ -96,6 +100,7 @@ ESTIMATORS = (
         *("act_sq", "STS_act_sq"),
         "the mean square of the shifted features' activations on the domain's questions, the variant of the authors' "
         "notebook",
+        axis="mean squared activation of D_N",
         sums="sum_sq_h",
         raw_sums="sq_base",
         per_feature=True,

@@ -13,6 +13,8 @@ import numpy as np
 # A set of features is settled when resampling the prompts keeps this share of it. A ranking is settled when this share
 # of the pairs of domains differ by more than chance would explain (95%).
 SETTLED = 0.9
+# Shifted features of which resampling keeps less are not settled at all.
+SHAKY = 0.5
 # Larger factors are not reported: the rule does not extrapolate so far.
 MOST_TIMES = 100
 
@@ -24,6 +26,13 @@ def times_for_overlap(overlap: float) -> float:
     is, to first order, proportional to the error: n' / n = ((1 - overlap) / (1 - 0.9))^2, and 1 where it is settled.
     """
     return max(1.0, ((1 - overlap) / (1 - SETTLED)) ** 2)
+
+
+def in_words(overlap: float) -> str:
+    """Whether the shifted features are settled, as the predicate of a sentence."""
+    if overlap >= SETTLED:
+        return "is settled"
+    return "is settled for the most part" if overlap >= SHAKY else "is not settled"
 
 
 def pairs_apart(values: Sequence[float], intervals: Sequence[Sequence[float]]) -> tuple[float, float]:

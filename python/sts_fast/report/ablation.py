@@ -94,22 +94,23 @@ def _figure(rows: list[Zeroed], title: str, outcome: str) -> Markup:
     def text(value: float) -> str:
         return with_sign(value) if outcome == "loss" else short_amount(outcome, value / 100)
 
-    bars = [
-        figures.Bar(
+    dots = [
+        figures.Dot(
             row.name,
             row.top,
             row.interval,
-            row.like,
             f"{text(row.top)} [{text(row.interval[0])}, {text(row.interval[1])}]",
+            row.like,
+            "worse" if row.top < 0 else "",
         )
         for row in rows
     ]
-    return figures.bars(
+    return figures.dots(
         "ablation",
-        bars,
+        dots,
         scale,
-        title=f"With the features of D_N zeroed: {title}, the training set first",
-        description=f"Training set: {bars[0].text}. In brackets 95% intervals; the mark on each row is the same with "
-        "features of similar activity zeroed. The table below the figure has all numbers.",
         axis=("← worse", title, "better →"),
+        title=f"With the features of D_N zeroed: {title}, the training set first",
+        description=f"Training set: {dots[0].text}. In brackets 95% intervals; the mark on each row is the same with "
+        "features of similar activity zeroed. The table below the figure has all numbers.",
     )

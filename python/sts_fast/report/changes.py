@@ -10,7 +10,7 @@ from sts_fast.forecast.blocks import CalibrationBlock, Scores
 from sts_fast.outcomes.calibration.change_text import shown_change, shown_interval, unit_name
 from sts_fast.report import figures
 from sts_fast.report.numbers import counted, joined, percent
-from sts_fast.report.ranking import FIRST_BARS, MOST_BARS
+from sts_fast.report.ranking import FIRST_ROWS, MOST_ROWS
 from sts_fast.statistics import Interval
 
 
@@ -55,12 +55,22 @@ def change_section(scores: Scores) -> ChangeSection | None:
         texts = shown_change(change, unit, signed=signed), shown_interval(interval, unit, signed=signed)
         rows.append(ChangeRow(domain["name"], change, interval, *(text.replace("-", "−") for text in texts)))
     shown = rows
-    if len(rows) > MOST_BARS:  # the largest changes, of both directions
-        shown = sorted(sorted(rows, key=lambda row: -abs(row.change))[:FIRST_BARS], key=lambda row: -row.change)
-    figure = figures.bars(
+    if len(rows) > MOST_ROWS:  # the largest changes, of both directions
+        shown = sorted(sorted(rows, key=lambda row: -abs(row.change))[:FIRST_ROWS], key=lambda row: -row.change)
+    figure = figures.dots(
         "changes",
-        [figures.Bar(row.name, row.change, row.interval, None, f"{row.shown} {row.shown_interval}") for row in shown],
+        [
+            figures.Dot(
+                row.name,
+                row.change,
+                row.interval,
+                f"{row.shown} {row.shown_interval}",
+                kind="worse" if row.change < 0 else "",
+            )
+            for row in shown
+        ],
         figures.Scale.over([0.0, *(v for row in shown for v in (row.change, *(row.interval or ())))]),
+        axis=("← falls", unit_name(unit), "rises →") if signed else ("", "", f"{unit_name(unit)} →"),
         title=f"Forecast {'change' if signed else 'size of change'} of {counted(len(shown), 'domain')}",
         description=f"With {level} intervals. The table below the figure has all numbers.",
     )

@@ -10,9 +10,10 @@ from markupsafe import Markup
 from sts_fast import files
 from sts_fast.errors import InputError
 from sts_fast.files import Document
-from sts_fast.forecast.run import REPORT_FILE
+from sts_fast.forecast.run import REPORT_FILE, VALIDATION_FILE
 from sts_fast.report import figures
-from sts_fast.report.numbers import correlation
+from sts_fast.report.numbers import bracketed, correlation
+from sts_fast.report.outcome import measured, scatter
 from sts_fast.report.page import render
 
 DEMO_FILE = "demo.json"
@@ -33,6 +34,7 @@ def build_demo_report(folder: str | Path) -> Path:
     page = render(
         TEMPLATE,
         demo=demo,
+        scatters=_scatters(folder, demo),
         spreads=_spreads(demo),
         trials_figure=_trials(demo),
         predictors=list(demo["summary"][demo["primary"]]),
@@ -42,16 +44,30 @@ def build_demo_report(folder: str | Path) -> Path:
     return folder / REPORT_FILE
 
 
+def _scatters(folder: Path, demo: Document) -> list[tuple[str, str, Markup]]:
+    """(training set, its r, forecast against measured change) of the runs that were saved beside the demo."""
+    found = []
+    for i, trial in enumerate({trial["train"]: trial for trial in reversed(demo["trials"])}.values()):
+        path = folder / trial["train"] / VALIDATION_FILE
+        validation = files.read_json(path) if path.is_file() else {}
+        title = f"Trained on {trial['train']}: measured change against {demo['score']}"
+        figure = scatter(f"outcome-{i}", validation.get("estimator", ""), measured(validation), small=title)
+        if figure is not None:
+            r = trial["r"][demo["primary"]][demo["score"]]
+            found.append((trial["train"], f"r = {correlation(r)}", figure))
+    return found[::-1]
+
+
 def _spreads(demo: Document) -> Markup:
     """Mean r of each predictor with the primary outcome, and the lowest and highest over the trainings."""
     summary = {name: spread for name, spread in demo["summary"][demo["primary"]].items() if spread["n"]}
     rows = [
-        figures.Bar(
+        figures.Dot(
             name,
             spread["mean_r"],
             (spread["min_r"], spread["max_r"]),
-            None,
             f"{correlation(spread['mean_r'])} [{correlation(spread['min_r'])}, {correlation(spread['max_r'])}]",
+            kind="" if name == demo["score"] else "other",
         )
         for name, spread in summary.items()
     ]
@@ -59,6 +75,7 @@ def _spreads(demo: Document) -> Markup:
         "spreads",
         rows,
         SCALE,
+        axis=("", "", "mean r over the trainings →"),
         title=f"Correlation of each number with {demo['primary']}, over all trainings",
         description="; ".join(f"{row.name}: {row.text}" for row in rows) + ". In brackets the lowest and the highest.",
     )
@@ -71,16 +88,14 @@ def _trials(demo: Document) -> Markup:
         r, ci = trial["r"][demo["primary"]][demo["score"]], trial["r_ci_domains"]
         if r is None:
             continue
-        shown = f" [{correlation(ci[0])}, {correlation(ci[1])}]" if ci else ""
         seed = f", seed {trial['seed']}" if len({other["seed"] for other in demo["trials"]}) > 1 else ""
-        rows.append(
-            figures.Bar(f"{trial['train']}{seed}", r, tuple(ci) if ci else None, None, f"{correlation(r)}{shown}")
-        )
+        interval = tuple(ci) if ci else None
+        rows.append(figures.Dot(f"{trial['train']}{seed}", r, interval, f"{correlation(r)}{bracketed(interval)}"))
     return figures.dots(
         "trials",
         rows,
         SCALE,
-        n_filled=len(rows),
+        axis=("", "", f"r of {demo['score']} with {demo['primary']} →"),
         title=f"Correlation of {demo['score']} with {demo['primary']} in each training",
         description="; ".join(f"{row.name}: {row.text}" for row in rows) + ". In brackets 95% over other domains.",
     )

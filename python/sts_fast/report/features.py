@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from markupsafe import Markup
 
+from sts_fast.forecast import stability
 from sts_fast.report import figures
 from sts_fast.report.numbers import count, counted, percent
 from sts_fast.report.run import Firing, Material
@@ -125,13 +126,13 @@ def concentration(run: Material) -> Concentration:
             f"{percent(float(shares[min(top_n, len(shares)) - 1]))}; half of the total lies in the top "
             f"{count(needed[0])}, 90% in the top {count(needed[1])}.",
         )
-    stability = shift["stability"]
-    low, high = stability["overlap_ci"]
-    kept = stability["mean_overlap"]
-    words = "is settled" if kept >= 0.8 else "is settled for the most part" if kept >= 0.5 else "is not settled"
+    resampled = shift["stability"]
+    low, high = resampled["overlap_ci"]
+    kept = resampled["mean_overlap"]
     sentences.append(
-        f"D_N {words}: resampling the {counted(scores['train']['n_prompts'], 'training prompt')} keeps "
-        f"{percent(kept)} of it ({percent(low)} to {percent(high)} in {count(stability['n_replicates'])} resamplings)."
+        f"D_N {stability.in_words(kept)}: resampling the {counted(scores['train']['n_prompts'], 'training prompt')} "
+        f"keeps {percent(kept)} of it ({percent(low)} to {percent(high)} in {count(resampled['n_replicates'])} "
+        "resamplings)."
     )
     return Concentration(figure, sentences)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 NOT_THERE = "–"
 MIN_DOMAINS = 4
@@ -33,6 +34,13 @@ def significant(value: float | None) -> str:
 def with_sign(value: float) -> str:
     """As `significant`, with a plus before positive numbers."""
     return f"+{significant(value)}" if value > 0 else significant(value)
+
+
+def signed_together(values: Iterable[float], digits: int = 2) -> Callable[[float], str]:
+    """A format with a plus before positive numbers, with as many decimals as the largest of `values` needs."""
+    largest = max(map(abs, values), default=0.0) or 1.0
+    decimals = max(0, digits - 1 - math.floor(math.log10(largest)))
+    return lambda value: f"{value:+.{decimals}f}".replace("-", "−")
 
 
 def interval(bounds: Sequence[float] | None) -> str:

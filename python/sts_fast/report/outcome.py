@@ -9,10 +9,12 @@ from typing import Any
 from markupsafe import Markup
 
 from sts_fast.files import Document
-from sts_fast.forecast.estimators import label_of
+from sts_fast.forecast.estimators import BY_NAME, SIGNED, label_of
+from sts_fast.outcomes.outcomes import Outcome
+from sts_fast.outcomes.validate.statistics import GOOD
 from sts_fast.report import figures
 from sts_fast.report.controls import control_label
-from sts_fast.report.numbers import bracketed, correlation, correlations, percent
+from sts_fast.report.numbers import bracketed, correlation, correlations, percent, share
 from sts_fast.statistics import Z_95, Interval
 
 
@@ -29,6 +31,12 @@ class Measured:
     stderr: float | None
     z: float | None
     n: int | None
+    metric: str
+
+    @property
+    def interval(self) -> Interval | None:
+        """change -+ 1.96 standard errors."""
+        return None if self.stderr is None else (self.change - Z_95 * self.stderr, self.change + Z_95 * self.stderr)
 
     @property
     def size_interval(self) -> Interval | None:
@@ -52,6 +60,7 @@ class Correlated:
 @dataclass(frozen=True)
 class OutcomeSection:
     label: str
+    is_signed: bool
     verdict: str
     rows: list[Measured]
     estimates: list[Correlated]
@@ -63,9 +72,8 @@ class OutcomeSection:
 
 
 def outcome_section(validation: Document) -> OutcomeSection:
-    label = label_of(_text(validation, "estimator") or "act")
-    rows = [row for entry in _list(validation, "domains") if (row := _measured(entry)) is not None]
-    rows.sort(key=lambda row: (-row.score, row.name))
+    estimator = _text(validation, "estimator") or "act"
+    label, rows = label_of(estimator), measured(validation)
     predictors = [_correlated(label, _get(validation, "size", "pearson"))]
     entries = _get(validation, "controls")
     for name, entry in entries.items() if isinstance(entries, dict) else []:
@@ -82,10 +90,11 @@ def outcome_section(validation: Document) -> OutcomeSection:
     ceiling, critical = _number(validation, "limits", "ceiling"), _number(validation, "limits", "critical_r")
     return OutcomeSection(
         label=label,
+        is_signed=estimator in SIGNED,
         verdict=_text(validation, "verdict"),
         rows=rows,
         estimates=[row for row in [*of_score, *predictors[1:]] if row is not None],
-        scatter=_scatter(label, rows),
+        scatter=scatter("outcome", estimator, rows),
         dots=_dots([row for row in predictors if row is not None], ceiling, critical),
         has_ceiling=ceiling is not None,
         has_critical=critical is not None,
@@ -131,15 +140,15 @@ def _facts(validation: Document, n: int) -> list[str]:
         )
     good, ranking = _number(limits, "chance_above_good"), _number(limits, "chance_ranking_above_good")
     if good is not None:
-        also = "" if ranking is None else f", a random ranking in {percent(ranking)}"
-        sentences.append(f"Chance: a random forecast exceeds r = 0.7 in {percent(good)} of cases{also}.")
+        also = "" if ranking is None else f", a random ranking in {share(ranking)}"
+        sentences.append(f"Chance: a random forecast exceeds r = {GOOD:g} in {share(good)} of cases{also}.")
     critical = _number(limits, "critical_r")
     if critical is not None:
         sentences.append(f"5% of random forecasts exceed r = {correlation(critical)}.")
     power = _number(limits, "power")
     if power is not None:
         sentences.append(
-            f"A forecast whose true r is 0.7 would stand out from random ones in {percent(power)} of cases."
+            f"A forecast whose true r is {GOOD:g} would stand out from random ones in {percent(power)} of cases."
         )
     low_high = _interval(_get(validation, "size", "pearson"), "leave_one_out")
     if low_high is not None:
@@ -162,21 +171,47 @@ def _facts(validation: Document, n: int) -> list[str]:
     return sentences
 
 
-def _scatter(label: str, rows: Sequence[Measured]) -> Markup | None:
+def scatter(name: str, estimator: str, rows: Sequence[Measured], *, small: str = "") -> Markup | None:
+    """Measured change against forecast, one point per domain; None for fewer than two.
+
+    A forecast with a sign stands against the change, one without against its size.
+    small: the title of one of several figures, which are smaller and have no names of domains
+    """
     if len(rows) < 2:
         return None
+    of = BY_NAME.get(estimator)
+    is_signed, label = of is not None and of.signed, label_of(estimator)
+    unit = (of.unit or "no scale") if is_signed and of else of.axis if of else ""
+    factor = of.factor if of else 1.0
     points = [
-        figures.Point(row.name, row.score, abs(row.change), row.score_ci, row.size_interval, falling=row.change < 0)
+        figures.Point(
+            row.name,
+            factor * row.score,
+            row.change if is_signed else abs(row.change),
+            row.score_ci and (factor * row.score_ci[0], factor * row.score_ci[1]),
+            row.interval if is_signed else row.size_interval,
+            falling=row.change < 0,
+        )
         for row in rows
     ]
+    metrics = {row.metric for row in rows}
+    change = f"change of {rows[0].metric}" if len(metrics) == 1 and not metrics & {"", Outcome.metric} else "change"
     return figures.scatter(
-        "outcome",
+        name,
         points,
-        x_label=f"forecast: {label} →",
-        y_label="↑ measured: |change|",
-        title=f"Size of the measured change against {label}, one point per domain",
+        x_label=f"{label}, {unit} →"
+        if small and is_signed
+        else f"{unit} →"
+        if small
+        else f"forecast, {label}: {unit} →"
+        if unit
+        else f"forecast, {label} →",
+        y_label=f"↑ {change}" if is_signed else f"↑ |{change}|",
+        title=small or f"Measured change against {label}, one point per domain",
         description="Whiskers are 95% intervals. Filled points rose, hollow points fell. "
         "The table below the figure has all numbers.",
+        height=figures.SMALL_HEIGHT if small else figures.HEIGHT,
+        labelled=not small,
     )
 
 
@@ -184,22 +219,26 @@ def _dots(predictors: Sequence[Correlated], ceiling: float | None, critical: flo
     if not predictors:
         return None
     rows = [
-        figures.Bar(
-            row.name, row.value, row.ci, None,
-            f"r = {correlation(row.value)}{bracketed(row.ci)}",
-        )
-        for row in predictors
-    ]  # fmt: skip
+        figures.Dot(row.name, row.value, row.ci, f"{correlation(row.value)}{bracketed(row.ci)}", kind="other" * (i > 0))
+        for i, row in enumerate(predictors)
+    ]
     marks = [(kind, value) for kind, value in (("ceiling", ceiling), ("critical", critical)) if value is not None]
     return figures.dots(
         "predictors",
         rows,
         figures.Scale(-1, 1, (-1, -0.5, 0, 0.5, 1)),
         marks,
+        axis=("", "", "Pearson r with |change| →"),
         title="Correlation with the size of change: the score, and each control in its place",
         description="; ".join(f"{row.name}: r = {correlation(row.value)}" for row in predictors)
         + ". Whiskers are 95% intervals if the same domains were measured again.",
     )
+
+
+def measured(validation: Document) -> list[Measured]:
+    """The domains with a score and a change, the highest score first."""
+    rows = [row for entry in _list(validation, "domains") if (row := _measured(entry)) is not None]
+    return sorted(rows, key=lambda row: (-row.score, row.name))
 
 
 def _measured(entry: Any) -> Measured | None:
@@ -217,6 +256,7 @@ def _measured(entry: Any) -> Measured | None:
         stderr=_number(entry, "outcome", "stderr"),
         z=_number(entry, "z"),
         n=None if n is None else int(n),
+        metric=_text(_get(entry, "outcome"), "metric"),
     )
 
 

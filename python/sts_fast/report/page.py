@@ -7,6 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from sts_fast._version import __version__
 from sts_fast.report import numbers
 
 STYLE = "report.css"
@@ -33,4 +34,4 @@ def render(template: str, **content: Any) -> str:
         )
     }  # fmt: skip
     style = source.joinpath(STYLE).read_text(encoding="utf-8")
-    return environment.get_template(template).render(style=Markup(style), **content)
+    return environment.get_template(template).render(style=Markup(style), version=__version__, **content)

@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from sts_fast.forecast.blocks import DomainBlock, Scores, SetBlock
 from sts_fast.forecast.estimators import BY_NAME, SIZES
+from sts_fast.forecast.stability import SHAKY
 from sts_fast.report import figures
 from sts_fast.report.numbers import (
     MIN_DOMAINS,
@@ -24,11 +25,10 @@ from sts_fast.report.numbers import (
 )
 from sts_fast.statistics import MAX_EXACT, Interval, chance_of_agreement, defined, spearman
 
-# A ranking of more than MOST_BARS shows FIRST_BARS at once, and the others after a click.
-MOST_BARS = 30
-FIRST_BARS = 24
+# A ranking of more than MOST_ROWS shows FIRST_ROWS at once, and the others after a click.
+MOST_ROWS = 30
+FIRST_ROWS = 24
 MUCH_SKIPPED = 0.5
-SHAKY_OVERLAP = 0.5
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Ranking:
     more: Markup | None
     n_first: int
     has_random: bool
+    random_is_near: bool
     sentences: list[str]
 
 
@@ -106,18 +107,29 @@ def summary(scores: Scores, ranked: Sequence[Ranking], train: str, model: str) -
 
 
 def cautions(scores: Scores, ranked: Sequence[Ranking]) -> list[str]:
-    """Warnings from the numbers: few domains, unstable D_N, scores like random features', many skipped examples."""
-    sentences = []
+    """Warnings from the numbers, the gravest first: an SAE that does not fit, many skipped examples, unstable D_N, few
+    domains, scores like random features'.
+    """
+    sentences = [scores["sae"]["fit"]["warning"]] if scores["sae"]["fit"]["warning"] else []
+    sets: list[SetBlock] = [scores["train"] | {"name": "the training set"}, *scores["domains"]]
+    mostly = [
+        read["name"] for read in sets if read["n_skipped"] > MUCH_SKIPPED * (read["n_skipped"] + read["n_prompts"])
+    ]
+    if mostly:
+        sentences.append(
+            f"More than half of the examples looked at could not be used in {joined(mostly)}: what is left may not be "
+            "like the whole."
+        )
+    overlap = scores["shift"]["stability"]["mean_overlap"]
+    if overlap < SHAKY:
+        sentences.append(
+            f"The shifted features are not settled: resampling the training prompts keeps only {percent(overlap)} of "
+            "them. More training prompts (--limit) would help."
+        )
     n = len(scores["domains"])
     if 0 < n < MIN_DOMAINS:
         sentences.append(
             f"Only {counted(n, 'domain')}: too few to judge a ranking, its controls or the estimators' agreement."
-        )
-    overlap = scores["shift"]["stability"]["mean_overlap"]
-    if overlap < SHAKY_OVERLAP:
-        sentences.append(
-            f"The shifted features are not settled: resampling the training prompts keeps only {percent(overlap)} of "
-            "them. More training prompts (--limit) would help."
         )
     for ranking in ranked:
         low = [
@@ -130,15 +142,6 @@ def cautions(scores: Scores, ranked: Sequence[Ranking]) -> list[str]:
                 f"By {ranking.label}, {joined(low)} {'does' if len(low) == 1 else 'do'} not stand out from random "
                 "features: such a score says nothing."
             )
-    sets: list[SetBlock] = [scores["train"] | {"name": "the training set"}, *scores["domains"]]
-    mostly = [
-        read["name"] for read in sets if read["n_skipped"] > MUCH_SKIPPED * (read["n_skipped"] + read["n_prompts"])
-    ]
-    if mostly:
-        sentences.append(
-            f"More than half of the examples looked at could not be used in {joined(mostly)}: what is left may not be "
-            "like the whole."
-        )
     return sentences
 
 
@@ -170,8 +173,8 @@ def agreement_figure(scores: Scores) -> Markup | None:
     return figures.scatter(
         "agreement",
         points,
-        x_label=f"{first} →",
-        y_label=f"↑ {second}",
+        x_label=f"{first}: {BY_NAME[names[0]].axis} →",
+        y_label=f"↑ {second}: {BY_NAME[names[1]].axis}",
         title=f"{second} against {first}, one point per domain",
         description=f"Whiskers are 95% intervals. Spearman correlation {correlation(defined(spearman(x, y)))}. "
         "The numbers are in the tables of the ranking.",
@@ -202,36 +205,36 @@ def _ranking(domains: Sequence[DomainBlock], estimator: str) -> Ranking:
         clear = bounds[0] > below[1] if below else None
         value = float(domain["scores"][estimator]["value"])
         rows.append(Row(domain["name"], value, bounds, random, domain["n_prompts"], clear))
-    first = rows if len(rows) <= MOST_BARS else rows[:FIRST_BARS]
-    more = rows[len(first) :]
+    dots = [
+        figures.Dot(f"{i}. {row.name}", row.value, row.interval, _score_text(row), row.random)
+        for i, row in enumerate(rows, 1)
+    ]
+    scale = figures.Scale.of_dots(dots)
+    n_first = len(dots) if len(dots) <= MOST_ROWS else FIRST_ROWS
+    randoms = [row.random for row in rows if row.random is not None]
     return Ranking(
         estimator=estimator,
         label=BY_NAME[estimator].label,
         meaning=BY_NAME[estimator].meaning,
         rows=rows,
-        figure=_bars(estimator, first, rows),
-        more=_bars(estimator, more, rows, start=len(first)) if more else None,
-        n_first=len(first),
-        has_random=any(row.random is not None for row in rows),
+        figure=_dots(estimator, dots[:n_first], scale),
+        more=_dots(estimator, dots[n_first:], scale, start=n_first) if n_first < len(dots) else None,
+        n_first=n_first,
+        has_random=bool(randoms),
+        random_is_near=all(map(scale.contains, randoms)),
         sentences=_ranking_sentences(rows),
     )
 
 
-def _bars(estimator: str, shown: Sequence[Row], rows: Sequence[Row], *, start: int = 0) -> Markup:
-    scale = figures.Scale.with_intervals(
-        [0.0, *(v for row in rows for v in (row.value, row.random or 0.0))], [row.interval for row in rows]
-    )
-    bars = [
-        figures.Bar(f"{i}. {row.name}", row.value, row.interval, row.random, _score_text(row))
-        for i, row in enumerate(shown, start + 1)
-    ]
-    return figures.bars(
+def _dots(estimator: str, shown: Sequence[figures.Dot], scale: figures.Scale, *, start: int = 0) -> Markup:
+    return figures.dots(
         f"ranking-{estimator}-{start}",
-        bars,
+        shown,
         scale,
+        axis=("", "", f"{BY_NAME[estimator].axis} →"),
         title=f"Domains {start + 1} to {start + len(shown)} by {BY_NAME[estimator].label}, highest first",
-        description=f"Highest: {shown[0].name} with {_score_text(shown[0])}; lowest: {shown[-1].name} with "
-        f"{_score_text(shown[-1])}. In brackets 95% intervals. The table below the figure has all numbers.",
+        description=f"Highest: {shown[0].name} with {shown[0].text}; lowest: {shown[-1].name} with {shown[-1].text}. "
+        "In brackets 95% intervals. The table below the figure has all numbers.",
     )
 
 
@@ -249,13 +252,6 @@ def _ranking_sentences(rows: Sequence[Row]) -> list[str]:
         sentences.append(
             f"Of the {counted(len(judged), 'pair')} of neighbours in this ranking, {clear} "
             f"{'is' if clear == 1 else 'are'} clearly apart: their 95% intervals do not overlap."
-        )
-    compared = [row for row in rows if row.interval and row.random is not None]
-    if compared:
-        above = sum(row.interval[0] > row.random for row in compared if row.interval and row.random is not None)
-        sentences.append(
-            f"In {above} of {counted(len(compared), 'domain')} the whole interval lies above the same score of random "
-            "features."
         )
     return sentences
 
@@ -287,5 +283,5 @@ def _agreement_sentence(labels: tuple[str, str], rho: float | None, x: Sequence[
     by_chance = share(chance_of_agreement(rho, x, y))
     return (
         f"{pair} {words} (Spearman {correlation(rho)} over {len(x)} domains; two unrelated rankings come this far from "
-        f"zero in {'about ' if len(x) > MAX_EXACT else ''}{by_chance} of cases)."
+        f"zero in {'about ' if len(x) > MAX_EXACT and by_chance[0].isdigit() else ''}{by_chance} of cases)."
     )

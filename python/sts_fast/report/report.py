@@ -9,6 +9,7 @@ from sts_fast import files
 from sts_fast.forecast.blocks import Scores
 from sts_fast.forecast.run import REPORT_FILE
 from sts_fast.report import ablation, changes, controls, features, outcome, ranking, signed, training
+from sts_fast.report.numbers import SAME, SIMILAR
 from sts_fast.report.page import render
 from sts_fast.report.run import Material, read_material
 from sts_fast.rollouts.counts_text import counts_in_words, overlaps_in_words
@@ -39,18 +40,18 @@ def _content(run: Material) -> dict[str, object]:
     block = scores.get("rollouts")
     ranked = ranking.rankings(scores)
     model, train = short_name(scores["model"]["name"]), _train_name(scores)
-    warnings = [*scores["warnings"], *run.warnings]
-    if run.validation is not None:
-        warnings += outcome.outcome_warnings(run.validation)
+    warnings = [*ranking.cautions(scores, ranked), *scores["warnings"]]
     if scores["calibration"] is not None:
         warnings += scores["calibration"]["warnings"]
+    if run.validation is not None:
+        warnings += outcome.outcome_warnings(run.validation)
     return {
         "scores": scores,
         "model": model,
         "train": train,
         "sae": short_name(scores["sae"]["source"]),
         "summary": ranking.summary(scores, ranked, train, model),
-        "warnings": warnings + ranking.cautions(scores, ranked),
+        "warnings": list(dict.fromkeys([*warnings, *run.warnings])),
         "rankings": ranked,
         "changes": changes.change_section(scores),
         "agreements": ranking.agreements(scores),
@@ -64,6 +65,8 @@ def _content(run: Material) -> dict[str, object]:
         "features": features.feature_section(run),
         "measure": features.MEASURES.get(scores["settings"]["dims"], "shift"),
         "rollouts": [] if block is None else [counts_in_words(block), overlaps_in_words(block)],
+        "same": SAME,
+        "similar": SIMILAR,
         "sets": [scores["train"] | {"name": "training set"}, *scores["domains"]],
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,8 +12,8 @@ from sts_fast.forecast.blocks import ScoreBlock, Scores
 from sts_fast.forecast.estimators import BY_NAME, SIGNED_OPTIONS, signed_fields
 from sts_fast.report import figures
 from sts_fast.report.features import FIRST_FEATURES, Feature, FeatureSection, feature_of, section_of
-from sts_fast.report.numbers import counted, isolated, joined, percent, significant, with_sign
-from sts_fast.report.ranking import FIRST_BARS, MOST_BARS
+from sts_fast.report.numbers import counted, isolated, joined, percent, signed_together, significant, with_sign
+from sts_fast.report.ranking import FIRST_ROWS, MOST_ROWS
 from sts_fast.report.run import Material
 from sts_fast.signed.push import SMALLEST_P, SOLVED_LOSS
 from sts_fast.signed.signed import SignedBlock, SignedDomainBlock, TrialBlock
@@ -166,8 +167,8 @@ def _ranking(
         )
     rows.sort(key=lambda row: (-row.value, row.name))
     first = rows
-    if len(rows) > MOST_BARS:
-        largest = sorted(rows, key=lambda row: -abs(row.value))[:FIRST_BARS]
+    if len(rows) > MOST_ROWS:
+        largest = sorted(rows, key=lambda row: -abs(row.value))[:FIRST_ROWS]
         first = [row for row in rows if row in largest]
     more = [row for row in rows if row not in first]
     return SignedRanking(
@@ -175,36 +176,39 @@ def _ranking(
         title=estimator.title,
         unit=estimator.unit,
         rows=rows,
-        figure=_bars(field, first, rows),
-        more=_bars(field, more, rows, part="more") if more else None,
+        figure=_dots(field, first, rows),
+        more=_dots(field, more, rows, part="more") if more else None,
         n_first=len(first),
         sentences=_ranking_sentences(rows),
     )
 
 
-def _bars(field: str, shown: Sequence[SignedRow], rows: Sequence[SignedRow], *, part: str = "first") -> Markup:
+def _dots(field: str, shown: Sequence[SignedRow], rows: Sequence[SignedRow], *, part: str = "first") -> Markup:
     title = BY_NAME[field].title
     scale = figures.Scale.with_intervals(
         [0.0, *(row.value for row in rows)], [row.interval for row in rows], most_ticks=5
     )
-    bars = [
-        figures.Bar(
+    text = signed_together(row.value for row in rows)
+    if BY_NAME[field].unit == "points":
+        text = functools.partial(number_text, field)
+    dots = [
+        figures.Dot(
             row.name + (" (answers too long)" if row.unlikely else ""),
             row.value,
             row.interval,
-            None,
-            "{} [{}, {}]".format(*(number_text(field, number) for number in (row.value, *row.interval))),
+            "{} [{}, {}]".format(*map(text, (row.value, *row.interval))),
+            kind=" ".join(["worse"] * (row.value < 0) + ["other"] * (row.direction == "open")),
         )
         for row in shown
     ]
-    return figures.bars(
+    return figures.dots(
         f"signed-{field}-{part}",
-        bars,
+        dots,
         scale,
-        title=f"Forecast {title}, of {counted(len(shown), 'domain')}, best first",
-        description=f"Best: {bars[0].name} with {bars[0].text}; worst: {bars[-1].name} with {bars[-1].text}. In "
-        "brackets 95% intervals. Bars to the left of zero mean worse, to the right better.",
         axis=("← worse", title, "better →"),
+        title=f"Forecast {title}, of {counted(len(shown), 'domain')}, best first",
+        description=f"Best: {dots[0].name} with {dots[0].text}; worst: {dots[-1].name} with {dots[-1].text}. In "
+        "brackets 95% intervals. Dots to the left of zero mean worse, to the right better.",
     )
 
 
