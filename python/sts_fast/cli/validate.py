@@ -20,7 +20,8 @@ from sts_fast.outcomes.calibration import fit_calibration
 from sts_fast.outcomes.calibration.calibration import CALIBRATION_FILE
 from sts_fast.outcomes.validate import validate as run_validate
 from sts_fast.profile.library import Library
-from sts_fast.report import build_library_report, build_report
+from sts_fast.report import build_comparison_report, build_library_report, build_report
+from sts_fast.report.comparison import has_comparison
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ def validate(
     if run.is_dir():
         result.save(run)
         build_report(run)
+        if has_comparison(run.parent):
+            build_comparison_report(run.parent)
     sys.stdout.write(files.to_json(result.to_dict()) if as_json else result.to_text() + "\n")
     for warning in result.warnings:
         err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
@@ -103,9 +106,14 @@ def _fit(runs: list[Path], estimator: str | None, output: Path, *, as_json: bool
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="Folder that sts-fast score wrote, or a library of sts-fast profile.")],
+    run: Annotated[
+        Path, typer.Argument(help="Folder that sts-fast score or compare wrote, or a library of sts-fast profile.")
+    ],
     sae: Annotated[str | None, Option("Of several SAEs in a library, the source of the one.")] = None,
 ) -> None:
-    """Write report.html of a run again, with the outcome if it has been validated; or that of a library."""
-    written = build_library_report(run, sae=sae) if any(Library(run)) else build_report(run)
+    """Write report.html of a run or comparison again, with outcomes that were validated; or that of a library."""
+    if any(Library(run)):
+        written = build_library_report(run, sae=sae)
+    else:
+        written = build_comparison_report(run) if has_comparison(run) else build_report(run)
     out.print(str(written), highlight=False, markup=False)

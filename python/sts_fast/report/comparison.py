@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+from markupsafe import Markup
+
 from sts_fast import files
 from sts_fast.errors import InputError
 from sts_fast.files import Document
-from sts_fast.forecast.estimators import BY_NAME, IN_ORDER, Estimator
-from sts_fast.forecast.run import COMPARISON_FILE, REPORT_FILE
+from sts_fast.forecast.estimators import BY_NAME, IN_ORDER, SIGNED, SIZES, Estimator
+from sts_fast.forecast.run import COMPARISON_FILE, REPORT_FILE, VALIDATION_FILE, belongs
 from sts_fast.outcomes.calibration.change_text import shown_change, shown_interval, unit_name
-from sts_fast.report.numbers import counted, percent, significant
+from sts_fast.report.numbers import (
+    MIN_DOMAINS,
+    MOST_NAMED,
+    SAME,
+    SIMILAR,
+    correlation,
+    counted,
+    percent,
+    signed_together,
+    significant,
+)
+from sts_fast.report.outcome import measured, scatter
 from sts_fast.report.page import render
 from sts_fast.report.signed import number_text
+from sts_fast.statistics import defined, spearman
 
 TEMPLATE = "comparison.html.j2"
 N_SHADES = 3
@@ -25,7 +42,7 @@ N_SHADES = 3
 class Cell:
     """A domain's forecast for one training set.
 
-    shade: its colour, such as 'better2', by its size relative to the largest in the grid
+    shade: its colour, such as 'better2', by its size relative to the largest on its scale
     """
 
     value: float
@@ -36,11 +53,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """One estimator: domains down, training sets across; a cell is None where a domain has no answers."""
+    """One estimator: domains down, training sets across; a cell is None where a domain has no answers.
+
+    shared_scale: whether the training sets have one scale, or each has its own colours
+    """
 
     id: str
     title: str
     meaning: str
+    signed: bool
+    shared_scale: bool
     rows: list[tuple[str, list[Cell | None]]]
     level: str = "95%"
 
@@ -67,6 +89,8 @@ def build_comparison_report(folder: str | Path) -> Path:
                 for name, row in zip(trains, compared["shared_features"], strict=True)
             ],
             "sentence": f"{counted(len(trains), 'training set')} over {counted(len(compared['domains']), 'domain')}",
+            "conclusions": _conclusions(compared, trains),
+            "outcomes": _outcomes(folder, trains),
         }
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise InputError(f"{path} is not a readable {COMPARISON_FILE}: run sts-fast compare again") from error
@@ -74,6 +98,102 @@ def build_comparison_report(folder: str | Path) -> Path:
     with files.atomic_path(folder / REPORT_FILE) as written:
         written.write_text(page, encoding="utf-8", newline="\n")
     return folder / REPORT_FILE
+
+
+def has_comparison(folder: Path) -> bool:
+    """True for a folder with the page of several training sets."""
+    return all((folder / name).is_file() for name in (COMPARISON_FILE, REPORT_FILE))
+
+
+def _conclusions(compared: Document, trains: Sequence[str]) -> list[Markup]:
+    """What the comparison says, by its first estimator, and by the first one without a sign."""
+    first = next(name for name in IN_ORDER if name in compared["scores"])
+    sentences = [_best_and_worst(compared["scores"][first], trains, BY_NAME[first])] if BY_NAME[first].unit else []
+    of_own_scale = next((name for name in SIZES if name in compared["scores"]), None if sentences else first)
+    if of_own_scale is not None:
+        scores = compared["scores"][of_own_scale]
+        sentences.append(_most_moved(scores, trains, compared["domains"], BY_NAME[of_own_scale]))
+        sentences += _alike([scores[name]["value"] for name in trains])
+    return sentences
+
+
+def _best_and_worst(scores: Document, trains: Sequence[str], estimator: Estimator) -> Markup:
+    """The training sets with the best and the worst forecasts in the mean; their scores have one unit."""
+    columns = [scores[name]["value"] for name in trains]
+    known = [i for i, values in enumerate(zip(*columns, strict=True)) if None not in values]
+    if not known:
+        return Markup("By {} no domain is forecast for every training set.").format(estimator.label)
+    means = {name: sum(scores[name]["value"][i] for i in known) / len(known) for name in trains}
+
+    def shown(name: str) -> Markup:
+        bounds = [scores[name]["ci"][i] for i in known]
+        return Markup("{} {} in the mean, {} better and {} worse with the whole interval").format(
+            number_text(estimator.name, estimator.factor * means[name]), estimator.unit,
+            sum(low > 0 for low, _ in bounds), sum(high < 0 for _, high in bounds),
+        )  # fmt: skip
+
+    ordered = sorted(trains, key=lambda name: -means[name])
+    return Markup(
+        "Over {}, <strong><bdi>{}</bdi></strong> has the best forecast by {} ({}), <strong><bdi>{}</bdi></strong> the "
+        "worst ({})."
+    ).format(
+        counted(len(known), "domain"), ordered[0], estimator.label, shown(ordered[0]), ordered[-1], shown(ordered[-1])
+    )
+
+
+def _most_moved(scores: Document, trains: Sequence[str], domains: Sequence[str], estimator: Estimator) -> Markup:
+    """The domain that each training set moves most, on its own scale."""
+    most = {}
+    for name in trains:
+        sizes = [-1.0 if value is None else abs(value) for value in scores[name]["value"]]
+        most[name] = domains[sizes.index(max(sizes))]
+    if len(set(most.values())) == 1:
+        return Markup("By {}, every training set would move <strong><bdi>{}</bdi></strong> most.").format(
+            estimator.label, most[trains[0]]
+        )
+    parts = [
+        Markup("<bdi>{}</bdi> would move <strong><bdi>{}</bdi></strong> most").format(name, most[name])
+        for name in trains[:MOST_NAMED]
+    ]
+    if len(trains) > MOST_NAMED:
+        parts.append(Markup("and so on"))
+    return Markup("By {}, {}.").format(estimator.label, Markup(", ").join(parts))
+
+
+def _alike(columns: Sequence[Sequence[float | None]]) -> list[Markup]:
+    """Whether the training sets put the domains in the same order."""
+    known = [values for values in zip(*columns, strict=True) if None not in values]
+    if len(known) < MIN_DOMAINS:
+        return []
+    pairs = itertools.combinations(zip(*known, strict=True), 2)
+    rhos = [rho for x, y in pairs if (rho := defined(spearman(x, y))) is not None]
+    if not rhos:
+        return []
+    low, high = min(rhos), max(rhos)
+    shown = f"Spearman {correlation(low)}" + (f" to {correlation(high)}" if len(rhos) > 1 else "")
+    if low >= SAME:
+        words = "All put the domains in nearly the same order ({}): it tells domains apart, and training sets little."
+    elif high < SIMILAR:
+        words = "Each puts the domains in an order of its own ({})."
+    else:
+        words = "Their orders of the domains are alike in part ({})."
+    return [Markup(words).format(shown)]
+
+
+def _outcomes(folder: Path, trains: Sequence[str]) -> list[tuple[str, str, Markup]]:
+    """(training set, its r, forecast against measured change) of the runs that have been validated."""
+    found = []
+    for i, name in enumerate(trains):
+        path = folder / name / VALIDATION_FILE
+        validation = files.read_json(path) if path.is_file() else {}
+        if not path.is_file() or not belongs(path.parent, validation):
+            continue
+        estimator = str(validation.get("estimator", ""))
+        figure = scatter(f"outcome-{i}", estimator, measured(validation), small=f"{name}: measured change")
+        if figure is not None:
+            r = validation["signed" if estimator in SIGNED else "size"]["pearson"]["value"]
+            found.append((name, f"r = {correlation(r)}", figure))
+    return found
 
 
 def _change_grids(compared: Document, trains: list[str]) -> list[Grid]:
@@ -99,7 +219,8 @@ def _change_grids(compared: Document, trains: list[str]) -> list[Grid]:
         rows.append((domain, cells))
     quantity = "change" if signed else "size of change"
     meaning = "learned from past trainings, and holds for trainings like them"
-    return [Grid("changes", f"Forecast {quantity}, in {unit_name(unit)}", meaning, rows, f"{changes['level']:.0%}")]
+    title = f"Forecast {quantity}, in {unit_name(unit)}"
+    return [Grid("changes", title, meaning, signed, True, rows, f"{changes['level']:.0%}")]
 
 
 def _shade(value: float, largest: float, kind: str = "size") -> str:
@@ -113,13 +234,17 @@ def _score_grids(compared: Document, trains: list[str]) -> list[Grid]:
 
 def _grid(compared: Document, trains: list[str], estimator: Estimator) -> Grid:
     """The grid of one estimator; signed scores have a colour for each direction, sizes have one colour."""
-    scores = compared["scores"][estimator.name]
-    known = [abs(value) for name in trains for value in scores[name]["value"] if value is not None]
-    largest = max(known, default=0.0) or 1.0
+    scores, shared_scale = compared["scores"][estimator.name], bool(estimator.unit)
+    sizes = {name: [abs(value) for value in scores[name]["value"] if value is not None] for name in trains}
+    largest = {name: max(sizes[name], default=0.0) or 1.0 for name in trains}
+    if shared_scale:
+        largest = dict.fromkeys(trains, max(largest.values()))
 
-    def text(number: float) -> str:
-        return number_text(estimator.name, estimator.factor * number) if estimator.signed else significant(number)
-
+    text: Callable[[float], str] = significant
+    if estimator.unit == "points":
+        text = functools.partial(number_text, estimator.name)
+    elif estimator.signed:
+        text = signed_together(largest.values(), digits=3)
     rows = []
     for i, domain in enumerate(compared["domains"]):
         cells: list[Cell | None] = []
@@ -129,8 +254,11 @@ def _grid(compared: Document, trains: list[str], estimator: Estimator) -> Grid:
                 cells.append(None)
                 continue
             kind = "size" if not estimator.signed else "better" if value > 0 else "worse"
-            shade = _shade(value, largest, kind)
-            cells.append(Cell(estimator.factor * value, text(value), f"{text(ci[0])} to {text(ci[1])}", shade))
+            shade = _shade(value, largest[name], kind)
+            shown, low, high = (text(estimator.factor * number) for number in (value, *ci))
+            cells.append(Cell(estimator.factor * value, shown, f"{low} to {high}", shade))
         rows.append((domain, cells))
-    title = estimator.title if estimator.signed else "size of the change, for better or worse"
-    return Grid(estimator.name, f"{estimator.label}: {title}", estimator.meaning, rows)
+    title = estimator.title if estimator.signed else estimator.axis
+    return Grid(
+        estimator.name, f"{estimator.label}: {title}", estimator.meaning, estimator.signed, shared_scale, rows
+    )  # fmt: skip
