@@ -28,6 +28,7 @@ from sts_fast.forecast.length import LengthEffect, length_effect
 from sts_fast.forecast.options import Settings
 from sts_fast.forecast.plan import Plan
 from sts_fast.forecast.run import Forecast, Score, ShiftedFeature, with_value_columns
+from sts_fast.forecast.shown_prompts import N_PROMPTS, part_column, spread_out, text_column
 from sts_fast.model import explain
 from sts_fast.model.forward import PassRecord
 from sts_fast.model.log import AnswerLog
@@ -187,12 +188,18 @@ def _forecast(
     ]
     stability = shift.overlaps(top_n)
     total = float(shift.importance.sum())
-    tables = [profile.log.table("shift", shift.prompt_values, name=shift.name)]
+    of_train = profile.log.table("shift", shift.prompt_values, name=shift.name)
+    texts = text_column(profile.log.prompts, range(N_PROMPTS), basis.tokenizer)
+    tables = [of_train.append_column("texts", texts)]
     for use in uses:
         values = {
             f"{control}_{estimator}_sum".removeprefix("_"): sums for (control, estimator), sums in use.sums.items()
         }
-        tables.append(use.profile.log.table("score", values))
+        main = settings.sizes[0]
+        shown = spread_out(use.sums["", main] / np.maximum(use.n_terms(main), 1))
+        texts = text_column(use.profile.log.prompts, shown, basis.tokenizer)
+        of_use = use.profile.log.table("score", values).append_column("texts", texts)
+        tables.append(of_use.append_column("parts", part_column(use, shown, shift.top, main)))
     tables += [log.table() for log in answers.values()]
     return Forecast(
         model=basis.model,
@@ -271,7 +278,7 @@ def _forecast(
             },
             "domain_mean_activations": np.stack([use.mean_activation for use in uses] or [np.zeros(0)]),
         },
-        prompts=pa.concat_tables([with_value_columns(table) for table in tables]),
+        prompts=pa.concat_tables([with_value_columns(table) for table in tables], promote_options="default"),
         firings=firings,
     )
 

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from sts_fast import files
 from sts_fast.forecast.blocks import Scores
 from sts_fast.forecast.run import REPORT_FILE
-from sts_fast.report import ablation, changes, controls, features, outcome, ranking, signed, training
+from sts_fast.report import ablation, changes, controls, features, outcome, prompts, ranking, signed, training
 from sts_fast.report.numbers import SAME, SIMILAR
 from sts_fast.report.page import render
 from sts_fast.report.run import Material, read_material
@@ -21,8 +21,8 @@ def build_report(folder: str | Path) -> Path:
     """Writes report.html into a run's folder and returns its path.
 
     Reads scores.json and, if present, shift.safetensors (concentration curve), features.parquet (firings of the shifted
-    features), validation.json (forecast and outcome), ablation.json (zeroed features) and training.json (measurements
-    of TransferMonitor). The same files give the same bytes.
+    features), prompts.parquet (what was asked), validation.json (forecast and outcome), ablation.json (zeroed features)
+    and training.json (measurements of TransferMonitor). The same files give the same bytes.
 
     Raises InputError where the folder contains no run, a file is damaged or of another version, or nothing can be
     written.
@@ -63,6 +63,7 @@ def _content(run: Material) -> dict[str, object]:
         "training": None if run.training is None else training.training_section(run.training, scores),
         "concentration": features.concentration(run),
         "features": features.feature_section(run),
+        "prompts": prompts.prompt_section(scores, run.prompts),
         "measure": features.MEASURES.get(scores["settings"]["dims"], "shift"),
         "rollouts": [] if block is None else [counts_in_words(block), overlaps_in_words(block)],
         "same": SAME,

@@ -13,8 +13,10 @@ from sts_fast.ablate.record import ABLATION_FILE, ablation_schema
 from sts_fast.errors import InputError, one_line
 from sts_fast.files import Document
 from sts_fast.forecast.blocks import Scores
+from sts_fast.forecast.estimators import SIZES
 from sts_fast.forecast.run import (
     FEATURES_FILE,
+    PROMPTS_FILE,
     SCORES_FILE,
     SHIFT_FILE,
     TRAINING_FILE,
@@ -44,6 +46,29 @@ class Firing:
 
 
 @dataclass(frozen=True)
+class Sent:
+    """One prompt of prompts.parquet.
+
+    positions, paired: places in its tokens that were read, and read with demonstrations too
+    sums:  by estimator, what it adds to the score
+    texts: of each token, '' for those not written; empty where the prompt is not shown, or no tokenizer was at hand
+    parts: (feature, its sum, the place where it is most active) of the features that add most to the score
+    """
+
+    id: str
+    question: str
+    positions: list[int]
+    paired: list[int]
+    sums: dict[str, float]
+    texts: list[str]
+    parts: list[tuple[int, float, int | None]]
+
+    @property
+    def is_shown(self) -> bool:
+        return bool(self.texts or self.parts)
+
+
+@dataclass(frozen=True)
 class Material:
     """A run's files as plain values.
 
@@ -54,6 +79,7 @@ class Material:
     validation: validation.json; None without it
     training:   training.json, the measurements of TransferMonitor; None without it
     ablation:   ablation.json, the effects of zeroing features; None without it
+    prompts:    by set, the training set as '', what was sent; empty without prompts.parquet
     warnings:   sentences about files that belong to another run
     """
 
@@ -64,12 +90,14 @@ class Material:
     validation: Document | None
     training: Document | None
     ablation: Document | None
+    prompts: dict[str, list[Sent]]
     warnings: list[str]
 
 
 def read_material(folder: Path) -> Material:
     """Reads all files of a run; raises InputError where scores.json is missing or a file is damaged."""
-    scores: Scores = _clean(Run.load(folder).scores)
+    run = Run.load(folder)
+    scores: Scores = _clean(run.scores)
     top = [feature["index"] for feature in scores["shifted_features"]]
     warnings: list[str] = []
     importance = _read_importance(folder / SHIFT_FILE, top, warnings)
@@ -78,7 +106,10 @@ def read_material(folder: Path) -> Material:
     validation = _beside(folder, VALIDATION_FILE, warnings)
     training = _beside(folder, TRAINING_FILE, warnings)
     ablation = _read_ablation(folder, warnings)
-    return Material(scores, importance, firings["score"], firings["signed"], validation, training, ablation, warnings)
+    prompts = _read_prompts(run)
+    return Material(
+        scores, importance, firings["score"], firings["signed"], validation, training, ablation, prompts, warnings
+    )  # fmt: skip
 
 
 def _beside(folder: Path, name: str, warnings: list[str]) -> Document | None:
@@ -129,6 +160,33 @@ def _read_importance(path: Path, top: list[int], warnings: list[str]) -> Doubles
         return None
     importance: Doubles = means.importance
     return importance
+
+
+def _read_prompts(run: Run) -> dict[str, list[Sent]]:
+    if not (run.folder / PROMPTS_FILE).is_file():
+        return {}
+    sent: dict[str, list[Sent]] = {}
+    try:
+        table = run.table(PROMPTS_FILE)
+        wanted = ["stage", "domain", "id", "question", "positions", "paired", "texts", "parts"]
+        sums = {f"{name}_sum": name for name in SIZES}
+        for row in table.select([name for name in (*wanted, *sums) if name in table.column_names]).to_pylist():
+            if row["stage"] not in ("shift", "score"):
+                continue
+            sent.setdefault("" if row["stage"] == "shift" else _clean_text(row["domain"]), []).append(
+                Sent(
+                    _clean_text(row["id"]),
+                    _clean_text(row["question"] or ""),
+                    row["positions"],
+                    row["paired"],
+                    {of: row[name] for name, of in sums.items() if row.get(name) is not None},
+                    [_clean_text(text) for text in row.get("texts") or ()],
+                    [(part["feature"], part["sum"], part["position"]) for part in row.get("parts") or ()],
+                )
+            )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{run.folder / PROMPTS_FILE} lacks {one_line(error)}: make the run again") from error
+    return sent
 
 
 def _read_firings(path: Path, wanted: dict[str, list[int]]) -> dict[str, dict[int, list[Firing]]]:
