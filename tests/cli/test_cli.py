@@ -356,6 +356,7 @@ def test_compare_puts_training_sets_side_by_side(score: Options, run: Callable[.
         act = alone["scores"]["act"]
         assert comparison["scores"]["act"][name] == {"value": [act["value"]], "ci": [act["ci"]]}
         assert f"{act['value']:.3g}" in ran.out
+    assert run("report", both.output).code == 0
     of_first = json.loads((both.output / "first" / "scores.json").read_text())["domains"][0]
     single = score.with_(domains=f"blue={folder}/blue.jsonl", output=tmp_path / "single", json=True)
     assert json.loads(run(single).out)["domains"][0]["scores"]["act"] == {

@@ -197,6 +197,12 @@ def test_page_holds_the_numbers(saved: Path) -> None:
         assert row.one("a").attrs["href"] == f"{trial['train']}/report.html"
         assert (saved / row.one("a").attrs["href"]).is_file()
         assert [float(data.attrs["value"]) for data in row.all("data")] == list(trial["r"][PRIMARY].values())
+    for figure, trial in zip(
+        page.one("section", **{"aria-labelledby": "forecasts"}).all("figure"), document["trials"], strict=True
+    ):
+        r = trial["r"][PRIMARY]["STS_act"]
+        assert figure.one("figcaption").text() == f"{trial['train']} r = {r:.2f}".replace("-", "−")
+        assert len(figure.all("circle")) == len(trial["domains"])
     outcomes = page.one("table", id="table-outcomes").one("tbody").all("tr")
     for row, summary in zip(outcomes, document["summary"].values(), strict=True):
         assert [float(data.attrs["value"]) for data in row.all("data")] == [s["mean_r"] for s in summary.values()]

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 from made_up_demo import made_up
-from written_run import HOSTILE, make_scores, write_full_run
+from written_run import HOSTILE, make_scores, make_signed, write_full_run
 
-from sts_fast.report import build_report
+from sts_fast.forecast.run import COMPARISON_FILE
+from sts_fast.report import build_comparison_report, build_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "chrome-headless-shell")
 BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), None)
@@ -159,12 +160,41 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             write_full_run(folder, scores)
         written[name] = build_report(folder)
     folder = tmp_path_factory.mktemp("demo")
-    made_up([0.6, 0.4, -0.2] * 8).save(folder)
+    demo = made_up([0.6, 0.4, -0.2] * 8)
+    for trial in demo.trials:
+        (folder / trial.train).mkdir()
+        trial.validation.save(folder / trial.train)
+    demo.save(folder)
     written["demo"] = folder / "report.html"
+    folder = tmp_path_factory.mktemp("compared")
+    compared = [make_scores(9, seed) for seed in range(3)]
+    names = ["first", "second " * 20, "third"]
+    for name in (names[0], names[2]):
+        write_full_run(folder / name, make_scores(9))
+    written["compared"] = build_comparison(folder, names, compared)
     return written
 
 
-@pytest.mark.parametrize("name", ["full", "many", "hostile", "bare", "demo"])
+def build_comparison(folder: Path, names: list[str], of_trains: list[dict[str, Any]]) -> Path:
+    """The page of several made-up runs over the same domains."""
+    for scores in of_trains:
+        scores["signed"] = make_signed(scores)
+    columns = {
+        estimator: {
+            name: {key: [domain["scores"][estimator][key] for domain in scores["domains"]] for key in ("value", "ci")}
+            for name, scores in zip(names, of_trains, strict=True)
+        }
+        for estimator in of_trains[0]["domains"][0]["scores"]
+    }
+    document = {
+        "trains": [{"name": name} for name in names], "domains": [domain["name"] for domain in of_trains[0]["domains"]],
+        "scores": columns, "changes": None, "shared_features": [[0.5] * len(names)] * len(names),
+    }  # fmt: skip
+    (folder / COMPARISON_FILE).write_text(json.dumps(document))
+    return build_comparison_report(folder)
+
+
+@pytest.mark.parametrize("name", ["full", "many", "hostile", "bare", "demo", "compared"])
 @pytest.mark.parametrize("width", [400, 1200])
 def test_nothing_complains_and_nothing_overflows(page: Page, reports: dict[str, Path], name: str, width: int) -> None:
     page.show(reports[name], width=width, scheme="dark" if width == 400 else "light")
@@ -184,7 +214,7 @@ def test_nothing_complains_and_nothing_overflows(page: Page, reports: dict[str, 
 
 
 @pytest.mark.parametrize("width", [400, 1200])
-@pytest.mark.parametrize("name", ["full", "demo"])
+@pytest.mark.parametrize("name", ["full", "demo", "compared"])
 def test_labels_do_not_cover_each_other(page: Page, reports: dict[str, Path], name: str, width: int) -> None:
     page.show(reports[name], width=width)
     covered = page.value(
@@ -198,6 +228,20 @@ def test_labels_do_not_cover_each_other(page: Page, reports: dict[str, Path], na
         })"""
     )
     assert covered == []
+
+
+@pytest.mark.parametrize("name", ["full", "many", "demo", "compared"])
+def test_a_wide_page_shows_every_column(page: Page, reports: dict[str, Path], name: str) -> None:
+    page.show(reports[name], width=1400)
+    page.value("document.querySelectorAll('details').forEach(d => d.open = true)")
+    cut = (
+        "[...document.querySelectorAll('.scroll')].filter(s => s.scrollWidth > s.clientWidth + 1).map(s => s.ariaLabel)"
+    )
+    assert page.value(cut) == []
+    # The outcome is above the ranking, on the first screens.
+    if name == "full":
+        top = "document.getElementById('{}').getBoundingClientRect().top"
+        assert page.value(top.format("outcome")) < min(900, page.value(top.format("ranking")))
 
 
 def test_light_and_dark(page: Page, reports: dict[str, Path]) -> None:

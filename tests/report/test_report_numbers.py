@@ -23,6 +23,13 @@ def test_tokens_are_made_visible(token: str, shown: str) -> None:
     assert numbers.visible_token(token) == shown
 
 
+def test_signed_numbers_have_the_decimals_of_the_largest() -> None:
+    text = numbers.signed_together([0.461, -0.0002])
+    assert [text(value) for value in (0.461, -0.0751, 0.0002, -0.0002)] == ["+0.46", "−0.08", "0.00", "0.00"]
+    assert numbers.signed_together([123.4], digits=3)(-67.8) == "−68"
+    assert numbers.signed_together([])(1.0) == "+1.0"
+
+
 @pytest.mark.parametrize(
     ("value", "shown"),
     [

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from sts_fast import files
 from sts_fast.errors import InputError
 from sts_fast.files import Document
-from sts_fast.forecast.estimators import BY_NAME, IN_ORDER, SIGNED, SIZES, Estimator
+from sts_fast.forecast.estimators import BY_NAME, IN_ORDER, SIZES, Estimator
 from sts_fast.forecast.run import COMPARISON_FILE, REPORT_FILE, VALIDATION_FILE, belongs
 from sts_fast.outcomes.calibration.change_text import shown_change, shown_interval, unit_name
 from sts_fast.report.numbers import (
@@ -29,7 +29,7 @@ from sts_fast.report.numbers import (
     signed_together,
     significant,
 )
-from sts_fast.report.outcome import measured, scatter
+from sts_fast.report.outcome import measured, measured_r, scatter
 from sts_fast.report.page import render
 from sts_fast.report.signed import number_text
 from sts_fast.statistics import defined, spearman
@@ -191,8 +191,7 @@ def _outcomes(folder: Path, trains: Sequence[str]) -> list[tuple[str, str, Marku
         estimator = str(validation.get("estimator", ""))
         figure = scatter(f"outcome-{i}", estimator, measured(validation), small=f"{name}: measured change")
         if figure is not None:
-            r = validation["signed" if estimator in SIGNED else "size"]["pearson"]["value"]
-            found.append((name, f"r = {correlation(r)}", figure))
+            found.append((name, f"r = {correlation(measured_r(validation))}", figure))
     return found
 
 

@@ -40,7 +40,12 @@ def signed_together(values: Iterable[float], digits: int = 2) -> Callable[[float
     """A format with a plus before positive numbers, with as many decimals as the largest of `values` needs."""
     largest = max(map(abs, values), default=0.0) or 1.0
     decimals = max(0, digits - 1 - math.floor(math.log10(largest)))
-    return lambda value: f"{value:+.{decimals}f}".replace("-", "−")
+
+    def text(value: float) -> str:
+        shown = f"{value:+.{decimals}f}".replace("-", "−")
+        return shown if re.search("[1-9]", shown) else shown[1:]
+
+    return text
 
 
 def interval(bounds: Sequence[float] | None) -> str:

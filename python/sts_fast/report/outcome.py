@@ -241,6 +241,11 @@ def measured(validation: Document) -> list[Measured]:
     return sorted(rows, key=lambda row: (-row.score, row.name))
 
 
+def measured_r(validation: Document) -> float | None:
+    """r of the forecast with the change, or, where it has no sign, with its size."""
+    return _number(validation, "signed" if _text(validation, "estimator") in SIGNED else "size", "pearson", "value")
+
+
 def _measured(entry: Any) -> Measured | None:
     name, score, change = _text(entry, "name"), _number(entry, "score"), _number(entry, "outcome", "change")
     if not name or score is None or change is None:
