@@ -100,10 +100,11 @@ class Scale:
     @classmethod
     def of_dots(cls, rows: Sequence[Dot], *, most_ticks: int = 6) -> Scale:
         """Over the values of rows and their intervals, and their controls as far as these leave room for the values."""
-        scale = cls.with_intervals([row.value for row in rows], [row.interval for row in rows], most_ticks=most_ticks)
-        room = (scale.high - scale.low) / 2
+        values = [row.value for row in rows]
+        scale = cls.with_intervals(values, [row.interval for row in rows], most_ticks=most_ticks)
+        room = (max(values) - min(values)) / 2
         controls = [row.control for row in rows if row.control is not None]
-        near = [control for control in controls if scale.low - room <= control <= scale.high + room]
+        near = [control for control in controls if min(values) - room <= control <= max(values) + room]
         return cls.over([scale.low, scale.high, *near], most_ticks=most_ticks) if near else scale
 
     def contains(self, value: float) -> bool:

@@ -17,6 +17,7 @@ from sts_fast.report.numbers import (
     SIMILAR,
     correlation,
     counted,
+    interval,
     isolated,
     joined,
     percent,
@@ -48,7 +49,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Ranking:
-    """All domains by one estimator, the highest score first, with its figure in one part or two."""
+    """All domains by one estimator, the highest score first, with its figure in one part or two.
+
+    random_beyond: the scores of random features that lie beyond the figure's axis, in words
+    """
 
     estimator: str
     label: str
@@ -58,7 +62,7 @@ class Ranking:
     more: Markup | None
     n_first: int
     has_random: bool
-    random_is_near: bool
+    random_beyond: str
     sentences: list[str]
 
 
@@ -212,6 +216,7 @@ def _ranking(domains: Sequence[DomainBlock], estimator: str) -> Ranking:
     scale = figures.Scale.of_dots(dots)
     n_first = len(dots) if len(dots) <= MOST_ROWS else FIRST_ROWS
     randoms = [row.random for row in rows if row.random is not None]
+    beyond = [random for random in randoms if not scale.contains(random)]
     return Ranking(
         estimator=estimator,
         label=BY_NAME[estimator].label,
@@ -221,7 +226,7 @@ def _ranking(domains: Sequence[DomainBlock], estimator: str) -> Ranking:
         more=_dots(estimator, dots[n_first:], scale, start=n_first) if n_first < len(dots) else None,
         n_first=n_first,
         has_random=bool(randoms),
-        random_is_near=all(map(scale.contains, randoms)),
+        random_beyond=interval((min(beyond), max(beyond))) if beyond else "",
         sentences=_ranking_sentences(rows),
     )
 
