@@ -521,9 +521,18 @@ def test_validate_and_report(score: Options, run: Callable[..., Ran], tmp_path: 
     table = tmp_path / "changes.csv"
     table.write_text("domain,change,stderr\na,0.1,0.01\nb,-0.2,0.01\nc,0.05,0.01\nd,0.3,0.01\n")
 
+    # The run of a comparison, whose page gets the outcome too.
+    of_run = {"value": [1.0, 2.0, 3.0, 4.0], "ci": [[0.0, 5.0]] * 4}
+    compared = {"trains": [{"name": score.output.name}], "domains": list("abcd"), "shared_features": [[1.0]]}
+    (score.output.parent / "compare.json").write_text(
+        json.dumps(compared | {"scores": {"act": {score.output.name: of_run}}})
+    )
+    (score.output.parent / "report.html").touch()
+
     ran = run("validate", score.output, "--before", table)
     assert ran.code == 0
     assert "Pearson" in ran.out
+    assert "Did the forecasts come true?" in (score.output.parent / "report.html").read_text()
     validation = json.loads((score.output / "validation.json").read_text())
     assert [domain["name"] for domain in validation["domains"]] == ["a", "b", "c", "d"]
     printed = json.loads(run("validate", score.output, "--before", table, "--json").out)
@@ -536,6 +545,7 @@ def test_validate_and_report(score: Options, run: Callable[..., Ran], tmp_path: 
     ran = run("report", score.output)
     assert (ran.code, ran.out.replace("\n", "")) == (0, str(score.output / "report.html"))
     assert (score.output / "report.html").read_text() == after_validation
+    (score.output.parent / "compare.json").unlink()
     assert "scores.json" in assert_refused(run("report", tmp_path))
     assert "missing.csv" in assert_refused(run("validate", score.output, "--before", tmp_path / "missing.csv"))
 

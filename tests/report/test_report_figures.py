@@ -33,8 +33,8 @@ def test_axes_of_dots_are_as_long_as_the_dots_need() -> None:
     scale = figures.Scale.of_dots(rows)
     assert scale.low > 3  # neither from zero nor from controls that are far away
     assert not scale.contains(1.2)
-    near = figures.Scale.of_dots([*rows, figures.Dot("law", 5.0, (4.9, 5.1), "", control=3.1)])
-    assert near.contains(3.1)
+    near = figures.Scale.of_dots([*rows, figures.Dot("law", 5.0, (4.9, 5.1), "", control=3.45)])
+    assert near.contains(3.45)
     # Intervals that are longer than the values' spread are shown whole.
     alike = figures.Scale.of_dots([figures.Dot("", value, (value - 1, value + 1), "") for value in (5.0, 5.2)])
     assert alike.low <= 4
