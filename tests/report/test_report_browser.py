@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from made_up_demo import made_up
-from written_run import HOSTILE, make_scores, make_signed, write_full_run
+from written_run import HOSTILE, make_scores, make_signed, write_full_run, write_scores, write_validation
 
 from sts_fast.forecast.run import COMPARISON_FILE
 from sts_fast.report import build_comparison_report, build_report
@@ -108,7 +108,8 @@ class Page:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+def page(tmp_path_factory: pytest.TempPathFactory, reports: dict[str, Path]) -> Iterator[Page]:
+    """A tab, opened when the reports lie there, so that its time is that of the tests."""
     assert BROWSER is not None
     to_browser, from_browser = os.pipe(), os.pipe()
     profile = tmp_path_factory.mktemp("profile")
@@ -160,7 +161,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             write_full_run(folder, scores)
         written[name] = build_report(folder)
     folder = tmp_path_factory.mktemp("demo")
-    demo = made_up([0.6, 0.4, -0.2] * 8)
+    demo = made_up([0.6, 0.4, -0.2] * 3)
     for trial in demo.trials:
         (folder / trial.train).mkdir()
         trial.validation.save(folder / trial.train)
@@ -169,8 +170,8 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("compared")
     compared = [make_scores(9, seed) for seed in range(3)]
     names = ["first", "second " * 20, "third"]
-    for name in (names[0], names[2]):
-        write_full_run(folder / name, make_scores(9))
+    write_scores(folder / names[0], make_scores(9))
+    write_validation(folder / names[0], make_scores(9))
     written["compared"] = build_comparison(folder, names, compared)
     return written
 
