@@ -427,6 +427,7 @@ def test_options_come_from_a_file_and_are_written_to_one(
         ("top-n: {a: 1}\n", "top-n must be a value, or a list of some"),
         ("top-n: [\n", "cannot be read as a file of options"),
         ("colour: red\n", "No such option: --colour"),
+        ("limit: [20, 30]\n", "config.yaml: limit takes one value, and 2 are listed: give one"),
     ):
         config.write_text(text, encoding="utf-8")
         assert message in assert_refused(run("score", "--config", config))
@@ -960,6 +961,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "negative seed": (with_(seed=-1), "--seed"),
     "a number that is none": (with_(limit="many"), "--limit"),
     "threads without end": (with_(threads=1025), "--threads must lie between 1 and 1024, not 1025"),
+    "a number given twice": (with_(limit=[20, 30]), "--limit is given twice or more often, but takes one value"),
     "a number beyond 64 bits": (with_(threads=10**30), "--threads must lie between 1 and 1024"),
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -73,10 +73,17 @@ for command, example in COMMANDS.items():
     app.command(epilog=f"Example: {example}")(with_options(command))
 
 
+def given_once(command: str) -> set[str]:
+    """The options of a command that take one value; none of a word that is no command."""
+    group: Any = typer.main.get_command(app)
+    parameters = group.commands[command].params if command in group.commands else []
+    return {word for parameter in parameters if not getattr(parameter, "multiple", True) for word in parameter.opts}
+
+
 def main() -> None:
     """Entry point: exit code 0, or 2 with one line `error: ...` on standard error."""
     try:
-        expand_config()
+        expand_config(given_once)
         if app(prog_name="sts-fast", standalone_mode=False) == INTERRUPTED:
             raise KeyboardInterrupt
     except (InputError, OSError) as error:  # OSError: names that are too long, folders that may not be listed

@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,16 +118,17 @@ def typed_config() -> str:
     return head + (yaml.safe_dump(plain, sort_keys=False, allow_unicode=True) if plain else "")
 
 
-def with_config(words: list[str]) -> list[str]:
+def with_config(words: list[str], once: Collection[str] = ()) -> list[str]:
     """A command line with the options of its --config typed out, but those that it types itself.
 
-    Raises InputError where the file cannot be read, or does not hold options by name.
+    once: options that take one value
+
+    Raises InputError where the file cannot be read, does not hold options by name, or has several values of one that
+    takes one.
     """
     at = next((i for i, word in enumerate(words) if word == CONFIG or word.startswith(f"{CONFIG}=")), None)
     if at is None:
         return words
-    if sum(word == CONFIG or word.startswith(f"{CONFIG}=") for word in words) > 1:
-        raise InputError(f"{CONFIG} is given twice: give one file of options")
     alone = words[at] == CONFIG
     if alone and at + 1 == len(words):
         return words  # the parser says what is missing
@@ -145,6 +146,8 @@ def with_config(words: list[str]) -> list[str]:
         word = f"--{name}"
         if word in given or value is None or value is False:
             continue
+        if isinstance(value, list) and word in once:
+            raise InputError(f"{path}: {name} takes one value, and {len(value)} are listed: give one")
         for element in value if isinstance(value, list) else [value]:
             if isinstance(element, (dict, list)):
                 raise InputError(f"{path}: {name} must be a value, or a list of some")
@@ -152,6 +155,18 @@ def with_config(words: list[str]) -> list[str]:
     return [*typed, *more]
 
 
-def expand_config() -> None:
-    """Replaces --config on this process's command line by the options of its file."""
-    sys.argv[1:] = with_config(sys.argv[1:])
+def expand_config(once: Callable[[str], Collection[str]]) -> None:
+    """Replaces --config on this process's command line by the options of its file.
+
+    once: from the name of a command to its options that take one value
+
+    Raises InputError as with_config, and where such an option was typed twice.
+    """
+    words = sys.argv[1:]
+    names = [word.partition("=")[0] for word in words[1:] if word.startswith("--")]
+    if CONFIG in names or len({*names}) < len(names):
+        of_command = once(words[0])
+        for name in dict.fromkeys(names):
+            if name in of_command and names.count(name) > 1:
+                raise InputError(f"{name} is given twice or more often, but takes one value: give it once")
+        sys.argv[1:] = with_config(words, of_command)
