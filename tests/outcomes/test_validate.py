@@ -379,16 +379,16 @@ def test_partial_correlations_given_the_best_text_control() -> None:
     assert low < given.pearson.value < high + 0.1
     text = " ".join(result.to_text().split())
     assert f"Pearson r given text {given.pearson.value:.2f}" in text
-    assert "given text_digits share, the control with the largest |r|" in text
+    assert "given share of digits, the control with the largest |r|" in text
     assert json.loads(json.dumps(result.to_dict()))["size_given_text"]["control"] == "text_digits share"
 
 
 @pytest.mark.parametrize(
     ("of_text", "own", "says"),
     [
-        (0.001, 0.5, "The text of the questions alone explains as much: text_digits share, the best of the controls"),
-        (0.03, 0.2, "The text of the questions may explain it: text_digits share, the best of the controls"),
-        (0.1, 1.0, "Text alone explains less: text_digits share, the best of the controls that need no model"),
+        (0.001, 0.5, "The text of the questions alone explains as much: share of digits, the best of the controls"),
+        (0.03, 0.2, "The text of the questions may explain it: share of digits, the best of the controls"),
+        (0.1, 1.0, "Text alone explains less: share of digits, the best of the controls that need no model"),
     ],
     ids=["text is better", "score is little better", "score is far better"],
 )
@@ -404,7 +404,7 @@ def test_verdict_stands_beside_what_the_text_explains(of_text: float, own: float
     r = stats.pearsonr(digits, np.abs(change)).statistic
     partial = residual_r(score, np.abs(change), digits)
     assert f", has r = {r:.2f}; given it, the score's partial r is {partial:.2f} [" in result.verdict
-    assert " ".join(result.to_text().split()).endswith(result.verdict)
+    assert " ".join(result.to_text().split()).startswith(result.verdict)
     assert result.to_dict()["verdict"] == result.verdict
 
 
@@ -419,7 +419,10 @@ def test_the_best_of_several_text_controls_is_the_one_beside_the_verdict() -> No
     }
     verdict = validate(with_texts(size + rng.normal(0, 0.004, 16), texts), outcomes_from(change)).verdict
     best = max(texts, key=lambda name: abs(stats.pearsonr(texts[name], size).statistic))
-    assert f"{best} share, the best of the controls that need no model" in verdict
+    label = {"text_similarity": "shared n-grams", "text_length": "question length", "text_digits": "share of digits"}[
+        best
+    ]
+    assert f"{label}, the best of the controls that need no model" in verdict
 
 
 def test_a_run_with_controls_but_none_of_text_is_told_so() -> None:

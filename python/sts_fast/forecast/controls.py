@@ -172,7 +172,7 @@ class Comparison:
 class Control:
     """A control that the score has to beat.
 
-    name:     its key in scores.json; meaning: its label for people
+    name:     its key in scores.json; label: its name for people; meaning: the same in more words
     of:       the data that it is made from
     pick:     features (or dimensions of the residual stream) to read instead of D_N, [n] or [n_sets, n]; every
               estimator scores them like D_N, averaged over sets
@@ -181,6 +181,7 @@ class Control:
     """
 
     name: str
+    label: str
     meaning: str
     of: Literal["features", "residual", "answers", "text"]
     pick: Callable[[Ranking], Indices] | None = None
@@ -259,48 +260,54 @@ def _of_both_texts(
 
 
 CONTROLS = (
-    Control("random", "random features", of="features", pick=_random),
-    Control("low_shift", "least shifted features", of="features", pick=_low_shift),
-    Control("most_active", "most active features", of="features", pick=_most_active),
-    Control("raw", "raw activations (no SAE)", of="residual", pick=_raw),
+    Control("random", "random features", "random features", of="features", pick=_random),
+    Control("low_shift", "least shifted", "least shifted features", of="features", pick=_low_shift),
+    Control("most_active", "most active", "most active features", of="features", pick=_most_active),
+    Control("raw", "raw activations", "raw activations (no SAE)", of="residual", pick=_raw),
     Control(
-        "z_scored", "shifted features, z-scored over the domains",
+        "z_scored", "z-scored features", "shifted features, z-scored over the domains",
         of="features", compare=_z_scores, quantity="act",
     ),
     Control(
-        "cosine_of_means", "cosine of the mean activations",
+        "cosine_of_means", "cosine of means", "cosine of the mean activations",
         of="residual", compare=_cosine_of_means, quantity="cosine", unit="cosine",
     ),
     Control(
-        "cka", "alignment of the covariances (CKA)",
+        "cka", "CKA", "alignment of the covariances (CKA)",
         of="residual", compare=_cka, quantity="cka", unit="CKA",
     ),
     Control(
-        "probe", "linear probe for the training set",
+        "probe", "linear probe", "linear probe for the training set",
         of="residual", compare=_probe, quantity="logit", unit="logit",
     ),
     Control(
-        "base_loss", "loss of the model before training",
+        "base_loss", "base loss", "loss of the model before training",
         of="answers", compare=_base_loss, quantity="nll", unit="nats per answer token",
     ),
     Control(
-        "base_accuracy", "accuracy of the model before training",
+        "base_accuracy", "base accuracy", "accuracy of the model before training",
         of="answers", compare=_base_accuracy, quantity="accuracy", unit="share of exact answers",
     ),
     Control(
-        "text_similarity", "character n-grams in common with the training set (no model)",
+        "text_similarity", "shared n-grams", "character n-grams in common with the training set (no model)",
         of="text", compare=_text_similarity, quantity="cosine", unit="cosine",
     ),
     Control(
-        "text_compression", "text in common with the training set, by compression (no model)",
+        "text_compression", "shared text", "text in common with the training set, by compression (no model)",
         of="text", compare=_text_compression, quantity="saved", unit="share of the bytes saved",
     ),
     Control(
-        "text_length", "length of the questions (no model)",
+        "text_length", "question length", "length of the questions (no model)",
         of="text", compare=_text_length, quantity="words", unit="words per question",
     ),
     Control(
-        "text_digits", "words with a digit in the questions (no model)",
+        "text_digits", "share of digits", "words with a digit in the questions (no model)",
         of="text", compare=_text_digits, quantity="share", unit="share of the words",
     ),
 )  # fmt: skip
+
+
+def label_of(control: str) -> str:
+    """The name for people of a control, or of 'control quantity', as validation.json joins them."""
+    name = control.partition(" ")[0]
+    return next((known.label for known in CONTROLS if known.name == name), control.replace("_", " "))

@@ -77,7 +77,7 @@ class Estimator:
 def _signed(name: str, meaning: str, of_answer: str, of_loss: str) -> tuple[Estimator, Estimator]:
     return (
         Estimator(name, name, meaning, True, "change of P(answer)", of_answer),
-        Estimator(f"{name}_loss", f"{name}_loss", meaning, True, "fall of the loss", of_loss),
+        Estimator(f"{name}_loss", f"{name} (loss)", meaning, True, "fall of the loss", of_loss),
     )
 
 

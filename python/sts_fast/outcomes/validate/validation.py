@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sts_fast.errors import InputError
 from sts_fast.files import Document
+from sts_fast.forecast.controls import label_of as control_label
 from sts_fast.forecast.estimators import SIGNED, label_of
 from sts_fast.forecast.run import SCORES_FILE, VALIDATION_FILE, belongs, save_beside
 from sts_fast.outcomes.evaluation import whole_number
@@ -62,7 +63,7 @@ class Validation:
         return document
 
     def to_text(self) -> str:
-        """The whole comparison as lines of text."""
+        """The whole comparison as lines of text, the verdict first."""
         return text_of(self)
 
     def save(self, folder: str | Path) -> None:
@@ -93,9 +94,14 @@ def load_outcomes(folder: str | Path) -> Outcomes:
 
 
 def text_of(validation: Validation) -> str:
-    """The whole comparison as lines of text."""
-    parts = (domain_lines(validation), association_lines(validation), limit_lines(validation))
-    return "\n".join([*(line for part in parts for line in (*part, "")), *textwrap.wrap(validation.verdict, LINE)])
+    """The whole comparison as lines of text, the verdict first."""
+    parts = (
+        textwrap.wrap(validation.verdict, LINE),
+        domain_lines(validation),
+        association_lines(validation),
+        limit_lines(validation),
+    )
+    return "\n\n".join("\n".join(part) for part in parts)
 
 
 def verdict(
@@ -127,7 +133,9 @@ def verdict(
             f"stood out from random ones in {limits.power:.0%} of cases."
         ]
     rivals = [
-        f"{name} ({control.pearson.value:.2f})" for name, control in controls.items() if control.pearson.value >= r
+        f"{control_label(name)} ({control.pearson.value:.2f})"
+        for name, control in controls.items()
+        if control.pearson.value >= r
     ]
     if rivals:
         sentences.append(f"Controls do as well: {', '.join(rivals)}.")
@@ -142,7 +150,7 @@ def verdict(
 
 def _beside_text(given: GivenText, r: float, *, better: bool) -> str:
     """A sentence with the best of the controls that need no model; it says where the text explains the score."""
-    best = f"{given.control}, the best of the controls that need no model (largest |r| with |change|)"
+    best = f"{control_label(given.control)}, the best of the controls that need no model (largest |r| with |change|)"
     partial = given.pearson
     rest = "" if partial is None else f"; given it, the score's partial r is {_with_interval(partial)}"
     if abs(given.r) >= abs(r):
@@ -180,7 +188,7 @@ def association_lines(validation: Validation) -> list[str]:
     partials = (
         [] if given is None else [("Pearson r given text", given.pearson), ("Spearman given text", given.spearman)]
     )
-    rows += [(f"r of {name}", control.pearson) for name, control in validation.controls.items()]
+    rows += [(f"r of {control_label(name)}", control.pearson) for name, control in validation.controls.items()]
     rows += [("Pearson r, signed", signed.pearson), ("Spearman r, signed", signed.spearman)]
     columns = f"{'':>6}{'measured again':>16}{'other domains':>16}{'p 1-sided':>10}{'2-sided':>8}"
     lines = [f"{'score, |change|':<22}{columns}"]
@@ -205,8 +213,8 @@ def association_lines(validation: Validation) -> list[str]:
         )
     if given is not None:
         direction += (
-            f" Given text: the partial correlation given {given.control}, the control with the largest |r| "
-            f"({given.r:.2f}) of those that need no model."
+            f" Given text: the partial correlation given {control_label(given.control)}, the control with the largest "
+            f"|r| ({given.r:.2f}) of those that need no model."
         )
     note = (
         f"95% intervals: if measured again (noise of {validation.ci_carries}), and over other domains (resampled). "
