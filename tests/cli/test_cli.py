@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import html_tree
 import jsonschema
 import numpy as np
 import pyarrow.parquet as pq
@@ -197,6 +198,12 @@ def assert_refused(ran: Ran) -> str:
     return error
 
 
+def forecast_of(folder: Path, domain: str) -> dict[str, Any]:
+    """A domain of scores.json."""
+    domains = json.loads((folder / "scores.json").read_text())["domains"]
+    return next(found for found in domains if found["name"] == domain)
+
+
 # What works -----------------------------------------------------------------------------------------------------------
 
 
@@ -209,14 +216,19 @@ def test_names_are_text_and_no_markup(score: Options, run: Callable[..., Ran], t
     assert str(tmp_path / "o[bold]") in ran.err.replace("\n", "")
 
 
-def test_score_prints_tables_and_writes_files(score: Options, run: Callable[..., Ran]) -> None:
+def test_score_prints_its_conclusion_and_a_table_and_writes_files(score: Options, run: Callable[..., Ran]) -> None:
     ran = run(score)
     assert ran.code == 0
-    assert "Forecast size of change, by STS_act" in ran.out
-    assert "Forecast size of change, by STS_icl" in ran.out
-    assert "red" in ran.out
-    assert "blue" in ran.out
-    assert "Most shifted of 48 features" in ran.out
+    # The page's first sentence, and then each domain once.
+    lead = html_tree.read_page(score.output / "report.html").one("p", class_="lead").text()
+    conclusion, _, rest = ran.out.partition("\n\n")
+    assert html_tree.plain(conclusion) == html_tree.plain(lead)
+    assert rest.startswith("Forecast size of change, by STS_act")
+    assert "STS_act [95%]" in rest
+    assert "STS_icl [95%]" in rest
+    assert [row.split()[1] for row in rest.splitlines() if row.startswith("│")] == sorted(
+        ("red", "blue"), key=lambda name: -forecast_of(score.output, name)["scores"]["act"]["value"]
+    )
     # There is no terminal here to draw progress on.
     *said, last = ran.err.splitlines()
     assert last == f"Results are in {score.output}"

@@ -532,7 +532,8 @@ def test_score_and_compare_apply_it(
     capsys.readouterr()
     assert run_main(monkeypatch, "score", *words, "--train", tiny.train, "--output", run, "--overwrite") == 0
     printed = capsys.readouterr().out
-    assert "Forecast size of change (its direction is not known), in points of accuracy" in printed
+    said = "Forecast size of change (its direction is not known), in points of accuracy"
+    assert said in " ".join(printed.split())
     scores = json.loads((run / "scores.json").read_text())
     validate_scores(scores)
     page = (run / "report.html").read_text()

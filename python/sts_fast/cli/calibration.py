@@ -1,22 +1,24 @@
-"""Calibrations on the command line: reads one before a forecast, applies it afterwards, prints the changes."""
+"""Calibrations on the command line: reads one before a forecast, applies it afterwards, shows the changes."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-
-from rich.markup import escape
+from typing import Any
 
 from sts_fast import files
-from sts_fast.cli.console import SIDE_WIDTH, Table, err, out
+from sts_fast.cli.console import err
+from sts_fast.cli.domain_table import Column, Number
 from sts_fast.errors import InputError
 from sts_fast.files import Document
-from sts_fast.forecast.estimators import BY_NAME
+from sts_fast.forecast.estimators import BY_NAME, label_of
 from sts_fast.forecast.options import Settings
 from sts_fast.forecast.run import Forecast
 from sts_fast.outcomes.calibration import Calibration
 from sts_fast.outcomes.calibration.change_text import shown_change, shown_interval, unit_name
+from sts_fast.statistics import Interval
 
 OPTIONS = ("dims", "top_n", "tokens", "shots", "domain_shots", "demo_draws", "signed_features")
 
@@ -39,59 +41,74 @@ def calibrated(forecast: Forecast, calibration: Calibration, path: Path) -> Fore
     return calibration.apply(replace(forecast, provenance={**forecast.provenance, "inputs": inputs}))
 
 
-def print_changes(forecast: Forecast) -> None:
-    """The change of each domain, the largest rise first."""
+def change_title(forecast: Forecast) -> str:
+    """Of the table whose first column is the change."""
+    calibration = forecast.calibration
+    return "" if calibration is None else _title(calibration["unit"], signed=calibration["signed"])
+
+
+def change_bars(forecast: Forecast) -> str:
+    """The bars of that column; see print_domains."""
+    return "both" if forecast.calibration is not None and forecast.calibration["signed"] else "one"
+
+
+def change_column(forecast: Forecast) -> Column | None:
+    """The change of each domain that has one; None without a calibration."""
     calibration = forecast.calibration
     if calibration is None:
-        return
-    unit, signed = calibration["unit"], calibration["signed"]
-    what = "Forecast change" if signed else "Forecast size of change (its direction is not known)"
-    table = Table(title=f"{what}, in {unit_name(unit)}", title_justify="left", width=79)
-    table.add_column("domain", ratio=1)
-    for column in ("worse", "better") if signed else ("",):
-        table.add_column(column, width=SIDE_WIDTH, justify="right" if column == "worse" else "left")
-    table.add_column("change", justify="right", no_wrap=True)
-    table.add_column(f"[{calibration['level']:.0%}]", justify="right", no_wrap=True)
-    known = [(domain.change, domain) for domain in forecast.domains if domain.change is not None]
-    largest = max(abs(change) for change, _ in known) or 1.0
-    for change, domain in sorted(known, key=lambda row: -row[0]):
-        bar = "█" * round(SIDE_WIDTH * abs(change) / largest)
-        bars = ((bar, "") if change < 0 else ("", bar)) if signed else (bar,)
-        cells = shown_change(change, unit, signed=signed), shown_interval(domain.change_interval, unit, signed=signed)
-        table.add_row(escape(domain.name), *bars, cells[0], escape(cells[1]))
-    out.print(table)
-    learned = (
-        f"Learned from {calibration['n_runs']} trainings on {calibration['n_trains']} sets, by "
-        f"'{calibration['estimator']}': valid for a training like those."
-    )
+        return None
+    known = {domain.name: (domain.change, domain.change_interval) for domain in forecast.domains}
+    return _column("change", known, calibration)
+
+
+def learned(forecast: Forecast) -> list[str]:
+    """What the changes were learned from, and how good they were."""
+    calibration = forecast.calibration
+    if calibration is None:
+        return []
+    lines = [
+        f"The change is learned from {calibration['n_runs']} trainings on {calibration['n_trains']} sets, by "
+        f"{label_of(calibration['estimator'])}: valid for a training like those."
+    ]
     if calibration["coverage"] is not None:
         ratio = calibration["width"] / calibration["constant_width"]
-        learned += (
-            f"\nOn held-out sets {calibration['coverage']:.0%} of the changes lay inside the intervals, which "
-            f"were {ratio:.0%} as wide as those around the mean change."
+        lines.append(
+            f"On held-out sets {calibration['coverage']:.0%} of the changes lay inside the intervals, which were "
+            f"{ratio:.0%} as wide as those around the mean change."
         )
-    out.print(learned, highlight=False, markup=False)
+    return lines
 
 
-def print_change_comparison(comparison: Document) -> None:
-    """The change of each domain by training set."""
-    changes = comparison["changes"]
+def changes_title(comparison: Document) -> str:
+    """The same of a comparison."""
+    return _title(comparison["changes"]["unit"], signed=comparison["changes"]["signed"])
+
+
+def change_columns(comparison: Document) -> list[Column]:
+    """The change of each domain by training set; none without a calibration."""
+    changes, domains = comparison["changes"], comparison["domains"]
     if changes is None:
-        return
-    unit, signed = changes["unit"], changes["signed"]
+        return []
+    columns = []
+    for train, of_train in changes["trains"].items():
+        rows = zip(of_train["value"], of_train["interval"], strict=True)
+        columns.append(_column(f"change\n{train}", dict(zip(domains, rows, strict=True)), changes))
+    return columns
+
+
+def _title(unit: str, *, signed: bool) -> str:
     what = "change" if signed else "size of change (its direction is not known)"
-    table = Table(title=f"Forecast {what}, in {unit_name(unit)} [{changes['level']:.0%}]", title_justify="left")
-    table.add_column("domain")
-    for name in changes["trains"]:
-        table.add_column(escape(name), justify="right")
-    for i, domain in enumerate(comparison["domains"]):
-        cells = []
-        for of_train in changes["trains"].values():
-            change, interval = of_train["value"][i], of_train["interval"][i]
-            text = "" if change is None else f"{shown_change(change, unit, signed=signed)} "
-            cells.append(escape(text + ("" if change is None else shown_interval(interval, unit, signed=signed))))
-        table.add_row(escape(domain), *cells)
-    out.print(table)
+    return f"Forecast {what}, in {unit_name(unit)}"
+
+
+def _column(heading: str, known: Mapping[str, tuple[float | None, Interval | None]], how: Any) -> Column:
+    """how: a calibration, or the changes of a comparison"""
+    unit, signed, numbers = how["unit"], how["signed"], {}
+    for name, (change, interval) in known.items():
+        if change is not None:
+            short = shown_change(change, unit, signed=signed)
+            numbers[name] = Number(change, short, f"{short} {shown_interval(interval, unit, signed=signed)}")
+    return Column(heading, f" [{how['level']:.0%}]", numbers)
 
 
 def print_warnings(forecasts: list[Forecast]) -> None:

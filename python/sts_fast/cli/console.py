@@ -50,9 +50,6 @@ err = VisibleConsole(stderr=True)
 
 LINE_SECONDS = 30
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-BAR_WIDTH = 12
-# Of bars that go both ways.
-SIDE_WIDTH = 8
 
 
 def fail(message: str) -> None:

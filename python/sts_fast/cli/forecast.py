@@ -9,13 +9,7 @@ from typing import Annotated
 
 from sts_fast import files
 from sts_fast.cli.arguments import Core, Places, named_trains, typed_command, typed_options
-from sts_fast.cli.calibration import (
-    calibrated,
-    print_change_comparison,
-    print_changes,
-    print_warnings,
-    read_calibration,
-)
+from sts_fast.cli.calibration import calibrated, print_warnings, read_calibration
 from sts_fast.cli.console import out, progress, say, show
 from sts_fast.cli.options import AsJson, Demos, Domains, Fixed, Model, SAEs, ShowPrompts, Train
 from sts_fast.cli.output import Output
@@ -24,11 +18,10 @@ from sts_fast.cli.tables import (
     print_agreement,
     print_comparison,
     print_end,
+    print_forecast,
     print_outlook,
     print_sae,
-    print_scores,
     print_shift,
-    print_signed,
 )
 from sts_fast.data.options import Option
 from sts_fast.data.sources import check_places
@@ -135,10 +128,7 @@ def score(
         return
     for forecast in forecasts:
         print_sae(forecast, forecasts)
-        print_shift(forecast, n_features=5)
-        print_changes(forecast)
-        print_signed(forecast)
-        print_scores(forecast)
+        print_forecast(forecast)
     if sources.model is not None and "trial" not in settings.estimators:
         out.print(
             "On a real model these scores said little of what moved, but a short trial did: add trial to --estimators."
@@ -167,9 +157,7 @@ def compare(
         return
     for of_sae in by_sae(forecasts):
         print_sae(of_sae[0], forecasts)
-        compared = comparison(of_sae)
-        print_change_comparison(compared)
-        print_comparison(compared)
+        print_comparison(comparison(of_sae))
     print_agreement(forecasts)
     print_end(forecasts, folder)
 

@@ -12,11 +12,14 @@ from rich.markup import escape
 from sts_fast import files
 from sts_fast.cli.arguments import Places, Threads, set_threads, typed_command
 from sts_fast.cli.console import Table, err, out, progress, say
+from sts_fast.cli.domain_table import NAME_WIDTH
 from sts_fast.cli.options import AsJson, Train
 from sts_fast.cli.output import Output
+from sts_fast.cli.tables import print_conclusion
 from sts_fast.data.options import Option
 from sts_fast.mix.mix import MIXED_FILE, MixedSet, Mixing, Mixture
 from sts_fast.mix.mix import mix as run_mix
+from sts_fast.report.numbers import counted
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,9 @@ def mix(
 
 def _print_mixture(mixture: Mixture) -> None:
     forecast = mixture.mean_change is not None
-    table = Table(title=f"{mixture.budget} further examples, rule {mixture.rule}", title_justify="left", width=79)
-    table.add_column("set", ratio=1)
+    print_conclusion(_conclusion(mixture))
+    table = Table(title=f"Mixture by the rule {mixture.rule}", title_justify="left")
+    table.add_column("set", max_width=NAME_WIDTH, overflow="fold")
     for column in ("share", "examples", *(("loss", "alone", "mixed [95%]") if forecast else ())):
         table.add_column(column, justify="right", no_wrap=True)
 
@@ -86,10 +90,21 @@ def _print_mixture(mixture: Mixture) -> None:
     for domain in sorted(mixture.domains, key=lambda domain: -domain.n_examples):
         add(domain, f"{domain.share:.0%}")
     out.print(table)
-    if mixture.mean_change is not None:
-        alone, mixed = mixture.mean_change["alone"], mixture.mean_change["mixed"]
+    if forecast:
         out.print(
-            "Forecast change of the loss, in nats per token of the answers, by training on the training set alone "
-            f"and on the mixture. Mean over domains: {alone:+.3f} alone, {mixed:+.3f} mixed. Less is better.",
+            "alone, mixed: forecast change of the loss, in nats per token of the answers, by training on the training "
+            "set alone and on the mixture. Less is better.",
             highlight=False,
         )
+
+
+def _conclusion(mixture: Mixture) -> str:
+    n_sets = sum(domain.n_examples > 0 for domain in mixture.domains)
+    added = f"{mixture.budget:,} examples of {counted(n_sets, 'domain')} join the {mixture.train.n_examples:,}"
+    if mixture.mean_change is None:
+        return f"{added} of the training set."
+    alone, mixed = mixture.mean_change["alone"], mixture.mean_change["mixed"]
+    return (
+        f"{added} of the training set: the mean change of the domains' loss is forecast as {mixed:+.3f} nats per token "
+        f"instead of {alone:+.3f}."
+    )

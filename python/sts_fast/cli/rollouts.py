@@ -8,23 +8,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-from rich.markup import escape
-
 from sts_fast import files
 from sts_fast.cli.arguments import Core, Places, typed_command
-from sts_fast.cli.console import Table, out, progress, say, show
+from sts_fast.cli.console import progress, say, show
 from sts_fast.cli.options import AsJson, Demos, Domains, Fixed, Model, ShowPrompts
 from sts_fast.cli.output import Output
-from sts_fast.cli.tables import print_comparison, print_end, print_signed
+from sts_fast.cli.tables import print_end, print_rollouts
 from sts_fast.data.options import Option
 from sts_fast.errors import InputError
 from sts_fast.forecast.compare import comparison
-from sts_fast.forecast.estimators import SIZES
-from sts_fast.forecast.run import COMPARISON_FILE, Forecast
+from sts_fast.forecast.run import COMPARISON_FILE
 from sts_fast.report import build_comparison_report, build_report
 from sts_fast.rollouts import Columns, sample_rollouts
 from sts_fast.rollouts import rollouts as forecast_rollouts
-from sts_fast.rollouts.counts_text import counts_in_words
 from sts_fast.rollouts.rollouts import RolloutSettings
 from sts_fast.rollouts.sample import Completing
 
@@ -107,11 +103,7 @@ def rollouts(
     if as_json:
         sys.stdout.write(files.to_json(compared))
         return
-    first = next(iter(forecasts.values()))
-    out.print(counts_in_words(first.rollouts or {}), highlight=False, markup=False)
-    print_comparison({**compared, "scores": {name: of for name, of in compared["scores"].items() if name in SIZES}})
-    _print_overlaps(forecasts)
-    print_signed(first)  # the same whatever the way
+    print_rollouts(forecasts, compared)
     print_end(list(forecasts.values()), results.path)
 
 
@@ -134,18 +126,3 @@ def _sampled(
             progress=lambda done, total: tell("sampling completions", done, total), **vars(completing),
         ).save(rollouts)  # fmt: skip
     return replace(settings, question_fields=question_fields, answer_fields=answer_fields)
-
-
-def _print_overlaps(forecasts: dict[str, Forecast]) -> None:
-    """Share of D_N that the ways have in common, and that two random sets would have."""
-    names = [*forecasts, "most_active"]
-    table = Table(title="Share of the features that two ways have in common", title_justify="left")
-    table.add_column("way")
-    for name in names:
-        table.add_column(escape(name.replace("_", " ")), justify="right")
-    for way, forecast in forecasts.items():
-        shared = (forecast.rollouts or {})["overlaps"]
-        table.add_row(way, *(f"{shared[name]:.0%}" if name in shared else "" for name in names))
-    out.print(table)
-    first = next(iter(forecasts.values()))
-    out.print(f"By chance: {first.settings['top_n'] / first.sae['d_sae']:.1%}.", highlight=False)

@@ -7,16 +7,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-from rich.markup import escape
-
 from sts_fast import files
-from sts_fast.cli.console import Table, err, out
+from sts_fast.cli.console import err, out
+from sts_fast.cli.domain_table import Column, Number, print_domains
 from sts_fast.cli.options import AsJson
+from sts_fast.cli.tables import print_conclusion
 from sts_fast.data.contamination import SAME
 from sts_fast.data.options import Option
 from sts_fast.data.sets import Seed
-from sts_fast.forecast.estimators import BY_NAME, SizeEstimator
+from sts_fast.forecast.estimators import BY_NAME, Estimator, SizeEstimator
+from sts_fast.forecast.search import Candidate
 from sts_fast.forecast.search import search as run_search
+from sts_fast.report.numbers import counted
 
 
 def search(
@@ -36,18 +38,17 @@ def search(
     if as_json:
         sys.stdout.write(files.to_json({"candidates": [asdict(candidate) for candidate in found]}))
         return
-    title = f"{BY_NAME[estimator].label} of {len(found)} training sets"
-    title += ", by what they move over what they should keep" if names[1] else ""
-    table = Table(title=title, title_justify="left")
-    table.add_column("training set")
-    for name in found[0].scores:
-        table.add_column(escape(name), justify="right")
+    of, shown = BY_NAME[estimator], found[:rows]
+    print_conclusion(_conclusion(found, of, *names))
+    columns = [
+        Column.of(of, {candidate.name: candidate.scores[domain] for candidate in shown}, domain)
+        for domain in found[0].scores
+    ]
     if names[1]:
-        table.add_column("up / keep", justify="right")
-    for candidate in found[:rows]:
-        cells = [BY_NAME[estimator].text(value, ci) for value, ci in candidate.scores.values()]
-        table.add_row(escape(candidate.name), *cells, *([f"{candidate.selectivity:.3g}"] if names[1] else []))
-    out.print(table)
+        texts = {candidate.name: f"{candidate.selectivity:.3g}" for candidate in shown}
+        columns.append(Column("up / keep", "", {name: Number(0.0, text, text) for name, text in texts.items()}))
+    title = f"{of.label} of {counted(len(shown), 'training set')}"
+    print_domains(title, [candidate.name for candidate in shown], [columns], first="training set")
     out.print("A score forecasts how much a domain will move, not in which direction.", highlight=False)
     for candidate in found[:rows]:
         for domain, ids in candidate.same.items():
@@ -56,3 +57,11 @@ def search(
                 f"such as {ids[0]}",
                 style="yellow", highlight=False, markup=False, soft_wrap=True,
             )  # fmt: skip
+
+
+def _conclusion(found: list[Candidate], of: Estimator, up: list[str], keep: list[str]) -> str:
+    best = found[0]
+    moved = f"Of {counted(len(found), 'training set')}, {best.name} is forecast to move {' and '.join(up)} most"
+    if keep:
+        moved += f" in proportion to {' and '.join(keep)} ({best.selectivity:.3g} times as much)"
+    return f"{moved}, for better or worse, by {of.label}."

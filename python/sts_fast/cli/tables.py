@@ -2,67 +2,105 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from rich.markup import escape
 
 from sts_fast import files
-from sts_fast.cli.console import BAR_WIDTH, SIDE_WIDTH, Table, err, out
+from sts_fast.cli.calibration import change_bars, change_column, change_columns, change_title, changes_title, learned
+from sts_fast.cli.console import Table, err, out
+from sts_fast.cli.domain_table import Column, print_domains
 from sts_fast.data.columns import ReadColumns
 from sts_fast.files import Document
 from sts_fast.forecast.compare import sae_comparison
 from sts_fast.forecast.cost import Outlook
 from sts_fast.forecast.estimators import BY_NAME, IN_ORDER, SIZES, Estimator
-from sts_fast.forecast.run import Forecast, Score
+from sts_fast.forecast.run import Forecast
+from sts_fast.report.comparison import conclusion as comparison_conclusion
+from sts_fast.report.features import MEASURES
+from sts_fast.report.numbers import plain
+from sts_fast.report.ranking import cautions, rankings
+from sts_fast.report.report import conclusion
+from sts_fast.report.signed import estimated
+from sts_fast.rollouts.counts_text import counts_in_words, overlaps_in_words
+
+
+def print_conclusion(sentence: str) -> None:
+    """The first line of a command's results."""
+    out.print(sentence, "", sep="\n", highlight=False, markup=False)
+
+
+def print_forecast(forecast: Forecast) -> None:
+    """The conclusion, then one table of all domains, then what belongs to it."""
+    scores = forecast.to_dict()
+    print_conclusion(conclusion(scores))
+    signed, change = estimated(scores), change_column(forecast)
+    fields = [of.main.field for of in signed]
+    fields += [name for name in SIZES if name in forecast.settings["estimators"]]
+    fields += [of.other.field for of in signed]
+    columns, lead = [_column(forecast, BY_NAME[name]) for name in fields], BY_NAME[fields[0]]
+    title, bars, random = _title(lead), "both" if lead.signed else "one", None
+    if change is not None:
+        columns.insert(0, change)
+        title, bars = change_title(forecast), change_bars(forecast)
+    elif not lead.signed:
+        random = {domain.name: domain.controls["random"][lead.name] for domain in forecast.domains}
+    names = _highest_first(columns[0], [domain.name for domain in forecast.domains])
+    print_domains(title, names, [[column] for column in columns], bars=bars, random=random)
+    for line in _notes(forecast):
+        out.print(line, highlight=False, markup=False)
+
+
+def _column(forecast: Forecast, estimator: Estimator) -> Column:
+    found = {domain.name: domain.scores.get(estimator.name) for domain in forecast.domains}
+    return Column.of(estimator, {name: (of.value, of.ci) for name, of in found.items() if of is not None})
+
+
+def _notes(forecast: Forecast) -> list[str]:
+    counts = [domain.n_prompts for domain in forecast.domains]
+    n_prompts = f"{counts[0]}" if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
+    lines = [f"Prompts: {n_prompts} of each domain. {_shift_sentence(forecast)}"]
+    if skipped := [f"{domain.n_skipped} of {domain.name}" for domain in forecast.domains if domain.n_skipped]:
+        lines.append(f"Left out, too long for the context or without an answer: {', '.join(skipped)}.")
+    lines += learned(forecast)
+    if any(name in SIZES for name in forecast.settings["estimators"]):
+        lines.append(
+            "STS forecasts how much a domain moves, not in which direction. Compare the domains with each other and "
+            "with random features."
+        )
+    return lines
+
+
+def _shift_sentence(forecast: Forecast) -> str:
+    shift, kept = forecast.shift, forecast.shift["stability"]
+    low, high = kept["overlap_ci"]
+    return (
+        f"The top {forecast.settings['top_n']} features make up {shift['share_of_top_n']:.0%} of the "
+        f"{_measure(forecast)}; resampling the {forecast.train['n_prompts']} training prompts keeps "
+        f"{kept['mean_overlap']:.0%} of them ({low:.0%} to {high:.0%})."
+    )
+
+
+def _measure(forecast: Forecast) -> str:
+    return MEASURES.get(forecast.settings["dims"], "shift")
 
 
 def print_shift(forecast: Forecast, n_features: int) -> None:
-    top_n, shift = forecast.settings["top_n"], forecast.shift
-    table = Table(title=f"Most shifted of {forecast.sae['d_sae']:,} features", title_justify="left")
+    """The conclusion, then the first features of D_N."""
+    print_conclusion(conclusion(forecast.to_dict()))
+    measure = _measure(forecast)
+    most = "Most shifted" if measure == "shift" else "Most active"
+    table = Table(title=f"{most} of {forecast.sae['d_sae']:,} features", title_justify="left")
     table.add_column("feature", justify="right")
-    table.add_column("share of shift", justify="right")
+    table.add_column(f"share of {measure}", justify="right")
     table.add_column("mean activation", justify="right")
     for feature in forecast.shifted_features[:n_features]:
         table.add_row(str(feature.index), f"{feature.share:.1%}", f"{feature.mean_activation:.4g}")
     out.print(table)
-    low, high = shift["stability"]["overlap_ci"]
-    out.print(
-        f"The top {top_n} make up {shift['share_of_top_n']:.0%} of the shift; resampling the "
-        f"{forecast.train['n_prompts']} training prompts keeps {shift['stability']['mean_overlap']:.0%} of them "
-        f"({low:.0%} to {high:.0%}).\n"
-    )
-
-
-def print_scores(forecast: Forecast) -> None:
-    for estimator in (BY_NAME[name] for name in SIZES if name in forecast.settings["estimators"]):
-        rows = [(domain.scores[estimator.name], domain) for domain in forecast.domains]
-        longest = max(score.value for score, _ in rows) or 1.0
-        table = Table(title=_title(estimator), title_justify="left", width=79)
-        table.add_column("domain", ratio=1)
-        table.add_column("", width=BAR_WIDTH)
-        table.add_column("score [95%]", justify="right", no_wrap=True)
-        table.add_column("random", justify="right", no_wrap=True)
-        table.add_column("prompts", justify="right", no_wrap=True)
-        for score, domain in sorted(rows, key=lambda row: -row[0].value):
-            table.add_row(
-                escape(domain.name),
-                "█" * round(BAR_WIDTH * score.value / longest),
-                estimator.text(score.value, score.ci),
-                f"{domain.controls['random'][estimator.name]:.3g}",
-                str(domain.n_prompts),
-            )
-        out.print(table)
-    if skipped := [f"{domain.n_skipped} of {domain.name}" for domain in forecast.domains if domain.n_skipped]:
-        out.print(
-            f"Left out, too long for the context or without an answer: {', '.join(skipped)}.",
-            highlight=False,
-            markup=False,
-        )
-    out.print(
-        "A score forecasts how much a domain will move, not in which direction.\n"
-        "Compare domains with each other, and each score with that of random features beside it."
-    )
+    out.print(_shift_sentence(forecast), highlight=False, markup=False)
 
 
 def _title(estimator: Estimator) -> str:
@@ -70,31 +108,20 @@ def _title(estimator: Estimator) -> str:
     return f"Forecast {estimator.quantity}, by {estimator.label}{unit}"
 
 
-def print_signed(forecast: Forecast) -> None:
-    for estimator in (BY_NAME[name] for name in IN_ORDER if BY_NAME[name].signed):
-        rows: list[tuple[Score, str]] = [
-            (domain.scores[estimator.name], domain.name)
-            for domain in forecast.domains
-            if estimator.name in domain.scores
-        ]
-        if not rows:
-            continue
-        table = Table(title=_title(estimator), title_justify="left", width=79)
-        table.add_column("domain", ratio=1)
-        for column in ("worse", "better"):
-            table.add_column(column, width=SIDE_WIDTH, justify="right" if column == "worse" else "left")
-        table.add_column("forecast [95%]", justify="right", no_wrap=True)
-        largest = max(abs(score.value) for score, _ in rows) or 1.0
-        for score, name in sorted(rows, key=lambda row: -row[0].value):
-            bar = "█" * round(SIDE_WIDTH * abs(score.value) / largest)
-            sides = (bar, "") if score.value < 0 else ("", bar)
-            table.add_row(escape(name), *sides, estimator.text(score.value, score.ci))
-        out.print(table)
-
-
-def print_comparison(comparison: Document) -> None:
-    for estimator in (BY_NAME[name] for name in IN_ORDER if name in comparison["scores"]):
-        out.print(_comparison_table(comparison, estimator))
+def print_comparison(compared: Document) -> None:
+    """The conclusion, then one table: the first estimator for each training set, then the others."""
+    print_conclusion(plain(comparison_conclusion(compared)))
+    trains = [train["name"] for train in compared["trains"]]
+    names = [name for name in IN_ORDER if name in compared["scores"]]
+    groups = [
+        [Column.compared(compared, BY_NAME[name], train, f"{BY_NAME[name].label}\n{train}") for train in trains]
+        for name in names
+    ]
+    title = _title(BY_NAME[names[0]])
+    if changes := change_columns(compared):
+        groups.insert(0, changes)
+        title = changes_title(compared)
+    print_domains(title, compared["domains"], groups)
     out.print(
         "Read down a column to see which domains a training set moves most. Scores along a row can be compared where "
         "the training sets shift the same kind of features. STS forecasts the size of a change, not its direction.",
@@ -102,17 +129,28 @@ def print_comparison(comparison: Document) -> None:
     )
 
 
-def _comparison_table(comparison: Document, estimator: Estimator) -> Table:
-    columns = [comparison["scores"][estimator.name][train["name"]] for train in comparison["trains"]]
-    table = Table(title=_title(estimator), title_justify="left")
-    table.add_column("domain")
-    for train in comparison["trains"]:
-        table.add_column(escape(train["name"]), justify="right")
-    for i, domain in enumerate(comparison["domains"]):
-        scores = [(column["value"][i], column["ci"][i]) for column in columns]
-        texts = ["no answers" if value is None else estimator.text(value, ci) for value, ci in scores]
-        table.add_row(escape(domain), *texts)
-    return table
+def print_rollouts(forecasts: Mapping[str, Forecast], compared: Document) -> None:
+    """The conclusion, then one table: numbers with a sign, the same whatever the way, then sizes by the way."""
+    first = next(iter(forecasts.values()))
+    scores, ways = first.to_dict(), list(forecasts)
+    print_conclusion(conclusion(scores))
+    signed = [field for of in estimated(scores) for field in (of.main.field, of.other.field)]
+    sizes = [name for name in SIZES if name in compared["scores"]]
+    groups = [[_column(first, BY_NAME[name])] for name in signed] + [
+        [Column.compared(compared, BY_NAME[name], way, f"{BY_NAME[name].label}\n{way}") for way in ways]
+        for name in sizes
+    ]
+    lead = BY_NAME[[*signed, *sizes][0]]
+    domains = _highest_first(groups[0][0], compared["domains"])
+    print_domains(_title(lead), domains, groups, bars="both" if signed else None)
+    block = first.rollouts or {}
+    for line in (counts_in_words(block), overlaps_in_words(block)):
+        out.print(line, highlight=False, markup=False)
+
+
+def _highest_first(column: Column, domains: Iterable[str]) -> list[str]:
+    numbers = column.numbers
+    return sorted(domains, key=lambda name: -numbers[name].value if name in numbers else math.inf)
 
 
 def print_sae(forecast: Forecast, forecasts: list[Forecast]) -> None:
@@ -142,11 +180,20 @@ def print_agreement(forecasts: list[Forecast]) -> None:
 
 def print_end(forecasts: list[Forecast], output: Path) -> None:
     shown_before = {forecast.sae["fit"][key] for forecast in forecasts for key in ("warning", "names")}
-    for warning in dict.fromkeys(warning for forecast in forecasts for warning in forecast.warnings):
+    warnings = [warning for forecast in forecasts for warning in forecast.warnings]
+    if len({forecast.train["name"] for forecast in forecasts}) == 1:
+        warnings += [caution for forecast in forecasts for caution in _cautions(forecast)]
+    for warning in dict.fromkeys(warnings):
         if warning in shown_before:
             continue
         err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     err.print(f"Results are in {output}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _cautions(forecast: Forecast) -> list[str]:
+    """What the report warns of from the numbers."""
+    scores = forecast.to_dict()
+    return [plain(caution) for caution in cautions(scores, rankings(scores))]
 
 
 def print_outlook(outlook: Outlook, *, as_json: bool) -> None:

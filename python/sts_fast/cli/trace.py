@@ -66,10 +66,10 @@ def _print_trace(traced: Trace) -> None:
     domains = document["domains"]
     for domain in domains[:MOST_TABLES]:
         out.print(_sentence(document, domain), highlight=False, markup=False)
-        table = Table(width=79, show_lines=False)
+        table = Table(show_lines=False)
         table.add_column("row", justify="right")
         table.add_column("part", justify="right", no_wrap=True)
-        table.add_column("example, and the features that carry it", ratio=1, overflow="fold")
+        table.add_column("example, and the features that carry it", overflow="fold")
         for end in ("highest", "lowest"):
             for example in domain[end]:
                 row = example["id"] if example["row"] is None else str(example["row"])
@@ -77,18 +77,19 @@ def _print_trace(traced: Trace) -> None:
             table.add_section()
         out.print(table)
     if len(domains) > MOST_TABLES:
-        out.print(f"{len(domains) - MOST_TABLES} more domains are in trace.json: choose some with --domain")
+        out.print(f"{len(domains) - MOST_TABLES} more domains are in trace.json: choose some with --domain.")
 
 
 def _sentence(document: dict[str, Any], domain: dict[str, Any]) -> str:
     n, name = document["n_examples"], domain["name"]
     if document["by"] == "act":
-        return f"{name}: parts of {n} training prompts in STS_act, whose mean it is ({domain['value']:.3g})"
+        return f"{name}: STS_act is {domain['value']:.3g}, the mean of the parts of {n} training prompts."
     text = f"{name}: {domain['share_below_zero']:.0%} of {n} examples raise its loss"
     if domain["share_of_harm_in_worst"] is not None:
-        text += f", the worst {WORST:.0%} with {domain['share_of_harm_in_worst']:.0%} of all that harm"
+        text += f", and the worst {WORST:.0%} do {domain['share_of_harm_in_worst']:.0%} of the harm"
     reliability = domain["reliability"]
-    return text + ("" if reliability is None else f". Other questions of it would rank them with r = {reliability:.2f}")
+    more = "" if reliability is None else f" Other questions of it would rank them alike with r = {reliability:.2f}."
+    return f"{text}.{more}"
 
 
 def _text(example: dict[str, Any]) -> str:

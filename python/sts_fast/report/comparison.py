@@ -36,6 +36,8 @@ from sts_fast.statistics import defined, spearman
 
 TEMPLATE = "comparison.html.j2"
 N_SHADES = 3
+# Training sets that the first sentence names.
+MOST_IN_WORDS = 4
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,11 @@ def build_comparison_report(folder: str | Path) -> Path:
 def has_comparison(folder: Path) -> bool:
     """True for a folder with the page of several training sets."""
     return all((folder / name).is_file() for name in (COMPARISON_FILE, REPORT_FILE))
+
+
+def conclusion(compared: Document) -> Markup:
+    """What the terminal begins with: the page's conclusions in one line."""
+    return Markup(" ").join(_conclusions(compared, [train["name"] for train in compared["trains"]]))
 
 
 def _conclusions(compared: Document, trains: Sequence[str]) -> list[Markup]:

@@ -7,6 +7,8 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 
+from markupsafe import Markup
+
 NOT_THERE = "–"
 MIN_DOMAINS = 4
 # Least Spearman correlations at which two orders are called nearly the same, and similar.
@@ -92,6 +94,11 @@ def counted(n: int, noun: str) -> str:
 def isolated(name: str) -> str:
     """A name that keeps its own writing direction inside a sentence."""
     return f"\u2068{name}\u2069"
+
+
+def plain(sentence: str) -> str:
+    """A sentence of a page as text for a terminal: no markup, and no marks around names."""
+    return re.sub("[\u2068\u2069]", "", Markup(sentence).striptags() if isinstance(sentence, Markup) else sentence)
 
 
 def joined(names: Sequence[str], most: int = MOST_NAMED) -> str:

@@ -16,6 +16,7 @@ from sts_fast.report.numbers import (
     SAME,
     SIMILAR,
     correlation,
+    count,
     counted,
     interval,
     isolated,
@@ -92,10 +93,14 @@ def rankings(scores: Scores) -> list[Ranking]:
 def summary(scores: Scores, ranked: Sequence[Ranking], train: str, model: str) -> Markup:
     """The whole report in one sentence, and its certainty in another."""
     if not ranked:
+        shift, top_n = scores["shift"], scores["settings"]["top_n"]
         return Markup(
-            "This run measured which features of the SAE <strong>{}</strong> shifts in <strong>{}</strong>; "
-            "no domain was scored."
-        ).format(train, model)
+            "The top {} of {} features make up {} of what <strong>{}</strong> {} in <strong>{}</strong>; no domain was "
+            "scored."
+        ).format(
+            count(top_n), count(scores["sae"]["d_sae"]), percent(shift["share_of_top_n"]), train,
+            "activates" if scores["settings"]["dims"] == "active" else "shifts", model,
+        )  # fmt: skip
     rows, label = ranked[0].rows, ranked[0].label
     training = "Reinforcement learning of" if scores.get("rollouts") else "Fine-tuning"
     if len(rows) == 1:

@@ -9,7 +9,7 @@ from sts_fast import files
 from sts_fast.forecast.blocks import Scores
 from sts_fast.forecast.run import REPORT_FILE
 from sts_fast.report import ablation, changes, controls, features, outcome, prompts, ranking, signed, training
-from sts_fast.report.numbers import SAME, SIMILAR
+from sts_fast.report.numbers import SAME, SIMILAR, plain
 from sts_fast.report.page import render
 from sts_fast.report.run import Material, read_material
 from sts_fast.rollouts.counts_text import counts_in_words, overlaps_in_words
@@ -32,6 +32,16 @@ def build_report(folder: str | Path) -> Path:
     with files.atomic_path(folder / REPORT_FILE) as path:
         path.write_text(page, encoding="utf-8", newline="\n")
     return folder / REPORT_FILE
+
+
+def conclusion(scores: Scores) -> str:
+    """The sentence that the page of a run leads with, as plain text."""
+    if estimators := signed.estimated(scores):
+        lead = signed.summary(estimators)
+    else:
+        model, train = short_name(scores["model"]["name"]), _train_name(scores)
+        lead = ranking.summary(scores, ranking.rankings(scores), train, model)
+    return plain(lead)
 
 
 def _content(run: Material) -> dict[str, object]:

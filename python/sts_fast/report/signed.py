@@ -114,30 +114,36 @@ class SignedSection:
 
 def signed_section(run: Material) -> SignedSection | None:
     """The section; None where the run has no signed forecast."""
-    signed = run.scores.get("signed")
-    if not signed or not signed["domains"]:
+    signed, estimators = run.scores.get("signed"), estimated(run.scores)
+    if not signed or not estimators:
         return None
-    domains = signed["domains"]
-    scores = {domain["name"]: domain["scores"] for domain in run.scores["domains"] if domain["name"] in domains}
-    known = [name for name in SIGNED_OPTIONS if all(name in of_domain for of_domain in scores.values())]
-    if not known:
-        return None
-    # Where most answers are too long, a change of their probability is shown after that of their loss.
-    unlikely = sum(entry["p_answer"] < SMALLEST_P for entry in domains.values()) > len(domains) / 2
-    estimators = []
-    for name in known:
-        main, other = (f"{name}_loss", name) if unlikely else signed_fields(name)
-        rankings = [_ranking(scores, domains, field) for field in (main, other)]
-        estimators.append(Estimated(name, BY_NAME[name].meaning, *rankings))
     carriers, carried = _carriers(run, signed)
     return SignedSection(
-        summary=_summary(estimators[0]),
+        summary=summary(estimators),
         sentences=_sentences(run.scores, signed),
         estimators=estimators,
         carriers=carriers,
         domains=carried,
         carrier_sentences=_carrier_sentences(signed, carried),
     )
+
+
+def estimated(scores: Scores) -> list[Estimated]:
+    """The estimators with a sign that every domain with answers has, the one to read first before the others."""
+    signed = scores.get("signed")
+    if not signed or not signed["domains"]:
+        return []
+    domains = signed["domains"]
+    scores_of = {domain["name"]: domain["scores"] for domain in scores["domains"] if domain["name"] in domains}
+    # Where most answers are too long, a change of their probability is shown after that of their loss.
+    unlikely = sum(entry["p_answer"] < SMALLEST_P for entry in domains.values()) > len(domains) / 2
+    estimators = []
+    for name in SIGNED_OPTIONS:
+        if all(name in of_domain for of_domain in scores_of.values()):
+            main, other = (f"{name}_loss", name) if unlikely else signed_fields(name)
+            rankings = [_ranking(scores_of, domains, field) for field in (main, other)]
+            estimators.append(Estimated(name, BY_NAME[name].meaning, *rankings))
+    return estimators
 
 
 def number_text(field: str, value: float) -> str:
@@ -221,9 +227,9 @@ def _ranking_sentences(rows: Sequence[SignedRow]) -> list[str]:
     return [sentence + (f"; {n['open']} may go either way." if n["open"] else ".")]
 
 
-def _summary(estimated: Estimated) -> Markup:
+def summary(estimators: Sequence[Estimated]) -> Markup:
     """The first estimator in one sentence."""
-    ranking = estimated.main
+    first, ranking = estimators[0], estimators[0].main
     best, worst = ranking.rows[0], ranking.rows[-1]
     unit = f" {ranking.unit}" if ranking.unit else ""
     parts = [
@@ -238,8 +244,8 @@ def _summary(estimated: Estimated) -> Markup:
         if is_so
     ]
     if not parts:
-        return Markup("By {} no domain moves.").format(estimated.name)
-    return Markup("Training is forecast to {}, by {}.").format(Markup(" and to ").join(parts), estimated.name)
+        return Markup("By {} no domain moves.").format(first.name)
+    return Markup("Training is forecast to {}, by {}.").format(Markup(" and to ").join(parts), first.name)
 
 
 def _sentences(scores: Scores, signed: SignedBlock) -> list[str]:
