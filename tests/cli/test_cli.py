@@ -778,6 +778,25 @@ def test_doctor_says_what_was_understood_of_an_sae(run: Callable[..., Ran], mate
     assert facts["missing"].startswith("trained on, hook, mean L0")
 
 
+def test_doctor_tells_what_score_would_read(score: Options, run: Callable[..., Ran]) -> None:
+    doctor = replace(score.with_(output=None), command="doctor")
+    told = json.loads(run(doctor.with_(json=True)).out)
+    dry = json.loads(run(score.with_(dry_run=True, json=True)).out)
+    assert told["widths"] == "d_in 16, d_sae 48, float32 [W_enc]"
+    assert told["forecast"]["sets"] == dry["sets"]
+    assert not score.output.exists()
+    assert run(score).code == 0
+    sent = pq.read_table(score.output / "prompts.parquet").to_pylist()
+    for planned in dry["sets"]:
+        first = next(row for row in sent if row["domain"] == planned["name"])
+        assert planned["first"] == first["question"]
+        assert planned["first_lengths"] == [len(first[ids]) for ids in ("base_ids", "demos_ids")]
+    ran = run(doctor)
+    n, n_behind = dry["sets"][0]["first_lengths"]
+    assert f"({n} tokens, {n_behind} behind demonstrations)" in ran.out
+    assert "to tell what a forecast would read, give --sae too" in assert_refused(run(doctor.with_(sae=None)))
+
+
 def test_doctor_prints_long_paths_whole(run: Callable[..., Ran], tmp_path: Path) -> None:
     sae = write_sae(tmp_path / ("long" * 50))
     assert str(sae) in "".join(line.strip() for line in run("doctor", "--sae", sae).out.splitlines())

@@ -67,7 +67,7 @@ COMMANDS: dict[Callable[..., None], str] = {
     overlap: "sts-fast overlap TRUE-RUN RUN",
     report: "sts-fast report RUN",
     demo: "sts-fast demo",
-    doctor: "sts-fast doctor --sae S",
+    doctor: "sts-fast doctor --model M --sae S --train train.jsonl --domains evals/",
 }
 for command, example in COMMANDS.items():
     app.command(epilog=f"Example: {example}")(with_options(command))

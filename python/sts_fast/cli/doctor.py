@@ -4,29 +4,51 @@ from __future__ import annotations
 
 import platform
 import sys
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Annotated, Any
 
 import numpy as np
 from rich.markup import escape
 
+from sts_fast import files
 from sts_fast._version import __version__
+from sts_fast.cli.arguments import Places
 from sts_fast.cli.console import Table, out
-from sts_fast.cli.options import AsJson
+from sts_fast.cli.forecast import How, Sources, Tuned
+from sts_fast.cli.forecast import outlook as forecast_outlook
+from sts_fast.cli.options import AsJson, Demos, Fixed
+from sts_fast.cli.tables import print_outlook
 from sts_fast.data.options import Option
 from sts_fast.errors import InputError
+from sts_fast.forecast.cost import Outlook
+from sts_fast.forecast.options import Settings
 from sts_fast.ops import _cpu, cuda_kernels
 from sts_fast.ops.encode import encode
-from sts_fast.sae import SAE, load_sae
+from sts_fast.sae import SAE
 from sts_fast.sae.summary import summary
 
 
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A forecast whose inputs are looked at; all of it, an SAE alone, or nothing."""
+
+    model: Annotated[str | None, Option("Also tell what a forecast with this model would read, and its cost.")] = None
+    sae: Annotated[list[str] | None, Option("Also read this SAE and show what was understood; repeatable.")] = None
+    train: Annotated[list[str] | None, Option("Training set of that forecast, as for score.")] = None
+    domains: Annotated[list[str] | None, Option("Domains of that forecast, as for score.")] = None
+    demos: Demos = None
+    tuned: Tuned = None
+
+
 def doctor(
-    sae: Annotated[str | None, Option("Also read this SAE and show what was understood.")] = None,
-    layer: Annotated[int | None, Option("Read after this layer.")] = None,
+    planned: Planned,
+    settings: Settings,
+    places: Places,
+    how: Annotated[How, Fixed(dry_run=True)],
     as_json: AsJson = False,
 ) -> None:
-    """Show what is installed, which backend is used and what was understood of an SAE, and check the core."""
+    """Show what is installed, and what is understood of an SAE or of everything that a forecast reads; run nothing."""
     facts: dict[str, Any] = {
         "sts-fast": __version__,
         "python": platform.python_version(),
@@ -35,21 +57,39 @@ def doctor(
         "CUDA core": cuda_kernels.missing_reason() or "ready",
         "self-check": _self_check(),
     }
-    if sae is not None:
-        facts |= summary(load_sae(sae, layer=layer))
+    saes = places.load(planned.sae or [], settings.sae_dtype)
+    outlook = _outlook(planned, settings, places, how)
     if as_json:
-        import json
-
-        sys.stdout.write(json.dumps(facts, indent=2) + "\n")
+        of_saes: dict[str, Any] = summary(saes[0]) if len(saes) == 1 else {"SAEs": [summary(sae) for sae in saes]}
+        forecast = {} if outlook is None else {"forecast": outlook.to_dict()}
+        sys.stdout.write(files.to_json({**facts, **(of_saes if saes else {}), **forecast}))
         return
-    table = Table(show_header=False, box=None)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in facts.items():
-        table.add_row(f"[bold]{name}[/bold]", escape(str(value)))
-    out.print(table)
+    for of in (facts, *map(summary, saes)):
+        table = Table(show_header=False, box=None)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in of.items():
+            table.add_row(f"[bold]{name}[/bold]", escape(str(value)))
+        out.print(table)
     if not facts["self-check"].startswith("ok"):
         raise InputError("the core fails its self-check on this machine: please report this with the output above")
+    if outlook is not None:
+        out.print()
+        print_outlook(outlook, as_json=False)
+
+
+def _outlook(planned: Planned, settings: Settings, places: Places, how: How) -> Outlook | None:
+    """What score --dry-run tells; None where no forecast was named."""
+    if planned.model is None and not planned.train and not planned.domains:
+        return None
+    for option, given in (("model", planned.model), ("sae", planned.sae), ("train", planned.train)):
+        if not given:
+            raise InputError(f"to tell what a forecast would read, give --{option} too")
+    sources = Sources(
+        model=planned.model, sae=planned.sae or [], train=planned.train or [], domains=planned.domains or [],
+        demos=planned.demos, tuned=planned.tuned,
+    )  # fmt: skip
+    return forecast_outlook(sources, {"train": sources.train}, settings, places, how)
 
 
 def _version(name: str) -> str:

@@ -120,7 +120,7 @@ def score(
     """Forecast how strongly training on a set will move each domain."""
     _needed(sources, "domains")
     if how.dry_run:
-        print_outlook(_outlook(sources, {"train": sources.train}, settings, places, how), as_json=as_json)
+        print_outlook(outlook(sources, {"train": sources.train}, settings, places, how), as_json=as_json)
         return
     forecasts, folder = _forecasts(sources, {"train": sources.train}, settings, places, how, output)
     if as_json:
@@ -149,7 +149,7 @@ def compare(
     _needed(sources, "domains")
     trains = named_trains(sources.train) if sources.model is not None else {name: [name] for name in sources.train}
     if how.dry_run:
-        print_outlook(_outlook(sources, trains, settings, places, how), as_json=as_json)
+        print_outlook(outlook(sources, trains, settings, places, how), as_json=as_json)
         return
     forecasts, folder = _forecasts(sources, trains, settings, places, how, output, by_train=True)
     if as_json:
@@ -184,7 +184,7 @@ def shift(
 ) -> None:
     """Measure which features a training set shifts, without scoring any domain."""
     if how.dry_run:
-        print_outlook(_outlook(sources, {"train": sources.train}, settings, places, how), as_json=as_json)
+        print_outlook(outlook(sources, {"train": sources.train}, settings, places, how), as_json=as_json)
         return
     forecasts, folder = _forecasts(sources, {"train": sources.train}, settings, places, how, output)
     if as_json:
@@ -196,9 +196,7 @@ def shift(
     print_end(forecasts, folder)
 
 
-def _outlook(
-    sources: AnySources, trains: dict[str, list[str]], settings: Settings, places: Places, how: How
-) -> Outlook:
+def outlook(sources: AnySources, trains: dict[str, list[str]], settings: Settings, places: Places, how: How) -> Outlook:
     """The prompts that forecasts of some training sets will read, and their cost."""
     if sources.model is None:
         raise InputError("a forecast from a library reads nothing, so --dry-run has nothing to tell: give --model")

@@ -200,6 +200,13 @@ def print_outlook(outlook: Outlook, *, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(files.to_json(outlook.to_dict()))
         return
+    cost = outlook.cost
+    whole = f", and {cost.n_answer_tokens:,} tokens through the whole model" if cost.n_answer_tokens else ""
+    print_conclusion(
+        f"{cost.n_passes:,} forward passes of {cost.n_tokens:,} tokens up to the hook{whole}: about "
+        f"{_duration(cost.seconds)} and {cost.memory_bytes / 1e9:.1f} GB of memory, not counting the time to load the "
+        "model."
+    )
     table = Table(title="What will be read", title_justify="left")
     for column in ("set", "for"):
         table.add_column(column)
@@ -213,21 +220,14 @@ def print_outlook(outlook: Outlook, *, as_json: bool) -> None:
         if planned.use in ("answers", "trial"):
             continue
         first = f"“{_shortened(planned.first)}”" if planned.first else "nothing"
-        lines = [f"{planned.name} asks {first}"]
+        lengths = zip(planned.first_lengths, (" tokens", " behind demonstrations"), strict=False)
+        lines = [f"{planned.name} asks {first} ({', '.join(f'{n}{how}' for n, how in lengths)})"]
         lines += [f"from {planned.source}"] if planned.source else []
         lines += [str(ReadColumns(planned.columns, planned.unread or []))] if planned.columns else []
         lines += [f"{n:,} rows with {reason} are left out" for reason, n in (planned.left_out or {}).items()]
         out.print("; ".join(lines), highlight=False, markup=False, soft_wrap=True)
     for warning in outlook.warnings:
         err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
-    cost = outlook.cost
-    whole = f", and {cost.n_answer_tokens:,} tokens through the whole model" if cost.n_answer_tokens else ""
-    out.print(
-        f"{cost.n_passes:,} forward passes of {cost.n_tokens:,} tokens up to the hook{whole}: about "
-        f"{_duration(cost.seconds)} and {cost.memory_bytes / 1e9:.1f} GB of memory, not counting the time to "
-        "load the model.",
-        highlight=False,
-    )
 
 
 def _shortened(text: str) -> str:

@@ -41,7 +41,8 @@ class PlannedSet:
     source:   the files, hub data sets or rows in memory that it is read from, and what beside them is not
     columns:  of these, by role; unread: others that hold text; None, as the source, where examples were given
     n_rows:   of its source; left_out: those without an example, by reason; None where examples were given
-    first:    the first question asked
+    first:    the question of the first prompt; first_lengths: its tokens without demonstrations, and with them where
+        they are shown
     warnings: as in PromptSet
     """
 
@@ -58,6 +59,7 @@ class PlannedSet:
     n_rows: int | None
     left_out: dict[str, int] | None
     first: str
+    first_lengths: list[int]
     warnings: list[str]
 
 
@@ -165,6 +167,7 @@ def _budget(plan: Plan) -> TokenBudget:
 def _planned(plan: Plan, use: str, kind: Kind, prompt_set: PromptSet, budget: TokenBudget) -> PlannedSet:
     rows = plan.sets.read_rows.get((kind, prompt_set.name))
     examples = (plan.sets.trains if kind == "train" else plan.sets.domains).get(prompt_set.name)
+    first = prompt_set.prompts[0] if prompt_set.prompts else None
     n_passes = None
     if use in ("answers", "trial"):
         n_tokens = sum(_answer_lengths(prompt_set.prompts))
@@ -191,7 +194,8 @@ def _planned(plan: Plan, use: str, kind: Kind, prompt_set: PromptSet, budget: To
         unread=None if rows is None else rows.columns.unread,
         n_rows=None if rows is None else rows.n_rows,
         left_out=None if rows is None else dict(rows.left_out),
-        first=examples[0].question if examples else "",
+        first=first.question or (examples[0].question if examples else "") if first else "",
+        first_lengths=[len(ids) for ids in (first.base_ids, first.demos_ids) if len(ids)] if first else [],
         warnings=[*map(str, prompt_set.warnings)],
     )
 
