@@ -272,6 +272,23 @@ def test_json_goes_to_standard_output_alone(score: Options, run: Callable[..., R
     assert ran.out == (score.output / "scores.json").read_text()
 
 
+def test_a_quiet_run_tells_its_result_and_its_warnings(score: Options, run: Callable[..., Ran], tmp_path: Path) -> None:
+    rows = tmp_path / "law.jsonl"
+    rows.write_text(write_rows(tmp_path / "few.jsonl").read_text() + "[]\n")
+    loud, quiet = score.with_(train=rows, output=tmp_path / "loud"), score.with_(train=rows, quiet=True)
+    told, silent = run(loud), run(quiet)
+    assert silent.out == told.out
+    warnings = [line for line in told.err.splitlines() if line.startswith("warning: ")]
+    assert warnings
+    assert silent.err.splitlines() == warnings
+    commands = [json.loads((o.output / "scores.json").read_text())["provenance"]["command"] for o in (loud, quiet)]
+    assert commands[0] == commands[1]
+    again = run(quiet).err.splitlines()
+    assert [line for line in again if line not in warnings] == [
+        f"warning: {score.output} holds results already: these are in {score.output}-2"
+    ]
+
+
 def test_dry_run_tells_and_writes_nothing(
     score: Options, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:

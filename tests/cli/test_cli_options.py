@@ -30,7 +30,7 @@ class Meal(Shared):
     limit: Annotated[int | None, Option("0 for all.", least=1)] = 8
     heat: Annotated[Literal["low", "high"] | None, Option("How hot.")] = None
     book: Annotated[str | Path | None, Option("A file.")] = None
-    quiet: Annotated[bool, Option("No talk.")] = False
+    silent: Annotated[bool, Option("No talk.")] = False
     say: Callable[[str], None] | None = None
 
 
@@ -58,7 +58,7 @@ def lay() -> Lay:
 
     def command(
         place: Annotated[str, typer.Argument(help="Where.")],
-        meal: Annotated[Meal, Fixed(quiet=True)],
+        meal: Annotated[Meal, Fixed(silent=True)],
         drink: Drink,
         output: Annotated[Path, Option("A folder.")] = Path("here"),
         seats: Annotated[int, Option("Chairs.", least=2)] = 4,
@@ -79,7 +79,7 @@ def lay() -> Lay:
 
 
 def test_fields_that_are_not_given_have_their_defaults(lay: Lay) -> None:
-    expected = Meal(guests=["ann"], quiet=True)
+    expected = Meal(guests=["ann"], silent=True)
     assert lay() == Table(expected, Drink(), "garden", Path("here"), 4)
 
 
@@ -88,7 +88,7 @@ def test_what_was_typed_becomes_what_the_fields_hold(lay: Lay) -> None:
     laid = lay(*words.split(), "--limit", "0", "--glasses", "2", "--output", "there", "--seats", "9")
     assert laid.meal == Meal(
         seed=5, guests=["ann", "bob"], spices=("pepper",), columns={"": "text", "law": "q"}, weights={"law": 2.0},
-        limit=None, heat="high", book=Path("b.txt"), quiet=True,
+        limit=None, heat="high", book=Path("b.txt"), silent=True,
     )  # fmt: skip
     assert (laid.drink, laid.output, laid.seats) == (Drink(seed=5, n_glasses=2), Path("there"), 9)
 
@@ -114,7 +114,7 @@ def test_what_cannot_be_used_is_refused(lay: Lay, words: list[str], message: str
     assert str(refused.value) == message
 
 
-@pytest.mark.parametrize("words", [["--quiet"], ["--say", "x"], ["--heat", "warm"], ["--seats", "some"]])
+@pytest.mark.parametrize("words", [["--silent"], ["--say", "x"], ["--heat", "warm"], ["--seats", "some"]])
 def test_what_is_not_offered_is_no_option(lay: Lay, words: list[str]) -> None:
     assert lay(*words).exit_code == 2
 

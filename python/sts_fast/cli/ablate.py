@@ -16,7 +16,7 @@ from sts_fast.ablate import ablate as run_ablate
 from sts_fast.ablate.ablate import Zeroing
 from sts_fast.ablate.findings import WORDS, main_outcome, short_amount
 from sts_fast.cli.arguments import Places, Threads, set_threads, typed_command
-from sts_fast.cli.console import Table, err, out, progress, say
+from sts_fast.cli.console import Table, note, out, progress, say
 from sts_fast.cli.options import AsJson, Demos
 from sts_fast.cli.output import kept_beside
 from sts_fast.data.options import Option, part
@@ -92,7 +92,7 @@ def ablate(
         _print_ablation(ablation)
     if (folder / SCORES_FILE).is_file():
         build_report(folder)
-    err.print(f"Results are in {folder}", highlight=False, markup=False, soft_wrap=True)
+    note(f"Results are in {folder}")
 
 
 def _forecast(sources: Sources, zeroing: Zeroing, sae: SAE) -> Forecast:

@@ -146,12 +146,14 @@ def typed_options() -> list[str]:
 
 
 def typed_command() -> str:
-    """The command as typed, without options that change no result: --output, --overwrite, --threads, --json."""
+    """The command as typed, without options that change no result: --output, --overwrite, --threads, --json,
+    --quiet.
+    """
     kept: list[str] = []
     words = iter(sys.argv[1:])
     for word in words:
         if word in ("--output", "--threads"):
             next(words, None)
-        elif not word.startswith(("--output=", "--threads=")) and word not in ("--json", "--overwrite"):
+        elif not word.startswith(("--output=", "--threads=")) and word not in ("--json", "--overwrite", "--quiet"):
             kept.append(word)
     return shlex.join(["sts-fast", *kept])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sts_fast import files
-from sts_fast.cli.console import err
+from sts_fast.cli.console import say
 from sts_fast.cli.domain_table import Column, Number
 from sts_fast.errors import InputError
 from sts_fast.files import Document
@@ -114,4 +114,4 @@ def _column(heading: str, known: Mapping[str, tuple[float | None, Interval | Non
 def print_warnings(forecasts: list[Forecast]) -> None:
     warnings = [forecast.calibration["warnings"] for forecast in forecasts if forecast.calibration is not None]
     for warning in dict.fromkeys(itertools.chain(*warnings)):
-        err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+        say(f"warning: {warning}")

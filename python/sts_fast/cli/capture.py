@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from sts_fast.cli.arguments import named_trains
-from sts_fast.cli.console import err, progress, say
+from sts_fast.cli.console import note, progress, say
 from sts_fast.cli.options import Demos
 from sts_fast.data.options import Option
 from sts_fast.data.sources import named_place
@@ -80,4 +80,4 @@ def capture(sources: Sources, demonstrated: Demonstrated, capturing: Capturing) 
         else:
             captured = capture_activations(output=sources.output, **given)
             told = f"{sources.output} contains {captured.summary()}: give it as --model to shift, score or compare"
-    err.print(told, highlight=False, markup=False, soft_wrap=True)
+    note(told)

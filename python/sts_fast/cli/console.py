@@ -13,13 +13,14 @@ import rich.table
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from sts_fast.data.progress import WHOLE
 
 if TYPE_CHECKING:
     from sts_fast.data.prompts import Progress as Tell
@@ -52,6 +53,20 @@ LINE_SECONDS = 30
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
+# Whether a command tells its result and warnings alone; of the process, as standard error is.
+_quiet = False
+
+
+def set_quiet(quiet: bool) -> None:
+    """Lets only results, warnings and errors through."""
+    global _quiet
+    _quiet = quiet
+
+
+def is_quiet() -> bool:
+    return _quiet
+
+
 def fail(message: str) -> None:
     sys.stderr.write(f"error: {printable(' '.join(message.split()))}\n")
     sys.exit(2)
@@ -61,47 +76,85 @@ def show(text: str) -> None:
     sys.stderr.write(printable(text) + "\n")
 
 
-def say(line: str) -> None:
-    style = "yellow" if line.startswith("warning: ") else "dim"
-    err.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
+def say(line: str, style: str = "dim") -> None:
+    """A line on standard error; only a warning where the command is quiet."""
+    is_warning = line.startswith("warning: ")
+    if is_warning or not _quiet:
+        err.print(line, style="yellow" if is_warning else style, highlight=False, markup=False, soft_wrap=True)
+
+
+def note(line: str) -> None:
+    """Where results are, and what to do with them."""
+    say(line, style="")
 
 
 @contextmanager
 def progress(unit: str = "prompts") -> Iterator[Tell]:
-    """Bars on a terminal; elsewhere, as in the log of a job, a line now and then."""
+    """Bars on a terminal, that of the whole first; elsewhere, as in the log of a job, a line now and then."""
+    if is_quiet():
+        yield lambda stage, done, total: None
+        return
     if not err.is_terminal:
         yield Lines(unit).tell
         return
     columns = (
-        SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
-        TextColumn(unit), TimeElapsedColumn(), TimeRemainingColumn(),
+        SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(),
+        TextColumn("{task.fields[amount]}", markup=False), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=err, transient=True) as bars:
         tasks: dict[str, Any] = {}
 
         def tell(stage: str, done: int, total: int) -> None:
+            amount = f"{done / max(total, 1):.0%}" if stage == WHOLE else f"{done:,} of {total:,} {unit}"
             if stage not in tasks:
-                tasks[stage] = bars.add_task(printable(stage), total=total)
-            bars.update(tasks[stage], completed=done)
+                tasks[stage] = bars.add_task(printable(stage), total=total, amount=amount)
+            bars.update(tasks[stage], completed=done, amount=amount)
 
         yield tell
 
 
 class Lines:
-    """Progress as lines: one for a stage that is not done after LINE_SECONDS, and one for every LINE_SECONDS more."""
+    """Progress as lines: one for a stage that is not done after LINE_SECONDS, and one for every LINE_SECONDS more.
+
+    Each says how much of the whole is done too, where that is told of before the stage; see with_whole.
+    """
 
     def __init__(self, unit: str) -> None:
-        self.unit, self.stage, self.began, self.first, self.told = unit, "", 0.0, 0, time.monotonic()
+        self.unit, self.stage, self.told = unit, "", time.monotonic()
+        self.began = self.whole_began = self.told
+        self.first = self.whole_first = 0
+        self.whole: tuple[int, int] | None = None
 
     def tell(self, stage: str, done: int, total: int) -> None:
         now = time.monotonic()
+        if stage == WHOLE:
+            if self.whole is None:
+                self.whole_began, self.whole_first = now, done
+            self.whole = done, total
+            return
         if stage != self.stage:
             self.stage, self.began, self.first = stage, now, done
         if now - self.told < LINE_SECONDS or done >= total:
             return
         self.told, rate = now, (done - self.first) / max(now - self.began, 1e-9)
         left = f", {rate:.3g} a second, {(total - done) / rate:,.0f} s left" if rate > 0 else ""
-        show(f"{printable(stage)}: {done:,} of {total:,} {self.unit}{left}")
+        show(f"{printable(stage)}: {done:,} of {total:,} {self.unit}{left}{self._of_whole(now)}")
+
+    def _of_whole(self, now: float) -> str:
+        if self.whole is None:
+            return ""
+        done, total = self.whole
+        seconds = (now - self.whole_began) * (total - done) / max(done - self.whole_first, 1)
+        left = f", {duration(seconds)} left" if done > self.whole_first else ""
+        return f"; {done / max(total, 1):.0%} of {WHOLE}{left}"
+
+
+def duration(seconds: float) -> str:
+    """A time in its unit: '40 s', '3 min', '2.5 h'."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def printable(text: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from sts_fast import files
-from sts_fast.cli.console import Table, err, out, progress
+from sts_fast.cli.console import Table, note, out, progress
 from sts_fast.cli.options import AsJson
 from sts_fast.cli.output import Output
 from sts_fast.data.options import Option
@@ -42,7 +42,7 @@ def demo(
         sys.stdout.write(files.to_json(result.to_dict()))
     else:
         _print_demo(result)
-    err.print(f"Open {results.path / REPORT_FILE}", highlight=False, markup=False, soft_wrap=True)
+    note(f"Open {results.path / REPORT_FILE}")
 
 
 def _print_demo(demo: Demo) -> None:

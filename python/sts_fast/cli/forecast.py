@@ -49,7 +49,7 @@ OrLibrary = Annotated[
 # Options of a forecast from a library alone; the others decide how sets are read, or need the model.
 WITH_LIBRARY = (
     "--library", "--train", "--domains", "--sae", "--dims", "--estimators", "--top-n", "--seed", "--output", "--json",
-    "--threads", "--overwrite", "--config",
+    "--threads", "--overwrite", "--config", "--quiet",
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from sts_fast import files
 from sts_fast.cli.arguments import Places, Threads, set_threads, typed_command
-from sts_fast.cli.console import Table, err, out, progress, say
+from sts_fast.cli.console import Table, note, out, progress, say
 from sts_fast.cli.domain_table import NAME_WIDTH
 from sts_fast.cli.options import AsJson, Train
 from sts_fast.cli.output import Output
@@ -68,7 +68,7 @@ def mix(
         sys.stdout.write(files.to_json(mixture.to_dict()))
     else:
         _print_mixture(mixture)
-    err.print(f"Train on {results.path / MIXED_FILE}", highlight=False, markup=False, soft_wrap=True)
+    note(f"Train on {results.path / MIXED_FILE}")
 
 
 def _print_mixture(mixture: Mixture) -> None:

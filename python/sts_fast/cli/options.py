@@ -14,6 +14,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import typer
 
 from sts_fast.cli.arguments import or_none, values_by_set
+from sts_fast.cli.console import set_quiet
 from sts_fast.data.options import Option, annotations_of, check, element_choices_of, option_of, title_of, type_of
 
 Model = Annotated[str, Option("Model: folder or hub id; or a folder of sts-fast capture.")]
@@ -36,6 +37,7 @@ Domains = Annotated[
 ]
 Demos = Annotated[list[str] | None, Option("Demonstrations: name=path (train=path for the training set); repeatable.")]
 ShowPrompts = Annotated[bool, Option("Print the first prompt of each set as it is sent, to standard error.")]
+Quiet = Annotated[bool, Option("Tell the result and warnings alone, no progress.")]
 AsJson = Annotated[bool, Option("Print the results as JSON instead of tables.", "--json")]
 
 
@@ -59,7 +61,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
     A parameter that is a dataclass becomes one option for each field that has an `Option`. A field that two dataclasses
     have becomes one option, at the place of the last. A parameter with an `Option` of its own becomes that option, and
-    any other is unchanged.
+    any other is unchanged. Every command has the option --quiet.
     """
     flags: dict[str, Flag] = {}
     made: dict[str, Callable[[dict[str, Any]], Any]] = {}
@@ -79,8 +81,11 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
             flags[name] = as_it_is if option_of(annotation) is None else _flag(name, annotation, default)
             made[name] = operator.itemgetter(name)
 
+    flags["quiet"] = _flag("quiet", Quiet, False)
+
     @functools.wraps(command)
     def run(**typed: Any) -> None:
+        set_quiet(typed["quiet"])
         values = {name: flags[name].read(value) for name, value in typed.items()}
         command(**{name: make(values) for name, make in made.items()})
 

@@ -17,14 +17,14 @@ import yaml
 
 from sts_fast import files
 from sts_fast._version import __version__
-from sts_fast.cli.console import say
+from sts_fast.cli.console import is_quiet, say
 from sts_fast.data.options import Option
 from sts_fast.errors import InputError, one_line
 from sts_fast.profile.library import Library
 from sts_fast.profile.profile import Profile
 
 # Options that say where results go and how they are shown; they are not written beside them.
-NOT_KEPT = ("output", "overwrite", "config", "json", "threads")
+NOT_KEPT = ("output", "overwrite", "config", "json", "quiet", "threads")
 CONFIG = "--config"
 
 
@@ -49,6 +49,8 @@ class Output:
         with files.results(place, overwrite=self.overwrite) as results:
             yield results
             (results.folder / files.RESULTS_FILE).write_text(typed_config(), encoding="utf-8")
+        if is_quiet() and os.path.realpath(results.path) != os.path.realpath(place):
+            say(f"warning: {place} holds results already: these are in {results.path}")
 
     @contextmanager
     def kept(self) -> Iterator[files.Kept]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from sts_fast import files
-from sts_fast.cli.console import err, out
+from sts_fast.cli.console import out, say
 from sts_fast.cli.domain_table import Column, Number, print_domains
 from sts_fast.cli.options import AsJson
 from sts_fast.cli.tables import print_conclusion
@@ -52,11 +52,10 @@ def search(
     out.print("A score forecasts how much a domain will move, not in which direction.", highlight=False)
     for candidate in found[:rows]:
         for domain, ids in candidate.same.items():
-            err.print(
+            say(
                 f"warning: {len(ids)} examples of '{candidate.name}' ask the same as questions of '{domain}' ({SAME}), "
-                f"such as {ids[0]}",
-                style="yellow", highlight=False, markup=False, soft_wrap=True,
-            )  # fmt: skip
+                f"such as {ids[0]}"
+            )
 
 
 def _conclusion(found: list[Candidate], of: Estimator, up: list[str], keep: list[str]) -> str:

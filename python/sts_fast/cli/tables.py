@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from sts_fast import files
 from sts_fast.cli.calibration import change_bars, change_column, change_columns, change_title, changes_title, learned
-from sts_fast.cli.console import Table, err, out
+from sts_fast.cli.console import Table, duration, note, out, say
 from sts_fast.cli.domain_table import Column, print_domains
 from sts_fast.data.columns import ReadColumns
 from sts_fast.files import Document
@@ -186,8 +186,8 @@ def print_end(forecasts: list[Forecast], output: Path) -> None:
     for warning in dict.fromkeys(warnings):
         if warning in shown_before:
             continue
-        err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
-    err.print(f"Results are in {output}", highlight=False, markup=False, soft_wrap=True)
+        say(f"warning: {warning}")
+    note(f"Results are in {output}")
 
 
 def _cautions(forecast: Forecast) -> list[str]:
@@ -204,7 +204,7 @@ def print_outlook(outlook: Outlook, *, as_json: bool) -> None:
     whole = f", and {cost.n_answer_tokens:,} tokens through the whole model" if cost.n_answer_tokens else ""
     print_conclusion(
         f"{cost.n_passes:,} forward passes of {cost.n_tokens:,} tokens up to the hook{whole}: about "
-        f"{_duration(cost.seconds)} and {cost.memory_bytes / 1e9:.1f} GB of memory, not counting the time to load the "
+        f"{duration(cost.seconds)} and {cost.memory_bytes / 1e9:.1f} GB of memory, not counting the time to load the "
         "model."
     )
     table = Table(title="What will be read", title_justify="left")
@@ -227,19 +227,13 @@ def print_outlook(outlook: Outlook, *, as_json: bool) -> None:
         lines += [f"{n:,} rows with {reason} are left out" for reason, n in (planned.left_out or {}).items()]
         out.print("; ".join(lines), highlight=False, markup=False, soft_wrap=True)
     for warning in outlook.warnings:
-        err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+        say(f"warning: {warning}")
 
 
 def _shortened(text: str) -> str:
     """A text in one line of at most 61 characters."""
     line = " ".join(text.split())
     return line if len(line) <= 60 else f"{line[:60]}…"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{round(seconds / 60)} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def by_sae(forecasts: list[Forecast]) -> list[list[Forecast]]:

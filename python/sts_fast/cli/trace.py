@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from sts_fast import files
 from sts_fast.cli.arguments import Threads, set_threads, typed_command
-from sts_fast.cli.console import Table, err, out, progress, say
+from sts_fast.cli.console import Table, note, out, progress, say
 from sts_fast.cli.options import AsJson
 from sts_fast.cli.output import kept_beside
 from sts_fast.data.options import Option
@@ -53,12 +53,11 @@ def trace(
     selection = traced.to_dict()["selection"]
     if selection is not None:
         left = "without" if selection["how"] == "drop" else "with only"
-        err.print(
+        note(
             f"{folder / SELECTED_FILE} is the training set {left} {selection['n_examples']} examples "
-            f"({selection['n_rows']} rows)",
-            highlight=False, markup=False, soft_wrap=True,
-        )  # fmt: skip
-    err.print(f"Results are in {folder}", highlight=False, markup=False, soft_wrap=True)
+            f"({selection['n_rows']} rows)"
+        )
+    note(f"Results are in {folder}")
 
 
 def _print_trace(traced: Trace) -> None:

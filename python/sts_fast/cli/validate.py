@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from sts_fast import files
-from sts_fast.cli.console import err, out
+from sts_fast.cli.console import note, out, say
 from sts_fast.cli.options import AsJson
 from sts_fast.data.options import Option
 from sts_fast.data.sets import Seed
@@ -93,7 +93,7 @@ def validate(
             build_comparison_report(run.parent)
     sys.stdout.write(files.to_json(result.to_dict()) if as_json else result.to_text() + "\n")
     for warning in result.warnings:
-        err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+        say(f"warning: {warning}")
 
 
 def _fit(runs: list[Path], estimator: str | None, output: Path, *, as_json: bool) -> None:
@@ -101,8 +101,8 @@ def _fit(runs: list[Path], estimator: str | None, output: Path, *, as_json: bool
     calibration.save(output)
     sys.stdout.write(files.to_json(calibration.to_dict()) if as_json else calibration.to_text() + "\n")
     for warning in calibration.warnings:
-        err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
-    err.print(f"{output}: give it to sts-fast score --calibration", highlight=False, markup=False, soft_wrap=True)
+        say(f"warning: {warning}")
+    note(f"{output}: give it to sts-fast score --calibration")
 
 
 def report(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack, overload
 
 import numpy as np
 
+from sts_fast.data.progress import n_sent, with_whole
 from sts_fast.data.prompts import PromptSet
 from sts_fast.data.sets import Kind, Sets, Source, Sources
 from sts_fast.errors import InputError
@@ -174,6 +176,7 @@ def compare(
     several SAEs, that of each in their order.
     """
     plan = _plan(model, sae, trains, domains, demos, tokenizer, tuned, Settings(**options))
+    plan = replace(plan, settings=replace(plan.settings, progress=with_whole(plan.settings.progress, _stages(plan))))
     session, settings = plan.session, plan.settings
     plan.show()
     fits = session.check_fit(plan.trains[0])
@@ -285,6 +288,17 @@ def forecasts_of(
                     )
                     settings.tell_line(line)
     return forecasts
+
+
+def _stages(plan: Plan) -> dict[str, int]:
+    """The stages of a forecast in their order, each with the tokens that pass the model, back and forth ones thrice."""
+    answers = [*plan.train_answers, *plan.domain_answers] if plan.settings.at_the_hook else []
+    return {
+        **{f"shift of {train.name}": n_sent([train]) for train in plan.trains},
+        **{f"gradients of {of.name}": 3 * n_sent([of]) for of in answers},
+        **{f"trial of {rows.name}": 3 * n_sent([rows]) for rows in plan.trial_rows},
+        **{domain.name: n_sent([domain]) for domain in plan.domains},
+    }
 
 
 def _profiles(plan: Plan, kind: Kind, prompt_set: PromptSet, stage: str) -> list[Profile]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Unpack, get_args
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Unpack, get_args
 from sts_fast.data.examples import Example
 from sts_fast.data.folders import Use
 from sts_fast.data.options import Option, part
+from sts_fast.data.progress import n_sent, with_whole
 from sts_fast.data.prompts import PromptSet
 from sts_fast.data.sets import (
     Fields,
@@ -91,6 +92,8 @@ def profile(
     session.check_fit(prompt_sets[0])
     if isinstance(session.reader, LanguageModel):
         session.reader.settle(prompt_sets)
+    stages = {of.name: n_sent([of]) for of in prompt_sets}
+    profiling = replace(profiling, progress=with_whole(profiling.progress, stages))
     made: list[Profile] = []
     for kind, prompt_set in zip(kinds, prompt_sets, strict=True):
         made += read_set(

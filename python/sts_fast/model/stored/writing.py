@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Unpack
 
 from sts_fast import files
 from sts_fast.data.examples import Example
 from sts_fast.data.options import Option, part
+from sts_fast.data.progress import n_sent, with_whole
 from sts_fast.data.prompts import Progress, PromptSet, prompts_sha256
 from sts_fast.data.sets import (
     Fields,
@@ -136,6 +137,8 @@ def capture_activations(
     )
     # No part is kept of an export: it may have been of another one, and to read the files again is cheap.
     _begin(output, index, plan.prompt_sets, session, resume=capturing.export is None)
+    stages = {prompt_set.name: n_sent([prompt_set]) for prompt_set in plan.prompt_sets}
+    capturing = replace(capturing, progress=with_whole(capturing.progress, stages))
     for stored_set, prompt_set in zip(index.sets, plan.prompt_sets, strict=True):
         prompts = prompt_set.prompts
         if isinstance(source, Export):
