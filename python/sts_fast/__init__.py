@@ -21,7 +21,7 @@ from sts_fast.model.stored.writing import capture_activations, export_requests
 from sts_fast.ops._cpu import get_num_threads, set_num_threads
 from sts_fast.ops.backend import set_precision
 from sts_fast.ops.correlate import CorrelationStats
-from sts_fast.ops.encode import SparseFeatures, encode
+from sts_fast.ops.encode import encode
 from sts_fast.ops.shift import ShiftStats
 from sts_fast.ops.torch_ops import torch_handle
 from sts_fast.outcomes.calibration import Calibration, fit_calibration
@@ -33,6 +33,7 @@ from sts_fast.profile.profile import Profile
 from sts_fast.profile.work import ProfilePlan, RayCluster, run_local, run_rank, run_ray
 from sts_fast.rollouts import load_rollouts, rollouts, sample_rollouts
 from sts_fast.sae import SAE, load_sae
+from sts_fast.sae.features import SparseFeatures
 
 __all__ = [
     "SAE",

@@ -169,6 +169,45 @@ def test_topk_of_all_and_of_one(tmp_path: Path, sae_lens: Any) -> None:
         assert np.allclose(dense(load_sae(folder), acts), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "rescaled"])
+def test_features_are_decoded_as_sae_lens_does(architecture: str, tmp_path: Path, sae_lens: Any) -> None:
+    """More rows than are decoded at a time, and some of the features alone."""
+    config = {"rescale_acts_by_decoder_norm": True} if architecture == "rescaled" else {}
+    folder = write_sae(tmp_path, architecture.replace("rescaled", "topk"), config=config)
+    sae, theirs = load_sae(folder), sae_lens.SAE.load_from_disk(folder)
+    acts = np.random.default_rng(2).normal(size=(1500, D_IN)).astype(np.float32)
+    features = sae.encode(acts)
+    for name in ("indptr", "indices", "values"):
+        assert np.array_equal(getattr(features, name), getattr(sts_fast.encode(sae, acts), name))
+    for some in (features, sts_fast.encode(sae, acts, columns=np.array([3, 7]))):
+        decoded = sae.decode(some)
+        assert (decoded.shape, decoded.dtype) == ((1500, D_IN), torch.float32)
+        with torch.no_grad():
+            expected = theirs.decode(torch.from_numpy(some.to_dense()))
+        assert torch.allclose(decoded, expected, rtol=1e-4, atol=1e-5)
+    assert sae.decode(features.rows(0, 0)).shape == (0, D_IN)
+    assert np.array_equal(features.rows(1490, 1600).to_dense(), features.to_dense()[1490:])
+
+
+def test_what_cannot_be_decoded_alone(tmp_path: Path) -> None:
+    acts = np.ones((2, D_IN), np.float32)
+    without = load_sae(write_sae(tmp_path / "without", tensors={"W_dec": None}))
+    with pytest.raises(InputError, match="without has no decoder in its files"):
+        without.decode(without.encode(acts))
+    normalising = load_sae(write_sae(tmp_path / "norm", config={"normalize_activations": "layer_norm"}))
+    with pytest.raises(InputError, match=r"normalises its input: decode with that input, as sae\.reconstruct\(acts"):
+        normalising.decode(normalising.encode(acts))
+
+
+def test_a_dtype_is_given_by_name_or_as_torch_has_it(tmp_path: Path) -> None:
+    folder = write_sae(tmp_path)
+    for dtype in ("bfloat16", torch.bfloat16):
+        assert load_sae(folder, dtype=dtype).W_enc.dtype == torch.bfloat16
+        assert load_sae(folder).with_dtype(dtype).W_enc.dtype == torch.bfloat16
+    with pytest.raises(InputError, match="must be float32 or bfloat16, not int8"):
+        load_sae(folder, dtype=torch.int8)
+
+
 def test_only_a_sample_is_reconstructed(tmp_path: Path) -> None:
     sae = load_sae(write_sae(tmp_path))
     zeros = np.zeros((1025, D_IN), np.float32)

@@ -12,9 +12,10 @@ import numpy as np
 from sts_fast.data.prompts import PromptSet
 from sts_fast.errors import InputError
 from sts_fast.forecast.controls import N_NEAREST, like_activity, low_shift, random_sets
-from sts_fast.ops.encode import SparseFeatures, encode
+from sts_fast.ops.encode import encode
 from sts_fast.profile.means import FeatureMeans
 from sts_fast.sae import SAE
+from sts_fast.sae.features import SparseFeatures
 from sts_fast.signed.gradients import AnswerRows, HookedModel
 
 if TYPE_CHECKING:

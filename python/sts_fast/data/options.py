@@ -40,12 +40,16 @@ class Option:
 class Checked:
     """Base of the dataclasses of options: raises InputError for a value that its field's annotation rules out.
 
+    Where a field takes the name of a dtype, it takes a dtype of torch or numpy too.
+
     A dataclass says with `TITLE` under which heading of --help its own options stand.
     """
 
     def __post_init__(self) -> None:
         options: Any = type(self)
         for name, annotation in annotations_of(options).items():
+            if "float32" in choices_of(type_of(annotation)):
+                object.__setattr__(self, name, dtype_name(getattr(self, name)))
             check(name, annotation, getattr(self, name))
 
 
@@ -89,6 +93,13 @@ def element_choices_of(kind: Any) -> tuple[str, ...]:
 def part(options: Callable[..., T], whole: object) -> T:
     """The dataclass of some options, taken from another one that has more or fewer."""
     return options(**{name: getattr(whole, name) for name in annotations_of(options) if hasattr(whole, name)})
+
+
+def dtype_name(dtype: Any) -> Any:
+    """'float32' of torch.float32, numpy.float32 and numpy.dtype('float32'); names and None as they are."""
+    if dtype is None or isinstance(dtype, str):
+        return dtype
+    return dtype.__name__ if isinstance(dtype, type) else str(dtype).removeprefix("torch.")
 
 
 def check(name: str, annotation: Any, value: Any) -> None:

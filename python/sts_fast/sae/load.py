@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from sts_fast.data.options import dtype_name
 from sts_fast.errors import InputError
 from sts_fast.sae import detect, hub
 from sts_fast.sae.sae import SAE
+
+if TYPE_CHECKING:
+    import torch
 
 NO_PLACE = "its files do not say where in the model it reads: give --layer or --hook"
 
@@ -18,7 +23,7 @@ def load_sae(
     layer: int | None = None,
     hook: str | None = None,
     norm_scaling_factor: float | None = None,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> SAE:
     """Loads an SAE from a folder or file, or from the Hugging Face hub.
 
@@ -28,10 +33,11 @@ def load_sae(
     hook:   the same by name, such as 'blocks.25.hook_resid_post' or 'model.layers.25'
     norm_scaling_factor: factor of the input rows, for an SAE trained on inputs scaled to a mean norm of sqrt(d_in)
             ('expected_average_only_in') and saved without folding that factor into the weights
-    dtype:  of W_enc in memory, 'float32' or 'bfloat16'; None keeps the file's, memory-mapped
+    dtype:  of W_enc in memory, float32 or bfloat16, by name or torch's own; None keeps the file's, memory-mapped
 
     Raises InputError, naming file and key, where the SAE cannot be read or is not supported.
     """
+    dtype = None if dtype is None else dtype_name(dtype)
     if dtype not in (None, "float32", "bfloat16"):
         raise InputError(f"an SAE's dtype must be float32 or bfloat16, not {dtype}")
     path = Path(source)

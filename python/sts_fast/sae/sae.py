@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sts_fast.data.options import dtype_name
 from sts_fast.errors import InputError
 from sts_fast.files import Document
 from sts_fast.sae.decoder import MAX_ROWS, Decoder
+from sts_fast.sae.features import SparseFeatures
 from sts_fast.sae.rows import check_tensor, is_tensor, rows
 
 if TYPE_CHECKING:
@@ -166,6 +168,36 @@ class SAE:
                 digest.update(np.ascontiguousarray(as_float).tobytes())
         return digest.hexdigest()
 
+    def encode(self, acts: Any) -> SparseFeatures:
+        """The active features of each row of acts; see sts_fast.encode for the forms of arrays and what is raised."""
+        assert _encode is not None
+        return _encode(self, acts)
+
+    def decode(self, features: SparseFeatures) -> torch.Tensor:
+        """[n, d_out] float32 features W_dec + b_dec in the units of the model, on the device of the features.
+
+        features: some or all of those of `encode`; d_out is d_in but for a transcoder
+
+        Only the rows of W_dec of active features are read, and no dense [n, d_sae] is made. Raises InputError without a
+        decoder, for an SAE whose decoding needs its input too (see `reconstruct`), and as `decoder_rows`.
+        """
+        import torch
+
+        if self.decoder is None:
+            raise InputError(f"{self.source or 'the SAE'} has no decoder in its files: give one whose files have W_dec")
+        if self.decoder.W_skip is not None or self.input_norm != "none":
+            why = "normalises its input" if self.input_norm != "none" else "passes its input on to its output"
+            raise InputError(
+                f"{self.source or 'the SAE'} {why}: decode with that input, as sae.reconstruct(acts, features)"
+            )
+        on_cpu = features.on_cpu()
+        decoded = torch.empty((len(on_cpu), len(self.decoder.b_dec)))
+        for start in range(0, len(on_cpu), MAX_ROWS):
+            part = on_cpu.rows(start, start + MAX_ROWS)
+            decoded[start : start + MAX_ROWS] = self.decoder.decode(*part.parts, divisor=self.W_dec_norm)
+        decoded /= self.decoder.scale if self.target_hook_name or self.decoder.scale != 1 else self.input_scale
+        return decoded if isinstance(features.values, np.ndarray) else decoded.to(features.values.device)
+
     def decoder_rows(self, features: Sequence[int]) -> torch.Tensor | None:
         """[n_features, d_out] float32 rows of W_dec, gathered from the file; None without a decoder.
 
@@ -249,13 +281,24 @@ class SAE:
             origin={**self.origin, "input_scale": origin},
         )
 
-    def with_dtype(self, dtype: str) -> SAE:
-        """The same SAE with W_enc as 'float32' or 'bfloat16' (rounded to nearest even)."""
+    def with_dtype(self, dtype: str | torch.dtype) -> SAE:
+        """The same SAE with W_enc as float32 or bfloat16 (rounded to nearest even); dtype: its name, or torch's own."""
         import torch
 
-        if dtype not in ("float32", "bfloat16"):
-            raise InputError(f"an SAE's dtype must be float32 or bfloat16, not {dtype}")
-        return replace(self, W_enc=torch.as_tensor(self.W_enc).to(getattr(torch, dtype)))
+        name = dtype_name(dtype)
+        if name not in ("float32", "bfloat16"):
+            raise InputError(f"an SAE's dtype must be float32 or bfloat16, not {name}")
+        return replace(self, W_enc=torch.as_tensor(self.W_enc).to(getattr(torch, name)))
+
+
+# Of sts_fast.ops, which encodes natively and stands on this room.
+_encode: Callable[[SAE, Any], SparseFeatures] | None = None
+
+
+def provide_encode(encode: Callable[[SAE, Any], SparseFeatures]) -> None:
+    """Makes `SAE.encode` call this function."""
+    global _encode
+    _encode = encode
 
 
 def _parts(features: Any) -> tuple[Any, Any, Any]:
