@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_type_hints, is_typeddict
 
+import numpy as np
 import pytest
+import torch
 
 import sts_fast
 from sts_fast.ablate.ablate import Zeroing, ZeroingOptions
@@ -67,6 +69,14 @@ def test_what_an_annotation_rules_out_is_refused(values: dict[str, Any], message
         Baking(**values)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_a_dtype_is_a_name_or_torchs_own(dtype: Any) -> None:
+    assert Settings(dtype=dtype, sae_dtype=dtype) == Settings(dtype="bfloat16", sae_dtype="bfloat16")
+    assert Settings(sae_dtype=np.float32).sae_dtype == "float32"
+    with pytest.raises(InputError, match="--sae-dtype must be one of float32, bfloat16, not 'int8'"):
+        Settings(sae_dtype=torch.int8)
+
+
 def test_what_an_annotation_allows_is_taken() -> None:
     taken = Baking(heat="high", spices=["pepper", "salt"], n_eggs=None, pan="iron", minutes=5)
     assert (taken.heat, taken.n_eggs, taken.pan, taken.minutes) == ("high", None, "iron", 5)
@@ -92,11 +102,16 @@ def test_public_functions_take_these_keywords() -> None:
     for function in (getattr(sts_fast, name) for name in sts_fast.__all__):
         if not inspect.isfunction(function):
             continue
-        for parameter in inspect.signature(function).parameters.values():
-            if parameter.kind is parameter.VAR_KEYWORD:
-                [keywords] = get_args(eval(str(parameter.annotation), inspect.getmodule(function).__dict__))
-                assert is_typeddict(keywords)
-                taken.add(keywords)
+        if annotation := function.__annotations__.get("options"):
+            [keywords] = get_args(eval(str(annotation), inspect.getmodule(function).__dict__))
+            assert is_typeddict(keywords)
+            taken.add(keywords)
+            parameters = inspect.signature(function).parameters
+            assert all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values())
+            of = KEYWORDS[keywords]()
+            own = {name: parameters[name].default for name in get_type_hints(keywords) if name in vars(of)}
+            given = {name for name, default in own.items() if default is inspect.Parameter.empty}
+            assert {**own, **{name: vars(of)[name] for name in given}} == {name: vars(of)[name] for name in own}
     assert taken == {*KEYWORDS}
 
 

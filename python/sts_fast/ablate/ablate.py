@@ -29,7 +29,7 @@ from sts_fast._version import __version__
 from sts_fast.ablate.measure import draw_features, measure
 from sts_fast.ablate.record import SCHEMA_VERSION, Ablation, answers_table, outcome_of
 from sts_fast.data.examples import Example
-from sts_fast.data.options import Option
+from sts_fast.data.options import Option, shows
 from sts_fast.data.prompts import PromptSet
 from sts_fast.data.sets import Fields, FieldsOptions, Kind, Sampling, Seed, Sets, Source, Sources, check_enough
 from sts_fast.data.template import PromptTemplate
@@ -74,6 +74,7 @@ class ZeroingOptions(FieldsOptions, ReadingOptions, total=False):
     seed: int
 
 
+@shows(Zeroing, ZeroingOptions)
 def ablate(
     run: Forecast | str | Path,
     *,

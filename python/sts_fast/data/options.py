@@ -8,8 +8,9 @@ cli.options), and is checked when the dataclass is made. A field without an `Opt
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from inspect import get_annotations
 from types import UnionType
@@ -18,6 +19,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from sts_fast.errors import InputError
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,34 @@ def element_choices_of(kind: Any) -> tuple[str, ...]:
 def part(options: Callable[..., T], whole: object) -> T:
     """The dataclass of some options, taken from another one that has more or fewer."""
     return options(**{name: getattr(whole, name) for name in annotations_of(options) if hasattr(whole, name)})
+
+
+def shows(options: Any, keywords: Any) -> Callable[[F], F]:
+    """Makes the signature of a function with **options name each of them, with its type and default, for completion.
+
+    options: their dataclass; keywords: their TypedDict
+    """
+
+    def decorate(function: F) -> F:
+        signature = inspect.signature(function)
+        named = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+        known = {field.name: field for field in fields(options)}
+        more = [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=_default_of(known[name]),
+                annotation=getattr(annotation, "__forward_arg__", annotation),
+            )
+            for name, annotation in keywords.__annotations__.items()
+            if name not in signature.parameters
+        ]  # fmt: skip
+        function.__signature__ = signature.replace(parameters=[*named, *more])  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+def _default_of(field: Any) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def dtype_name(dtype: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Unpack, overload
 
 import numpy as np
 
+from sts_fast.data.options import shows
 from sts_fast.data.progress import n_sent, with_whole
 from sts_fast.data.prompts import PromptSet
 from sts_fast.data.sets import Kind, Sets, Source, Sources
@@ -66,6 +67,7 @@ def score(
 ) -> list[Forecast]: ...
 
 
+@shows(Settings, Options)
 def score(
     *,
     model: str | Path | PreTrainedModel,
@@ -109,6 +111,7 @@ def score(
     return of_saes[0] if isinstance(sae, (str, Path, SAE)) else of_saes
 
 
+@shows(Settings, Options)
 def shift(
     *,
     model: str | Path | PreTrainedModel,
@@ -157,6 +160,7 @@ def compare(
 ) -> list[dict[str, Forecast]]: ...
 
 
+@shows(Settings, Options)
 def compare(
     *,
     model: str | Path | PreTrainedModel,
@@ -191,6 +195,7 @@ def compare(
     return forecasts[0] if isinstance(sae, (str, Path, SAE)) else forecasts
 
 
+@shows(Settings, Options)
 def plan(
     *,
     model: str | Path | PreTrainedModel,

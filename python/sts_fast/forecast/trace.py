@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from sts_fast import files
 from sts_fast._version import __version__
+from sts_fast.data.options import shows
 from sts_fast.data.sets import Source
 from sts_fast.data.tables import Table
 from sts_fast.errors import InputError, listed
@@ -91,6 +92,7 @@ def trace_schema() -> Document:
     return files.load_schema("forecast/trace.schema.json")
 
 
+@shows(Tracing, TracingOptions)
 def trace(
     run: str | Path,
     *,

@@ -13,7 +13,7 @@ import numpy as np
 from sts_fast import files
 from sts_fast.data.contamination import SAME, NgramIndex
 from sts_fast.data.examples import Example, read_examples
-from sts_fast.data.options import Option
+from sts_fast.data.options import Option, shows
 from sts_fast.data.prompts import build_prompts, set_warnings
 from sts_fast.data.sets import (
     Drawing,
@@ -173,6 +173,7 @@ class Mixture:
             path.write_text(files.to_json(content), encoding="utf-8")
 
 
+@shows(Mixing, MixingOptions)
 def mix(
     *,
     train: Source,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Unpack, get_args
 
 from sts_fast.data.examples import Example
 from sts_fast.data.folders import Use
-from sts_fast.data.options import Option, part
+from sts_fast.data.options import Option, part, shows
 from sts_fast.data.progress import n_sent, with_whole
 from sts_fast.data.prompts import PromptSet
 from sts_fast.data.sets import (
@@ -65,6 +65,7 @@ class ProfilingOptions(SamplingOptions, FieldsOptions, ReadingOptions, total=Fal
     shard_tokens: int
 
 
+@shows(Profiling, ProfilingOptions)
 def profile(
     *,
     model: str | Path | PreTrainedModel,
@@ -108,6 +109,7 @@ def profile(
     return made
 
 
+@shows(Profiling, ProfilingOptions)
 def plan_profiles(
     *,
     model: str | Path,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Unpack, get_args
 
 import numpy as np
 
-from sts_fast.data.options import Option
+from sts_fast.data.options import Option, shows
 from sts_fast.data.prompts import PromptSet
 from sts_fast.data.sets import MIN_PROMPTS, Sets, Sources, check_enough
 from sts_fast.data.sources import Places
@@ -76,6 +76,7 @@ class RolloutOptions(Options, total=False):
     verified_reward: float | None
 
 
+@shows(RolloutSettings, RolloutOptions)
 def rollouts(
     *,
     model: str | Path | PreTrainedModel,

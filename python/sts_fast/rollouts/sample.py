@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack, cast
 
 from sts_fast.data.examples import Example, are_examples, load_examples
-from sts_fast.data.options import Option, part
+from sts_fast.data.options import Option, part, shows
 from sts_fast.data.prompts import Tell
 from sts_fast.data.sets import Drawing, DrawingOptions, Source
 from sts_fast.data.sources import Places
@@ -69,6 +69,7 @@ class CompletingOptions(DrawingOptions, LoadingOptions, total=False):
     max_new_tokens: int
 
 
+@shows(Completing, CompletingOptions)
 def sample_rollouts(
     *,
     model: str | Path | PreTrainedModel,

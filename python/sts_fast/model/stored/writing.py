@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Unpack
 
 from sts_fast import files
 from sts_fast.data.examples import Example
-from sts_fast.data.options import Option, part
+from sts_fast.data.options import Option, part, shows
 from sts_fast.data.progress import n_sent, with_whole
 from sts_fast.data.prompts import Progress, PromptSet, prompts_sha256
 from sts_fast.data.sets import (
@@ -96,6 +96,7 @@ class CapturingOptions(SamplingOptions, FieldsOptions, RunningOptions, total=Fal
     strict: bool
 
 
+@shows(Capturing, CapturingOptions)
 def capture_activations(
     *,
     model: str | Path | PreTrainedModel,
