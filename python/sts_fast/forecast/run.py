@@ -30,6 +30,7 @@ from sts_fast.forecast.blocks import (
 )
 from sts_fast.forecast.controls import CONTROLS
 from sts_fast.forecast.estimators import BY_NAME, SIZES
+from sts_fast.forecast.plot import Changes, Plotted, plot
 from sts_fast.profile.means import FeatureMeans
 from sts_fast.signed.signed import SignedBlock
 from sts_fast.statistics import Interval
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
     from jsonschema import ValidationError
+    from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
 SCHEMA_VERSION = "1.0"
@@ -256,6 +258,32 @@ class Forecast:
         return pd.json_normalize([_plain(domain) for domain in self.domains], sep="_").rename(
             columns=lambda name: re.sub("^scores_(.*?)(_value)?$", r"\1", name).removeprefix("controls_")
         )
+
+    def plot(
+        self,
+        estimator: str | None = None,
+        outcome: Mapping[str, float] | Changes | None = None,
+        *,
+        ax: Axes | None = None,
+    ) -> Axes:
+        """Draws the scores of all domains, the highest on top, with 95% intervals; needs the extra 'sts-fast[plot]'.
+
+        estimator: such as 'act' or 'trial_loss'; by default the first with a sign, or else the first
+        outcome:   measured changes by domain, as numbers or of read_outcomes: then a scatter of the change, or for
+                   scores without a sign of its size, over the forecast, of the domains that have one
+        ax:        where to draw; by default in a figure of its own
+
+        Returns the Axes. A bar beside a score without a sign is that of random features. Raises InputError without
+        matplotlib, for an estimator that the forecast does not have, and for outcomes of none of its domains.
+        """
+        scores: dict[str, list[Plotted]] = {}
+        for domain in self.domains:
+            for name, score in domain.scores.items():
+                low, high = (BY_NAME[name].factor * bound for bound in score.ci)
+                random = domain.controls.get("random", {}).get(name)
+                row = Plotted(domain.name, BY_NAME[name].factor * score.value, (low, high), random)
+                scores.setdefault(name, []).append(row)
+        return plot(scores, estimator, outcome, ax)
 
     def save(self, folder: str | Path) -> None:
         """Writes the run as a folder, whole or not at all; one of an earlier run, and all that it holds, is replaced.
