@@ -133,7 +133,7 @@ class Problem:
         import torch
 
         from sts_fast.ops import _cpu, cuda
-        from sts_fast.ops.encode import SparseFeatures
+        from sts_fast.sae.features import SparseFeatures
 
         given = self.prompts()
         found = cuda.sum_by_prompt(**given)

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 import sts_fast
 from sts_fast.ops import _cpu, cuda, cuda_kernels
-from sts_fast.ops.encode import SparseFeatures
 from sts_fast.ops.sum_by_prompt import sum_by_prompt
+from sts_fast.sae.features import SparseFeatures
 
 Sparse = tuple[Any, Any, Any]
 

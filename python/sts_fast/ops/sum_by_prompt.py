@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sts_fast.ops import _cpu, cuda
-from sts_fast.ops.encode import SparseFeatures
+from sts_fast.sae.features import SparseFeatures
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
