@@ -27,6 +27,9 @@ from sts_fast.report.report import conclusion
 from sts_fast.report.signed import estimated
 from sts_fast.rollouts.counts_text import counts_in_words, overlaps_in_words
 
+# What planned sets are read for.
+USES = {"shift": "D_N", "score": "scores", "answers": "answers", "trial": "trial"}
+
 
 def print_conclusion(sentence: str) -> None:
     """The first line of a command's results."""
@@ -214,7 +217,9 @@ def print_outlook(outlook: Outlook, *, as_json: bool) -> None:
         table.add_column(column, justify="right")
     for planned in outlook.sets:
         left_out = planned.n_too_long + planned.n_unanswered
-        table.add_row(escape(planned.name), planned.use, str(planned.n_prompts), str(left_out), f"{planned.n_tokens:,}")
+        table.add_row(
+            escape(planned.name), USES[planned.use], str(planned.n_prompts), str(left_out), f"{planned.n_tokens:,}"
+        )
     out.print(table)
     for planned in outlook.sets:
         if planned.use in ("answers", "trial"):

@@ -84,12 +84,12 @@ def _signed(name: str, meaning: str, of_answer: str, of_loss: str) -> tuple[Esti
 ESTIMATORS = (
     Estimator(
         *("act", "STS_act"),
-        "how active the shifted features are on the domain's own questions: their activations summed, per token",
+        "how active the features of D_N are on the domain's own questions: their activations summed, per token",
         axis="activations of D_N, summed per token",
     ),
     Estimator(
         *("icl", "STS_icl"),
-        "how far the shifted features move on the domain's questions when demonstrations of the domain are shown: "
+        "how far the features of D_N move on the domain's questions when demonstrations of the domain are shown: "
         "their squared changes summed, per token",
         axis="squared changes of D_N, summed per token",
         of="pairs",
@@ -98,8 +98,7 @@ ESTIMATORS = (
     ),
     Estimator(
         *("act_sq", "STS_act_sq"),
-        "the mean square of the shifted features' activations on the domain's questions, the variant of the authors' "
-        "notebook",
+        "the mean square of the activations of D_N on the domain's questions, the variant of the authors' notebook",
         axis="mean squared activation of D_N",
         sums="sum_sq_h",
         raw_sums="sq_base",

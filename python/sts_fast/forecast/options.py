@@ -46,7 +46,10 @@ class Settings(Sampling, Fields, Reading):
 
     TITLE = "Forecast"
 
-    dims: Annotated[Dims, Option("What the shifted features are taken from.")] = "icl"
+    dims: Annotated[
+        Dims,
+        Option("D_N: what demonstrations shift (icl), what training shifted (tuned), or what is most active (active)."),
+    ] = "icl"
     estimators: Annotated[
         Sequence[SizeEstimator | SignedEstimator],
         Option(
@@ -70,7 +73,9 @@ class Settings(Sampling, Fields, Reading):
     controls: Annotated[
         Controls, Option("features, or all: also the base model's loss and accuracy (needs answers).")
     ] = "features"
-    top_n: Annotated[int, Option("How many of the most shifted features are followed.", least=1)] = 100
+    top_n: Annotated[
+        int, Option("Features of D_N: the most shifted ones, or with --dims active the most active.", least=1)
+    ] = 100
     labels: Annotated[str | Path | None, Option("Feature labels, a Neuronpedia export.")] = None
     library: Annotated[
         Path | None, Option("Folder of profiles: a set that is in it is not read again, others are added.")

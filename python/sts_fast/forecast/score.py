@@ -185,7 +185,7 @@ def compare(
     plan.show()
     fits = session.check_fit(plan.trains[0])
     shifts = [
-        [measure_shift(profile, settings) for profile in _profiles(plan, "train", train, f"shift of {train.name}")]
+        [measure_shift(profile, settings) for profile in _profiles(plan, "train", train, _stage(plan, train))]
         for train in plan.trains
     ]
     pushed = _pushed(plan)
@@ -295,11 +295,16 @@ def forecasts_of(
     return forecasts
 
 
+def _stage(plan: Plan, train: PromptSet) -> str:
+    """The stage in which a training set is read for D_N."""
+    return f"{'activity' if plan.settings.dims == 'active' else 'shift'} of {train.name}"
+
+
 def _stages(plan: Plan) -> dict[str, int]:
     """The stages of a forecast in their order, each with the tokens that pass the model, back and forth ones thrice."""
     answers = [*plan.train_answers, *plan.domain_answers] if plan.settings.at_the_hook else []
     return {
-        **{f"shift of {train.name}": n_sent([train]) for train in plan.trains},
+        **{_stage(plan, train): n_sent([train]) for train in plan.trains},
         **{f"gradients of {of.name}": 3 * n_sent([of]) for of in answers},
         **{f"trial of {rows.name}": 3 * n_sent([rows]) for rows in plan.trial_rows},
         **{domain.name: n_sent([domain]) for domain in plan.domains},

@@ -9,6 +9,7 @@ import numpy as np
 from markupsafe import Markup
 
 from sts_fast.forecast import stability
+from sts_fast.forecast.blocks import Scores
 from sts_fast.report import figures
 from sts_fast.report.numbers import count, counted, percent
 from sts_fast.report.run import Firing, Material
@@ -77,6 +78,11 @@ class FeatureSection:
 class Concentration:
     figure: Markup | None
     sentences: list[str]
+
+
+def chosen(scores: Scores) -> str:
+    """What the features of D_N are called."""
+    return "most active features" if scores["settings"]["dims"] == "active" else "shifted features"
 
 
 def feature_section(run: Material) -> FeatureSection:

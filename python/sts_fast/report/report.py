@@ -74,6 +74,7 @@ def _content(run: Material) -> dict[str, object]:
         "concentration": features.concentration(run),
         "features": features.feature_section(run),
         "prompts": prompts.prompt_section(scores, run.prompts),
+        "chosen": features.chosen(scores),
         "measure": features.MEASURES.get(scores["settings"]["dims"], "shift"),
         "rollouts": [] if block is None else [counts_in_words(block), overlaps_in_words(block)],
         "same": SAME,
