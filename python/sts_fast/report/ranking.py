@@ -132,7 +132,7 @@ def cautions(scores: Scores, ranked: Sequence[Ranking]) -> list[str]:
     overlap = scores["shift"]["stability"]["mean_overlap"]
     if overlap < SHAKY:
         sentences.append(
-            f"The shifted features are not settled: resampling the training prompts keeps only {percent(overlap)} of "
+            f"The features of D_N are not settled: resampling the training prompts keeps only {percent(overlap)} of "
             "them. More training prompts (--limit) would help."
         )
     n = len(scores["domains"])
