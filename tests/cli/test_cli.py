@@ -43,7 +43,7 @@ N_ROWS = 14
 SAID = re.compile(
     r"(warning: .*|.*: .*question from .*; [\d,]+ rows?\b.*|"
     r"forward passes of .*: (packed|cached|copied|plain) .*|[\d,]+ forward passes of .* tokens/s|"
-    r".*: [\d,]+ of [\d,]+ (prompts|examples)(, .* a second, .* s left)?|"
+    r".*: [\d,]+ of [\d,]+ (prompts|examples)(, .* a second, .* s left)?(; \d+% of all sets(, .* left)?)?|"
     r".*: resampling its \d+ prompts keeps .*|.* of the pairs of domains are apart; .*)$"
 )
 FILES = ["features.parquet", "prompts.parquet", "report.html", "run.yaml", "scores.json", "shift.safetensors"]
