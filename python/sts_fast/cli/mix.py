@@ -100,7 +100,7 @@ def _print_mixture(mixture: Mixture) -> None:
 
 def _conclusion(mixture: Mixture) -> str:
     n_sets = sum(domain.n_examples > 0 for domain in mixture.domains)
-    added = f"{mixture.budget:,} examples of {counted(n_sets, 'domain')} join the {mixture.train.n_examples:,}"
+    added = f"{mixture.budget:,} further examples of {counted(n_sets, 'domain')} join the {mixture.train.n_examples:,}"
     if mixture.mean_change is None:
         return f"{added} of the training set."
     alone, mixed = mixture.mean_change["alone"], mixture.mean_change["mixed"]

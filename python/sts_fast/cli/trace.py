@@ -82,7 +82,7 @@ def _print_trace(traced: Trace) -> None:
 def _sentence(document: dict[str, Any], domain: dict[str, Any]) -> str:
     n, name = document["n_examples"], domain["name"]
     if document["by"] == "act":
-        return f"{name}: STS_act is {domain['value']:.3g}, the mean of the parts of {n} training prompts."
+        return f"{name}: parts of {n} training prompts in STS_act, whose mean it is: {domain['value']:.3g}."
     text = f"{name}: {domain['share_below_zero']:.0%} of {n} examples raise its loss"
     if domain["share_of_harm_in_worst"] is not None:
         text += f", and the worst {WORST:.0%} do {domain['share_of_harm_in_worst']:.0%} of the harm"
