@@ -397,6 +397,13 @@ def test_an_outcome_of_another_run_teaches_nothing(past: Path) -> None:
         fit_calibration(past)
 
 
+def test_what_a_killed_run_left_is_not_read(past: Path) -> None:
+    before = fit_calibration(past).to_dict()
+    killed = put_run(past / ".run.0123456789abcdef.tmp", 40)
+    (killed / "scores.json").write_text("{")
+    assert fit_calibration(past).to_dict() == before
+
+
 def test_runs_without_an_outcome_are_left_out_and_named(past: Path) -> None:
     put_run(past / "young", 40, outcomes=False)
     assert any("without an outcome: " in text and "young" in text for text in fit_calibration(past).warnings)

@@ -128,6 +128,16 @@ def test_damaged_profile_is_named(tiny: Tiny, library: Path, tmp_path: Path) -> 
         )  # fmt: skip
 
 
+def test_what_a_killed_command_left_is_not_read(library: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "lib"
+    shutil.copytree(library, folder)
+    before = list(sts_fast.Library(folder))
+    killed = folder / f".{before[0].name}.0123456789abcdef.tmp"
+    shutil.copytree(before[0], killed)
+    (killed / INDEX_FILE).write_text("{")
+    assert list(sts_fast.Library(folder)) == before
+
+
 def test_names_of_sets_make_folders(tiny: Tiny, tmp_path: Path) -> None:
     sts_fast.profile(
         model=tiny.model, sae=tiny.saes["topk"], library=tmp_path, trains={"../a b/ü": tiny.train}, **OPTIONS

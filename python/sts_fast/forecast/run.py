@@ -388,7 +388,7 @@ def _check_has_scores(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}: give the --output folder of sts-fast score")
-    run_folders = [path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{SCORES_FILE}")]
+    run_folders = [path.parent for depth in ("[!.]*", "[!.]*/[!.]*") for path in folder.glob(f"{depth}/{SCORES_FILE}")]
     below = sorted(path.relative_to(folder).as_posix() for path in run_folders)
     if below:
         some = ", ".join(below[:5]) + (", …" if len(below) > 5 else "")

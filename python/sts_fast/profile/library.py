@@ -72,8 +72,8 @@ class Library:
         return path
 
     def __iter__(self) -> Iterator[Path]:
-        """The folders of all profiles, by name."""
-        return (index.parent for index in sorted(self.folder.glob(f"*/{INDEX_FILE}")))
+        """The folders of all profiles, by name; not those that are being written, whose names begin with a dot."""
+        return (index.parent for index in sorted(self.folder.glob(f"[!.]*/{INDEX_FILE}")))
 
     def shelf(self, sae: str | None = None) -> Shelf:
         """The profiles with one SAE, named by its source; None where there is only one.

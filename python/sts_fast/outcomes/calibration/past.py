@@ -65,7 +65,8 @@ def read_past(sources: Iterable[str | Path]) -> tuple[list[PastRun], list[Path]]
     for source in map(Path, sources):
         if not source.is_dir():
             raise InputError(f"there is no folder {source}: give folders of past runs, each as sts-fast score wrote it")
-        below = sorted({path.parent for depth in ("", "*/", "*/*/") for path in source.glob(f"{depth}{SCORES_FILE}")})
+        depths = "", "[!.]*/", "[!.]*/[!.]*/"  # what killed runs left has a dot in front
+        below = sorted({path.parent for depth in depths for path in source.glob(f"{depth}{SCORES_FILE}")})
         if not below:
             raise InputError(f"{source} contains no past run: give folders that sts-fast score wrote")
         folders += [folder for folder in below if folder not in folders]
