@@ -44,7 +44,7 @@ class Ablation:
         return findings(self.document)
 
     def save(self, folder: str | Path) -> None:
-        """Writes ablation.parquet and ablation.json, each whole or not at all. Raises InputError where it cannot."""
+        """Writes ablation.parquet and ablation.json, both or none; raises InputError where it cannot."""
         import pyarrow.parquet as pq
 
         folder = Path(folder)
@@ -52,7 +52,7 @@ class Ablation:
         validate_ablation(self.document)
         with files.atomic_path(folder / ANSWERS_FILE) as path:
             pq.write_table(self.answers, path, compression="zstd")
-        save_beside(folder, ABLATION_FILE, self.document)
+            save_beside(folder, ABLATION_FILE, self.document)
 
 
 def outcome_of(measured: Measured, kind: str, seed: int) -> Document:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -50,7 +51,7 @@ class Trace:
         return self.document
 
     def save(self, folder: str | Path) -> None:
-        """Writes selected.jsonl where rows were named, trace.parquet and, last, trace.json, each whole or not at all.
+        """Writes trace.parquet, trace.json and, where rows were named, selected.jsonl: all of them, or none.
 
         Raises InputError where the folder cannot be written to.
         """
@@ -59,17 +60,19 @@ class Trace:
         folder = Path(folder)
         files.prepare_folder(folder)
         files.check_document(self.document, trace_schema())
+        if self.named is not None and not self.tables:
+            raise InputError("the training set was given as examples, which have no rows to write: see Trace.named")
+        with ExitStack() as together:
+            pq.write_table(
+                self.examples, together.enter_context(files.atomic_path(folder / EXAMPLES_FILE)), compression="zstd"
+            )
+            if self.named is not None:
+                path = together.enter_context(files.atomic_path(folder / SELECTED_FILE))
+                with path.open("w", encoding="utf-8") as lines:
+                    lines.writelines(_line(row) + "\n" for row in self._selected(self.named))
+            save_beside(folder, TRACE_FILE, self.document)
         if self.named is None:
             (folder / SELECTED_FILE).unlink(missing_ok=True)  # of an earlier trace
-        elif not self.tables:
-            raise InputError("the training set was given as examples, which have no rows to write: see Trace.named")
-        else:
-            with files.atomic_path(folder / SELECTED_FILE) as path, path.open("w", encoding="utf-8") as lines:
-                for row in self._selected(self.named):
-                    lines.write(_line(row) + "\n")
-        with files.atomic_path(folder / EXAMPLES_FILE) as path:
-            pq.write_table(self.examples, path, compression="zstd")
-        save_beside(folder, TRACE_FILE, self.document)
 
     def _selected(self, named: frozenset[int]) -> Iterator[Mapping[str, Any]]:
         keeps, n_before = self.document["selection"]["how"] == "keep", 0
