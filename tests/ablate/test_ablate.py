@@ -342,3 +342,23 @@ def test_an_ablation_goes_on_from_what_was_kept(
     assert again.answers.equals(first.answers)
     sts_fast.ablate(folder, kept=kept, **{**given, "seed": 4})
     assert kept.counts() == {"ablations": 2 * n_sets}
+
+
+def test_an_ablation_without_a_run_replaces_no_other(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (
+        "--model", tiny.model, "--sae", tiny.saes["topk"], "--train", tiny.train, "--domains", tiny.domains["days"],
+        "--limit", 8, "--shots", 1, "--top-n", 6, "--draws", 1, "--output", tmp_path / "run",
+    )  # fmt: skip
+    call(monkeypatch, *words)
+    first = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    call(monkeypatch, *words, "--seed", 1)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == first
+    assert document_of(tmp_path / "run-2")["provenance"]["seed"] == 1
+    call(monkeypatch, *words, "--seed", 1, "--overwrite")
+    assert document_of(tmp_path / "run")["provenance"]["seed"] == 1
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        call(monkeypatch, tmp_path / "run", "--draws", 1, "--overwrite")
+    assert "--overwrite is for an ablation without a run" in capsys.readouterr().err

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +20,7 @@ from sts_fast.ablate.findings import WORDS, main_outcome, short_amount
 from sts_fast.cli.arguments import Places, Threads, set_threads, typed_command
 from sts_fast.cli.console import Table, note, out, progress, say
 from sts_fast.cli.options import AsJson, Demos
-from sts_fast.cli.output import kept_beside
+from sts_fast.cli.output import Output, kept_beside
 from sts_fast.data.options import Option, part
 from sts_fast.data.sets import Fields
 from sts_fast.errors import InputError
@@ -27,8 +29,6 @@ from sts_fast.forecast.score import score
 from sts_fast.model.session import Reading
 from sts_fast.report import build_report
 from sts_fast.sae import SAE
-
-OUTPUT = Path("sts-fast-ablation")
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,32 @@ class RunPlaces(Places):
     norm_scaling_factor: Annotated[list[float] | None, Option("The same as for the run.")] = None
 
 
+@dataclass(frozen=True)
+class AblationOutput(Output):
+    output: Annotated[Path | None, Option("Folder for the results; by default the run's own.")] = None
+    overwrite: Annotated[bool, Option("Without a run: replace the results that --output holds.")] = False
+
+    @contextmanager
+    def beside(self, run: Path | None) -> Iterator[files.Results]:
+        """The folder that an ablation is written to: that of its run, or of new results."""
+        if run is None:
+            with self.folder() as results:
+                yield results
+            return
+        if self.overwrite:
+            raise InputError("--overwrite is for an ablation without a run: leave it out, one of a run is replaced")
+        folder = self.output or run
+        files.prepare_folder(folder)
+        yield files.Results(folder, folder)
+
+
 def ablate(
     sources: Sources,
     zeroing: Zeroing,
     places: RunPlaces,
+    output: AblationOutput,
     run: Annotated[Path | None, typer.Argument(help="Folder of sts-fast score or shift; optional.")] = None,
     threads: Threads = None,
-    output: Annotated[Path | None, Option("Folder for the results; by default the run's own.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Zero the shifted features in the running model: does the trained ability disappear, do the others stay?"""
@@ -70,29 +89,28 @@ def ablate(
     sae = sources.sae or (None if run is None else Run.load(run).scores["sae"]["source"])
     if sae is None:
         raise InputError("give the folder of a run, or --model, --sae, --train and --domains")
-    folder = output or run or OUTPUT
-    set_threads(threads)
-    files.prepare_folder(folder)
-    [loaded] = places.load([sae], zeroing.sae_dtype)
-    with kept_beside(folder) as kept:
+    keeping = output.kept() if run is None else kept_beside(output.output or run)
+    with keeping as kept, output.beside(run) as results:
+        set_threads(threads)
+        [loaded] = places.load([sae], zeroing.sae_dtype)
         with progress("sets") as tell:
             zeroing = replace(zeroing, command=typed_command(), kept=kept)
             forecast: Forecast | Path = _forecast(sources, zeroing, loaded) if run is None else run
-            if isinstance(forecast, Forecast):
-                forecast.save(folder)
             zeroing = replace(zeroing, progress=tell, say=None if run is None else say)
             ablation = run_ablate(
                 forecast, model=sources.tuned or sources.model, sae=loaded, train=sources.train,
                 domains=sources.domains, demos=sources.demos, **vars(zeroing),
             )  # fmt: skip
-        ablation.save(folder)
+        if isinstance(forecast, Forecast):
+            forecast.write(results.folder)
+        ablation.save(results.folder)
+        if (results.folder / SCORES_FILE).is_file():
+            build_report(results.folder)
     if as_json:
         sys.stdout.write(files.to_json(ablation.to_dict()))
     else:
         _print_ablation(ablation)
-    if (folder / SCORES_FILE).is_file():
-        build_report(folder)
-    note(f"Results are in {folder}")
+    note(f"Results are in {results.path}")
 
 
 def _forecast(sources: Sources, zeroing: Zeroing, sae: SAE) -> Forecast:
