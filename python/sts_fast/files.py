@@ -74,10 +74,11 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 @dataclass
 class Results:
-    """A folder of results while it is written: `folder` to write to, and `path`, its place once it is whole."""
+    """A folder of results: `folder` to write to, and `path`, its place, where it lies once it is whole and `placed`."""
 
     folder: Path
     path: Path
+    placed: bool = False
 
 
 @contextmanager
@@ -111,6 +112,7 @@ def results(output: str | Path, *, overwrite: bool = False) -> Iterator[Results]
             yield found
             while not _took_place(temporary, found.path, overwrite=overwrite):
                 found.path = _next_free(output)
+            found.placed = True
     except OSError as error:
         raise InputError(f"cannot write {output}: {error.strerror or error}") from error
 

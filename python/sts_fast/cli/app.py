@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ import typer
 from sts_fast._version import __version__
 from sts_fast.cli.ablate import ablate
 from sts_fast.cli.capture import capture
-from sts_fast.cli.console import fail, out
+from sts_fast.cli.console import Interrupted, fail, out
 from sts_fast.cli.demo import demo
 from sts_fast.cli.doctor import doctor
 from sts_fast.cli.forecast import compare, score, shift
@@ -82,6 +83,8 @@ def given_once(command: str) -> set[str]:
 
 def main() -> None:
     """Entry point: exit code 0, or 2 with one line `error: ...` on standard error."""
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # of a scheduler that takes the machine back: as Ctrl-C
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         expand_config(given_once)
         if app(prog_name="sts-fast", standalone_mode=False) == INTERRUPTED:
@@ -91,11 +94,11 @@ def main() -> None:
     except CommandLineError as error:
         message: str = error.format_message()  # type: ignore[attr-defined]
         fail(f"{message.replace('Value error, ', '')} See sts-fast --help")  # the words are the parser's
-    except (typer.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt, Interrupted) as interrupt:
         # After an interrupt inside exec(), as while a dataclass is imported, Python would end by the signal even though
         # it is caught here; the next exec() clears that state of CPython.
         exec("")
-        fail("interrupted: no result was written")
+        fail(f"interrupted: {interrupt}" if isinstance(interrupt, Interrupted) else "interrupted")
     except (MemoryError, RuntimeError) as error:  # torch has no class for running out of memory on the CPU
         if not (isinstance(error, MemoryError) or "memory" in str(error)):
             raise

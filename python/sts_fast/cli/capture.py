@@ -9,6 +9,7 @@ from typing import Annotated
 from sts_fast.cli.arguments import named_trains
 from sts_fast.cli.console import note, progress, say
 from sts_fast.cli.options import Demos
+from sts_fast.cli.output import completed
 from sts_fast.data.options import Option
 from sts_fast.data.sources import named_place
 from sts_fast.errors import InputError, listed
@@ -54,7 +55,7 @@ def capture(sources: Sources, demonstrated: Demonstrated, capturing: Capturing) 
     trains = named_trains(sources.train)
     if len(trains) == 1 and named_place(sources.train[0])[0] is None:
         trains = {"train": sources.train}
-    with progress() as tell:
+    with completed(sources.output), progress() as tell:
         capturing = replace(
             capturing,
             train_demos=demonstrated.dims == "icl",

@@ -67,6 +67,10 @@ def is_quiet() -> bool:
     return _quiet
 
 
+class Interrupted(Exception):
+    """Raised in the place of KeyboardInterrupt where it is known what is left: the message says it."""
+
+
 def fail(message: str) -> None:
     sys.stderr.write(f"error: {printable(' '.join(message.split()))}\n")
     sys.exit(2)

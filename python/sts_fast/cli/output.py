@@ -17,7 +17,7 @@ import yaml
 
 from sts_fast import files
 from sts_fast._version import __version__
-from sts_fast.cli.console import is_quiet, say
+from sts_fast.cli.console import Interrupted, is_quiet, say
 from sts_fast.data.options import Option
 from sts_fast.errors import InputError, one_line
 from sts_fast.profile.library import Library
@@ -46,9 +46,15 @@ class Output:
         place = self.output or Path(f"{_default_name()}-{datetime.date.today().isoformat()}")
         if self.overwrite:
             _check_inputs(place)
-        with files.results(place, overwrite=self.overwrite) as results:
-            yield results
-            (results.folder / files.RESULTS_FILE).write_text(typed_config(), encoding="utf-8")
+        results: files.Results | None = None
+        try:
+            with files.results(place, overwrite=self.overwrite) as results:
+                yield results
+                (results.folder / files.RESULTS_FILE).write_text(typed_config(), encoding="utf-8")
+        except KeyboardInterrupt:
+            if results is None or not results.placed:
+                raise Interrupted("no result was written") from None
+            raise Interrupted(f"the results are in {results.path}") from None
         if is_quiet() and os.path.realpath(results.path) != os.path.realpath(place):
             say(f"warning: {place} holds results already: these are in {results.path}")
 
@@ -90,6 +96,16 @@ def _kept_in(folder: Path) -> Iterator[files.Kept]:
             if done := ", ".join(f"{n} {name}" for name, n in counts.items() if n):
                 say(f"What was done so far ({done}) is kept in {folder}: the same command goes on from there")
             raise
+
+
+@contextmanager
+def completed(folder: Path) -> Iterator[None]:
+    """Where what is done so far stays in a folder: an interrupt says so, and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        left = f"what was done so far is in {folder}: the same command goes on from there"
+        raise Interrupted(left if folder.is_dir() and any(folder.iterdir()) else "no result was written") from None
 
 
 def _check_inputs(place: Path) -> None:

@@ -17,6 +17,7 @@ from sts_fast import files
 from sts_fast.cli.arguments import Core, Places, named_trains, typed_command
 from sts_fast.cli.console import out, progress, say
 from sts_fast.cli.options import Demos, Model, SAEs
+from sts_fast.cli.output import completed
 from sts_fast.data.options import Checked, Option
 from sts_fast.errors import InputError
 from sts_fast.profile.make import Profiling, plan_profiles
@@ -102,10 +103,10 @@ def profile(
     if machines.executor is not None or machines.plan_only:
         n_workers = machines.workers or 1
         threads = core.threads or max(1, (os.cpu_count() or 1) // (n_workers if machines.executor != "slurm" else 1))
-        plan = plan_profiles(**given, threads=threads, precision=core.precision, **vars(profiling))
-        _run(plan, machines)
+        with completed(library):
+            _run(plan_profiles(**given, threads=threads, precision=core.precision, **vars(profiling)), machines)
         return
-    with progress() as tell:
+    with completed(library), progress() as tell:
         made = make_profiles(**given, **vars(replace(profiling, progress=tell)))
     for profile in made:
         n = len(profile.rows)
@@ -123,8 +124,10 @@ def work(
     root: RootsOption = None,
 ) -> None:
     """Read shards of a plan that are still missing; the last process to end puts all together."""
-    run_rank(ProfilePlan.load(plan), None, rank, world, roots=_roots(root), say=say)
-    _tell_state(ProfilePlan.load(plan))
+    read = ProfilePlan.load(plan)
+    with completed(read.folder):
+        run_rank(read, None, rank, world, roots=_roots(root), say=say)
+    _tell_state(read)
 
 
 def merge(plan: PlanPath) -> None:
