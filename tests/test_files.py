@@ -384,6 +384,20 @@ def test_a_run_goes_on_where_nothing_can_be_kept(tmp_path: Path) -> None:
     assert "so that it is not kept" in said[0]
 
 
+def test_where_nothing_may_lie_beside_a_folder_it_lies_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a container's volume is mounted at the root."""
+    volume = tmp_path / "run"
+    volume.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    for text, overwrite in (("first", False), ("second", True)):
+        with files.kept(files.hidden(volume, "kept")) as folder, files.results(volume, overwrite=overwrite) as results:
+            (folder / "read").write_text("read")
+            whole(results, text)
+            assert names(tmp_path) == ["run"]
+        assert (volume / "a").read_text() == text
+        assert names(volume) == ["a", files.RESULTS_FILE]
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to the superuser")
 def test_a_folder_without_permission(tmp_path: Path) -> None:
     tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)

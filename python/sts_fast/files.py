@@ -105,9 +105,7 @@ def results(output: str | Path, *, overwrite: bool = False) -> Iterator[Results]
                 raise InputError(
                     f"{output} is a mounted folder that holds results: give --overwrite, or a folder below it"
                 )
-        # Where the parent may not be written to, as above a container's volume, the folder is filled from within.
-        home = output if output.is_dir() and not os.access(output.parent, os.W_OK) else output.parent
-        with _claimed(output, home, folder=True) as temporary:
+        with _claimed(output, _home(output), folder=True) as temporary:
             found = Results(temporary, _next_free(output) if taken and not overwrite else output)
             yield found
             while not _took_place(temporary, found.path, overwrite=overwrite):
@@ -119,7 +117,7 @@ def results(output: str | Path, *, overwrite: bool = False) -> Iterator[Results]
 
 def _took_place(temporary: Path, path: Path, *, overwrite: bool) -> bool:
     """Puts a folder in place; returns False where something lies there that is not to be replaced."""
-    there = [child for child in path.iterdir() if child != temporary] if path.is_dir() else []
+    there = _held(path) if path.is_dir() else []
     is_file = os.path.lexists(path) and not path.is_dir()
     if is_file or (there and not (overwrite and (path / RESULTS_FILE).is_file())):
         return False  # another process was faster
@@ -171,8 +169,23 @@ def kept(folder: Path) -> Iterator[Path]:
             os.close(descriptor)
 
 
+def hidden(path: Path, ending: str) -> Path:
+    """The name of what belongs to a folder until that is whole, such as `.run.kept` for `run`."""
+    return _home(path) / f".{path.name}.{ending}"
+
+
+def _home(path: Path) -> Path:
+    """Where hidden names of a folder are: beside it, or in it where that may not be, as above a container's volume."""
+    return path if path.is_dir() and not os.access(path.parent, os.W_OK) else path.parent
+
+
+def _held(folder: Path) -> list[Path]:
+    """What is in a folder, but for hidden names of its own."""
+    return [child for child in folder.iterdir() if not child.name.startswith(f".{folder.name}.")]
+
+
 def _is_taken(path: Path) -> bool:
-    return any(path.iterdir()) if path.is_dir() else os.path.lexists(path)
+    return bool(_held(path)) if path.is_dir() else os.path.lexists(path)
 
 
 def _next_free(output: Path) -> Path:

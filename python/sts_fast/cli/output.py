@@ -62,8 +62,7 @@ class Output:
     def kept(self) -> Iterator[files.Kept]:
         """What the command computes, kept in a folder beside the results until they are whole."""
         place = self.output or Path(f"{_default_name()}-{hashlib.sha256(typed_config().encode()).hexdigest()[:8]}")
-        place = place if place.name else place.absolute()
-        with _kept_in(place.with_name(f".{place.name}.kept")) as kept:
+        with _kept_in(files.hidden(place, "kept")) as kept:
             yield kept
 
 
@@ -71,16 +70,13 @@ class Output:
 def kept_beside(folder: Path) -> Iterator[files.Kept]:
     """What a command that writes into a run's folder computes, kept beside it until the command has ended well."""
     folder = folder.absolute()
-    with _kept_in(folder.with_name(f".{folder.name}.{sys.argv[1]}.kept")) as kept:
+    with _kept_in(files.hidden(folder, f"{sys.argv[1]}.kept")) as kept:
         yield kept
 
 
 @contextmanager
 def _kept_in(folder: Path) -> Iterator[files.Kept]:
-    """What a command computes, kept in a folder until it has ended well, if one can be made; see files.kept."""
-    if folder.parent.is_dir() and not os.access(folder.parent, os.W_OK):  # as above a container's volume
-        yield files.NOTHING_KEPT
-        return
+    """What a command computes, kept in a folder until it has ended well; see files.kept."""
     with files.kept(folder):
         for profile in Library(folder):
             try:
