@@ -10,13 +10,14 @@ SOURCES = CMakeLists.txt $(CXX_FILES) $(shell find python/sts_fast -type f -not 
 # The CUDA core takes minutes to build: only where there is a GPU, in continuous integration, and for CUDA=AUTO.
 CUDA ?= $(if $(CI)$(wildcard /dev/nvidiactl),AUTO,OFF)
 
-.PHONY: help install test test-dispatch fuzz sanitize lint format demo study gpu clean
+.PHONY: help install test test-dispatch fuzz faults sanitize lint format demo study gpu clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make test     lint, then all tests, against the installed package'
 	@echo 'make test-dispatch forecasts on older instruction sets'
 	@echo 'make fuzz     reads 5,000 damaged files of every kind; FILES=, SEED='
+	@echo 'make faults   kills commands 300 times and fills 30 disks, as root; KILLS=, DISKS=, SEED='
 	@echo 'make sanitize the core under the address and undefined behaviour sanitizers'
 	@echo 'make lint     ruff, clang-format and mypy, nothing rewritten'
 	@echo 'make format   rewrite all files in the format that lint asks for'
@@ -58,6 +59,11 @@ FILES ?= 5000
 SEED ?= 0
 fuzz: $(VENV)/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/fuzz.py --files $(FILES) --seed $(SEED)
+
+KILLS ?= 300
+DISKS ?= 30
+faults: $(VENV)/installed
+	HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python tests/faults/faults.py --kills $(KILLS) --disks $(DISKS) --seed $(SEED)
 
 # What the core computes is checked by the same program that tests/ops/test_core.py runs on an emulated ARM machine.
 sanitize: $(VENV)/build_tools

@@ -43,16 +43,21 @@ class Tiny:
     domains: dict[str, Path]
 
 
-def make(folder: Path) -> Tiny:
+def at(folder: Path) -> Tiny:
+    """What `make` has made there."""
     questions = {name: folder / "questions" / f"{name}.jsonl" for name in ("sums", "spelling", "days")}
-    for seed, path in enumerate(questions.values()):
-        write_questions(path, seed)
-    model, tuned = folder / "model", folder / "tuned"
-    write_model(model, tuned, list(questions.values()))
     saes = {architecture: folder / "saes" / architecture for architecture in ARCHITECTURES}
-    write_saes(saes, model, questions["sums"])
-    train = questions.pop("sums")
-    return Tiny(model, tuned, saes, train, questions)
+    return Tiny(folder / "model", folder / "tuned", saes, questions.pop("sums"), questions)
+
+
+def make(folder: Path) -> Tiny:
+    tiny = at(folder)
+    questions = [tiny.train, *tiny.domains.values()]
+    for seed, path in enumerate(questions):
+        write_questions(path, seed)
+    write_model(tiny.model, tiny.tuned, questions)
+    write_saes(tiny.saes, tiny.model, tiny.train)
+    return tiny
 
 
 def write_questions(path: Path, seed: int) -> None:

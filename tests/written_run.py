@@ -232,6 +232,20 @@ def write_scores(folder: Path, scores: dict[str, Any]) -> Path:
     return folder
 
 
+def write_past(folder: Path, n: int = 10) -> Path:
+    """Validated runs of so many training sets, to learn a calibration from."""
+    for number in range(n):
+        scores = make_scores(6, seed=number)
+        scores["provenance"]["inputs"][0]["sha256"] = f"{number:064x}"
+        run = write_scores(folder / f"run-{number}", scores)
+        changes = [
+            {"name": of["name"], "outcome": {"change": 0.05 * of["scores"]["act"]["value"], "metric": "acc"}}
+            for of in scores["domains"]
+        ]
+        save_beside(run, VALIDATION_FILE, {"domains": changes})
+    return folder
+
+
 def write_shift(folder: Path, scores: dict[str, Any], *, seed: int = 0) -> None:
     top = np.asarray([feature["index"] for feature in scores["shifted_features"]])
     make_means(make_importance(seed)).save(folder / SHIFT_FILE, {"shifted_features": top})
