@@ -126,7 +126,8 @@ def decisions_part(numbers: list[Number], some: list[Training]) -> list[str]:
     rows = [
         [
             f"{number.forecast}, {number.name}", f"{of.limit:g}", f"{of.n_bad} of {of.n}",
-            "" if of.auc is None else f"{of.auc:.2f}", *(f"{share:.0%}" for share in (of.stopped, of.wrong, of.missed)),
+            "" if of.auc is None else f"{of.auc:.2f}",
+            *("" if np.isnan(share) else f"{share:.0%}" for share in (of.stopped, of.wrong, of.missed)),
         ]
         for number in numbers
         for of in decisions(number, some)
