@@ -126,6 +126,25 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> No
     assert (tmp_path / "r.txt").read_text() == "first"
 
 
+def test_a_folder_that_another_process_takes_for_one_that_was_left_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, real = [], os.open
+
+    def removed_before(path: Path, *options: int) -> int:
+        opened.append(path)
+        if len(opened) == 1:
+            path.rmdir()
+        return real(path, *options)
+
+    monkeypatch.setattr(os, "open", removed_before)
+    with files.atomic_folder(tmp_path / "run") as folder:
+        monkeypatch.undo()
+        (folder / "a").write_text("whole")
+    assert len(opened) == 2
+    assert names(tmp_path) == ["run"]
+
+
 def test_links_that_others_planted_are_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "victim").write_text("mine")
     drawn = iter(["0" * 16, "1" * 16])

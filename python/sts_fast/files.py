@@ -210,7 +210,12 @@ def _claimed(path: Path, home: Path, *, folder: bool = False) -> Iterator[Path]:
             if not folder:
                 temporary.touch(exist_ok=False)
             break
-        descriptor = os.open(temporary, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            descriptor = os.open(temporary, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileNotFoundError:
+            if folder:
+                continue  # another process took it for one that was left behind, before it was locked
+            raise
         if _locks(descriptor) and temporary.exists():
             break
         os.close(descriptor)  # another process took it for one that was left behind
