@@ -297,7 +297,12 @@ def _begin(output: Path, index: Index, prompt_sets: Sequence[PromptSet], session
         write_prompts(output / stored_set.folder / PROMPTS_FILE, prompt_set.prompts)
     with files.atomic_folder(output / MODEL_FOLDER) as folder:
         session.config.save_pretrained(folder)
-        session.tokenizer.save_pretrained(folder)
+        try:
+            session.tokenizer.save_pretrained(folder)
+        except Exception as error:  # of tokenizers, whose errors have no class of their own
+            if "os error" not in str(error):
+                raise
+            raise OSError(str(error)) from error
 
 
 def _whole(folder: Path, shards: Sequence[Shard]) -> Iterator[Shard]:
