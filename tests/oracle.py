@@ -649,13 +649,20 @@ def drawn_anew(groups: list[int], seed: int, name: str, size: int) -> NDArray[np
     """[size, n] times that each of n things is drawn: of several groups first groups, then as many members of each."""
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     n_groups = len(set(groups))
-    if n_groups == 1:
-        return rng.multinomial(len(groups), [1 / len(groups)] * len(groups), size)
-    chosen = rng.multinomial(n_groups, [1 / n_groups] * n_groups, size)
     counts = np.zeros((size, len(groups)), np.int64)
+    chosen = np.ones((size, 1), np.int64)
+    if n_groups > 1:
+        chosen = np.array(
+            [
+                np.bincount(rng.integers(n_groups, size=n_groups, dtype=np.int32), minlength=n_groups)
+                for _ in range(size)
+            ]
+        )
     for g, group in enumerate(sorted(set(groups))):
         here = [i for i, of in enumerate(groups) if of == group]
-        counts[:, here] = rng.multinomial(len(here) * chosen[:, g], [1 / len(here)] * len(here))
+        for row, times in enumerate(chosen[:, g]):
+            for i in rng.integers(len(here), size=len(here) * times, dtype=np.int32):
+                counts[row, here[i]] += 1
     return counts
 
 

@@ -34,7 +34,7 @@ MAX_EXACT = 8
 def resamples(n: int, seed: int, name: str, size: int = N_BOOTSTRAP) -> Doubles:
     """[size, n] number of times that each resampling draws each of n things, with replacement; it depends on `name`."""
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    return rng.multinomial(n, [1 / n] * n, size=size).astype(np.float64)
+    return _counts(rng, np.full(size, n), n)
 
 
 def group_resamples(groups: IntArray, seed: int, name: str, size: int) -> Doubles:
@@ -47,11 +47,21 @@ def group_resamples(groups: IntArray, seed: int, name: str, size: int) -> Double
         return resamples(len(groups), seed, name, size)
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
-    drawn = rng.multinomial(len(members), [1 / len(members)] * len(members), size=size)
+    drawn = _counts(rng, np.full(size, len(members)), len(members)).astype(np.int64)
     counts = np.zeros((size, len(groups)))
     for of_group, here in zip(drawn.T, members, strict=True):
-        counts[:, here] = rng.multinomial(len(here) * of_group, [1 / len(here)] * len(here))
+        counts[:, here] = _counts(rng, len(here) * of_group, len(here))
     return counts
+
+
+def _counts(rng: np.random.Generator, n_draws: Indices, n: int) -> Doubles:
+    """[len(n_draws), n] number of times that each of n things is drawn, with replacement, in so many draws.
+
+    The things are drawn one by one, which takes a third of the time of multinomial counts.
+    """
+    at = np.repeat(np.arange(0, len(n_draws) * n, n), n_draws)
+    at += rng.integers(n, size=len(at), dtype=np.int32)
+    return np.bincount(at, minlength=len(n_draws) * n).reshape(len(n_draws), n).astype(np.float64)
 
 
 def percentile_interval(values: Doubles) -> Interval:

@@ -6,7 +6,6 @@ import itertools
 import json
 import subprocess
 import sys
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -574,9 +573,7 @@ def recomputed_domain(
     rows = [row for row in all_rows if row["stage"] == "score"]
     answers = [row for row in all_rows if row["stage"] == "answer"]
     n = len(rows)
-    draws = np.random.default_rng([seed, zlib.crc32(name.encode())]).multinomial(
-        n, [1 / n] * n, settings["n_bootstrap"]
-    )
+    draws = oracle.drawn_anew([0] * n, seed, name, settings["n_bootstrap"])
     sizes = {
         "": settings["top_n"],
         "random": saved["random_features"].shape[1],
