@@ -306,8 +306,8 @@ def _from_library(sources: AnySources, trains: dict[str, list[str]], settings: S
     return {name: found[name] for name in names}
 
 
-def _library_of(settings: Settings) -> Path:
-    """Returns the library's folder. Raises InputError without one, or for typed options that it cannot serve."""
+def _library_of(settings: Settings) -> str | Path:
+    """Returns the library's place. Raises InputError without one, or for typed options that it cannot serve."""
     if settings.library is None:
         raise InputError("give the model with --model, or --library with the profiles of these sets")
     if typed := [option for option in typed_options() if option not in WITH_LIBRARY]:

@@ -88,7 +88,7 @@ def _kept_in(folder: Path) -> Iterator[files.Kept]:
         try:
             yield kept
         except BaseException:
-            counts = {"profiles": len([*Library(folder)]), **kept.counts()}
+            counts = {"profiles": len(Library(folder)), **kept.counts()}
             if done := ", ".join(f"{n} {name}" for name, n in counts.items() if n):
                 say(f"What was done so far ({done}) is kept in {folder}: the same command goes on from there")
             raise

@@ -13,13 +13,13 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from sts_fast import files
 from sts_fast.cli.arguments import Core, Places, named_trains, typed_command
 from sts_fast.cli.console import out, progress, say
 from sts_fast.cli.options import Demos, Model, SAEs
 from sts_fast.cli.output import completed
 from sts_fast.data.options import Checked, Option
 from sts_fast.errors import InputError
+from sts_fast.profile.library import Library
 from sts_fast.profile.make import Profiling, plan_profiles
 from sts_fast.profile.make import profile as make_profiles
 from sts_fast.profile.work import Array, ProfilePlan, RayCluster, run_local, run_rank, run_ray
@@ -83,14 +83,18 @@ def profile(
     places: Places,
     core: Core,
     machines: Machines,
-    library: Annotated[Path, Option("Folder of the profiles; sets that are in it are not read again.")] = Path(
-        "sts-fast-library"
-    ),
+    library: Annotated[
+        Path, Option("Folder of the profiles, or as s3://bucket/lib; sets that are in it are not read again.")
+    ] = Path("sts-fast-library"),
 ) -> None:
     """Read sets once: a profile of each, from which forecasts are made without reading it again."""
     machines.check()
     core.apply()
-    files.prepare_folder(library)
+    planned, place = machines.executor is not None or machines.plan_only, Library(library).place
+    if planned:
+        place.for_plans()
+    else:
+        place.prepare()
     given: dict[str, Any] = {
         "model": sources.model,
         "sae": places.load(sources.sae, profiling.sae_dtype),
@@ -100,7 +104,7 @@ def profile(
         "demos": sources.demos,
     }
     profiling = replace(profiling, command=typed_command(), say=say)
-    if machines.executor is not None or machines.plan_only:
+    if planned:
         n_workers = machines.workers or 1
         threads = core.threads or max(1, (os.cpu_count() or 1) // (n_workers if machines.executor != "slurm" else 1))
         with completed(library):
@@ -169,7 +173,7 @@ def _tell_state(plan: ProfilePlan) -> None:
     if missing:
         print_line(f"{len(plan.shards) - len(missing)} of {len(plan.shards)} shards are read")
     else:
-        print_line(f"{len(plan.sets)} sets are in {plan.library.folder}, read with {len(plan.saes)} SAEs")
+        print_line(f"{len(plan.sets)} sets are in {plan.library}, read with {len(plan.saes)} SAEs")
 
 
 def _roots(rows: Sequence[str] | None) -> dict[str, str]:

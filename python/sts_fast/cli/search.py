@@ -22,7 +22,7 @@ from sts_fast.report.numbers import counted
 
 
 def search(
-    library: Annotated[Path, Option("Folder of profiles, made by sts-fast profile.")],
+    library: Annotated[Path, Option("Folder of profiles, made by sts-fast profile; or as s3://bucket/lib.")],
     up: Annotated[str, Option("Domains to move, comma-separated.")],
     keep: Annotated[str, Option("Domains to leave alone, comma-separated.")] = "",
     estimator: Annotated[SizeEstimator, Option("Whose scores.")] = "act",

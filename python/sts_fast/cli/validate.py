@@ -112,7 +112,7 @@ def report(
     sae: Annotated[str | None, Option("Of several SAEs in a library, the source of the one.")] = None,
 ) -> None:
     """Write report.html of a run or comparison again, with outcomes that were validated; or that of a library."""
-    if any(Library(run)):
+    if len(Library(run)):
         written = build_library_report(run, sae=sae)
     else:
         written = build_comparison_report(run) if has_comparison(run) else build_report(run)

@@ -259,7 +259,7 @@ def run_demo(
     seed:     of the first of them
     heavy:    60 steps at a rate of 5e-4 instead of 12 at 2e-4
     folder:   model and SAE made by `organism.train`; by default those in the package
-    library:  folder that the profiles of all sets are kept in, as for `score`
+    library:  where the profiles of all sets are kept, as for `score`
     progress: called with (stage, done, total)
 
     Raises InputError for a domain that the world does not have, or a folder without model and SAE.
@@ -281,7 +281,7 @@ def run_demo(
         top_n=TOP_N,
         limit=N_PROMPTS,
         controls="all",
-        library=None if library is None else Path(library),
+        library=library,
         progress=progress,
     )
     steps, lr = HEAVY if heavy else LIGHT

@@ -61,7 +61,7 @@ def compare_stored(
     of_domains = shelf.find("domain", domains, shown=pairs)
     if not of_trains or not of_domains:
         missing = "domains" if of_trains else "training sets"
-        raise InputError(f"{library} has no {missing} to make a forecast of: add some with sts-fast profile")
+        raise InputError(f"{shelf.library} has no {missing} to make a forecast of: add some with sts-fast profile")
     scored = [_plain(Profile.load(folder), keep=pairs) for folder in of_domains.values()]
     forecasts: dict[str, Forecast] = {}
     for folder in of_trains.values():

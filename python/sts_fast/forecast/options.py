@@ -40,7 +40,7 @@ class Settings(Sampling, Fields, Reading):
                accuracy, which need the whole model and answers)
     top_n:     size of D_N
     labels:    feature labels as Neuronpedia exports them: a file, an answer of its API or a folder of batches
-    library:   folder of profiles (see Library); a set that it has is not read again, and others are added to it
+    library:   place of profiles, see Library; a set that it has is not read again, and others are added to it
     show:      called with the first prompt of each set as it is sent, before any pass
     """
 
@@ -78,7 +78,8 @@ class Settings(Sampling, Fields, Reading):
     ] = 100
     labels: Annotated[str | Path | None, Option("Feature labels, a Neuronpedia export.")] = None
     library: Annotated[
-        Path | None, Option("Folder of profiles: a set that is in it is not read again, others are added.")
+        str | Path | None,
+        Option("Folder of profiles, or as s3://bucket/lib: a set that is in it is not read again, others are added."),
     ] = None
     show: Callable[[str], None] | None = None
 
@@ -113,9 +114,15 @@ class Settings(Sampling, Fields, Reading):
             raise InputError(f"--trial-cost takes a share of the training set above 0%, as 2%, not '{self.trial_cost}'")
         return max(LEAST_STEPS, round(share * n_examples / BATCH_ROWS))
 
-    @property
-    def profiles(self) -> Library | None:
-        return self.kept_profiles if self.library is None else Library(self.library)
+    def opened_library(self) -> Library | None:
+        """Profiles to take and to add to: the library, or what the run keeps.
+
+        Raises InputError where the library is in an object store that cannot be reached.
+        """
+        library = self.kept_profiles if self.library is None else Library(self.library)
+        if library is not None:
+            library.place.find()
+        return library
 
     @property
     def kept_profiles(self) -> Library | None:
@@ -150,5 +157,5 @@ class Options(SamplingOptions, FieldsOptions, ReadingOptions, total=False):
     controls: Controls
     top_n: int
     labels: str | Path | None
-    library: Path | None
+    library: str | Path | None
     show: Callable[[str], None] | None

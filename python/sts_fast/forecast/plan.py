@@ -15,6 +15,7 @@ from sts_fast.forecast.estimators import BY_NAME
 from sts_fast.forecast.options import Settings
 from sts_fast.model.labels import Labels
 from sts_fast.model.session import Session
+from sts_fast.profile.library import Library
 from sts_fast.sae import SAE
 from sts_fast.signed.signed import hook_layer
 from sts_fast.signed.trial import BATCH_ROWS, TrialDesign
@@ -31,6 +32,7 @@ class Plan:
     labels:  by SAE, the labels of its features by index; none of an SAE that the labels are not of
     sources: what else the forecast is made from, by role, for the provenance
     sets:    the examples that the prompts are made of
+    library: profiles that are not made again, and that new ones are added to
     warnings: about domains that are left out
     shared:  by training set, warnings about its examples that ask what a domain asks
     """
@@ -42,6 +44,7 @@ class Plan:
     labels: Mapping[SAE, Mapping[int, str]]
     sources: Mapping[str, object]
     sets: Sets
+    library: Library | None
     trains: list[PromptSet] = field(default_factory=list)
     train_answers: list[PromptSet] = field(default_factory=list)
     trial_rows: list[PromptSet] = field(default_factory=list)
@@ -50,7 +53,9 @@ class Plan:
     shared: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @classmethod
-    def make(cls, session: Session, settings: Settings, sets: Sets, sources: Mapping[str, object]) -> Plan:
+    def make(
+        cls, session: Session, settings: Settings, sets: Sets, sources: Mapping[str, object], library: Library | None
+    ) -> Plan:
         """Makes the prompts of every set.
 
         A domain with too few prompts is left out with a warning.
@@ -98,8 +103,8 @@ class Plan:
         ]
         labels = {} if settings.labels is None else _labels(Labels.read(settings.labels), session)
         return cls(
-            session, settings, domains, domain_answers, labels, sources, sets, trains, train_answers, trial_rows,
-            trials, warnings, _contaminated(sets, [domain.name for domain in domains]),
+            session, settings, domains, domain_answers, labels, sources, sets, library, trains, train_answers,
+            trial_rows, trials, warnings, _contaminated(sets, [domain.name for domain in domains]),
         )  # fmt: skip
 
     def show(self) -> None:

@@ -243,12 +243,14 @@ def _plan(
     warnings = [f"warning: {warning}" for warning in sets.warnings()]
     for line in sets.lines() if run else [*sets.left_out(), *warnings]:
         settings.tell_line(line)
+    library = settings.opened_library() if run else None
     session = Session.open(
         model, saes, settings,
         tokenizer=tokenizer, tuned=tuned, top_n=settings.top_n,
         purpose=Purpose(run=run, needs=_beyond_activations(settings)),
     )  # fmt: skip
-    return Plan.make(session, settings, sets, {"model": model, "tuned": tuned, "labels": settings.labels})
+    sources = {"model": model, "tuned": tuned, "labels": settings.labels}
+    return Plan.make(session, settings, sets, sources, library)
 
 
 def forecasts_of(
@@ -317,7 +319,7 @@ def _profiles(plan: Plan, kind: Kind, prompt_set: PromptSet, stage: str) -> list
     tuned = session.tuned if kind == "train" else None
     return read_profiles(
         session.reader, session.saes, kind, prompt_set, settings,
-        tuned=tuned, library=settings.profiles, tell=partial(settings.tell, stage),
+        tuned=tuned, library=plan.library, tell=partial(settings.tell, stage),
     )  # fmt: skip
 
 

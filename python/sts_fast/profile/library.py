@@ -1,4 +1,4 @@
-"""A library: a folder of profiles, each in a folder of its own. What is in it is not read again."""
+"""A library: profiles in a folder or an object store, each in a folder of its own. What is in it is not read again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from sts_fast.data.sets import Kind
 from sts_fast.errors import InputError, listed
 from sts_fast.files import Document
 from sts_fast.profile.identity import Identity
-from sts_fast.profile.profile import INDEX_FILE, Profile, read_index
+from sts_fast.profile.profile import Profile, read_index
+from sts_fast.profile.store import Folder, folder_of
 
 SHOWN_DIGITS = 12  # of a key, in the name of a folder
 NOT_IN_NAMES = re.compile(r"[^\w.-]+")
@@ -20,12 +21,23 @@ NOT_IN_NAMES = re.compile(r"[^\w.-]+")
 
 @dataclass(frozen=True)
 class Library:
-    """The profiles below one folder, which need not exist yet."""
+    """The profiles below one place: a folder, which need not exist yet, or an address such as s3://bucket/lib.
 
-    folder: Path
+    Every method raises InputError where an object store cannot be reached; see Store.
+    """
 
-    def __init__(self, folder: str | Path) -> None:
-        object.__setattr__(self, "folder", Path(folder))
+    place: Folder
+
+    def __init__(self, place: str | Path) -> None:
+        object.__setattr__(self, "place", folder_of(place))
+
+    def __str__(self) -> str:
+        return str(self.place)
+
+    @property
+    def folder(self) -> Path:
+        """Of the profiles on this machine; of an object store, its mirror."""
+        return self.place.path
 
     def path_of(self, identity: Identity) -> Path:
         """The place of a profile: named after its set and its key, so that no two sets share one."""
@@ -46,20 +58,25 @@ class Library:
                 f"a library needs to know the weights that sets were read with, which {identity.model['name']} does "
                 "not tell: leave out --library"
             )
-        for folder in sorted(self.folder.glob(f"*-{identity.key[:SHOWN_DIGITS]}")):
-            if (folder / INDEX_FILE).is_file() and read_index(folder)["key"] == identity.key:
-                profile = Profile.load(folder).named(prompt_set.name, identity.kind)
-                if not self.path_of(identity).exists():
+        self.place.resume(self.path_of(identity))
+        for folder in self.place.find(f"*-{identity.key[:SHOWN_DIGITS]}"):
+            if read_index(folder)["key"] == identity.key:
+                profile = self._load(folder).named(prompt_set.name, identity.kind)
+                if not self.place.find(self.path_of(identity).name):
                     self.add(profile)
                 return profile
-        indices = {folder: read_index(folder) for folder in self} if identity.key == identity.plain_key else {}
+        indices = self.indices() if identity.key == identity.plain_key else {}
         serving = {folder: index for folder, index in indices.items() if index["plain_key"] == identity.key}
         for folder in serving:
-            profile = Profile.load(folder).plain().named(prompt_set.name, identity.kind)
+            profile = self._load(folder).plain().named(prompt_set.name, identity.kind)
             if (identity.set, identity.kind) not in ((index["set"], index["kind"]) for index in serving.values()):
                 self.add(profile)
             return profile
         return None
+
+    def _load(self, folder: Path) -> Profile:
+        self.place.fetch([folder])
+        return Profile.load(folder)
 
     def add(self, profile: Profile) -> Path:
         """Writes a profile to its place. Raises InputError where it cannot be written."""
@@ -69,38 +86,49 @@ class Library:
         except OSError as error:
             raise InputError(f"cannot write {self.folder}: {error.strerror or error}") from error
         profile.save(path)
+        self.place.keep(path)
         return path
 
     def __iter__(self) -> Iterator[Path]:
-        """The folders of all profiles, by name; not those that are being written, whose names begin with a dot."""
-        return (index.parent for index in sorted(self.folder.glob(f"[!.]*/{INDEX_FILE}")))
+        """The folders of all profiles, by name, with their files."""
+        folders = self.place.find()
+        self.place.fetch(folders)
+        return iter(folders)
+
+    def __len__(self) -> int:
+        """How many profiles there are."""
+        return len(self.place.find())
+
+    def indices(self) -> dict[Path, Document]:
+        """profile.json of every profile, by folder. Raises InputError where one is damaged."""
+        return {folder: read_index(folder) for folder in self.place.find()}
 
     def shelf(self, sae: str | None = None) -> Shelf:
         """The profiles with one SAE, named by its source; None where there is only one.
 
         Raises InputError where there are none, or those of several SAEs.
         """
-        indices = {folder: read_index(folder) for folder in self}
+        indices = self.indices()
         if not indices:
-            raise InputError(f"{self.folder} has no profiles: make some with sts-fast profile")
+            raise InputError(f"{self} has no profiles: make some with sts-fast profile")
         sources = sorted({index["sae"]["source"] for index in indices.values()})
         if sae is None and len(sources) > 1:
-            raise InputError(f"{self.folder} has profiles of several SAEs: choose one of {listed(sources)} with --sae")
+            raise InputError(f"{self} has profiles of several SAEs: choose one of {listed(sources)} with --sae")
         of_sae = {folder: index for folder, index in indices.items() if sae in (None, index["sae"]["source"])}
         if not of_sae:
-            raise InputError(f"{self.folder} has no profiles of the SAE {sae}, only of {listed(sources)}")
-        return Shelf(self.folder, of_sae)
+            raise InputError(f"{self} has no profiles of the SAE {sae}, only of {listed(sources)}")
+        return Shelf(self, of_sae)
 
 
 @dataclass(frozen=True)
 class Shelf:
     """A library's profiles with one SAE, of models before training; indices: profile.json by folder."""
 
-    library: Path
+    library: Library
     indices: Mapping[Path, Document]
 
     def find(self, kind: Kind, names: Sequence[str] | None = None, *, shown: bool) -> dict[str, Path]:
-        """The profiles of sets by name, all of a kind where no names are given.
+        """The folders of profiles, with their files, by name of the set; all of a kind where no names are given.
 
         shown: whether they must have been read behind demonstrations; otherwise one with them is as good as one without
 
@@ -124,7 +152,9 @@ class Shelf:
             behind = " that was read behind demonstrations" if shown else ""
             have = f"its {called}s are {listed(known)}" if known else "it has none"
             raise InputError(f"{self.library} has no {called} called {listed(missing)}{behind}: {have}")
-        return {name: _only(name, known[name]) for name in asked}
+        found = {name: _only(name, known[name]) for name in asked}
+        self.library.place.fetch(found.values())
+        return found
 
 
 def _only(name: str, folders: Mapping[str, Path]) -> Path:

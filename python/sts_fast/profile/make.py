@@ -77,16 +77,18 @@ def profile(
     tokenizer: PreTrainedTokenizerBase | None = None,
     **options: Unpack[ProfilingOptions],
 ) -> list[Profile]:
-    """Makes the profile of each set with each SAE, and keeps them in a library, a folder.
+    """Makes the profile of each set with each SAE, and keeps them in a library.
 
     model, sae, domains, demos, tokenizer: as for `score`; trains: training sets by name
-    library: what is there already is not read again; `score` and `compare` with the same `library` read nothing of it
+    library: a folder, or an address such as s3://bucket/lib; what is there already is not read again; `score` and
+        `compare` with the same `library` read nothing of it
     options: see Profiling
 
     Returns the profiles, of all SAEs set by set; a set with too few prompts is left out with a warning. Raises
     InputError for unusable input.
     """
-    profiling = Profiling(**options)
+    profiling, kept = Profiling(**options), Library(library)
+    kept.place.prepare()
     sets = _read(trains, domains, demos, profiling)
     session = Session.open(model, _several(sae), profiling, tokenizer=tokenizer)
     kinds, prompt_sets = _prompts(session, sets, profiling)
@@ -99,7 +101,7 @@ def profile(
     for kind, prompt_set in zip(kinds, prompt_sets, strict=True):
         made += read_set(
             session.reader, session.saes, kind, prompt_set, profiling,
-            library=Library(library), most_tokens=None if session.activations else profiling.shard_tokens,
+            library=kept, most_tokens=None if session.activations else profiling.shard_tokens,
             tell=partial(profiling.tell, prompt_set.name),
         )  # fmt: skip
     session.reader.say_passes()
@@ -126,11 +128,11 @@ def plan_profiles(
 
     model:   a folder or hub id, of which only config and tokenizer are opened
     threads: of each process that reads; None for one a core. precision: of products on CUDA
-    the rest: as for `profile`
+    library: a folder that every worker sees; the rest: as for `profile`
 
     Raises InputError for unusable input, or for what workers could not open.
     """
-    profiling = Profiling(**options)
+    profiling, folder = Profiling(**options), Library(library).place.for_plans()
     if is_activations(model):
         raise InputError(f"{model} holds activations, which are read fast without a plan: leave out --executor")
     sets = _read(trains, domains, demos, profiling)
@@ -139,7 +141,7 @@ def plan_profiles(
     kinds, prompt_sets = _prompts(session, sets, profiling)
     read = [(use, table.path) for use in get_args(Use) for table in sets.tables(use) if table.path is not None]
     return ProfilePlan(
-        folder=Path(library),
+        folder=folder,
         model=PlannedModel.of(session.checkpoint),
         saes=tuple(PlannedSAE.of(of, profiling.sae_dtype) for of in session.saes),
         loading=part(Loading, profiling),
@@ -154,7 +156,7 @@ def plan_profiles(
         sets=tuple(prompt_sets),
         shards=tuple(cut(prompt_sets, profiling.shard_tokens)),
         inputs=tuple(entry for use, path in read for entry in hashed_inputs(use, [path])),
-    ).saved(Path(library))
+    ).saved(folder)
 
 
 def _read(trains: Mapping[str, Source] | None, domains: Sources, demos: Sources | None, profiling: Profiling) -> Sets:

@@ -57,8 +57,9 @@ class TrainRow:
 
 
 def build_library_report(folder: str | Path, *, top_n: int = 100, sae: str | None = None) -> Path:
-    """Writes report.html into a library, of its training sets on its domains, and returns its path.
+    """Writes report.html into a library's folder, of its training sets on its domains, and returns its path.
 
+    folder: of the library; or its address in an object store, of which the mirror on this machine gets the report
     top_n: size of D_N, at most the features of the SAE; sae: source of the SAE, where the library has profiles of
         several
 
@@ -70,7 +71,7 @@ def build_library_report(folder: str | Path, *, top_n: int = 100, sae: str | Non
     trains, domains = (list(shelf.find(kind, shown=kind == "train").values()) for kind in ("train", "domain"))
     if not trains or not domains:
         missing = "domain" if trains else "training set that was read behind demonstrations"
-        raise InputError(f"{folder} has no {missing}: add some with sts-fast profile")
+        raise InputError(f"{shelf.library} has no {missing}: add some with sts-fast profile")
     index = shelf.indices[trains[0]]
     top_n = min(top_n, index["sae"]["d_sae"])
     found = cross(trains, domains, estimators=(ESTIMATOR,), top_n=top_n)
@@ -98,7 +99,7 @@ def build_library_report(folder: str | Path, *, top_n: int = 100, sae: str | Non
         model=index["model"]["name"],
         sae=index["sae"]["source"],
     )
-    path = Path(folder) / REPORT_FILE
+    path = shelf.library.folder / REPORT_FILE
     with files.atomic_path(path) as written:
         written.write_text(page, encoding="utf-8", newline="\n")
     return path

@@ -109,6 +109,7 @@ def rollouts(
     sets = Sets.read({"rollouts": []}, domains, demos, settings)
     for line in sets.lines():
         settings.tell_line(line)
+    library = settings.opened_library()
     session = Session.open(
         model, [sae], settings,
         tokenizer=tokenizer, tuned=tuned, top_n=settings.top_n,
@@ -135,7 +136,7 @@ def rollouts(
         _check_groups(completions)
     sources = {"model": model, "tuned": tuned, "labels": settings.labels, "train": data.origin}
     plan = replace(
-        Plan.make(session, settings, replace(sets, trains={}), sources),
+        Plan.make(session, settings, replace(sets, trains={}), sources, library),
         trains=[
             *([] if own is None else [own]),
             *([] if completions is None else [completions.prompt_set]),

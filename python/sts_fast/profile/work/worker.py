@@ -86,7 +86,7 @@ class Worker:
             session.check_fit(plan.sets[plan.shards[shard][0].set])
         done: list[Path] = []
         with ThreadPoolExecutor(1) as pool:
-            libraries = _WrittenBeside(plan.library.folder, pool), _WrittenBeside(plan.pieces.folder, pool)
+            libraries = _WrittenBeside(plan.library.place, pool), _WrittenBeside(plan.pieces.place, pool)
             for piece in plan.shards[shard]:
                 done += self._read(piece, libraries[0] if piece.is_whole(plan.sets) else libraries[1])
             for library in libraries:
