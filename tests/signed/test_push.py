@@ -97,7 +97,7 @@ def test_signed_passes_go_on_from_what_was_kept(
         (
             {"features": Features(sae, "fired")},
             {"features": Features(load_sae(tiny.saes["jumprelu"]))},
-            {"Q": projection(D_IN)[:, ::-1]},
+            {"Q": projection(D_IN)[:, ::-1].copy()},
             {"train": prompts["train"][::-1]},
             {"batch_tokens": BATCH_TOKENS + 1},
             {"layer": LAYER + 1},

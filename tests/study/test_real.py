@@ -229,7 +229,7 @@ def test_a_forecast_without_template_reads_the_content_alone(
     write_json(tmp_path / "split.json", {"design": {"trains": ["sums"], "domains": ["gsm8k"]}})
     monkeypatch.setattr(runs, "RESULTS", tmp_path)
     monkeypatch.setattr(forecasts, "RESULTS", tmp_path / "forecasts")
-    options = ("--estimators", "act,icl", "--top-n", "8", "--domain-shots", "2")
+    options = ("--estimators", "act,icl", "--top-n", "8")
     both = (
         forecasts.Asked("whole", (*options, "--tokens", "template"), (0,)),
         forecasts.Asked("content", options, (0,)),

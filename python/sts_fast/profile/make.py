@@ -112,6 +112,7 @@ def profile(
 
 
 @shows(Profiling, ProfilingOptions)
+@shows(Profiling, ProfilingOptions)
 def plan_profiles(
     *,
     model: str | Path,

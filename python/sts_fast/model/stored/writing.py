@@ -152,6 +152,7 @@ def capture_activations(
     return Activations(output, device=capturing.device, trust_remote_code=capturing.trust_remote_code)
 
 
+@shows(Capturing, CapturingOptions)
 def export_requests(
     *,
     model: str | Path | PreTrainedModel,
