@@ -50,8 +50,8 @@ class Library:
         It gets a place of its own under its new name. One that was read behind demonstrations too serves where they are
         not asked for.
 
-        prompt_set: of the same prompts, whose name the profile takes. Raises InputError where the profile is damaged,
-        or the model's weights are not known, so that nothing says whether it is the model's.
+        prompt_set: of the same prompts, whose names and warnings the profile takes. Raises InputError where the profile
+        is damaged, or the model's weights are not known, so that nothing says whether it is the model's.
         """
         if None in (model["weights_sha256"] for model in (identity.model, identity.tuned) if model is not None):
             raise InputError(
@@ -61,14 +61,14 @@ class Library:
         self.place.resume(self.path_of(identity))
         for folder in self.place.find(f"*-{identity.key[:SHOWN_DIGITS]}"):
             if read_index(folder)["key"] == identity.key:
-                profile = self._load(folder).named(prompt_set.name, identity.kind)
+                profile = self._load(folder).of(identity, prompt_set)
                 if not self.place.find(self.path_of(identity).name):
                     self.add(profile)
                 return profile
         indices = self.indices() if identity.key == identity.plain_key else {}
         serving = {folder: index for folder, index in indices.items() if index["plain_key"] == identity.key}
         for folder in serving:
-            profile = self._load(folder).plain().named(prompt_set.name, identity.kind)
+            profile = self._load(folder).plain().of(identity, prompt_set)
             if (identity.set, identity.kind) not in ((index["set"], index["kind"]) for index in serving.values()):
                 self.add(profile)
             return profile

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -182,12 +181,16 @@ class Profile:
     def _repr_html_(self) -> str:
         return f"<code>{html.escape(repr(self))}</code>"
 
-    def named(self, name: str, kind: str) -> Profile:
-        """The same under another name of the set, or as another kind of set."""
-        log = copy(self.log)
-        log.name = name
-        identity = replace(self.identity, set=name, kind=kind)
-        return replace(self, identity=identity, prompt_set=replace(self.prompt_set, name=name), log=log)
+    def of(self, identity: Identity, prompt_set: PromptSet) -> Profile:
+        """The same of a set with the same prompts, as reading that one would make it."""
+        prompts = [
+            replace(own, positions=read.positions, paired=read.paired, paired_demos=read.paired_demos)
+            for own, read in zip(prompt_set.prompts, self.prompt_set.prompts, strict=True)
+        ]
+        prompt_set = replace(prompt_set, prompts=prompts)
+        log = PromptLog.of_all(prompt_set)
+        log.n_sinks = self.log.n_sinks
+        return replace(self, identity=identity, prompt_set=prompt_set, log=log)
 
     def plain(self) -> Profile:
         """The same without what was read behind demonstrations, or in a model after training."""
@@ -247,7 +250,12 @@ def read_index(folder: Path) -> Document:
     path = folder / INDEX_FILE
     if not path.is_file():
         raise InputError(f"{folder} has no {INDEX_FILE}: give a folder of sts-fast profile")
-    index = files.read_json(path)
+    try:
+        index = files.read_json(path)
+    except InputError as error:
+        if isinstance(error.__cause__, OSError):
+            raise
+        raise DamagedProfile(f"{error}: make the profile again", folder) from error
     if index.get("format") != FORMAT:
         raise InputError(f"{path} is of no profile: give a folder of sts-fast profile")
     if index.get("version") != VERSION:
@@ -261,6 +269,15 @@ def read_index(folder: Path) -> Document:
     if damaged:
         raise DamagedProfile(f"{path} is damaged ({', '.join(damaged)}): make the profile again", folder)
     return index
+
+
+def is_undamaged(folder: Path) -> bool:
+    """Whether a profile is there, and its files are those that its index names."""
+    try:
+        check_files(folder, read_index(folder))
+    except InputError:
+        return False
+    return True
 
 
 def identity_in(index: Document) -> Identity:
