@@ -169,6 +169,20 @@ def kept(folder: Path) -> Iterator[Path]:
             os.close(descriptor)
 
 
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Waits until no other process is in here with the same file; where the file system has no locks, it does not."""
+    descriptor = os.open(path, os.O_RDWR) if fcntl is not None else -1
+    try:
+        if fcntl is not None:
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        if fcntl is not None:
+            os.close(descriptor)
+
+
 def hidden(path: Path, ending: str) -> Path:
     """The name of what belongs to a folder until that is whole, such as `.run.kept` for `run`."""
     return _home(path) / f".{path.name}.{ending}"
@@ -258,7 +272,12 @@ def _remove(path: Path) -> None:
 def _put_in_place(temporary: Path, path: Path) -> None:
     """Renames a folder to `path`; one that is there lies under the temporary name then, or is gone."""
     if not path.is_dir() or not any(path.iterdir()):
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            _put_in_place(temporary, path)  # another process was faster
     elif not _exchanged(temporary, path):
         aside = _aside(path)
         os.replace(path, aside)
@@ -450,7 +469,7 @@ def prepare_folder(folder: Path) -> None:
         raise InputError(f"cannot make the output folder {folder}: {error.strerror or error}") from error
     with atomic_path(folder / ".writable") as path:
         path.touch()
-    (folder / ".writable").unlink()
+    (folder / ".writable").unlink(missing_ok=True)
 
 
 def to_json(document: Mapping[str, Any]) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from planned import digests, plan_of
+from planned import digests, plan_of, sources
 from tiny import Tiny
 
 import sts_fast
@@ -18,8 +19,15 @@ from sts_fast.data.prompts import Prompt, PromptSet
 from sts_fast.errors import InputError
 from sts_fast.profile.pieces import Piece, cut
 from sts_fast.profile.profile import ROWS_FILE
+from sts_fast.profile.work import merge
 from sts_fast.profile.work.plan import DONE_FOLDER, MERGED_FILE, ProfilePlan
 from sts_fast.profile.work.worker import Worker
+
+PLAN_NAMES = ["merged.json", "plan.json", "prompts.parquet"]
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def made_up(lengths: list[int], *, shown: bool = False) -> PromptSet:
@@ -73,7 +81,7 @@ def test_any_ranks_in_any_order_make_the_same_bytes(
         partial(sts_fast.run_rank, plan.folder / "plan.json")(None, rank, world)
     assert digests(tmp_path / "lib") == expected
     assert plan.missing() == []
-    assert not list((tmp_path / "lib" / "pieces").iterdir())
+    assert names_in(plan.folder) == PLAN_NAMES
     sts_fast.run_rank(plan)  # there is nothing left to do
 
 
@@ -94,7 +102,7 @@ def test_what_is_damaged_is_read_again(tiny: Tiny, tmp_path: Path, expected: dic
     worker = Worker(plan)
     for shard in range(len(plan.shards)):
         worker.read(shard)
-    files = sorted([*library.glob(f"pieces/*/{ROWS_FILE}")])[:2] + sorted(library.glob(f"*/{ROWS_FILE}"))[:1]
+    files = sorted([*library.glob(f"plans/*/pieces/*/{ROWS_FILE}")])[:2] + sorted(library.glob(f"*/{ROWS_FILE}"))[:1]
     files[0].write_bytes(files[0].read_bytes()[:-9])
     flipped = bytearray(files[1].read_bytes())
     flipped[100] ^= 1
@@ -103,6 +111,90 @@ def test_what_is_damaged_is_read_again(tiny: Tiny, tmp_path: Path, expected: dic
     assert 1 <= len(plan.missing()) <= 3
     sts_fast.run_rank(plan)
     assert digests(library) == expected
+    index, rows = next(library.glob("sums*/profile.json")), next(library.glob(f"days*/{ROWS_FILE}"))
+    for whole in (
+        index,
+        rows,
+        plan.folder / "prompts.parquet",
+        plan.folder / "plan.json",
+    ):  # of a set that was cut, too
+        whole.write_bytes(whole.read_bytes()[:-9])
+        sts_fast.run_rank(plan_of(tiny, library))
+        assert digests(library) == expected
+        assert names_in(plan.folder) == PLAN_NAMES
+
+
+@pytest.mark.parametrize("killed", ["before", "after"])
+def test_a_merge_that_was_killed_is_done_again(
+    tiny: Tiny, tmp_path: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch, killed: str
+) -> None:
+    """Whole sets are in the library, and pieces too, of which one must be read again."""
+    plan = plan_of(tiny, tmp_path / "lib")
+    worker = Worker(plan)
+    for shard in range(len(plan.shards)):
+        worker.read(shard)
+
+    class Killed(BaseException):
+        pass
+
+    def dies(self: ProfilePlan, name: str, profiles: Any) -> None:
+        if killed == "after":
+            write(self, name, profiles)
+        raise Killed
+
+    write = ProfilePlan.write_record
+    with monkeypatch.context() as patch:
+        patch.setattr(ProfilePlan, "write_record", dies)
+        with pytest.raises(Killed):
+            merge(plan)
+    next(plan.folder.glob(f"pieces/*/{ROWS_FILE}")).write_bytes(b"")
+    sts_fast.run_rank(plan)
+    assert digests(tmp_path / "lib") == expected
+    assert names_in(plan.folder) == PLAN_NAMES
+
+
+def test_many_may_merge_at_once(tiny: Tiny, tmp_path: Path, expected: dict[str, str]) -> None:
+    plan = plan_of(tiny, tmp_path / "lib")
+    worker = Worker(plan)
+    for shard in range(len(plan.shards)):
+        worker.read(shard)
+    with ThreadPoolExecutor(4) as pool:
+        assert [*pool.map(merge, [plan] * 8)] == [None] * 8
+    worker.read(2)  # a piece, by one who did not know
+    merge(plan)
+    assert digests(tmp_path / "lib") == expected
+    assert names_in(plan.folder) == PLAN_NAMES
+
+
+def test_saes_at_different_layers_share_a_plan(tiny: Tiny, tmp_path: Path) -> None:
+    saes = [sts_fast.load_sae(tiny.saes["topk"], layer=layer) for layer in (1, 3)]
+    given = sources(tiny) | {"sae": saes}
+    sts_fast.profile(**given, library=tmp_path / "one")
+    plan = sts_fast.plan_profiles(**given, library=tmp_path / "lib", threads=1)
+    for rank in (1, 0):
+        sts_fast.run_rank(plan, None, rank, 2)
+    assert digests(tmp_path / "lib") == digests(tmp_path / "one")
+
+
+def test_one_file_as_two_sets_gives_the_same_in_any_order(tiny: Tiny, tmp_path: Path) -> None:
+    """Asked alone, both have the same prompts, and the one that is read second is taken from the first."""
+    given = sources(tiny) | {"domains": {"again": tiny.train}, "shown": False, "shard_tokens": 150}
+    found = []
+    for name, step in (("one", 1), ("other", -1)):
+        plan = sts_fast.plan_profiles(**given, library=tmp_path / name, threads=1)
+        worker = Worker(plan)
+        for shard in range(len(plan.shards))[::step]:
+            worker.read(shard)
+        merge(plan)
+        found.append(digests(tmp_path / name))
+    assert found[0] == found[1]
+
+
+def test_a_library_with_demonstrations_serves_a_plan_without(tiny: Tiny, tmp_path: Path) -> None:
+    sts_fast.profile(**sources(tiny), library=tmp_path / "lib")
+    plan = sts_fast.plan_profiles(**sources(tiny), library=tmp_path / "lib", threads=1, shown=False)
+    sts_fast.run_rank(plan)
+    assert plan.missing() == []
 
 
 def test_a_shard_that_cannot_be_read_is_named_and_the_others_are_kept(

@@ -2,6 +2,7 @@
 
 plan.json     model, SAEs, options, sets, shards, digests of every input
 prompts.parquet  the prompts of every set as token ids, so that workers need neither the sets nor a tokenizer
+pieces/       the profiles of pieces of sets that are cut, until their set is whole
 done/N.json   of each shard that is read, its profiles with the SHA-256 of their profile.json
 merged.json   the same of all sets, once they are whole
 """
@@ -9,6 +10,7 @@ merged.json   the same of all sets, once they are whole
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -27,7 +29,7 @@ from sts_fast.model.log import PromptLog, prompts_of
 from sts_fast.model.session import Loading, SAEDtype
 from sts_fast.profile.library import Library
 from sts_fast.profile.pieces import PIECES_FOLDER, Piece, Shard, n_tokens
-from sts_fast.profile.profile import INDEX_FILE, check_files, read_index
+from sts_fast.profile.profile import INDEX_FILE, is_undamaged
 from sts_fast.sae import SAE, load_sae
 
 if TYPE_CHECKING:
@@ -144,7 +146,7 @@ class ProfilePlan:
     @property
     def pieces(self) -> Library:
         """Of the pieces of sets that are cut, until they are put together."""
-        return Library(self.folder.parent.parent / PIECES_FOLDER)
+        return Library(self.folder / PIECES_FOLDER)
 
     @cached_property
     def key(self) -> str:
@@ -166,29 +168,31 @@ class ProfilePlan:
         return [sum(map(n_tokens, prompt_set.prompts)) for prompt_set in self.sets]
 
     def saved(self, library: Path) -> ProfilePlan:
-        """The plan with its folder in a library, written there unless it is there already."""
-        plan = replace(self, folder=library / PLANS_FOLDER / self.key[:SHOWN_DIGITS])
-        if not (plan.folder / PLAN_FILE).exists():
-            import pyarrow as pa
-            import pyarrow.parquet as pq
+        """The plan with its folder in a library, where its two files are written unless they are there as they are."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
 
-            with files.atomic_folder(plan.folder) as temporary:
-                tables = [
-                    PromptLog.of_all(prompt_set).table(kind, {})
-                    for kind, prompt_set in zip(plan.kinds, plan.sets, strict=True)
-                ]
-                pq.write_table(pa.concat_tables(tables), temporary / PROMPTS_FILE, compression="zstd")
-                document = {
-                    **plan._document(), "key": plan.key, "prompts_sha256": files.sha256(temporary / PROMPTS_FILE)
-                }  # fmt: skip
-                (temporary / PLAN_FILE).write_text(files.to_json(document), encoding="utf-8")
+        plan = replace(self, folder=library / PLANS_FOLDER / self.key[:SHOWN_DIGITS])
+        tables = [
+            PromptLog.of_all(prompt_set).table(kind, {}) for kind, prompt_set in zip(plan.kinds, plan.sets, strict=True)
+        ]
+        prompts = io.BytesIO()
+        pq.write_table(pa.concat_tables(tables), prompts, compression="zstd")
+        digest = hashlib.sha256(prompts.getvalue()).hexdigest()
+        document = {**plan._document(), "key": plan.key, "prompts_sha256": digest}
+        files.prepare_folder(plan.folder)
+        for name, content in ((PROMPTS_FILE, prompts.getvalue()), (PLAN_FILE, files.to_json(document).encode())):
+            path = plan.folder / name
+            if not path.is_file() or path.read_bytes() != content:
+                with files.atomic_path(path) as temporary:
+                    temporary.write_bytes(content)
         return plan
 
     @classmethod
     def load(cls, path: str | Path) -> ProfilePlan:
         """The plan of a plan.json, or of its folder. Raises InputError where it is damaged, or of another version."""
         path = Path(path)
-        folder = path if path.is_dir() else path.parent
+        folder = (path if path.is_dir() else path.parent).absolute()
         if not (folder / PLAN_FILE).is_file():
             raise InputError(f"there is no plan at {path}: give the {PLAN_FILE} of sts-fast profile --plan-only")
         document = files.read_json(folder / PLAN_FILE)
@@ -206,7 +210,7 @@ class ProfilePlan:
             plan = cls._read(folder, document)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{folder / PLAN_FILE} is damaged ({one_line(error)}): make the plan again") from error
-        if plan.key != document["key"]:
+        if plan.key != document.get("key"):
             raise InputError(f"{folder / PLAN_FILE} was changed by hand: make the plan again")
         return plan
 
@@ -301,9 +305,8 @@ class ProfilePlan:
             record = files.read_json(self.folder / name)["profiles"]
             found = [(self.library.folder / folder, digest) for folder, digest in record]
             for folder, digest in found:
-                if files.sha256(folder / INDEX_FILE) != digest:
+                if files.sha256(folder / INDEX_FILE) != digest or not is_undamaged(folder):
                     return None
-                check_files(folder, read_index(folder))
         except (InputError, OSError, KeyError, TypeError, ValueError):
             return None
         return [folder for folder, _ in found]

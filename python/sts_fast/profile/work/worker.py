@@ -10,14 +10,15 @@ from functools import cached_property
 from pathlib import Path
 
 from sts_fast.data.options import part
+from sts_fast.data.prompts import PromptSet
 from sts_fast.errors import InputError, listed
 from sts_fast.model.language_model import LanguageModel
 from sts_fast.model.session import Loading, Purpose, Reading, Session
 from sts_fast.ops import _cpu, backend
-from sts_fast.profile.identity import identity_of
+from sts_fast.profile.identity import Identity, identity_of
 from sts_fast.profile.library import Library
 from sts_fast.profile.pieces import Piece
-from sts_fast.profile.profile import DamagedProfile, Profile
+from sts_fast.profile.profile import DamagedProfile, Profile, is_undamaged
 from sts_fast.profile.read import read_profiles
 from sts_fast.profile.work.merge import merge
 from sts_fast.profile.work.plan import ProfilePlan, moved
@@ -37,6 +38,12 @@ class _WrittenBeside(Library):
         self.wait()
         self.pending.append(self.pool.submit(Library.add, self, profile))
         return self.path_of(profile.identity)
+
+    def get(self, identity: Identity, prompt_set: PromptSet) -> Profile | None:
+        profile = super().get(identity, prompt_set)
+        if profile is not None and not self.path_of(identity).exists():  # another one serves
+            self.add(profile)
+        return profile
 
     def wait(self) -> None:
         while self.pending:
@@ -85,13 +92,17 @@ class Worker:
         if check_fit:
             session.check_fit(plan.sets[plan.shards[shard][0].set])
         done: list[Path] = []
-        with ThreadPoolExecutor(1) as pool:
-            libraries = _WrittenBeside(plan.library.place, pool), _WrittenBeside(plan.pieces.place, pool)
-            for piece in plan.shards[shard]:
-                done += self._read(piece, libraries[0] if piece.is_whole(plan.sets) else libraries[1])
-            for library in libraries:
-                library.wait()
-        plan.finish(shard, done)
+        try:
+            with ThreadPoolExecutor(1) as pool:
+                libraries = _WrittenBeside(plan.library.place, pool), _WrittenBeside(plan.pieces.place, pool)
+                for piece in plan.shards[shard]:
+                    done += self._read(piece, libraries[0] if piece.is_whole(plan.sets) else libraries[1])
+                for library in libraries:
+                    library.wait()
+            plan.finish(shard, done)
+        except (InputError, OSError):
+            if not plan.is_merged():  # by others, who removed the pieces that lay here
+                raise
 
     def _read(self, piece: Piece, library: Library) -> list[Path]:
         plan, session = self.plan, self.session
@@ -101,7 +112,7 @@ class Worker:
                 plan.library.path_of(identity_of(session.reader, None, sae, kind, whole, plan.sampling))
                 for sae in session.saes
             ]
-            if all(place.is_dir() for place in places):
+            if all(map(is_undamaged, places)):
                 return places
         while True:
             try:
