@@ -20,7 +20,7 @@ from sts_fast.errors import InputError
 from sts_fast.profile.pieces import Piece, cut
 from sts_fast.profile.profile import ROWS_FILE
 from sts_fast.profile.work import merge
-from sts_fast.profile.work.plan import DONE_FOLDER, MERGED_FILE, ProfilePlan
+from sts_fast.profile.work.plan import DONE_FOLDER, MERGED_FILE, PlannedModel, ProfilePlan
 from sts_fast.profile.work.worker import Worker
 
 PLAN_NAMES = ["merged.json", "plan.json", "prompts.parquet"]
@@ -241,9 +241,11 @@ def test_another_model_or_plan_is_refused(tiny: Tiny, tmp_path: Path) -> None:
         ProfilePlan.load(file)
 
 
-def test_different_weights_are_not_put_together(tiny: Tiny, tmp_path: Path) -> None:
-    """The tuned model has the files and sizes of the other."""
+def test_different_weights_are_not_put_together(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of(tiny, tmp_path / "lib")
+    with pytest.raises(InputError, match=r"not the model that the plan was made with: model\.safetensors differ"):
+        Worker(plan, {str(tiny.model): str(tiny.tuned)}).session  # noqa: B018
+    monkeypatch.setattr(PlannedModel, "check", lambda self, checkpoint: None)
     half = len(plan.shards) // 2
     worker, other = Worker(plan), Worker(plan, {str(tiny.model): str(tiny.tuned)})
     for shard in range(len(plan.shards)):

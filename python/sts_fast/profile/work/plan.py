@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 FORMAT, VERSION = "sts-fast plan", 1
 PLAN_FILE, PROMPTS_FILE, MERGED_FILE, DONE_FOLDER = "plan.json", "prompts.parquet", "merged.json", "done"
 PLANS_FOLDER = "plans"  # in the library
+SAMPLES = 64  # of a file of weights
 SHOWN_DIGITS = 12  # of a plan's key, in the name of its folder
 
 
@@ -82,7 +83,7 @@ class PlannedModel:
     """A model that workers load.
 
     source: as it was given, which its profiles say; path: where it lies
-    files:  SHA-256 of its config and tokenizer, and the sizes of its weights, by file; of a hub id, its commit
+    files:  SHA-256 of its config and tokenizer, and of samples of its weights, by file; of a hub id, its commit
     """
 
     source: str
@@ -338,8 +339,19 @@ def _files_of(checkpoint: Checkpoint) -> Document:
     small = [folder / name for name in ("config.json", "adapter_config.json", *TOKENIZER_FILES)]
     weights = (path for pattern in ("*.safetensors", "*.bin", "*.gguf") for path in folder.glob(pattern))
     return {path.name: files.sha256(path) for path in small if path.is_file()} | {
-        path.name: path.stat().st_size for path in sorted(weights)
+        path.name: _sampled(path) for path in sorted(weights)
     }
+
+
+def _sampled(path: Path) -> str:
+    """SHA-256 of a file's size, and of 4 KiB at each of SAMPLES places spread evenly over it."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(f"{size}\n".encode())
+    with path.open("rb") as file:
+        for i in range(SAMPLES):
+            file.seek(i * size // SAMPLES)
+            digest.update(file.read(4096))
+    return digest.hexdigest()
 
 
 def _prompt_set(of_set: Document, rows: pa.Table) -> PromptSet:
