@@ -27,7 +27,7 @@ class Array:
 
     @classmethod
     def of(cls, plan: ProfilePlan, n_workers: int, options: Sequence[str], roots: Mapping[str, str]) -> Array:
-        """options: of sbatch, for the workers, such as --partition=gpu."""
+        """options: of sbatch, for both jobs, such as --partition=gpu."""
         world = min(n_workers, len(plan.shards))
         ranks = sorted({shard % world for shard in plan.missing()})
         command = [sys.executable, "-m", "sts_fast.cli"]
@@ -40,7 +40,7 @@ class Array:
             [name, *array, f"--output={logs}/%a.log", *options],
             [*command, "work", plan_file, "--rank", "$SLURM_ARRAY_TASK_ID", "--world", str(world), *mapped],
         )
-        merge = _script([f"{name}-merge", f"--output={logs}/merge.log"], [*command, "merge", plan_file])
+        merge = _script([f"{name}-merge", f"--output={logs}/merge.log", *options], [*command, "merge", plan_file])
         return cls(plan, world, tuple(ranks), read, merge)
 
     def submit(self) -> list[str]:
