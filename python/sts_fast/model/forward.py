@@ -421,6 +421,8 @@ class ForwardPasses:
                     for rows, expected in zip(read.rows, alone.get(i, []), strict=i in alone):
                         worst = max(worst, relative_error(rows, expected, typical=True))
         except Exception as error:  # a model can raise anything for inputs that it does not support
+            if is_out_of_memory(error) and self.memory.fixed:
+                raise
             if is_out_of_memory(error):
                 return None  # the run itself finds out what fits
             if self.strategy == "plain":

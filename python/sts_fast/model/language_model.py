@@ -86,13 +86,16 @@ class LanguageModel(Reader):
 
     def settle(self, sets: Sequence[PromptSet]) -> None:
         """Chooses how prompts are run by the longest of several sets, whichever of them is read first."""
-        for side in ("base", "demos"):
-            longest = max(sets, key=lambda of: max((len(getattr(p, f"{side}_ids")) for p in of.prompts), default=0))
-            draw = max(longest.prompts, key=lambda prompt: len(getattr(prompt, f"{side}_ids"))).draw
+        for ids, read in (("base_ids", "positions"), ("demos_ids", "paired_demos")):
+
+            def length(prompt: Prompt, ids: str = ids, read: str = read) -> int:
+                return len(getattr(prompt, ids)) if len(getattr(prompt, read)) else 0
+
+            longest = max(sets, key=lambda of: max(map(length, of.prompts), default=0))
+            draw = max(longest.prompts, key=length).draw
             prompts = [prompt for prompt in longest.prompts if prompt.draw == draw]
-            read = [prompt.positions if side == "base" else prompt.paired_demos for prompt in prompts]
-            if any(map(len, read)):
-                self.passes.prepare([getattr(prompt, f"{side}_ids") for prompt in prompts], read)
+            if any(map(length, prompts)):
+                self.passes.prepare([getattr(p, ids) for p in prompts], [getattr(p, read) for p in prompts])
 
     def sample(self, prompt_set: PromptSet, beside: Sequence[str], n_tokens: int) -> dict[str, torch.Tensor]:
         import torch
