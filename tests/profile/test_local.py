@@ -12,7 +12,7 @@ from tiny import Tiny
 
 import sts_fast
 from sts_fast.errors import InputError
-from sts_fast.profile.work import local
+from sts_fast.profile.work import local, worker
 
 
 def test_processes_make_the_same_bytes(tiny: Tiny, tmp_path: Path, expected: dict[str, str]) -> None:
@@ -23,11 +23,11 @@ def test_processes_make_the_same_bytes(tiny: Tiny, tmp_path: Path, expected: dic
     assert told[-1] == (len(plan.shards), len(plan.shards))
 
 
-def deadly(shard: int) -> list[str]:
+def deadly(plan: str, roots: dict[str, str], shard: int) -> worker.Outcome:
     """Kills the worker of the second shard."""
     if shard == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    return local._read(shard)  # in the worker, where it is what it was
+    return worker.read_shard(plan, roots, shard)
 
 
 def test_a_shard_that_kills_its_worker_is_left_out_and_said(
@@ -35,7 +35,7 @@ def test_a_shard_that_kills_its_worker_is_left_out_and_said(
 ) -> None:
     plan = plan_of(tiny, tmp_path / "lib")
     said: list[str] = []
-    monkeypatch.setattr(local, "_read", deadly)
+    monkeypatch.setattr(local, "read_shard", deadly)
     with pytest.raises(InputError, match="its worker was killed 3 times"):
         sts_fast.run_local(plan, 1, say=said.append)
     assert [line for line in said if "killed" in line] == [

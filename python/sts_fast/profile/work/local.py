@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -17,7 +19,7 @@ from sts_fast.data.prompts import Tell
 from sts_fast.errors import InputError
 from sts_fast.profile.work.merge import merge
 from sts_fast.profile.work.plan import ProfilePlan
-from sts_fast.profile.work.worker import Roots, Say, Worker, once, raise_failed
+from sts_fast.profile.work.worker import Outcome, Roots, Say, once, raise_failed, read_shard
 
 MOST_KILLS = 3  # of workers by one shard, before it is left out
 GPUS = "CUDA_VISIBLE_DEVICES"
@@ -42,23 +44,24 @@ def run_local(
     Raises InputError where a shard cannot be read, or killed its worker three times; the others are kept.
     """
     missing = plan.missing()
-    driver = _Driver(plan, roots or {}, once(say), tell or (lambda done, total: None))
+    n_done = len(plan.shards) - len(missing)
+    driver = _Driver(plan, roots or {}, once(say), tell or (lambda done, total: None), n_done)
     for shard in missing:
         driver.queue.put(shard)
-    driver.tell(len(plan.shards) - len(missing), len(plan.shards))
+    driver.tell(n_done, len(plan.shards))
     gpus = _gpus()
     threads = [
         threading.Thread(target=driver.serve, args=(gpus[i % len(gpus)] if gpus else None,), daemon=True)
         for i in range(min(n_workers or len(gpus) or 1, len(missing)))
     ]
-    for thread in threads:
-        thread.start()
     try:
+        for thread in threads:
+            thread.start()
         while any(thread.is_alive() for thread in threads):
             threads[0].join(0.1)
             threads.sort(key=lambda thread: not thread.is_alive())
     finally:
-        driver.stop()
+        driver.stop(threads)
     if driver.broken is not None:
         raise driver.broken
     raise_failed(plan, driver.failed)
@@ -73,17 +76,19 @@ class _Driver:
     roots: Roots
     say: Say
     tell: Tell
+    n_done: int
     queue: SimpleQueue[int] = field(default_factory=SimpleQueue)
     failed: dict[int, str] = field(default_factory=dict)
     kills: Counter[int] = field(default_factory=Counter)
     broken: BaseException | None = None
     stopped: bool = False
-    n_done: int = 0
     pools: dict[int, ProcessPoolExecutor] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def serve(self, gpu: str | None) -> None:
         """Gives one process a shard after the other."""
+        if hasattr(signal, "pthread_sigmask"):  # its process inherits this: the driver ends it
+            signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         me = threading.get_ident()
         try:
             while not self.stopped:
@@ -92,27 +97,28 @@ class _Driver:
                 except Empty:
                     return
                 if me not in self.pools:
-                    self.pools[me] = ProcessPoolExecutor(
-                        1, get_context("spawn"), _start, (str(self.plan.folder), dict(self.roots), gpu)
-                    )
+                    self.pools[me] = ProcessPoolExecutor(1, get_context("spawn"), _start, (gpu,))
                 try:
-                    lines = self.pools[me].submit(_read, shard).result()
+                    outcome = self.pools[me].submit(read_shard, str(self.plan.folder), dict(self.roots), shard).result()
                 except BrokenProcessPool:
                     del self.pools[me]
                     self._was_killed(shard)
-                except _CannotOpen as error:
-                    raise InputError(str(error)) from error
-                except InputError as error:
-                    self.failed[shard] = str(error)
                 else:
-                    with self.lock:
-                        for line in lines:
-                            self.say(line)
-                        self.n_done += 1
-                        self.tell(len(self.plan.shards) - self.queue.qsize(), len(self.plan.shards))
+                    self._ended(shard, outcome)
         except BaseException as error:  # told by the main thread
             if not self.stopped:
                 self.broken, self.stopped = error, True
+
+    def _ended(self, shard: int, outcome: Outcome) -> None:
+        if outcome.is_hopeless:
+            raise InputError(outcome.error or "")
+        with self.lock:
+            for line in outcome.lines:
+                self.say(line)
+            if outcome.error is not None:
+                self.failed[shard] = outcome.error
+            self.n_done += 1
+            self.tell(self.n_done, len(self.plan.shards))
 
     def _was_killed(self, shard: int) -> None:
         if self.stopped:
@@ -124,57 +130,38 @@ class _Driver:
             )
             self.queue.put(shard)
         else:
-            self.failed[shard] = (
+            why = (
                 f"its worker was killed {MOST_KILLS} times, as by running out of memory: plan with fewer --workers, a "
                 "smaller --batch-tokens, or leave the set out"
             )
+            self._ended(shard, Outcome([], why))
 
-    def stop(self) -> None:
+    def stop(self, threads: Sequence[threading.Thread]) -> None:
+        """Kills all processes, until the threads that start them have ended."""
         self.stopped = True
-        for pool in [*self.pools.values()]:
-            for process in [*(pool._processes or {}).values()]:
+        while True:
+            pools = [*self.pools.values()]
+            for process in [process for pool in pools for process in [*(pool._processes or {}).values()]]:
                 process.kill()
-            pool.shutdown(wait=True, cancel_futures=True)
+            if not any(thread.is_alive() for thread in threads):
+                break
+            time.sleep(0.05)
+        for pool in pools:
+            pool.shutdown()
 
 
-class _CannotOpen(InputError):
-    """Raised in a worker where nothing can be read, whatever the shard."""
-
-
-_worker: Worker | None = None
-_lines: list[str] = []
-
-
-def _start(plan: str, roots: Roots, gpu: str | None) -> None:
+def _start(gpu: str | None) -> None:
     """Prepares a worker's process, which ends with its driver."""
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver ends it
     driver = parent_process()
     assert driver is not None
     threading.Thread(target=_end_with, args=(driver.sentinel,), daemon=True).start()
     if gpu is not None:
         os.environ[GPUS] = gpu
-    _worker = Worker(ProfilePlan.load(plan), roots, _lines.append)
 
 
 def _end_with(sentinel: int) -> None:
     connection.wait([sentinel])
     os._exit(1)
-
-
-def _read(shard: int) -> list[str]:
-    """Reads a shard in a worker's process; returns what it said."""
-    assert _worker is not None
-    try:
-        _worker.session  # noqa: B018
-    except InputError as error:
-        raise _CannotOpen(str(error)) from error
-    try:
-        _worker.read(shard, check_fit=shard == 0)
-    except InputError as error:  # others of its kind cannot be sent
-        raise InputError(str(error)) from error
-    said, _lines[:] = [*_lines], []
-    return said
 
 
 def _gpus() -> list[str]:

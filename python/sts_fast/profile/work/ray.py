@@ -14,7 +14,7 @@ from sts_fast.errors import InputError, one_line
 from sts_fast.profile.work.local import MOST_KILLS
 from sts_fast.profile.work.merge import merge
 from sts_fast.profile.work.plan import ProfilePlan
-from sts_fast.profile.work.worker import Roots, Say, Worker, once, raise_failed
+from sts_fast.profile.work.worker import Outcome, Roots, Say, once, raise_failed, read_shard
 
 CONNECT_SECONDS = 10
 
@@ -100,51 +100,41 @@ def _run(plan: ProfilePlan, cluster: RayCluster, roots: dict[str, str], say: Say
     if gpus is None:
         gpus = 1 if plan.loading.device != "cpu" and ray.cluster_resources().get("GPU") else 0  # type: ignore[no-untyped-call]
     resources: Any = {"num_cpus": plan.work.threads, "num_gpus": gpus}
-    task: Any = ray.remote(**resources, max_retries=MOST_KILLS - 1, max_calls=0)(_read)
+    task: Any = ray.remote(**resources, max_retries=MOST_KILLS - 1, max_calls=0)(read_shard)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    if not any(node.get("CPU", 0) >= plan.work.threads and node.get("GPU", 0) >= gpus for node in nodes):
+        say(
+            f"warning: no node of the cluster has {plan.work.threads} CPUs and {gpus} GPUs, which a task takes, and it "
+            "waits for one: --threads and --gpus say how many"
+        )
     waiting = plan.missing()
     running: dict[Any, int] = {}
     failed: dict[int, str] = {}
     done = len(plan.shards) - len(waiting)
     tell(done, len(plan.shards))
-    while waiting or running:
-        while waiting and len(running) < (cluster.n_workers or len(plan.shards)):
-            shard = waiting.pop(0)
-            running[task.remote(str(plan.folder), roots, shard)] = shard
-        [ready], _ = ray.wait([*running], num_returns=1)
-        shard = running.pop(ready)
-        try:
-            lines, error, hopeless = ray.get(ready)
-        except ray.exceptions.RayError as lost:
-            lines, error, hopeless = [], f"its worker was lost {MOST_KILLS} times ({one_line(lost)})", False
-        for line in lines:
-            say(line)
-        if hopeless:
-            for other in running:
-                ray.cancel(other, force=True)
-            raise InputError(error)
-        if error is not None:
-            failed[shard] = error
-        done += 1
-        tell(done, len(plan.shards))
-    return failed
-
-
-_workers: dict[str, Worker] = {}
-_lines: list[str] = []
-
-
-def _read(plan: str, roots: dict[str, str], shard: int) -> tuple[list[str], str | None, bool]:
-    """Reads a shard in a worker of Ray: what it said, why it failed, and whether every other shard would, too."""
-    error, hopeless = None, True
     try:
-        if plan not in _workers:
-            _workers.clear()  # of an earlier plan
-            _workers[plan] = Worker(ProfilePlan.load(plan), roots, _lines.append)
-        worker = _workers[plan]
-        worker.session  # noqa: B018
-        hopeless = False
-        worker.read(shard, check_fit=shard == 0)
-    except InputError as raised:
-        error = str(raised)
-    said, _lines[:] = [*_lines], []
-    return said, error, hopeless and error is not None
+        while waiting or running:
+            while waiting and len(running) < (cluster.n_workers or len(plan.shards)):
+                shard = waiting.pop(0)
+                running[task.remote(str(plan.folder), roots, shard)] = shard
+            [ready], _ = ray.wait([*running], num_returns=1)
+            shard = running.pop(ready)
+            try:
+                outcome: Outcome = ray.get(ready)
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None
+            except ray.exceptions.RayError as lost:
+                outcome = Outcome([], f"its worker was lost {MOST_KILLS} times ({one_line(lost)})")
+            for line in outcome.lines:
+                say(line)
+            if outcome.is_hopeless:
+                raise InputError(outcome.error or "")
+            if outcome.error is not None:
+                failed[shard] = outcome.error
+            done += 1
+            tell(done, len(plan.shards))
+    except BaseException:
+        for task_running in running:
+            ray.cancel(task_running, force=True)
+        raise
+    return failed

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from sts_fast.data.options import part
 from sts_fast.data.prompts import PromptSet
 from sts_fast.errors import InputError, listed
 from sts_fast.model.language_model import LanguageModel
+from sts_fast.model.memory import is_out_of_memory
 from sts_fast.model.session import Loading, Purpose, Reading, Session
 from sts_fast.ops import _cpu, backend
 from sts_fast.profile.identity import Identity, identity_of
@@ -76,11 +78,12 @@ class Worker:
         session = Session.open(model, saes, reading, purpose=Purpose(texts=False, run=False))
         assert session.checkpoint is not None
         plan.model.check(session.checkpoint)
-        reader = session.reader
-        assert isinstance(reader, LanguageModel)
-        reader.name = plan.model.source
-        reader.passes.memory.fixed = True
-        reader.settle(plan.sets)
+        with _told_out_of_memory():
+            reader = session.reader
+            assert isinstance(reader, LanguageModel)
+            reader.name = plan.model.source
+            reader.passes.memory.fixed = True
+            reader.settle(plan.sets)
         return session
 
     def read(self, shard: int, *, check_fit: bool = False) -> None:
@@ -93,7 +96,7 @@ class Worker:
             session.check_fit(plan.sets[plan.shards[shard][0].set])
         done: list[Path] = []
         try:
-            with ThreadPoolExecutor(1) as pool:
+            with _told_out_of_memory(), ThreadPoolExecutor(1) as pool:
                 libraries = _WrittenBeside(plan.library.place, pool), _WrittenBeside(plan.pieces.place, pool)
                 for piece in plan.shards[shard]:
                     done += self._read(piece, libraries[0] if piece.is_whole(plan.sets) else libraries[1])
@@ -121,6 +124,49 @@ class Worker:
             except DamagedProfile as error:
                 self.say(f"{error.folder} is damaged: it is made again")
                 shutil.rmtree(error.folder)
+
+
+@contextmanager
+def _told_out_of_memory() -> Iterator[None]:
+    """Turns an error of memory into an InputError."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError("memory ran out: plan again with fewer --workers or a smaller --batch-tokens") from error
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a shard in a process of its own.
+
+    lines: what was said; error: why it could not be read, if so; is_hopeless: no other shard can be read either
+    """
+
+    lines: list[str]
+    error: str | None = None
+    is_hopeless: bool = False
+
+
+_workers: dict[str, Worker] = {}
+_lines: list[str] = []
+
+
+def read_shard(plan: str, roots: Roots, shard: int) -> Outcome:
+    """Reads a shard in a process that may have read others of the plan in this folder, and have its model open."""
+    error, is_open = None, False
+    try:
+        if plan not in _workers:
+            _workers.clear()  # of an earlier plan
+            _workers[plan] = Worker(ProfilePlan.load(plan), roots, _lines.append)
+        _workers[plan].session  # noqa: B018
+        is_open = True
+        _workers[plan].read(shard, check_fit=shard == 0)
+    except InputError as raised:
+        error = str(raised)
+    said, _lines[:] = [*_lines], []
+    return Outcome(said, error, error is not None and not is_open)
 
 
 def run_rank(
