@@ -17,7 +17,7 @@ help:
 	@echo 'make test     lint, then all tests, against the installed package'
 	@echo 'make test-dispatch forecasts on older instruction sets'
 	@echo 'make fuzz     reads 5,000 damaged files of every kind; FILES=, SEED='
-	@echo 'make faults   kills commands 300 times and fills 30 disks, as root; KILLS=, DISKS=, SEED='
+	@echo 'make faults   kills commands 300 times and workers 100 times, fills 30 disks, as root; KILLS=, DISKS=, SEED='
 	@echo 'make sanitize the core under the address and undefined behaviour sanitizers'
 	@echo 'make lint     ruff, clang-format and mypy, nothing rewritten'
 	@echo 'make format   rewrite all files in the format that lint asks for'
@@ -64,6 +64,7 @@ KILLS ?= 300
 DISKS ?= 30
 faults: $(VENV)/installed
 	HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python tests/faults/faults.py --kills $(KILLS) --disks $(DISKS) --seed $(SEED)
+	HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python tests/faults/machines.py --kills $$(($(KILLS) / 3)) --seed $(SEED)
 
 # What the core computes is checked by the same program that tests/ops/test_core.py runs on an emulated ARM machine.
 sanitize: $(VENV)/build_tools

@@ -20,9 +20,17 @@ BEFORE = {"out/a": "1", "out/b": "1", "out/sub/c": "1"}
 AFTER = {"out/a": "2", "out/b": "2", "out/sub/c": "2"}
 
 
-def test_score_leaves_earlier_results_whole_and_goes_on(tiny: Tiny) -> None:
-    program = Path(__file__).with_name("faults.py")
-    words = ("--material", tiny.model.parent, "--only", "score", "--kills", 5, "--disks", 2, "--others", 1)
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("faults.py", ("--only", "score", "--kills", 5, "--disks", 2, "--others", 1)),
+        ("machines.py", ("--executor", "local", "--kills", 2, "--others", 0)),
+    ],
+)
+def test_a_part_of_the_faults(tiny: Tiny, name: str, words: tuple[object, ...]) -> None:
+    """Earlier results stay whole, and the same command goes on."""
+    program = Path(__file__).with_name(name)
+    words = ("--material", tiny.model.parent, *words)
     ran = subprocess.run(
         [sys.executable, program, *map(str, words)], capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(program.parents[1]), *sys.path])},
