@@ -34,7 +34,8 @@ from process import State, state
 
 MARK = "STS_FAULTS"  # in the environment of all processes of an accident, by which they are found
 MOST_SECONDS = 240  # of one command
-GONE_SECONDS = 45  # until nothing runs after its end: Ray's own processes look for their node now and then
+GONE_SECONDS = 20  # until nothing runs after its end
+RAYS_OWN = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # Ray leaves them behind a driver that got SIGKILL
 LOST = ("was killed", "was lost")
 
 
@@ -88,12 +89,13 @@ class Setting:
 
     def left(self) -> list[str]:
         until = time.monotonic() + GONE_SECONDS
-        while (found := self.processes()) and time.monotonic() < until:
+        while (found := {*self.processes()} - {*self.processes(*RAYS_OWN)}) and time.monotonic() < until:
             time.sleep(0.1)
         told = []
         for pid in found:
             with contextlib.suppress(OSError):
                 told.append(f"left is {Path(f'/proc/{pid}/cmdline').read_bytes()!r}")
+        for pid in self.processes():
             signalled(pid, signal.SIGKILL)
         return told
 

@@ -24,7 +24,7 @@ AFTER = {"out/a": "2", "out/b": "2", "out/sub/c": "2"}
     ("name", "words"),
     [
         ("faults.py", ("--only", "score", "--kills", 5, "--disks", 2, "--others", 1)),
-        ("machines.py", ("--executor", "local", "--kills", 2, "--others", 0)),
+        ("machines.py", ("--executor", "local", "--kills", 1, "--others", 0)),
     ],
 )
 def test_a_part_of_the_faults(tiny: Tiny, name: str, words: tuple[object, ...]) -> None:
