@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,9 @@ def test_a_plan_is_the_same_each_time_and_can_be_read_again(tiny: Tiny, tmp_path
     assert again.missing() == [*range(len(one.shards))]
     assert len(one.shards) > 3
     assert any(not piece.is_whole(one.sets) for shard in one.shards for piece in shard)
+    first, *others = one.sets
+    renamed = replace(first, prompts=[replace(prompt, id=f"new {prompt.id}") for prompt in first.prompts])
+    assert replace(one, sets=(renamed, *others)).key != one.key
 
 
 @pytest.mark.parametrize("world", [1, 3])

@@ -159,6 +159,7 @@ class ProfilePlan:
         digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode())
         for prompt_set in self.sets:
             for prompt in prompt_set.prompts:
+                digest.update(json.dumps([prompt.id, prompt.question, prompt.draw]).encode())  # profiles say these, too
                 for ids in (prompt.base_ids, prompt.demos_ids, prompt.positions, prompt.paired, prompt.paired_demos):
                     digest.update(f"{len(ids)} ".encode() + ids.astype("<i4").tobytes())
         return digest.hexdigest()
