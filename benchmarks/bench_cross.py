@@ -15,6 +15,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,10 @@ def _prompt(rng: np.random.Generator, order: NDArray[np.int64], n_drawn: int) ->
 
 
 def named(pool: list[Profile], n: int, kind: str) -> Iterator[Profile]:
-    return (pool[i % len(pool)].named(f"{kind} {i}", kind) for i in range(n))
+    for i in range(n):
+        profile, name = pool[i % len(pool)], f"{kind} {i}"
+        identity = replace(profile.identity, set=name, kind=kind)
+        yield profile.of(identity, replace(profile.prompt_set, name=name))
 
 
 def check(trains: list[Profile], domains: list[Profile], top_n: int) -> None:
