@@ -79,7 +79,7 @@ class Problem:
         return cuda.encode_sparse(self.encoder, self.base)
 
     def prompts(self) -> dict[str, Any]:
-        """What sum_by_prompt takes: prompts of 0 to 99 tokens, and pairs of every other token, the last one first."""
+        """Arguments of sum_by_prompt: prompts of 0 to 99 tokens, and pairs of every other token, the last one first."""
         import numpy as np
 
         from sts_fast.ops import cuda

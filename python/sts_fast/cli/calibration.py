@@ -62,7 +62,7 @@ def change_column(forecast: Forecast) -> Column | None:
 
 
 def learned(forecast: Forecast) -> list[str]:
-    """What the changes were learned from, and how good they were."""
+    """Sentences that say which runs the changes were learned from, and how good they were."""
     calibration = forecast.calibration
     if calibration is None:
         return []

@@ -68,7 +68,7 @@ def is_quiet() -> bool:
 
 
 class Interrupted(Exception):
-    """Raised in the place of KeyboardInterrupt where it is known what is left: the message says it."""
+    """An interrupt by Ctrl-C or SIGTERM; the message says what is left of the work."""
 
 
 def fail(message: str) -> None:
@@ -88,7 +88,7 @@ def say(line: str, style: str = "dim") -> None:
 
 
 def note(line: str) -> None:
-    """Where results are, and what to do with them."""
+    """Tells where results are, and what to do with them; nothing where the command is quiet."""
     say(line, style="")
 
 

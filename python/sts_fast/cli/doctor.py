@@ -79,7 +79,7 @@ def doctor(
 
 
 def _outlook(planned: Planned, settings: Settings, places: Places, how: How) -> Outlook | None:
-    """What score --dry-run tells; None where no forecast was named."""
+    """The outlook that score --dry-run prints; None where no forecast was named."""
     if planned.model is None and not planned.train and not planned.domains:
         return None
     for option, given in (("model", planned.model), ("sae", planned.sae), ("train", planned.train)):

@@ -9,7 +9,7 @@ import numpy as np
 
 from sts_fast.data.prompts import Prompt, PromptSet
 
-PIECES_FOLDER = "pieces"  # in a library, of the profiles of pieces until their set is whole
+PIECES_FOLDER = "pieces"  # in a library or a plan, of the profiles of pieces until their set is whole
 
 
 @dataclass(frozen=True)
