@@ -20,7 +20,7 @@ class Problem:
     ) -> None:
         import torch
 
-        from sts_fast.ops import cuda_encoder
+        from sts_fast.ops import device_encoder
 
         self.activation, self.d_sae, self.precision = activation, d_sae, precision
         generator = torch.Generator("cuda").manual_seed(seed)
@@ -36,8 +36,8 @@ class Problem:
         self.threshold = torch.full((d_sae,), border, device="cuda")
         self.bias = 0.1 * normal(d_sae)
         topk = activation == "topk"
-        self.encoder = cuda_encoder.Encoder(
-            cuda_encoder.prepare_weights(self.W_enc, torch.zeros(d_in).numpy(), torch.device("cuda", 0), precision),
+        self.encoder = device_encoder.Encoder(
+            device_encoder.prepare_weights(self.W_enc, torch.zeros(d_in).numpy(), torch.device("cuda", 0), precision),
             self.bias.cpu().numpy(),
             d_in=d_in,
             precision=precision,

@@ -58,8 +58,8 @@ def rows_on(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Any]:
     from sts_fast.ops import backend
 
     if gpu.type == "cpu":
-        is_tensor = lambda acts: torch.device("cpu") if isinstance(acts, torch.Tensor) else None  # noqa: E731
-        monkeypatch.setattr(backend, "cuda_device_of", is_tensor)
+        monkeypatch.setattr(backend, "device_of", lambda acts: gpu if isinstance(acts, torch.Tensor) else None)
+        monkeypatch.setattr(backend, "kernels_serve", lambda values: isinstance(values, torch.Tensor))
     return lambda acts: torch.as_tensor(acts).to(gpu)
 
 

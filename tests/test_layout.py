@@ -36,7 +36,7 @@ LINE_OF = {room: line for line, rooms in enumerate(ROOMS) for room in rooms}
 MOST_ENTRIES = 21  # at the top of the package
 MOST_PARAMETERS = 9  # of a function, but **options; what belongs together is a dataclass
 # The CUDA encoder takes what its native sister takes.
-OF_MORE_PARAMETERS = {"ops/cuda_encoder.py: Encoder.__init__"}
+OF_MORE_PARAMETERS = {"ops/device_encoder.py: Encoder.__init__"}
 HEAVY = {"torch", "transformers", "sae_lens", "pandas", "pyarrow", "matplotlib", "datasets", "scipy"}
 SUBCLASSES_OF_HEAVY = {"trainer.py"}  # whoever imports it has imported transformers
 UNPICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

@@ -520,9 +520,10 @@ def test_layer_out_of_range(layer: int, model_of: Callable[[str], Any], saved: C
         load_decoder(saved("llama"), layer, device="cpu")
 
 
-def test_device_that_is_not_there(saved: Callable[[str], Path]) -> None:
-    with pytest.raises(InputError, match="cannot be moved to the device 'cuda:99'"):
-        load_decoder(saved("llama"), 0, device="cuda:99")
+@pytest.mark.parametrize("device", ["cuda:99", "xpu:9", "mps"])
+def test_device_that_is_not_there(device: str, saved: Callable[[str], Path]) -> None:
+    with pytest.raises(InputError, match=f"cannot be moved to the device '{device}'"):
+        load_decoder(saved("llama"), 0, device=device)
     with pytest.raises(InputError, match="not 'toaster'"):
         load_decoder(saved("llama"), 0, device="toaster")
 

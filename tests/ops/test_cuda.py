@@ -13,24 +13,24 @@ from ops_problem import ACTIVATIONS, INTEGER, NORMS, Problem, assert_close, asse
 from safetensors.numpy import load_file
 
 from sts_fast import CorrelationStats, InputError, ShiftStats, encode
-from sts_fast.ops import backend, cuda, cuda_encoder, cuda_kernels
+from sts_fast.ops import backend, cuda, cuda_kernels, device_encoder
 
 SUMS = ("sum_sq_shift", "sum_base", "sum_other", "sum_sq_base", "sum_sq_other")
 COUNTS = ("n_fired_base", "n_fired_other")
 
 
-def encoder_of(problem: Problem, gpu: Any, precision: str = "fp32", W_enc: Any = None) -> cuda_encoder.Encoder:
+def encoder_of(problem: Problem, gpu: Any, precision: str = "fp32", W_enc: Any = None) -> device_encoder.Encoder:
     W_enc = problem.W_enc if W_enc is None else W_enc
-    weights = cuda_encoder.prepare_weights(W_enc, np.zeros(len(W_enc), np.float32), gpu, precision)
+    weights = device_encoder.prepare_weights(W_enc, np.zeros(len(W_enc), np.float32), gpu, precision)
     given = problem.parameters | {"d_in": len(W_enc), "precision": precision, "activation": problem.activation}
-    return cuda_encoder.Encoder(weights, problem.bias, **given)
+    return device_encoder.Encoder(weights, problem.bias, **given)
 
 
 def on(gpu: Any, values: Any) -> Any:
     return torch.from_numpy(values).to(gpu) if isinstance(values, np.ndarray) else values.to(gpu)
 
 
-def shift(problem: Problem, encoder: cuda_encoder.Encoder, **chosen: Any) -> dict[str, Any]:
+def shift(problem: Problem, encoder: device_encoder.Encoder, **chosen: Any) -> dict[str, Any]:
     gpu, n = encoder.device, problem.n_columns
     sums: dict[str, Any] = {name: torch.zeros(n, dtype=torch.float64, device=gpu) for name in SUMS}
     sums |= {name: torch.zeros(n, dtype=torch.int64, device=gpu) for name in COUNTS}
@@ -40,7 +40,7 @@ def shift(problem: Problem, encoder: cuda_encoder.Encoder, **chosen: Any) -> dic
     return {name: values.cpu().numpy() for name, values in sums.items()}
 
 
-def moments(problem: Problem, encoder: cuda_encoder.Encoder) -> dict[str, Any]:
+def moments(problem: Problem, encoder: device_encoder.Encoder) -> dict[str, Any]:
     gpu, n = encoder.device, problem.n_columns
     sums: dict[str, Any] = {name: torch.zeros(n, dtype=torch.float64, device=gpu) for name in ("sum_h", "sum_sq_h")}
     sums["n_fired"] = torch.zeros(n, dtype=torch.int64, device=gpu)
@@ -59,7 +59,7 @@ def assert_sparse_is(problem: Problem, found: Any) -> None:
     np.testing.assert_array_equal(values, h[rows, columns])
 
 
-def assert_all_exact(problem: Problem, encoder: cuda_encoder.Encoder) -> None:
+def assert_all_exact(problem: Problem, encoder: device_encoder.Encoder) -> None:
     assert_exact(shift(problem, encoder), problem.wanted_shift())
     assert_exact(moments(problem, encoder), problem.wanted_moments())
     assert_sparse_is(problem, cuda.encode_sparse(encoder, on(encoder.device, problem.base), problem.columns))
@@ -367,18 +367,3 @@ def test_precision_is_chosen_by_name() -> None:
         assert backend.precision_of(sae) == "fp32"
     finally:
         backend.set_precision(None)
-
-
-def test_cuda_rows_never_go_to_the_cpu_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
-    class OnCuda:
-        is_cuda, ndim, shape = True, 2, (3, 24)
-
-        def __len__(self) -> int:
-            return 3
-
-    monkeypatch.setattr(cuda_kernels, "missing_reason", lambda: "there is no CUDA device")
-    message = "^the activations are on a CUDA device, but there is no CUDA device; or move them to the CPU$"
-    with pytest.raises(InputError, match=message):
-        encode(make_sae(), OnCuda())
-    with pytest.raises(InputError, match=message):
-        ShiftStats(make_sae()).update(OnCuda(), OnCuda())

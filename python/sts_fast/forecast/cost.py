@@ -13,7 +13,7 @@ from sts_fast.model.cost import ModelSize, count_passes, product_speed
 from sts_fast.model.lengths import length_rule
 from sts_fast.model.memory import TokenBudget
 from sts_fast.model.packing import bytes_per_token
-from sts_fast.model.weights import device_named
+from sts_fast.ops.devices import device_named
 from sts_fast.places import split_name
 from sts_fast.sae import SAE
 from sts_fast.signed.push import MAP_PROMPTS

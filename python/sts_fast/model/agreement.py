@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sts_fast.ops.devices import doubled
+
 if TYPE_CHECKING:
     import torch
 
@@ -42,8 +44,8 @@ def relative_error(rows: torch.Tensor, expected: torch.Tensor, *, typical: bool 
     """
     import torch
 
-    error = torch.linalg.vector_norm(rows.double() - expected.double(), dim=-1)
-    relative = error / torch.linalg.vector_norm(expected.double(), dim=-1).clamp_min(1e-12)
+    error = torch.linalg.vector_norm(doubled(rows) - doubled(expected), dim=-1)
+    relative = error / torch.linalg.vector_norm(doubled(expected), dim=-1).clamp_min(1e-12)
     exact = rows.dtype in (torch.float32, torch.float64) and not typical
     worst = relative.max() if exact else relative.median()
     return float(worst.nan_to_num(torch.inf))

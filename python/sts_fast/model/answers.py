@@ -15,6 +15,7 @@ from sts_fast.model.language_model import padded_ids
 from sts_fast.model.layer_trace import input_device
 from sts_fast.model.lengths import ANY_LENGTH, forget_lengths, length_rule
 from sts_fast.model.memory import TokenBudget, most_tokens, running
+from sts_fast.ops.devices import doubled
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +35,7 @@ def score_tokens(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tens
     logits: [..., n, vocabulary] from which the tokens [..., n] are to be foretold
     """
     # In float64, because the loss of an answer that is nearly certain is the difference of near equals.
-    log_p = logits.double().log_softmax(dim=-1)
+    log_p = doubled(logits).log_softmax(dim=-1)
     return log_p.gather(-1, tokens[..., None])[..., 0], log_p.argmax(dim=-1) == tokens
 
 

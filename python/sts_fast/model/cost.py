@@ -12,6 +12,7 @@ from sts_fast.data.prompts import Prompt, PromptSet
 from sts_fast.model.lengths import ANY_LENGTH, LengthRule, Regime
 from sts_fast.model.memory import take
 from sts_fast.model.packing import layer_sizes, shared_length
+from sts_fast.ops.devices import synchronize
 
 if TYPE_CHECKING:
     import torch
@@ -111,8 +112,7 @@ def product_speed(device: torch.device, dtype: torch.dtype) -> float:
         started = time.perf_counter()
         for _ in range(n):
             a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         return time.perf_counter() - started
 
     seconds(1)  # the first product sets things up

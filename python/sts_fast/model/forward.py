@@ -36,7 +36,7 @@ from sts_fast.model.packing import (
     shared_length,
     short_windows,
 )
-from sts_fast.ops.cuda import moved
+from sts_fast.ops.devices import moved
 
 if TYPE_CHECKING:
     import torch
@@ -253,7 +253,7 @@ class ForwardPasses:
             norms, picked = [], []
             for activation in activations:
                 flat = activation.flatten(0, 1)
-                norms.append(row_norms(flat).to("cpu", non_blocking=True))
+                norms.append(row_norms(flat).to("cpu", non_blocking=flat.is_cuda))
                 rows_read = flat[moved(torch.from_numpy(read.astype(np.int64)), flat.device)]
                 picked.append(list(torch.split(rows_read, [len(sequences.positions[i]) for i in batch])))
             # A model may be spread over several devices, and none of them may be torch's current one.

@@ -25,8 +25,7 @@ from sts_fast.model.memory import running
 from sts_fast.model.packing import check_vocabulary
 from sts_fast.model.reader import PairedRows, Reader
 from sts_fast.model.weights import DeviceMap
-from sts_fast.ops import cuda_kernels
-from sts_fast.ops.cuda import moved
+from sts_fast.ops.devices import moved
 from sts_fast.places import layer_of, split_name
 
 if TYPE_CHECKING:
@@ -317,9 +316,8 @@ def _for_core(rows: list[torch.Tensor]) -> torch.Tensor:
     import torch
 
     joined = torch.cat(rows)
-    if joined.is_cuda and cuda_kernels.missing_reason() is None:
-        return joined  # the core reads them where they are
-    joined = joined.cpu()
+    if joined.device.type != "cpu":
+        return joined  # features are computed where they are
     return joined if joined.dtype in (torch.float32, torch.bfloat16) else joined.float()
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from sts_fast.ops.devices import doubled
+
 if TYPE_CHECKING:
     import torch
 
@@ -204,7 +206,7 @@ def _addend(trace: LayerTrace, start: torch.Tensor, end: torch.Tensor, names: li
     """The module whose output, times a factor, is end - start."""
     for name in names:
         part = trace.outputs[name]
-        for scale in (1.0, _fitted(end.double() - start.double(), part.double())):
+        for scale in (1.0, _fitted(doubled(end) - doubled(start), doubled(part))):
             if scale and _adds_up(end, [(start, 1.0), (part, scale)]):
                 return Tap(name, "output", scale)
     return None
@@ -251,7 +253,7 @@ def _normed(trace: LayerTrace, value: torch.Tensor) -> Tap | None:
         for centred in (False, True):
             for epsilon in trace.epsilons[name]:
                 norm = Norm(centred, epsilon)
-                if _is_affine(norm(entering.double()).flatten(0, 1), value.double().flatten(0, 1), centred, value):
+                if _is_affine(norm(doubled(entering)).flatten(0, 1), doubled(value).flatten(0, 1), centred, value):
                     return Tap(name, "input", norm=norm)
     return None
 
@@ -284,7 +286,7 @@ def _giving(trace: LayerTrace, value: torch.Tensor) -> list[str]:
 
 def _mixes(value: torch.Tensor) -> bool:
     """True if later tokens differ between two sequences that differ in their first token only."""
-    first, second = value[0, 1:].double(), value[1, 1:].double()
+    first, second = doubled(value[0, 1:]), doubled(value[1, 1:])
     return float((first - second).abs().max()) > MOST_ROUNDING * _epsilon(value) * float(first.abs().max())
 
 
@@ -298,13 +300,13 @@ def _fitted(total: torch.Tensor, part: torch.Tensor) -> float:
 
 
 def _adds_up(total: torch.Tensor, parts: list[tuple[torch.Tensor, float]]) -> bool:
-    terms = [part.double() * scale for part, scale in parts]
-    size = total.double().abs()
+    terms = [doubled(part) * scale for part, scale in parts]
+    size = doubled(total).abs()
     for term in terms:
         size = size + term.abs()
     rounding = MOST_ROUNDING * max(_epsilon(part) for part in (total, *(part for part, _ in parts)))
     added = float(terms[-1].abs().max()) > rounding * float(size.max())
-    return added and bool(((sum(terms) - total.double()).abs() <= rounding * size).all())
+    return added and bool(((sum(terms) - doubled(total)).abs() <= rounding * size).all())
 
 
 def _epsilon(value: torch.Tensor) -> float:

@@ -17,6 +17,7 @@ from sts_fast.model import adapters, weights
 from sts_fast.model.checkpoint import WEIGHT_FILES, Checkpoint
 from sts_fast.model.hooks import decoder_layers
 from sts_fast.model.weights import DeviceMap, Placement
+from sts_fast.ops.devices import device_named
 from sts_fast.places import OTHER_TOWERS
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def load(checkpoint: Checkpoint, auto_class: Any, config: PretrainedConfig, requ
     import torch
 
     weights.check_placement(request.device, request.device_map)
-    device, dtype = str(weights.device_named(request.device)), request.dtype
+    device, dtype = str(device_named(request.device)), request.dtype
     if dtype == "auto" and device == "cpu":
         dtype = "float32"
     placement = None if request.device_map is None else Placement(request.device_map, device)

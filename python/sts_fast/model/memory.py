@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from sts_fast.errors import InputError, one_line
+from sts_fast.ops.devices import device_named, forget_freed, free_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +63,6 @@ class TokenBudget:
 
     def halve(self, n_sequences: int, n_tokens: int) -> None:
         """Halves the budget after a batch did not fit. Raises InputError where it was a single sequence."""
-        import torch
 
         if n_sequences == 1:
             raise InputError(
@@ -74,8 +74,7 @@ class TokenBudget:
                 f"{n_tokens} tokens in a pass do not fit into the memory of {self.device} beside {self.name}: plan "
                 f"again with --batch-tokens {max(1, n_tokens // 2)}"
             )
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        forget_freed(self.device)
         self.n_tokens = max(1, min(self.n_tokens or n_tokens, n_tokens) // 2)
         self.say(f"out of memory with {n_tokens} tokens in a pass: going on with {self.n_tokens} (--batch-tokens)")
 
@@ -113,11 +112,8 @@ def most_tokens(device: torch.device, *, gradient: bool = False) -> int:
 
 
 def usual_batch_tokens(device: str) -> int:
-    """Most tokens of a forward pass on a device by its name, whatever its memory; auto is CUDA where there is some."""
-    import torch
-
-    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
-    return MOST_ON_CPU if on_cpu else MOST_BATCH_TOKENS
+    """Most tokens of a forward pass on a device by its name, which this machine need not have, whatever its memory."""
+    return most_tokens(device_named(device))
 
 
 def take(order: list[int], lengths: NDArray[np.int64], batch_tokens: int) -> list[int]:
@@ -158,11 +154,8 @@ def running(name: str) -> Iterator[None]:
 
 def free_memory(device: torch.device) -> int | None:
     """Bytes that can still be allocated on a device; None where the machine does not report them."""
-    import torch
-
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        return free_bytes(device)
     amounts = []
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sts_fast.errors import InputError
+from sts_fast.ops.devices import doubled
 
 if TYPE_CHECKING:
     import torch
@@ -225,6 +226,6 @@ def row_norms(rows: torch.Tensor) -> torch.Tensor:
     """[n_tokens] float64 Euclidean norm of each row [n_tokens, d_in]; NaN where it contains NaN or infinity."""
     import torch
 
-    norms = torch.linalg.vector_norm(rows.float(), dim=-1).double()
+    norms = doubled(torch.linalg.vector_norm(rows.float(), dim=-1))
     finite = torch.isfinite(rows).all(dim=-1)
     return torch.where(finite, norms, torch.nan)

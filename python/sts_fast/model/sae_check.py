@@ -14,6 +14,7 @@ from sts_fast.errors import InputError
 from sts_fast.model.hooks import Hook
 from sts_fast.model.model_names import model_type, same_model
 from sts_fast.model.reader import Reader
+from sts_fast.ops.devices import doubled
 from sts_fast.ops.encode import encode
 from sts_fast.places import PLACES, place_name, split_name
 from sts_fast.sae import SAE
@@ -152,8 +153,8 @@ def _explained(sae: SAE, acts: torch.Tensor, target: torch.Tensor | None = None,
     decoded = sae.reconstruct(acts * scale, encode(sae, acts * scale))
     if decoded is None:
         return None
-    wanted = (acts if target is None else target).double()
-    left = float(((wanted - decoded.double() / scale) ** 2).sum())
+    wanted = doubled(acts if target is None else target)
+    left = float(((wanted - doubled(decoded) / scale) ** 2).sum())
     total = float(((wanted - wanted.mean(dim=0)) ** 2).sum())
     return 1 - left / total if total and math.isfinite(left) else None
 
@@ -171,7 +172,7 @@ def _low_variance(
         if value is not None:
             tried.append((value, words))
 
-    norms = acts.double().norm(dim=-1)
+    norms = doubled(acts).norm(dim=-1)
     if sae.input_scale != 1:
         attempt("leave out --norm-scaling-factor", replace(sae, input_scale=1.0), acts)
     elif sae.input_norm == "none":

@@ -47,7 +47,7 @@ class Loading(Checked):
     TITLE = "Model"
 
     dtype: Annotated[Dtype, Option("Of the model; auto is float32 on the CPU.")] = "auto"
-    device: Annotated[str, Option("cpu, cuda, cuda:1, ...; auto takes CUDA if present.")] = "auto"
+    device: Annotated[str, Option("cpu, cuda, cuda:1, xpu, mps; auto takes a GPU if present.")] = "auto"
     device_map: Annotated[
         DeviceMap | None,
         Option(
@@ -324,9 +324,7 @@ class Session:
             self.whole if self.reads_whole else self.checkpoint or self.model, self.name, self.reading
         )
         if decoder.device.type == "cuda" and (reason := cuda_kernels.missing_reason()) is not None:
-            self.reading.tell_line(
-                f"the model runs on {decoder.device}, its features are computed on the CPU: {reason}"
-            )
+            self.reading.tell_line(f"on {decoder.device}, features are computed by torch: {reason}")
         return decoder
 
     @cached_property

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import re
 import shutil
 import tempfile
 import weakref
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sts_fast._version import __version__
 from sts_fast.errors import InputError
 from sts_fast.model.hooks import decoder_layers
+from sts_fast.ops.devices import device_named, name_of
 
 if TYPE_CHECKING:
     import torch
@@ -25,17 +25,6 @@ DeviceMap = str | Mapping[str, Any]
 SPREADING, SINGLE = ("auto", "balanced", "balanced_low_0", "sequential"), ("cpu", "disk")
 # Numbers of each tensor in the digest, evenly spread: enough to distinguish two trainings.
 N_SAMPLED = 1024
-
-
-def device_named(name: str) -> torch.device:
-    """The device of --device; 'auto' is CUDA if available. Raises InputError for an unknown name."""
-    import torch
-
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise InputError(f"--device is auto, cpu, cuda or cuda:N, not '{name}'")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
 
 
 def check_placement(device: str, device_map: DeviceMap | None) -> None:
@@ -135,7 +124,7 @@ def model_sha256(model: Any) -> str | None:
         f"{type(model).__module__}.{type(model).__qualname__}",
         json.dumps(settings, sort_keys=True, default=str),
         str(getattr(config, "_attn_implementation", None)),
-        torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        name_of(device),
         __version__, torch.__version__, transformers.__version__,
     )  # fmt: skip
     digest = hashlib.sha256("\n".join(described).encode())

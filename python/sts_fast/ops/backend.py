@@ -1,20 +1,21 @@
-"""Passes an SAE to the native core: folds its biases and picks the backend by the device of the activations."""
+"""Passes an SAE to the ops: folds its biases and picks the backend by the device of the activations."""
 
 from __future__ import annotations
 
 import math
 from threading import RLock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from sts_fast.errors import InputError
-from sts_fast.ops import _cpu, cuda_kernels
-from sts_fast.ops.cuda_encoder import PRECISIONS, prepare_weights
-from sts_fast.ops.cuda_encoder import Encoder as CudaEncoder
+from sts_fast.ops import _cpu, cuda, cuda_kernels, torch_backend
+from sts_fast.ops.device_encoder import PRECISIONS, prepare_weights
+from sts_fast.ops.device_encoder import Encoder as DeviceEncoder
+from sts_fast.ops.devices import device_of_doubles
 from sts_fast.sae import SAE
-from sts_fast.sae.rows import check_array, check_tensor, is_on_cuda, is_tensor
+from sts_fast.sae.rows import check_array, check_tensor, is_tensor
 
 if TYPE_CHECKING:
     import torch
@@ -23,16 +24,56 @@ if TYPE_CHECKING:
     from sts_fast.statistics import Doubles
 
 _encoders: WeakKeyDictionary[SAE, _cpu.Encoder] = WeakKeyDictionary()
-_cuda_encoders: WeakKeyDictionary[SAE, dict[tuple[torch.device, str], CudaEncoder]] = WeakKeyDictionary()
+_device_encoders: WeakKeyDictionary[SAE, dict[tuple[torch.device, str], DeviceEncoder]] = WeakKeyDictionary()
 _making = RLock()  # so that threads that begin with one SAE fold it once
 _precision: str | None = None
 
 
+class Backend(NamedTuple):
+    """What computes with an SAE's features where the rows are.
+
+    ops:     a module with the functions of _cpu
+    encoder: the SAE for these
+    sums_on: the device of accumulators, which are tensors there; None for numpy arrays
+    """
+
+    ops: Any
+    encoder: Any
+    sums_on: torch.device | None
+
+
+def of(sae: SAE, acts: Any) -> Backend:
+    """The backend of rows: the native core on the CPU, our kernels on a CUDA device, torch everywhere else.
+
+    Raises InputError where the SAE cannot be used.
+    """
+    device = device_of(acts)
+    if device is None:
+        return Backend(_cpu, encoder(sae), None)
+    if kernels_serve(acts):
+        return Backend(cuda, device_encoder(sae, device), device)
+    return Backend(torch_backend, device_encoder(sae, device), device_of_doubles(device))
+
+
+def device_of(acts: Any) -> torch.device | None:
+    """The device that activations are on, where they are also encoded; None for the CPU."""
+    if not is_tensor(acts) or acts.device.type == "cpu":
+        return None
+    device: torch.device = acts.device
+    return device
+
+
+def kernels_serve(values: Any) -> bool:
+    """Whether our CUDA kernels compute on a tensor's device."""
+    return is_tensor(values) and values.is_cuda and cuda_kernels.missing_reason() is None
+
+
 def set_precision(name: str | None) -> None:
-    """Sets the precision of CUDA products: "bf16", "bf16x2" or "fp32"; None: "bf16x2", and "bf16" for bfloat16 SAEs.
+    """Sets the precision of products on a GPU: "bf16", "bf16x2" or "fp32".
 
     "bf16" rounds weights and activations. "bf16x2" writes each that is not bfloat16 already as the sum of two, with a
-    relative error of about 1e-5.
+    relative error of about 1e-5; where a device cannot multiply these, it stands for "fp32". None: "bf16x2", and "bf16"
+    for bfloat16 SAEs.
 
     Raises ValueError for another name. The CPU always computes in float32.
     """
@@ -43,7 +84,7 @@ def set_precision(name: str | None) -> None:
 
 
 def precision_of(sae: SAE) -> str:
-    """The precision of CUDA products with this SAE's weights."""
+    """The precision of a GPU's products with this SAE's weights."""
     return _precision or ("bf16" if str(sae.W_enc.dtype).endswith("bfloat16") else "bf16x2")
 
 
@@ -55,38 +96,20 @@ def encoder(sae: SAE) -> _cpu.Encoder:
         return _encoders[sae]
 
 
-def cuda_encoder(sae: SAE, device: torch.device) -> CudaEncoder:
-    """The SAE for the CUDA core, made once per SAE, device and precision; W_enc is copied to the device."""
+def device_encoder(sae: SAE, device: torch.device) -> DeviceEncoder:
+    """The SAE for the ops of a device, made once per SAE, device and precision; W_enc is copied to the device."""
 
-    def make() -> CudaEncoder:
+    def make() -> DeviceEncoder:
         weights = prepare_weights(sae.W_enc, sae.b_dec, device, precision)
         # b_dec goes through the weights as they were rounded: then x - b_dec does, and not x alone.
-        return CudaEncoder(weights, d_in=sae.d_in, precision=precision, **_folded(sae, weights.b_dec_W))
+        return DeviceEncoder(weights, d_in=sae.d_in, precision=precision, **_folded(sae, weights.b_dec_W))
 
     precision = precision_of(sae)
     with _making:
-        encoders = _cuda_encoders.setdefault(sae, {})
+        encoders = _device_encoders.setdefault(sae, {})
         if (device, precision) not in encoders:
             encoders[device, precision] = _named(sae, make)
         return encoders[device, precision]
-
-
-def cuda_device_of(acts: Any) -> torch.device | None:
-    """The CUDA device that activations are on, where they are also encoded; None for the CPU.
-
-    Raises InputError where this machine or build has no CUDA ops: nothing moves to the CPU unless the user does it.
-    """
-    if not is_on_cuda(acts):
-        return None
-    reason = cuda_kernels.missing_reason()
-    if reason is not None:
-        raise InputError(f"the activations are on a CUDA device, but {reason}; or move them to the CPU")
-    if is_tensor(acts):
-        device: torch.device = acts.device
-        return device
-    import torch
-
-    return torch.device("cuda", acts.__dlpack_device__()[1])
 
 
 def numbers(values: Any, name: str, shape: tuple[int, int]) -> Doubles:

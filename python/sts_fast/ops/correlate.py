@@ -10,7 +10,7 @@ import numpy as np
 
 from sts_fast import files
 from sts_fast.errors import InputError
-from sts_fast.ops import _cpu, backend, cuda
+from sts_fast.ops import backend
 from sts_fast.ops.sums import Statistics, Sums, zeros
 from sts_fast.sae import SAE
 from sts_fast.sae.rows import rows
@@ -39,7 +39,7 @@ class CorrelationStats(Statistics):
     sum_y, sum_sq_y: [n_targets] float64, sums of (y - origin) and of its square
     n_tokens:        rows seen
 
-    Rows on a CUDA device are summed there, and sums of features stay there until they are read.
+    Rows on a GPU are summed there, and sums of features stay there until they are read.
     Threads that update one object at once: see Statistics; `origin` is then of the row that came first.
     """
 
@@ -69,18 +69,15 @@ class CorrelationStats(Statistics):
         Raises ValueError, naming the argument, for a wrong shape or dtype, or NaN or infinity; nothing is added then.
         """
         sae = self._sae_to_update()
-        device = backend.cuda_device_of(acts)
         acts = rows(acts, sae.d_in)
+        ops, encoder, sums_on = backend.of(sae, acts)
         y = backend.numbers(targets, "targets", (len(acts), len(self.sum_y)))
         with self._lock:
             before = self._sums
-            sums = before.copies(_OF_FEATURES, device)
+            sums = before.copies(_OF_FEATURES, sums_on)
             origin = y[0].copy() if before.n_tokens == 0 and len(y) else before["origin"]
             y = y - origin
-            if device is None:
-                _cpu.accumulate_moments(backend.encoder(sae), acts, y, **sums)
-            else:
-                cuda.accumulate_moments(backend.cuda_encoder(sae, device), acts, y, **sums)
+            ops.accumulate_moments(encoder, acts, y, **sums)
             sums["origin"] = origin
             sums["sum_y"] = _add_in_order(before["sum_y"], y)
             sums["sum_sq_y"] = _add_in_order(before["sum_sq_y"], y * y)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property, wraps
+from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
-from sts_fast.ops import cuda_kernels
-from sts_fast.ops.cuda_encoder import Encoder
+from sts_fast.ops import cuda_kernels, device_call
 from sts_fast.ops.cuda_kernels import load
+from sts_fast.ops.device_call import MOST_ROWS_OF_A_CALL, DeviceCall, described, is_capturing
+from sts_fast.ops.device_encoder import Encoder
+from sts_fast.ops.devices import moved
 from sts_fast.sae.rows import check_array
 
 if TYPE_CHECKING:
@@ -23,21 +25,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MOST_ROWS = 1 << 16  # of one launch
-MOST_ROWS_OF_A_CALL = 1 << 31  # a row's number is the upper half of a key
 FIRST_STRIP = 8192  # features whose k largest values bound the row's, at least an eighth of all
 MOST_DENSE_WEIGHTS = 64  # more weights or targets than that are applied to the active features one by one
 PROMPT_WINDOW = 1 << 16  # features of a prompt that one block sums
 MAIN_LOOP = "automatic"  # or "sm80", which runs on every GPU, or "sm90"
 
-_SUMS = ("sum_sq_shift", "sum_base", "sum_other", "sum_sq_base", "sum_sq_other", "n_fired_base", "n_fired_other")
 _NO_KEY = (1 << 63) - 1
 
 Op = TypeVar("Op", bound=Callable[..., Any])
-
-
-def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Moves a tensor to a device; to a GPU asynchronously."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
@@ -65,50 +60,15 @@ def _on_its_device(op: Op) -> Op:
 
 
 @_on_its_device
-def accumulate_shift(
-    encoder: Encoder,
-    base: torch.Tensor,
-    other: torch.Tensor,
-    *,
-    columns: NDArray[np.int64] | None = None,
-    row_weights: Any = None,
-    weighted_sq_shift: torch.Tensor | None = None,
-    **sums: torch.Tensor | None,
-) -> None:
-    """As _cpu.accumulate_shift; activations may be float16 too, accumulators are tensors of the same device."""
-    _check_acts(encoder, base, "base")
-    _check_acts(encoder, other, "other")
-    if len(other) != len(base):
-        raise ValueError(f"other must have as many rows as base ({len(base)}), got {len(other)}")
-    if len({sums.get(name) is None for name in _SUMS[1:]}) > 1:
-        raise ValueError(f"{', '.join(_SUMS[1:])} must be given all or none")
-    call = _Call(encoder, [base, other], ("base", "other"), columns)
-    for name in _SUMS:
-        if name == "sum_sq_shift" or sums.get(name) is not None:
-            call.check_sum(sums[name], name)
-    rows = call.check_table(row_weights, "row_weights", weighted_sq_shift, "weighted_sq_shift")
-    call.run([sums.get(name) for name in _SUMS], rows, weighted_sq_shift)
+def accumulate_shift(encoder: Encoder, base: torch.Tensor, other: torch.Tensor, **given: Any) -> None:
+    """See device_call; K of row weights is any number."""
+    device_call.accumulate_shift(_Call, encoder, base, other, **given)
 
 
 @_on_its_device
-def accumulate_moments(
-    encoder: Encoder,
-    acts: torch.Tensor,
-    targets: Any = None,
-    *,
-    sum_h: torch.Tensor,
-    sum_sq_h: torch.Tensor,
-    n_fired: torch.Tensor,
-    sum_hy: torch.Tensor | None = None,
-    columns: NDArray[np.int64] | None = None,
-) -> None:
-    """As _cpu.accumulate_moments; activations may be float16 too, accumulators are tensors of the same device."""
-    _check_acts(encoder, acts, "acts")
-    call = _Call(encoder, [acts], ("acts",), columns)
-    for name, values in (("sum_h", sum_h), ("sum_sq_h", sum_sq_h), ("n_fired", n_fired)):
-        call.check_sum(values, name)
-    rows = call.check_table(targets, "targets", sum_hy, "sum_hy")
-    call.run([sum_h, sum_sq_h, n_fired], rows, sum_hy)
+def accumulate_moments(encoder: Encoder, acts: torch.Tensor, targets: Any = None, **given: Any) -> None:
+    """See device_call; K of targets is any number."""
+    device_call.accumulate_moments(_Call, encoder, acts, targets, **given)
 
 
 @_on_its_device
@@ -118,7 +78,6 @@ def encode_sparse(
     """As _cpu.encode_sparse, tensors on the device; waits for the device, since their sizes are part of the result."""
     import torch
 
-    _check_acts(encoder, acts, "acts")
     call = _Call(encoder, [acts], ("acts",), columns)
     keys = [torch.zeros(0, dtype=torch.int64, device=encoder.device)]
     values = [torch.zeros(0, dtype=torch.float32, device=encoder.device)]
@@ -182,16 +141,7 @@ def sum_by_prompt(
         return first_entries[:: tokens.n_windows].contiguous(), *sums
 
 
-def top_indices(values: torch.Tensor, n: int) -> torch.Tensor:
-    """[n] int64 positions of the n largest values, largest first; among equals the lower position."""
-    import torch
-
-    if not 1 <= n <= len(values):
-        raise ValueError(f"top {n} of {len(values)} features cannot be taken")
-    return torch.sort(values, descending=True, stable=True).indices[:n]
-
-
-class _Call:
+class _Call(DeviceCall):
     """One call of an op: its rows, block by block, and the faults that its kernels report."""
 
     def __init__(
@@ -199,72 +149,10 @@ class _Call:
     ) -> None:
         import torch
 
-        self.encoder, self.members, self.names, self.columns = encoder, members, names, columns
-        self.n_tokens = len(members[0])
-        self.claimed: list[tuple[str, int, int]] = []
-        if columns is not None:
-            self.columns = columns = _checked_columns(columns, encoder.d_sae)
-            if not encoder.selects_top_k and len(columns):
-                self.encoder = encoder.of_columns(columns)
-        self.n_columns = encoder.d_sae if columns is None else len(columns)
+        super().__init__(encoder, members, names, columns)
         # One word per member for its first bad row, one for rows with too many candidates.
         self.status = torch.full((len(members) + 1,), load().fine, dtype=torch.int64, device=encoder.device)
         self.device = _launcher(encoder.device)
-
-    @cached_property
-    def columns_tensor(self) -> torch.Tensor:
-        import torch
-
-        assert self.columns is not None
-        return torch.from_numpy(self.columns).to(self.encoder.device)
-
-    def check_sum(self, values: Any, name: str) -> None:
-        import torch
-
-        dtype = torch.int64 if name.startswith("n_fired") else torch.float64
-        if not isinstance(values, torch.Tensor) or values.dtype != dtype or values.device != self.encoder.device:
-            raise ValueError(f"{name} must be a tensor of {dtype} on {self.encoder.device}, got {_described(values)}")
-        if values.shape != (self.n_columns,):
-            raise ValueError(f"{name} must have {self.n_columns} entries, got {list(values.shape)}")
-        if not values.is_contiguous():
-            raise ValueError(f"{name} must be C-contiguous")
-        self.claim(values, name)
-
-    def claim(self, sums: torch.Tensor, name: str) -> None:
-        """Raises ValueError where other accumulators have some of the same memory."""
-        begin, end = sums.data_ptr(), sums.data_ptr() + sums.nbytes
-        for other, first, last in self.claimed:
-            if begin < last and first < end:
-                raise ValueError(f"{name} lies in the memory of {other}: pass a tensor of its own")
-        self.claimed.append((name, begin, end))
-
-    def check_table(self, rows: Any, rows_name: str, sums: Any, sums_name: str) -> torch.Tensor | None:
-        """The [n_tokens, K] float64 weights or targets, on the device."""
-        import torch
-
-        if (rows is None) != (sums is None):
-            raise ValueError(f"{rows_name} and {sums_name} must be given together")
-        if rows is None:
-            return None
-        table = torch.as_tensor(rows)
-        if table.dtype != torch.float64:
-            raise ValueError(f"{rows_name} must be float64, got {table.dtype}")
-        if table.ndim != 2:
-            raise ValueError(f"{rows_name} must be [n_tokens, K], got {table.ndim} dimension(s)")
-        if len(table) != self.n_tokens:
-            raise ValueError(f"{rows_name} must have one row per token ({self.n_tokens}), got {len(table)}")
-        if not isinstance(sums, torch.Tensor) or sums.dtype != torch.float64 or sums.device != self.encoder.device:
-            raise ValueError(
-                f"{sums_name} must be a tensor of torch.float64 on {self.encoder.device}, got {_described(sums)}"
-            )
-        wanted = (self.n_columns, table.shape[1])
-        if sums.shape != wanted or not sums.is_contiguous():
-            raise ValueError(f"{sums_name} must be {list(wanted)} and contiguous, got {list(sums.shape)}")
-        self.claim(sums, sums_name)
-        if not _capturing(self.encoder.device) and not torch.isfinite(table).all():
-            row, column = (int(i) for i in (~torch.isfinite(table)).nonzero()[0])
-            raise ValueError(f"{rows_name} contains a NaN or infinity at row {row}, column {column}")
-        return table.to(self.encoder.device).contiguous()
 
     def run(self, sums: list[torch.Tensor | None], rows: torch.Tensor | None, weighted: torch.Tensor | None) -> None:
         """Adds all rows, or none where a row is at fault."""
@@ -279,18 +167,12 @@ class _Call:
 
     def raise_faults(self) -> None:
         """Raises ValueError for a faulty row; waits for the device, except while a CUDA graph is captured."""
-        import torch
 
-        if _capturing(self.encoder.device):
+        if is_capturing(self.encoder.device):
             return
-        for name, acts, bad in zip(self.names, self.members, self.status.tolist(), strict=False):
-            if bad == load().fine:
-                continue
-            finite = torch.isfinite(acts[bad])
-            raise ValueError(
-                f"{name} contains a NaN or infinity at row {bad}, column {int((~finite).nonzero()[0])}; "
-                "drop such rows or repair them first"
-            )
+        for member, bad in enumerate(self.status.tolist()[: len(self.members)]):
+            if bad != load().fine:
+                raise self.fault(member, bad)
 
     def _run_columns(
         self, sums: list[torch.Tensor | None], rows: torch.Tensor | None, weighted: torch.Tensor | None
@@ -412,7 +294,7 @@ class _Call:
         for start, prepared in self._prepared_blocks(strip * 4):
             n = min(self.n_tokens - start, self.rows_per_block)
             lists = [self._row_top_k(rows, n, strip, dense=False) for rows in prepared]
-            if not _capturing(self.encoder.device) and int(self.status[-1]) != load().fine:
+            if not is_capturing(self.encoder.device) and int(self.status[-1]) != load().fine:
                 # A row of unusual values: every strip is then written out and searched.
                 self.status[-1] = load().fine
                 lists = [self._row_top_k(rows, n, strip, dense=True) for rows in prepared]
@@ -500,30 +382,6 @@ class _Call:
         load().prepare_rows(self.device, acts, norm, hi, lo, self.encoder.depth, first_row, self.status, word)
 
 
-def _check_acts(encoder: Encoder, acts: Any, name: str) -> None:
-    import torch
-
-    if not isinstance(acts, torch.Tensor):
-        raise ValueError(f"{name} must be a torch tensor, got {type(acts).__name__}")
-    if acts.requires_grad:
-        raise ValueError(f"{name} requires grad: pass its detach()")
-    if acts.ndim != 2:
-        raise ValueError(f"{name} must be [n_tokens, d_in], got {acts.ndim} dimension{'s' * (acts.ndim != 1)}")
-    if acts.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"{name} must be float32, bfloat16 or float16, got {acts.dtype}")
-    if acts.device != encoder.device:
-        raise ValueError(f"{name} must be on {encoder.device}, where the SAE is, got {acts.device}")
-    if acts.shape[1] != encoder.d_in:
-        raise ValueError(f"{name} must have d_in = {encoder.d_in} columns as W_enc has rows, got {acts.shape[1]}")
-    if len(acts) >= MOST_ROWS_OF_A_CALL:
-        raise ValueError(f"{name} must have fewer than 2^31 rows in one call, got {len(acts)}: pass it in parts")
-    if acts.shape[1] > 1 and len(acts) and acts.stride(1) != 1:
-        raise ValueError(
-            f"{name} must be contiguous within a row (any stride between rows will do), "
-            f"got an element stride of {acts.stride(1)}"
-        )
-
-
 def _check_sparse(rows: Any, device: torch.device | None, name: str) -> torch.device:
     """The device of compressed sparse rows, the given one if any; their numbers are checked by a kernel."""
     import torch
@@ -534,7 +392,7 @@ def _check_sparse(rows: Any, device: torch.device | None, name: str) -> torch.de
     for part, (kind, dtype) in zip(rows, dtypes.items(), strict=True):
         if not isinstance(part, torch.Tensor) or part.dtype != dtype or device not in (None, part.device):
             place = "" if device is None else f" on {device}"
-            raise ValueError(f"{name}_{kind} must be a tensor of {dtype}{place}, got {_described(part)}")
+            raise ValueError(f"{name}_{kind} must be a tensor of {dtype}{place}, got {described(part)}")
         device = part.device
         if part.ndim != 1:
             raise ValueError(f"{name}_{kind} must have 1 dimension, got {part.ndim}")
@@ -594,33 +452,3 @@ def _raise_faults_of_sparse(faults: list[int], d_sae: int) -> None:
             raise ValueError(
                 f"{name}_indices must ascend within a row and lie below d_sae, {d_sae}, which row {in_indices} does not"
             )
-
-
-def _checked_columns(columns: Any, d_sae: int) -> NDArray[np.int64]:
-    numbers = np.asanyarray(columns)
-    check_array(numbers, "columns")
-    if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
-        raise ValueError("columns must be a 1-dimensional array of integers")
-    numbers = np.ascontiguousarray(numbers, np.int64)
-    outside = (numbers < 0) | (numbers >= d_sae)
-    if outside.any():
-        at = int(outside.argmax())
-        raise ValueError(f"columns must lie in [0, d_sae = {d_sae}), got {numbers[at]} at position {at}")
-    falling = np.diff(numbers) <= 0
-    if falling.any():
-        at = int(falling.argmax()) + 1
-        raise ValueError(
-            f"columns must be strictly increasing, but position {at} holds {numbers[at]} after {numbers[at - 1]}"
-        )
-    return numbers
-
-
-def _described(values: Any) -> str:
-    dtype, device = getattr(values, "dtype", None), getattr(values, "device", None)
-    return type(values).__name__ if dtype is None else f"{dtype} on {device}"
-
-
-def _capturing(device: torch.device) -> bool:
-    import torch
-
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

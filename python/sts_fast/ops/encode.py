@@ -1,4 +1,4 @@
-"""The sparse features of a batch of activations, by the native core."""
+"""The sparse features of a batch of activations, where the activations are."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sts_fast.ops import _cpu, backend, cuda
+from sts_fast.ops import backend
 from sts_fast.sae import SAE
 from sts_fast.sae.features import SparseFeatures
 from sts_fast.sae.rows import rows
@@ -23,14 +23,12 @@ def encode(sae: SAE, acts: Any, columns: NDArray[np.int64] | None = None) -> Spa
              those of reshape(-1, d_in); hook_z may give [n_tokens, n_heads, d_head]
     columns: [n_columns] int64, strictly increasing: only these features
 
-    Raises ValueError, naming the argument, for a wrong shape or dtype, NaN or infinity; InputError for a CUDA tensor
-    where there are no CUDA ops.
+    Raises ValueError, naming the argument, for a wrong shape or dtype, NaN or infinity.
     """
-    device = backend.cuda_device_of(acts)
     acts = rows(acts, sae.d_in)
-    if device is None:
-        return SparseFeatures(*_cpu.encode_sparse(backend.encoder(sae), acts, columns), sae.d_sae)
-    return SparseFeatures(*cuda.encode_sparse(backend.cuda_encoder(sae, device), acts, columns), sae.d_sae)
+    ops, encoder, _ = backend.of(sae, acts)
+    indptr, indices, values = ops.encode_sparse(encoder, acts, columns)
+    return SparseFeatures(indptr, indices, values, sae.d_sae)
 
 
 provide_encode(encode)

@@ -10,7 +10,7 @@ import numpy as np
 
 from sts_fast import files
 from sts_fast.errors import InputError
-from sts_fast.ops import _cpu, backend, cuda
+from sts_fast.ops import backend, device_call
 from sts_fast.ops.sums import Statistics, Sums, zeros
 from sts_fast.sae import SAE
 from sts_fast.sae.rows import check_array, rows
@@ -40,7 +40,7 @@ class ShiftStats(Statistics):
 
     On the CPU the sums are the same, bit for bit, for any split of the rows into updates and any number of threads in
     the core; for threads that call one object, see Statistics.
-    Rows on a CUDA device are summed there; the sums stay there until they are read, or rows come from elsewhere.
+    Rows on a GPU are summed there; the sums stay there until they are read, or rows come from elsewhere.
     """
 
     sum_sq_shift: Doubles
@@ -81,24 +81,20 @@ class ShiftStats(Statistics):
         row_weights: [n_tokens, n_replicates] numbers, needed where n_replicates > 0
 
         Raises ValueError, naming the argument, for a wrong shape or dtype, or NaN or infinity; nothing is added then.
-        Raises InputError for a CUDA tensor where there are no CUDA ops.
         """
         sae = self._sae_to_update()
         if (row_weights is not None) != (self.n_replicates > 0):
             raise ValueError(f"row_weights must be given exactly where n_replicates > 0, and it is {self.n_replicates}")
-        device = backend.cuda_device_of(base)
         base, other = rows(base, sae.d_in, "base"), rows(other, sae.d_in, "other")
+        ops, encoder, sums_on = backend.of(sae, base)
         given: dict[str, Any] = {"columns": self._subset, "row_weights": None, "weighted_sq_shift": None}
         if row_weights is not None:
             given["row_weights"] = backend.numbers(row_weights, "row_weights", (len(base), self.n_replicates))
         names = [name for name in _ARRAYS if row_weights is not None or name != "weighted_sq_shift"]
         with self._lock:
             before = self._sums
-            sums = before.copies(names, device)
-            if device is None:
-                _cpu.accumulate_shift(backend.encoder(sae), base, other, **(given | sums))
-            else:
-                cuda.accumulate_shift(backend.cuda_encoder(sae, device), base, other, **(given | sums))
+            sums = before.copies(names, sums_on)
+            ops.accumulate_shift(encoder, base, other, **(given | sums))
             self._sums = Sums(before.n_tokens + len(base), before.arrays | sums)
 
     @property
@@ -191,7 +187,7 @@ def top_indices(values: Any, n: int) -> NDArray[np.int64]:
     if not isinstance(n, (int, np.integer)):
         raise ValueError(f"top must be a whole number of features, got {n!r}")
     if not isinstance(values, np.ndarray):
-        indices: NDArray[np.int64] = cuda.top_indices(values, n).cpu().numpy()
+        indices: NDArray[np.int64] = device_call.top_indices(values, n).cpu().numpy()
         return indices
     if not 1 <= n <= len(values):
         raise ValueError(f"top {n} of {len(values)} features cannot be taken")

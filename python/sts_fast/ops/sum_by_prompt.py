@@ -1,12 +1,10 @@
-"""Sums of sparse features over the tokens of each prompt, where the features are."""
+"""Sums of sparse features over the tokens of each prompt, by our kernels where they serve and else on the CPU."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from sts_fast.ops import _cpu, cuda
+from sts_fast.ops import _cpu, backend, cuda
 from sts_fast.sae.features import SparseFeatures
 
 if TYPE_CHECKING:
@@ -26,7 +24,8 @@ def sum_by_prompt(
 
     Raises ValueError, naming the argument, for what is not such.
     """
-    on_cpu = isinstance(base.values, np.ndarray)
-    run: Any = _cpu.sum_by_prompt if on_cpu else cuda.sum_by_prompt
-    sums = run(base.parts, base_starts, other.parts, other_starts, pair_at, d_sae=base.d_sae)
-    return sums if on_cpu else tuple(values.cpu().numpy() for values in sums)
+    if backend.kernels_serve(base.values):
+        sums = cuda.sum_by_prompt(base.parts, base_starts, other.parts, other_starts, pair_at, d_sae=base.d_sae)
+        return tuple(values.cpu().numpy() for values in sums)
+    on_cpu = base.on_cpu().parts, base_starts, other.on_cpu().parts, other_starts, pair_at
+    return _cpu.sum_by_prompt(*on_cpu, d_sae=base.d_sae)

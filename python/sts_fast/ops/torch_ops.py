@@ -3,7 +3,8 @@
     handle = sts_fast.torch_handle(sae)
     torch.ops.sts_fast.accumulate_shift(handle, base, other, sum_sq_shift)
 
-Arguments are tensors, on the CPU or all on one CUDA device; accumulators are added to in place.
+Arguments are tensors, on the CPU or all on one device; accumulators are added to in place (on the CPU for a device
+without float64, such as a Mac's).
 
     accumulate_shift(sae, base, other, sum_sq_shift, sum_base=None, sum_other=None, sum_sq_base=None,
                      sum_sq_other=None, n_fired_base=None, n_fired_other=None, columns=None, row_weights=None,
@@ -22,7 +23,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
-from sts_fast.ops import _cpu, backend, cuda
+from sts_fast.ops import backend
 from sts_fast.sae import SAE
 from sts_fast.sae.rows import rows
 
@@ -61,7 +62,7 @@ def _define() -> None:
     for schema, function in ((_SHIFT, _shift), (_MOMENTS, _moments), (_ENCODE, _encode)):
         name = f"sts_fast::{schema.partition('(')[0]}"
         torch.library.define(name, schema[schema.index("(") :].replace("\n", ""))
-        torch.library.impl(name, ("cpu", "cuda"), function)
+        torch.library.impl(name, ("cpu", "cuda", "xpu", "mps"), function)
         torch.library.register_fake(name, _encode_fake if function is _encode else lambda *_, **__: None)
 
 
@@ -70,10 +71,10 @@ def _backend(handle: int, acts: torch.Tensor) -> tuple[Any, Any, Any]:
     sae = _saes.get(handle)
     if sae is None:
         raise ValueError(f"sae {handle} is not a number of torch_handle, or its SAE no longer exists")
-    device = backend.cuda_device_of(acts)
-    if device is None:
-        return _cpu, backend.encoder(sae), lambda tensor: None if tensor is None else tensor.numpy()
-    return cuda, backend.cuda_encoder(sae, device), lambda tensor: tensor
+    ops, encoder, sums_on = backend.of(sae, acts)
+    if sums_on is not None:
+        return ops, encoder, lambda tensor: tensor
+    return ops, encoder, lambda tensor: None if tensor is None else tensor.numpy()
 
 
 def _columns(columns: torch.Tensor | None) -> Any:

@@ -22,17 +22,17 @@ _DLPACK_CUDA = 2
 
 
 def rows(acts: Any, d_in: int, name: str = "acts") -> Any:
-    """[n, d_in] rows, contiguous within a row: float32 or bfloat16, on a CUDA device float16 too.
+    """[n, d_in] rows, contiguous within a row: float32 or bfloat16, on a GPU float16 too.
 
     acts: [..., d_in] floating point, or [..., n_heads, d_head] as hook_z gives them; numpy, torch or DLPack
     name: of the argument, for errors
 
     Arrays of these dtypes are borrowed, whatever the stride between their rows. Others are copied: as float32 if
     they have another dtype or byte order, as they are if the elements of a row lie apart or are not aligned. An array
-    of another library on a CUDA device becomes a torch tensor.
+    of another library on a GPU becomes a torch tensor.
 
     Raises InputError for what is not floating point, masked, sparse, or too large for float32; for a tensor that
-    requires grad or is on a device without native ops; for another width.
+    requires grad; for another width.
     """
     if not is_tensor(acts) and not isinstance(acts, np.ndarray):
         acts = _adopted(acts, name)
@@ -49,7 +49,7 @@ def is_tensor(values: Any) -> bool:
     return torch is not None and isinstance(values, torch.Tensor)
 
 
-def is_on_cuda(acts: Any) -> bool:
+def _is_on_cuda(acts: Any) -> bool:
     """True for an array of any library on a CUDA device."""
     if isinstance(acts, np.ndarray):
         return False
@@ -83,7 +83,7 @@ def check_tensor(values: torch.Tensor, name: str) -> None:
 def _adopted(acts: Any, name: str) -> Any:
     """An array of another library, without a copy."""
     if hasattr(acts, "__dlpack__") and hasattr(acts, "__dlpack_device__"):
-        if not is_on_cuda(acts):
+        if not _is_on_cuda(acts):
             with suppress(BufferError, RuntimeError, TypeError, ValueError):  # torch reads more dtypes and devices
                 return np.from_dlpack(acts)
         import torch
@@ -112,8 +112,6 @@ def _check_float_tensor(acts: torch.Tensor, name: str) -> None:
         raise _not_floats(acts.dtype, name, f"{name}.{read}")
     if acts.itemsize == 1:
         raise InputError(f"{name} is {acts.dtype}, whose scale is not known here: pass it as float32, scaled")
-    if acts.device.type not in ("cpu", "cuda"):
-        raise InputError(f"{name} is on the device '{acts.device}', which has no native ops: pass {name}.cpu()")
 
 
 def _not_floats(dtype: Any, name: str, remedy: str) -> InputError:

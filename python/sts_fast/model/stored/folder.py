@@ -32,7 +32,7 @@ from sts_fast.model.stored.index import (
     starts_with_bos,
 )
 from sts_fast.model.stored.shards import check_rows, load_tensors, mask_of
-from sts_fast.ops import cuda_kernels
+from sts_fast.ops.devices import device_named
 from sts_fast.places import split_name
 from sts_fast.sae import SAE
 
@@ -268,9 +268,5 @@ class Activations(Reader):
     def _for_core(self, rows: torch.Tensor) -> torch.Tensor:
         import torch
 
-        device = self._device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device != "cpu" and cuda_kernels.missing_reason() is None:
-            rows = rows.to(device)
+        rows = rows.to(device_named(self._device))
         return rows if rows.dtype in (torch.float32, torch.bfloat16) else rows.float()

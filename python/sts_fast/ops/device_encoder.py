@@ -1,4 +1,4 @@
-"""The encoder half of an SAE on a CUDA device, with weights prepared for the products."""
+"""The encoder half of an SAE on a device, with weights prepared for the products."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import numpy as np
 
 from sts_fast.ops import cuda_kernels
 from sts_fast.ops.cuda_kernels import load
+from sts_fast.ops.devices import device_of_doubles
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
 PRECISIONS = ("bf16", "bf16x2", "fp32")
+DEPTH_MULTIPLE = 64  # of the columns that the CUDA kernels read at a time
 
 
 class Weights(NamedTuple):
@@ -34,12 +36,12 @@ def prepare_weights(W_enc: Any, b_dec: NDArray[np.float32], device: torch.device
     import torch
 
     d_in, d_sae = W_enc.shape
-    multiple = load().depth_multiple
-    depth = -(-d_in // multiple) * multiple
+    depth = -(-d_in // DEPTH_MULTIPLE) * DEPTH_MULTIPLE
+    doubles_on = device_of_doubles(device)
     bfloat16 = str(W_enc.dtype).endswith("bfloat16")
     hi = torch.zeros((d_sae, depth), dtype=torch.float32 if precision == "fp32" else torch.bfloat16, device=device)
     lo = torch.zeros_like(hi) if precision == "bf16x2" and not bfloat16 else None
-    b_dec_W = torch.zeros(d_sae, dtype=torch.float64, device=device)
+    b_dec_W = torch.zeros(d_sae, dtype=torch.float64, device=doubles_on)
     n_rows = max(1, (cuda_kernels.WORKSPACE_BYTES // 8) // d_sae)
     for start in range(0, d_in, n_rows):
         part = W_enc[start : start + n_rows]
@@ -50,11 +52,11 @@ def prepare_weights(W_enc: Any, b_dec: NDArray[np.float32], device: torch.device
             raise ValueError(f"W_enc contains a NaN or infinity in column {int((~finite).nonzero()[0])}")
         rows = slice(start, start + part.shape[1])
         hi[:, rows] = part
-        used = hi[:, rows].double()
+        used = hi[:, rows].to(doubles_on).double()
         if lo is not None:
             lo[:, rows] = part - hi[:, rows].float()
-            used += lo[:, rows].double()
-        b_dec_W += used @ torch.from_numpy(b_dec[rows].astype(np.float64)).to(device)
+            used += lo[:, rows].to(doubles_on).double()
+        b_dec_W += used @ torch.from_numpy(b_dec[rows].astype(np.float64)).to(doubles_on)
     return Weights(hi, lo, b_dec_W.cpu().numpy())
 
 
