@@ -40,6 +40,11 @@ RESULTS_FILE = "run.yaml"  # what a folder of results was made with
 LARGEST = 1e100  # no score or count is larger; squares and plots would overflow
 
 
+def caches() -> Path:
+    """The folder for what can be made again at any time."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sts-fast"
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary name beside `path` to write to; renamed to `path` after success, removed after an error.

@@ -23,8 +23,10 @@ from sts_fast.data.options import Option
 from sts_fast.errors import InputError
 from sts_fast.forecast.cost import Outlook
 from sts_fast.forecast.options import Settings
-from sts_fast.ops import _cpu, cuda_kernels
+from sts_fast.ops import _cpu
+from sts_fast.ops.devices import device_named, name_of
 from sts_fast.ops.encode import encode
+from sts_fast.ops.verified import verdict
 from sts_fast.sae import SAE
 from sts_fast.sae.summary import summary
 
@@ -54,7 +56,7 @@ def doctor(
         "python": platform.python_version(),
         **{name: _version(name) for name in ("numpy", "torch", "transformers", "safetensors", "pyarrow", "sae-lens")},
         "CPU core": f"{_cpu.instruction_set()}, {_cpu.get_num_threads()} threads",
-        "CUDA core": cuda_kernels.missing_reason() or "ready",
+        "GPU": _gpu(),
         "self-check": _self_check(),
     }
     saes = places.load(planned.sae or [], settings.sae_dtype)
@@ -97,6 +99,18 @@ def _version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _gpu() -> str:
+    """The device that --device auto takes, and what computes features there."""
+    device = device_named("auto")
+    if device.type == "cpu":
+        return f"none that torch {_version('torch')} sees"
+    if device.type != "cuda":
+        return f"{name_of(device)}, features by torch"
+    found = verdict(device)
+    by = "torch" if found.loop is None else f"our kernels ({found.loop} main loop)"
+    return f"{name_of(device)}, features by {by}{f': {found.why}' if found.why else ''}"
 
 
 def _self_check() -> str:

@@ -22,7 +22,7 @@ from sts_fast.model.reader import Reader
 from sts_fast.model.sae_check import Fit, check_names, check_width, measure_fit
 from sts_fast.model.stored import MODEL_FOLDER, Activations, is_activations
 from sts_fast.model.weights import DeviceMap, check_placement, model_sha256
-from sts_fast.ops import cuda_kernels
+from sts_fast.ops.verified import verdict
 from sts_fast.places import layer_of, place_name, split_name
 from sts_fast.sae import SAE, load_sae
 
@@ -323,8 +323,8 @@ class Session:
         decoder = self._decoder(
             self.whole if self.reads_whole else self.checkpoint or self.model, self.name, self.reading
         )
-        if decoder.device.type == "cuda" and (reason := cuda_kernels.missing_reason()) is not None:
-            self.reading.tell_line(f"on {decoder.device}, features are computed by torch: {reason}")
+        if decoder.device.type == "cuda" and (found := verdict(decoder.device)).loop is None:
+            self.reading.tell_line(f"on {decoder.device}, features are computed by torch: {found.why}")
         return decoder
 
     @cached_property

@@ -10,10 +10,11 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from sts_fast.errors import InputError
-from sts_fast.ops import _cpu, cuda, cuda_kernels, torch_backend
+from sts_fast.ops import _cpu, cuda, torch_backend
 from sts_fast.ops.device_encoder import PRECISIONS, prepare_weights
 from sts_fast.ops.device_encoder import Encoder as DeviceEncoder
 from sts_fast.ops.devices import device_of_doubles
+from sts_fast.ops.verified import verdict
 from sts_fast.sae import SAE
 from sts_fast.sae.rows import check_array, check_tensor, is_tensor
 
@@ -64,8 +65,8 @@ def device_of(acts: Any) -> torch.device | None:
 
 
 def kernels_serve(values: Any) -> bool:
-    """Whether our CUDA kernels compute on a tensor's device."""
-    return is_tensor(values) and values.is_cuda and cuda_kernels.missing_reason() is None
+    """Whether our CUDA kernels compute on a tensor's device; `verified` checks them where they are new."""
+    return is_tensor(values) and values.is_cuda and verdict(values.device).loop is not None
 
 
 def set_precision(name: str | None) -> None:

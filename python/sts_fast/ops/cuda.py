@@ -29,6 +29,7 @@ FIRST_STRIP = 8192  # features whose k largest values bound the row's, at least 
 MOST_DENSE_WEIGHTS = 64  # more weights or targets than that are applied to the active features one by one
 PROMPT_WINDOW = 1 << 16  # features of a prompt that one block sums
 MAIN_LOOP = "automatic"  # or "sm80", which runs on every GPU, or "sm90"
+main_loops: dict[torch.device, str] = {}  # of devices, where it is another one
 
 _NO_KEY = (1 << 63) - 1
 
@@ -47,7 +48,7 @@ def _launcher(device: torch.device) -> Any:
     import torch
 
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return load().Device(device.index or 0, stream, MAIN_LOOP)
+    return load().Device(device.index or 0, stream, main_loops.get(device, MAIN_LOOP))
 
 
 def _on_its_device(op: Op) -> Op:

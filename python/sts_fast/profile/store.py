@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -32,7 +31,6 @@ T = TypeVar("T")
 # Also as a Path spells it, with one slash. A letter alone is a drive.
 ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+(.*)", re.DOTALL)
 OF_FOLDERS = ("file", "local")
-MIRRORS_FOLDER = "sts-fast"  # in the user's cache
 MIRRORED_FILE = "mirrored.json"  # of a mirror: by profile the version in the store, and the SHA-256 of profile.json
 KEY_DIGITS = 12  # of an address's digest, in the name of its mirror
 N_AT_ONCE = 16  # files that are on their way
@@ -288,9 +286,8 @@ def folder_of(place: str | Path) -> Folder:
         return Folder(Path(f"/{match[2]}"))
     address = f"{match[1]}://{match[2].rstrip('/')}"
     digest = hashlib.sha256(address.encode()).hexdigest()[:KEY_DIGITS]
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     name = re.sub(r"[^\w-]+", "-", match[2]).strip("-")
-    return Store(Path(caches) / MIRRORS_FOLDER / f"{name}-{digest}", address)
+    return Store(files.caches() / f"{name}-{digest}", address)
 
 
 def _version(about: Document) -> str:
