@@ -49,7 +49,7 @@ READINGS = [
 ]
 
 # Prompts of a set of the real material; the oracle takes them one by one.
-REAL_LIMIT = 12
+REAL_LIMIT = 8
 
 # What says what a feature is about, and follows from the model and from labels.
 EXPLANATIONS = {"promoted_tokens", "neuronpedia", "label"}
@@ -732,11 +732,11 @@ def test_real_forecast_equals_the_oracle(
 
 
 @needs_assets
-@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
 def test_real_forecast_from_the_command_line_is_the_same(
-    real: Real, real_run: Callable[[str], Path], architecture: str, tmp_path: Path
+    real: Real, real_run: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """A second run, in a process of its own and with another number of threads, gives the same bytes."""
+    architecture = "topk"  # whose largest values are the most sensitive to rounding
     run_cli(*real.arguments(architecture), "--threads", "1", "--output", tmp_path)
     text, command = without_command((tmp_path / "scores.json").read_text(encoding="utf-8"))
     assert command.startswith("sts-fast score --model ")
