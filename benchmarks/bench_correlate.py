@@ -12,6 +12,7 @@ import torch
 from benchmarks import oracle
 from benchmarks.cases import Bench, Case, Contestant, Product
 from sts_fast import CorrelationStats
+from sts_fast.ops import backend, torch_backend
 
 Lap = Callable[[str], None]
 N_TARGETS = (1, 16, 64)
@@ -20,6 +21,7 @@ N_TARGETS = (1, 16, 64)
 def bench(case: Case) -> Bench:
     targets = np.random.default_rng(3).standard_normal((case.size.rows, max(N_TARGETS)))
     contestants = [Contestant(f"sts_fast, K = {k}", partial(ours, case, k)) for k in N_TARGETS]
+    contestants += [Contestant(f"torch backend, K = {k}", partial(torch_ours, case, k)) for k in N_TARGETS]
     contestants.append(Contestant("product", product := BareProduct(case), product.prepare))
     contestants += [Contestant(f"in place, K = {k}", partial(in_place, case, k)) for k in N_TARGETS]
     flops = 2 * case.size.rows * case.size.d_in * case.size.d_sae
@@ -34,6 +36,17 @@ def ours(case: Case, n_targets: int, acts: torch.Tensor, targets: oracle.Doubles
         **{"sum_h": stats.sum_h, "sum_sq_h": stats.sum_sq_h, "n_fired": stats.n_fired},
         "sum_hy": stats.sum_hy + np.outer(stats.sum_h, stats.origin),
     }
+
+
+def torch_ours(case: Case, n_targets: int, acts: torch.Tensor, targets: oracle.Doubles, lap: Lap) -> dict[str, Any]:
+    """What a device without our kernels gets."""
+    device, d_sae = torch.device(case.device), case.size.d_sae
+    sums = {name: torch.zeros(d_sae, dtype=torch.float64, device=device) for name in ("sum_h", "sum_sq_h")}
+    sums["n_fired"] = torch.zeros(d_sae, dtype=torch.int64, device=device)
+    sums["sum_hy"] = torch.zeros((d_sae, n_targets), dtype=torch.float64, device=device)
+    y = np.ascontiguousarray(targets[:, :n_targets])
+    torch_backend.accumulate_moments(backend.device_encoder(case.sae, device), acts, y, **sums)
+    return sums
 
 
 def in_place(case: Case, n_targets: int, acts: torch.Tensor, targets: oracle.Doubles, lap: Lap) -> dict[str, Any]:

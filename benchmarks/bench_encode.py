@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from benchmarks import oracle
 from benchmarks.cases import SLICE_BYTES, TOP_K, Bench, Case, Contestant, Product
 from sts_fast import SparseFeatures, encode
+from sts_fast.ops import backend, torch_backend
 
 Lap = Callable[[str], None]
 N_SUBSET = 100
@@ -22,6 +23,7 @@ def bench(case: Case) -> Bench:
     """A jumprelu SAE's active features, as compressed sparse rows."""
     contestants = [
         Contestant("sts_fast", partial(ours, case)),
+        Contestant("torch backend", partial(torch_ours, case)),
         Contestant("product", product := Product(case), product.prepare),
         Contestant("dense, then to_sparse", partial(dense_to_sparse, case)),
         Contestant("sae-lens, dense", SaeLens(case)),
@@ -33,6 +35,7 @@ def bench_topk(case: Case) -> Bench:
     """The k largest features of each row, exactly."""
     contestants = [
         Contestant("sts_fast", partial(ours, case)),
+        Contestant("torch backend", partial(torch_ours, case)),
         Contestant("product", product := Product(case), product.prepare),
         Contestant("product, then torch.topk", partial(top_k, case)),
         Contestant("sae-lens, dense", SaeLens(case)),
@@ -75,6 +78,13 @@ def subset(case: Case) -> NDArray[np.int64]:
 
 def ours(case: Case, acts: torch.Tensor, lap: Lap, columns: NDArray[np.int64] | None = None) -> SparseFeatures:
     return encode(case.sae, acts, columns)
+
+
+def torch_ours(case: Case, acts: torch.Tensor, lap: Lap) -> SparseFeatures:
+    """What a device without our kernels gets."""
+    encoder = backend.device_encoder(case.sae, torch.device(case.device))
+    indptr, indices, values = torch_backend.encode_sparse(encoder, acts)
+    return SparseFeatures(indptr, indices, values, case.size.d_sae)
 
 
 class Entries(NamedTuple):
@@ -199,7 +209,7 @@ def sampled(
         block = result.features[torch.from_numpy(rows - result.rows.start)][:, torch.from_numpy(place[columns])]
         return block.cpu().double().numpy()
     if isinstance(result, SparseFeatures):
-        indptr, indices, values = (np.asarray(part) for part in result.parts)
+        indptr, indices, values = result.on_cpu().parts
         entries = np.repeat(np.arange(n_tokens), np.diff(indptr)), indices, values
     else:
         entries = tuple(part.cpu().numpy() for part in result)

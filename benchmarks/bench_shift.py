@@ -16,7 +16,7 @@ from benchmarks import oracle
 from benchmarks.cases import Bench, Case, Contestant, Product
 from benchmarks.timing import timed_run
 from sts_fast import ShiftStats
-from sts_fast.ops import _cpu, backend
+from sts_fast.ops import _cpu, backend, torch_backend
 from sts_fast.ops.shift import _COUNTS, _SUMS
 
 Lap = Callable[[str], None]
@@ -28,6 +28,7 @@ PART_ROWS, PART_COLUMNS = 2048, 8192
 def bench(case: Case) -> Bench:
     contestants = [
         Contestant("sts_fast", partial(all_statistics, case)),
+        Contestant("torch backend", partial(torch_ours, case)),
         Contestant("product", product := Product(case), product.prepare),
         Contestant("authors' way", partial(authors, case)),
         Contestant("in place", partial(in_place, case)),
@@ -51,6 +52,15 @@ def squares_only(case: Case, base: torch.Tensor, other: torch.Tensor, lap: Lap) 
     sums = np.zeros(case.size.d_sae)
     _cpu.accumulate_shift(backend.encoder(case.sae), base, other, sum_sq_shift=sums)
     return {"sum_sq_shift": sums}
+
+
+def torch_ours(case: Case, base: torch.Tensor, other: torch.Tensor, lap: Lap) -> dict[str, Any]:
+    """All statistics, as a device without our kernels gets them."""
+    device = torch.device(case.device)
+    sums = {name: torch.zeros(case.size.d_sae, dtype=torch.float64, device=device) for name in _SUMS}
+    sums |= {name: torch.zeros(case.size.d_sae, dtype=torch.int64, device=device) for name in _COUNTS}
+    torch_backend.accumulate_shift(backend.device_encoder(case.sae, device), base, other, **sums)
+    return sums
 
 
 def authors(case: Case, base: torch.Tensor, other: torch.Tensor, lap: Lap) -> dict[str, Any]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -146,6 +149,21 @@ def test_memory_sees_dense_features() -> None:
     peer, ours = (memory.extra_bytes(one, name) for name in ("dense, then to_sparse", "sts_fast"))
     assert peer > 0.9 * dense
     assert peer - ours > 0.5 * dense  # of results, both count theirs
+
+
+def test_pytest_runs_them_too() -> None:
+    """Each contestant is checked and then timed under pytest-benchmark."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment["STS_BENCHMARK_SIZE"] = "8x128x16"
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "benchmarks", "--benchmark-only", "-k", "encode and not lens",
+         "--benchmark-max-time=0", "--benchmark-min-rounds=1", "--benchmark-columns=median"],
+        cwd=Path(__file__).parents[1], env=environment, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout
+    assert "test_op[encode-torch backend]" in ran.stdout
+    assert "4 passed" in ran.stdout
 
 
 def test_pages_show_the_committed_results() -> None:
