@@ -20,9 +20,9 @@ using namespace sts::cuda;
 namespace {
 
 #ifdef STS_EMULATOR
-constexpr const char* kDeviceType = "cpu";
+constexpr const char *kDeviceType = "cpu", *kAutomaticLoop = "sm80";  // which takes less time to emulate
 #else
-constexpr const char* kDeviceType = "cuda";
+constexpr const char *kDeviceType = "cuda", *kAutomaticLoop = "sm90";
 #endif
 
 /// 0 where there is no driver or no device.
@@ -95,16 +95,20 @@ sts::Span<const T> span(const py::object& tensor, const char* dtype) {
 }
 
 Device make_device(int index, uintptr_t stream, const std::string& loop) {
-    Device device{4, 8, 0, Loop::automatic, reinterpret_cast<cudaStream_t>(stream)};
-    device.loop = loop == "sm80" ? Loop::sm80 : loop == "sm90" ? Loop::sm90 : Loop::automatic;
-#ifndef STS_EMULATOR
-    launched(cudaDeviceGetAttribute(&device.n_multiprocessors, cudaDevAttrMultiProcessorCount, index));
-    launched(cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, index));
-    launched(cudaDeviceGetAttribute(&device.minor, cudaDevAttrComputeCapabilityMinor, index));
-#else
-    static_cast<void>(index);
-#endif
+    Device device{};
+    launched(find_device(index, reinterpret_cast<cudaStream_t>(stream), &device));
+    if (loop == "sm90" && !device.sm90)
+        throw std::invalid_argument("the main loop sm90 needs a Hopper GPU, a driver of CUDA 12, and a build for 90a");
+    device.sm90 = device.sm90 && (loop == "automatic" ? kAutomaticLoop : loop) == std::string("sm90");
     return device;
+}
+
+/// The main loops that can run on a device.
+py::tuple main_loops(int index) {
+    Device device{};
+    launched(find_device(index, nullptr, &device));
+    if (device.sm90) return py::make_tuple("sm80", "sm90");
+    return py::make_tuple("sm80");
 }
 
 /// [n_rows, depth], in bfloat16 parts or float32; keeps the tensors alive.
@@ -220,6 +224,7 @@ PYBIND11_MODULE(STS_CUDA_MODULE, m) {
 #endif
     m.def("device_count", &device_count);
     m.def("missing_reason", &missing_reason);
+    m.def("main_loops", &main_loops, py::arg("index"));
     m.attr("depth_multiple") = kDepth;
     m.attr("row_weights") = kRowWeights;
     m.attr("fine") = kFine;

@@ -147,7 +147,7 @@ __device__ __forceinline__ void multiply_tiles(const Arguments<typename Epilogue
     }
 }
 
-// Other architectures lack the instructions: for them the kernel is empty, and never launched.
+// Other architectures lack the instructions: use_sm90 never launches what is compiled for them.
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define STS_ON_SM90A(...) __VA_ARGS__
 #else
@@ -182,6 +182,8 @@ __global__ void STS_ON_SM90A(__cluster_dims__(kBlocks, 1, 1)) __launch_bounds__(
     }
     // Neither block ends while the other one still writes or signals in its shared memory.
     cluster_sync();
+#else
+    __trap();
 #endif
 }
 
@@ -215,7 +217,7 @@ int64_t sm90_slots(const Product& product, int n_multiprocessors) {
 template <class Epilogue>
 cudaError_t sm90_launch(const Product& product, const typename Epilogue::Params& params, int n_multiprocessors,
                         cudaStream_t stream) {
-    static const EncodeTiled encode = find_encode_tiled();
+    const EncodeTiled encode = tensor_map_encoder();
     if (encode == nullptr) return cudaErrorInsufficientDriver;
     sm90::Arguments<typename Epilogue::Params> arguments{};
     arguments.terms = product.terms;

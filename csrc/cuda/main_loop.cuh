@@ -17,10 +17,9 @@ inline EncoderVectors encoder_vectors(const Vectors& vectors) {
     return {vectors.scale, vectors.bias, vectors.gate};
 }
 
-/// Hopper's own loop where it is to be had; the other one runs everywhere.
+/// Hopper's own loop where it is to be had and can read the operands; the other one runs everywhere.
 inline bool use_sm90(const Device& device, const Product& product) {
-    const bool hopper = device.major == 9 && device.minor == 0;
-    return (device.loop == Loop::sm90 || (device.loop == Loop::automatic && hopper)) && sm90_serves(product);
+    return device.sm90 && sm90_serves(product);
 }
 
 template <class Epilogue>

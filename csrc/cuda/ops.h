@@ -11,14 +11,13 @@ namespace sts::cuda {
 
 inline constexpr int64_t kFine = INT64_MAX;
 
-enum class Loop { automatic, sm80, sm90 };
-
 struct Device {
     int n_multiprocessors;
-    int major, minor;  ///< compute capability
-    Loop loop;
+    bool sm90;  ///< products run on Hopper's main loop: where this build, the GPU and its driver have it
     cudaStream_t stream;
 };
+
+cudaError_t find_device(int index, cudaStream_t stream, Device* device);
 
 enum class Element { float32, bfloat16, float16 };
 

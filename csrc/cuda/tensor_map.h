@@ -12,13 +12,21 @@ namespace sts::cuda {
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 
 /// The driver's encoder, asked for at run time so that nothing links the driver; null where there is none.
-inline EncodeTiled find_encode_tiled() {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found{};
-    const cudaError_t status =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-    return status == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(function)
-                                                                         : nullptr;
+inline EncodeTiled tensor_map_encoder() {
+    static const EncodeTiled encoder = [] {
+        void* function = nullptr;
+        cudaDriverEntryPointQueryResult found{};
+#if CUDART_VERSION >= 12050
+        const cudaError_t status =
+            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+#else
+        const cudaError_t status =
+            cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+#endif
+        return status == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(function)
+                                                                             : nullptr;
+    }();
+    return encoder;
 }
 
 /// Whether the accelerator can read all parts: rows aligned to 16 bytes, coordinates of 32 bits.

@@ -35,7 +35,8 @@ def load() -> Any:
     library = folder / f"{NAME}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        options = f"-x c++ -std=c++17 -O1 -fPIC -fvisibility=hidden -Wno-unknown-pragmas -DSTS_CUDA_MODULE={NAME}"
+        options = "-x c++ -std=c++17 -O1 -fPIC -fvisibility=hidden -Wno-unknown-pragmas -Wno-psabi"
+        options += f" -DSTS_SM90A -DSTS_CUDA_MODULE={NAME}"
         places = [ROOT / "tests/emulator", ROOT / "csrc", ROOT / "csrc/include", pybind11.get_include()]
         places.append(Path(sysconfig.get_path("include")))
         command = [compiler, *options.split(), *(f"-I{place}" for place in places)]

@@ -5,6 +5,7 @@
 #include "fibers.h"
 
 #define STS_EMULATOR
+#define CUDART_VERSION 13000
 #define __global__
 #define __device__
 #define __host__
@@ -34,6 +35,18 @@ inline cudaError_t cudaGetLastError() {
 }
 inline cudaError_t cudaGetDeviceCount(int* n) {
     *n = 1;
+    return cudaSuccess;
+}
+enum cudaDeviceAttr {
+    cudaDevAttrMultiProcessorCount,
+    cudaDevAttrComputeCapabilityMajor,
+    cudaDevAttrComputeCapabilityMinor
+};
+/// A small Hopper.
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+    *value = attribute == cudaDevAttrMultiProcessorCount      ? 4
+             : attribute == cudaDevAttrComputeCapabilityMajor ? 9
+                                                              : 0;
     return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t n_bytes, cudaStream_t) {

@@ -296,6 +296,27 @@ def cuda_tool(name: str) -> str:
     return found
 
 
+FIND_DEVICE = """
+#include "cuda/device.cu"
+int main() {
+    sts::cuda::Device device{};
+    return sts::cuda::find_device(0, nullptr, &device) ? 2 : device.sm90;
+}
+"""
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_only_a_build_for_90a_takes_this_loop(built: bool, tmp_path: Path) -> None:
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    (tmp_path / "device.cpp").write_text(FIND_DEVICE, encoding="utf-8")
+    folders = [f"-I{EMULATOR}", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}"]
+    options = ["-std=c++17", *folders, *(["-DSTS_SM90A"] if built else [])]
+    subprocess.run([compiler, *options, str(tmp_path / "device.cpp"), "-o", str(tmp_path / "device")], check=True)
+    assert subprocess.run([str(tmp_path / "device")], check=False).returncode == built
+
+
 PROGRAM = """
 #include "cuda/epilogue.cuh"
 #include "cuda/gemm_sm90.cuh"
@@ -306,16 +327,31 @@ template cudaError_t sm90_launch<Shift>(const Product&, const Shift::Params&, in
 """
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def compiled_for(architecture: str, folder: Path) -> tuple[Path, str]:
     """The shift kernel's machine code, and what the assembler said about it."""
-    folder = tmp_path_factory.mktemp("sm90")
     (folder / "shift.cu").write_text(PROGRAM, encoding="utf-8")
-    command = [cuda_tool("nvcc"), "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v", "-cubin"]
-    command += [f"-I{ROOT / 'csrc'}", "-o", str(folder / "shift.cubin"), str(folder / "shift.cu")]
+    target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+    command = [cuda_tool("nvcc"), "-std=c++17", "-O3", target, "-Xptxas=-v", "-cubin", f"-I{ROOT / 'csrc'}"]
+    command += ["-o", str(folder / "shift.cubin"), str(folder / "shift.cu")]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     return folder / "shift.cubin", ran.stderr
+
+
+def instructions_of(cubin: Path) -> list[str]:
+    listing = subprocess.run(
+        [cuda_tool("cuobjdump"), "-sass", str(cubin)], capture_output=True, text=True, check=True
+    ).stdout
+    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z][\w.]*)", listing)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    return compiled_for("90a", tmp_path_factory.mktemp("sm90"))
+
+
+def test_stops_where_the_instructions_are_missing(tmp_path: Path) -> None:
+    assert "BPT.TRAP" in instructions_of(compiled_for("90", tmp_path)[0]), "sums stay zero without a word"
 
 
 def test_keeps_its_accumulators_in_registers(compiled: tuple[Path, str]) -> None:
@@ -325,10 +361,7 @@ def test_keeps_its_accumulators_in_registers(compiled: tuple[Path, str]) -> None
 
 
 def test_machine_code_is_hoppers(compiled: tuple[Path, str]) -> None:
-    listing = subprocess.run(
-        [cuda_tool("cuobjdump"), "-sass", str(compiled[0])], capture_output=True, text=True, check=True
-    ).stdout
-    instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z][\w.]*)", listing)
+    instructions = instructions_of(compiled[0])
     assert instructions.count("HGMMA.64x256x16.F32.BF16") == 4
     assert {"UTMALDG.2D.MULTICAST", "UTMALDG.2D", "USETMAXREG.DEALLOC.CTAPOOL"} <= set(instructions)
     waits_for_products = [i for i, name in enumerate(instructions) if name == "WARPGROUP.DEPBAR.LE"]

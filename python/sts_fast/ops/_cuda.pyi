@@ -12,7 +12,7 @@ fine: int
 
 class Device:
     def __init__(self, index: int, stream: int, loop: str) -> None:
-        """loop: the product's main loop, "automatic", "sm80" or "sm90"."""
+        """loop: the product's main loop, "automatic" or one of main_loops(index). Raises ValueError for another."""
     @property
     def n_multiprocessors(self) -> int: ...
 
@@ -33,6 +33,9 @@ Lists = tuple[Any, Any, Any]  # columns [n_rows, capacity] int32, values float32
 def device_count() -> int: ...
 def missing_reason() -> str | None:
     """Why the CUDA ops cannot serve here, in words; None where they can."""
+
+def main_loops(index: int) -> tuple[str, ...]:
+    """("sm80",), which runs on every GPU, and "sm90" where this build, the device and its driver have it."""
 
 def prepare_rows(
     device: Device, acts: Any, input_norm: str, hi: Any, lo: Any, depth: int, first_row: int, status: Any, word: int

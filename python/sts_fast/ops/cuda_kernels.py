@@ -16,7 +16,7 @@ WORKSPACE_BYTES = 64 << 20  # of each kind: prepared rows, dense strips, lists o
 def missing_reason() -> str | None:
     """The reason why the CUDA ops cannot be used here, in words; None where they can."""
     if find_spec("sts_fast.ops._cuda") is None:
-        return "this build has no CUDA module: build it with nvcc and STS_CUDA=ON"
+        return "this build has no CUDA module: install it with nvcc and -C cmake.define.STS_CUDA=ON"
     try:
         from sts_fast.ops import _cuda
     except ImportError as error:
