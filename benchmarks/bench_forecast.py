@@ -31,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
@@ -393,12 +393,15 @@ def median_of(clocks: list[Clock], kind: str, part: str) -> float:
     return statistics.median(getattr(clock, kind)[part] for clock in clocks)
 
 
-def measured(work: Workload, *, rounds: int, threads: int) -> dict[str, Any]:
-    """All of it: the two ways compared, timed in turns, and their memory."""
+def measured(
+    work: Workload, *, rounds: int, threads: int, note: Callable[[dict[str, Any]], object] = lambda _: None
+) -> dict[str, Any]:
+    """All of it: the two ways compared, timed in turns, and their memory; note(found) for each part at once."""
     with tempfile.TemporaryDirectory() as folder:
         world = World(replace(work, **CHECKED))
         checked = check(world.forecast(), run_authors(world, Path(folder))[0])
     print(checked)
+    note({"checked": checked})
 
     world, recorded = World(work), {}
     forecast, _ = run_ours(world, recorded)
@@ -406,8 +409,10 @@ def measured(work: Workload, *, rounds: int, threads: int) -> dict[str, Any]:
     for _ in range(rounds):
         ours.append(run_ours(world)[1])
         floor.append(run_floor(world, recorded))
+        note({"rounds": [{"ours": dict(ours[-1].wall), "floor": dict(floor[-1].wall)}]})
     recorded.clear()
     alone = run_alone(world)
+    note({"alone": dict(alone.wall)})
     with tempfile.TemporaryDirectory() as folder:
         _, authors = run_authors(world, Path(folder))
 
@@ -439,12 +444,14 @@ def measured(work: Workload, *, rounds: int, threads: int) -> dict[str, Any]:
             "authors_without_disk_cat_decode_over_ours": lean / total,
         }
     print(json.dumps(found, indent=1), flush=True)
+    note(found)
     in_process = work.device != "cpu"
     found["memory_bytes"] = {
         side: measure_memory(world, side) if in_process else memory_of(work, side, threads)
         for side in ("ours", "authors")
     }
     print(json.dumps(found["memory_bytes"]))
+    note({"memory_bytes": found["memory_bytes"]})
     return found
 
 

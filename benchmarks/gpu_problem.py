@@ -62,6 +62,30 @@ class Problem:
         cuda.accumulate_shift(self.encoder, self.base, self.other, **sums)
         return sums
 
+    def weighted_shift(self) -> dict[str, Any]:
+        """With TARGETS weights a row."""
+        import torch
+
+        from sts_fast.ops import cuda
+
+        sums = self.new_sums()
+        sums["weighted_sq_shift"] = torch.zeros((self.d_sae, TARGETS), dtype=torch.float64, device="cuda")
+        cuda.accumulate_shift(self.encoder, self.base, self.other, row_weights=self.targets, **sums)
+        return sums
+
+    def shift_of(self, columns: Any) -> dict[str, Any]:
+        """Of these columns alone."""
+        import torch
+
+        from sts_fast.ops import cuda
+
+        sums = {
+            name: torch.zeros(len(columns), dtype=values.dtype, device="cuda")
+            for name, values in self.new_sums().items()
+        }
+        cuda.accumulate_shift(self.encoder, self.base, self.other, columns=columns, **sums)
+        return sums
+
     def moments(self) -> dict[str, Any]:
         import torch
 

@@ -45,7 +45,7 @@ MACHINE_PATH = re.compile("(?<![\\w.])/" + "(root|home/[a-z]|work|Users/[a-z])" 
 
 # Tests of no module: of this tree, benchmarks/, examples/paper.md and tests/fuzz.py; and by folder, of killed commands,
 # of the studies, of the core as machine code, of load_sae, and of the report in a browser.
-OF_THE_REPOSITORY = {"layout", "benchmarks", "paper", "fuzz"}
+OF_THE_REPOSITORY = {"layout", "benchmarks", "benchmarks_gpu", "paper", "fuzz"}
 OF_NO_MODULE = {
     "faults": {"faults"},
     "study": {"real", "world", "agreement", "decisions"},
