@@ -117,6 +117,28 @@ struct WarpTotals {
     }
 };
 
+/// Adds a token's weights times each feature's value to the sums from `first` on: sums[first + k][j] += weights[token,
+/// k]
+/// * value[j]. A value of 0 adds nothing, whatever the weight.
+template <int first, int n_sums>
+__device__ __forceinline__ void add_weighted(float (&sums)[n_sums][2], const float (&value)[2], const float* weights,
+                                             int64_t token) {
+    constexpr int kWeights = n_sums - first;
+    static_assert(kWeights % 4 == 0);
+    if (value[0] == 0 && value[1] == 0) return;
+    const float4* const row = reinterpret_cast<const float4*>(weights + token * kWeights);
+#pragma unroll
+    for (int k = 0; k < kWeights; k += 4) {
+        const float4 four = row[k / 4];
+        const float weight[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+        for (int n = 0; n < 4; ++n)
+#pragma unroll
+            for (int j = 0; j < 2; ++j)
+                if (value[j] != 0) sums[first + k + n][j] += weight[n] * value[j];
+    }
+}
+
 /// What a warp has found in a tile and not yet handed on, in shared memory: collecting waits for nothing, while a list
 /// in global memory makes a warp wait for its counter.
 class WarpList {
@@ -165,7 +187,7 @@ class WarpList {
 };
 
 /// Per feature, over pairs a = h(base), b = h(other): the sums of ShiftSums in their order, then kWeights sums of
-/// weight * (b - a)^2, which are 0 where there are no weights.
+/// weight * (b - a)^2.
 template <class Activation, int kWeights>
 struct ShiftEpilogue {
     static constexpr bool paired = true;
@@ -176,7 +198,7 @@ struct ShiftEpilogue {
         EncoderVectors vectors;
         Slab slab;
         int64_t n_tokens;
-        const float* weights;  ///< [n_tokens, kWeights] or null
+        const float* weights;  ///< [n_tokens, kWeights], aligned to 16 bytes
     };
 
     __device__ ShiftEpilogue(const Params& params, void* warp_shared, int64_t feature0)
@@ -198,25 +220,23 @@ struct ShiftEpilogue {
                     fires |= features_.activation[j].fires(acc[n + 2 * n_blocks]);
                 }
                 if (!fires || !tokens.has(i, e)) continue;  // nearly always
+                float squares[2];
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
                     const int n = 4 * i + 2 * j + e;
                     const float a = features_.activation[j](acc[n]);
                     const float b = features_.activation[j](acc[n + 2 * n_blocks]);
-                    const float difference = b - a, square = difference * difference;
-                    sums[0][j] += square;
+                    const float difference = b - a;
+                    squares[j] = difference * difference;
+                    sums[0][j] += squares[j];
                     sums[1][j] += a;
                     sums[2][j] += b;
                     sums[3][j] += a * a;
                     sums[4][j] += b * b;
                     sums[5][j] += a != 0 ? 1.0f : 0.0f;
                     sums[6][j] += b != 0 ? 1.0f : 0.0f;
-                    if (kWeights && params.weights && square != 0) {
-#pragma unroll
-                        for (int k = 0; k < kWeights; ++k)
-                            sums[7 + k][j] += params.weights[tokens.at(i, e) * kWeights + k] * square;
-                    }
                 }
+                if constexpr (kWeights > 0) add_weighted<7>(sums, squares, params.weights, tokens.at(i, e));
             }
         totals_.add(sums);
     }
@@ -242,7 +262,7 @@ struct MomentsEpilogue {
         EncoderVectors vectors;
         Slab slab;
         int64_t n_tokens;
-        const float* targets;  ///< [n_tokens, kTargets] or null
+        const float* targets;  ///< [n_tokens, kTargets], aligned to 16 bytes, or null
     };
 
     __device__ MomentsEpilogue(const Params& params, void* warp_shared, int64_t feature0)
@@ -268,14 +288,7 @@ struct MomentsEpilogue {
                     sums[1][j] += h[j] * h[j];
                     sums[2][j] += h[j] != 0 ? 1.0f : 0.0f;
                 }
-                if (params.targets) {
-#pragma unroll
-                    for (int k = 0; k < kTargets; ++k) {
-                        const float target = params.targets[tokens.at(i, e) * kTargets + k];
-                        sums[3 + k][0] += target * h[0];
-                        sums[3 + k][1] += target * h[1];
-                    }
-                }
+                if (params.targets) add_weighted<3>(sums, h, params.targets, tokens.at(i, e));
             }
         totals_.add(sums);
     }

@@ -37,10 +37,17 @@ constexpr int kBarriersOffset = kStages * kStageBytes;
 constexpr int kScratchOffset = kBarriersOffset + (2 * kStages + 2) * 8;  // a multiple of 16
 constexpr int kStepsAhead = 2;
 
+// Registers of a thread that loads and of one that multiplies; together no more than a multiprocessor has, or the
+// multiplying warps would wait for them for ever.
+constexpr int kLoadingRegisters = 40, kMultiplyingRegisters = 232;
+static_assert(kWarpgroup * (kLoadingRegisters + kMultipliers * kMultiplyingRegisters) <= 65536);
+
 /// A block's dynamic shared memory: the stages, their barriers, the epilogue's.
 template <class Epilogue>
 constexpr int shared_bytes() {
-    return kScratchOffset + kMultiplyingWarps * Epilogue::warp_shared_bytes;
+    constexpr int kMostBytesOfBlock = 232448, bytes = kScratchOffset + kMultiplyingWarps * Epilogue::warp_shared_bytes;
+    static_assert(bytes <= kMostBytesOfBlock, "no Hopper GPU can start a block with as much shared memory");
+    return bytes;
 }
 
 template <class Params>
@@ -74,7 +81,8 @@ constexpr int kStep = 16 * 2 / 16;
 /// Fills the ring: for each tile and term the whole depth of the block's features and of its half of the columns.
 template <class Epilogue>
 __device__ __forceinline__ void load_tiles(const Arguments<typename Epilogue::Params>& arguments, const Ring& ring,
-                                           const TileRange& tiles, int block) {
+                                           int block, int cluster) {
+    const TileRange tiles = arguments.schedule.tiles_of(cluster);
     PipelineStage stage(kStages);
     for (int64_t place = tiles.begin; place < tiles.end; place += tiles.step) {
         const int64_t strip = place / arguments.schedule.n_tiles;
@@ -99,11 +107,12 @@ __device__ __forceinline__ void load_tiles(const Arguments<typename Epilogue::Pa
 /// Empties the ring: a warpgroup's 64 features by all columns of a tile, then the epilogue.
 template <class Epilogue>
 __device__ __forceinline__ void multiply_tiles(const Arguments<typename Epilogue::Params>& arguments, const Ring& ring,
-                                               const TileRange& tiles, int block, int cluster, uint8_t* scratch) {
+                                               int block, int cluster, uint8_t* scratch) {
     const int thread = static_cast<int>(threadIdx.x) - kWarpgroup, lane = thread % 32, warp = thread / 32;
     const int multiplier = thread / kWarpgroup;
     const int n_steps = arguments.terms.n * (arguments.depth / static_cast<int>(kDepth));
     const StripSchedule& schedule = arguments.schedule;
+    const TileRange tiles = schedule.tiles_of(cluster);
     float accumulators[128];
     PipelineStage stage(kStages);
     const auto release = [&](int index) {
@@ -172,13 +181,12 @@ __global__ void STS_ON_SM90A(__cluster_dims__(kBlocks, 1, 1)) __launch_bounds__(
     cluster_sync();
 
     const int block = block_in_cluster(), cluster = static_cast<int>(blockIdx.x) / kBlocks;
-    const TileRange tiles = arguments.schedule.tiles_of(cluster);
     if (threadIdx.x < kWarpgroup) {
-        give_registers_above<40>();
-        if (threadIdx.x == 0) load_tiles<Epilogue>(arguments, ring, tiles, block);
+        give_registers_above<kLoadingRegisters>();
+        if (threadIdx.x == 0) load_tiles<Epilogue>(arguments, ring, block, cluster);
     } else {
-        take_registers_up_to<232>();
-        multiply_tiles<Epilogue>(arguments, ring, tiles, block, cluster, stages + kScratchOffset);
+        take_registers_up_to<kMultiplyingRegisters>();
+        multiply_tiles<Epilogue>(arguments, ring, block, cluster, stages + kScratchOffset);
     }
     // Neither block ends while the other one still writes or signals in its shared memory.
     cluster_sync();

@@ -9,11 +9,6 @@
 /// The instructions of sm_90a that C++ has no words for; the tests' emulator has its own version of this file.
 namespace sts::cuda::sm90 {
 
-__device__ __forceinline__ uint8_t* dynamic_shared_memory() {
-    extern __shared__ uint8_t bytes[];
-    return bytes;
-}
-
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }

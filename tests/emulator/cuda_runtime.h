@@ -69,6 +69,11 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
     return emulator::exchange(value)[emulator::current().lane ^ mask];
 }
 template <class T>
+T __shfl_up_sync(unsigned, T value, int n_lanes) {
+    const int lane = emulator::current().lane;
+    return emulator::exchange(value)[lane < n_lanes ? lane : lane - n_lanes];
+}
+template <class T>
 T __ldg(const T* address) {
     return *address;
 }
@@ -125,4 +130,7 @@ inline float __uint_as_float(uint32_t bits) {
 
 struct uint4 {
     uint32_t x, y, z, w;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
 };
