@@ -99,7 +99,7 @@ class Encoder:
         return self.activation in ("topk", "abstopk")
 
     def of_columns(self, columns: NDArray[np.int64]) -> Encoder:
-        """The same with these features only; the last result is cached."""
+        """The same with these features only; the last result is cached, for the kernels of any stream."""
         import torch
 
         key = columns.tobytes()
@@ -110,8 +110,15 @@ class Encoder:
             subset.hi, subset.lo = self.hi[index], None if self.lo is None else self.lo[index]
             subset.vectors = [values[index] for values in self.vectors]
             subset.d_sae, subset._subset = len(columns), None
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()  # another stream would not wait for the copies
             self._subset = (key, subset)
-        return self._subset[1]
+        found = self._subset[1]
+        if self.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            for tensor in (found.hi, found.lo, *found.vectors):
+                if tensor is not None:  # its memory is this stream's too, until the kernels are done
+                    tensor.record_stream(torch.cuda.current_stream(self.device))
+        return found
 
     def strip(self, start: int, end: int) -> tuple[Any, Any]:
         """(prepared weights, vectors) of the features from start to end, for the kernels."""
