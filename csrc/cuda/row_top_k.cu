@@ -10,6 +10,26 @@ PreActivations pre_activations(const Product& product, const Vectors& vectors, b
 constexpr unsigned kSelectThreads = 256;
 constexpr int kDigitBits = 8, kDigits = 1 << kDigitBits;
 
+/// The highest digit that, with those above it, has n_wanted keys, or digit 0; `above` becomes the number of keys with
+/// higher digits. The lanes of a warp call together, each for eight digits side by side, the first for the highest.
+__device__ int digit_of(int n_wanted, const int* histogram, int& above) {
+    constexpr int kEach = kDigits / 32;
+    const int lane = static_cast<int>(threadIdx.x), highest = kDigits - 1 - kEach * lane;
+    int n = 0;
+    for (int i = 0; i < kEach; ++i) n += histogram[highest - i];
+    int up_to = n;  // with those of lower lanes
+    for (int step = 1; step < 32; step *= 2) {
+        const int before = __shfl_up_sync(kAllLanes, up_to, step);
+        if (lane >= step) up_to += before;
+    }
+    const unsigned enough = __ballot_sync(kAllLanes, up_to >= n_wanted);
+    const int owner = enough ? __ffs(static_cast<int>(enough)) - 1 : 31;
+    int digit = highest, higher = up_to - n;
+    while (digit > highest - kEach + 1 && higher + histogram[digit] < n_wanted) higher += histogram[digit--];
+    above = __shfl_sync(kAllLanes, higher, owner);
+    return __shfl_sync(kAllLanes, digit, owner);
+}
+
 /// A block per row: radix selection, most significant digit first, over keys that put the larger value first and among
 /// equal ones the lower column, so that no two are the same.
 __global__ void __launch_bounds__(kSelectThreads, 4)
@@ -55,12 +75,15 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
                 atomicAdd(&histogram[key >> shift & (kDigits - 1)], 1);
         });
         __syncthreads();
-        if (thread == 0) {
-            int digit = kDigits - 1;
-            while (digit > 0 && histogram[digit] < n_wanted) n_wanted -= histogram[digit--];
-            chosen_digits = prefix | static_cast<unsigned long long>(digit) << shift;
-            // All that share the digits are wanted: no need to tell them apart.
-            if (histogram[digit] <= n_wanted) n_wanted = 0;
+        if (thread < 32) {
+            int above = 0;
+            const int digit = digit_of(n_wanted, histogram, above);
+            __syncwarp();
+            if (thread == 0) {
+                chosen_digits = prefix | static_cast<unsigned long long>(digit) << shift;
+                // All that share the digits are wanted: no need to tell them apart.
+                n_wanted = histogram[digit] <= n_wanted - above ? 0 : n_wanted - above;
+            }
         }
         __syncthreads();
         prefix = chosen_digits;
@@ -74,17 +97,23 @@ __global__ void __launch_bounds__(kSelectThreads, 4)
         selected.values[row * selected.capacity + at] = value;
     });
     __syncthreads();
-    if (thread > 0) return;
-    selected.counts[row] = n_written;
-    if (n_listed > lists.capacity) *status = 0;
+    if (thread >= 32) return;
+    if (thread == 0) {
+        selected.counts[row] = n_written;
+        if (n_listed > lists.capacity) *status = 0;
+    }
     if (!bounds) return;
     // The smallest chosen value is the k-th largest.
     float bound = n_written < k ? 0 : __uint_as_float(0x7f800000);
-    for (int i = 0; i < n_written && n_written == k; ++i) {
+    for (int i = thread; i < n_written && n_written == k; i += 32) {
         const float value = selected.values[row * selected.capacity + i], size = value < 0 ? -value : value;
         bound = size < bound ? size : bound;
     }
-    bounds[row] = bound;
+    for (int step = 16; step; step /= 2) {
+        const float other = __shfl_xor_sync(kAllLanes, bound, step);
+        bound = other < bound ? other : bound;
+    }
+    if (thread == 0) bounds[row] = bound;
 }
 
 }  // namespace

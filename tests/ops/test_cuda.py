@@ -195,6 +195,28 @@ def test_topk_by_the_bound_of_the_first_strip(
     assert_all_exact(problem, encoder_of(problem, gpu, "bf16"))
 
 
+@pytest.mark.parametrize("columns", [None, np.array([3, 60, 61, 199])], ids=["all", "some"])
+def test_topk_of_one_unusual_row_among_blocks(gpu: Any, columns: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_kernels, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(cuda, "FIRST_STRIP", 50)
+    problem = Problem("topk", 270, 2, 240, values=INTEGER, columns=columns)
+    problem.base[:, 0] = 0
+    problem.base[260, 0] = 100  # exceeds the bound of its first strip everywhere behind it
+    problem.W_enc[0] = np.arange(240) >= 50
+    encoder = encoder_of(problem, gpu, "bf16")
+    assert_sparse_is(problem, cuda.encode_sparse(encoder, on(gpu, problem.base), columns))
+
+
+@pytest.mark.parametrize("k", [1, 7, 31, 32])
+def test_topk_of_rows_with_many_ties(gpu: Any, k: int) -> None:
+    problem = Problem("topk", 9, 3, 300, values=INTEGER)
+    problem.bias[:] = np.arange(300) % 2
+    problem.base[0], problem.W_enc[:], problem.scale[:] = 0, np.sign(problem.W_enc), 1
+    problem.base[1] = -100  # fewer than k are positive, or none
+    problem.k = problem.parameters["k"] = k
+    assert_sparse_is(problem, cuda.encode_sparse(encoder_of(problem, gpu, "bf16"), on(gpu, problem.base)))
+
+
 def test_more_features_fire_than_there_is_room_for(gpu: Any) -> None:
     problem = Problem("relu", 260, 3, 300, values=INTEGER)
     problem.bias += 100

@@ -47,8 +47,11 @@ def _launcher(device: torch.device) -> Any:
     """Starts kernels on torch's current stream of a device."""
     import torch
 
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return load().Device(device.index or 0, stream, main_loops.get(device, MAIN_LOOP))
+    loop = main_loops.get(device, MAIN_LOOP)
+    if device.type != "cuda":
+        return load().Device(0, 0, loop)
+    stream = torch.cuda.current_stream(device)
+    return load().Device(stream.device.index, stream.cuda_stream, loop)
 
 
 def _on_its_device(op: Op) -> Op:
@@ -151,8 +154,8 @@ class _Call(DeviceCall):
         import torch
 
         super().__init__(encoder, members, names, columns)
-        # One word per member for its first bad row, one for rows with too many candidates.
-        self.status = torch.full((len(members) + 1,), load().fine, dtype=torch.int64, device=encoder.device)
+        # A word per member for its first bad row.
+        self.status = torch.full((len(members),), load().fine, dtype=torch.int64, device=encoder.device)
         self.device = _launcher(encoder.device)
 
     def run(self, sums: list[torch.Tensor | None], rows: torch.Tensor | None, weighted: torch.Tensor | None) -> None:
@@ -227,7 +230,7 @@ class _Call(DeviceCall):
     def _top_k_entries(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         import torch
 
-        for start, lists in self._top_k_blocks():
+        for start, lists in self._top_k_blocks()[0]:
             keys = []
             for member, (columns, _, counts) in enumerate(lists):
                 column, token = self._placed(columns, counts)
@@ -249,10 +252,14 @@ class _Call(DeviceCall):
         if not self.n_tokens or not self.n_columns:
             return
         if self.encoder.selects_top_k:
-            for start, [(columns, values, counts)] in self._top_k_blocks():
+            blocks, complete = self._top_k_blocks()
+            for start, [(columns, values, counts)] in blocks:
                 column, token = self._placed(columns, counts)
-                there = (column >= 0) & (values != 0)
-                yield ((start + token) << 32 | columns)[there], values[there]
+                block_keys, block_values = ((start + token) << 32 | columns).flatten(), values.flatten()
+                if not complete or self.columns is not None:
+                    there = (column >= 0).flatten().nonzero()[:, 0]
+                    block_keys, block_values = block_keys[there], block_values[there]
+                yield block_keys, block_values
             return
         for start, [acts] in self._prepared_blocks():
             yield self._append(acts, start)
@@ -288,21 +295,40 @@ class _Call(DeviceCall):
             place = at
         return torch.where(there, place, -1), torch.arange(n, device=columns.device)[:, None]
 
-    def _top_k_blocks(self) -> Iterator[tuple[int, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]]:
-        """(first row, for each member (columns [n, k], values [n, k], counts [n])) of the rows' k largest values."""
-        W_rows = self.encoder.d_sae
-        strip = min(W_rows, max(FIRST_STRIP, W_rows // 8))
-        for start, prepared in self._prepared_blocks(strip * 4):
-            n = min(self.n_tokens - start, self.rows_per_block)
-            lists = [self._row_top_k(rows, n, strip, dense=False) for rows in prepared]
-            if not is_capturing(self.encoder.device) and int(self.status[-1]) != load().fine:
-                # A row of unusual values: every strip is then written out and searched.
-                self.status[-1] = load().fine
-                lists = [self._row_top_k(rows, n, strip, dense=True) for rows in prepared]
-            yield start, lists
+    def _top_k_blocks(self) -> tuple[list[tuple[int, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]], bool]:
+        """Of the rows' k largest values (first row, for each member (columns [n, k], values [n, k], counts [n])).
 
-    def _row_top_k(self, rows: Any, n: int, strip: int, *, dense: bool) -> Any:
-        """The k largest of each row; those of the first strip are a lower bound, which few of the rest pass."""
+        Whether all rows have k of them comes with it. All blocks are started before the one look at what they found.
+        """
+        import torch
+
+        encoder, device = self.encoder, self.encoder.device
+        strip = min(encoder.d_sae, max(FIRST_STRIP, encoder.d_sae // 8))
+        starts = self._starts(strip * 4, _bytes_of_strips(device))
+        full = torch.full((len(starts),), load().fine, dtype=torch.int64, device=device)
+        blocks = []
+        for block, start in enumerate(starts):
+            n, prepared = min(self.n_tokens - start, self.rows_per_block), self._prepared(start)
+            blocks.append((start, [self._row_top_k(rows, n, strip, full, block, dense=False) for rows in prepared]))
+        if is_capturing(device):
+            self.status = torch.cat([self.status, full])  # a list that is full lets nothing be added
+            return blocks, False
+        n_listed = torch.stack([counts.sum() for _, lists in blocks for *_, counts in lists]).sum()
+        *states, n_found = torch.cat([full, n_listed[None]]).tolist()
+        for block, state in enumerate(states):
+            if state != load().fine:
+                # A row of unusual values: every strip is then written out and searched.
+                start, lists = blocks[block]
+                n, prepared = len(lists[0][2]), self._prepared(start)
+                lists[:] = [self._row_top_k(rows, n, strip, full, block, dense=True) for rows in prepared]
+        complete = all(state == load().fine for state in states)
+        return blocks, complete and n_found == self.n_tokens * encoder.k * len(self.members)
+
+    def _row_top_k(self, rows: Any, n: int, strip: int, full: torch.Tensor, block: int, *, dense: bool) -> Any:
+        """The k largest of each row; those of the first strip are a lower bound, which few of the rest pass.
+
+        Where more do than a row's list holds, full[block] is lowered.
+        """
         import torch
 
         encoder, device = self.encoder, self.encoder.device
@@ -316,8 +342,7 @@ class _Call(DeviceCall):
 
         def select(lists: Any, pre: Any, first: int, size: int) -> Any:
             selected = new_lists(size)
-            word = len(self.members)
-            load().select_top_k(self.device, n, k, absolute, lists, pre, first, selected, bounds, self.status, word)
+            load().select_top_k(self.device, n, k, absolute, lists, pre, first, selected, bounds, full, block)
             return selected
 
         bounds = torch.empty(n, dtype=torch.float32, device=device)
@@ -336,40 +361,49 @@ class _Call(DeviceCall):
         columns, values, counts = lists
         return columns[:, :k].contiguous(), values[:, :k].contiguous(), counts
 
-    def _prepared_blocks(self, bytes_per_row: int = 0) -> Iterator[tuple[int, list[Any]]]:
+    def _prepared_blocks(self) -> Iterator[tuple[int, list[Any]]]:
         """(first row, the members' rows prepared for the products), in blocks that bound the workspace."""
+        for start in self._starts():
+            yield start, self._prepared(start)
+
+    def _starts(self, bytes_per_row: int = 0, workspace: int | None = None) -> range:
+        """The first rows of blocks of rows_per_block, for which the workspace has `bytes_per_row`."""
         import torch
 
         encoder = self.encoder
         word_of_row = 4 if encoder.precision == "fp32" else 2
         # Paired operands are split in the same way.
         exact = encoder.input_norm == "none" and all(acts.dtype == torch.bfloat16 for acts in self.members)
-        split = encoder.precision == "bf16x2" and not exact
-        direct = [not split and self._is_direct(acts) for acts in self.members]
-        copied = 0 if all(direct) else encoder.depth * word_of_row * (2 if split else 1) * len(self.members)
-        rows_per_block = cuda_kernels.WORKSPACE_BYTES // max(bytes_per_row, copied, 1) // 256 * 256
-        self.rows_per_block = max(256, min(rows_per_block, MOST_ROWS))
-        several = self.n_tokens > self.rows_per_block
-        if several or any(direct):
+        self.split = encoder.precision == "bf16x2" and not exact
+        self.direct = [not self.split and self._is_direct(acts) for acts in self.members]
+        copied = encoder.depth * word_of_row * (2 if self.split else 1) * len(self.members)
+        rows = (workspace or cuda_kernels.WORKSPACE_BYTES) // max(bytes_per_row, 0 if all(self.direct) else copied, 1)
+        self.rows_per_block = max(256, min(rows // 256 * 256, MOST_ROWS))
+        if self.n_tokens > self.rows_per_block or any(self.direct):
             # Nothing is added before every row has been checked.
             for word, acts in enumerate(self.members):
                 self._prepare(acts, None, None, 0, word)
-        for start in range(0, self.n_tokens, self.rows_per_block):
-            prepared = []
-            for word, acts in enumerate(self.members):
-                part = acts[start : start + self.rows_per_block]
-                if direct[word]:
-                    prepared.append(load().PreparedRows(part))
-                    continue
-                hi = torch.empty(
-                    (len(part), encoder.depth),
-                    dtype=torch.float32 if encoder.precision == "fp32" else torch.bfloat16,
-                    device=encoder.device,
-                )
-                lo = torch.empty_like(hi) if split else None
-                self._prepare(part, hi, lo, start, word)
-                prepared.append(load().PreparedRows(hi, lo))
-            yield start, prepared
+        return range(0, self.n_tokens, self.rows_per_block)
+
+    def _prepared(self, start: int) -> list[Any]:
+        """The members' rows of the block that begins at `start`."""
+        import torch
+
+        encoder, prepared = self.encoder, []
+        for word, acts in enumerate(self.members):
+            part = acts[start : start + self.rows_per_block]
+            if self.direct[word]:
+                prepared.append(load().PreparedRows(part))
+                continue
+            hi = torch.empty(
+                (len(part), encoder.depth),
+                dtype=torch.float32 if encoder.precision == "fp32" else torch.bfloat16,
+                device=encoder.device,
+            )
+            lo = torch.empty_like(hi) if self.split else None
+            self._prepare(part, hi, lo, start, word)
+            prepared.append(load().PreparedRows(hi, lo))
+        return prepared
 
     def _is_direct(self, acts: torch.Tensor) -> bool:
         import torch
@@ -453,3 +487,11 @@ def _raise_faults_of_sparse(faults: list[int], d_sae: int) -> None:
             raise ValueError(
                 f"{name}_indices must ascend within a row and lie below d_sae, {d_sae}, which row {in_indices} does not"
             )
+
+
+def _bytes_of_strips(device: torch.device) -> int:
+    """Workspace for pre-activations: where there is room, more rows of TopK at a time; the device alone decides."""
+    import torch
+
+    large = device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory >= 20 << 30
+    return cuda_kernels.WORKSPACE_BYTES * (8 if large else 1)
