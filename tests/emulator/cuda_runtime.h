@@ -44,9 +44,7 @@ enum cudaDeviceAttr {
 };
 /// A small Hopper.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-    *value = attribute == cudaDevAttrMultiProcessorCount      ? 4
-             : attribute == cudaDevAttrComputeCapabilityMajor ? 9
-                                                              : 0;
+    *value = attribute == cudaDevAttrMultiProcessorCount ? 4 : attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 0;
     return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t n_bytes, cudaStream_t) {

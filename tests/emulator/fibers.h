@@ -32,12 +32,24 @@ struct Warp {
 
 struct Block {
     Dim3 index;
-    unsigned rank = 0;  ///< in its cluster
+    uint64_t number = 0;  ///< of all that have ever run
+    unsigned rank = 0;    ///< in its cluster
     std::vector<unsigned char> shared_storage;
     unsigned char* shared = nullptr;  ///< 1,024-byte aligned
+    size_t shared_bytes = 0;          ///< what lies behind them is nobody's
     std::vector<Warp> warps;
-    int n_threads = 0, arrived = 0;
+    int n_threads = 0, n_left = 0, arrived = 0;
     uint64_t generation = 0;
+
+    /// Its memory is the next one's from now on.
+    void end() {
+        if (std::any_of(shared + shared_bytes, shared + shared_bytes + kBehind,
+                        [](unsigned char b) { return b != 0xff; }))
+            throw std::logic_error("a thread wrote past the end of its block's shared memory");
+        std::fill(shared_storage.begin(), shared_storage.end(), static_cast<unsigned char>(0xff));
+    }
+    bool has_ended() const { return n_left == 0; }
+    static constexpr size_t kBehind = 1024;
 };
 
 /// A copy that has been asked for and not waited for.
@@ -130,15 +142,17 @@ class Machine {
         for (unsigned rank = 0; rank < cluster_size; ++rank) {
             auto block = std::make_unique<Block>();
             const uint64_t index = first_block + rank;
+            block->number = n_blocks_run_++;
             block->index = Dim3(static_cast<unsigned>(index % grid.x), static_cast<unsigned>(index / grid.x % grid.y),
                                 static_cast<unsigned>(index / grid.x / grid.y));
             block->rank = rank;
             // Not-a-numbers: what is read before it was written does not go unnoticed.
-            block->shared_storage.assign(shared_bytes + 1024, 0xff);
+            block->shared_storage.assign(1024 + shared_bytes + Block::kBehind, 0xff);
+            block->shared_bytes = shared_bytes;
             const auto address = reinterpret_cast<uintptr_t>(block->shared_storage.data());
             block->shared = block->shared_storage.data() + (1024 - address % 1024) % 1024;
             block->warps.resize(static_cast<size_t>((n_threads + 31) / 32));
-            block->n_threads = n_threads;
+            block->n_threads = block->n_left = n_threads;
             for (int t = 0; t < n_threads; ++t) {
                 if (n == fibers_.size()) fibers_.push_back(std::make_unique<Fiber>());
                 start(*fibers_[n++], block.get(), t);
@@ -155,7 +169,9 @@ class Machine {
                 current_ = i;
                 resume(*fibers_[i]);
                 if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
-                if (fibers_[i]->done) --n_left;
+                if (!fibers_[i]->done) continue;
+                --n_left;
+                if (--fibers_[i]->block->n_left == 0) fibers_[i]->block->end();
             }
         }
     }
@@ -181,6 +197,7 @@ class Machine {
 
     std::vector<std::unique_ptr<Fiber>> fibers_;
     size_t current_ = 0, idle_ = 0;
+    uint64_t n_blocks_run_ = 0;
     jmp_buf scheduler_;
     std::mt19937_64 order_random_;
     const std::function<void()>* body_ = nullptr;

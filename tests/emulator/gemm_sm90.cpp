@@ -1,6 +1,8 @@
 // The main loop for Hopper, on the CPU; tests/ops/test_gemm_sm90.py builds and calls this.
 #include "cuda/gemm_sm90.cuh"
 
+#include <cstdio>
+
 #include "cuda/epilogue.cuh"
 
 using namespace sts;
@@ -27,6 +29,17 @@ struct Vectors {
     const float *scale, *bias, *threshold;
 };
 
+/// What `run` returns, or -2 where the emulator refuses something, which it says on stderr.
+template <class Run>
+int refusals(const Run& run) {
+    try {
+        return run();
+    } catch (const std::exception& refusal) {
+        std::fprintf(stderr, "the emulator: %s\n", refusal.what());
+        return -2;
+    }
+}
+
 /// Runs the kernel and adds up the slab's rows.
 template <class Epilogue>
 int run(const Operands& operands, typename Epilogue::Params params, int n_multiprocessors, uint64_t seed,
@@ -38,7 +51,7 @@ int run(const Operands& operands, typename Epilogue::Params params, int n_multip
     const int64_t n_sums = Epilogue::kSums * operands.n_features;
     std::vector<double> slab(static_cast<size_t>(n_slots * n_sums), 0.0);
     params.slab = {slab.data(), operands.n_features};
-    const int status = sm90_launch<Epilogue>(product, params, n_multiprocessors, nullptr);
+    const int status = refusals([&] { return sm90_launch<Epilogue>(product, params, n_multiprocessors, nullptr); });
     for (int64_t i = 0; i < n_slots * n_sums; ++i) sums[i % n_sums] += slab[static_cast<size_t>(i)];
     return status;
 }
@@ -54,7 +67,7 @@ int emulate_dense(const Operands* operands, const Vectors* vectors, int n_multip
         {{vectors->scale, vectors->bias, vectors->threshold}, operands->n_tokens, operands->n_features, false}, pre};
     const Product product = operands->product();
     if (!sm90_serves(product)) return -1;
-    return sm90_launch<DenseEpilogue>(product, params, n_multiprocessors, nullptr);
+    return refusals([&] { return sm90_launch<DenseEpilogue>(product, params, n_multiprocessors, nullptr); });
 }
 
 /// sums [7, n_features]
@@ -87,7 +100,8 @@ int64_t emulate_append(const Operands* operands, const Vectors* vectors, int n_m
                           &count,
                           capacity,
                           0};
-    const int status = sm90_launch<Append>(operands->product(), params, n_multiprocessors, nullptr);
+    const int status =
+        refusals([&] { return sm90_launch<Append>(operands->product(), params, n_multiprocessors, nullptr); });
     return status == 0 ? static_cast<int64_t>(count) : -1;
 }
 
@@ -104,7 +118,8 @@ int emulate_candidates(const Operands* operands, const Vectors* vectors, const f
         counts,
         capacity,
         1000};
-    return sm90_launch<CandidateEpilogue>(operands->product(), params, n_multiprocessors, nullptr);
+    return refusals(
+        [&] { return sm90_launch<CandidateEpilogue>(operands->product(), params, n_multiprocessors, nullptr); });
 }
 
 /// What a schedule deals out: for each of its clusters' places, in order, the cluster, the strip, the tile of tokens

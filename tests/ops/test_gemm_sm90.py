@@ -192,8 +192,10 @@ def test_moments_read_one_matrix_by_halves(emulated: ctypes.CDLL) -> None:
     np.testing.assert_allclose(sums, expected, rtol=1e-5, atol=1e-4)
 
 
-def test_appends_what_fires_and_counts_on_beyond_the_capacity(emulated: ctypes.CDLL) -> None:
-    problem = Problem.random(5, 40, 300, 64)
+@pytest.mark.parametrize("bias", [0, 2], ids=["a quarter", "most, a warp's list full at any place"])
+def test_appends_what_fires_and_counts_on_beyond_the_capacity(emulated: ctypes.CDLL, bias: float) -> None:
+    problem = Problem.random(5, 140, 300, 64)
+    problem.bias += np.float32(bias)
     h = problem.features(problem.base)
     n_fired = np.count_nonzero(h)
     keys, values = np.zeros(n_fired, np.int64), np.zeros(n_fired, np.float32)

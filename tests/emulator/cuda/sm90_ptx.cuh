@@ -3,7 +3,10 @@
 ///
 /// What is asynchronous there happens here at any moment that the manual allows, drawn at random: a box arrives, in
 /// each block on its own, some time after it was asked for, and a product reads its operands either when it is
-/// committed or as late as when it is waited for.
+/// committed or as late as when it is waited for. What the manual asks for and chips often do without is checked: a
+/// barrier is there for others once its thread has fenced it and the cluster has met, a block that has ended takes no
+/// signal, accumulators are not-a-numbers between their product and the wait and pin behind it, and a product needs a
+/// fence after they were used.
 #include <cuda.h>
 #include <cuda_runtime.h>
 
@@ -37,10 +40,26 @@ struct ProductGroup {
     bool late = false;
 };
 
+/// A thread's products that are under way, and its accumulators.
+struct Products {
+    std::vector<ProductGroup> groups = std::vector<ProductGroup>(1);  ///< the last one is still open
+    float accumulators[128];                                          ///< as they are while products run
+    enum { used, pinned, fenced, running, waited } state = used;
+};
+
+/// A barrier from its thread's initialisation on.
+struct Initialised {
+    const emulator::Fiber* by;
+    bool is_fenced;
+    uint64_t n_cluster_syncs;
+};
+
 /// What hardware outside of the threads knows of a cluster.
 struct Hardware {
     std::vector<BoxInFlight> boxes;
-    std::map<const emulator::Fiber*, std::vector<ProductGroup>> groups;  ///< the last one is still open
+    std::map<const emulator::Fiber*, Products> products;
+    std::map<std::pair<uint64_t, size_t>, Initialised> barriers;  ///< by block and offset
+    std::map<uint64_t, int> registers;                            ///< that the threads of a block hold
     std::mt19937_64 random{1};
     int n_in_cluster_sync = 0;
     uint64_t n_cluster_syncs = 0;
@@ -70,6 +89,11 @@ struct Barrier {
 static_assert(sizeof(Barrier) == 8, "an mbarrier has 64 bits");
 
 inline Barrier& barrier_at(emulator::Block& block, size_t offset) {
+    const Hardware& hardware = Hardware::get();
+    if (block.has_ended()) emulator::Machine::fail("a signal to a block that has ended");
+    const auto found = hardware.barriers.find({block.number, offset});
+    if (found == hardware.barriers.end() || found->second.n_cluster_syncs == hardware.n_cluster_syncs)
+        emulator::Machine::fail("a barrier that is not there yet for other threads");
     return *reinterpret_cast<Barrier*>(block.shared + offset);
 }
 
@@ -78,6 +102,7 @@ inline size_t offset_of(const void* pointer) {
 }
 
 inline void deliver(const BoxInFlight& box) {
+    Barrier& barrier = barrier_at(*box.block, box.barrier);
     const CUtensorMap& map = box.map;
     unsigned char* to = box.block->shared + box.destination;
     if (box.destination % 1024) emulator::Machine::fail("a box with a swizzle of 128 bytes is not aligned to 1024");
@@ -91,7 +116,6 @@ inline void deliver(const BoxInFlight& box) {
             const uint32_t offset = r * 128 + c * 2;
             std::memcpy(to + (offset ^ (offset >> 7 & 7) << 4), &element, 2);
         }
-    Barrier& barrier = barrier_at(*box.block, box.barrier);
     barrier.bytes -= static_cast<int32_t>(map.box[0] * map.box[1] * 2);
     barrier.settle();
 }
@@ -106,6 +130,9 @@ inline int block_in_cluster() {
 
 inline void cluster_sync() {
     Hardware& hardware = Hardware::get();
+    for (const auto& [place, barrier] : hardware.barriers)
+        if (barrier.by == &emulator::current() && !barrier.is_fenced)
+            emulator::Machine::fail("an initialised barrier is not fenced");
     int n_threads = 0;
     for (const auto& block : emulator::Machine::get().cluster) n_threads += block->n_threads;
     const uint64_t before = hardware.n_cluster_syncs;
@@ -116,17 +143,38 @@ inline void cluster_sync() {
     emulator::Machine::get().wait([&] { return hardware.n_cluster_syncs != before; });
 }
 
+/// Registers of a multiprocessor, of which a block that has it for itself starts with a multiple of eight a thread.
+constexpr int kRegisters = 65536;
+inline int registers_at_start() {
+    return kRegisters / emulator::current().block->n_threads / 8 * 8;
+}
+inline int& registers_held() {
+    const emulator::Block* block = emulator::current().block;
+    return Hardware::get().registers.try_emplace(block->number, registers_at_start() * block->n_threads).first->second;
+}
 template <int N>
-void give_registers_above() {}
+void give_registers_above() {
+    static_assert(N % 8 == 0 && N >= 24 && N <= 256);
+    registers_held() -= registers_at_start() - N;
+}
 template <int N>
-void take_registers_up_to() {}
-
-inline void barrier_init(uint64_t* barrier, int n_arrivals) {
-    barrier_at(*emulator::current().block, offset_of(barrier)) = {0, static_cast<int8_t>(n_arrivals),
-                                                                  static_cast<int8_t>(n_arrivals), 0};
+void take_registers_up_to() {
+    static_assert(N % 8 == 0 && N >= 24 && N <= 256);
+    const int more = N - registers_at_start();
+    emulator::Machine::get().wait([&] { return registers_held() + more <= kRegisters; });
+    registers_held() += more;
 }
 
-inline void barrier_init_fence() {}
+inline void barrier_init(uint64_t* barrier, int n_arrivals) {
+    Hardware::get().barriers[{emulator::current().block->number, offset_of(barrier)}] = {
+        &emulator::current(), false, Hardware::get().n_cluster_syncs};
+    *reinterpret_cast<Barrier*>(barrier) = {0, static_cast<int8_t>(n_arrivals), static_cast<int8_t>(n_arrivals), 0};
+}
+
+inline void barrier_init_fence() {
+    for (auto& [place, barrier] : Hardware::get().barriers)
+        if (barrier.by == &emulator::current()) barrier.is_fenced = true;
+}
 
 inline void arrive(emulator::Block& block, size_t offset, int n_bytes) {
     Barrier& barrier = barrier_at(block, offset);
@@ -200,21 +248,42 @@ inline void multiply(const Product64x256& product) {
         }
 }
 
-inline void pin_accumulators(float (&)[128]) {}
+inline Products& own_products() {
+    return Hardware::get().products[&emulator::current()];
+}
+
+/// Without it the compiler may have moved what uses the accumulators to where they hold anything.
+inline void pin_accumulators(float (&accumulators)[128]) {
+    Products& own = own_products();
+    if (own.state == Products::waited) std::copy_n(own.accumulators, 128, accumulators);
+    if (own.state == Products::waited)
+        own.state = Products::used;
+    else if (own.state == Products::used)
+        own.state = Products::pinned;
+}
 
 inline void product_begin() {
-    auto& groups = Hardware::get().groups[&emulator::current()];
-    if (groups.empty()) groups.emplace_back();
+    Products& own = own_products();
+    if (own.state == Products::used || own.state == Products::waited)
+        emulator::Machine::fail("a fence before the accumulators are pinned");
+    if (own.state == Products::pinned) own.state = Products::fenced;
 }
 
 inline void product_m64n256k16(float (&d)[128], uint64_t a, uint64_t b, bool accumulate) {
-    Hardware::get().groups[&emulator::current()].back().products.push_back({d, a, b, accumulate});
+    Products& own = own_products();
+    if (own.state == Products::fenced) {
+        std::copy_n(d, 128, own.accumulators);
+        std::fill_n(d, 128, __uint_as_float(0x7fc00000));
+        own.state = Products::running;
+    }
+    if (own.state != Products::running)
+        emulator::Machine::fail("a product without a fence after its accumulators' use");
+    own.groups.back().products.push_back({own.accumulators, a, b, accumulate});
 }
 
 inline void product_commit() {
-    Hardware& hardware = Hardware::get();
-    auto& groups = hardware.groups[&emulator::current()];
-    groups.back().late = hardware.toss(2);
+    auto& groups = own_products().groups;
+    groups.back().late = Hardware::get().toss(2);
     if (!groups.back().late && groups.size() == 1) {
         for (const Product64x256& product : groups.back().products) multiply(product);
         groups.back().products.clear();
@@ -224,11 +293,12 @@ inline void product_commit() {
 
 template <int n>
 void product_wait() {
-    auto& groups = Hardware::get().groups[&emulator::current()];
-    while (groups.size() > n + 1) {
-        for (const Product64x256& product : groups.front().products) multiply(product);
-        groups.erase(groups.begin());
+    Products& own = own_products();
+    while (own.groups.size() > n + 1) {
+        for (const Product64x256& product : own.groups.front().products) multiply(product);
+        own.groups.erase(own.groups.begin());
     }
+    if (n == 0 && own.state == Products::running) own.state = Products::waited;
     emulator::exchange(0);  // all lanes of a warp wait together
 }
 
