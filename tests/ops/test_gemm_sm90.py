@@ -329,44 +329,98 @@ template cudaError_t sm90_launch<Shift>(const Product&, const Shift::Params&, in
 """
 
 
-def compiled_for(architecture: str, folder: Path) -> tuple[Path, str]:
-    """The shift kernel's machine code, and what the assembler said about it."""
+def compiled_for(architecture: str, folder: Path) -> Compiled:
+    """The shift kernel."""
     (folder / "shift.cu").write_text(PROGRAM, encoding="utf-8")
     target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
     command = [cuda_tool("nvcc"), "-std=c++17", "-O3", target, "-Xptxas=-v", "-cubin", f"-I{ROOT / 'csrc'}"]
-    command += ["-o", str(folder / "shift.cubin"), str(folder / "shift.cu")]
+    command += ["--keep", "--keep-dir", str(folder), "-o", str(folder / "shift.cubin"), str(folder / "shift.cu")]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
-    return folder / "shift.cubin", ran.stderr
+    command = [cuda_tool("cuobjdump"), "-sass", str(folder / "shift.cubin")]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z][^;]*?) ?;", listing)
+    return Compiled(code, (folder / "shift.ptx").read_text(encoding="utf-8"), ran.stderr)
 
 
-def instructions_of(cubin: Path) -> list[str]:
-    listing = subprocess.run(
-        [cuda_tool("cuobjdump"), "-sass", str(cubin)], capture_output=True, text=True, check=True
-    ).stdout
-    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z][\w.]*)", listing)
+@dataclass
+class Compiled:
+    """Machine code, an instruction a line without its predicate; what it was made of; what the assembler said."""
+
+    code: list[str]
+    ptx: str
+    said: str
+
+    def at(self, name: str) -> list[int]:
+        """Where instructions of this name, or with further suffixes, are."""
+        return [i for i, line in enumerate(self.code) if re.match(rf"{re.escape(name)}(?![A-Z0-9])", line)]
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     return compiled_for("90a", tmp_path_factory.mktemp("sm90"))
 
 
 def test_stops_where_the_instructions_are_missing(tmp_path: Path) -> None:
-    assert "BPT.TRAP" in instructions_of(compiled_for("90", tmp_path)[0]), "sums stay zero without a word"
+    assert compiled_for("90", tmp_path).at("BPT.TRAP"), "sums stay zero without a word"
 
 
-def test_keeps_its_accumulators_in_registers(compiled: tuple[Path, str]) -> None:
-    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", compiled[1])
+def test_keeps_its_accumulators_in_registers(compiled: Compiled) -> None:
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", compiled.said)
     assert spills == [("0", "0", "0")]
-    assert "serializ" not in compiled[1], "products that wait for each other"
+    assert "serializ" not in compiled.said, "products that wait for each other"
 
 
-def test_machine_code_is_hoppers(compiled: tuple[Path, str]) -> None:
-    instructions = instructions_of(compiled[0])
-    assert instructions.count("HGMMA.64x256x16.F32.BF16") == 4
-    assert {"UTMALDG.2D.MULTICAST", "UTMALDG.2D", "USETMAXREG.DEALLOC.CTAPOOL"} <= set(instructions)
-    waits_for_products = [i for i, name in enumerate(instructions) if name == "WARPGROUP.DEPBAR.LE"]
-    steps = instructions[instructions.index("WARPGROUP.ARRIVE") : waits_for_products[-1]]
-    waits = [name for name in steps if name.startswith("MEMBAR")]
-    assert not waits, "a fence between steps waits for memory that nobody shares"
+def test_products_take_their_operands_as_they_are_and_in_order(compiled: Compiled) -> None:
+    products = [compiled.code[i] for i in compiled.at("HGMMA")]
+    # Neither transposed nor negated, the accumulators' registers in and out, the last with the group's end.
+    as_they_are = r"HGMMA\.64x256x16\.F32\.BF16 (R\d+), gdesc\[UR\d+\], \1(, !?UP\d+)?(, gsb0)?"
+    assert len(products) == 4
+    assert all(re.fullmatch(as_they_are, product) for product in products), products
+    assert [product.endswith("gsb0") for product in products] == [False, False, False, True]
+    begin, waits = compiled.at("WARPGROUP.ARRIVE"), compiled.at("WARPGROUP.DEPBAR")
+    assert [compiled.code[i] for i in waits] == ["WARPGROUP.DEPBAR.LE gsb0, 0x1", "WARPGROUP.DEPBAR.LE gsb0, 0x0"]
+    assert len(begin) == 1
+    assert begin[0] < compiled.at("HGMMA")[0] < compiled.at("HGMMA")[-1] < waits[0] < waits[1]
+    assert not [i for i in compiled.at("MEMBAR") if begin[0] < i < waits[1]], "a fence waits for memory nobody shares"
+    between = compiled.code[begin[0] : waits[0]]
+    moved = [line for line in between if re.match(r"(MOV|IMAD\.MOV)\S* R\d+, R(\d+)$", line)]
+    assert not moved, "accumulators are not copied"
+
+
+def test_one_box_goes_to_both_blocks(compiled: Compiled) -> None:
+    (multicast,) = compiled.at("UTMALDG.2D.MULTICAST")
+    assert len(compiled.at("UTMALDG")) == 2, "and one to its own"
+    register = compiled.code[multicast].rsplit(", ", 1)[1]
+    masks = [line for line in compiled.code[:multicast] if line.startswith(f"UMOV {register}, 0x")]
+    assert int(masks[-1].split("0x")[1], 16) >> 16 == 0b11
+    assert ".reqnctapercluster 2, 1, 1" in compiled.ptx
+
+
+def test_registers_are_within_what_each_role_asks_for(compiled: Compiled) -> None:
+    (take,), (give,) = compiled.at("USETMAXREG.TRY_ALLOC"), compiled.at("USETMAXREG.DEALLOC")
+    asked = [int(compiled.code[i].split("0x")[1], 16) for i in (give, take)]
+    assert 128 * (asked[0] + 2 * asked[1]) <= 65536, "or the products' warps wait for ever"
+
+    def most(lines: list[str]) -> int:
+        return 1 + max(int(n) for line in lines for n in re.findall(r"\bR(\d+)", line))
+
+    end = next(i for i in compiled.at("UCGABAR_ARV") if i > give)
+    assert take < give, "the listing has the products first"
+    assert most(compiled.code[give:end]) <= asked[0]
+    assert most(compiled.code[take:give]) <= asked[1]
+
+
+def test_blocks_of_a_cluster_meet_before_they_signal_and_at_the_end(compiled: Compiled) -> None:
+    arrive, wait = compiled.at("UCGABAR_ARV"), compiled.at("UCGABAR_WAIT")
+    assert (len(arrive), len(wait)) == (2, 2)
+    initialised, signals = compiled.at("SYNCS.EXCH"), [*compiled.at("SYNCS.ARRIVE"), *compiled.at("UTMALDG")]
+    assert len(initialised) == 9, "full and empty of four stages, and one for being ahead"
+    assert max(initialised) < arrive[0] < wait[0] < min(signals)
+    assert max(signals) < arrive[1] < wait[1]
+    for i in arrive:
+        assert "MEMBAR.ALL.GPU" in compiled.code[i - 5 : i], "what came before is released"
+    # The fence of initialised barriers leaves no instruction behind.
+    words = ("mbarrier.init", "fence.mbarrier_init.release.cluster", "barrier.cluster.arrive.release", "setmaxnreg")
+    order = re.findall("|".join(map(re.escape, words)), compiled.ptx)
+    assert order[:11] == [*[words[0]] * 9, words[1], words[2]]
