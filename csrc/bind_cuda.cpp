@@ -220,7 +220,13 @@ py::tuple as_tuple(const SlabShape& shape) {
 PYBIND11_MODULE(STS_CUDA_MODULE, m) {
 #ifdef STS_EMULATOR
     // Another order in which threads take turns.
-    m.def("set_seed", [](uint64_t seed) { emulator::Machine::get().seed = seed; }, py::arg("seed"));
+    m.def(
+        "set_order",
+        [](uint64_t seed, bool warp_is_late) {
+            emulator::Machine::get().seed = seed;
+            emulator::Machine::get().warp_is_late = warp_is_late;
+        },
+        py::arg("seed") = 1, py::arg("warp_is_late") = false);
 #endif
     m.def("device_count", &device_count);
     m.def("missing_reason", &missing_reason);

@@ -84,6 +84,7 @@ class Machine {
     unsigned cluster_size = 1;
     std::vector<std::unique_ptr<Block>> cluster;
     uint64_t seed = 1;
+    bool warp_is_late = false;  ///< of each cluster one warp, drawn anew, takes few turns: the others run ahead of it
 
     /// Runs `body` once per thread of the grid.
     void run(Dim3 grid_shape, Dim3 threads, size_t shared_bytes, unsigned blocks_per_cluster,
@@ -162,10 +163,11 @@ class Machine {
         fibers_.resize(n);
         std::vector<size_t> order(n);
         for (size_t i = 0; i < n; ++i) order[i] = i;
+        const size_t late = warp_is_late ? order_random_() % ((n + 31) / 32) : n;
         for (size_t n_left = n; n_left;) {
             std::shuffle(order.begin(), order.end(), order_random_);
             for (const size_t i : order) {
-                if (fibers_[i]->done) continue;
+                if (fibers_[i]->done || (i / 32 == late && order_random_() % 8 != 0)) continue;
                 current_ = i;
                 resume(*fibers_[i]);
                 if (error_) std::rethrow_exception(std::exchange(error_, nullptr));

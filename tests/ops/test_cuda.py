@@ -98,6 +98,22 @@ def test_either_main_loop(gpu: Any, activation: str, loop: str, monkeypatch: pyt
     assert_all_exact(problem, encoder_of(problem, gpu, "bf16x2"))
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_block_of_many_tiles(gpu: Any, late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if late and gpu.type == "cuda":
+        pytest.skip("its warps are as late as they are")
+    monkeypatch.setattr(cuda, "MAIN_LOOP", "sm80")
+    problem = Problem("jumprelu", 1030, 100, 8, values=INTEGER)  # 17 tiles for 16 blocks
+    encoder = encoder_of(problem, gpu, "bf16")
+    if late:
+        cuda_kernels.load().set_order(2, warp_is_late=True)
+    try:
+        assert_exact(shift(problem, encoder), problem.wanted_shift())
+    finally:
+        if late:
+            cuda_kernels.load().set_order()
+
+
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16x2", 1e-4)])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_real_values(gpu: Any, activation: str, precision: str, tolerance: float) -> None:
@@ -231,7 +247,7 @@ def test_same_input_same_bits(gpu: Any, activation: str) -> None:
     first = shift(problem, encoder)
     for seed in (2, 3):
         if gpu.type == "cpu":
-            cuda_kernels.load().set_seed(seed)  # threads take turns in another order
+            cuda_kernels.load().set_order(seed)  # threads take turns in another order
         assert_same(shift(problem, encoder), first)
 
 

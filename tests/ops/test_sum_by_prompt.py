@@ -151,9 +151,9 @@ def test_sums_on_a_gpu_are_the_cpus(
     TOKENS[tokens].check(found)
     assert [part.tobytes() for part in found] == [part.tobytes() for part in _cpu.sum_by_prompt(**arguments)]
     if gpu.type == "cpu":
-        cuda_kernels.load().set_seed(2)  # threads take turns in another order
+        cuda_kernels.load().set_order(2)  # threads take turns in another order
         assert [part.tobytes() for part in on_gpu(**arguments)] == [part.tobytes() for part in found]
-        cuda_kernels.load().set_seed(1)
+        cuda_kernels.load().set_order()
 
 
 def test_the_order_of_tokens_is_part_of_the_sums() -> None:
