@@ -51,7 +51,7 @@ class Setting:
     def words(self, library: Path, executor: str, *more: str) -> list[str]:
         words = typed(self.tiny, library)
         words[words.index("--shard-tokens") + 1] = "250"
-        return [sys.executable, "-m", "sts_fast.cli", *words, "--executor", executor, "--workers", "2", *more]
+        return [sys.executable, "-m", "sts_fast", *words, "--executor", executor, "--workers", "2", *more]
 
     @cached_property
     def whole(self) -> State:
@@ -245,7 +245,7 @@ def damaged(setting: Setting, library: Path, rng: random.Random, counts: Counter
         shutil.rmtree(next(library.glob("days-*")))
         ended(
             subprocess.Popen(
-                [sys.executable, "-m", "sts_fast.cli", "work", str(next(library.glob("plans/*"))), "--world", "2"],
+                [sys.executable, "-m", "sts_fast", "work", str(next(library.glob("plans/*"))), "--world", "2"],
                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, MARK: setting.mark},
             )
         )  # fmt: skip
@@ -274,7 +274,7 @@ def two_drivers(setting: Setting, library: Path, rng: random.Random, counts: Cou
 def ranks(setting: Setting, library: Path, rng: random.Random, counts: Counter[str]) -> list[str]:
     """Three processes that work on one plan and end together; any of them merges."""
     setting.run(library, "local", "--plan-only")
-    command = [sys.executable, "-m", "sts_fast.cli", "work", str(next(library.glob("plans/*"))), "--world", "3"]
+    command = [sys.executable, "-m", "sts_fast", "work", str(next(library.glob("plans/*"))), "--world", "3"]
     processes = [
         subprocess.Popen(
             [*command, "--rank", str(rank)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,

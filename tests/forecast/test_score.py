@@ -618,7 +618,7 @@ def number(value: float) -> Any:
 def run_cli(*arguments: str | Path) -> str:
     """Standard output of `sts-fast score`."""
     ran = subprocess.run(
-        [sys.executable, "-m", "sts_fast.cli", "score", *map(str, arguments)],
+        [sys.executable, "-m", "sts_fast", "score", *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,

@@ -20,7 +20,7 @@ from sts_fast.errors import InputError
 
 def test_ray_makes_the_same_bytes_though_a_worker_is_lost(tiny: Tiny, tmp_path: Path, expected: dict[str, str]) -> None:
     pytest.importorskip("ray")
-    command = [sys.executable, "-m", "sts_fast.cli", *typed(tiny, tmp_path / "lib"), "--executor", "ray"]
+    command = [sys.executable, "-m", "sts_fast", *typed(tiny, tmp_path / "lib"), "--executor", "ray"]
     with subprocess.Popen([*command, "--workers", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as driver:
         while driver.poll() is None and not (reading := processes_called("ray::read_shard")):
             time.sleep(0.05)

@@ -165,7 +165,7 @@ def test_what_cannot_check_is_told(monkeypatch: pytest.MonkeyPatch, tiny: Tiny) 
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "sts_fast.cli", "rollouts", *map(str, arguments)]
+    command = [sys.executable, "-m", "sts_fast", "rollouts", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
 
 

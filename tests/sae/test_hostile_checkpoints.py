@@ -508,7 +508,7 @@ def test_there_are_sixty_of_them() -> None:
 def test_the_command_says_one_line_and_exits_with_2(tmp_path: Path) -> None:
     found = pickled(tmp_path, dictionary_learning)
     ran = subprocess.run(
-        [sys.executable, "-m", "sts_fast.cli", "doctor", "--sae", found], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "sts_fast", "doctor", "--sae", found], capture_output=True, text=True, check=False
     )
     assert (ran.returncode, ran.stdout) == (2, "")
     assert ran.stderr.startswith("error: ")

@@ -30,7 +30,7 @@ class Array:
         """options: of sbatch, for both jobs, such as --partition=gpu."""
         world = min(n_workers, len(plan.shards))
         ranks = sorted({shard % world for shard in plan.missing()})
-        command = [sys.executable, "-m", "sts_fast.cli"]
+        command = [sys.executable, "-m", "sts_fast"]
         plan_file = str((plan.folder / "plan.json").absolute())
         mapped = [word for old, new in roots.items() for word in ("--root", f"{old}={new}")]
         logs = plan.folder.absolute() / "logs"

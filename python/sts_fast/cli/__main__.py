@@ -1,5 +1,0 @@
-"""`python -m sts_fast.cli` is the command `sts-fast`."""
-
-from sts_fast.cli import main
-
-main()
