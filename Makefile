@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-CXX_FILES = $(shell find csrc examples benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+CXX_FILES = $(shell find csrc examples benchmarks -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 SOURCES = CMakeLists.txt $(CXX_FILES) $(shell find python/sts_fast -type f -not -path '*/.*' -not -path '*/__pycache__/*')
 
 # The CUDA core takes minutes to build: only where there is a GPU, in continuous integration, and for CUDA=AUTO.
@@ -69,7 +69,7 @@ faults: $(VENV)/installed
 # What the core computes is checked by the same program that tests/ops/test_core.py runs on an emulated ARM machine.
 sanitize: $(VENV)/build_tools
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja -DSTS_CORE_TEST=ON -DSTS_SANITIZE=ON -DSTS_WERROR=ON
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize --target core_test
 	build/sanitize/core_test
 
 lint: $(VENV)/installed

@@ -25,6 +25,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from native import c_library
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -765,6 +766,12 @@ def test_version(run: Callable[..., Ran]) -> None:
     assert run("--version") == Ran(0, f"{sts_fast.__version__}\n", "")
 
 
+def test_cmakedir(run: Callable[..., Ran]) -> None:
+    package = c_library().parent / "cmake" / "sts_fast"
+    assert run("--cmakedir") == Ran(0, f"{package}\n", "")
+    assert (package / "sts_fastConfig.cmake").is_file()
+
+
 def test_doctor(run: Callable[..., Ran]) -> None:
     ran = run("doctor")
     assert (ran.code, ran.err) == (0, "")
@@ -1106,7 +1113,7 @@ def test_interrupted_inside_exec(tmp_path: Path) -> None:
 
 def start(*words: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "sts_fast.cli", *map(str, words)],
+        [sys.executable, "-W", "ignore", "-m", "sts_fast", *map(str, words)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

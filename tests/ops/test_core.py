@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from native import PATH, ROOT, run
 
 from sts_fast.ops import _cpu
 
-ROOT = Path(__file__).parents[2]
-TOOLS = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 
 
-def run(*command: str | Path) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env={**os.environ, "PATH": TOOLS})
-    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
-    return done.stdout
-
-
 @pytest.mark.skipif(
-    not all(shutil.which(tool, path=TOOLS) for tool in (CROSS_COMPILER, EMULATOR, "cmake", "ninja")),
+    not all(shutil.which(tool, path=PATH) for tool in (CROSS_COMPILER, EMULATOR, "cmake", "ninja")),
     reason=f"needs {CROSS_COMPILER} and {EMULATOR} to emulate an ARM machine, cmake and ninja to build for it",
 )
 def test_on_arm() -> None:
@@ -36,7 +25,7 @@ def test_on_arm() -> None:
         *("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={CROSS_COMPILER}"),
         "-DCMAKE_EXE_LINKER_FLAGS=-static",
     )
-    run("cmake", "--build", build)
+    run("cmake", "--build", build, "--target", "core_test")
     assert "\n0 of " in run(EMULATOR, build / "core_test")
 
 

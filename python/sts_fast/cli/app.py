@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -26,6 +27,7 @@ from sts_fast.cli.search import search
 from sts_fast.cli.trace import trace
 from sts_fast.cli.validate import report, validate
 from sts_fast.errors import InputError
+from sts_fast.ops import _cpu
 
 app = typer.Typer(
     pretty_exceptions_enable=False,
@@ -43,11 +45,24 @@ CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]
 def start(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+    cmakedir: Annotated[
+        bool, typer.Option("--cmakedir", help="Show where CMake's find_package finds the C++ core, and exit.")
+    ] = False,
 ) -> None:
     if version:
         out.print(__version__, highlight=False)
+    elif cmakedir:
+        sys.stdout.write(f"{_cmakedir()}\n")
     elif context.invoked_subcommand is None:
         sys.stdout.write(context.get_help() + "\n")
+
+
+def _cmakedir() -> Path:
+    """The folder of sts_fastConfig.cmake, beside the core that this process runs."""
+    folder = Path(_cpu.__file__).parents[1] / "lib" / "cmake" / "sts_fast"
+    if not folder.is_dir():
+        raise InputError(f"{folder} does not exist: install the package, as with pip install .")
+    return folder
 
 
 # Each command with an example of it.
