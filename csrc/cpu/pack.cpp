@@ -2,10 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <new>
 
 #include "cpu/parallel.h"
 #include "scan.h"
@@ -146,8 +144,8 @@ FloatBuffer::FloatBuffer(int64_t size) {
     const size_t wanted = static_cast<size_t>(size) * sizeof(float);
     const size_t align = wanted >= kHugePage ? kHugePage : kLine;
     const size_t bytes = std::max((wanted + align - 1) / align * align, align);
-    data_.reset(static_cast<float*>(std::aligned_alloc(align, bytes)));
-    if (!data_) throw std::bad_alloc();
+    const auto alignment = static_cast<std::align_val_t>(align);
+    data_ = {static_cast<float*>(::operator new(bytes, alignment)), Free{alignment}};
 #if defined(__linux__)
     // Strips and rows stream by again and again: in small pages the processor looks up their places instead.
     if (align == kHugePage) madvise(data_.get(), bytes, MADV_HUGEPAGE);
@@ -155,7 +153,7 @@ FloatBuffer::FloatBuffer(int64_t size) {
 }
 
 void FloatBuffer::Free::operator()(float* data) const {
-    std::free(data);
+    ::operator delete(data, alignment);
 }
 
 PackedRows::PackedRows(const TileKernels& kernels, InputNorm norm, int n_members, int64_t d_in, int64_t max_tokens)

@@ -1,6 +1,7 @@
 #pragma once
 #include <sts/sae_ops.h>
 
+#include <new>
 #include <vector>
 
 #include "cpu/tile.h"
@@ -15,6 +16,7 @@ class FloatBuffer {
 
   private:
     struct Free {
+        std::align_val_t alignment;
         void operator()(float* data) const;
     };
     std::unique_ptr<float, Free> data_;
