@@ -20,6 +20,7 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.10", reason="torch before 2.10 compiles no op whose result has any size")
 @pytest.mark.parametrize("kind", ["jumprelu", "topk"])
 def test_ops_live_inside_a_compiled_function(kind: str) -> None:
     sae = make_sae(kind)

@@ -46,7 +46,7 @@ _saes: WeakValueDictionary[int, SAE] = WeakValueDictionary()
 def torch_handle(sae: SAE) -> int:
     """The number of an SAE for torch.ops.sts_fast, which are defined at the first call.
 
-    The number is valid as long as the SAE exists.
+    The number is valid as long as the SAE exists. encode_sparse in a function compiled as a whole needs torch 2.10.
     """
     _define()
     if sae not in _handles:
