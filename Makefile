@@ -10,7 +10,7 @@ SOURCES = CMakeLists.txt $(CXX_FILES) $(shell find python/sts_fast -type f -not 
 # The CUDA core takes minutes to build: only where there is a GPU, in continuous integration, and for CUDA=AUTO.
 CUDA ?= $(if $(CI)$(wildcard /dev/nvidiactl),AUTO,OFF)
 
-.PHONY: help install test test-dispatch fuzz faults sanitize lint format demo study gpu clean
+.PHONY: help install test test-dispatch fuzz faults sanitize lint format demo study gpu wheels check-wheels clean
 .DEFAULT_GOAL := help
 
 help:
@@ -27,6 +27,8 @@ help:
 	@echo 'make study    adds the weights of the models of the real study (176 MB), study/real'
 	@echo 'make gpu      builds, checks and times the CUDA core on this machine, with its own torch; no network'
 	@echo '              STAGES="build check verify bench forecast table graph peers sanitize": these alone; LEASE=seconds OUTPUT=folder'
+	@echo 'make wheels   wheels for Linux on x86-64 and ARM, in dist/; PYTHONS="3.12 /a/python"'
+	@echo 'make check-wheels installs each in an environment without a compiler, and tests and uses it'
 	@echo 'make clean    remove the environment and what was built'
 
 install: $(VENV)/installed
@@ -104,6 +106,19 @@ study: $(VENV)/installed
 # In the Python that has torch, not in .venv; results/<gpu>.json is written as it goes.
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(STAGES) $(if $(LEASE),--seconds $(LEASE)) $(if $(OUTPUT),--output '$(OUTPUT)')
+
+# In an environment of their own, with a compiler for all processors; not part of make test.
+WHEELS := build/wheels
+$(WHEELS)/installed: wheels/requirements.txt
+	$(PYTHON) -m venv $(WHEELS)
+	$(WHEELS)/bin/pip install -q -r wheels/requirements.txt
+	@touch $@
+
+wheels: $(WHEELS)/installed
+	$(WHEELS)/bin/python wheels/linux.py $(foreach python,$(PYTHONS),--python $(python))
+
+check-wheels: $(WHEELS)/installed
+	$(WHEELS)/bin/python wheels/check.py dist/*.whl
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,15 @@
+# Compiles for Linux on the processor $STS_ARCH with zig's clang, which brings glibc's interface of any version.
+set(CMAKE_SYSTEM_NAME Linux)
+set(CMAKE_SYSTEM_PROCESSOR $ENV{STS_ARCH})
+set(target -target $ENV{STS_ARCH}-linux-gnu.2.28)
+set(CMAKE_C_COMPILER $ENV{STS_ZIG} cc ${target})
+set(CMAKE_CXX_COMPILER $ENV{STS_ZIG} c++ ${target})
+# Unlike clang itself, zig keeps frame pointers, writes what debuggers read and, unoptimised, traps undefined behaviour.
+set(CMAKE_C_FLAGS_INIT "-fomit-frame-pointer -g0 -fno-sanitize=undefined")
+set(CMAKE_CXX_FLAGS_INIT ${CMAKE_C_FLAGS_INIT})
+set(CMAKE_SHARED_LINKER_FLAGS_INIT -s)
+set(CMAKE_MODULE_LINKER_FLAGS_INIT -s)
+foreach(language C CXX)
+    set(CMAKE_${language}_ARCHIVE_CREATE "$ENV{STS_ZIG} ar qcD <TARGET> <OBJECTS>")
+    set(CMAKE_${language}_ARCHIVE_FINISH "$ENV{STS_ZIG} ranlib -D <TARGET>")
+endforeach()
