@@ -1075,6 +1075,17 @@ def test_out_of_memory(score: Options, run: Callable[..., Ran], monkeypatch: pyt
     assert contents(score.output) == {}
 
 
+def test_an_error_that_only_speaks_of_memory_is_shown_as_it_is(
+    run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def aliased(**options: Any) -> None:
+        raise RuntimeError("more than one element of the written-to tensor refers to a single memory location")
+
+    monkeypatch.setattr(sys.modules["sts_fast.cli.demo"], "run_demo", aliased)
+    with pytest.raises(RuntimeError, match="a single memory location"):
+        run("demo")
+
+
 @pytest.mark.parametrize("at", [1, 4])
 def test_interrupted_while_it_runs(
     at: int, score: Options, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch

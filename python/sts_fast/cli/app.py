@@ -27,6 +27,7 @@ from sts_fast.cli.search import search
 from sts_fast.cli.trace import trace
 from sts_fast.cli.validate import report, validate
 from sts_fast.errors import InputError
+from sts_fast.model.memory import is_out_of_memory
 from sts_fast.ops import _cpu
 
 app = typer.Typer(
@@ -114,7 +115,7 @@ def main() -> None:
         # it is caught here; the next exec() clears that state of CPython.
         exec("")
         fail(f"interrupted: {interrupt}" if isinstance(interrupt, Interrupted) else "interrupted")
-    except (MemoryError, RuntimeError) as error:  # torch has no class for running out of memory on the CPU
-        if not (isinstance(error, MemoryError) or "memory" in str(error)):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         fail("out of memory: lower --batch-tokens, or use --dtype bfloat16")
