@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from sts_fast.data.hub import hub_name
+from sts_fast.data.lm_eval import is_tasks, tasks_name
 from sts_fast.data.options import Option
 from sts_fast.data.sources import check_places, named_place
 from sts_fast.errors import InputError
@@ -26,7 +27,8 @@ def named_trains(values: list[str]) -> dict[str, list[str]]:
     unnamed: set[str] = set()
     for value in values:
         given, place = named_place(value)
-        name = hub_name(place) or Path(place).name.partition(".")[0] if given is None else given
+        by_place = tasks_name(place) if is_tasks(place) else hub_name(place) or Path(place).name.partition(".")[0]
+        name = by_place if given is None else given
         if name in ("", ".", "..", *unnamed) or "/" in name or (given is None and name in trains):
             raise InputError(f"--train {value} needs a name of its own: write it as name=path")
         unnamed |= {name} if given is None else set()

@@ -33,7 +33,10 @@ Train = Annotated[
 ]
 Domains = Annotated[
     list[str],
-    Option("name=path, a folder of files, a file with a category column, or owner/name:config of the hub; repeatable."),
+    Option(
+        "name=path, a folder of files, a file with a category column, owner/name:config of the hub, or lm-eval:TASK; "
+        "repeatable."
+    ),
 ]
 Demos = Annotated[list[str] | None, Option("Demonstrations: name=path (train=path for the training set); repeatable.")]
 ShowPrompts = Annotated[bool, Option("Print the first prompt of each set as it is sent, to standard error.")]

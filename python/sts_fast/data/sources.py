@@ -1,4 +1,4 @@
-"""Finds the tables behind what the user gave as a set: paths, names of the hub, rows in memory, or several of them."""
+"""Finds the tables behind what the user gave as a set: paths, names of the hub, tasks, rows in memory, or several."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from sts_fast.data.folders import Origin, Use, chosen_split, domain_origins, path_origin
 from sts_fast.data.hub import hub_name, hub_origin
+from sts_fast.data.lm_eval import is_tasks, task_origins
 from sts_fast.data.memory import Rows, is_rows, is_splits, memory_table
 from sts_fast.data.tables import KINDS, exists
 from sts_fast.errors import InputError
@@ -37,11 +38,7 @@ def origin_of(source: object, use: Use, name: str) -> Origin:
             f"'{name}' is a {type(source).__name__}; give {KINDS}; or a list of dicts, a data set of "
             "datasets, a data frame; or a list of any of these"
         )
-    origins = [origin_of(part, use, f"{name} {i}") for i, part in enumerate(source, start=1)]
-    joined = Origin(
-        [table for origin in origins for table in origin.tables],
-        list(dict.fromkeys(split for origin in origins for split in origin.left_out)),
-    )
+    joined = _joined([origin_of(part, use, f"{name} {i}") for i, part in enumerate(source, start=1)])
     names = [table.name for table in joined.tables]
     if twice := [table for table in names if names.count(table) > 1]:
         raise InputError(f"{twice[0]} is given twice for the set '{name}'; give it once")
@@ -55,9 +52,9 @@ def named_place(text: str) -> tuple[str | None, str]:
 
 
 def check_places(places: Sequence[str]) -> None:
-    """Raises InputError for a place that is no path that exists, nor can be a name of the hub; reads nothing."""
+    """Raises InputError for a place that is no path that exists, nor can be a name of the hub or a task."""
     for place in places:
-        if hub_name(place) is None and not exists(Path(place)):
+        if hub_name(place) is None and not is_tasks(place) and not exists(Path(place)):
             raise InputError(f"{place} does not exist; give {KINDS}")
 
 
@@ -80,13 +77,24 @@ def domains_of(sources: Sequence[Place], use: Use) -> Iterator[tuple[str, Origin
                 yield name, origin_of(named.pop(name), use, name), False
         elif not isinstance(source, (str, Path)):
             yield "in memory", origin_of(source, use, "domains"), True
+        elif is_tasks(str(source)):
+            yield from ((task, origin, False) for task, origin in task_origins(str(source), use))
         elif (hub := hub_name(str(source))) and not exists(Path(source)):
             yield hub, hub_origin(str(source), use), True
         else:
             yield from domain_origins(Path(source), use)
 
 
+def _joined(origins: Sequence[Origin]) -> Origin:
+    return Origin(
+        [table for origin in origins for table in origin.tables],
+        list(dict.fromkeys(split for origin in origins for split in origin.left_out)),
+    )
+
+
 def _place_origin(place: str | Path, use: Use) -> Origin:
+    if is_tasks(str(place)):
+        return _joined([origin for _, origin in task_origins(str(place), use)])
     if not exists(Path(place)) and hub_name(str(place)) is not None:
         return hub_origin(str(place), use)
     return path_origin(Path(place), use)
