@@ -127,6 +127,27 @@ def test_rows_without_and_with_only_the_named_ones(tiny: Tiny, run: Path, tmp_pa
     assert len(sampled.named) == 2
 
 
+def test_influences_as_a_column(tiny: Tiny, run: Path, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in tiny.train.read_text(encoding="utf-8").splitlines()]
+    lines.append({**lines[0], "id": "again"})
+    train = tmp_path / "train.jsonl"
+    train.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    traced = sts_fast.trace(run, train=train, column="influence")
+    traced.save(tmp_path)
+    written = [json.loads(line) for line in (tmp_path / "selected.jsonl").read_text().splitlines()]
+    assert [{**row, "influence": 0} for row in lines] == [{**row, "influence": 0} for row in written]
+    parts = [column for column in traced.examples.column_names if column.startswith("part_in_")]
+    means = {row["row"]: np.mean([row[part] for part in parts]) for row in traced.examples.to_pylist()}
+    means[len(lines)] = means[1]  # which it repeats
+    assert [row["influence"] for row in written] == [means.get(number) for number in range(1, len(lines) + 1)]
+    assert None in [row["influence"] for row in written]
+    best = sts_fast.trace(run, train=train, column="influence", keep="2")
+    best.save(tmp_path)
+    assert len((tmp_path / "selected.jsonl").read_text().splitlines()) in (2, 3)
+    with pytest.raises(InputError, match="has a column 'id' already: give --column another name"):
+        sts_fast.trace(run, train=train, column="id").save(tmp_path)
+
+
 def test_command_line(
     tiny: Tiny, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,6 +19,7 @@ from sts_fast.cli.tables import print_conclusion
 from sts_fast.data.options import Option
 from sts_fast.mix.mix import MIXED_FILE, MixedSet, Mixing, Mixture
 from sts_fast.mix.mix import mix as run_mix
+from sts_fast.mix.trainers import Trainer
 from sts_fast.report.numbers import counted
 
 
@@ -45,6 +46,9 @@ def mix(
     mixing: Mixing,
     places: Places,
     output: Output,
+    write_for: Annotated[
+        Trainer | None, Option("Write the lines with which axolotl, llama-factory or trl reads the mixture.")
+    ] = None,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
@@ -63,7 +67,7 @@ def mix(
                 run=sources.run,
                 **vars(mixing),
             )
-        mixture.save(results.folder)
+        mixture.save(results.folder, write_for=write_for, place=results.path)
     if as_json:
         sys.stdout.write(files.to_json(mixture.to_dict()))
     else:

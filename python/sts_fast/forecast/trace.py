@@ -40,48 +40,59 @@ class Trace:
         id, question, answer, loss before training (nats per token), and its part in each domain's forecast
     named:    rows of the training set that --drop leaves out or --keep keeps, from 1; None without these
     tables:   the training set
+    column:   name of a column that the written rows get, and its values by row, from 1; null for other rows
     """
 
     document: Document
     examples: pa.Table
     named: frozenset[int] | None
     tables: Sequence[Table]
+    column: tuple[str, Mapping[int, float]] | None = None
 
     def to_dict(self) -> Document:
         return self.document
 
     def save(self, folder: str | Path) -> None:
-        """Writes trace.parquet, trace.json and, where rows were named, selected.jsonl: all of them, or none.
+        """Writes trace.parquet, trace.json and, for named rows or a column, selected.jsonl: all of them, or none.
 
-        Raises InputError where the folder cannot be written to.
+        Raises InputError where the folder cannot be written to, or the training set has a column of that name.
         """
         import pyarrow.parquet as pq
 
         folder = Path(folder)
         files.prepare_folder(folder)
         files.check_document(self.document, trace_schema())
-        if self.named is not None and not self.tables:
+        writes_rows = self.named is not None or self.column is not None
+        if writes_rows and not self.tables:
             raise InputError("the training set was given as examples, which have no rows to write: see Trace.named")
         with ExitStack() as together:
             pq.write_table(
                 self.examples, together.enter_context(files.atomic_path(folder / EXAMPLES_FILE)), compression="zstd"
             )
-            if self.named is not None:
+            if writes_rows:
                 path = together.enter_context(files.atomic_path(folder / SELECTED_FILE))
                 with path.open("w", encoding="utf-8") as lines:
-                    lines.writelines(_line(row) + "\n" for row in self._selected(self.named))
+                    lines.writelines(_line(row) + "\n" for row in self._selected())
             save_beside(folder, TRACE_FILE, self.document)
-        if self.named is None:
+        if not writes_rows:
             (folder / SELECTED_FILE).unlink(missing_ok=True)  # of an earlier trace
 
-    def _selected(self, named: frozenset[int]) -> Iterator[Mapping[str, Any]]:
-        keeps, n_before = self.document["selection"]["how"] == "keep", 0
+    def _selected(self) -> Iterator[Mapping[str, Any]]:
+        named, n_before = self.named or frozenset(), 0
+        keeps = self.named is not None and self.document["selection"]["how"] == "keep"
         for table in self.tables:
             number = 0
             for number, _, row in table.read():
                 if (n_before + number in named) == keeps and isinstance(row, Mapping):
-                    yield row
+                    yield row if self.column is None else self._with_column(*self.column, row, n_before + number)
             n_before += number
+
+    def _with_column(
+        self, name: str, values: Mapping[int, float], row: Mapping[str, Any], number: int
+    ) -> Mapping[str, Any]:
+        if name in row:
+            raise InputError(f"the training set has a column {name!r} already: give --column another name")
+        return {**row, name: values.get(number)}
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -126,8 +137,8 @@ def trace(
     share = _share_of(tracing)
     if tracing.by == "act" and train is not None:
         raise InputError("--train is for ntk: by act, the prompts of the run itself are traced")
-    if tracing.by == "act" and share is not None:
-        raise InputError("--drop and --keep need a sign, which --by act has not: leave it out, for ntk")
+    if tracing.by == "act" and (share is not None or tracing.column is not None):
+        raise InputError("--drop, --keep and --column need a sign, which --by act has not: leave it out, for ntk")
     signed = scores["signed"]
     if tracing.by == "ntk" and signed is not None and signed["features"] not in (None, "sae"):
         raise InputError(
@@ -188,7 +199,8 @@ def trace(
             "n_rows": len(named),
             "file": SELECTED_FILE,
         }
-    return Trace(document, traced.table(), named, traced.tables)
+    column = None if tracing.column is None else (tracing.column, traced.mean_by_row())
+    return Trace(document, traced.table(), named, traced.tables, column)
 
 
 def _promoted(session: Session, features: list[int]) -> Mapping[int, list[str]]:

@@ -59,6 +59,7 @@ class Tracing(Fields, Reading):
     limit:  most examples, drawn with the run's seed; None for all
     n_shown: examples told on each side of each domain
     drop, keep: share ('5%') or number of examples; see Trace.named
+    column: name of a column for each example's mean influence, in the training set that is written
     """
 
     TITLE = "Trace"
@@ -73,6 +74,9 @@ class Tracing(Fields, Reading):
         str | None, Option("Write the training set without its most harmful examples: 5%, or a number.")
     ] = None
     keep: Annotated[str | None, Option("Write the most helpful examples alone: 50%, or a number.")] = None
+    column: Annotated[
+        str | None, Option("Write the training set with each example's mean influence in a column of this name.")
+    ] = None
 
 
 class TracingOptions(FieldsOptions, ReadingOptions, total=False):
@@ -84,6 +88,7 @@ class TracingOptions(FieldsOptions, ReadingOptions, total=False):
     n_shown: int
     drop: str | None
     keep: str | None
+    column: str | None
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,11 @@ class Traced:
         columns["loss"] = pa.nulls(len(self.rows), pa.float64()) if self.loss is None else pa.array(self.loss)
         parts = {f"part_in_{name}": of for name, of in zip(self.names, self.values, strict=True)}
         return pa.table({**columns, **parts})
+
+    def mean_by_row(self) -> dict[int, float]:
+        """By row of the training set, the mean part over the domains of the example that it is or repeats."""
+        means = self.values.mean(axis=0)
+        return {row: float(means[p]) for p, rows in enumerate(self.repeats) for row in rows}
 
     def extreme(self, n: int, *, highest: bool) -> tuple[frozenset[int], int]:
         """Rows of the n examples with the lowest mean part over the domains, or the highest; and how many of the n have

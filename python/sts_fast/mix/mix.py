@@ -36,6 +36,7 @@ from sts_fast.forecast.run import PROMPTS_FILE, Run
 from sts_fast.mix.allot import fill, least_loss, whole_examples
 from sts_fast.mix.flow import Flow
 from sts_fast.mix.kernel import Kernel, measure_kernel
+from sts_fast.mix.trainers import Trainer, check_trainer, write_configuration
 from sts_fast.model.session import Purpose, Reading, ReadingOptions, SAESource, Session
 from sts_fast.profile.projection import projection
 from sts_fast.signed.gradients import HookedModel
@@ -153,22 +154,31 @@ class Mixture:
             "warnings": self.warnings,
         }
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, *, write_for: Trainer | None = None, place: str | Path | None = None) -> None:
         """Writes mixed.jsonl, a conversation a line under `messages`, and then mix.json.
 
-        Raises InputError where the folder cannot be written to.
+        write_for: trainer whose configuration is written too, see trainers
+        place:     the folder that the files will lie in, where it is another one
+
+        Raises InputError where the folder cannot be written to, or the trainer would misread the examples.
         """
+        if write_for is not None:
+            check_trainer(write_for, (example for _, example in self.examples))
         folder = Path(folder)
         files.prepare_folder(folder)
         content = self.to_dict()
         validate_mix(content)
+        columns = {"messages": None}
         with files.atomic_path(folder / MIXED_FILE) as path, path.open("w", encoding="utf-8") as lines:
             for name, example in self.examples:
                 turns = [turn for turn in (*example.turns, example.reply) if turn is not None]
                 tools = [json.loads(turn.content) for turn in turns if turn.role == "tools"]
                 messages = messages_of([turn for turn in turns if turn.role != "tools"])
                 row = {"id": example.id, "set": name, "messages": messages} | ({"tools": tools[0]} if tools else {})
+                columns |= {"tools": None} if tools else {}
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+        if write_for is not None:
+            write_configuration(folder, write_for, Path(place or folder) / MIXED_FILE, columns)
         with files.atomic_path(folder / MIX_FILE) as path:
             path.write_text(files.to_json(content), encoding="utf-8")
 
