@@ -31,6 +31,7 @@ from sts_fast.profile.library import Library
 from sts_fast.profile.make import plan_profiles, profile
 from sts_fast.profile.profile import Profile
 from sts_fast.profile.work import ProfilePlan, RayCluster, run_local, run_rank, run_ray
+from sts_fast.report.trackers import log_run
 from sts_fast.rollouts import load_rollouts, rollouts, sample_rollouts
 from sts_fast.sae import SAE, load_sae
 from sts_fast.sae.features import SparseFeatures
@@ -71,6 +72,7 @@ __all__ = [
     "load_examples",
     "load_rollouts",
     "load_sae",
+    "log_run",
     "mix",
     "overlap",
     "plan",

@@ -22,6 +22,7 @@ from sts_fast.outcomes.validate import validate as run_validate
 from sts_fast.profile.library import Library
 from sts_fast.report import build_comparison_report, build_library_report, build_report
 from sts_fast.report.comparison import has_comparison
+from sts_fast.report.trackers import log_run
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,15 @@ def report(
         Path, typer.Argument(help="Folder that sts-fast score or compare wrote, or a library of sts-fast profile.")
     ],
     sae: Annotated[str | None, Option("Of several SAEs in a library, the source of the one.")] = None,
+    log_to: Annotated[
+        str | None,
+        Option("Send a run's numbers and report to tensorboard:DIR, wandb:PROJECT, trackio:PROJECT, mlflow:NAME."),
+    ] = None,
 ) -> None:
     """Write report.html of a run or comparison again, with outcomes that were validated; or that of a library."""
+    if log_to is not None:
+        log_run(run, log_to)
+        note(f"The run's numbers and its report are logged to {log_to}")
     if len(Library(run)):
         written = build_library_report(run, sae=sae)
     else:
