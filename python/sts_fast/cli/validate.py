@@ -21,6 +21,7 @@ from sts_fast.outcomes.calibration.calibration import CALIBRATION_FILE
 from sts_fast.outcomes.validate import validate as run_validate
 from sts_fast.profile.library import Library
 from sts_fast.report import build_comparison_report, build_library_report, build_report
+from sts_fast.report.card import write_card
 from sts_fast.report.comparison import has_comparison
 from sts_fast.report.trackers import log_run
 
@@ -111,6 +112,7 @@ def report(
         Path, typer.Argument(help="Folder that sts-fast score or compare wrote, or a library of sts-fast profile.")
     ],
     sae: Annotated[str | None, Option("Of several SAEs in a library, the source of the one.")] = None,
+    card: Annotated[bool, Option("Write README.md too, a run's card for the Hugging Face hub.")] = False,
     log_to: Annotated[
         str | None,
         Option("Send a run's numbers and report to tensorboard:DIR, wandb:PROJECT, trackio:PROJECT, mlflow:NAME."),
@@ -120,6 +122,8 @@ def report(
     if log_to is not None:
         log_run(run, log_to)
         note(f"The run's numbers and its report are logged to {log_to}")
+    if card:
+        note(f"The card is {write_card(run)}")
     if len(Library(run)):
         written = build_library_report(run, sae=sae)
     else:

@@ -51,10 +51,11 @@ VALIDATION_FILE = "validation.json"
 TRAINING_FILE = "training.json"
 COMPARISON_FILE = "compare.json"
 REPORT_FILE = "report.html"
+CARD_FILE = "README.md"
 
 # All that is written into the folder of a run.
 RUN_FILES = (
-    *(SCORES_FILE, SHIFT_FILE, PROMPTS_FILE, FEATURES_FILE, VALIDATION_FILE, TRAINING_FILE, REPORT_FILE),
+    *(SCORES_FILE, SHIFT_FILE, PROMPTS_FILE, FEATURES_FILE, VALIDATION_FILE, TRAINING_FILE, REPORT_FILE, CARD_FILE),
     *("ablation.json", "ablation.parquet", "trace.json", "trace.parquet", "selected.jsonl", files.RESULTS_FILE),
 )
 
