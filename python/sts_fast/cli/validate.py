@@ -128,4 +128,4 @@ def report(
         written = build_library_report(run, sae=sae)
     else:
         written = build_comparison_report(run) if has_comparison(run) else build_report(run)
-    out.print(str(written), highlight=False, markup=False)
+    out.print(str(written), highlight=False, markup=False, soft_wrap=True)
