@@ -44,9 +44,11 @@ UNPICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 NAMES_THAT_SAY_NOTHING = re.compile(r"(^|_)(util|utils|helper|helpers|common|misc|base|manager)$")
 MACHINE_PATH = re.compile("(?<![\\w.])/" + "(root|home/[a-z]|work|Users/[a-z])" + "(/|\\b)", re.IGNORECASE)
 
-# Tests of no module: of this tree, its recipes, benchmarks/, examples/ and tests/fuzz.py; and by folder, of killed
-# commands, of the studies, of the core as machine code, of load_sae, and of the report in a browser.
-OF_THE_REPOSITORY = {"layout", "benchmarks", "benchmarks_gpu", "distribution", "paper", "embed", "fuzz"}
+# Tests of no module: of this tree, its recipes, benchmarks/, docs/, examples/ and tests/fuzz.py; and by folder, of
+# killed commands, of the studies, of the core as machine code, of load_sae, and of the report in a browser.
+OF_THE_REPOSITORY = {
+    "layout", "benchmarks", "benchmarks_gpu", "distribution", "docs", "notebooks", "paper", "embed", "fuzz",
+}  # fmt: skip
 OF_NO_MODULE = {
     "faults": {"faults"},
     "study": {"real", "world", "agreement", "decisions"},
