@@ -10,7 +10,8 @@ SOURCES = CMakeLists.txt $(CXX_FILES) $(shell find python/sts_fast -type f -not 
 # The CUDA core takes minutes to build: only where there is a GPU, in continuous integration, and for CUDA=AUTO.
 CUDA ?= $(if $(CI)$(wildcard /dev/nvidiactl),AUTO,OFF)
 
-.PHONY: help install test test-dispatch fuzz faults sanitize lint format demo study gpu wheels check-wheels clean
+.PHONY: help install test test-dispatch fuzz faults sanitize lint format docs notebooks demo study gpu wheels \
+  check-wheels clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +22,8 @@ help:
 	@echo 'make sanitize the core under the address and undefined behaviour sanitizers'
 	@echo 'make lint     ruff, clang-format and mypy, nothing rewritten'
 	@echo 'make format   rewrite all files in the format that lint asks for'
+	@echo 'make docs     builds the documentation site into build/site'
+	@echo 'make notebooks runs the notebooks of examples/ again, and writes their outputs'
 	@echo 'make demo     forecasts on a small embedded model, beside real fine-tuning'
 	@echo '              MODEL= SAE= TRAIN= DOMAINS="a.jsonl b=c.jsonl": a forecast on these instead'
 	@echo '              MODEL=smollm2 TRAIN=messages.jsonl: on a real model, once study/real has prepared it'
@@ -84,6 +87,13 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+# The pages of docs/, study/ and examples/, and a reference made of the package; make test builds it too.
+docs: $(VENV)/installed
+	$(BIN)/python -m docs.site build/site
+
+notebooks: $(VENV)/installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m docs.site.notebooks
 
 # The embedded world; or, with MODEL and SAE, a forecast for these, on toy questions where there is no other data.
 QUESTIONS = build/toy_questions
