@@ -20,6 +20,7 @@ from docs.site import notebooks, reference
 ROOT = Path(__file__).parents[2]
 SETTINGS = Path(__file__).with_name("site.yml")
 STYLE = Path(__file__).with_name("site.css")
+LANGUAGES = {".py": "python", ".c": "c", ".cpp": "cpp", ".rs": "rust", ".txt": "cmake"}
 FOLDERS = ("docs", "study", "benchmarks", "examples")
 LINK = re.compile(r"\[(?P<text>(?:[^][]|\[[^]]*\])*)\]\((?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
 PICTURE = re.compile(r'(?<=<img src=")[^"]+')
@@ -66,7 +67,7 @@ def pages_of_repository() -> dict[str, str]:
             page = PurePosixPath(*source.parts[folder == "docs" :])
             if path.suffix == ".md":
                 pages[source.as_posix()] = str(page.with_stem("index") if path.stem == "README" else page)
-            elif folder == "examples" and source.parent.name == "examples" and path.suffix == ".py":
+            elif source.parent.as_posix() == "examples" and (path.suffix == ".py" or path.is_dir()):
                 pages[source.as_posix()] = str(page.with_suffix(".md"))
             elif path.suffix == ".ipynb":
                 pages[source.as_posix()] = f"notebooks/{path.stem}.md"
@@ -78,8 +79,16 @@ def text_of(source: str) -> str:
     path = ROOT / source
     if path.suffix == ".ipynb":
         return notebooks.as_markdown(path)
-    text = path.read_text(encoding="utf-8")
-    return text if path.suffix == ".md" else f"# {source}\n\n```python\n{text}```\n"
+    if path.suffix == ".md":
+        return path.read_text(encoding="utf-8")
+    programs = sorted(path.iterdir()) if path.is_dir() else [path]
+    parts = (
+        f"{'' if program == path else f'## {program.name}'}\n\n"
+        f"```{LANGUAGES[program.suffix]}\n{program.read_text(encoding='utf-8')}```"
+        for program in programs
+        if program.suffix in LANGUAGES
+    )
+    return "\n\n".join([f"# {source}", *parts]) + "\n"
 
 
 def relinked(text: str, source: str, pages: dict[str, str], staged: Path) -> str:

@@ -158,7 +158,7 @@ def spelled(kind: Any) -> str:
 
 def cpp() -> str:
     """The headers of the core; each begins with what it is for."""
-    parts = ["# C++", "The core's headers know neither Python nor torch."]
+    parts = ["# C++ and C", "[How to embed the core](../embedding.md) in a program, without Python or torch."]
     for path in sorted(HEADERS.glob("*.h"), key=lambda path: (path.name != "sae_ops.h", path.name)):
         parts += [f"## sts/{path.name}", f"```cpp\n{path.read_text(encoding='utf-8')}```"]
     return "\n\n".join(parts) + "\n"
