@@ -2,8 +2,8 @@
 
     python examples/past_trainings.py FOLDER
 
-The folder gets a model, its SAE, questions of 15 abilities, 24 training sets, one more that nobody has trained on, and
-the accuracies before and after each training.
+The folder gets a model, its SAE, questions of 15 abilities, 24 training sets and a new one, and the accuracies
+before and after each training; those of the new one are to be looked at last.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sts_fast.demo.organism import Abilities
 
 DOMAINS = tuple(organism.DOMAINS)[::5]
 PAST = tuple(organism.DOMAINS)[1::3]
-NEW = "T4.swap.b"
+NEW = "T4.swap.c"
 
 
 def write_examples(path: Path, examples: Sequence[Example]) -> None:
@@ -63,9 +63,10 @@ def main(folder: Path) -> None:
 
     model, tokenizer = organism.load_model()
     write_results(folder / "evals" / "base", "model", organism.measure(model, tokenizer, DOMAINS, n=128, seed=2))
-    for name in PAST:
+    for name in (*PAST, NEW):
         tuned = organism.fine_tune(model, tokenizer, trains[name], steps=12, lr=2e-4, seed=0)
-        write_results(folder / "evals" / name, name, organism.measure(tuned, tokenizer, DOMAINS, n=128, seed=2))
+        folder_name = "new" if name == NEW else name
+        write_results(folder / "evals" / folder_name, name, organism.measure(tuned, tokenizer, DOMAINS, n=128, seed=2))
         print(f"trained on {name}")
 
 
