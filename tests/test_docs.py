@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import typer
 from browser import needs_browser, opened_page
+from docs.site.build import relinked
+from docs.site.docstrings import as_markdown
 
 import sts_fast
 from sts_fast.cli.app import app
-
-pytest.importorskip("zensical")
 
 ROOT = Path(__file__).parents[1]
 ELSEWHERE = re.compile(r"(?:\w+:)?//")
@@ -28,7 +28,7 @@ LOADED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs") / "site"
-    known = {key: value for key, value in os.environ.items() if not key.startswith("GITHUB_")}
+    known = {**os.environ, "GITHUB_SERVER_URL": "https://github.com", "GITHUB_REPOSITORY": "owner/name"}
     command = [sys.executable, "-m", "docs.site", str(folder)]
     built = subprocess.run(command, cwd=ROOT, env=known, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stdout + built.stderr
@@ -75,10 +75,36 @@ def test_reference_has_every_public_name_and_every_option(site: Path) -> None:
             assert word == "--help" or f"<code>{word}</code>" in section, f"{name} {word}"
 
 
-def test_links_lead_to_pages_and_never_out_of_the_site(site: Path) -> None:
+def test_links_lead_to_pages_else_to_the_repository(site: Path) -> None:
     text = (site / "calibration" / "index.html").read_text(encoding="utf-8")
     assert 'href="../study/world/calibration/"' in text
-    assert "conformal.py" not in text  # a source file, whose address nobody has told
+    module = "python/sts_fast/outcomes/calibration/conformal.py"
+    assert f'href="https://github.com/owner/name/blob/HEAD/{module}"' in text
+
+
+def test_without_a_repository_a_link_to_a_source_is_plain_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GITHUB_REPOSITORY", raising=False)
+    pages = {"docs/saes.md": "saes.md", "study/README.md": "study/index.md"}
+    text = "[code](../csrc/c_api.cpp), [study](../study/README.md#x), [folder](../study), `x[0](y)`, [no](no.md)"
+    assert relinked(text, "docs/saes.md", pages, tmp_path) == (
+        "code, [study](study/index.md#x), [folder](study/index.md), `x[0](y)`, [no](no.md)"
+    )
+
+
+def test_every_schema_is_on_the_page_of_files(site: Path) -> None:
+    text = (site / "reference" / "files" / "index.html").read_text(encoding="utf-8")
+    schemas = list((ROOT / "python" / "sts_fast").rglob("*.schema.json"))
+    assert len(schemas) >= 5
+    for schema in schemas:
+        assert f"sts_fast/{schema.relative_to(ROOT / 'python' / 'sts_fast')}" in text
+
+
+def test_fields_of_a_docstring_become_a_list_and_equations_a_block() -> None:
+    docstring = "Sums.\n\nacts: [n, d_in] rows,\n    as they are\nn:    their number\n\nThen\n  y = x\nand so on."
+    assert as_markdown(docstring).split("\n") == [
+        "Sums.", "", "", "- `acts`: [n, d_in] rows,", "  as they are", "", "- `n`: their number", "", "Then", "",
+        "      y = x", "", "and so on.",
+    ]  # fmt: skip
 
 
 @needs_browser

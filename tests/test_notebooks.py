@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("nbclient")
-
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(path.name for path in (ROOT / "examples").glob("*.ipynb"))
 NUMBER = re.compile(r"-?\d+\.\d+")

@@ -126,8 +126,8 @@ def with_places(settings: dict[str, Any]) -> dict[str, Any]:
     handler = settings["plugins"][1]["mkdocstrings"]["handlers"]["python"]
     handler["paths"] = [str(ROOT / "python")]
     handler["options"]["extensions"] = [str(Path(__file__).with_name("docstrings.py"))]
-    if repository := address():
-        settings["repo_url"] = repository
+    if repository := address():  # no `repo_url`, of which a page would ask GitHub for its stars
+        settings["extra"]["social"] = [{"icon": "fontawesome/brands/git-alt", "link": repository, "name": "Source"}]
     return settings
 
 

@@ -28,6 +28,7 @@ PYTHON = {
     "data": ("Data", ("data", "errors")),
     "activations": ("Activations in files", ("model",)),
     "outcomes": ("Outcomes and calibration", ("outcomes",)),
+    "reports": ("Reports", ("report",)),
     "more": ("Mixtures, RL and ablation", ("mix", "rollouts", "ablate")),
 }
 # Public, but no name of the package itself, as importing it loads torch.
