@@ -7,8 +7,8 @@ BIN := $(VENV)/bin
 CXX_FILES = $(shell find csrc examples benchmarks -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 SOURCES = CMakeLists.txt $(CXX_FILES) $(shell find python/sts_fast -type f -not -path '*/.*' -not -path '*/__pycache__/*')
 
-# The CUDA core takes minutes to build: only where there is a GPU, in continuous integration, and for CUDA=AUTO.
-CUDA ?= $(if $(CI)$(wildcard /dev/nvidiactl),AUTO,OFF)
+# The CUDA core takes minutes to build: only where there is a GPU, and for CUDA=AUTO.
+CUDA ?= $(if $(wildcard /dev/nvidiactl),AUTO,OFF)
 
 .PHONY: help install test test-dispatch fuzz faults sanitize lint format docs notebooks demo study gpu wheels \
   check-wheels clean
