@@ -117,9 +117,8 @@ struct WarpTotals {
     }
 };
 
-/// Adds a token's weights times each feature's value to the sums from `first` on: sums[first + k][j] += weights[token,
-/// k]
-/// * value[j]. A value of 0 adds nothing, whatever the weight.
+/// Adds a token's weights, times the value of each of two features, to the sums from `first` on. A value of 0 adds
+/// nothing, whatever the weight.
 template <int first, int n_sums>
 __device__ __forceinline__ void add_weighted(float (&sums)[n_sums][2], const float (&value)[2], const float* weights,
                                              int64_t token) {
@@ -129,6 +128,7 @@ __device__ __forceinline__ void add_weighted(float (&sums)[n_sums][2], const flo
     const float4* const row = reinterpret_cast<const float4*>(weights + token * kWeights);
 #pragma unroll
     for (int k = 0; k < kWeights; k += 4) {
+        asm volatile("" ::: "memory");  // no load before its turn: all four at once would not fit into the registers
         const float4 four = row[k / 4];
         const float weight[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
