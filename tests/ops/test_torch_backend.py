@@ -143,6 +143,16 @@ def test_rows_that_are_not_finite_are_named_and_nothing_is_added(monkeypatch: py
         torch_backend.encode_sparse(encoder_of(problem), other)
 
 
+def test_targets_that_float32_cannot_hold_are_named() -> None:
+    problem = Problem("relu", 9, 5, 7)
+    problem.weights[4, 1] = 1e39
+    with pytest.raises(ValueError, match=r"row_weights contains a number beyond float32, .* at row 4, column 1"):
+        shift(problem, encoder_of(problem))
+    problem.weights[4, 1] = np.nan
+    with pytest.raises(ValueError, match="targets contains a NaN or infinity at row 4, column 1"):
+        moments(problem, encoder_of(problem))
+
+
 def test_what_the_caller_has_set_for_torch_changes_nothing() -> None:
     problem = Problem("relu", 300, 64, 100)
     expected = shift(problem, encoder_of(problem))
@@ -160,7 +170,6 @@ def test_what_the_caller_has_set_for_torch_changes_nothing() -> None:
 def test_no_dense_features(activation: str) -> None:
     problem = Problem(activation, 4000, 32, 16384)  # 262 MB of features
     problem.bias -= 2
-    problem.columns, problem.n_columns = None, problem.d_sae
     encoder = encoder_of(problem)
     base, other = torch.from_numpy(problem.base), torch.from_numpy(problem.other)
     total = torch.zeros(problem.d_sae, dtype=torch.float64)

@@ -106,9 +106,14 @@ class DeviceCall(ABC):
         if sums.shape != wanted or not sums.is_contiguous():
             raise ValueError(f"{sums_name} must be {list(wanted)} and contiguous, got {list(sums.shape)}")
         self.claim(sums, sums_name)
-        if not is_capturing(self.encoder.device) and not torch.isfinite(table).all():
-            row, column = (int(i) for i in (~torch.isfinite(table)).nonzero()[0])
-            raise ValueError(f"{rows_name} contains a NaN or infinity at row {row}, column {column}")
+        if not is_capturing(self.encoder.device) and not torch.isfinite(table.float()).all():
+            row, column = (int(i) for i in (~torch.isfinite(table.float())).nonzero()[0])
+            what = (
+                "a number beyond float32, in which it is read"
+                if torch.isfinite(table[row, column])
+                else "a NaN or infinity"
+            )
+            raise ValueError(f"{rows_name} contains {what} at row {row}, column {column}")
         return table.to(self.sums_on).contiguous()
 
     def fault(self, member: int, row: int) -> ValueError:
