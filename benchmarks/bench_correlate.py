@@ -39,7 +39,7 @@ def ours(case: Case, n_targets: int, acts: torch.Tensor, targets: oracle.Doubles
 
 
 def torch_ours(case: Case, n_targets: int, acts: torch.Tensor, targets: oracle.Doubles, lap: Lap) -> dict[str, Any]:
-    """What a device without our kernels gets."""
+    """By torch, as on a device without our kernels."""
     device, d_sae = torch.device(case.device), case.size.d_sae
     sums = {name: torch.zeros(d_sae, dtype=torch.float64, device=device) for name in ("sum_h", "sum_sq_h")}
     sums["n_fired"] = torch.zeros(d_sae, dtype=torch.int64, device=device)

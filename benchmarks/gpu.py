@@ -169,7 +169,7 @@ def jobs_of(stages: list[str], document: Document) -> Iterator[Job]:
 
 
 def run_jobs(stages: list[str], document: Document, deadline: float, log: TextIO | None) -> bool:
-    """Whether all were done."""
+    """Runs jobs one after the other; True where all of them end well."""
     done = True
     for job in jobs_of(stages, document):
         left = deadline - time.monotonic()

@@ -164,6 +164,17 @@ def assert_exact(got: dict[str, Any], wanted: dict[str, Any]) -> None:
         np.testing.assert_array_equal(got[name], wanted[name], err_msg=name)
 
 
+def assert_sparse_exact(problem: Problem, found: tuple[Any, ...]) -> None:
+    """found: (indptr, indices, values) of the features of `base`, numpy arrays or tensors."""
+    indptr, indices, values = (part if isinstance(part, np.ndarray) else part.cpu().numpy() for part in found)
+    h, _ = problem.features(problem.base)
+    rows, columns = np.nonzero(h)
+    assert (indptr.dtype, indices.dtype, values.dtype) == (np.int64, np.int32, np.float32)
+    np.testing.assert_array_equal(indptr, np.r_[0, np.cumsum((h != 0).sum(1))])
+    np.testing.assert_array_equal(indices, columns if problem.columns is None else problem.columns[columns])
+    np.testing.assert_array_equal(values, h[rows, columns])
+
+
 def assert_close(problem: Problem, got: dict[str, Any], wanted: dict[str, Any], members: tuple[Any, ...]) -> None:
     """To 1e-5 of each column's own size, or of one feature of size 1 where the column has less.
 

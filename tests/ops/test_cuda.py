@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 import torch
 from exact_sae import features, make_acts, make_sae
-from ops_problem import ACTIVATIONS, INTEGER, NORMS, Problem, assert_close, assert_exact, assert_same, some_columns
+from ops_problem import (
+    ACTIVATIONS,
+    INTEGER,
+    NORMS,
+    Problem,
+    assert_close,
+    assert_exact,
+    assert_same,
+    assert_sparse_exact,
+    some_columns,
+)
 from safetensors.numpy import load_file
 
 from sts_fast import CorrelationStats, InputError, ShiftStats, encode
@@ -49,20 +59,10 @@ def moments(problem: Problem, encoder: device_encoder.Encoder) -> dict[str, Any]
     return {name: values.cpu().numpy() for name, values in sums.items()}
 
 
-def assert_sparse_is(problem: Problem, found: Any) -> None:
-    indptr, indices, values = (part.cpu().numpy() for part in found)
-    h, _ = problem.features(problem.base)
-    rows, columns = np.nonzero(h)
-    assert (indptr.dtype, indices.dtype, values.dtype) == (np.int64, np.int32, np.float32)
-    np.testing.assert_array_equal(indptr, np.r_[0, np.cumsum((h != 0).sum(1))])
-    np.testing.assert_array_equal(indices, columns if problem.columns is None else problem.columns[columns])
-    np.testing.assert_array_equal(values, h[rows, columns])
-
-
 def assert_all_exact(problem: Problem, encoder: device_encoder.Encoder) -> None:
     assert_exact(shift(problem, encoder), problem.wanted_shift())
     assert_exact(moments(problem, encoder), problem.wanted_moments())
-    assert_sparse_is(problem, cuda.encode_sparse(encoder, on(encoder.device, problem.base), problem.columns))
+    assert_sparse_exact(problem, cuda.encode_sparse(encoder, on(encoder.device, problem.base), problem.columns))
 
 
 # Small whole numbers are exact in every precision, so that sums are equal and not only close. No rows; one of
@@ -220,7 +220,7 @@ def test_topk_of_one_unusual_row_among_blocks(gpu: Any, columns: Any, monkeypatc
     problem.base[260, 0] = 100  # exceeds the bound of its first strip everywhere behind it
     problem.W_enc[0] = np.arange(240) >= 50
     encoder = encoder_of(problem, gpu, "bf16")
-    assert_sparse_is(problem, cuda.encode_sparse(encoder, on(gpu, problem.base), columns))
+    assert_sparse_exact(problem, cuda.encode_sparse(encoder, on(gpu, problem.base), columns))
 
 
 @pytest.mark.parametrize("k", [1, 7, 31, 32])
@@ -230,14 +230,14 @@ def test_topk_of_rows_with_many_ties(gpu: Any, k: int) -> None:
     problem.base[0], problem.W_enc[:], problem.scale[:] = 0, np.sign(problem.W_enc), 1
     problem.base[1] = -100  # fewer than k are positive, or none
     problem.k = problem.parameters["k"] = k
-    assert_sparse_is(problem, cuda.encode_sparse(encoder_of(problem, gpu, "bf16"), on(gpu, problem.base)))
+    assert_sparse_exact(problem, cuda.encode_sparse(encoder_of(problem, gpu, "bf16"), on(gpu, problem.base)))
 
 
 def test_more_features_fire_than_there_is_room_for(gpu: Any) -> None:
     problem = Problem("relu", 260, 3, 300, values=INTEGER)
     problem.bias += 100
     assert 260 * 300 > 1 << 16
-    assert_sparse_is(problem, cuda.encode_sparse(encoder_of(problem, gpu, "bf16"), on(gpu, problem.base)))
+    assert_sparse_exact(problem, cuda.encode_sparse(encoder_of(problem, gpu, "bf16"), on(gpu, problem.base)))
 
 
 @pytest.mark.parametrize("activation", ["jumprelu", "topk"])

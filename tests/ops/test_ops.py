@@ -17,7 +17,17 @@ from typing import Any
 import numpy as np
 import pytest
 from benchmarks.exact_sums import errors
-from ops_problem import ACTIVATIONS, INTEGER, NORMS, Problem, assert_close, assert_exact, assert_same, some_columns
+from ops_problem import (
+    ACTIVATIONS,
+    INTEGER,
+    NORMS,
+    Problem,
+    assert_close,
+    assert_exact,
+    assert_same,
+    assert_sparse_exact,
+    some_columns,
+)
 
 from sts_fast.ops import _cpu
 
@@ -82,17 +92,7 @@ class TestAgainstFloat64:
         problem = self.problem(activation, shape, subset, values=INTEGER)
         assert_exact(problem.shift(), problem.wanted_shift())
         assert_exact(problem.moments(), problem.wanted_moments())
-        assert_sparse_is(problem, _cpu.encode_sparse(problem.encoder(), problem.base, problem.columns))
-
-
-def assert_sparse_is(problem: Problem, sparse: tuple[Any, Any, Any]) -> None:
-    indptr, indices, values = sparse
-    h, _ = problem.features(problem.base)
-    rows, columns = np.nonzero(h)
-    assert (indptr.dtype, indices.dtype, values.dtype) == (np.int64, np.int32, np.float32)
-    np.testing.assert_array_equal(indptr, np.r_[0, np.cumsum((h != 0).sum(1))])
-    np.testing.assert_array_equal(indices, columns if problem.columns is None else problem.columns[columns])
-    np.testing.assert_array_equal(values, h[rows, columns])
+        assert_sparse_exact(problem, _cpu.encode_sparse(problem.encoder(), problem.base, problem.columns))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -115,7 +115,7 @@ def test_sparse_rows_of_real_values_are_the_features_that_moments_sum(activation
 def test_topk_of_any_k_with_ties(activation: str, k: int) -> None:
     problem = Problem(activation, 64, 5, 400, values=INTEGER)
     problem.k = problem.parameters["k"] = k
-    assert_sparse_is(problem, _cpu.encode_sparse(problem.encoder(), problem.base))
+    assert_sparse_exact(problem, _cpu.encode_sparse(problem.encoder(), problem.base))
     assert_exact(problem.shift(), problem.wanted_shift())
 
 

@@ -10,7 +10,17 @@ import pytest
 import torch
 from benchmarks import memory
 from exact_sae import KINDS, make_acts, make_sae
-from ops_problem import ACTIVATIONS, INTEGER, NORMS, Problem, assert_close, assert_exact, assert_same, some_columns
+from ops_problem import (
+    ACTIVATIONS,
+    INTEGER,
+    NORMS,
+    Problem,
+    assert_close,
+    assert_exact,
+    assert_same,
+    assert_sparse_exact,
+    some_columns,
+)
 
 from sts_fast import CorrelationStats, ShiftStats, encode
 from sts_fast.ops import backend, torch_backend
@@ -45,21 +55,11 @@ def moments(problem: Problem, encoder: Encoder) -> dict[str, Any]:
     return {name: values.numpy() for name, values in sums.items()}
 
 
-def sparse(problem: Problem, encoder: Encoder) -> tuple[Any, ...]:
-    found = torch_backend.encode_sparse(encoder, torch.from_numpy(problem.base), problem.columns)
-    return tuple(part.numpy() for part in found)
-
-
 def assert_all_exact(problem: Problem, encoder: Encoder) -> None:
     assert_exact(shift(problem, encoder), problem.wanted_shift())
     assert_exact(moments(problem, encoder), problem.wanted_moments())
-    indptr, indices, values = sparse(problem, encoder)
-    h, _ = problem.features(problem.base)
-    rows, columns = np.nonzero(h)
-    assert (indptr.dtype, indices.dtype, values.dtype) == (np.int64, np.int32, np.float32)
-    np.testing.assert_array_equal(indptr, np.r_[0, np.cumsum((h != 0).sum(1))])
-    np.testing.assert_array_equal(indices, columns if problem.columns is None else problem.columns[columns])
-    np.testing.assert_array_equal(values, h[rows, columns])
+    base = torch.from_numpy(problem.base)
+    assert_sparse_exact(problem, torch_backend.encode_sparse(encoder, base, problem.columns))
 
 
 # Small whole numbers are exact in every precision, and many of their values are equal. No rows; one of everything; less
