@@ -45,7 +45,7 @@ def torch_ours(case: Case, n_targets: int, acts: torch.Tensor, targets: oracle.D
     sums["n_fired"] = torch.zeros(d_sae, dtype=torch.int64, device=device)
     sums["sum_hy"] = torch.zeros((d_sae, n_targets), dtype=torch.float64, device=device)
     y = np.ascontiguousarray(targets[:, :n_targets])
-    torch_backend.accumulate_moments(backend.device_encoder(case.sae, device), acts, y, **sums)
+    torch_backend.accumulate_moments(backend.by_torch(case.sae, device).encoder, acts, y, **sums)
     return sums
 
 

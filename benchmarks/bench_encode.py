@@ -82,7 +82,7 @@ def ours(case: Case, acts: torch.Tensor, lap: Lap, columns: NDArray[np.int64] | 
 
 def torch_ours(case: Case, acts: torch.Tensor, lap: Lap) -> SparseFeatures:
     """By torch, as on a device without our kernels."""
-    encoder = backend.device_encoder(case.sae, torch.device(case.device))
+    encoder = backend.by_torch(case.sae, torch.device(case.device)).encoder
     indptr, indices, values = torch_backend.encode_sparse(encoder, acts)
     return SparseFeatures(indptr, indices, values, case.size.d_sae)
 

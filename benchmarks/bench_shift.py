@@ -59,7 +59,7 @@ def torch_ours(case: Case, base: torch.Tensor, other: torch.Tensor, lap: Lap) ->
     device = torch.device(case.device)
     sums = {name: torch.zeros(case.size.d_sae, dtype=torch.float64, device=device) for name in _SUMS}
     sums |= {name: torch.zeros(case.size.d_sae, dtype=torch.int64, device=device) for name in _COUNTS}
-    torch_backend.accumulate_shift(backend.device_encoder(case.sae, device), base, other, **sums)
+    torch_backend.accumulate_shift(backend.by_torch(case.sae, device).encoder, base, other, **sums)
     return sums
 
 

@@ -225,3 +225,9 @@ def test_devices_that_serve() -> None:
     assert backend.device_of(np.ones(1)) is None
     assert backend.device_of(torch.ones(1, device="meta")) == torch.device("meta")
     assert not backend.kernels_serve(torch.ones(1))
+
+
+def test_weights_are_whole_where_bfloat16_has_no_wide_products() -> None:
+    sae = make_sae("standard")
+    assert backend.by_torch(sae, CPU).encoder.hi.dtype == torch.float32
+    assert backend.by_torch(sae.with_dtype("bfloat16"), CPU).encoder.hi.dtype == torch.bfloat16

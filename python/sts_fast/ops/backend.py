@@ -53,7 +53,13 @@ def of(sae: SAE, acts: Any) -> Backend:
         return Backend(_cpu, encoder(sae), None)
     if kernels_serve(acts):
         return Backend(cuda, device_encoder(sae, device), device)
-    return Backend(torch_backend, device_encoder(sae, device), device_of_doubles(device))
+    return by_torch(sae, device)
+
+
+def by_torch(sae: SAE, device: torch.device) -> Backend:
+    """The backend of plain torch, which serves every device."""
+    precision = torch_backend.precision_on(device, precision_of(sae))
+    return Backend(torch_backend, device_encoder(sae, device, precision), device_of_doubles(device))
 
 
 def device_of(acts: Any) -> torch.device | None:
@@ -97,20 +103,23 @@ def encoder(sae: SAE) -> _cpu.Encoder:
         return _encoders[sae]
 
 
-def device_encoder(sae: SAE, device: torch.device) -> DeviceEncoder:
-    """The SAE for the ops of a device, made once per SAE, device and precision; W_enc is copied to the device."""
+def device_encoder(sae: SAE, device: torch.device, precision: str | None = None) -> DeviceEncoder:
+    """The SAE for the ops of a device, made once per SAE, device and precision; W_enc is copied to the device.
+
+    precision: of the products; None: precision_of(sae)
+    """
 
     def make() -> DeviceEncoder:
-        weights = prepare_weights(sae.W_enc, sae.b_dec, device, precision)
+        weights = prepare_weights(sae.W_enc, sae.b_dec, device, chosen)
         # b_dec goes through the weights as they were rounded: then x - b_dec does, and not x alone.
-        return DeviceEncoder(weights, d_in=sae.d_in, precision=precision, **_folded(sae, weights.b_dec_W))
+        return DeviceEncoder(weights, d_in=sae.d_in, precision=chosen, **_folded(sae, weights.b_dec_W))
 
-    precision = precision_of(sae)
+    chosen = precision or precision_of(sae)
     with _making:
         encoders = _device_encoders.setdefault(sae, {})
-        if (device, precision) not in encoders:
-            encoders[device, precision] = _named(sae, make)
-        return encoders[device, precision]
+        if (device, chosen) not in encoders:
+            encoders[device, chosen] = _named(sae, make)
+        return encoders[device, chosen]
 
 
 def numbers(values: Any, name: str, shape: tuple[int, int]) -> Doubles:

@@ -92,6 +92,11 @@ def encode_sparse(
     return torch.cat(counts).cumsum(0), torch.cat(indices), torch.cat(values)
 
 
+def precision_on(device: torch.device, precision: str) -> str:
+    """The precision that stands for another one here: where bfloat16 has no float32 products, "fp32" for "bf16x2"."""
+    return "fp32" if precision == "bf16x2" and not _has_wide_products(device) else precision
+
+
 class _Entries(NamedTuple):
     """Active features of n rows, row by row: counts [n] int64 of each row; columns int64, ascending; values float32."""
 
