@@ -52,6 +52,7 @@ from sts_fast.data.prompts import Prompt
 from sts_fast.data.sets import Kind, Sampling
 from sts_fast.data.template import PromptTemplate
 from sts_fast.model.language_model import LanguageModel
+from sts_fast.model.packing import as_cache
 from sts_fast.sae import SAE
 
 N_WORDS = 2000
@@ -251,9 +252,9 @@ def run_floor(world: World, recorded: dict[str, list[dict[str, Any]]]) -> Clock:
     for stage, passes in recorded.items():
         with clock.of(stage):
             for inputs in passes:
-                cache = inputs.get("past_key_values")
+                cache = next((value for value in inputs.values() if isinstance(value, DynamicCache)), None)
                 if cache is not None and any(type(layer) is DynamicLayer for layer in cache.layers):
-                    inputs = {**inputs, "past_key_values": filled.setdefault(id(cache), DynamicCache())}
+                    inputs = inputs | as_cache(world.model, filled.setdefault(id(cache), DynamicCache()))
                 decoder.run(**inputs)
     return clock
 

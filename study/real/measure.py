@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sts_fast.model.packing import as_cache
 from study.real.sources import LETTERS, Row, asked
 
 MEASURES = ("loss", "format", "content", "exact")
@@ -83,7 +84,10 @@ def _length(item: Asked, asking: Asking) -> int:
 
 def _prefix(model: Any, asking: Asking) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values of the start that all prompts share, a pair a layer."""
-    cache = model.model(input_ids=torch.tensor([asking.shared]), use_cache=True).past_key_values
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    model.model(input_ids=torch.tensor([asking.shared]), use_cache=True, **as_cache(model.model, cache))
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
@@ -101,7 +105,8 @@ def _log_p(model: Any, asking: Asking, prefix: Any, batch: list[Asked]) -> list[
     cache = DynamicCache()
     for layer, (keys, values) in enumerate(prefix):
         cache.update(keys.expand(len(batch), -1, -1, -1), values.expand(len(batch), -1, -1, -1), layer)
-    hidden = model.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True).last_hidden_state
+    cached = as_cache(model.model, cache)
+    hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=True, **cached).last_hidden_state
     at = [range(_length(item, asking) - len(item.answer) - 1, _length(item, asking)) for item in batch]
     read = torch.cat([hidden[i, list(positions)] for i, positions in enumerate(at)])
     log_p = torch.log_softmax(model.lm_head(read).float(), dim=-1)

@@ -157,7 +157,7 @@ class Without(LanguageModel):
     [
         (("attention_mask",), "cached"),
         (("position_ids",), "cached"),
-        (("past_key_values",), "plain"),
+        (("cache", "past_key_values"), "plain"),
     ],
 )
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -192,7 +192,7 @@ class Growing(LanguageModel):
     """A model that no config describes: in a row of more than 50 tokens, all activations are larger."""
 
     def run(self, **inputs: Any) -> Any:
-        cache = inputs.get("past_key_values")
+        cache = inputs.get("cache", inputs.get("past_key_values"))
         n_before = 0 if cache is None else cache.get_seq_length()
         factor = 1.5 if n_before + inputs["input_ids"].shape[1] > 50 else 1.0
         return [rows * factor for rows in super().run(**inputs)]

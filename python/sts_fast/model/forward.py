@@ -25,6 +25,7 @@ from sts_fast.model.lengths import ANY_LENGTH, EACH_LENGTH, LengthRule, Regime, 
 from sts_fast.model.memory import TokenBudget, is_out_of_memory, take
 from sts_fast.model.packing import (
     UNKNOWN_WINDOWS,
+    as_cache,
     attention_masks,
     bytes_per_token,
     cheapest_rows,
@@ -243,7 +244,7 @@ class ForwardPasses:
             device = self.runnable.device
             inputs: dict[str, Any] = {"input_ids": moved(laid_out.ids, device), "use_cache": bool(n_shared)}
             if n_shared:
-                inputs["past_key_values"] = self._cache_for(sequences.cache, len(laid_out.ids))
+                inputs |= as_cache(self.runnable.model, self._cache_for(sequences.cache, len(laid_out.ids)))
             if laid_out.shares_rows:
                 positions, segments = moved(laid_out.positions, device), moved(laid_out.segments, device)
                 masks = attention_masks(self.config, self.dtype, positions, segments, n_shared)
@@ -323,8 +324,8 @@ class ForwardPasses:
         if regime(n_tokens) != regime(sequences.n_shared):
             n_tokens = sequences.n_shared
         for piece in torch.split(ids, n_tokens, dim=1):
-            inputs = {"input_ids": moved(piece, self.runnable.device), "past_key_values": cache, "use_cache": True}
-            activations = self._run(inputs, piece.shape[1])
+            inputs = {"input_ids": moved(piece, self.runnable.device), "use_cache": True}
+            activations = self._run(inputs | as_cache(self.runnable.model, cache), piece.shape[1])
             parts.append([row_norms(activation[0]).cpu().numpy() for activation in activations])
         sequences.shared_norms = [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]
         sequences.cache = cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -196,6 +197,12 @@ def short_windows(config: Any, width: int) -> Iterator[None]:
     finally:
         for name, given in saved.items():
             setattr(config, name, given)
+
+
+def as_cache(model: torch.nn.Module, cache: Any) -> dict[str, Any]:
+    """A cache, under the name by which the model's forward takes it: Transformers 5.24 gave it another one."""
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return {name: cache}
 
 
 def shared_cache(cache: Any) -> Any:

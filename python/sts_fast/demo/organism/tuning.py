@@ -13,6 +13,7 @@ from sts_fast.data.examples import Example
 from sts_fast.demo.organism.model import MAX_SHOTS, one_thread
 from sts_fast.demo.organism.world import WORLD, World
 from sts_fast.model.answers import score_tokens
+from sts_fast.model.packing import as_cache
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +80,7 @@ def measure(
     if not 1 <= n <= every or not 0 <= shots <= MAX_SHOTS:
         raise ValueError(f"n must lie between 1 and {every}, shots between 0 and {MAX_SHOTS}; they are {n} and {shots}")
     import torch
+    from transformers import DynamicCache
 
     shown: list[list[Example]] = []
     conversations: list[list[Example]] = []
@@ -98,7 +100,9 @@ def measure(
     with torch.inference_mode():
         for first in range(0, len(shown), BATCH):
             of_batch = (groups >= first) & (groups < first + BATCH)
-            past = model(input_ids=demo_ids[first : first + BATCH], use_cache=True, logits_to_keep=1).past_key_values
+            past = DynamicCache()
+            shown_ids = demo_ids[first : first + BATCH]
+            model(input_ids=shown_ids, use_cache=True, logits_to_keep=1, **as_cache(model, past))
             past.batch_select_indices(groups[of_batch] - first)
             answers = ids[of_batch, -world.n_answer :]
             of_tokens, is_first = score_tokens(_answer_logits(model, ids[of_batch], world.n_answer, past), answers)
@@ -167,6 +171,7 @@ def _answer_logits(
     model: LlamaForCausalLM, ids: torch.Tensor, n_answer: int, past: Cache | None = None
 ) -> torch.Tensor:
     """[n, n_answer, vocabulary] logits that predict the last n_answer tokens of each sequence."""
-    out = model(input_ids=ids[:, :-1], past_key_values=past, use_cache=past is not None, logits_to_keep=n_answer)
+    cached = {} if past is None else as_cache(model, past)
+    out = model(input_ids=ids[:, :-1], use_cache=past is not None, logits_to_keep=n_answer, **cached)
     logits: torch.Tensor = out.logits
     return logits
