@@ -1105,12 +1105,14 @@ def test_interrupted_while_it_runs(
     assert contents(score.output) == {}
 
 
-def test_interrupted_inside_exec(tmp_path: Path) -> None:
-    """As while a dataclass is being made: `python -m` then ends by the signal, though the interrupt was caught."""
+# As while a dataclass is being made: `python -m` then ends by the signal, though the interrupt was caught; and as while
+# a class names its members, where Python 3.11 raises RuntimeError instead.
+@pytest.mark.parametrize("raised", ["exec('raise KeyboardInterrupt')", "raise RuntimeError from KeyboardInterrupt()"])
+def test_interrupted_while_classes_are_made(raised: str, tmp_path: Path) -> None:
     (tmp_path / "interrupted.py").write_text(
         "from sts_fast.cli import app\n"
         "def interrupted(*args, **options):\n"
-        "    exec('raise KeyboardInterrupt')\n"
+        f"    {raised}\n"
         "app.app = interrupted\n"
         "app.main()\n"
     )

@@ -111,11 +111,17 @@ def main() -> None:
         message: str = error.format_message()  # type: ignore[attr-defined]
         fail(f"{message.replace('Value error, ', '')} See sts-fast --help")  # the words are the parser's
     except (typer.Abort, KeyboardInterrupt, Interrupted) as interrupt:
-        # After an interrupt inside exec(), as while a dataclass is imported, Python would end by the signal even though
-        # it is caught here; the next exec() clears that state of CPython.
-        exec("")
-        fail(f"interrupted: {interrupt}" if isinstance(interrupt, Interrupted) else "interrupted")
+        _end_of_interrupt(f"interrupted: {interrupt}" if isinstance(interrupt, Interrupted) else "interrupted")
     except (MemoryError, RuntimeError) as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):  # of Python 3.11, while a class is made
+            _end_of_interrupt("interrupted")
         if not is_out_of_memory(error):
             raise
         fail("out of memory: lower --batch-tokens, or use --dtype bfloat16")
+
+
+def _end_of_interrupt(message: str) -> None:
+    # After an interrupt inside exec(), as while a dataclass is imported, Python would end by the signal even though it
+    # is caught here; the next exec() clears that state of CPython.
+    exec("")
+    fail(message)
