@@ -2,11 +2,7 @@
 /// The activation functions, written once for both backends: V is float in CUDA and a SIMD vector on the CPU.
 /// See Encoder in sts/sae_ops.h for the formulas.
 
-#if defined(__CUDACC__)
-#define STS_INLINE __host__ __device__ __forceinline__
-#else
-#define STS_INLINE inline __attribute__((always_inline))
-#endif
+#include <sts/inline.h>
 
 namespace sts {
 

@@ -3,12 +3,11 @@
 // places.
 #include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
+#include <sts/cuda/ops.h>
 
 #include <stdexcept>
 #include <string>
 #include <utility>
-
-#include "cuda/ops.h"
 
 namespace py = pybind11;
 using namespace sts::cuda;

@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+import emulator
 import pytest
 from native import LIB, ROOT, c_library, run, tool
 
@@ -50,6 +51,13 @@ def test_rust(tmp_path: Path) -> None:
     link = f"link-args={c_library()} -Wl,-rpath,{LIB}"
     run(tool("rustc"), EXAMPLES / "embed.rs", "-o", program, "-C", link)
     assert run(program) == ACTIVE
+
+
+def test_cuda_on_an_emulated_gpu(tmp_path: Path) -> None:
+    if emulator.build() is None:
+        pytest.skip("no C++ compiler to build the emulator with")
+    emulator.build_program(EXAMPLES / "embed_cuda.cpp", tmp_path / "embed_cuda")
+    assert run(tmp_path / "embed_cuda") == SHIFT
 
 
 def test_as_part_of_another_project_it_needs_no_python_and_installs_nothing(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-#include "cuda/ops.h"
+#include <sts/cuda/ops.h>
+
 #include "cuda/tensor_map.h"
 
 namespace sts::cuda {

@@ -1,7 +1,6 @@
 #pragma once
 #include <cuda_runtime.h>
-
-#include "cuda/ops.h"
+#include <sts/cuda/ops.h>
 
 namespace sts::cuda {
 

@@ -1,5 +1,6 @@
 #pragma once
 #include <cuda_runtime.h>
+#include <sts/cuda/operands.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -7,7 +8,6 @@
 
 #include "cuda/epilogue.cuh"
 #include "cuda/launch.cuh"
-#include "cuda/operands.h"
 #include "cuda/sm80_ptx.cuh"
 
 /// The product on any NVIDIA GPU from sm_80 on: mma.sync over bfloat16 parts, or float32 multiply-adds.

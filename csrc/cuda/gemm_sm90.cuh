@@ -1,7 +1,7 @@
 #pragma once
 #include <cuda_runtime.h>
+#include <sts/cuda/operands.h>
 
-#include "cuda/operands.h"
 #include "cuda/sm90_ptx.cuh"
 #include "cuda/strip_schedule.h"
 #include "cuda/tensor_map.h"

@@ -1,8 +1,9 @@
 #pragma once
+#include <sts/cuda/ops.h>
+
 #include "cuda/fold.cuh"
 #include "cuda/gemm_sm80.cuh"
 #include "cuda/gemm_sm90.cuh"
-#include "cuda/ops.h"
 
 /// The choice of a main loop, and what every op with sums does around it.
 namespace sts::cuda {

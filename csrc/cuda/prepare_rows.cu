@@ -1,6 +1,7 @@
+#include <sts/cuda/ops.h>
+
 #include "cuda/bfloat16.cuh"
 #include "cuda/launch.cuh"
-#include "cuda/ops.h"
 #include "cuda/status.cuh"
 
 namespace sts::cuda {

@@ -1,7 +1,6 @@
 #pragma once
 #include <cuda_runtime.h>
-
-#include "cuda/ops.h"
+#include <sts/cuda/ops.h>
 
 /// Words in which kernels report faults.
 namespace sts::cuda {

@@ -1,5 +1,6 @@
+#include <sts/cuda/ops.h>
+
 #include "cuda/launch.cuh"
-#include "cuda/ops.h"
 #include "cuda/status.cuh"
 
 namespace sts::cuda {

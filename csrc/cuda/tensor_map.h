@@ -1,10 +1,9 @@
 #pragma once
 #include <cuda.h>
 #include <cuda_runtime.h>
+#include <sts/cuda/operands.h>
 
 #include <cstdint>
-
-#include "cuda/operands.h"
 
 /// Descriptors by which the tensor memory accelerator copies boxes of a matrix to shared memory.
 namespace sts::cuda {

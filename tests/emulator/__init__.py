@@ -18,15 +18,50 @@ ROOT = Path(__file__).parents[2]
 NAME = "_cuda_emulator"
 
 
+OPTIONS = ("-x", "c++", "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-Wno-psabi")
+INCLUDED = tuple(f"-I{ROOT / place}" for place in ("tests/emulator", "csrc", "csrc/include"))
+
+
 @cache
 def load() -> Any:
     """The emulated _cuda module, compiled once per state of its sources; None where there is no C++ compiler."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    library = build()
+    if library is None:
+        return None
+    spec = importlib.util.spec_from_file_location(NAME, library)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def build_program(source: Path, program: Path) -> None:
+    """Compiles a C++ program that uses the CUDA ops; `build` must have succeeded."""
+    library = build()
+    assert library is not None
+    kernels = [library.parent / f"{unit.stem}.o" for unit in _kernels()]
+    subprocess.run([_compiler(), *OPTIONS, *INCLUDED, "-c", source, "-o", program.with_suffix(".o")], check=True)
+    subprocess.run([_compiler(), program.with_suffix(".o"), *kernels, "-o", program], check=True)
+
+
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def _kernels() -> list[Path]:
+    return sorted((ROOT / "csrc/cuda").glob("*.cu"))
+
+
+@cache
+def build() -> Path | None:
+    """The library of the emulated module, beside the object files of its units; None without a compiler."""
+    compiler = _compiler()
     if compiler is None:
         return None
     import pybind11
 
-    units = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "csrc/bind_cuda.cpp"]
+    units = [*_kernels(), ROOT / "csrc/bind_cuda.cpp"]
     digest = hashlib.sha256(sys.version.encode())
     for path in sorted([*(ROOT / "csrc").rglob("*.*"), *(ROOT / "tests/emulator").rglob("*.*")]):
         if path.suffix in (".h", ".cuh", ".cu", ".cpp"):
@@ -35,11 +70,9 @@ def load() -> Any:
     library = folder / f"{NAME}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        options = "-x c++ -std=c++17 -O1 -fPIC -fvisibility=hidden -Wno-unknown-pragmas -Wno-psabi"
-        options += f" -DSTS_SM90A -DSTS_CUDA_MODULE={NAME}"
-        places = [ROOT / "tests/emulator", ROOT / "csrc", ROOT / "csrc/include", pybind11.get_include()]
-        places.append(Path(sysconfig.get_path("include")))
-        command = [compiler, *options.split(), *(f"-I{place}" for place in places)]
+        own = ["-DSTS_SM90A", f"-DSTS_CUDA_MODULE={NAME}"]
+        own += [f"-I{place}" for place in (pybind11.get_include(), sysconfig.get_path("include"))]
+        command = [compiler, *OPTIONS, *own, *INCLUDED]
 
         def compile_unit(unit: Path) -> Path:
             made = folder / f"{unit.stem}.o"
@@ -51,9 +84,4 @@ def load() -> Any:
         unfinished = folder / f"{os.getpid()}.so"
         subprocess.run([compiler, "-shared", *map(str, objects), "-o", str(unfinished)], check=True)
         unfinished.rename(library)
-    spec = importlib.util.spec_from_file_location(NAME, library)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return library

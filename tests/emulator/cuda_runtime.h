@@ -1,6 +1,7 @@
 #pragma once
 /// As much of the CUDA runtime as the kernels use, over fibers; found before the real one by the include path.
 #include <cmath>
+#include <cstdlib>
 
 #include "fibers.h"
 
@@ -49,6 +50,21 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t n_bytes, cudaStream_t) {
     std::memset(to, value, n_bytes);
+    return cudaSuccess;
+}
+
+// For programs that have memory of their own.
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
+inline cudaError_t cudaMalloc(void** memory, size_t n_bytes) {
+    *memory = std::aligned_alloc(256, (n_bytes + 255) / 256 * 256);
+    return cudaSuccess;
+}
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t n_bytes, cudaMemcpyKind) {
+    std::memcpy(to, from, n_bytes);
+    return cudaSuccess;
+}
+inline cudaError_t cudaFree(void* memory) {
+    std::free(memory);
     return cudaSuccess;
 }
 

@@ -16,6 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 ROOT = Path(__file__).parents[2]
+CORE = (f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}")
 EMULATOR = ROOT / "tests" / "emulator"
 N_TARGETS = 16
 
@@ -43,7 +44,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if compiler is None:
         pytest.skip("no C++ compiler")
     library = tmp_path_factory.mktemp("emulator") / "gemm_sm90.so"
-    includes = [f"-I{EMULATOR}", f"-I{ROOT / 'csrc'}"]
+    includes = [f"-I{EMULATOR}", *CORE]
     flags = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
     subprocess.run([compiler, *flags, *includes, str(EMULATOR / "gemm_sm90.cpp"), "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))
@@ -313,7 +314,7 @@ def test_only_a_build_for_90a_takes_this_loop(built: bool, tmp_path: Path) -> No
     if compiler is None:
         pytest.skip("no C++ compiler")
     (tmp_path / "device.cpp").write_text(FIND_DEVICE, encoding="utf-8")
-    folders = [f"-I{EMULATOR}", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}"]
+    folders = [f"-I{EMULATOR}", *CORE]
     options = ["-std=c++17", *folders, *(["-DSTS_SM90A"] if built else [])]
     subprocess.run([compiler, *options, str(tmp_path / "device.cpp"), "-o", str(tmp_path / "device")], check=True)
     assert subprocess.run([str(tmp_path / "device")], check=False).returncode == built
@@ -333,7 +334,7 @@ def compiled_for(architecture: str, folder: Path) -> Compiled:
     """The shift kernel."""
     (folder / "shift.cu").write_text(PROGRAM, encoding="utf-8")
     target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-    command = [cuda_tool("nvcc"), "-std=c++17", "-O3", target, "-Xptxas=-v", "-cubin", f"-I{ROOT / 'csrc'}"]
+    command = [cuda_tool("nvcc"), "-std=c++17", "-O3", target, "-Xptxas=-v", "-cubin", *CORE]
     command += ["--keep", "--keep-dir", str(folder), "-o", str(folder / "shift.cubin"), str(folder / "shift.cu")]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr

@@ -1,8 +1,7 @@
 #pragma once
 #include <cuda_runtime_api.h>
+#include <sts/cuda/operands.h>
 #include <sts/sae_ops.h>
-
-#include "cuda/operands.h"
 
 /// What the CUDA ops of Python are made of. Every function starts kernels on the stream and returns at once: nothing is
 /// allocated and nothing waits, so that CUDA graphs may capture it. Pointers are the device's; the caller has checked

@@ -1,7 +1,7 @@
 #pragma once
-#include <cstdint>
+#include <sts/inline.h>
 
-#include "activation.h"
+#include <cstdint>
 
 /// What goes into a product p[feature, token] = sum over d_in of W_enc[d_in, feature] * x[token, d_in].
 namespace sts::cuda {
