@@ -185,6 +185,21 @@ def test_virtual_training_is_the_model_with_the_map_in_place(
         assert step.loss_left > 0.24
 
 
+def test_fitting_a_map_tells_of_the_prompts_it_has_passed(material: Material, tiny: Tiny) -> None:
+    told: dict[str, list[tuple[int, int]]] = {}
+    hooked, features = HookedModel(material.model, LAYER), Features(load_sae(tiny.saes["topk"]))
+    train = material.prompts["train"]
+    measure_push(
+        hooked, features, projection(D_IN), "train", train, maps=("step", "adapter"),
+        tell_map=lambda stage, done, total: told.setdefault(stage, []).append((done, total)),
+    )  # fmt: skip
+    assert list(told) == ["step of train", "adapter of train"]
+    for stage, most in (("step of train", 48), ("adapter of train", 65)):
+        *passes, last = told[stage]
+        assert passes == [(len(train) * (i + 1), len(train) * most) for i in range(len(passes))]
+        assert last == (len(train) * most, len(train) * most)
+
+
 def test_adapter_is_gradient_descent_on_the_map(material: Material, tiny: Tiny) -> None:
     literal = Literal(material.model, sae_features(tiny.saes["topk"]))
     features, train = Features(load_sae(tiny.saes["topk"])), material.prompts["train"]

@@ -16,12 +16,10 @@ from sts_fast.model.packing import bytes_per_token
 from sts_fast.ops.devices import device_named
 from sts_fast.places import split_name
 from sts_fast.sae import SAE
-from sts_fast.signed.push import MAP_PROMPTS
+from sts_fast.signed.push import MAP_EVALUATIONS, MAP_PROMPTS
 from sts_fast.signed.signed import hook_layer
 from sts_fast.signed.trial import BATCH_ROWS, OWN_ROWS, asked_again
 
-# Evaluations of the layers above the hook that seeking a map usually takes.
-MAP_EVALUATIONS = {"step": 15, "adapter": 60}
 # Share of the speed of a bare product that a forecast reaches. With it, a forecast of SmolLM2-135M over four domains on
 # two cores was put at 27 s and took 26 (35 with loading); with ntk, at 243 s, and took 350.
 PRODUCT_SHARE = 0.5

@@ -32,6 +32,7 @@ from sts_fast.profile.profile import Profile
 from sts_fast.profile.read import read_profiles
 from sts_fast.sae import SAE
 from sts_fast.signed.gradients import HookedModel
+from sts_fast.signed.push import MAP_EVALUATIONS, MAP_PROMPTS
 from sts_fast.signed.signed import SignedForecast, hook_layer, measure_signed, with_trial
 from sts_fast.signed.trial import measure_trial
 
@@ -304,10 +305,17 @@ def _stage(plan: Plan, train: PromptSet) -> str:
 
 def _stages(plan: Plan) -> dict[str, int]:
     """The stages of a forecast in their order, each with the tokens that pass the model, back and forth ones thrice."""
-    answers = [*plan.train_answers, *plan.domain_answers] if plan.settings.at_the_hook else []
+    pushes, pulls = (plan.train_answers, plan.domain_answers) if plan.settings.at_the_hook else ([], [])
+    gradients: dict[str, int] = {}
+    for train in pushes:
+        gradients[f"gradients of {train.name}"] = 3 * n_sent([train])
+        fitted = n_sent([replace(train, prompts=train.prompts[:MAP_PROMPTS])])
+        maps = [kind for kind in MAP_EVALUATIONS if kind in plan.settings.signed]
+        gradients |= {f"{kind} of {train.name}": MAP_EVALUATIONS[kind] * fitted for kind in maps}
     return {
         **{_stage(plan, train): n_sent([train]) for train in plan.trains},
-        **{f"gradients of {of.name}": 3 * n_sent([of]) for of in answers},
+        **gradients,
+        **{f"gradients of {domain.name}": 3 * n_sent([domain]) for domain in pulls},
         **{f"trial of {rows.name}": 3 * n_sent([rows]) for rows in plan.trial_rows},
         **{domain.name: n_sent([domain]) for domain in plan.domains},
     }

@@ -30,12 +30,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from sts_fast.data.prompts import Prompt, Tell
+from sts_fast.data.prompts import Progress, Prompt, Tell
 from sts_fast.errors import InputError
 from sts_fast.files import Kept, digest
 from sts_fast.ops import _cpu, backend
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
 FeatureKind = Literal["sae", "fired", "raw"]
 MapKind = Literal["step", "adapter"]
+ShareLeft = Callable[..., float]  # of the loss, by W; adds the gradient to a second argument
 
 # A training set whose loss is below this, in nats per token, has almost no gradient left.
 SOLVED_LOSS = 0.01
@@ -60,9 +61,12 @@ SMALLEST_P = 1e-3
 # Prompts of the training set on which a map is fitted, and the share of their loss that it should leave.
 MAP_PROMPTS = 64
 STEP_LOSS, ADAPTER_LOSS = 0.25, 0.05
-STEP_GROWTH, N_BISECTIONS = 1.4, 7
+STEP_GROWTH, MOST_STEPS, N_BISECTIONS = 1.4, 40, 7
 # Number of an adapter's steps that would bring the loss to zero by the first gradient alone; it needs more.
 ADAPTER_STEPS, MOST_ADAPTER_STEPS = 8, 64
+# Evaluations of the layers above the hook that fitting a map usually takes, and at most.
+MAP_EVALUATIONS: dict[MapKind, int] = {"step": 15, "adapter": 60}
+MOST_EVALUATIONS: dict[MapKind, int] = {"step": MOST_STEPS + N_BISECTIONS + 1, "adapter": MOST_ADAPTER_STEPS + 1}
 # Rows whose active features are listed at a time: 64 MB at 100 features a row.
 SPARSE_ROWS = 1024
 
@@ -212,6 +216,7 @@ def measure_push(
     maps: Sequence[MapKind] = (),
     n_folds: int = 0,
     tell: Tell | None = None,
+    tell_map: Progress | None = None,
 ) -> Push:
     """The push of a training set, from one forward and one backward pass down to the hook.
 
@@ -219,6 +224,8 @@ def measure_push(
     objective: what training lowers, by default AnswerLoss; of a PolicyLoss, `prompts` are the completions
     maps:      also fit these, on at most 64 of the prompts (or groups of at most 64 completions in all)
     n_folds:   also keep M_S in this number of parts
+    tell:      is told of the prompts of that pass; tell_map: of those that fitting a map has passed through the upper
+        layers, each time anew, beside the most that it may take, as the stage 'step of NAME'
 
     Raises InputError where the loss has no gradient at the hook.
     """
@@ -235,8 +242,12 @@ def measure_push(
             "exactly zero; leave the set out, or give the SAE of this model"
         )
     map_prompts = cache(lambda: _MapPrompts.of(model, features, Q, prompts, objective))
-    fitted = {kind: _fitted(kind, kept, map_prompts, direction, loss / norm) for kind in maps}
-    return Push(name, direction, norm, loss, nll, fitted, folds)
+
+    def fitted(kind: MapKind) -> LinearMap:
+        tell_fit = None if tell_map is None else partial(tell_map, f"{kind} of {name}")
+        return _fitted(kind, kept, map_prompts, direction, loss / norm, tell_fit)
+
+    return Push(name, direction, norm, loss, nll, {kind: fitted(kind) for kind in maps}, folds)
 
 
 def _gradients(
@@ -276,12 +287,30 @@ def _gradients(
 
 
 def _fitted(
-    kind: MapKind, kept: Kept, prompts: Callable[[], _MapPrompts], direction: Doubles, full_step: float
+    kind: MapKind,
+    kept: Kept,
+    prompts: Callable[[], _MapPrompts],
+    direction: Doubles,
+    full_step: float,
+    tell: Tell | None,
 ) -> LinearMap:
     """The map of a kind; see _seek_step and _train_adapter. kept: what has been computed of the same prompts."""
 
     def fit() -> dict[str, NDArray[Any]]:
-        linear_map = seek(prompts(), direction, full_step)
+        on = prompts()
+        n, n_done = len(on.prompts), 0
+
+        def evaluated(W: Doubles, M: Doubles | None = None) -> float:
+            nonlocal n_done
+            left = on.share_left(W, M)
+            n_done += n
+            if tell is not None:
+                tell(n_done, n * MOST_EVALUATIONS[kind])
+            return left
+
+        linear_map = seek(evaluated, direction, full_step)
+        if tell is not None:
+            tell(n * MOST_EVALUATIONS[kind], n * MOST_EVALUATIONS[kind])
         return {"W": linear_map.W, "loss_left": np.asarray(linear_map.loss_left)}
 
     seek, aim = {"step": (_seek_step, STEP_LOSS), "adapter": (_train_adapter, ADAPTER_LOSS)}[kind]
@@ -331,7 +360,7 @@ class _MapPrompts:
         return self.objective.loss(nll, self.nll) / self.objective.loss(self.nll, self.nll)
 
 
-def _seek_step(prompts: _MapPrompts, direction: Doubles, full_step: float) -> LinearMap:
+def _seek_step(share_left_by: ShareLeft, direction: Doubles, full_step: float) -> LinearMap:
     """The map -η direction with the smallest η found that lowers the loss to STEP_LOSS of itself.
 
     Where the loss never falls so far, η is the one with the lowest loss. full_step: the η at which a straight line
@@ -340,12 +369,12 @@ def _seek_step(prompts: _MapPrompts, direction: Doubles, full_step: float) -> Li
     left: dict[float, float] = {}
 
     def share_left(eta: float) -> float:
-        left[eta] = prompts.share_left(-eta * direction)
+        left[eta] = share_left_by(-eta * direction)
         return left[eta]
 
     too_short, eta = 0.0, full_step / 10  # starts well below
     while share_left(eta) > STEP_LOSS:
-        if left[eta] > 3 or len(left) > 40:
+        if left[eta] > 3 or len(left) > MOST_STEPS:
             eta = min(left, key=lambda eta: left[eta])
             return LinearMap(-eta * direction, left[eta], STEP_LOSS)
         too_short, eta = eta, eta * STEP_GROWTH
@@ -355,13 +384,13 @@ def _seek_step(prompts: _MapPrompts, direction: Doubles, full_step: float) -> Li
     return LinearMap(-eta * direction, left[eta], STEP_LOSS)
 
 
-def _train_adapter(prompts: _MapPrompts, direction: Doubles, full_step: float) -> LinearMap:
+def _train_adapter(share_left_by: ShareLeft, direction: Doubles, full_step: float) -> LinearMap:
     """W after gradient descent in equal steps, once the loss is ADAPTER_LOSS of itself; else the best W on the way."""
     W = np.zeros_like(direction)
     best = LinearMap(W, 1.0, ADAPTER_LOSS)
     for _ in range(MOST_ADAPTER_STEPS + 1):
         M = np.zeros_like(W)
-        left = prompts.share_left(W, M)
+        left = share_left_by(W, M)
         if left <= best.loss_left:
             best = LinearMap(W, left, ADAPTER_LOSS)
         norm = _norm(M)
