@@ -83,7 +83,7 @@ def encode_sparse(
     call = _Call(encoder, [acts], ("acts",), columns)
     call.check_rows()
     device = encoder.device
-    counts = [torch.zeros(1, dtype=torch.int64, device=device)]
+    counts = [torch.zeros(1 if call.n_columns else len(acts) + 1, dtype=torch.int64, device=device)]
     indices, values = [torch.zeros(0, dtype=torch.int32, device=device)], [torch.zeros(0, device=device)]
     for entries in call.entries():
         counts.append(entries.counts)
@@ -350,6 +350,7 @@ def _normalised(acts: torch.Tensor, input_norm: str) -> torch.Tensor:
     x, d_in = acts.float(), acts.shape[1]
     if input_norm == "layer_norm":
         x = x - x.mean(1, keepdim=True)
+        x -= x.mean(1, keepdim=True)  # of a row far from 0, what float32 had lost of its mean
         divisor = x.norm(dim=1, keepdim=True) / max(d_in - 1, 1) ** 0.5 + 1e-5
     else:
         norms = x.norm(dim=1, keepdim=True)
