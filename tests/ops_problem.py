@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,56 @@ COUNTS = ("n_fired_base", "n_fired_other")
 INTEGER, REAL = "integer", "real"
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where problems are computed: between numpy arrays by the core, or between tensors of a device.
+
+    ops:       a module with the functions of _cpu
+    device:    of rows and sums, a torch.device; None for numpy arrays
+    precision: of a device's products
+    """
+
+    ops: Any = _cpu
+    device: Any = None
+    precision: str = "fp32"
+
+    @property
+    def is_core(self) -> bool:
+        return self.device is None
+
+    def encoder(self, W_enc: Any, bias: Any, **given: Any) -> Any:
+        if self.is_core:
+            return _cpu.Encoder(W_enc, bias, **given)
+        from sts_fast.ops.device_encoder import Encoder, prepare_weights
+
+        weights = prepare_weights(W_enc, np.zeros(len(W_enc), np.float32), self.device, self.precision)
+        given = {"scale": np.ones_like(bias), "d_in": len(W_enc), "precision": self.precision} | given
+        return Encoder(weights, bias, **given)
+
+    def rows(self, values: Any) -> Any:
+        if self.is_core:
+            return values
+        import torch
+
+        return torch.as_tensor(values).to(self.device)
+
+    def zeros(self, *shape: int, dtype: Any = np.float64) -> Any:
+        return self.rows(np.zeros(shape, dtype))
+
+    def sparse(self, encoder: Any, acts: Any, columns: Any = None) -> tuple[Any, ...]:
+        """(indptr, indices, values) as numpy arrays."""
+        return tuple(map(to_numpy, self.ops.encode_sparse(encoder, self.rows(acts), columns)))
+
+
+def to_numpy(values: Any) -> Any:
+    return values if isinstance(values, np.ndarray) else values.cpu().numpy()
+
+
+CORE = Place()
+
+
 class Problem:
-    """A random encoder, paired rows, weights, and the features as float64 says they are."""
+    """A random encoder, paired rows, weights, and the features as float64 says they are; computed `at` a place."""
 
     def __init__(
         self,
@@ -30,6 +79,7 @@ class Problem:
         columns: Any = None,
         seed: int = 0,
         input_norm: str = "none",
+        at: Place = CORE,
     ) -> None:
         rng = np.random.default_rng([seed, n, d_in, d_sae, ACTIVATIONS.index(activation)])
         if values == INTEGER:
@@ -52,7 +102,7 @@ class Problem:
             self.scale = (0.5 + rng.random(d_sae)).astype(np.float32)
             threshold, gate_bias = normal(0.5, d_sae), normal(0.5, d_sae)
             self.weights = rng.standard_normal((n, 3))
-        self.activation, self.n, self.d_sae = activation, n, d_sae
+        self.at, self.activation, self.n, self.d_sae = at, activation, n, d_sae
         self.parameters: dict[str, Any] = {"scale": self.scale, "input_norm": input_norm}
         self.k = min(7, d_sae)
         if activation == "jumprelu":
@@ -64,9 +114,9 @@ class Problem:
         self.columns = columns
         self.n_columns = d_sae if columns is None else len(columns)
 
-    def encoder(self, W_enc: Any = None) -> _cpu.Encoder:
+    def encoder(self, W_enc: Any = None) -> Any:
         W_enc = self.W_enc if W_enc is None else W_enc
-        return _cpu.Encoder(W_enc, self.bias, activation=self.activation, **self.parameters)
+        return self.at.encoder(W_enc, self.bias, activation=self.activation, **self.parameters)
 
     def features(self, acts: Any) -> tuple[Any, Any]:
         """([n, n_columns] h, how far each is from firing the other way), both float64."""
@@ -103,32 +153,35 @@ class Problem:
             return x * np.sqrt(x.shape[1]) / np.where(norms == 0, 1, norms)
         return x
 
-    def shift(self, encoder: _cpu.Encoder | None = None, parts: Any = (None,), **chosen: Any) -> dict[str, Any]:
+    def shift(self, encoder: Any = None, parts: Any = (None,), **chosen: Any) -> dict[str, Any]:
         """All outputs of accumulate_shift, over the rows in the given slices."""
-        sums: dict[str, Any] = {name: np.zeros(self.n_columns) for name in SUMS}
-        sums |= {name: np.zeros(self.n_columns, np.int64) for name in COUNTS}
-        sums["weighted_sq_shift"] = np.zeros((self.n_columns, self.weights.shape[1]))
+        sums = {name: self.at.zeros(self.n_columns) for name in SUMS}
+        sums |= {name: self.at.zeros(self.n_columns, dtype=np.int64) for name in COUNTS}
+        sums["weighted_sq_shift"] = self.at.zeros(self.n_columns, self.weights.shape[1])
+        encoder = self.encoder() if encoder is None else encoder
         for part in parts:
             rows = slice(None) if part is None else part
-            _cpu.accumulate_shift(
-                encoder or self.encoder(),
-                chosen.get("base", self.base)[rows],
-                chosen.get("other", self.other)[rows],
-                columns=self.columns,
-                row_weights=self.weights[rows],
-                **sums,
+            base, other = (self.at.rows(chosen.get(name, getattr(self, name))[rows]) for name in ("base", "other"))
+            self.at.ops.accumulate_shift(
+                encoder, base, other, columns=self.columns, row_weights=self.weights[rows], **sums
             )
-        return sums
+        return {name: to_numpy(values) for name, values in sums.items()}
 
-    def moments(self, encoder: _cpu.Encoder | None = None, parts: Any = (None,)) -> dict[str, Any]:
-        sums: dict[str, Any] = {"sum_h": np.zeros(self.n_columns), "sum_sq_h": np.zeros(self.n_columns)}
-        sums |= {"n_fired": np.zeros(self.n_columns, np.int64), "sum_hy": np.zeros((self.n_columns, 3))}
+    def moments(self, encoder: Any = None, parts: Any = (None,), **chosen: Any) -> dict[str, Any]:
+        """All outputs of accumulate_moments, over the rows in the given slices."""
+        sums = {"sum_h": self.at.zeros(self.n_columns), "sum_sq_h": self.at.zeros(self.n_columns)}
+        sums["n_fired"] = self.at.zeros(self.n_columns, dtype=np.int64)
+        sums["sum_hy"] = self.at.zeros(self.n_columns, self.weights.shape[1])
+        encoder = self.encoder() if encoder is None else encoder
         for part in parts:
             rows = slice(None) if part is None else part
-            _cpu.accumulate_moments(
-                encoder or self.encoder(), self.base[rows], self.weights[rows], columns=self.columns, **sums
-            )
-        return sums
+            acts = self.at.rows(chosen.get("base", self.base)[rows])
+            self.at.ops.accumulate_moments(encoder, acts, self.weights[rows], columns=self.columns, **sums)
+        return {name: to_numpy(values) for name, values in sums.items()}
+
+    def sparse(self, encoder: Any = None) -> tuple[Any, ...]:
+        """The features of `base`: (indptr, indices, values), numpy arrays."""
+        return self.at.sparse(self.encoder() if encoder is None else encoder, self.base, self.columns)
 
     def wanted_shift(self) -> dict[str, Any]:
         (a, _), (b, _) = self.features(self.base), self.features(self.other)
@@ -165,14 +218,22 @@ def assert_exact(got: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 
 def assert_sparse_exact(problem: Problem, found: tuple[Any, ...]) -> None:
-    """found: (indptr, indices, values) of the features of `base`, numpy arrays or tensors."""
-    indptr, indices, values = (part if isinstance(part, np.ndarray) else part.cpu().numpy() for part in found)
+    """found: (indptr, indices, values) of the features of `base`."""
+    indptr, indices, values = found
     h, _ = problem.features(problem.base)
     rows, columns = np.nonzero(h)
     assert (indptr.dtype, indices.dtype, values.dtype) == (np.int64, np.int32, np.float32)
     np.testing.assert_array_equal(indptr, np.r_[0, np.cumsum((h != 0).sum(1))])
     np.testing.assert_array_equal(indices, columns if problem.columns is None else problem.columns[columns])
     np.testing.assert_array_equal(values, h[rows, columns])
+
+
+def assert_all_exact(problem: Problem, encoder: Any = None) -> None:
+    """Of every op, for whole numbers."""
+    encoder = problem.encoder() if encoder is None else encoder
+    assert_exact(problem.shift(encoder), problem.wanted_shift())
+    assert_exact(problem.moments(encoder), problem.wanted_moments())
+    assert_sparse_exact(problem, problem.sparse(encoder))
 
 
 def assert_close(problem: Problem, got: dict[str, Any], wanted: dict[str, Any], members: tuple[Any, ...]) -> None:
