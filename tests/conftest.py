@@ -8,6 +8,7 @@ from typing import Any
 import emulator
 import pytest
 import tiny as tiny_material
+from exact_sae import Put
 
 # Models here are so tiny that threads of torch would only wait for each other; set before torch is imported, and for
 # the commands that tests run too, which must compute as this process does to give the same bytes.
@@ -61,6 +62,18 @@ def rows_on(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Any]:
         monkeypatch.setattr(backend, "device_of", lambda acts: gpu if isinstance(acts, torch.Tensor) else None)
         monkeypatch.setattr(backend, "kernels_serve", lambda values: isinstance(values, torch.Tensor))
     return lambda acts: torch.as_tensor(acts).to(gpu)
+
+
+@pytest.fixture(params=["core", "torch"])
+def put(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Put:
+    """Puts rows where the core computes, or where plain torch does: it takes the CPU's tensors for a device's."""
+    if request.param == "core":
+        return Put(as_tensors=False)
+    torch = pytest.importorskip("torch")
+    from sts_fast.ops import backend
+
+    monkeypatch.setattr(backend, "device_of", lambda acts: acts.device if isinstance(acts, torch.Tensor) else None)
+    return Put(as_tensors=True)
 
 
 @pytest.fixture(scope="session")

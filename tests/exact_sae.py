@@ -7,6 +7,7 @@ code is used.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,34 @@ Doubles = NDArray[np.float64]
 
 ARCHITECTURES = ("standard", "jumprelu", "gated", "topk", "abstopk")
 KINDS = (*ARCHITECTURES, "topk, rescaled")
+
+
+@dataclass(frozen=True)
+class Put:
+    """Gives rows to the ops as numpy arrays, for the core, or as tensors; what is no plain array stays as it is."""
+
+    as_tensors: bool
+
+    def __call__(self, acts: Any) -> Any:
+        if not self.as_tensors or type(acts) is not np.ndarray:
+            return acts
+        import torch
+
+        return torch.from_numpy(acts)
+
+    @property
+    def rounding(self) -> float:
+        """Of sums, relative to the largest: on a device squares, targets and sums over a group of rows are float32."""
+        return 1e-6 if self.as_tensors else 0.0
+
+
+def assert_sums(actual: dict[str, Any], expected: dict[str, Any], rounding: float = 0.0) -> None:
+    """Of one type and equal, to the last bit or to `rounding`; whole numbers to the last bit."""
+    for name, value in expected.items():
+        got, wanted = np.asarray(actual[name]), np.asarray(value)
+        assert got.dtype == wanted.dtype, name
+        allowed = rounding * np.abs(wanted).max(initial=0) if wanted.dtype.kind == "f" else 0
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=allowed, err_msg=name)
 
 
 def make_sae(kind: str = "standard", *, d_in: int = 24, d_sae: int = 70, k: int = 9, seed: int = 0) -> SAE:

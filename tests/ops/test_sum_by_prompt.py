@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 import sts_fast
-from sts_fast.ops import _cpu, cuda, cuda_kernels
+from sts_fast.ops import _cpu, backend, cuda, cuda_kernels
 from sts_fast.ops.sum_by_prompt import sum_by_prompt
 from sts_fast.sae.features import SparseFeatures
 
@@ -163,12 +163,18 @@ def test_the_order_of_tokens_is_part_of_the_sums() -> None:
     assert turned.wanted()["sum_h"] != tokens.wanted()["sum_h"]
 
 
-def test_features_on_a_device_are_summed_there(gpu: Any) -> None:
+@pytest.mark.parametrize("kernels_serve", [True, False])
+def test_features_on_a_device_are_summed_by_our_kernels_or_on_the_cpu(
+    rows_on: Any, kernels_serve: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kernels_serve:
+        monkeypatch.setattr(backend, "kernels_serve", lambda values: False)
+        monkeypatch.setattr(cuda, "sum_by_prompt", None)
     tokens = TOKENS["several prompts"]
     given = tokens.arguments
     base_starts, other_starts, pair_at = (given[name] for name in ("base_starts", "other_starts", "pair_at"))
     on_cpu = [SparseFeatures(*given[name], tokens.d_sae) for name in ("base", "other")]
-    on_device = [SparseFeatures(*(torch.from_numpy(part).to(gpu) for part in of.parts), tokens.d_sae) for of in on_cpu]
+    on_device = [SparseFeatures(*map(rows_on, of.parts), tokens.d_sae) for of in on_cpu]
     for base, other in (on_cpu, on_device):
         tokens.check(sum_by_prompt(base, base_starts, other, other_starts, pair_at))
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from exact_sae import KINDS, features, make_acts, make_sae
+from exact_sae import KINDS, Put, assert_sums, features, make_acts, make_sae
 
 from sts_fast import CorrelationStats, ShiftStats, encode, get_num_threads, set_num_threads
 from sts_fast.ops import backend
@@ -57,7 +57,7 @@ def many_switches() -> Any:
 
 @pytest.mark.usefixtures("many_switches")
 @pytest.mark.parametrize("kind", ["standard", "topk"])
-def test_threads_add_to_one_object(kind: str) -> None:
+def test_threads_add_to_one_object(put: Put, kind: str) -> None:
     # Whole numbers, so that the sums are exact in any order.
     sae, rng = make_sae(kind), np.random.default_rng(0)
     n = N_THREADS * N_UPDATES * 7
@@ -68,17 +68,24 @@ def test_threads_add_to_one_object(kind: str) -> None:
     def work(thread: int) -> None:
         for i in range(thread, N_THREADS * N_UPDATES, N_THREADS):
             rows = slice(7 * i, 7 * i + 7)
-            stats.update(base[rows], other[rows], weights[rows])
-            moments.update(base[rows], targets[rows])
+            stats.update(put(base[rows]), put(other[rows]), weights[rows])
+            moments.update(put(base[rows]), targets[rows])
 
     in_threads(*(lambda thread=thread: work(thread) for thread in range(N_THREADS)))
     h, g = features(sae, base), features(sae, other)
     assert stats.n_tokens == moments.n_tokens == n
-    assert np.array_equal(stats.sum_sq_shift, ((g - h) ** 2).sum(0))
-    assert np.array_equal(stats.n_fired_other, (g != 0).sum(0))
-    assert np.array_equal(stats.weighted_sq_shift, ((g - h) ** 2).T @ weights)
-    assert np.array_equal(moments.sum_hy + np.outer(moments.sum_h, moments.origin), h.T @ targets)
-    assert np.array_equal(moments.sum_y + n * moments.origin, targets.sum(0))
+    found = stats.arrays() | {
+        "sum_hy": moments.sum_hy + np.outer(moments.sum_h, moments.origin),
+        "sum_y": moments.sum_y + n * moments.origin,
+    }
+    expected = {
+        "sum_sq_shift": ((g - h) ** 2).sum(0),
+        "n_fired_other": (g != 0).sum(0),
+        "weighted_sq_shift": ((g - h) ** 2).T @ weights,
+        "sum_hy": h.T @ targets,
+        "sum_y": targets.sum(0).astype(np.float64),
+    }
+    assert_sums(found, expected, put.rounding)
 
 
 def test_real_numbers_of_threads_agree_to_rounding() -> None:
@@ -93,10 +100,10 @@ def test_real_numbers_of_threads_agree_to_rounding() -> None:
 
 
 @pytest.mark.usefixtures("many_switches")
-def test_readers_see_whole_updates() -> None:
+def test_readers_see_whole_updates(put: Put) -> None:
     # Every update adds the same row, so that any consistent reading is a multiple of its features.
     sae, row = make_sae(), np.repeat(make_acts(1), 3, axis=0)
-    h = features(sae, row)[0]
+    h, row = features(sae, row)[0], put(row)
     stats, done = ShiftStats(sae), threading.Event()
     stats.update(row, row)
     seen: list[int] = []
@@ -120,7 +127,7 @@ def test_readers_see_whole_updates() -> None:
     assert seen == sorted(seen)
 
 
-def test_threads_fold_an_sae_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_fold_an_sae_once(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
     sae, fold, calls = make_sae(), backend._folded, []
 
     def slowly(*args: Any) -> Any:
@@ -129,7 +136,7 @@ def test_threads_fold_an_sae_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return fold(*args)
 
     monkeypatch.setattr(backend, "_folded", slowly)
-    in_threads(*[lambda: encode(sae, make_acts(3))] * 4)
+    in_threads(*[lambda: encode(sae, put(make_acts(3)))] * 4)
     assert len(calls) == 1
 
 
@@ -137,9 +144,9 @@ def test_threads_fold_an_sae_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda stats: pickle.loads(pickle.dumps(stats))])
-def test_copies_go_on_by_themselves(duplicate: Any) -> None:
+def test_copies_go_on_by_themselves(put: Put, duplicate: Any) -> None:
     sae, base, other = make_sae(), make_acts(40), make_acts(40, seed=1)
-    h = features(sae, base)
+    h, base, other = features(sae, base), put(base), put(other)
     columns = np.array([3, 9])
     stats, moments = ShiftStats(sae, columns=columns, n_replicates=1), CorrelationStats(sae, 1)
     columns[0] = 5  # the caller's array, no longer that of the statistics
@@ -156,11 +163,11 @@ def test_copies_go_on_by_themselves(duplicate: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_array_that_was_read_does_not_change_later(kind: str) -> None:
+def test_an_array_that_was_read_does_not_change_later(put: Put, kind: str) -> None:
     sae, stats = make_sae(kind), CorrelationStats(make_sae(kind), 1)
-    stats.update(make_acts(9), np.ones((9, 1)))
+    stats.update(put(make_acts(9)), np.ones((9, 1)))
     before = stats.sum_h
-    stats.update(make_acts(9), np.ones((9, 1)))
+    stats.update(put(make_acts(9)), np.ones((9, 1)))
     h = features(sae, make_acts(9)).sum(0)
     assert np.array_equal(before, h)
     assert np.array_equal(stats.sum_h, 2 * h)
