@@ -281,6 +281,19 @@ def test_forms_of_rows(rows_on: Any, form: str) -> None:
         encode(sae, rows_on(given.float()), masked)
 
 
+def test_squares_that_float32_cannot_hold_are_named(rows_on: Any) -> None:
+    sae = make_sae()
+    stats, moments, acts = ShiftStats(sae), CorrelationStats(sae, 0), make_acts(8)
+    large = np.zeros_like(acts)
+    large[5, 0] = 1e20
+    with pytest.raises(InputError, match=r"^sum_sq_shift would not be finite: features of these rows are too large"):
+        stats.update(rows_on(acts), rows_on(large))
+    with pytest.raises(InputError, match=r"^sum_sq_h would not be finite: features of these rows are too large"):
+        moments.update(rows_on(large), np.zeros((8, 0)))
+    assert (stats.n_tokens, moments.n_tokens) == (0, 0)
+    assert not stats.sum_base.any()
+
+
 def test_b_dec_goes_through_the_weights_as_they_are_rounded(rows_on: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # Rows that are all b_dec, large: what rounding W_enc does to x W_enc must go out again with b_dec.
     sae = make_sae("standard", d_in=64)

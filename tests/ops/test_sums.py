@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from exact_sae import KINDS, Put, assert_sums, features, make_acts, make_sae
 
-from sts_fast import CorrelationStats, ShiftStats, encode, get_num_threads, set_num_threads
+from sts_fast import CorrelationStats, InputError, ShiftStats, encode, get_num_threads, set_num_threads
 from sts_fast.ops import backend
 
 N_THREADS, N_UPDATES = 4, 25
@@ -204,6 +204,35 @@ def test_an_update_that_ends_early_adds_nothing(fault: type[BaseException], monk
     moments.update(base, np.ones((20, 1)))
     assert np.array_equal(stats.sum_base, features(sae, base).sum(0))
     assert np.array_equal(moments.sum_h, features(sae, base).sum(0))
+
+
+@pytest.mark.parametrize("size", [1e20, 3e38])
+def test_features_too_large_for_their_sums_are_named_and_nothing_is_added(put: Put, size: float) -> None:
+    sae, acts = make_sae(), make_acts(8)
+    acts[5] = 0
+    acts[5, 0] = size / 3  # features are three times that at most
+    sae.W_enc[0, :2] = [3, -3] if size < 1e38 else [4, -4]  # the core sums squares in float64: only features overflow
+    stats, moments = ShiftStats(sae, n_replicates=1), CorrelationStats(sae, 1)
+    stats.update(put(make_acts(8)), put(make_acts(8)), np.ones((8, 1)))
+    moments.update(put(make_acts(8)), np.ones((8, 1)))
+    before = stats.arrays(), moments.arrays()
+    if size < 1e38:
+        assert np.isfinite(encode(sae, put(acts)).on_cpu().values).all()
+    else:
+        with pytest.raises(InputError, match=r"^features of these rows are too large for float32, .*: give the act"):
+            encode(sae, put(acts))
+    if size > 1e38 or put.as_tensors:
+        with pytest.raises(InputError, match=r"^sum_sq_shift would not be finite: features of these rows are too"):
+            stats.update(put(make_acts(8)), put(acts), np.ones((8, 1)))
+        with pytest.raises(InputError, match=r"^sum_(sq_)?h would not be finite: features of these rows are too large"):
+            moments.update(put(acts), np.ones((8, 1)))
+        assert (stats.n_tokens, moments.n_tokens) == (8, 8)
+        assert_sums(stats.arrays(), before[0])
+        assert_sums(moments.arrays(), before[1])
+    else:
+        moments.update(put(acts), np.ones((8, 1)))
+        h = features(sae, np.concatenate([make_acts(8), acts]))
+        np.testing.assert_allclose(moments.sum_sq_h, (h**2).sum(0), rtol=1e-6)
 
 
 # Ctrl-C ---------------------------------------------------------------------------------------------------------------

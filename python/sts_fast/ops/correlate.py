@@ -66,7 +66,8 @@ class CorrelationStats(Statistics):
         acts:    [n_tokens, d_in] floating point; borrowed or copied, see sae.rows
         targets: [n_tokens, n_targets] numbers
 
-        Raises ValueError, naming the argument, for a wrong shape or dtype, or NaN or infinity; nothing is added then.
+        Raises ValueError, naming the argument, for a wrong shape or dtype, or NaN or infinity, and InputError where
+        features are too large for their sums; nothing is added then.
         """
         sae = self._sae_to_update()
         acts = rows(acts, sae.d_in)
@@ -81,7 +82,9 @@ class CorrelationStats(Statistics):
             sums["origin"] = origin
             sums["sum_y"] = _add_in_order(before["sum_y"], y)
             sums["sum_sq_y"] = _add_in_order(before["sum_sq_y"], y * y)
-            self._sums = Sums(before.n_tokens + len(y), before.arrays | sums)
+            after = Sums(before.n_tokens + len(y), before.arrays | sums)
+            after.require_finite()
+            self._sums = after
 
     def pearson(self) -> Doubles:
         """[n_targets, d_sae] Pearson correlation; NaN where a feature or a target does not vary.

@@ -80,7 +80,8 @@ class ShiftStats(Statistics):
         base, other: [n_tokens, d_in] floating point, row t is the same token; borrowed or copied, see sae.rows
         row_weights: [n_tokens, n_replicates] numbers, needed where n_replicates > 0
 
-        Raises ValueError, naming the argument, for a wrong shape or dtype, or NaN or infinity; nothing is added then.
+        Raises ValueError, naming the argument, for a wrong shape or dtype, or NaN or infinity, and InputError where
+        features are too large for their sums; nothing is added then.
         """
         sae = self._sae_to_update()
         if (row_weights is not None) != (self.n_replicates > 0):
@@ -95,7 +96,9 @@ class ShiftStats(Statistics):
             before = self._sums
             sums = before.copies(names, sums_on)
             ops.accumulate_shift(encoder, base, other, **(given | sums))
-            self._sums = Sums(before.n_tokens + len(base), before.arrays | sums)
+            after = Sums(before.n_tokens + len(base), before.arrays | sums)
+            after.require_finite()
+            self._sums = after
 
     @property
     def columns(self) -> NDArray[np.int64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from threading import Lock
@@ -11,11 +12,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from sts_fast.errors import InputError
+from sts_fast.ops.device_call import is_capturing
 from sts_fast.sae import SAE
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
+
+
+TOO_LARGE = (
+    "features of these rows are too large for float32, in which they are computed, and on a GPU their squares: "
+    "give the activations that this SAE reads, or repair such rows first"
+)
 
 
 @dataclass(frozen=True)
@@ -41,10 +49,30 @@ class Sums:
 
         return {name: torch.as_tensor(self.arrays[name]).to(device, copy=True) for name in names}
 
+    def require_finite(self) -> None:
+        """Raises InputError for infinity or NaN: features, or on a device their squares, are beyond float32."""
+        floats = {name: values for name, values in self.arrays.items() if not name.startswith("n_fired")}
+        for name, total in _totals(floats).items():
+            if not math.isfinite(total):
+                raise InputError(f"{name} would not be finite: {TOO_LARGE}")
+
     def require_tokens(self) -> None:
         """Raises InputError where there are no rows yet."""
         if self.n_tokens == 0:
             raise InputError("no tokens have been added yet: call update with rows first")
+
+
+def _totals(arrays: dict[str, Any]) -> dict[str, float]:
+    """The sum of each array, from their device in one piece; of none while a CUDA graph is captured."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        totals = {name: float(values.sum()) for name, values in arrays.items() if isinstance(values, np.ndarray)}
+    tensors = {name: values for name, values in arrays.items() if name not in totals}
+    if tensors and not is_capturing(next(iter(tensors.values())).device):
+        import torch
+
+        found = torch.stack([values.sum() for values in tensors.values()])
+        totals |= zip(tensors, found.tolist(), strict=True)
+    return totals
 
 
 def zeros(d_sae: int, n: int, name: str) -> NDArray[np.float64]:
