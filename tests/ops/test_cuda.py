@@ -176,6 +176,18 @@ def test_topk_by_the_bound_of_the_first_strip(
     assert_all_exact(problem)
 
 
+@pytest.mark.parametrize("activation", ["topk", "abstopk"])
+def test_a_captured_topk_loses_nothing_where_its_bound_is_passed(
+    gpu: Any, activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "FIRST_STRIP", 50)
+    monkeypatch.setattr(cuda, "is_capturing", lambda device: True)  # then nobody can look at what a list holds
+    problem = Problem(activation, 12, 5, 400, values=INTEGER, at=placed(gpu, "bf16"))
+    problem.bias = np.arange(400, dtype=np.float32)
+    assert_exact(problem.shift(), problem.wanted_shift())
+    assert_exact(problem.moments(), problem.wanted_moments())
+
+
 @pytest.mark.parametrize("columns", [None, np.array([3, 60, 61, 199])], ids=["all", "some"])
 def test_topk_of_one_unusual_row_among_blocks(gpu: Any, columns: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_kernels, "WORKSPACE_BYTES", 1)

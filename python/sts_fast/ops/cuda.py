@@ -174,7 +174,7 @@ class _Call(DeviceCall):
 
         if is_capturing(self.encoder.device):
             return
-        for member, bad in enumerate(self.status.tolist()[: len(self.members)]):
+        for member, bad in enumerate(self.status.tolist()):
             if bad != load().fine:
                 raise self.fault(member, bad)
 
@@ -298,7 +298,8 @@ class _Call(DeviceCall):
     def _top_k_blocks(self) -> tuple[list[tuple[int, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]], bool]:
         """Of the rows' k largest values (first row, for each member (columns [n, k], values [n, k], counts [n])).
 
-        Whether all rows have k of them comes with it. All blocks are started before the one look at what they found.
+        Whether all rows have k of them comes with it. All blocks are started before the one look at what they found;
+        a CUDA graph that is captured cannot look, and has every strip searched.
         """
         import torch
 
@@ -306,12 +307,11 @@ class _Call(DeviceCall):
         strip = min(encoder.d_sae, max(FIRST_STRIP, encoder.d_sae // 8))
         starts = self._starts(strip * 4, _bytes_of_strips(device))
         full = torch.full((len(starts),), load().fine, dtype=torch.int64, device=device)
-        blocks = []
+        captured, blocks = is_capturing(device), []
         for block, start in enumerate(starts):
             n, prepared = min(self.n_tokens - start, self.rows_per_block), self._prepared(start)
-            blocks.append((start, [self._row_top_k(rows, n, strip, full, block, dense=False) for rows in prepared]))
-        if is_capturing(device):
-            self.status = torch.cat([self.status, full])  # a list that is full lets nothing be added
+            blocks.append((start, [self._row_top_k(rows, n, strip, full, block, dense=captured) for rows in prepared]))
+        if captured:
             return blocks, False
         n_listed = torch.stack([counts.sum() for _, lists in blocks for *_, counts in lists]).sum()
         *states, n_found = torch.cat([full, n_listed[None]]).tolist()
