@@ -191,9 +191,9 @@ def test_fitting_a_map_tells_of_the_prompts_it_has_passed(material: Material, ti
     train = material.prompts["train"]
     measure_push(
         hooked, features, projection(D_IN), "train", train, maps=("step", "adapter"),
-        tell_map=lambda stage, done, total: told.setdefault(stage, []).append((done, total)),
+        tell=lambda stage, done, total: told.setdefault(stage, []).append((done, total)),
     )  # fmt: skip
-    assert list(told) == ["step of train", "adapter of train"]
+    assert list(told) == ["gradients of train", "step of train", "adapter of train"]
     for stage, most in (("step of train", 48), ("adapter of train", 65)):
         *passes, last = told[stage]
         assert passes == [(len(train) * (i + 1), len(train) * most) for i in range(len(passes))]

@@ -64,13 +64,7 @@ def measure_kernel(
     def tell_of(stage: str) -> Tell:
         return lambda done, total: None if tell is None else tell(stage, done, total)
 
-    pushes = [
-        measure_push(
-            model, features, Q, prompt_set.name, prompt_set.prompts,
-            tell=tell_of(f"gradients of {prompt_set.name}"),
-        )
-        for prompt_set in sets
-    ]  # fmt: skip
+    pushes = [measure_push(model, features, Q, prompt_set.name, prompt_set.prompts, tell=tell) for prompt_set in sets]
     norms = np.asarray([push.norm for push in pushes])
     values, nll = [], []
     for prompt_set in sets:

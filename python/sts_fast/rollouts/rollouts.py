@@ -232,7 +232,7 @@ def _read_completions(
     push = measure_push(
         hooked, features, Q, "rollouts", completions.prompt_set.prompts,
         objective=completions.objective, maps=maps, n_folds=N_FOLDS if "gradient" in ways else 0,
-        tell=lambda done, total: settings.tell("policy gradient", done, total), tell_map=settings.tell,
+        tell=settings.tell,
     )  # fmt: skip
     if "gradient" in ways:
         shifts["gradient"] = gradient_shift(push, read, settings)

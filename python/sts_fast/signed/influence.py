@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sts_fast.data.prompts import Progress, Prompt, PromptSet, Tell
+from sts_fast.data.prompts import Progress, Prompt, PromptSet
 from sts_fast.errors import InputError
 from sts_fast.ops.encode import encode
 from sts_fast.signed.gradients import HookedModel
@@ -78,13 +78,9 @@ def measure_influence(
     Raises InputError where a set's loss has no gradient at the hook.
     """
     prompts, n = train.prompts, len(train.prompts)
-
-    def tell_of(prompt_set: PromptSet) -> Tell:
-        return lambda done, total: None if tell is None else tell(f"gradients of {prompt_set.name}", done, total)
-
     pulls: list[Doubles] = []
     for domain in domains:
-        push = measure_push(model, features, Q, domain.name, domain.prompts, n_folds=HALVES, tell=tell_of(domain))
+        push = measure_push(model, features, Q, domain.name, domain.prompts, n_folds=HALVES, tell=tell)
         assert push.folds is not None
         pulls.append(push.folds)
 
@@ -99,7 +95,8 @@ def measure_influence(
             features.accumulate(M, rows.x, rows.g / n)
             nll[rows.prompts] = rows.nll
             done += len(rows.prompts)
-            tell_of(train)(done, n)
+            if tell is not None:
+                tell(f"gradients of {train.name}", done, n)
         return {"halves": halves, "nll": nll, "norm": np.asarray(np.linalg.norm(M))}
 
     of_prompts = [prompt.read_plain for prompt in prompts]

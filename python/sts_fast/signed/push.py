@@ -215,8 +215,7 @@ def measure_push(
     objective: AnswerLoss | PolicyLoss | None = None,
     maps: Sequence[MapKind] = (),
     n_folds: int = 0,
-    tell: Tell | None = None,
-    tell_map: Progress | None = None,
+    tell: Progress | None = None,
 ) -> Push:
     """The push of a training set, from one forward and one backward pass down to the hook.
 
@@ -224,15 +223,21 @@ def measure_push(
     objective: what training lowers, by default AnswerLoss; of a PolicyLoss, `prompts` are the completions
     maps:      also fit these, on at most 64 of the prompts (or groups of at most 64 completions in all)
     n_folds:   also keep M_S in this number of parts
-    tell:      is told of the prompts of that pass; tell_map: of those that fitting a map has passed through the upper
-        layers, each time anew, beside the most that it may take, as the stage 'step of NAME'
+    tell:      is told of the prompts of that pass, as stage 'gradients of NAME', and as 'step of NAME' of those that
+        fitting a map has passed through the upper layers, each time anew, beside the most that it may take
 
     Raises InputError where the loss has no gradient at the hook.
     """
+
+    def told(what: str) -> Tell | None:
+        return None if tell is None else partial(tell, f"{what} of {name}")
+
     objective = objective or AnswerLoss()
     kept = model.kept.of(features.sha256, Q, [prompt.read_plain for prompt in prompts], objective)
     of = kept.arrays(
-        "gradients", [n_folds], lambda: _gradients(model, features, Q, prompts, objective, n_folds=n_folds, tell=tell)
+        "gradients",
+        [n_folds],
+        lambda: _gradients(model, features, Q, prompts, objective, n_folds=n_folds, tell=told("gradients")),
     )
     direction, nll, folds = of["direction"], of["nll"], of.get("folds")
     norm, loss = float(of["norm"]), objective.loss(nll, nll)
@@ -242,12 +247,8 @@ def measure_push(
             "exactly zero; leave the set out, or give the SAE of this model"
         )
     map_prompts = cache(lambda: _MapPrompts.of(model, features, Q, prompts, objective))
-
-    def fitted(kind: MapKind) -> LinearMap:
-        tell_fit = None if tell_map is None else partial(tell_map, f"{kind} of {name}")
-        return _fitted(kind, kept, map_prompts, direction, loss / norm, tell_fit)
-
-    return Push(name, direction, norm, loss, nll, {kind: fitted(kind) for kind in maps}, folds)
+    fitted = {kind: _fitted(kind, kept, map_prompts, direction, loss / norm, told(kind)) for kind in maps}
+    return Push(name, direction, norm, loss, nll, fitted, folds)
 
 
 def _gradients(

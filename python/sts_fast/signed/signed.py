@@ -175,13 +175,7 @@ def measure_signed(
     Q = projection(sae.d_in, seed=seed)
     maps: list[MapKind] = [kind for kind in get_args(MapKind) if kind in estimators]
 
-    pushes = [
-        measure_push(
-            model, features, Q, train.name, train.prompts,
-            maps=maps, tell=_tell_for(tell, train.name), tell_map=tell,
-        )
-        for train in trains
-    ]  # fmt: skip
+    pushes = [measure_push(model, features, Q, train.name, train.prompts, maps=maps, tell=tell) for train in trains]
     return signed_forecasts(model, features, Q, pushes, trains, domains, estimators, seed=seed, tell=tell)
 
 
