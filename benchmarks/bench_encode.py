@@ -169,10 +169,10 @@ def gather(case: Case, columns: NDArray[np.int64], acts: torch.Tensor, lap: Lap)
 
 
 class Check:
-    """Features of a sample of columns in all rows (or, with topk, of all columns in a sample of rows)."""
+    """Features of a sample of columns in all rows (or, with topk, of all columns in a sample of n_rows rows)."""
 
-    def __init__(self, case: Case, columns: NDArray[np.int64] | None = None) -> None:
-        self.case = case
+    def __init__(self, case: Case, columns: NDArray[np.int64] | None = None, *, n_rows: int = oracle.N_ROWS) -> None:
+        self.case, self.n_rows = case, n_rows
         self.columns = oracle.sample(case.size.d_sae) if columns is None else columns
         self.expected: dict[int, tuple[NDArray[np.int64], oracle.Bounds]] = {}
 
@@ -192,7 +192,7 @@ class Check:
     def expect(self, acts: torch.Tensor) -> tuple[NDArray[np.int64], oracle.Bounds]:
         if self.case.architecture != "topk":
             return np.arange(len(acts)), oracle.features(self.case, acts, self.columns)
-        rows = oracle.sample(len(acts), oracle.N_ROWS)
+        rows = oracle.sample(len(acts), self.n_rows)
         bounds = oracle.top_k_features(self.case, acts[torch.from_numpy(rows)])
         return rows, oracle.Bounds(*(part[:, self.columns] for part in bounds))
 

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from benchmarks.cases import Bench, Size
+from sts_fast import SparseFeatures
 
 WARM_UP_ROWS = 64
 
@@ -48,10 +49,15 @@ def extra_bytes(bench: Bench, name: str) -> int:
         before = torch.cuda.memory_allocated()
         result = contestant.run(*bench.inputs, lap=lambda _: None)
         return torch.cuda.max_memory_allocated() - before - n_bytes(result)
+    return extra_resident(contestant.run, bench.inputs)
+
+
+def extra_resident(run: Callable[..., Any], inputs: tuple[Any, ...]) -> int:
+    """Bytes that run(*inputs, lap) takes at most in this process, less those of its result."""
     ctypes.CDLL(None).malloc_trim(0)  # memory that was freed and kept would hide what the run takes
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before = resident("VmRSS")
-    result = contestant.run(*bench.inputs, lap=lambda _: None)
+    result = run(*inputs, lap=lambda _: None)
     return resident("VmHWM") - before - n_bytes(result)
 
 
@@ -66,6 +72,8 @@ def n_bytes(result: Any) -> int:
     """Size of what was asked for. The bare product was asked for no features, so that its output counts as extra."""
     if isinstance(result, dict):
         return sum(n_bytes(value) for key, value in result.items() if key != "hidden_pre")
+    if isinstance(result, SparseFeatures):
+        return n_bytes(result.parts)
     if isinstance(result, tuple):
         return sum(map(n_bytes, result))
     return result.nbytes if isinstance(result, (np.ndarray, torch.Tensor)) else 0

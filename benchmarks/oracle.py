@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.cases import TOP_K, Case
+from benchmarks.cases import Case
 
 Doubles = NDArray[np.float64]
 
@@ -61,7 +61,8 @@ def top_k_features(case: Case, acts: torch.Tensor) -> Bounds:
     blocks = np.split(np.arange(case.size.d_sae), range(BLOCK_COLUMNS, case.size.d_sae, BLOCK_COLUMNS))
     pre = np.concatenate([hidden_pre(case, acts, columns) for columns in blocks], axis=1)
     descending = np.sort(pre, axis=1)[:, ::-1]
-    last_in, first_out = descending[:, TOP_K - 1 : TOP_K], descending[:, TOP_K : TOP_K + 1]
+    k = case.sae.k
+    last_in, first_out = descending[:, k - 1 : k], descending[:, k : k + 1]
     margin = case.tolerance * np.abs(pre).max(axis=1, keepdims=True)
     chosen = pre >= last_in
     open_ = np.where(chosen, pre <= first_out + margin, pre >= last_in - margin)

@@ -61,6 +61,11 @@ def add(path: Path, about: dict[str, Any], kind: str, record: dict[str, Any]) ->
     document["machine"] = about
     others = [other for other in document[kind] if any(other.get(key) != record.get(key) for key in KEYS)]
     document[kind] = sorted([*others, record], key=lambda each: [str(each["op"]), *(each.get(k, 0) for k in KEYS[1:])])
+    write(path, document)
+
+
+def write(path: Path, document: dict[str, Any]) -> None:
+    """Replaces the file as a whole; numbers to five digits."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".new")
     new.write_text(json.dumps(rounded(document), indent=1) + "\n", encoding="utf-8")

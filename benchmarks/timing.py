@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 import sts_fast
-from benchmarks.cases import Bench
+from benchmarks.cases import Bench, Contestant
 
 WARM_UP_ROWS = 512
 MIN_ROUNDS, MAX_ROUNDS, LONG_ROUND = 3, 15, 40.0
@@ -59,36 +59,51 @@ class Laps:
 
 
 def measure(bench: Bench, threads: int, seconds: float) -> dict[str, Any]:
-    """Times every contestant in turn, round after round, until `seconds` are over.
-
-    There are at least MIN_ROUNDS, and two where a round takes longer than LONG_ROUND seconds.
-
-    The results of the first round are checked before there is a second. Raises oracle.WrongResult.
-    """
+    """Times every contestant `in_turn`, after a run on a few rows. Raises oracle.WrongResult."""
     device, size = bench.case.device, bench.case.size
     set_num_threads(threads)
     for contestant in bench.contestants:
         contestant.prepare()
         contestant.run(*(rows[:WARM_UP_ROWS] for rows in bench.inputs), lap=Laps(device))
-    contestants: dict[str, dict[str, Any]] = {
-        each.name: {"seconds": [], "cpu_seconds": [], "parts": defaultdict(list)} for each in bench.contestants
-    }
     peak = peak_gflops(threads) if device == "cpu" else None
+    return {
+        **{"op": bench.op, "d_in": size.d_in, "d_sae": size.d_sae, "rows": size.rows, "threads": threads},
+        **{"flops": bench.flops, "peak_gflops": peak},
+        **in_turn(bench.contestants, bench.inputs, bench.check, seconds, device),
+    }
+
+
+def in_turn(
+    competing: list[Contestant],
+    inputs: tuple[Any, ...],
+    check: Callable[[str, Any, tuple[Any, ...]], float],
+    seconds: float,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Times of contestants that run in turn, round after round, until `seconds` are over; and of work by others.
+
+    There are at least MIN_ROUNDS, and two where a round takes longer than LONG_ROUND seconds.
+
+    The results of the first round are checked before there is a second. Raises oracle.WrongResult.
+    """
+    contestants: dict[str, dict[str, Any]] = {
+        each.name: {"seconds": [], "cpu_seconds": [], "parts": defaultdict(list)} for each in competing
+    }
     idle, own, start = idle_seconds(), time.process_time(), time.perf_counter()
     checking = 0.0
     n_rounds, took = 0, 0.0
     while (
         n_rounds < 2 or (n_rounds < MIN_ROUNDS and took < 2 * LONG_ROUND) or (n_rounds < MAX_ROUNDS and took < seconds)
     ):
-        for contestant in bench.contestants:
-            run, timed = timed_run(contestant.run, bench.inputs, device), contestants[contestant.name]
+        for contestant in competing:
+            run, timed = timed_run(contestant.run, inputs, device), contestants[contestant.name]
             timed["seconds"].append(run.clock)
             timed["cpu_seconds"].append(run.cpu)
             for part, seconds_of_part in run.parts.items():
                 timed["parts"][part].append(seconds_of_part)
             if n_rounds == 0:
                 before = time.perf_counter()
-                timed["error"] = bench.check(contestant.name, run.result, bench.inputs)
+                timed["error"] = check(contestant.name, run.result, inputs)
                 checking += time.perf_counter() - before
             del run  # a dense result must not stand beside the next contestant's
         n_rounds += 1
@@ -96,8 +111,7 @@ def measure(bench: Bench, threads: int, seconds: float) -> dict[str, Any]:
     capacity = (time.perf_counter() - start) * (os.cpu_count() or 1)
     busy_elsewhere = capacity - (idle_seconds() - idle) - (time.process_time() - own)
     return {
-        **{"op": bench.op, "d_in": size.d_in, "d_sae": size.d_sae, "rows": size.rows, "threads": threads},
-        **{"flops": bench.flops, "peak_gflops": peak, "others": max(busy_elsewhere / capacity, 0.0)},
+        "others": max(busy_elsewhere / capacity, 0.0),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "contestants": contestants,
     }
