@@ -4,6 +4,7 @@
     python -m benchmarks --quick         small sizes, a minute; nothing is written
     python -m benchmarks --ops shift --sizes 768x24576 --rows 4096 --threads 1     these alone, in the same file
     python -m benchmarks --write-tables  the tables of README.md and the headline of ../README.md, from results/
+    python -m benchmarks peers           packages that answer the same questions, by name; see peers --help
 
 A measurement that is made again replaces the one before.
 """
@@ -22,6 +23,7 @@ from benchmarks import memory, records, tables, timing
 from benchmarks.benches import OPS, make_bench
 from benchmarks.cases import Size
 from benchmarks.oracle import WrongResult
+from benchmarks.peers import command as peers
 
 # op: {(d_in, d_sae): rows}
 Plan = dict[str, dict[tuple[int, int], list[int]]]
@@ -61,6 +63,9 @@ def size_named(text: str) -> tuple[int, int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] == "peers":
+        return peers.main(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -91,17 +91,17 @@ def is_ours(path: Path) -> bool:
     return bool(json.loads(path.read_text(encoding="utf-8")).get("kind") == records.KIND)
 
 
-def between_markers(page: str, text: str) -> str:
+def between_markers(page: str, text: str, what: str = "measured") -> str:
     """The page with the text between its markers. Raises ValueError where it has none."""
     new, n = re.subn(
-        r"(<!-- measured[^>]*-->\n).*?(<!-- end of what was measured -->)",
+        rf"(<!-- {what}[^>]*-->\n).*?(<!-- end of what was {what} -->)",
         lambda m: m[1] + text + m[2],
         page,
         flags=re.S,
     )
     if n != 1:
         raise ValueError(
-            "the page has no place for the tables: '<!-- measured -->' and '<!-- end of what was measured -->'"
+            f"the page has no place for the tables: '<!-- {what} -->' and '<!-- end of what was {what} -->'"
         )
     return new
 

@@ -20,9 +20,12 @@ from benchmarks import memory, oracle, records, tables, timing
 from benchmarks.__main__ import main
 from benchmarks.benches import OPS, make_bench
 from benchmarks.cases import Bench, Case, Size
+from benchmarks.peers import command as peers
+from benchmarks.peers import encode, influence, question, texts
 from study.world import grpo, rl, rl_table
 
 from sts_fast import SparseFeatures
+from sts_fast.demo import demo
 
 SIZE = Size(d_in=40, d_sae=640, rows=30)
 
@@ -170,6 +173,74 @@ def test_pages_show_the_committed_results() -> None:
     for page, text in tables.pages():
         shown = page.read_text(encoding="utf-8")
         assert shown == tables.between_markers(shown, text), "python -m benchmarks --write-tables brings it up to date"
+
+
+PEER_SIZE = Size(d_in=40, d_sae=640, rows=600)
+SMALL_QUESTIONS: dict[str, Callable[[], question.Question]] = {
+    "topk": lambda: encode.topk(PEER_SIZE),
+    "relu": lambda: encode.relu(PEER_SIZE),
+    "texts": lambda: texts.texts(70),
+    "influence": lambda: influence.influence(demo.TRAINS[:1], demo.TRAINS[:4], n_prompts=4, seeds=(0,)),
+}
+
+
+def ask(monkeypatch: pytest.MonkeyPatch, path: Path, questions: dict[str, Callable[[], question.Question]]) -> int:
+    """The command with these questions where no peer is installed."""
+    monkeypatch.setattr(memory, "in_a_fork", lambda run: run())  # this process has threads
+    monkeypatch.setattr(timing, "MIN_ROUNDS", 2)
+    monkeypatch.setattr(peers, "QUESTIONS", questions)
+    for name in set(question.PACKAGES) - {"sts_fast"}:
+        monkeypatch.setitem(question.PACKAGES, name, "no-such-package")
+    return peers.main(["--seconds", "0", "--results", str(path)])
+
+
+def test_peers_that_are_not_installed_are_skipped_by_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "peers.json"
+    assert ask(monkeypatch, path, SMALL_QUESTIONS) == 0
+    said = capsys.readouterr().out
+    found = json.loads(path.read_text(encoding="utf-8"))["questions"]
+    assert list(found) == list(SMALL_QUESTIONS)
+    for record in found.values():
+        assert all(name.startswith("sts_fast") for name in record["contestants"])
+        assert all(each["error"] < 1e-3 for each in record["contestants"].values())
+        assert all(f"Not here: {name}" in said for name in record["skipped"])
+    skipped = {name.split(",")[0] for record in found.values() for name in record["skipped"]}
+    assert skipped == set(question.PACKAGES) - {"sts_fast"}
+    assert all(-1 <= each["r"] <= 1 for each in found["influence"]["contestants"].values())
+
+
+def test_a_wrong_answer_beside_peers_gets_no_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong() -> question.Question:
+        asked = encode.topk(PEER_SIZE)
+        right = asked.contestants[0].run
+        asked.contestants[0].run = lambda *inputs, lap: changed(right(*inputs, lap=lap), drift)
+        return asked
+
+    path = tmp_path / "peers.json"
+    assert ask(monkeypatch, path, {"topk": wrong}) == 2
+    assert "sts_fast: a feature differs from float64" in capsys.readouterr().err
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("kind", [None, "step"])
+def test_a_wrong_forecast_is_refused(kind: Any) -> None:
+    names = demo.TRAINS[:2]
+    world = influence.World(names[:1], names, 4, (0,))
+    result = influence.ours(world, kind, names[:1], names, lambda _: None)
+    contestant = f"sts_fast, {kind or 'ntk'}"
+    assert influence.check(world, contestant, result, (names[:1], names)) < 1e-4
+    with pytest.raises(oracle.WrongResult, match="differs from float64"):
+        influence.check(world, contestant, result._replace(values=result.values * 1.01), (names[:1], names))
+
+
+def test_the_page_shows_the_measured_peers() -> None:
+    ((page, text),) = peers.pages()
+    shown = page.read_text(encoding="utf-8")
+    assert shown == tables.between_markers(shown, text, "peers"), "python -m benchmarks peers --write-tables"
 
 
 def test_rl_runs_are_counted_and_their_features_compared() -> None:
