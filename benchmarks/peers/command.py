@@ -181,4 +181,4 @@ def ahead(record: dict[str, Any], has_r: bool) -> str:
 def least(values: dict[str, float]) -> str:
     smallest = min(values.values())
     border = smallest * CLOSE if smallest > 0 else smallest / CLOSE
-    return ", ".join(name for name, value in values.items() if value <= border)
+    return ", ".join(f"**{name}**" for name, value in values.items() if value <= border)
