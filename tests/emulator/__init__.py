@@ -16,8 +16,6 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 NAME = "_cuda_emulator"
-
-
 OPTIONS = ("-x", "c++", "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-Wno-psabi")
 INCLUDED = tuple(f"-I{ROOT / place}" for place in ("tests/emulator", "csrc", "csrc/include"))
 
@@ -59,6 +57,8 @@ def build() -> Path | None:
     compiler = _compiler()
     if compiler is None:
         return None
+    import fcntl
+
     import pybind11
 
     units = [*_kernels(), ROOT / "csrc/bind_cuda.cpp"]
@@ -68,20 +68,22 @@ def build() -> Path | None:
             digest.update(path.read_bytes())
     folder = ROOT / "build" / f"emulator-{digest.hexdigest()[:16]}"
     library = folder / f"{NAME}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        own = ["-DSTS_SM90A", f"-DSTS_CUDA_MODULE={NAME}"]
-        own += [f"-I{place}" for place in (pybind11.get_include(), sysconfig.get_path("include"))]
-        command = [compiler, *OPTIONS, *own, *INCLUDED]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the processes of one test run build it once
+        if not library.exists():
+            own = ["-DSTS_SM90A", f"-DSTS_CUDA_MODULE={NAME}"]
+            own += [f"-I{place}" for place in (pybind11.get_include(), sysconfig.get_path("include"))]
+            command = [compiler, *OPTIONS, *own, *INCLUDED]
 
-        def compile_unit(unit: Path) -> Path:
-            made = folder / f"{unit.stem}.o"
-            subprocess.run([*command, "-c", str(unit), "-o", str(made)], check=True)
-            return made
+            def compile_unit(unit: Path) -> Path:
+                made = folder / f"{unit.stem}.o"
+                subprocess.run([*command, "-c", str(unit), "-o", str(made)], check=True)
+                return made
 
-        with ThreadPoolExecutor(2) as pool:
-            objects = list(pool.map(compile_unit, units))
-        unfinished = folder / f"{os.getpid()}.so"
-        subprocess.run([compiler, "-shared", *map(str, objects), "-o", str(unfinished)], check=True)
-        unfinished.rename(library)
+            with ThreadPoolExecutor(2) as pool:
+                objects = list(pool.map(compile_unit, units))
+            unfinished = folder / f"{os.getpid()}.so"
+            subprocess.run([compiler, "-shared", *map(str, objects), "-o", str(unfinished)], check=True)
+            unfinished.rename(library)
     return library
