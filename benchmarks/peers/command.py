@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seconds", type=float, default=12.0, help="a question is repeated for so long, and three times"
     )
-    parser.add_argument("--results", type=Path, metavar="PATH", help="a file in the place of results/peers.json")
+    parser.add_argument("--results", type=Path, metavar="PATH", help="file to write instead of results/peers.json")
     parser.add_argument("--write-tables", action="store_true", help="only that")
     options = parser.parse_args(arguments)
     path = options.results or RESULTS
@@ -79,7 +79,7 @@ def quiet() -> Iterator[None]:
 
 
 def measure(question: Question, seconds: float) -> dict[str, Any]:
-    """What each contestant takes and how right it is, and those that could not be asked, with the reason."""
+    """Times and checks every contestant; names those that could not be asked, and why."""
     timing.set_num_threads(1)
     there, skipped = [], dict(question.lacking)
     extra: dict[str, int] = {}
@@ -118,7 +118,7 @@ def ignored(part: str) -> None:
 
 
 def keep(path: Path, name: str, record: dict[str, Any]) -> None:
-    """Puts a question's record in the place of the one before; the file is replaced as a whole."""
+    """Replaces the earlier record of a question. The file is replaced as a whole."""
     document = load(path)
     document["machine"] = records.machine("cpu")
     found = {**document["questions"], name: record}

@@ -1,4 +1,4 @@
-"""Which domains would these training sets move, and which way? Gradients by ours, bergson and dattri.
+"""Forecasts from gradients which domains a training set moves, and which way: ours, bergson's and dattri's.
 
 The model is the demo's. Each answer is held against what fine-tuning on the training sets really did: r, over the other
 domains, between the forecast and the fall of the loss; mean over the trainings.

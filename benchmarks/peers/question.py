@@ -1,4 +1,4 @@
-"""What is asked of sts_fast and of packages that answer the same."""
+"""A question that sts_fast and other packages answer."""
 
 from __future__ import annotations
 

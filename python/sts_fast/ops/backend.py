@@ -57,7 +57,7 @@ def of(sae: SAE, acts: Any) -> Backend:
 
 
 def by_torch(sae: SAE, device: torch.device) -> Backend:
-    """The backend of plain torch, which serves every device."""
+    """The backend of plain torch, which serves every device. Raises InputError where the SAE cannot be used."""
     precision = torch_backend.precision_on(device, precision_of(sae))
     return Backend(torch_backend, device_encoder(sae, device, precision), device_of_doubles(device))
 
